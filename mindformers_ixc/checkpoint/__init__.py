@@ -1,0 +1,1 @@
+"""Checkpoints: model directories in the public layout."""

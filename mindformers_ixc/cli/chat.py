@@ -1,0 +1,80 @@
+"""`mindformers chat`: one question, or an interactive session."""
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mindformers_ixc.cli.inference import generation_options, load_assistant
+
+HELP = """Type a question and press Enter.
+  /image PATH   add a picture to the next question
+  /new          forget the conversation
+  /help         this text
+  /quit         leave (so does Ctrl-D)"""
+
+
+def chat(arguments: argparse.Namespace) -> int:
+    """Answers `arguments.question`, or opens a session when there is none.
+
+    Returns:
+        Exit code.
+    """
+    assistant = load_assistant(arguments)
+    if arguments.question is not None:
+        query = {"query": arguments.question, "images": arguments.image, "hd_num": arguments.hd_num,
+                 "meta_instruction": arguments.meta_instruction}
+        print(assistant.answer([query], arguments.mode, **generation_options(arguments))[0], file=arguments.answers)
+        return 0
+    return Session(assistant, arguments).run()
+
+
+class Session:
+    """An interactive conversation: keeps history and the pictures of all rounds."""
+
+    def __init__(self, assistant, arguments: argparse.Namespace):
+        self.assistant, self.arguments = assistant, arguments
+        self.history: list[tuple[str, str]] = []
+        self.images: list[str] = []
+        self.waiting = list(arguments.image)
+
+    def run(self) -> int:
+        """Reads lines until the end of input."""
+        print(HELP, file=sys.stderr)
+        while True:
+            print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line or line.strip() == "/quit":
+                return 0
+            try:
+                self._line(line.strip())
+            except (ValueError, OSError) as error:   # a bad picture must not end the conversation
+                print(f"error: {error}", file=sys.stderr)
+
+    def _line(self, line: str) -> None:
+        command, _, rest = line.partition(" ")
+        if not line:
+            return
+        if command == "/image":
+            with open(rest.strip(), "rb"):   # a missing file is said now, not with the next question
+                self.waiting.append(rest.strip())
+        elif command == "/new":
+            self.history, self.images, self.waiting = [], [], []
+        elif command == "/help":
+            print(HELP, file=sys.stderr)
+        elif command.startswith("/"):
+            raise ValueError(f"{command} is no command; /help lists them.")
+        else:
+            self._ask(line)
+
+    def _ask(self, text: str) -> None:
+        images = self.images + self.waiting
+        markers = text.count("<ImageHere>")
+        if self.waiting and markers == 0:
+            # every picture needs its place once there is a history; pictures go before the question they came with
+            text = "<ImageHere>" * len(self.waiting) + text
+        query = {"query": text, "images": images, "history": self.history, "hd_num": self.arguments.hd_num,
+                 "meta_instruction": self.arguments.meta_instruction}
+        reply = self.assistant.answer([query], self.arguments.mode, **generation_options(self.arguments))[0]
+        print(reply, file=self.arguments.answers)
+        self.history.append((text, reply))
+        self.images, self.waiting = images, []

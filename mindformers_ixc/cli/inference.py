@@ -1,0 +1,39 @@
+"""What `mindformers chat` and `mindformers eval` share."""
+from __future__ import annotations
+
+import argparse
+import logging
+
+import mindspore as ms
+
+import mindformers_ixc  # noqa: F401 - importing it registers the model
+from mindformers_ixc.generation.assistant import Assistant
+
+
+def load_assistant(arguments: argparse.Namespace) -> Assistant:
+    """Loads `arguments.model` on `arguments.device_target`, in graph mode."""
+    if not arguments.verbose:
+        _quiet_mindformers()
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device(arguments.device_target)
+    return Assistant.from_directory(arguments.model)
+
+
+def generation_options(arguments: argparse.Namespace) -> dict:
+    """The decoding options among the arguments, under the names of `GenerationOptions`."""
+    names = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams", "repetition_penalty", "seed")
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
+    if not options.get("do_sample"):
+        # greedy and beam search do not sample; their options would only be refused
+        options.pop("temperature", None)
+        options.pop("top_p", None)
+    return options
+
+
+def _quiet_mindformers() -> None:
+    """Keeps MindFormers' progress notes off the terminal; they still reach the log folder."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("mindformers"):
+            for handler in logging.getLogger(name).handlers:
+                if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                    handler.setLevel(logging.ERROR)

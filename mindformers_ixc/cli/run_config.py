@@ -1,0 +1,193 @@
+"""Reads a run's YAML file, applies overrides from the command line and checks every key before anything starts."""
+from __future__ import annotations
+
+import difflib
+import inspect
+from pathlib import Path
+
+import yaml
+
+from mindformers_ixc.config import RUNTIME_FIELDS, ConfigError, IXC25Config, IXC25VisionConfig
+
+RUN_MODES = ("train", "finetune", "predict")
+
+# Top-level keys of this package beside MindFormers' own.
+OWN_SECTIONS = ("auto_register", "register_path", "generation")
+
+# Short forms that MindFormers' launcher script has, and the keys they stand for.
+ALIASES = {
+    "epochs": "runner_config.epochs", "batch_size": "runner_config.batch_size",
+    "sink_mode": "runner_config.sink_mode",
+    "gradient_accumulation_steps": "runner_config.gradient_accumulation_steps",
+    "device_target": "context.device_target", "device_id": "context.device_id", "mode": "context.mode",
+    "train_dataset_dir": "train_dataset.data_loader.dataset_dir", "predict_data": "input_data",
+}
+
+
+def parse_overrides(words: list[str]) -> dict[str, object]:
+    """Turns `--a.b 3 --c=x` into `{"a.b": 3, "c": "x"}`; values are read as YAML.
+
+    Raises:
+        ConfigError: for a word that is no option or an option without a value.
+    """
+    overrides, words = {}, list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"'{word}' is neither an option nor the value of one; options look like "
+                              "--runner_config.epochs 3.")
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ConfigError(f"--{name} has no value; write --{name} VALUE.")
+            text = words.pop(0)
+        overrides[ALIASES.get(name, name)] = read_value(text)
+    return overrides
+
+
+def read_value(text: str) -> object:
+    """A command-line value as YAML reads it, with `1e-4` (which YAML 1.1 takes for text) as a number."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def apply_overrides(fields: dict, overrides: dict[str, object]) -> None:
+    """Sets dotted keys in a nested dict, in place.
+
+    Raises:
+        ConfigError: when a part of a key is there but is no section.
+    """
+    for key, value in overrides.items():
+        section, parts = fields, key.split(".")
+        for i, part in enumerate(parts[:-1]):
+            if section.get(part) is None:
+                section[part] = {}
+            section = section[part]
+            if not isinstance(section, dict):
+                raise ConfigError(f"--{key}: '{'.'.join(parts[:i + 1])}' is not a section of the YAML file.")
+        section[parts[-1]] = value
+
+
+def read_yaml(path: str | Path) -> dict:
+    """Reads a YAML file that must hold a mapping.
+
+    Raises:
+        ConfigError: for a missing file, invalid YAML or another top level.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"The configuration file {path} does not exist.")
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, found {type(fields).__name__}.")
+    return fields
+
+
+def check_fields(fields: dict, source: str) -> None:
+    """Checks every key and the type of every plain value of a run's fields.
+
+    Args:
+        fields: the nested mapping of the YAML file, overrides applied.
+        source: name of the file, for the messages.
+
+    Raises:
+        ConfigError: one sentence naming the key, the value and the choices.
+    """
+    from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
+
+    general = CONFIG_NAME_TO_CLASS["general_config"]
+    sections = [name for name in CONFIG_NAME_TO_CLASS if name != "general_config"]
+    _check_keys(fields, [*general.keys(), *sections, *OWN_SECTIONS], source, "")
+    _check_types(fields, {key: getattr(general, key) for key in general.keys()}, source, "")  # noqa: SIM118
+    if fields.get("run_mode") not in RUN_MODES:
+        raise ConfigError(f"{source}: run_mode is {fields.get('run_mode')!r}; the choices are {', '.join(RUN_MODES)}.")
+    for name in sections:
+        template, section = CONFIG_NAME_TO_CLASS[name], fields.get(name)
+        if section is None or name == "callbacks":
+            continue
+        if not isinstance(section, (dict, list)):
+            raise ConfigError(f"{source}: {name} must be a section, found {section!r}.")
+        if isinstance(section, dict) and template._raise_error_for_unexpected_key:   # MindFormers' own list of keys
+            if "type" not in section:
+                _check_keys(section, template.keys(), source, f"{name}.")
+            _check_types(section, {key: getattr(template, key) for key in template.keys()},  # noqa: SIM118
+                         source, f"{name}.")
+    _check_typed_sections(fields, source)
+    _check_model(fields, source)
+
+
+def _check_typed_sections(fields: dict, source: str) -> None:
+    from mindformers.tools.register import MindFormerRegister
+
+    kinds = {"trainer": "trainer", "optimizer": "optimizer", "lr_schedule": "lr", "runner_wrapper": "wrapper",
+             "train_dataset_task": "dataset"}
+    entries = [(name, fields.get(name), kind) for name, kind in kinds.items()]
+    callbacks = fields.get("callbacks") or []
+    if not isinstance(callbacks, list):
+        raise ConfigError(f"{source}: callbacks must be a list, found {callbacks!r}.")
+    entries += [(f"callbacks[{i}]", callback, "callback") for i, callback in enumerate(callbacks)]
+    for where, section, kind in entries:
+        if section is None:
+            continue
+        if not isinstance(section, dict) or "type" not in section:
+            raise ConfigError(f"{source}: {where} needs a 'type'.")
+        if "auto_register" not in section:
+            _check_registered(section["type"], kind, MindFormerRegister.registry.get(kind, {}), source, where)
+
+
+def _check_registered(name, kind: str, registered: dict, source: str, where: str) -> None:
+    if name in registered:
+        return
+    close = difflib.get_close_matches(str(name), list(registered), n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"the choices are {', '.join(sorted(registered))}."
+    raise ConfigError(f"{source}: {where}.type is {name!r}, which is no registered {kind}; {hint}")
+
+
+def _check_model(fields: dict, source: str) -> None:
+    model = fields.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("model_config"), dict):
+        raise ConfigError(f"{source}: the section model.model_config is missing.")
+    config = model["model_config"]
+    if config.get("type") != "IXC25Config":
+        return   # another model of MindFormers: its own business
+    _check_signature(config, IXC25Config, source, "model.model_config.")
+    if isinstance(config.get("vision_config"), dict):
+        config["vision_config"].setdefault("type", "IXC25VisionConfig")
+        _check_signature(config["vision_config"], IXC25VisionConfig, source, "model.model_config.vision_config.")
+
+
+def _check_signature(section: dict, cls: type, source: str, prefix: str) -> None:
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.name not in ("self", "kwargs")}
+    _check_keys(section, [*defaults, *cls.attribute_map, *RUNTIME_FIELDS, "architectures", "auto_register"], source,
+                prefix)
+    _check_types(section, defaults, source, prefix)
+
+
+def _check_keys(section: dict, known, source: str, prefix: str) -> None:
+    known = list(known)
+    for key, value in section.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"the choices are {', '.join(sorted(known))}."
+            raise ConfigError(f"{source}: unknown key {prefix}{key} (value {value!r}); {hint}")
+
+
+def _check_types(section: dict, defaults: dict, source: str, prefix: str) -> None:
+    """A value must be of its default's type; whole numbers pass as floats, and `null` passes everywhere."""
+    for key, default in defaults.items():
+        value = section.get(key)
+        if value is None or not isinstance(default, (bool, int, float)):
+            continue
+        wanted = bool if isinstance(default, bool) else (int if isinstance(default, int) else (int, float))
+        if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, wanted):
+            name = {bool: "true or false", int: "a whole number"}.get(wanted, "a number")
+            raise ConfigError(f"{source}: {prefix}{key} is {value!r}, expected {name}.")

@@ -1,0 +1,241 @@
+"""InternLM2: the language model of IXC2.5, with consolidated QKV, grouped queries and Partial LoRA on every linear."""
+from __future__ import annotations
+
+from mindspore import Parameter, nn
+from mindspore.common.initializer import Normal, initializer
+from mindspore.ops import functional as F
+from mindspore.ops import operations as P
+
+from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.models.layers import AttentionCore, PartialLoRALinear, RMSNorm
+
+# Added to attention scores that must not be seen. Finite, so that a row with nothing to see is not NaN; exp() of it is
+# exactly 0 in float32 beside any real score.
+MASKED = -1e9
+
+
+class TokenEmbedding(nn.Cell):
+    """Token ids to vectors. The row of the padding id gets no gradient, as in the public model (`padding_idx`)."""
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        self.weight = Parameter(initializer(Normal(config.initializer_range), (config.vocab_size, config.hidden_size),
+                                            config.param_init_type), name="weight")
+        self.padding = config.pad_token_id
+        self.dtype = config.compute_dtype
+        self.gather = P.Gather()
+        self.equal = P.Equal()
+        self.expand = P.ExpandDims()
+        self.select = P.Select()
+        self.cast = P.Cast()
+
+    def construct(self, ids):
+        """Maps int32 `(B, L)` to `(B, L, D)` in the compute dtype."""
+        x = self.gather(self.weight, ids, 0)                                          # (B, L, D)
+        is_padding = self.expand(self.equal(ids, self.padding), 2)                    # (B, L, 1)
+        return self.cast(F.select(is_padding, F.stop_gradient(x), x), self.dtype)
+
+
+class RotaryEmbedding(nn.Cell):
+    """Rotates pairs of one head by the position's angle (halves convention)."""
+
+    def __init__(self, head_size: int):
+        super().__init__()
+        self.size, self.half = head_size, head_size // 2
+        self.slice = P.StridedSlice()
+        self.neg = P.Neg()
+        self.concat = P.Concat(-1)
+        self.mul = P.Mul()
+        self.add = P.Add()
+
+    def construct(self, x, cos, sin):
+        """Rotates `(B, L, KV, n, d)` by tables that broadcast to it, `(B or 1, L, 1, 1, d)`."""
+        b, length, kv, n, _ = x.shape
+        steps = (1, 1, 1, 1, 1)
+        low = self.slice(x, (0, 0, 0, 0, 0), (b, length, kv, n, self.half), steps)
+        high = self.slice(x, (0, 0, 0, 0, self.half), (b, length, kv, n, self.size), steps)
+        return self.add(self.mul(x, cos), self.mul(self.concat((self.neg(high), low)), sin))
+
+
+class Attention(nn.Cell):
+    """Grouped-query attention on the consolidated QKV.
+
+    The rows of `wqkv` are grouped by key/value head: for each of them its query heads, its key head, its value head.
+    """
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
+        width = config.num_attention_heads * self.size
+        self.wqkv = PartialLoRALinear(config.hidden_size, width + 2 * self.kv * self.size, config)
+        self.wo = PartialLoRALinear(width, config.hidden_size, config)
+        self.rotary = RotaryEmbedding(self.size)
+        self.core = AttentionCore(self.size, config.softmax_compute_type)
+        self.dtype = config.compute_dtype
+        self.cast = P.Cast()
+        self.reshape = P.Reshape()
+        self.slice = P.StridedSlice()
+        self.to_query = P.Transpose()
+        self.to_heads = P.Transpose()
+        self.to_positions = P.Transpose()
+        self.scatter = P.ScatterUpdate()
+
+    def heads(self, x, image_mask, cos, sin, adapters, shape):
+        """Rotated queries `(B, KV, G, L, d)`, rotated keys and values `(B, KV, L, d)` of flattened `x` `(B*L, D)`."""
+        b, length = shape
+        kv, g, d = self.kv, self.groups, self.size
+        qkv = self.reshape(self.wqkv(x, image_mask, adapters), (b, length, kv, g + 2, d))    # (B, L, KV, G+2, d)
+        steps = (1, 1, 1, 1, 1)
+        # queries and key of a group turn by the same angles: rotate them together
+        qk = self.slice(qkv, (0, 0, 0, 0, 0), (b, length, kv, g + 1, d), steps)              # (B, L, KV, G+1, d)
+        qk = self.rotary(qk, self.cast(cos, self.dtype), self.cast(sin, self.dtype))
+        value = self.slice(qkv, (0, 0, 0, g + 1, 0), (b, length, kv, g + 2, d), steps)       # (B, L, KV, 1, d)
+        query = self.slice(qk, (0, 0, 0, 0, 0), (b, length, kv, g, d), steps)                # (B, L, KV, G, d)
+        key = self.slice(qk, (0, 0, 0, g, 0), (b, length, kv, g + 1, d), steps)              # (B, L, KV, 1, d)
+        query = self.to_query(query, (0, 2, 3, 1, 4))                                        # (B, KV, G, L, d)
+        key = self.to_heads(self.reshape(key, (b, length, kv, d)), (0, 2, 1, 3))             # (B, KV, L, d)
+        value = self.to_heads(self.reshape(value, (b, length, kv, d)), (0, 2, 1, 3))         # (B, KV, L, d)
+        return query, key, value
+
+    def merge(self, y, image_mask, adapters, shape):
+        """Attention output `(B, KV, G, L, d)` through `wo`, `(B*L, D)`."""
+        b, length = shape
+        y = self.to_positions(y, (0, 3, 1, 2, 4))                                            # (B, L, KV, G, d)
+        y = self.reshape(y, (b * length, self.kv * self.groups * self.size))                 # (B*L, H*d)
+        return self.wo(y, image_mask, adapters)
+
+    def construct(self, x, image_mask, cos, sin, mask, adapters, shape):
+        """Attends over the whole sequence; see `DecoderLayer.construct`."""
+        query, key, value = self.heads(x, image_mask, cos, sin, adapters, shape)
+        return self.merge(self.core(query, key, value, mask), image_mask, adapters, shape)
+
+    def cached(self, x, image_mask, cos, sin, mask, adapters, shape, cache, rows):
+        """Attends with a key/value cache; see `DecoderLayer.cached`."""
+        b, length = shape
+        kv, d = self.kv, self.size
+        query, key, value = self.heads(x, image_mask, cos, sin, adapters, shape)
+        keys, values = cache
+        new_keys = self.scatter(keys, rows, self.cast(self.reshape(key, (b * kv * length, d)), keys.dtype))
+        new_values = self.scatter(values, rows, self.cast(self.reshape(value, (b * kv * length, d)), values.dtype))
+        if length == 1:
+            # decoding: everything up to this position is in the cache
+            key = self.cast(self.reshape(new_keys, (b, kv, -1, d)), self.dtype)              # (B, KV, S, d)
+            value = self.cast(self.reshape(new_values, (b, kv, -1, d)), self.dtype)          # (B, KV, S, d)
+        else:
+            # prefill: the prompt sees only itself, but the writes must happen
+            key = F.depend(key, new_keys)
+            value = F.depend(value, new_values)
+        return self.merge(self.core(query, key, value, mask), image_mask, adapters, shape)
+
+
+class FeedForward(nn.Cell):
+    """SwiGLU: `w2(silu(w1 x) * w3 x)`."""
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        self.w1 = PartialLoRALinear(config.hidden_size, config.intermediate_size, config)
+        self.w3 = PartialLoRALinear(config.hidden_size, config.intermediate_size, config)
+        self.w2 = PartialLoRALinear(config.intermediate_size, config.hidden_size, config)
+        self.sigmoid = P.Sigmoid()
+        self.silu = P.Mul()
+        self.gate = P.Mul()
+
+    def construct(self, x, image_mask, adapters):
+        """Maps `(B*L, D)` to `(B*L, D)`."""
+        y = self.w1(x, image_mask, adapters)
+        y = self.gate(self.silu(y, self.sigmoid(y)), self.w3(x, image_mask, adapters))
+        return self.w2(y, image_mask, adapters)
+
+
+class DecoderLayer(nn.Cell):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        norm = (config.hidden_size, config.rms_norm_eps, config.param_init_type, config.layernorm_compute_type)
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(*norm)
+        self.ffn_norm = RMSNorm(*norm)
+        self.add = P.Add()
+
+    def construct(self, x, image_mask, cos, sin, mask, adapters, shape):
+        """Transforms flattened positions.
+
+        Args:
+            x: `(B*L, D)`.
+            image_mask: `(B*L, 1)` in the compute dtype, 1 on image positions, or `None`.
+            cos: `(B or 1, L, 1, 1, d)`.
+            sin: like `cos`.
+            mask: additive attention mask, broadcast to `(B, KV, G, L, L)`.
+            adapters: names of the task LoRAs in use, a compile-time constant.
+            shape: `(B, L)`, a compile-time constant.
+
+        Returns:
+            Tensor `(B*L, D)`.
+        """
+        x = self.add(x, self.attention(self.attention_norm(x), image_mask, cos, sin, mask, adapters, shape))
+        return self.add(x, self.feed_forward(self.ffn_norm(x), image_mask, adapters))
+
+    def cached(self, x, image_mask, cos, sin, mask, adapters, shape, cache, rows):
+        """Like `construct`, writing keys and values into a cache and, when L is 1, attending over it.
+
+        Args:
+            x: as in `construct`, likewise the following up to `shape`; `mask` is broadcast to `(B, KV, G, L, S)`,
+                S the cache's positions when L is 1, else L.
+            cache: this layer's two Parameters `(B*KV*S, d)`, keys and values.
+            rows: int32 `(B*KV*L,)`, cache row of every new key.
+
+        Returns:
+            Tensor `(B*L, D)`.
+        """
+        y = self.attention.cached(self.attention_norm(x), image_mask, cos, sin, mask, adapters, shape, cache, rows)
+        x = self.add(x, y)
+        return self.add(x, self.feed_forward(self.ffn_norm(x), image_mask, adapters))
+
+
+class CausalMask(nn.Cell):
+    """Additive causal mask `(1, 1, 1, L, L)`, made inside the graph so that no L x L constant is stored."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.greater = P.Greater()
+        self.cast = P.Cast()
+        self.mul = P.Mul()
+        self.reshape = P.Reshape()
+        self.dtype = dtype
+
+    def construct(self, length):
+        """Builds the mask for `length` positions, a compile-time constant."""
+        positions = F.arange(length)
+        later = self.greater(self.reshape(positions, (1, length)), self.reshape(positions, (length, 1)))
+        return self.reshape(self.mul(self.cast(later, self.dtype), MASKED), (1, 1, 1, length, length))
+
+
+class InternLM2Model(nn.Cell):
+    """Embedding, decoder layers and final norm.
+
+    Args:
+        config: all sizes.
+    """
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        self.tok_embeddings = TokenEmbedding(config)
+        self.layers = nn.CellList([DecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.param_init_type,
+                            config.layernorm_compute_type)
+        self.causal_mask = CausalMask(config.softmax_compute_type)
+
+    def construct(self, x, image_mask, cos, sin, adapters, shape):
+        """Runs the layers over embeddings; arguments as in `DecoderLayer.construct`, returns `(B*L, D)`."""
+        mask = self.causal_mask(shape[1])
+        for layer in self.layers:
+            x = layer(x, image_mask, cos, sin, mask, adapters, shape)
+        return self.norm(x)
+
+    def cached(self, x, image_mask, cos, sin, mask, adapters, shape, keys, values, rows):
+        """Runs the layers with a key/value cache; arguments as in `DecoderLayer.cached`, returns `(B*L, D)`."""
+        for i, layer in enumerate(self.layers):
+            x = layer.cached(x, image_mask, cos, sin, mask, adapters, shape, (keys[i], values[i]), rows)
+        return self.norm(x)

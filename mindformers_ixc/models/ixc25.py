@@ -1,0 +1,126 @@
+"""The whole model: vision table, one gather into the sequence, InternLM2, head and loss.
+
+    tiles -> ViT -> 2 x 2 merge -> [tile rows; sub_GN; glb_GN] -> projector -> vision table
+    embeddings = where(image mask, vision table[row index], token embedding)
+    decoder layers with Partial LoRA masked by the image mask -> logits -> loss
+
+Parameters carry the public checkpoint's names, so a checkpoint needs no renaming.
+"""
+from __future__ import annotations
+
+import mindspore.common.dtype as mstype
+from mindformers.core.loss.loss import CrossEntropyLoss
+from mindformers.models.modeling_utils import PreTrainedModel
+from mindformers.modules.transformer import TransformerOpParallelConfig
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindspore import Parameter, Tensor
+from mindspore.common.initializer import Normal, initializer
+from mindspore.ops import functional as F
+from mindspore.ops import operations as P
+
+from mindformers_ixc.config import MODE_ADAPTERS, IXC25Config
+from mindformers_ixc.models.internlm2 import InternLM2Model
+from mindformers_ixc.models.layers import Linear
+from mindformers_ixc.models.rotary import rotary_tables
+from mindformers_ixc.models.vision import VisionMerge, VisionTower, vision_projector
+
+# Labels with this value carry no loss (the convention of PyTorch's cross entropy, which the public code relies on).
+IGNORE_INDEX = -100
+
+
+@MindFormerRegister.register(MindFormerModuleType.MODELS)
+class IXC25ForCausalLM(PreTrainedModel):
+    """IXC2.5 with a language-modelling head.
+
+    Args:
+        config: all sizes, dtypes and the adapter mode used in training.
+    """
+
+    config_class = IXC25Config
+    base_model_prefix = "model"
+    _support_list = []
+
+    def __init__(self, config: IXC25Config):
+        super().__init__(config, auto_prefix=True)
+        self.vit = VisionTower(config)
+        self.vision_merge = VisionMerge(config)
+        self.vision_proj = vision_projector(config)
+        merged = 4 * config.vision_config.hidden_size
+        start = Normal(config.initializer_range)
+        self.plora_glb_GN = Parameter(initializer(start, (1, 1, merged), config.param_init_type), name="plora_glb_GN")
+        self.plora_sub_GN = Parameter(initializer(start, (1, 1, 1, merged), config.param_init_type),
+                                      name="plora_sub_GN")
+        self.model = InternLM2Model(config)
+        self.output = Linear(config.hidden_size, config.vocab_size, sigma=config.initializer_range,
+                             param_dtype=config.param_init_type, compute_dtype=config.compute_dtype)
+        self.loss = CrossEntropyLoss(
+            parallel_config=TransformerOpParallelConfig(data_parallel=config.parallel_config.data_parallel,
+                                                        model_parallel=1))
+        self.adapters = MODE_ADAPTERS[config.adapter_mode]
+        self._freeze_unused_adapters()
+        cos, sin = rotary_tables(config, config.seq_length)
+        self.cos = Tensor(cos[None, :, None, None, :])                                # (1, L, 1, 1, d)
+        self.sin = Tensor(sin[None, :, None, None, :])
+        self.dtype = config.compute_dtype
+        self.image_size = config.vision_config.image_size
+        self.gather_rows = P.Gather(batch_dims=1)
+        self.not_equal = P.NotEqual()
+        self.expand = P.ExpandDims()
+        self.cast = P.Cast()
+        self.reshape = P.Reshape()
+        self.mul = P.Mul()
+
+    def _freeze_unused_adapters(self) -> None:
+        """Task LoRAs outside the training mode are in the checkpoint but not in the graph: they must not train."""
+        for parameter in self.get_parameters():
+            for task in self.config.task_lora_ranks:
+                if f".lora_{task}_" in parameter.name and task not in self.adapters:
+                    parameter.requires_grad = False
+
+    def merged_rows(self, pixel_values):
+        """Rows of the vision table before the projector, `(B, T * tokens + 2, 4C)`, of `(B, T, 3, S, S)` tiles."""
+        b, t = pixel_values.shape[0], pixel_values.shape[1]
+        pixels = self.reshape(pixel_values, (b * t, 3, self.image_size, self.image_size))
+        return self.vision_merge(self.vit(pixels), self.plora_sub_GN, self.plora_glb_GN, b)
+
+    def vision_table(self, pixel_values):
+        """The vision table `(B, T * tokens + 2, D)` of `(B, T, 3, S, S)` tiles."""
+        rows = self.merged_rows(pixel_values)
+        b, count, merged = rows.shape
+        return self.reshape(self.vision_proj(self.reshape(rows, (b * count, merged))), (b, count, -1))
+
+    def embed(self, input_ids, table, vision_index, image_mask):
+        """Token embeddings with image positions taken from the vision table, `(B, L, D)`."""
+        tokens = self.model.tok_embeddings(input_ids)
+        images = self.gather_rows(table, vision_index, 1)                             # (B, L, D)
+        return F.select(self.expand(self.not_equal(image_mask, 0), 2), images, tokens)
+
+    def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None):
+        """Training loss, or logits when `labels` is `None`.
+
+        Args:
+            input_ids: int32 `(B, L)`; the padding id at image positions and in the padding on the right.
+            labels: int32 `(B, L)`, already shifted: the target of each position, -100 where there is none.
+            pixel_values: float32 `(B, T, 3, S, S)` normalised tiles; `None` for text only.
+            vision_index: int32 `(B, L)`, row of the vision table each image position takes.
+            image_mask: int32 `(B, L)`, 1 on image positions.
+
+        Returns:
+            Scalar loss (float32, mean over labelled positions) or logits `(B, L, V)` in float32.
+        """
+        b, length = input_ids.shape
+        mask = None
+        if pixel_values is None:
+            x = self.model.tok_embeddings(input_ids)
+        else:
+            x = self.embed(input_ids, self.vision_table(pixel_values), vision_index, image_mask)
+            mask = self.reshape(self.cast(image_mask, self.dtype), (b * length, 1))   # (B*L, 1)
+        x = self.reshape(x, (b * length, -1))                                         # (B*L, D)
+        x = self.model(x, mask, self.cos, self.sin, self.adapters, (b, length))
+        logits = self.cast(self.output(x), mstype.float32)                            # (B*L, V)
+        if labels is None:
+            return self.reshape(logits, (b, length, -1))
+        labels = self.reshape(labels, (-1,))
+        labelled = self.not_equal(labels, IGNORE_INDEX)
+        targets = self.mul(labels, self.cast(labelled, mstype.int32))
+        return self.loss(logits, targets, self.cast(labelled, mstype.float32))

@@ -1,0 +1,207 @@
+"""Leaf cells of IXC2.5: linear, normalisation, attention core, Partial LoRA.
+
+This is the one place that knows about devices. MindSpore has no CPU kernel for the fused RMSNorm, for FlashAttention
+or for bfloat16 products, so these cells are composed of primitive operations; the cells above them never choose.
+Every linear works on flattened positions `(N, features)`, because the CPU refuses a batched product with a broadcast
+2-D right operand and because a 2-D product is what the parallel compiler cuts most simply.
+"""
+from __future__ import annotations
+
+import mindspore.common.dtype as mstype
+from mindspore import Parameter, nn
+from mindspore.common.initializer import Normal, initializer
+from mindspore.ops import operations as P
+
+from mindformers_ixc.config import IXC25Config
+
+
+class Linear(nn.Cell):
+    """`y = x W^T (+ b)` on flattened positions.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        has_bias: whether there is a bias.
+        sigma: standard deviation of freshly drawn weights; 0 starts at zero.
+        param_dtype: dtype the parameters are kept in.
+        compute_dtype: dtype of the product and of the output.
+    """
+
+    def __init__(self, in_features: int, out_features: int, has_bias: bool = False, sigma: float = 0.02,
+                 param_dtype=mstype.float32, compute_dtype=mstype.float32):
+        super().__init__()
+        start = Normal(sigma) if sigma else "zeros"
+        self.weight = Parameter(initializer(start, (out_features, in_features), param_dtype), name="weight")
+        self.has_bias = has_bias
+        if has_bias:
+            self.bias = Parameter(initializer("zeros", (out_features,), param_dtype), name="bias")
+            self.bias_add = P.Add()
+        self.matmul = P.MatMul(transpose_b=True)
+        self.cast = P.Cast()
+        self.dtype = compute_dtype
+
+    def construct(self, x):
+        """Maps `(N, in_features)` to `(N, out_features)` in the compute dtype."""
+        y = self.matmul(self.cast(x, self.dtype), self.cast(self.weight, self.dtype))
+        if self.has_bias:
+            y = self.bias_add(y, self.cast(self.bias, self.dtype))
+        return y
+
+
+class RMSNorm(nn.Cell):
+    """Root-mean-square normalisation of the last axis, as InternLM2 uses it (no mean, no bias).
+
+    Args:
+        size: width of the last axis.
+        eps: added to the mean square (public field `rms_norm_eps`).
+        param_dtype: dtype of the weight.
+        norm_dtype: dtype of the computation; the output keeps the input's dtype.
+    """
+
+    def __init__(self, size: int, eps: float, param_dtype=mstype.float32, norm_dtype=mstype.float32):
+        super().__init__()
+        self.weight = Parameter(initializer("ones", (size,), param_dtype), name="weight")
+        self.eps = eps
+        self.dtype = norm_dtype
+        self.cast = P.Cast()
+        self.square = P.Square()
+        self.mean = P.ReduceMean(keep_dims=True)
+        self.add = P.Add()
+        self.rsqrt = P.Rsqrt()
+        self.mul = P.Mul()
+        self.scale = P.Mul()
+
+    def construct(self, x):
+        """Normalises `(N, size)`."""
+        y = self.cast(x, self.dtype)
+        y = self.mul(y, self.rsqrt(self.add(self.mean(self.square(y), -1), self.eps)))
+        return self.scale(self.cast(y, x.dtype), self.cast(self.weight, x.dtype))
+
+
+class LayerNorm(nn.Cell):
+    """Layer normalisation whose parameters carry the public names `weight` and `bias`.
+
+    Args:
+        size: width of the last axis.
+        eps: added to the variance (CLIP's 1e-5).
+        param_dtype: dtype of the parameters.
+        norm_dtype: dtype of the computation; the output keeps the input's dtype.
+    """
+
+    def __init__(self, size: int, eps: float, param_dtype=mstype.float32, norm_dtype=mstype.float32):
+        super().__init__()
+        self.weight = Parameter(initializer("ones", (size,), param_dtype), name="weight")
+        self.bias = Parameter(initializer("zeros", (size,), param_dtype), name="bias")
+        self.layer_norm = P.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
+        self.cast = P.Cast()
+        self.dtype = norm_dtype
+
+    def construct(self, x):
+        """Normalises the last axis of `x`."""
+        y, _, _ = self.layer_norm(self.cast(x, self.dtype), self.cast(self.weight, self.dtype),
+                                  self.cast(self.bias, self.dtype))
+        return self.cast(y, x.dtype)
+
+
+class AttentionCore(nn.Cell):
+    """`softmax(Q K^T / sqrt(d) + mask) V` with grouped queries, composed of primitive operations.
+
+    The queries that share a key/value head are stacked along the position axis, so keys and values are never repeated.
+
+    Args:
+        head_size: width d of a head.
+        softmax_dtype: dtype of the softmax.
+    """
+
+    def __init__(self, head_size: int, softmax_dtype=mstype.float32):
+        super().__init__()
+        self.scale = float(head_size) ** -0.5
+        self.dtype = softmax_dtype
+        self.scores = P.BatchMatMul(transpose_b=True)
+        self.weighted_sum = P.BatchMatMul()
+        self.softmax = P.Softmax(-1)
+        self.mul = P.Mul()
+        self.add_mask = P.Add()
+        self.reshape = P.Reshape()
+        self.cast = P.Cast()
+
+    def construct(self, query, key, value, mask):
+        """Attends.
+
+        Args:
+            query: `(B, KV, G, L, d)`, G query heads for each of KV key/value heads.
+            key: `(B, KV, S, d)`.
+            value: `(B, KV, S, d)`.
+            mask: additive, broadcast to `(B, KV, G, L, S)`, or `None`.
+
+        Returns:
+            Tensor `(B, KV, G, L, d)`.
+        """
+        b, kv, g, length, d = query.shape
+        s = key.shape[2]
+        scores = self.scores(self.reshape(query, (b, kv, g * length, d)), key)          # (B, KV, G*L, S)
+        scores = self.mul(self.cast(scores, self.dtype), self.scale)
+        if mask is not None:
+            scores = self.add_mask(self.reshape(scores, (b, kv, g, length, s)), mask)   # (B, KV, G, L, S)
+            scores = self.reshape(scores, (b, kv, g * length, s))                       # (B, KV, G*L, S)
+        weights = self.cast(self.softmax(scores), value.dtype)
+        return self.reshape(self.weighted_sum(weights, value), (b, kv, g, length, d))   # (B, KV, G, L, d)
+
+
+class PartialLoRALinear(nn.Cell):
+    """A bias-free linear with Partial LoRA on image positions and task LoRAs on all positions.
+
+    `y = W x + m * s * B(A(dropout(x))) + sum over the task LoRAs in use of B_t(A_t(x))`, where m is 1 on image
+    positions and 0 elsewhere and s = plora_alpha / plora_rank. The mask is multiplied in: no boolean indexing, so the
+    shapes stay static.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        config: ranks, scale, dropout and dtypes.
+    """
+
+    def __init__(self, in_features: int, out_features: int, config: IXC25Config):
+        super().__init__()
+        dtypes = {"param_dtype": config.param_init_type, "compute_dtype": config.compute_dtype}
+        sigma = config.initializer_range
+        self.weight = Parameter(initializer(Normal(sigma), (out_features, in_features), config.param_init_type),
+                                name="weight")
+        self.Plora_A = Linear(in_features, config.plora_rank, sigma=sigma, **dtypes)
+        self.Plora_B = Linear(config.plora_rank, out_features, sigma=0.0, **dtypes)
+        self.plora_dropout = nn.Dropout(p=config.plora_dropout)
+        self.plora_scale = config.plora_scale
+        for task, rank in config.task_lora_ranks.items():
+            setattr(self, f"lora_{task}_A", Linear(in_features, rank, sigma=sigma, **dtypes))
+            setattr(self, f"lora_{task}_B", Linear(rank, out_features, sigma=0.0, **dtypes))
+        self.dtype = config.compute_dtype
+        self.cast = P.Cast()
+        self.matmul = P.MatMul(transpose_b=True)
+        self.mask = P.Mul()
+        self.scale = P.Mul()
+        self.add = P.Add()
+
+    def construct(self, x, image_mask, adapters):
+        """Maps `(N, in_features)` to `(N, out_features)`.
+
+        Args:
+            x: `(N, in_features)`.
+            image_mask: `(N, 1)` in the compute dtype, 1 on image positions; `None` leaves Partial LoRA out of the
+                graph (decoding, where every position is text).
+            adapters: names of the task LoRAs in use, a compile-time constant.
+
+        Returns:
+            Tensor `(N, out_features)`.
+        """
+        x = self.cast(x, self.dtype)
+        y = self.matmul(x, self.cast(self.weight, self.dtype))
+        if image_mask is not None:
+            side = self.Plora_B(self.Plora_A(self.plora_dropout(x)))
+            y = self.add(y, self.mask(self.scale(side, self.plora_scale), image_mask))
+        if "sft" in adapters:
+            y = self.add(y, self.lora_sft_B(self.lora_sft_A(x)))
+        if "dpo" in adapters:
+            y = self.add(y, self.lora_dpo_B(self.lora_dpo_A(x)))
+        if "web" in adapters:
+            y = self.add(y, self.lora_web_B(self.lora_web_A(x)))
+        return y

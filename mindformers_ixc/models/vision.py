@@ -1,0 +1,260 @@
+"""The vision side: CLIP tower over tiles, 2 x 2 merge, separators and projector, ending in the vision table.
+
+The device never sees a picture's size. It turns `max_tiles` tiles into a table of rows; the host has already decided
+which row each image position of the sequence takes (`mindformers_ixc.processing`).
+"""
+from __future__ import annotations
+
+import mindspore.common.dtype as mstype
+from mindformers.models.modeling_utils import PreTrainedModel
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindspore import Parameter, nn
+from mindspore.common.initializer import Normal, initializer
+from mindspore.ops import operations as P
+
+from mindformers_ixc.config import IXC25Config, IXC25VisionConfig
+from mindformers_ixc.models.layers import AttentionCore, LayerNorm, Linear
+
+
+class VisionEmbeddings(nn.Cell):
+    """Patches to vectors: bias-free patch convolution, class token, learned positions.
+
+    The convolution's stride equals its kernel, so it is one product over unfolded patches.
+    """
+
+    def __init__(self, config: IXC25VisionConfig, param_dtype, compute_dtype):
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.grid, self.patch, self.width = config.patches_per_side, patch, width
+        self.class_embedding = Parameter(initializer(Normal(0.02), (width,), param_dtype), name="class_embedding")
+        self.patch_embedding = PatchConvolution(width, patch, param_dtype)
+        self.position_embedding = PositionTable(self.grid ** 2 + 1, width, param_dtype)
+        self.dtype = compute_dtype
+        self.cast = P.Cast()
+        self.reshape = P.Reshape()
+        self.unfold = P.Transpose()
+        self.matmul = P.MatMul(transpose_b=True)
+        self.tile = P.Tile()
+        self.concat = P.Concat(1)
+        self.add = P.Add()
+
+    def construct(self, pixels):
+        """Maps `(N, 3, S, S)` normalised pixels to `(N, 1 + grid * grid, C)`."""
+        n, g, p = pixels.shape[0], self.grid, self.patch
+        x = self.reshape(self.cast(pixels, self.dtype), (n, 3, g, p, g, p))          # (N, 3, g, p, g, p)
+        x = self.reshape(self.unfold(x, (0, 2, 4, 1, 3, 5)), (n * g * g, 3 * p * p))  # (N*g*g, 3*p*p)
+        kernel = self.reshape(self.cast(self.patch_embedding.weight, self.dtype), (self.width, 3 * p * p))
+        x = self.reshape(self.matmul(x, kernel), (n, g * g, self.width))             # (N, g*g, C)
+        first = self.tile(self.reshape(self.cast(self.class_embedding, self.dtype), (1, 1, self.width)), (n, 1, 1))
+        positions = self.reshape(self.cast(self.position_embedding.weight, self.dtype), (1, g * g + 1, self.width))
+        return self.add(self.concat((first, x)), positions)
+
+
+class PatchConvolution(nn.Cell):
+    """Holds the kernel of the patch convolution, `(C, 3, patch, patch)`."""
+
+    def __init__(self, width: int, patch: int, param_dtype):
+        super().__init__()
+        self.weight = Parameter(initializer(Normal(0.02), (width, 3, patch, patch), param_dtype), name="weight")
+
+    def construct(self):
+        """Returns the kernel."""
+        return self.weight
+
+
+class PositionTable(nn.Cell):
+    """Holds the learned positions, `(1 + patches, C)`."""
+
+    def __init__(self, positions: int, width: int, param_dtype):
+        super().__init__()
+        self.weight = Parameter(initializer(Normal(0.02), (positions, width), param_dtype), name="weight")
+
+    def construct(self):
+        """Returns the table."""
+        return self.weight
+
+
+class VisionAttention(nn.Cell):
+    """Multi-head attention of CLIP, with biases, over all positions of a tile."""
+
+    def __init__(self, config: IXC25VisionConfig, dtypes: dict, softmax_dtype):
+        super().__init__()
+        width = config.hidden_size
+        self.heads, self.head_size = config.num_attention_heads, width // config.num_attention_heads
+        self.k_proj = Linear(width, width, has_bias=True, **dtypes)
+        self.v_proj = Linear(width, width, has_bias=True, **dtypes)
+        self.q_proj = Linear(width, width, has_bias=True, **dtypes)
+        self.out_proj = Linear(width, width, has_bias=True, **dtypes)
+        self.core = AttentionCore(self.head_size, softmax_dtype)
+        self.reshape = P.Reshape()
+        self.transpose = P.Transpose()
+
+    def construct(self, x, n, length):
+        """Maps `(N*L, C)` to `(N*L, C)`; `n` tiles of `length` positions."""
+        heads = (n, length, self.heads, self.head_size)
+        q = self.transpose(self.reshape(self.q_proj(x), heads), (0, 2, 1, 3))         # (N, H, L, d)
+        k = self.transpose(self.reshape(self.k_proj(x), heads), (0, 2, 1, 3))         # (N, H, L, d)
+        v = self.transpose(self.reshape(self.v_proj(x), heads), (0, 2, 1, 3))         # (N, H, L, d)
+        q = self.reshape(q, (n, self.heads, 1, length, self.head_size))               # (N, H, 1, L, d)
+        y = self.reshape(self.core(q, k, v, None), (n, self.heads, length, self.head_size))
+        y = self.reshape(self.transpose(y, (0, 2, 1, 3)), (n * length, self.heads * self.head_size))  # (N*L, C)
+        return self.out_proj(y)
+
+
+class VisionMLP(nn.Cell):
+    """Two linears around CLIP's quick GELU, `x * sigmoid(1.702 x)`."""
+
+    def __init__(self, config: IXC25VisionConfig, dtypes: dict):
+        super().__init__()
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, has_bias=True, **dtypes)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, has_bias=True, **dtypes)
+        self.sigmoid = P.Sigmoid()
+        self.slope = P.Mul()
+        self.gate = P.Mul()
+
+    def construct(self, x):
+        """Maps `(N*L, C)` to `(N*L, C)`."""
+        y = self.fc1(x)
+        return self.fc2(self.gate(y, self.sigmoid(self.slope(y, 1.702))))
+
+
+class VisionLayer(nn.Cell):
+    """One pre-norm encoder layer of CLIP."""
+
+    def __init__(self, config: IXC25VisionConfig, dtypes: dict, norm_dtype, softmax_dtype):
+        super().__init__()
+        norm = (config.hidden_size, config.layer_norm_eps, dtypes["param_dtype"], norm_dtype)
+        self.self_attn = VisionAttention(config, dtypes, softmax_dtype)
+        self.layer_norm1 = LayerNorm(*norm)
+        self.mlp = VisionMLP(config, dtypes)
+        self.layer_norm2 = LayerNorm(*norm)
+        self.add = P.Add()
+
+    def construct(self, x, n, length):
+        """Maps `(N*L, C)` to `(N*L, C)`."""
+        x = self.add(x, self.self_attn(self.layer_norm1(x), n, length))
+        return self.add(x, self.mlp(self.layer_norm2(x)))
+
+
+class VisionEncoder(nn.Cell):
+    """The stack of encoder layers."""
+
+    def __init__(self, config: IXC25VisionConfig, dtypes: dict, norm_dtype, softmax_dtype):
+        super().__init__()
+        self.layers = nn.CellList(
+            [VisionLayer(config, dtypes, norm_dtype, softmax_dtype) for _ in range(config.num_hidden_layers)])
+
+    def construct(self, x, n, length):
+        """Maps `(N*L, C)` to `(N*L, C)`."""
+        for layer in self.layers:
+            x = layer(x, n, length)
+        return x
+
+
+@MindFormerRegister.register(MindFormerModuleType.MODELS)
+class IXC25VisionModel(PreTrainedModel):
+    """CLIP ViT over tiles: features of the last encoder layer, before `post_layernorm`, class token dropped.
+
+    `post_layernorm` is carried only so that a checkpoint goes in and out whole; it is never computed and never trained.
+
+    Args:
+        config: sizes of the tower, or the whole model's configuration (then its dtypes are used too).
+    """
+
+    config_class = IXC25VisionConfig
+    base_model_prefix = "vision_model"
+
+    def __init__(self, config: IXC25VisionConfig | IXC25Config):
+        super().__init__(config, auto_prefix=True)
+        vision = config.vision_config if isinstance(config, IXC25Config) else config
+        param_dtype = getattr(config, "param_init_type", mstype.float32)
+        dtypes = {"param_dtype": param_dtype, "compute_dtype": getattr(config, "compute_dtype", mstype.float32)}
+        norm_dtype = getattr(config, "layernorm_compute_type", mstype.float32)
+        softmax_dtype = getattr(config, "softmax_compute_type", mstype.float32)
+        norm = (vision.hidden_size, vision.layer_norm_eps, param_dtype, norm_dtype)
+        self.embeddings = VisionEmbeddings(vision, param_dtype, dtypes["compute_dtype"])
+        self.pre_layrnorm = LayerNorm(*norm)          # the public name is misspelt so
+        self.encoder = VisionEncoder(vision, dtypes, norm_dtype, softmax_dtype)
+        self.post_layernorm = LayerNorm(*norm)
+        for parameter in self.post_layernorm.get_parameters():
+            parameter.requires_grad = False
+        self.positions, self.width = vision.patches_per_side ** 2 + 1, vision.hidden_size
+        self.reshape = P.Reshape()
+        self.slice = P.StridedSlice()
+
+    def construct(self, pixels):
+        """Encodes tiles.
+
+        Args:
+            pixels: `(N, 3, S, S)` normalised tiles.
+
+        Returns:
+            Tensor `(N, patches, C)` in the compute dtype.
+        """
+        n, length, width = pixels.shape[0], self.positions, self.width
+        x = self.reshape(self.embeddings(pixels), (n * length, width))                # (N*L, C)
+        x = self.encoder(self.pre_layrnorm(x), n, length)
+        x = self.reshape(x, (n, length, width))                                       # (N, L, C)
+        return self.slice(x, (0, 1, 0), (n, length, width), (1, 1, 1))                # (N, L-1, C)
+
+
+class VisionTower(nn.Cell):
+    """Nests the ViT as `vision_tower.vision_model`, the way the public checkpoint names it below `vit`."""
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        self.vision_tower = nn.Cell()
+        self.vision_tower.vision_model = IXC25VisionModel(config)
+
+    def construct(self, pixels):
+        """Maps `(N, 3, S, S)` to `(N, patches, C)`."""
+        return self.vision_tower.vision_model(pixels)
+
+
+def vision_projector(config: IXC25Config) -> nn.SequentialCell:
+    """Linear - GELU (exact) - Linear from 4C to D; its parameters are named `0` and `2` as in the public checkpoint."""
+    options = {"has_bias": True, "sigma": config.initializer_range, "param_dtype": config.param_init_type,
+               "compute_dtype": config.compute_dtype}
+    merged = 4 * config.vision_config.hidden_size
+    return nn.SequentialCell(Linear(merged, config.hidden_size, **options), nn.GELU(approximate=False),
+                             Linear(config.hidden_size, config.hidden_size, **options))
+
+
+class VisionMerge(nn.Cell):
+    """Patch features to the rows of the vision table, before the projector.
+
+    A tile's patches are merged 2 x 2 (row, then column, channels last); the two separators, which live in the
+    pre-projector space, end the table.
+
+    Args:
+        config: the whole model's configuration.
+    """
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        self.side, self.width = config.vision_config.tokens_per_side, config.vision_config.hidden_size
+        self.dtype = config.compute_dtype
+        self.cast = P.Cast()
+        self.reshape = P.Reshape()
+        self.merge = P.Transpose()
+        self.tile = P.Tile()
+        self.concat = P.Concat(1)
+
+    def construct(self, features, sub_gn, glb_gn, batch):
+        """Merges.
+
+        Args:
+            features: `(B*T, patches, C)` of all tiles.
+            sub_gn: `(1, 1, 1, 4C)`, ends a row of tokens.
+            glb_gn: `(1, 1, 4C)`, stands between global and local view.
+            batch: B, a compile-time constant.
+
+        Returns:
+            Tensor `(B, T * tokens + 2, 4C)`; the last two rows are sub_GN and glb_GN.
+        """
+        side, merged = self.side, 4 * self.width
+        x = self.reshape(features, (-1, side, 2, side, 2, self.width))                # (B*T, g, 2, g, 2, C)
+        x = self.reshape(self.merge(x, (0, 1, 3, 2, 4, 5)), (batch, -1, merged))      # (B, T*g*g, 4C)
+        sub = self.tile(self.reshape(self.cast(sub_gn, self.dtype), (1, 1, merged)), (batch, 1, 1))
+        glb = self.tile(self.reshape(self.cast(glb_gn, self.dtype), (1, 1, merged)), (batch, 1, 1))
+        return self.concat((x, sub, glb))                                             # (B, T*g*g + 2, 4C)

@@ -1,0 +1,283 @@
+"""Pictures to tiles: dynamic image partition, global view, and the vision-table rows of the global-local format.
+
+Everything whose shape depends on the picture is decided here, on the host. A picture is resized so that its tiles fill
+the budget `hd_num`, padded with white to whole tiles and cut; the whole picture, shrunk to one tile, is the global view.
+"""
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+# CLIP's pixel statistics (public preprocessor of CLIP ViT-L/14).
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Tiles of one picture at most: the public inference default, what it becomes with several pictures, and the training
+# default of the public fine-tuning scripts.
+HD_NUM_SINGLE = 24
+HD_NUM_SEVERAL = 6
+HD_NUM_TRAINING = 18
+
+# PyTorch's bicubic kernel, which the global view must match.
+BICUBIC_A = -0.75
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read or cannot be partitioned."""
+
+
+class Grid(NamedTuple):
+    """Tiles of a picture."""
+
+    rows: int
+    columns: int
+
+    @property
+    def tiles(self) -> int:
+        """Number of local tiles."""
+        return self.rows * self.columns
+
+
+class Partition(NamedTuple):
+    """How one picture becomes whole tiles, in pixels of the upright picture.
+
+    Attributes:
+        resized: (width, height) after the resize.
+        padded: (width, height) after the padding.
+        offset: (left, top) of the resized picture inside the padded one.
+        transposed: whether the picture was swapped along its diagonal meanwhile (portrait pictures).
+        grid: the tiles.
+    """
+
+    resized: tuple[int, int]
+    padded: tuple[int, int]
+    offset: tuple[int, int]
+    transposed: bool
+    grid: Grid
+
+
+def plan_partition(width: int, height: int, hd_num: int, tile_size: int = 560, training: bool = False) -> Partition:
+    """Plans the dynamic partition of a picture; no pixels are touched.
+
+    Args:
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+        hd_num: tiles at most.
+        tile_size: side of a tile in pixels (public 560).
+        training: the training transform (scaled by 1.5, padding split) instead of the inference one.
+
+    Raises:
+        ImageError: when `hd_num` is below 1 or the picture is so elongated that nothing of it would be left.
+    """
+    if hd_num < 1:
+        raise ImageError(f"hd_num is {hd_num}; it must be at least 1.")
+    if width < 1 or height < 1:
+        raise ImageError(f"A picture of {width} x {height} pixels has no area.")
+    transposed = width < height
+    if transposed:
+        width, height = height, width
+    ratio = width / height                       # double precision, as the public code: the height below depends on it
+    scale = 1
+    while scale * math.ceil(scale / ratio) <= hd_num:
+        scale += 1
+    scale -= 1
+    scale = min(math.ceil(width * (1.5 if training else 1.0) / tile_size), scale)
+    new_width = scale * tile_size
+    new_height = int(new_width / ratio)
+    if new_height < 1:
+        raise ImageError(f"A picture of {width} x {height} pixels is too elongated: resized to a width of {new_width} its "
+                         "height would be 0. Crop it or raise hd_num.")
+    rows = math.ceil(new_height / tile_size)
+    missing = rows * tile_size - new_height
+    top = int(missing / 2) if training else 0
+    grid = Grid(rows, scale)
+    if transposed:
+        return Partition((new_height, new_width), (rows * tile_size, new_width), (top, 0), True, Grid(scale, rows))
+    return Partition((new_width, new_height), (new_width, rows * tile_size), (0, top), False, grid)
+
+
+def partition_image(image: Image.Image, hd_num: int, tile_size: int = 560, training: bool = False) -> Image.Image:
+    """Resizes a picture and pads it with white to whole tiles.
+
+    Args:
+        image: picture of any mode.
+        hd_num: tiles at most.
+        tile_size: side of a tile in pixels.
+        training: the training transform instead of the inference one.
+
+    Returns:
+        RGB picture whose sides are multiples of `tile_size`.
+    """
+    image = image.convert("RGB")
+    plan = plan_partition(image.width, image.height, hd_num, tile_size, training)
+    if plan.transposed:
+        # resizing the swapped picture is what the public code does; bilinear sums differ in the last bit otherwise
+        image = image.transpose(Image.TRANSPOSE)
+        image = image.resize(plan.resized[::-1], Image.BILINEAR).transpose(Image.TRANSPOSE)
+    else:
+        image = image.resize(plan.resized, Image.BILINEAR)
+    if plan.padded == plan.resized:
+        return image
+    board = Image.new("RGB", plan.padded, (255, 255, 255))
+    board.paste(image, plan.offset)
+    return board
+
+
+def normalise(pixels: np.ndarray) -> np.ndarray:
+    """uint8 `(H, W, 3)` to normalised float32 `(3, H, W)`."""
+    scale = (1.0 / (255.0 * np.array(IMAGE_STD))).astype(np.float32)
+    shift = (-np.array(IMAGE_MEAN) / np.array(IMAGE_STD)).astype(np.float32)
+    planes = np.empty((3, *pixels.shape[:2]), np.float32)
+    for channel in range(3):
+        np.multiply(pixels[..., channel], scale[channel], out=planes[channel], casting="unsafe")
+        planes[channel] += shift[channel]
+    return planes
+
+
+def _bicubic_taps(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Source indices and weights `(size, 4)` of a bicubic resize from `length` to `size` positions."""
+    centre = (np.arange(size) + 0.5) * (length / size) - 0.5
+    first = np.floor(centre)
+    t = centre - first
+    a = BICUBIC_A
+    near = lambda x: ((a + 2) * x - (a + 3)) * x * x + 1                  # noqa: E731
+    far = lambda x: ((a * x - 5 * a) * x + 8 * a) * x - 4 * a             # noqa: E731
+    weights = np.stack([far(t + 1), near(t), near(1 - t), far(2 - t)], axis=1)
+    indices = first[:, None].astype(np.int64) + np.arange(-1, 3)
+    return np.clip(indices, 0, length - 1), weights.astype(np.float32)
+
+
+def bicubic_resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Bicubic resize as PyTorch does it (a = -0.75, corners not aligned, no antialiasing, edges repeated).
+
+    Args:
+        pixels: float32 `(3, H, W)`.
+        size: side of the result.
+
+    Returns:
+        float32 `(3, size, size)`.
+    """
+    rows, row_weights = _bicubic_taps(pixels.shape[1], size)
+    columns, column_weights = _bicubic_taps(pixels.shape[2], size)
+    # rows first: four rows of the source for each row of the result, then four columns of those
+    tall = np.zeros((pixels.shape[0], size, pixels.shape[2]), np.float32)
+    for tap in range(4):
+        tall += pixels[:, rows[:, tap], :] * row_weights[:, tap, None]
+    result = np.zeros((pixels.shape[0], size, size), np.float32)
+    for tap in range(4):
+        result += tall[:, :, columns[:, tap]] * column_weights[:, tap]
+    return result
+
+
+def image_to_tiles(image: Image.Image | np.ndarray, tile_size: int) -> np.ndarray:
+    """Cuts a padded picture into its global view and its local tiles.
+
+    Args:
+        image: RGB picture or uint8 `(H, W, 3)` whose sides are multiples of `tile_size`.
+        tile_size: side S of a tile.
+
+    Returns:
+        float32 `(1 + rows * columns, 3, S, S)`, normalised: the global view, then the tiles row by row.
+    """
+    planes = normalise(np.asarray(image))
+    rows, columns = planes.shape[1] // tile_size, planes.shape[2] // tile_size
+    tiles = np.empty((1 + rows * columns, 3, tile_size, tile_size), np.float32)
+    tiles[0] = bicubic_resize(planes, tile_size)
+    local = planes.reshape(3, rows, tile_size, columns, tile_size).transpose(1, 3, 0, 2, 4)   # (h, w, 3, S, S)
+    tiles[1:].reshape(rows, columns, 3, tile_size, tile_size)[:] = local
+    return tiles
+
+
+def image_token_count(grid: Grid, tokens_per_side: int) -> int:
+    """Positions a picture takes: tokens of all tiles and the global view, one separator a row, one in between."""
+    return (grid.tiles + 1) * tokens_per_side ** 2 + 1 + (grid.rows + 1) * tokens_per_side
+
+
+def image_token_rows(grid: Grid, first_tile: int, tokens_per_side: int, max_tiles: int) -> np.ndarray:
+    """Vision-table row of each of a picture's positions, in the global-local order.
+
+    Global view row by row, each row followed by sub_GN; one glb_GN; all tiles laid out as one grid of tokens, row by
+    row, each row followed by sub_GN.
+
+    Args:
+        grid: the picture's tiles.
+        first_tile: index of its global view among the sample's tiles.
+        tokens_per_side: tokens along a side of a tile (public 20).
+        max_tiles: tiles of the table; sub_GN and glb_GN are the two rows after them.
+
+    Returns:
+        int32 `(image_token_count(grid),)`.
+    """
+    side = tokens_per_side
+    sub_gn = max_tiles * side * side
+
+    def with_separators(tokens: np.ndarray) -> np.ndarray:
+        return np.concatenate([tokens, np.full((len(tokens), 1), sub_gn)], axis=1).reshape(-1)
+
+    rows = (first_tile + np.arange(1 + grid.tiles))[:, None, None] * side * side \
+        + np.arange(side * side).reshape(1, side, side)                                   # (1 + tiles, g, g)
+    local = rows[1:].reshape(grid.rows, grid.columns, side, side).transpose(0, 2, 1, 3)   # (h, g, w, g)
+    local = local.reshape(grid.rows * side, grid.columns * side)
+    pieces = [with_separators(rows[0]), np.array([sub_gn + 1]), with_separators(local)]
+    return np.concatenate(pieces).astype(np.int32)
+
+
+def load_image(source, where: str = "") -> Image.Image:
+    """Reads a picture as RGB. EXIF orientation is not applied, as in the public code.
+
+    Args:
+        source: path, bytes of an image file, PIL image or uint8 array `(H, W)`, `(H, W, 3)` or `(H, W, 4)`.
+        where: what the picture belongs to, for the messages (`train.json, sample 3, field image`).
+
+    Returns:
+        RGB picture; of an animation the first frame. 16-bit greyscale is scaled to 8 bits, not clipped.
+
+    Raises:
+        ImageError: for a missing, damaged or oversized picture or another type of source.
+    """
+    prefix = f"{where}: " if where else ""
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, prefix, "the picture")
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (3, 4)):
+            raise ImageError(f"{prefix}an array picture must be uint8 (H, W), (H, W, 3) or (H, W, 4); found "
+                             f"{source.dtype} {source.shape}.")
+        return Image.fromarray(source).convert("RGB")
+    if isinstance(source, (bytes, bytearray)):
+        return _open(io.BytesIO(source), prefix, "the picture's bytes")
+    if isinstance(source, (str, os.PathLike)):
+        if not os.path.isfile(source):
+            raise ImageError(f"{prefix}the picture {source} does not exist.")
+        return _open(source, prefix, str(source))
+    raise ImageError(f"{prefix}a picture must be a path, bytes, a PIL image or a uint8 array; found "
+                     f"{type(source).__name__}.")
+
+
+def _open(file, prefix: str, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                return _to_rgb(image, prefix, name)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{prefix}{name} has more than {Image.MAX_IMAGE_PIXELS} pixels, which may be a decompression "
+                         "bomb; shrink it first.") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{prefix}{name} is no image file that Pillow knows, or it is damaged.") from error
+
+
+def _to_rgb(image: Image.Image, prefix: str, name: str) -> Image.Image:
+    try:
+        image.load()
+        if image.mode.startswith("I;16") or image.mode == "I":
+            # Pillow clips 16 bits to 8; a scan would come out white
+            return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ImageError(f"{prefix}{name} is damaged and cannot be decoded ({error}).") from error

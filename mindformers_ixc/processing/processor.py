@@ -1,0 +1,304 @@
+"""From text and pictures to the arrays of a sample: prompts for chat, labelled sequences for training."""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mindformers.models.image_processing_utils import BaseImageProcessor
+from mindformers.models.processing_utils import ProcessorMixin
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindformers_ixc.processing.image import (
+    HD_NUM_SEVERAL,
+    HD_NUM_SINGLE,
+    HD_NUM_TRAINING,
+    Grid,
+    image_to_tiles,
+    image_token_count,
+    image_token_rows,
+    load_image,
+    partition_image,
+    plan_partition,
+)
+from mindformers_ixc.processing.prompt import (
+    END_OF_TURN,
+    IGNORE_INDEX,
+    PromptError,
+    chat_text,
+    mask_labels,
+    shift_labels,
+    split_at_placeholders,
+    training_text,
+    turn,
+)
+from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
+
+
+@dataclass
+class EncodedSample:
+    """A sample before it is padded to fixed shapes.
+
+    Attributes:
+        input_ids: int32 `(n,)`; image positions hold the padding id.
+        labels: int32 `(n,)`, not shifted, -100 where there is no loss.
+        image_mask: int32 `(n,)`, 1 on image positions.
+        grids: tiles of each picture.
+        pixel_values: float32 `(t, 3, S, S)`: for each picture its global view, then its tiles.
+        tokens_per_side: tokens along a side of a tile.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    image_mask: np.ndarray
+    grids: list[Grid]
+    pixel_values: np.ndarray
+    tokens_per_side: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of all pictures, global views included."""
+        return sum(grid.tiles + 1 for grid in self.grids)
+
+    def vision_index(self, max_tiles: int) -> np.ndarray:
+        """Row of the vision table for each position, int32 `(n,)`; 0 at text positions."""
+        index, first, rows = np.zeros(len(self.input_ids), np.int32), 0, []
+        for grid in self.grids:
+            rows.append(image_token_rows(grid, first, self.tokens_per_side, max_tiles))
+            first += grid.tiles + 1
+        if rows:
+            index[self.image_mask == 1] = np.concatenate(rows)
+        return index
+
+    def pad(self, seq_length: int, max_tiles: int, pad_token_id: int) -> dict[str, np.ndarray]:
+        """Pads to the fixed shapes of a batch.
+
+        Args:
+            seq_length: positions L.
+            max_tiles: tiles T.
+            pad_token_id: id of padded positions.
+
+        Returns:
+            The columns of `mindformers_ixc.data.batch`.
+
+        Raises:
+            PromptError: when the sample is larger than the shapes.
+        """
+        n, tiles, side = len(self.input_ids), self.tiles, self.pixel_values.shape[-1]
+        if n > seq_length or tiles > max_tiles:
+            raise PromptError(f"A sample of {n} positions and {tiles} tiles does not fit seq_length {seq_length} and "
+                              f"max_tiles {max_tiles}.")
+        rest = seq_length - n
+        pixels = np.zeros((max_tiles, 3, side, side), np.float32)
+        pixels[:tiles] = self.pixel_values
+        index = self.vision_index(max_tiles)
+        return {
+            "input_ids": np.pad(self.input_ids, (0, rest), constant_values=pad_token_id).astype(np.int32),
+            "labels": np.pad(shift_labels(self.labels), (0, rest), constant_values=IGNORE_INDEX).astype(np.int32),
+            "pixel_values": pixels,
+            "vision_index": np.pad(index, (0, rest)).astype(np.int32),
+            "image_mask": np.pad(self.image_mask, (0, rest)).astype(np.int32),
+        }
+
+
+@MindFormerRegister.register(MindFormerModuleType.PROCESSOR)
+class IXC25ImageProcessor(BaseImageProcessor):
+    """Pictures to tiles.
+
+    Args:
+        image_size: side S of a tile in pixels (public 560).
+        patch_size: side of a ViT patch (public 14); S / (2 * patch_size) tokens lie along a side of a tile.
+        hd_num: tiles of a single picture at most in inference (public 24).
+        hd_num_several: tiles of each picture when there are several (public 6).
+        hd_num_training: tiles of a picture in training (public 18).
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, image_size: int = 560, patch_size: int = 14, hd_num: int = HD_NUM_SINGLE,
+                 hd_num_several: int | None = None, hd_num_training: int = HD_NUM_TRAINING, **kwargs):
+        super().__init__(image_size=image_size, patch_size=patch_size, hd_num=hd_num, hd_num_several=hd_num_several,
+                         hd_num_training=hd_num_training, **kwargs)
+        if image_size % (2 * patch_size):
+            raise PromptError(f"image_size {image_size} is not a multiple of {2 * patch_size}, twice the patch size.")
+        self.image_size, self.patch_size = image_size, patch_size
+        self.hd_num, self.hd_num_training = hd_num, hd_num_training
+        self.hd_num_several = min(hd_num, HD_NUM_SEVERAL) if hd_num_several is None else hd_num_several
+        self.tokens_per_side = image_size // (2 * patch_size)
+
+    def hd_num_for(self, count: int, hd_num: int | None = None) -> int:
+        """Tiles a picture may take when `count` pictures come together; `hd_num` overrides the single-picture value."""
+        if count > 1:
+            return self.hd_num_several
+        return self.hd_num if hd_num is None else hd_num
+
+    def preprocess(self, images, hd_num: int | None = None, training: bool = False, where: str = "", **kwargs):
+        """Tiles of pictures.
+
+        Args:
+            images: one picture or a list (path, bytes, PIL image or uint8 array each).
+            hd_num: tiles of a picture at most.
+            training: the training transform instead of the inference one.
+            where: what the pictures belong to, for messages.
+
+        Returns:
+            float32 `(t, 3, S, S)` and the list of grids.
+        """
+        if not isinstance(images, (list, tuple)):
+            images = [images]
+        limit = self.hd_num_training if training and hd_num is None else self.hd_num_for(len(images), hd_num)
+        limit = hd_num if training and hd_num is not None else limit
+        tiles, grids = [], []
+        for source in images:
+            padded = partition_image(load_image(source, where), limit, self.image_size, training)
+            grids.append(Grid(padded.height // self.image_size, padded.width // self.image_size))
+            tiles.append(image_to_tiles(padded, self.image_size))
+        if not tiles:
+            return np.zeros((0, 3, self.image_size, self.image_size), np.float32), []
+        return np.concatenate(tiles), grids
+
+    def token_count(self, grid: Grid) -> int:
+        """Positions a picture takes in the sequence."""
+        return image_token_count(grid, self.tokens_per_side)
+
+
+@MindFormerRegister.register(MindFormerModuleType.PROCESSOR)
+class IXC25Processor(ProcessorMixin):
+    """Text and pictures to samples.
+
+    Args:
+        image_processor: turns pictures into tiles.
+        tokenizer: turns text into ids.
+    """
+
+    attributes = ["image_processor", "tokenizer"]
+    image_processor_class = "IXC25ImageProcessor"
+    tokenizer_class = "InternLM2Tokenizer"
+
+    def __init__(self, image_processor: IXC25ImageProcessor | None = None, tokenizer: InternLM2Tokenizer | None = None,
+                 **kwargs):
+        # MindFormers' own check knows only classes inside its package; these two are checked here
+        if not isinstance(tokenizer, InternLM2Tokenizer):
+            raise TypeError(f"tokenizer must be an InternLM2Tokenizer, found {type(tokenizer).__name__}.")
+        image_processor = image_processor or IXC25ImageProcessor()
+        if not isinstance(image_processor, IXC25ImageProcessor):
+            raise TypeError(f"image_processor must be an IXC25ImageProcessor, found {type(image_processor).__name__}.")
+        self.config = {"image_processor": image_processor, "tokenizer": tokenizer, **kwargs}
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+        self.end_of_turn_id = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self.pad_token_id = tokenizer.pad_token_id
+
+    @classmethod
+    def from_pretrained(cls, yaml_name_or_path, **kwargs) -> IXC25Processor:
+        """Builds the processor of a model directory from its config.json and tokenizer.model."""
+        directory = Path(yaml_name_or_path)
+        path = directory / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; a model directory holds config.json and the tokenizer.")
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        vision = fields.get("vision_config") or {}
+        options = {key: vision[key] for key in ("image_size", "patch_size") if key in vision}
+        options.update({"hd_num": fields["hd_num"]} if "hd_num" in fields else {})
+        return cls(IXC25ImageProcessor(**options), InternLM2Tokenizer.from_pretrained(str(directory)))
+
+    def save_pretrained(self, save_directory=None, save_name: str = "mindspore_model", **kwargs) -> None:
+        """Writes the tokenizer's files; the image processor's sizes are in the model's config.json."""
+        os.makedirs(save_directory, exist_ok=True)
+        self.tokenizer.save_pretrained(str(save_directory))
+
+    def __call__(self, text_input: str | None = None, image_input=None, **kwargs) -> dict[str, np.ndarray]:
+        """Encodes one chat prompt; see `encode_chat` for the further arguments.
+
+        Returns:
+            `input_ids`, `image_mask`, `vision_index` of shape `(1, n)` and `pixel_values` `(1, t, 3, S, S)`.
+        """
+        images = [] if image_input is None else image_input
+        sample = self.encode_chat(text_input or "", images if isinstance(images, (list, tuple)) else [images], **kwargs)
+        index = sample.vision_index(max(1, sample.tiles))
+        return {"input_ids": sample.input_ids[None], "image_mask": sample.image_mask[None],
+                "vision_index": index[None], "pixel_values": sample.pixel_values[None]}
+
+    def encode_chat(self, query: str, images: Sequence = (), history: Sequence[tuple[str, str]] = (),
+                    meta_instruction: str = "", hd_num: int | None = None) -> EncodedSample:
+        """Encodes a chat prompt.
+
+        Args:
+            query: the question; `<ImageHere>` marks a picture's place.
+            images: pictures of the whole conversation, in the order of their places.
+            history: finished rounds (question, answer).
+            meta_instruction: system turn; empty for none.
+            hd_num: tiles of a single picture at most.
+
+        Raises:
+            PromptError: when places and pictures differ in number, or there is nothing to ask.
+            ImageError: for a picture that cannot be read.
+        """
+        images = list(images or [])
+        if not query.strip() and not images:
+            raise PromptError("The query is empty and there is no picture; ask something.")
+        parts, in_front = split_at_placeholders(chat_text(query, history, meta_instruction), len(images))
+        pixels, grids = self.image_processor.preprocess(images, hd_num)
+        # a single picture without a place stands behind <s> and in front of the first turn
+        parts = ["", *parts] if in_front else parts
+        return self._assemble([(part, i == 0) for i, part in enumerate(parts)], False, pixels, grids)
+
+    def encode_conversation(self, turns: Sequence[tuple[str, str]], images: Sequence = (), where: str = "",
+                            hd_num: int | None = None) -> EncodedSample:
+        """Encodes a conversation for training.
+
+        As in the public code, a single picture without a place stands before `<s>` here. A leading system turn is
+        tokenised with the rest but never carries loss (the public code would swap questions and answers).
+
+        Args:
+            turns: (role, text) from user and assistant in turn, after an optional system turn.
+            images: pictures in the order of their places.
+            where: what the conversation belongs to, for messages.
+            hd_num: tiles of a picture at most.
+
+        Raises:
+            PromptError: when places and pictures differ in number.
+            ImageError: for a picture that cannot be read.
+        """
+        turns = list(turns)
+        system = turn("system", turns.pop(0)[1].strip()) if turns and turns[0][0] == "system" else ""
+        text = training_text(turns, self.tokenizer.eos_token)
+        parts, in_front = split_at_placeholders(system + text, len(images), where)
+        pixels, grids = self.image_processor.preprocess(list(images), hd_num, training=True, where=where)
+        sample = self._assemble([(part, i == 0) for i, part in enumerate(parts)], in_front, pixels, grids)
+        ids = np.where(sample.image_mask == 1, IGNORE_INDEX, sample.input_ids)
+        skip = 0
+        if system:
+            skip = int(np.flatnonzero(ids == self.end_of_turn_id)[0]) + 1
+        sample.labels[skip:] = mask_labels(ids[skip:], self.end_of_turn_id, self.tokenizer.eos_token_id)
+        return sample
+
+    def conversation_length(self, turns: Sequence[tuple[str, str]], image_sizes: Sequence[tuple[int, int]] = (),
+                            hd_num: int | None = None, where: str = "") -> tuple[int, int]:
+        """Positions and tiles `encode_conversation` would give, from the pictures' (width, height) alone."""
+        turns = list(turns)
+        system = turn("system", turns.pop(0)[1].strip()) if turns and turns[0][0] == "system" else ""
+        text = system + training_text(turns, self.tokenizer.eos_token)
+        parts, _ = split_at_placeholders(text, len(image_sizes), where)
+        limit = self.image_processor.hd_num_training if hd_num is None else hd_num
+        grids = [plan_partition(w, h, limit, self.image_processor.image_size, training=True).grid
+                 for w, h in image_sizes]
+        positions = 1 + sum(len(self.tokenizer.encode_text(part)) for part in parts)
+        positions += sum(self.image_processor.token_count(grid) for grid in grids)
+        return positions, sum(grid.tiles + 1 for grid in grids)
+
+    def _assemble(self, parts: list[tuple[str, bool]], image_in_front: bool, pixels: np.ndarray,
+                  grids: list[Grid]) -> EncodedSample:
+        """Joins text parts and pictures; a part's flag asks for `<s>` before it."""
+        texts = [self.tokenizer.encode_text(part, bos) for part, bos in parts]
+        spans = [[self.pad_token_id] * self.image_processor.token_count(grid) for grid in grids]
+        texts = [[], *texts] if image_in_front else texts
+        ids, mask = list(texts[0]), [0] * len(texts[0])
+        for span, text in zip(spans, texts[1:]):
+            ids += span + text
+            mask += [1] * len(span) + [0] * len(text)
+        ids = np.array(ids, np.int32)
+        return EncodedSample(ids, np.full(len(ids), IGNORE_INDEX, np.int32), np.array(mask, np.int32), grids, pixels,
+                             self.image_processor.tokens_per_side)

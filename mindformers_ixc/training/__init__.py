@@ -1,0 +1,1 @@
+"""Training recipes: the trainer, its step wrappers and what it writes at the end."""

@@ -1,0 +1,175 @@
+"""The `mindformers` command: its arguments, and what must happen before MindFormers is imported.
+
+MindFormers logs to standard output and decides its log folder while it is imported, and importing anything of
+`mindformers_ixc` imports it. So this module stands outside the package: it reads the arguments, sends standard output
+to standard error (answers get a stream of their own), chooses the log folder and only then imports the work.
+"""
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import TextIO
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the examples."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="mindformers", formatter_class=Help,
+        description="Train InternLM-XComposer-2.5 with MindFormers and talk to it.",
+        epilog="example:\n  mindformers run --config yaml_configs/ixc25_sft_tiny.yaml --output_dir out")
+    parser.add_argument("--version", action="version", version=f"mindformers_ixc {version('mindformers_ixc')}")
+    commands = parser.add_subparsers(dest="command", metavar="{run,chat,eval}")
+    _add_run(commands)
+    _add_chat(commands)
+    _add_eval(commands)
+    return parser
+
+
+def _add_run(commands) -> None:
+    run = commands.add_parser(
+        "run", formatter_class=Help, help="train, finetune or predict from a YAML file",
+        description="Runs MindFormers' Trainer from a YAML file. Any key of the file can be overridden: "
+                    "--runner_config.epochs 3.",
+        epilog="examples:\n  mindformers run --config yaml_configs/ixc25_sft_tiny.yaml --output_dir out\n"
+               "  mindformers run --config my.yaml --run_mode finetune --load_checkpoint out/model "
+               "--lr_schedule.learning_rate 1e-4")
+    run.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    run.add_argument("--run_mode", choices=["train", "finetune", "predict"], help="overrides the file's run_mode")
+    run.add_argument("--register_path", metavar="DIR", help="folder of further modules for `auto_register`")
+    run.add_argument("--output_dir", metavar="DIR", help="where everything the run writes goes")
+    run.add_argument("--load_checkpoint", metavar="PATH", help="weights to start from: a model directory or file")
+    run.add_argument("--use_parallel", metavar="BOOL", help="run under msrun with the file's parallel_config")
+    run.add_argument("--predict_data", metavar="FILE", help="questions for run_mode predict, one JSON object a line")
+
+
+def _add_generation(parser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="model directory, such as OUT/model")
+    parser.add_argument("--mode", choices=["base", "write", "web"], default="base", help="task LoRAs in use")
+    parser.add_argument("--hd_num", type=int, metavar="N", help="tiles of the dynamic partition at most (default: the "
+                        "model directory's, else 24, and 6 with several pictures)")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="length of an answer at most")
+    parser.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
+    parser.add_argument("--verbose", action="store_true", help="show the libraries' logs on standard error")
+
+
+def _add_chat(commands) -> None:
+    chat = commands.add_parser(
+        "chat", formatter_class=Help, help="ask about pictures, once or interactively",
+        description="Prints the answer, and nothing else, on standard output. Without a question it is interactive.",
+        epilog="examples:\n  mindformers chat --model out/model --image photo.jpg \"What is shown?\"\n"
+               "  mindformers chat --model out/model")
+    _add_generation(chat)
+    chat.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    chat.add_argument("--meta_instruction", default="", metavar="TEXT", help="system turn (default: none)")
+    chat.add_argument("--do_sample", action="store_true", help="sample instead of taking the likeliest token")
+    chat.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of sampling")
+    chat.add_argument("--top_p", type=float, default=0.8, metavar="X", help="of sampling")
+    chat.add_argument("--num_beams", type=int, default=1, metavar="N", help="beam search over N beams")
+    chat.add_argument("--repetition_penalty", type=float, default=1.0, metavar="X", help="1 is none")
+    chat.add_argument("--seed", type=int, metavar="N", help="of sampling")
+    chat.add_argument("question", nargs="?", help="the question; left out: an interactive session")
+
+
+def _add_eval(commands) -> None:
+    evaluate = commands.add_parser(
+        "eval", formatter_class=Help, help="exact match over a conversation file",
+        description="Answers every question of a conversation file and counts the answers that equal the file's. The "
+                    "last line of standard output is the exact match.",
+        epilog="example:\n  mindformers eval --model out/model --data train.json --shuffle_images")
+    _add_generation(evaluate)
+    evaluate.set_defaults(max_new_tokens=64)
+    evaluate.add_argument("--data", required=True, metavar="FILE", help="conversations, as for training")
+    evaluate.add_argument("--image_folder", metavar="DIR", help="where relative picture paths start")
+    evaluate.add_argument("--batch_size", type=int, default=4, metavar="N", help="questions answered at once")
+    evaluate.add_argument("--shuffle_images", action="store_true",
+                          help="give every question another sample's picture: a model that looks must get worse")
+    evaluate.add_argument("--predictions", metavar="FILE", help="write question, answer and expectation as JSON lines")
+
+
+def claim_stdout() -> TextIO:
+    """Sends descriptor 1 to standard error from now on and returns a stream to the real standard output."""
+    sys.stdout.flush()
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+def log_folder(arguments: argparse.Namespace) -> Path:
+    """Where logs go: inside a run's output, or in the user's cache for a mere question."""
+    if arguments.command == "run":
+        return Path(arguments.output_dir or _yaml_output_dir(arguments.config) or "output") / "log"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "mindformers_ixc" / "log"
+
+
+def _yaml_output_dir(path: str) -> str | None:
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("output_dir")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        return None   # the run itself reports what is wrong with the file
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' warnings off the terminal; they still reach the log folder."""
+    os.environ.setdefault("GLOG_v", "3")             # MindSpore: 3 = errors only
+    warnings.filterwarnings("ignore")
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `mindformers` command.
+
+    Args:
+        argv: arguments without the program's name; by default the process's.
+
+    Returns:
+        Exit code: 0, or 1 after an error in the input, whose sentence is the last line on standard error.
+    """
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    if rest and arguments.command != "run":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    arguments.answers = claim_stdout()
+    os.environ.setdefault("LOG_MF_PATH", str(log_folder(arguments).resolve()))
+    if not getattr(arguments, "verbose", True):
+        quiet_libraries()
+    try:
+        return _command(arguments.command)(arguments) or 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        # input errors are sentences of this package or of the system; a traceback would bury them
+        if os.environ.get("MINDFORMERS_IXC_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _command(name: str):
+    if name == "run":
+        from mindformers_ixc.cli.run import run
+        return run
+    if name == "chat":
+        from mindformers_ixc.cli.chat import chat
+        return chat
+    from mindformers_ixc.cli.evaluate import evaluate
+    return evaluate
+
+
+if __name__ == "__main__":
+    sys.exit(main())
