@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from mindformers_ixc.config import RUNTIME_FIELDS, ConfigError, IXC25Config, IXC25VisionConfig
+from mindformers_ixc.data.dataset import check_dataset_section
 
 RUN_MODES = ("train", "finetune", "predict")
 
@@ -122,6 +123,8 @@ def check_fields(fields: dict, source: str) -> None:
                          source, f"{name}.")
     _check_typed_sections(fields, source)
     _check_model(fields, source)
+    if (fields.get("train_dataset_task") or {}).get("type") == "IXC25SFTDataset":
+        check_dataset_section(fields["train_dataset"])
 
 
 def _check_typed_sections(fields: dict, source: str) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from mindformers.models.image_processing_utils import BaseImageProcessor
 from mindformers.models.processing_utils import ProcessorMixin
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+
 from mindformers_ixc.processing.image import (
     HD_NUM_SEVERAL,
     HD_NUM_SINGLE,

@@ -5,17 +5,21 @@ always looked up by piece, so any SentencePiece model with these pieces works.
 """
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import sentencepiece
-
 from mindformers.models.tokenization_utils import PreTrainedTokenizer
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+
 from mindformers_ixc.resources import resolve_path
 
 VOCAB_FILES_NAMES = {"vocab_file": "tokenizer.model"}
+
+# The class the public tokenizer_config.json names.
+PUBLIC_CLASS_NAME = "InternLMXComposer2Tokenizer"
 
 
 @MindFormerRegister.register(MindFormerModuleType.TOKENIZER)
@@ -118,6 +122,25 @@ class InternLM2Tokenizer(PreTrainedTokenizer):
     def create_token_type_ids_from_sequences(self, token_ids_0, token_ids_1=None):
         """Zeros: the model has no token types."""
         return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
+
+    def save_pretrained(self, save_directory: str, save_name: str = "", file_format: str = "json",
+                        save_json: bool = True, **kwargs) -> None:
+        """Writes `tokenizer.model` and `tokenizer_config.json`, in the form of the public model directory.
+
+        Args:
+            save_directory: made if missing.
+            save_name: as in MindFormers; unused, the public names are fixed.
+            file_format: as in MindFormers; only JSON is written.
+            save_json: as in MindFormers; only JSON is written.
+            **kwargs: ignored.
+        """
+        os.makedirs(save_directory, exist_ok=True)
+        fields = {"tokenizer_class": PUBLIC_CLASS_NAME, "add_bos_token": self.add_bos_token,
+                  "add_eos_token": self.add_eos_token, "clean_up_tokenization_spaces": False}
+        fields.update({name: str(getattr(self, name)) for name in ("unk_token", "bos_token", "eos_token", "pad_token")})
+        path = Path(save_directory) / "tokenizer_config.json"
+        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        self.save_vocabulary(save_directory)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Copies the SentencePiece model into a directory.

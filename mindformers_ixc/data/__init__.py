@@ -1,0 +1,1 @@
+"""Host code: conversation files to batches of fixed shapes."""

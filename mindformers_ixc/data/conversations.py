@@ -1,0 +1,247 @@
+"""Conversation files to checked samples; no pixels are decoded here.
+
+A source is a JSON list of `{"id", "conversations": [{"from", "value"}, ...], "image"}`, in the form of the public
+fine-tuning scripts or of LLaVA. A list file names sources and how many thousand samples to take from each.
+"""
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
+from mindformers_ixc.resources import resolve_path
+
+ROLES = {"human": "user", "user": "user", "bot": "assistant", "gpt": "assistant", "assistant": "assistant",
+         "system": "system"}
+
+# LLaVA's marker; its data puts it on a line of its own before or after the question.
+LLAVA_PLACEHOLDER = "<image>"
+
+# A message lists this many bad samples; the rest are counted.
+LISTED_ERRORS = 10
+
+# Scans below this many samples finish before a progress bar would be read.
+PROGRESS_FROM = 1000
+
+
+class DataError(ValueError):
+    """Training data that cannot be used; the message names file, sample and field."""
+
+
+@dataclass
+class Conversation:
+    """One sample of a source.
+
+    Attributes:
+        source: file it comes from.
+        index: position in that file.
+        id: the file's own id.
+        turns: (role, text), user and assistant in turn, after an optional system turn.
+        images: paths in the order of their places.
+        sizes: (width, height) of each picture, filled in by the scan.
+    """
+
+    source: str
+    index: int
+    id: object
+    turns: list[tuple[str, str]]
+    images: list[Path] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def where(self) -> str:
+        """Names the sample in messages."""
+        return f"{self.source}, sample {self.index} (id {self.id!r})"
+
+
+def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None) -> list[Conversation]:
+    """Reads one JSON source and checks its structure.
+
+    Args:
+        path: JSON file; `pkg:` paths work.
+        image_folder: where relative picture paths start; by default the JSON's folder, then the working directory.
+
+    Raises:
+        DataError: listing what is wrong with which samples.
+        FileNotFoundError: when the file is missing.
+    """
+    file = resolve_path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"The data file {path} does not exist.")
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path} must hold a JSON list of samples, found {type(rows).__name__}.")
+    if not rows:
+        raise DataError(f"{path} holds no samples.")
+    folders = [Path(image_folder)] if image_folder else []
+    folders += [file.parent, Path()]
+    samples, errors = [], []
+    for index, row in enumerate(rows):
+        try:
+            samples.append(_read_sample(row, str(path), index, folders))
+        except DataError as error:
+            errors.append(str(error))
+    raise_errors(errors)
+    return samples
+
+
+def raise_errors(errors: Sequence[str]) -> None:
+    """Raises one `DataError` for all errors found, if any."""
+    if errors:
+        more = f"\n... and {len(errors) - LISTED_ERRORS} more" if len(errors) > LISTED_ERRORS else ""
+        raise DataError("\n".join(errors[:LISTED_ERRORS]) + more)
+
+
+def _read_sample(row, source: str, index: int, folders: list[Path]) -> Conversation:
+    where = f"{source}, sample {index}"
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a sample must be a mapping, found {type(row).__name__}.")
+    where += f" (id {row.get('id')!r})"
+    turns = _read_turns(row.get("conversations"), where)
+    images = row.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise DataError(f"{where}, field image: must be a path or a list of paths, found {row['image']!r}.")
+    turns = _unify_placeholders(turns, len(images))
+    places = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
+    if places != len(images) and not (places == 0 and len(images) == 1):
+        raise DataError(f"{where}, field conversations: {places} {IMAGE_PLACEHOLDER} for {len(images)} pictures; give "
+                        "every picture its place (only a single picture may go without).")
+    return Conversation(source, index, row.get("id"), turns, [_find_image(image, folders, where) for image in images])
+
+
+def _read_turns(rows, where: str) -> list[tuple[str, str]]:
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{where}, field conversations: must be a list of turns, found {rows!r:.60}.")
+    turns = []
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("value"), str) or "from" not in row:
+            raise DataError(f"{where}, field conversations[{i}]: needs 'from' and a text 'value', found {row!r:.80}.")
+        role = ROLES.get(str(row["from"]).lower())
+        if role is None:
+            raise DataError(f"{where}, field conversations[{i}].from: {row['from']!r} is no role; the choices are "
+                            f"{', '.join(ROLES)}.")
+        turns.append((role, row["value"]))
+    start = 1 if turns[0][0] == "system" else 0
+    for i, (role, _) in enumerate(turns[start:]):
+        expected = ("user", "assistant")[i % 2]
+        if role != expected:
+            raise DataError(f"{where}, field conversations[{start + i}].from: expected a turn of the {expected}, found "
+                            f"one of the {role}; questions and answers must alternate.")
+    if (len(turns) - start) % 2 or len(turns) == start:
+        raise DataError(f"{where}, field conversations: ends without an answer.")
+    return turns
+
+
+def _unify_placeholders(turns: list[tuple[str, str]], images: int) -> list[tuple[str, str]]:
+    """LLaVA's `<image>` as `<ImageHere>`; its single leading picture takes the public form, in front of everything."""
+    if images == 0 or any(IMAGE_PLACEHOLDER in text for _, text in turns):
+        return turns
+    if images == 1 and sum(text.count(LLAVA_PLACEHOLDER) for _, text in turns) == 1:
+        return [(role, text.replace(LLAVA_PLACEHOLDER, "").strip()) if LLAVA_PLACEHOLDER in text else (role, text)
+                for role, text in turns]
+    return [(role, text.replace(LLAVA_PLACEHOLDER, IMAGE_PLACEHOLDER)) for role, text in turns]
+
+
+def _find_image(image: str, folders: list[Path], where: str) -> Path:
+    for folder in folders:
+        if (folder / image).is_file():
+            return folder / image
+    tried = ", ".join(str(folder / image) for folder in folders)
+    raise DataError(f"{where}, field image: the picture {image} does not exist (tried {tried}).")
+
+
+def load_sources(dataset_dir, image_folder: str | None = None, seed: int = 0) -> list[Conversation]:
+    """Reads everything `dataset_dir` names.
+
+    Args:
+        dataset_dir: a `.json` source, a `.txt` list file (`<json> <thousands>` a line), or a list of these.
+        image_folder: where relative picture paths start.
+        seed: of the choice among a source's samples when it is down-sampled.
+
+    Raises:
+        DataError: for bad sources; see `load_conversations`.
+    """
+    if isinstance(dataset_dir, (list, tuple)):
+        return [sample for path in dataset_dir for sample in load_sources(path, image_folder, seed)]
+    if not dataset_dir:
+        raise DataError("train_dataset.data_loader.dataset_dir is empty; name a .json or .txt file.")
+    if not str(dataset_dir).endswith(".txt"):
+        return load_conversations(dataset_dir, image_folder)
+    samples = []
+    for path, count in read_list_file(dataset_dir):
+        source = load_conversations(path, image_folder)
+        samples += resample(source, count, random.Random(f"{seed} {path}"))
+    return samples
+
+
+def read_list_file(path: str | os.PathLike) -> list[tuple[Path, int]]:
+    """Sources of a list file with the number of samples to take from each.
+
+    Raises:
+        DataError: for a line that is not `<json> <thousands>`, a missing source or a file without sources.
+    """
+    file = resolve_path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"The list file {path} does not exist.")
+    sources = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        line = line.split("#")[0].strip()
+        if not line:
+            continue
+        name, _, thousands = line.rpartition(" ")
+        try:
+            count = round(float(thousands) * 1000)
+        except ValueError:
+            count = 0
+        if not name or count < 1:
+            raise DataError(f"{path}, line {number}: expected `<json path> <number of samples in thousands, above 0>`, "
+                            f"found {line!r}.")
+        candidates = [file.parent / name.strip(), Path(name.strip())]
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is None:
+            raise DataError(f"{path}, line {number}: the source {name.strip()} does not exist (tried "
+                            f"{candidates[0]} and {candidates[1].resolve()}).")
+        sources.append((found, count))
+    if not sources:
+        raise DataError(f"{path} names no sources.")
+    return sources
+
+
+def resample(samples: Sequence, count: int, rng: random.Random) -> list:
+    """`count` samples: every sample as often as any other, and the rest drawn without repetition."""
+    whole, rest = divmod(count, len(samples))
+    return list(samples) * whole + rng.sample(list(samples), rest)
+
+
+def read_image_sizes(samples: Sequence[Conversation]) -> None:
+    """Fills in the pictures' sizes from their headers.
+
+    Raises:
+        DataError: listing the pictures that Pillow cannot open.
+    """
+    known: dict[Path, tuple[int, int]] = {}
+    errors = []
+    progress = tqdm(samples, desc="reading picture sizes", unit="sample", disable=len(samples) < PROGRESS_FROM)
+    for sample in progress:
+        if sample.sizes:
+            continue
+        try:
+            for path in sample.images:
+                if path not in known:
+                    with Image.open(path) as image:
+                        known[path] = image.size
+            sample.sizes = [known[path] for path in sample.images]
+        except (UnidentifiedImageError, OSError) as error:
+            errors.append(f"{sample.where}, field image: {path} cannot be opened as a picture ({error}).")
+    raise_errors(errors)
