@@ -25,6 +25,7 @@ from mindformers_ixc.processing.image import (
     plan_partition,
 )
 from mindformers_ixc.processing.prompt import (
+    ANSWER_PREFIX,
     END_OF_TURN,
     IGNORE_INDEX,
     PromptError,
@@ -190,6 +191,7 @@ class IXC25Processor(ProcessorMixin):
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.end_of_turn_id = tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self.pad_token_id = tokenizer.pad_token_id
+        self.prefix_length = len(tokenizer.encode_text(ANSWER_PREFIX))
 
     @classmethod
     def from_pretrained(cls, yaml_name_or_path, **kwargs) -> IXC25Processor:
@@ -272,7 +274,7 @@ class IXC25Processor(ProcessorMixin):
         skip = 0
         if system:
             skip = int(np.flatnonzero(ids == self.end_of_turn_id)[0]) + 1
-        sample.labels[skip:] = mask_labels(ids[skip:], self.end_of_turn_id, self.tokenizer.eos_token_id)
+        sample.labels[skip:] = mask_labels(ids[skip:], self.end_of_turn_id, self.tokenizer.eos_token_id, self.prefix_length)
         return sample
 
     def conversation_length(self, turns: Sequence[tuple[str, str]], image_sizes: Sequence[tuple[int, int]] = (),

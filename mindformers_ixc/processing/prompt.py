@@ -12,9 +12,8 @@ END_OF_TURN = "[UNUSED_TOKEN_145]"
 # Positions with this label carry no loss.
 IGNORE_INDEX = -100
 
-# A question's mask reaches this many positions past its end of turn: newline, start of turn, `assistant`, newline. In
-# the public tokenizer that prefix is five tokens, hence end of turn + 5 (measured on the reference labels).
-ANSWER_PREFIX = 6
+# What stands between a question's end of turn and its answer; its tokens carry no loss.
+ANSWER_PREFIX = f"\n{START_OF_TURN}assistant\n"
 
 
 class PromptError(ValueError):
@@ -64,7 +63,7 @@ def split_at_placeholders(text: str, images: int, where: str = "") -> tuple[list
     return parts, False
 
 
-def mask_labels(ids: np.ndarray, end_of_turn: int, eos: int) -> np.ndarray:
+def mask_labels(ids: np.ndarray, end_of_turn: int, eos: int, prefix_length: int = 5) -> np.ndarray:
     """Training labels of a conversation's ids, not shifted.
 
     Questions are masked from the answer before them up to the start of the next answer; the answer with its end of turn
@@ -75,6 +74,7 @@ def mask_labels(ids: np.ndarray, end_of_turn: int, eos: int) -> np.ndarray:
         ids: int `(n,)`; image positions hold -100.
         end_of_turn: id of the end-of-turn token.
         eos: id of `</s>`.
+        prefix_length: tokens of `ANSWER_PREFIX` (5 in the public tokenizer).
 
     Returns:
         int32 `(n,)`.
@@ -84,7 +84,7 @@ def mask_labels(ids: np.ndarray, end_of_turn: int, eos: int) -> np.ndarray:
     for i, token in enumerate(ids):
         if token == end_of_turn:
             if ends % 2 == 0:
-                labels[answer_end:i + ANSWER_PREFIX] = IGNORE_INDEX
+                labels[answer_end:i + 1 + prefix_length] = IGNORE_INDEX
             else:
                 answer_end = i + 1
             ends += 1

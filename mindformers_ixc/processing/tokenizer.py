@@ -88,8 +88,8 @@ class InternLM2Tokenizer(PreTrainedTokenizer):
         return self.sp_model.IdToPiece(index)
 
     def encode_text(self, text: str, add_bos: bool = False) -> list[int]:
-        """Ids of a text exactly as SentencePiece gives them, with `<s>` in front if asked."""
-        ids = self.sp_model.encode(text)
+        """Ids of a text, with `<s>` in front if asked; special tokens written out in the text count as such."""
+        ids = self.convert_tokens_to_ids(self.tokenize(text)) if text else []
         return [self.bos_token_id, *ids] if add_bos else ids
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
