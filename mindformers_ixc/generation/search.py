@@ -50,10 +50,8 @@ def greedy_or_sample(decoder: Decoder, options: GenerationOptions, batch: int,
     logits = decoder.prefill()
     for step in range(options.max_new_tokens):
         scores = apply_repetition_penalty(logits.astype(np.float32), generated, options.repetition_penalty)
-        if options.do_sample:
-            tokens = sample_rows(warp(scores, options), 1, generators)[:, 0]
-        else:
-            tokens = scores.argmax(-1)
+        drawn = sample_rows(warp(scores, options), 1, generators)[:, 0] if options.do_sample else None
+        tokens = scores.argmax(-1) if drawn is None else drawn
         shown: list[int | None] = []
         for row in range(batch):
             shown.append(int(tokens[row]) if running[row] else None)
@@ -181,4 +179,5 @@ def _best(hypotheses: Hypotheses, done: bool, running: list[list[int]], totals: 
         for ids, total in zip(running, totals):
             hypotheses.add(ids, float(total))
     ids = list(hypotheses.beams[0][1])
-    return ids + [options.stop_token_ids[0]] if len(ids) < options.max_new_tokens and options.stop_token_ids else ids
+    ended = len(ids) < options.max_new_tokens and options.stop_token_ids
+    return [*ids, options.stop_token_ids[0]] if ended else ids

@@ -1,8 +1,8 @@
 """Partial LoRA and the task LoRAs as PET types: train those pairs, freeze everything else.
 
 IXC2.5 carries its low-rank pairs in its own linears, so nothing is replaced: the PET type decides what trains. The
-pairs of a fresh model start at zero effect; those of a checkpoint go on from where they are. `freeze_exclude` lets more parts
-train beside them, as with MindFormers' own `lora`.
+pairs of a fresh model start at zero effect; those of a checkpoint go on from where they are. `freeze_exclude` lets more
+parts train beside them, as with MindFormers' own `lora`.
 """
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Pictures to tiles: dynamic image partition, global view, and the vision-table rows of the global-local format.
 
 Everything whose shape depends on the picture is decided here, on the host. A picture is resized so that its tiles fill
-the budget `hd_num`, padded with white to whole tiles and cut; the whole picture, shrunk to one tile, is the global view.
+the budget `hd_num`, padded with white to whole tiles and cut; the picture shrunk to one tile is the global view.
 """
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def plan_partition(width: int, height: int, hd_num: int, tile_size: int = 560, t
     new_width = scale * tile_size
     new_height = int(new_width / ratio)
     if new_height < 1:
-        raise ImageError(f"A picture of {width} x {height} pixels is too elongated: resized to a width of {new_width} its "
-                         "height would be 0. Crop it or raise hd_num.")
+        raise ImageError(f"A picture of {width} x {height} pixels is too elongated: resized to a width of {new_width} "
+                         "its height would be 0. Crop it or raise hd_num.")
     rows = math.ceil(new_height / tile_size)
     missing = rows * tile_size - new_height
     top = int(missing / 2) if training else 0
@@ -245,7 +245,8 @@ def load_image(source, where: str = "") -> Image.Image:
     if isinstance(source, Image.Image):
         return _to_rgb(source, prefix, "the picture")
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (3, 4)):
+        flat_or_colour = source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))
+        if source.dtype != np.uint8 or not flat_or_colour:
             raise ImageError(f"{prefix}an array picture must be uint8 (H, W), (H, W, 3) or (H, W, 4); found "
                              f"{source.dtype} {source.shape}.")
         return Image.fromarray(source).convert("RGB")
@@ -277,7 +278,8 @@ def _to_rgb(image: Image.Image, prefix: str, name: str) -> Image.Image:
         image.load()
         if image.mode.startswith("I;16") or image.mode == "I":
             # Pillow clips 16 bits to 8; a scan would come out white
-            return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+            eight_bits = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+            return Image.fromarray(eight_bits).convert("RGB")
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ImageError(f"{prefix}{name} is damaged and cannot be decoded ({error}).") from error

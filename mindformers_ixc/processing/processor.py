@@ -150,8 +150,10 @@ class IXC25ImageProcessor(BaseImageProcessor):
         """
         if not isinstance(images, (list, tuple)):
             images = [images]
-        limit = self.hd_num_training if training and hd_num is None else self.hd_num_for(len(images), hd_num)
-        limit = hd_num if training and hd_num is not None else limit
+        if training:
+            limit = self.hd_num_training if hd_num is None else hd_num
+        else:
+            limit = self.hd_num_for(len(images), hd_num)
         tiles, grids = [], []
         for source in images:
             padded = partition_image(load_image(source, where), limit, self.image_size, training)
@@ -274,7 +276,8 @@ class IXC25Processor(ProcessorMixin):
         skip = 0
         if system:
             skip = int(np.flatnonzero(ids == self.end_of_turn_id)[0]) + 1
-        sample.labels[skip:] = mask_labels(ids[skip:], self.end_of_turn_id, self.tokenizer.eos_token_id, self.prefix_length)
+        sample.labels[skip:] = mask_labels(ids[skip:], self.end_of_turn_id, self.tokenizer.eos_token_id,
+                                           self.prefix_length)
         return sample
 
     def conversation_length(self, turns: Sequence[tuple[str, str]], image_sizes: Sequence[tuple[int, int]] = (),

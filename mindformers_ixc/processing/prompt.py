@@ -58,17 +58,17 @@ def split_at_placeholders(text: str, images: int, where: str = "") -> tuple[list
         return parts, True
     if len(parts) - 1 != images:
         prefix = f"{where}: " if where else ""
-        raise PromptError(f"{prefix}the text has {len(parts) - 1} {IMAGE_PLACEHOLDER} for {images} pictures; give every "
-                          "picture its place (only a single picture may go without).")
+        raise PromptError(f"{prefix}the text has {len(parts) - 1} {IMAGE_PLACEHOLDER} for {images} pictures; give "
+                          "every picture its place (only a single picture may go without).")
     return parts, False
 
 
 def mask_labels(ids: np.ndarray, end_of_turn: int, eos: int, prefix_length: int = 5) -> np.ndarray:
     """Training labels of a conversation's ids, not shifted.
 
-    Questions are masked from the answer before them up to the start of the next answer; the answer with its end of turn
-    carries loss, and so does everything after the last answer up to and including the first `eos`. A text that was cut
-    inside a question carries no loss there.
+    Questions are masked from the answer before them up to the start of the next answer; the answer with its end of
+    turn carries loss, and so does everything after the last answer up to and including the first `eos`. A text that was
+    cut inside a question carries no loss there.
 
     Args:
         ids: int `(n,)`; image positions hold -100.

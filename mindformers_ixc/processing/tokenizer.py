@@ -1,7 +1,7 @@
 """The SentencePiece tokenizer of InternLM2, as a MindFormers tokenizer.
 
-Only `<unk>`, `<s>` and `</s>` are special; `[UNUSED_TOKEN_k]`, which mark turns, are ordinary user-defined pieces. Ids are
-always looked up by piece, so any SentencePiece model with these pieces works.
+Only `<unk>`, `<s>` and `</s>` are special; `[UNUSED_TOKEN_k]`, which mark turns, are ordinary user-defined pieces. Ids
+are always looked up by piece, so any SentencePiece model with these pieces works.
 """
 from __future__ import annotations
 
