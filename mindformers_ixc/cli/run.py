@@ -75,7 +75,7 @@ def _run_trainer(fields: dict) -> None:
     build_context(config)
     trainer = Trainer(config)
     if config.run_mode == "predict":
-        trainer.predict()
+        trainer.predict(predict_checkpoint=config.load_checkpoint, input_data=config.input_data)
     elif config.run_mode == "finetune":
         trainer.finetune(finetune_checkpoint=config.load_checkpoint)
     else:

@@ -20,7 +20,8 @@ from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
 
 # Keys of the `train_dataset` section and the type each must have; MindFormers' own ones come last.
 DATASET_KEYS = {
-    "data_loader": dict, "tokenizer": dict, "seq_length": int, "max_tiles": int, "hd_num": int, "image_size": int,
+    "data_loader": dict, "tokenizer": dict, "seq_length": int, "max_tiles": int, "hd_num": int,
+    "image_transform": str, "image_size": int,
     "patch_size": int, "max_bad_share": float, "input_columns": list, "batch_size": int, "drop_remainder": bool,
     "num_parallel_workers": int, "python_multiprocessing": bool, "repeat": int, "seed": int, "prefetch_size": int,
     "numa_enable": bool,
@@ -222,8 +223,9 @@ class IXC25SFTDataset(BaseDataset):
                                    python_multiprocessing=bool(config.python_multiprocessing))
         dataset = dataset.project(list(config.input_columns or BATCH_COLUMNS))
         dataset = dataset.batch(config.batch_size, drop_remainder=True)
+        dataset = dataset.repeat(config.repeat) if (config.repeat or 1) > 1 else dataset
         dataset.conversations = table   # for the report at the end of a run
-        return dataset.repeat(config.repeat) if (config.repeat or 1) > 1 else dataset
+        return dataset
 
     @classmethod
     def _table(cls, config) -> tuple[ConversationTable, list[list[int]], bool]:
@@ -231,7 +233,8 @@ class IXC25SFTDataset(BaseDataset):
         loader = IXC25DataLoader(seed=config.seed or 0, **loader_options)
         tokenizer = build_tokenizer(dict(config.tokenizer))
         hd_num = config.hd_num or HD_NUM_TRAINING
-        images = IXC25ImageProcessor(config.image_size or 560, config.patch_size or 14, hd_num_training=hd_num)
+        images = IXC25ImageProcessor(config.image_size or 560, config.patch_size or 14, hd_num_training=hd_num,
+                                     training_transform=config.image_transform or "training")
         processor = IXC25Processor(images, tokenizer)
         samples = fit_samples(processor, loader.samples, config.seq_length, config.max_tiles, hd_num)
         kinds = [[i for i, sample in enumerate(samples) if bool(sample.images) == with_images]

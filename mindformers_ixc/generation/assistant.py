@@ -22,6 +22,10 @@ class Assistant:
     """
 
     def __init__(self, model, processor: IXC25Processor):
+        pieces = 0 if processor is None else len(processor.tokenizer)
+        if pieces > model.config.vocab_size:
+            raise ConfigError(f"The tokenizer has {pieces} pieces, more than the model's vocab_size "
+                              f"{model.config.vocab_size}; they do not belong together.")
         self.model, self.processor = model, processor
         self.engine = InferenceEngine(model)
 

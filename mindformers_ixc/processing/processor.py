@@ -38,6 +38,9 @@ from mindformers_ixc.processing.prompt import (
 )
 from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
 
+# Transforms of a picture that training may use.
+TRANSFORMS = ("training", "inference")
+
 
 @dataclass
 class EncodedSample:
@@ -114,19 +117,28 @@ class IXC25ImageProcessor(BaseImageProcessor):
         patch_size: side of a ViT patch (public 14); S / (2 * patch_size) tokens lie along a side of a tile.
         hd_num: tiles of a single picture at most in inference (public 24).
         hd_num_several: tiles of each picture when there are several (public 6).
-        hd_num_training: tiles of a picture in training (public 18).
+        hd_num_training: tiles of a picture at most in training (public 18).
+        training_transform: which transform training uses: `training`, the public one (scaled by 1.5, white padding
+            split between both sides), or `inference`, so that a model sees in training what it will be asked about.
+
+    Raises:
+        PromptError: for sizes that do not divide or an unknown transform.
     """
 
     model_input_names = ["pixel_values"]
 
     def __init__(self, image_size: int = 560, patch_size: int = 14, hd_num: int = HD_NUM_SINGLE,
-                 hd_num_several: int | None = None, hd_num_training: int = HD_NUM_TRAINING, **kwargs):
+                 hd_num_several: int | None = None, hd_num_training: int = HD_NUM_TRAINING,
+                 training_transform: str = "training", **kwargs):
         super().__init__(image_size=image_size, patch_size=patch_size, hd_num=hd_num, hd_num_several=hd_num_several,
-                         hd_num_training=hd_num_training, **kwargs)
+                         hd_num_training=hd_num_training, training_transform=training_transform, **kwargs)
+        if training_transform not in TRANSFORMS:
+            raise PromptError(f"image_transform is {training_transform!r}; the choices are {', '.join(TRANSFORMS)}.")
         if image_size % (2 * patch_size):
             raise PromptError(f"image_size {image_size} is not a multiple of {2 * patch_size}, twice the patch size.")
         self.image_size, self.patch_size = image_size, patch_size
         self.hd_num, self.hd_num_training = hd_num, hd_num_training
+        self.training_transform = training_transform
         self.hd_num_several = min(hd_num, HD_NUM_SEVERAL) if hd_num_several is None else hd_num_several
         self.tokens_per_side = image_size // (2 * patch_size)
 
@@ -142,7 +154,7 @@ class IXC25ImageProcessor(BaseImageProcessor):
         Args:
             images: one picture or a list (path, bytes, PIL image or uint8 array each).
             hd_num: tiles of a picture at most.
-            training: the training transform instead of the inference one.
+            training: encode for training: `training_transform` and `hd_num_training`.
             where: what the pictures belong to, for messages.
 
         Returns:
@@ -154,9 +166,10 @@ class IXC25ImageProcessor(BaseImageProcessor):
             limit = self.hd_num_training if hd_num is None else hd_num
         else:
             limit = self.hd_num_for(len(images), hd_num)
+        training_transform = training and self.training_transform == "training"
         tiles, grids = [], []
         for source in images:
-            padded = partition_image(load_image(source, where), limit, self.image_size, training)
+            padded = partition_image(load_image(source, where), limit, self.image_size, training_transform)
             grids.append(Grid(padded.height // self.image_size, padded.width // self.image_size))
             tiles.append(image_to_tiles(padded, self.image_size))
         if not tiles:
@@ -287,9 +300,10 @@ class IXC25Processor(ProcessorMixin):
         system = turn("system", turns.pop(0)[1].strip()) if turns and turns[0][0] == "system" else ""
         text = system + training_text(turns, self.tokenizer.eos_token)
         parts, _ = split_at_placeholders(text, len(image_sizes), where)
-        limit = self.image_processor.hd_num_training if hd_num is None else hd_num
-        grids = [plan_partition(w, h, limit, self.image_processor.image_size, training=True).grid
-                 for w, h in image_sizes]
+        images = self.image_processor
+        limit = images.hd_num_training if hd_num is None else hd_num
+        training = images.training_transform == "training"
+        grids = [plan_partition(w, h, limit, images.image_size, training).grid for w, h in image_sizes]
         positions = 1 + sum(len(self.tokenizer.encode_text(part)) for part in parts)
         positions += sum(self.image_processor.token_count(grid) for grid in grids)
         return positions, sum(grid.tiles + 1 for grid in grids)

@@ -1,10 +1,13 @@
 """The trainer: MindFormers' causal-language-modelling trainer, plus what a vision-language model needs around it."""
 from __future__ import annotations
 
+import json
 import os
 import sys
+from pathlib import Path
 
 import mindspore as ms
+from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers.tools.utils import get_output_root_path
@@ -12,11 +15,15 @@ from mindformers.trainer.causal_language_modeling import CausalLanguageModelingT
 
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
 from mindformers_ixc.config import ConfigError
+from mindformers_ixc.data.requests import read_requests
 from mindformers_ixc.training.wrapper import portable_wrapper
 
+# Questions answered at once by run_mode predict, unless the YAML's predict_batch_size says otherwise.
+PREDICT_BATCH_SIZE = 4
 
-def check_shapes_agree(config) -> None:
-    """Checks that data section and model section of a YAML describe the same static shapes.
+
+def check_sections_agree(config) -> None:
+    """Checks that data section and model section of a YAML describe the same shapes and vocabulary.
 
     Args:
         config: the run's `MindFormerConfig`.
@@ -33,11 +40,16 @@ def check_shapes_agree(config) -> None:
         if ours is not None and theirs is not None and ours != theirs:
             raise ConfigError(f"model.model_config has {key} {ours} but train_dataset has {key} {theirs}; the graph "
                               "has one static shape, so give both the same value (a YAML anchor does it).")
+    pieces = len(build_tokenizer(dict(data.tokenizer)))
+    if model.vocab_size is not None and pieces > model.vocab_size:
+        raise ConfigError(f"The tokenizer {data.tokenizer.vocab_file} has {pieces} pieces, more than "
+                          f"model.model_config.vocab_size {model.vocab_size}; raise vocab_size or take the model's "
+                          "own tokenizer.")
 
 
 @MindFormerRegister.register(MindFormerModuleType.TRAINER)
 class IXC25Trainer(CausalLanguageModelingTrainer):
-    """Trains IXC2.5 from YAML and leaves a model directory behind.
+    """Trains IXC2.5 from YAML and leaves a model directory behind; answers questions in run_mode predict.
 
     Args:
         model_name: MindFormers' name for the recipe; only used in its logs.
@@ -50,19 +62,62 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         return super().create_model_wrapper(network, optimizer)
 
     def train(self, config=None, network=None, dataset=None, wrapper=None, optimizer=None, callbacks=None, **kwargs):
-        """Trains, then writes `<output_dir>/model`; arguments as in MindFormers."""
-        check_shapes_agree(config)
+        """Trains, then writes `<output_dir>/model`; arguments as in MindFormers.
+
+        Raises:
+            ConfigError: when data and model section of the YAML contradict each other.
+        """
+        check_sections_agree(config)
         super().train(config=config, network=network, dataset=dataset, wrapper=wrapper, optimizer=optimizer,
                       callbacks=callbacks, **kwargs)
-        self._save_model()
+        table = getattr(self.train_dataset, "conversations", None)
+        if table is not None and table.bad_samples:
+            logger.warning(f"{table.bad_samples} of {len(table)} samples had damaged pictures and were left out.")
+        self._save_model(table)
 
-    def _save_model(self) -> None:
+    def _save_model(self, table) -> None:
         if ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel"):
             logger.info("Every rank has saved its own part; join them with MindSpore's unified_safetensors.")
             return
         target = os.path.join(get_output_root_path(), "model")
-        model = self.real_model
         data = self.config.train_dataset
-        save_model_directory(model, target, tokenizer_file=data.tokenizer.vocab_file, hd_num=data.hd_num)
+        save_model_directory(self.real_model, target, tokenizer_file=data.tokenizer.vocab_file, hd_num=data.hd_num)
+        picture, question = "PICTURE", "QUESTION"
+        sample = next((s for s in (table.samples if table else []) if len(s.images) == 1), None)
+        if sample is not None:
+            picture = sample.images[0]
+            question = next(text for role, text in sample.turns if role == "user")
         print(f"The trained model is in {target}. Ask it about a picture:\n"
-              f'    mindformers chat --model {target} --image PICTURE "QUESTION"', file=sys.stderr, flush=True)
+              f'    mindformers chat --model {target} --image {picture} "{question}"', file=sys.stderr, flush=True)
+
+    def predict(self, config=None, input_data=None, network=None, tokenizer=None, **kwargs):
+        """Answers the questions of a JSON-lines file with the model directory `load_checkpoint`.
+
+        Args:
+            config: the run's configuration; `load_checkpoint` must be a model directory.
+            input_data: JSON-lines file of requests, see `mindformers_ixc.data.requests`.
+            network: as in MindFormers; unused, the directory says what the model is.
+            tokenizer: as in MindFormers; unused.
+            **kwargs: ignored.
+
+        Returns:
+            The answers, in order; they are also in `<output_dir>/predictions.jsonl`.
+        """
+        from mindformers_ixc.generation.assistant import Assistant  # the graphs are only wanted here
+
+        requests = read_requests(input_data)
+        assistant = Assistant.from_directory(config.load_checkpoint)
+        size = config.predict_batch_size or PREDICT_BATCH_SIZE
+        options = dict(config.get("generation") or {"max_new_tokens": 64})
+        mode = options.pop("mode", "base")
+        answers = []
+        for start in range(0, len(requests), size):
+            answers += assistant.answer(requests[start:start + size], mode, **options)
+        target = Path(get_output_root_path()) / "predictions.jsonl"
+        lines = [json.dumps({**request, "answer": answer}, ensure_ascii=False, default=str)
+                 for request, answer in zip(requests, answers)]
+        temporary = target.with_suffix(".part")
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        temporary.replace(target)
+        print(f"The answers are in {target}.", file=sys.stderr, flush=True)
+        return answers

@@ -1,0 +1,87 @@
+"""Reading, overriding and checking a run's YAML file."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mindformers_ixc  # noqa: F401
+from mindformers_ixc.cli.run_config import apply_overrides, check_fields, parse_overrides, read_value, read_yaml
+from mindformers_ixc.config import ConfigError
+from mindformers_ixc.data.conversations import DataError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "yaml_configs").glob("*.yaml"))
+TINY = Path(__file__).parents[2] / "yaml_configs" / "ixc25_sft_tiny.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_yaml_passes_the_check(path):
+    check_fields(read_yaml(path), path.name)
+
+
+def test_overrides_are_dotted_and_typed():
+    words = ["--runner_config.epochs", "3", "--lr_schedule.learning_rate=1e-4", "--use_parallel", "False", "--a", "x"]
+    assert parse_overrides(words) == {"runner_config.epochs": 3, "lr_schedule.learning_rate": 1e-4,
+                                      "use_parallel": False, "a": "x"}
+
+
+def test_short_forms_of_mindformers_launcher():
+    assert parse_overrides(["--epochs", "2"]) == {"runner_config.epochs": 2}
+
+
+@pytest.mark.parametrize(("words", "message"), [(["--epochs"], "no value"), (["epochs", "3"], "neither an option"),
+                                                (["--epochs", "--batch_size", "3"], "no value")])
+def test_malformed_overrides(words, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_overrides(words)
+
+
+@given(st.recursive(st.integers() | st.booleans() | st.text("abc", min_size=1), lambda x: st.lists(x, max_size=3)))
+def test_values_are_read_as_yaml(value):
+    assert read_value(yaml.safe_dump(value, default_flow_style=True)) == value
+
+
+def test_override_through_a_value_is_refused():
+    with pytest.raises(ConfigError, match="'seed' is not a section"):
+        apply_overrides({"seed": 1}, {"seed.x": 2})
+
+
+@pytest.mark.parametrize(("key", "value", "words"), [
+    ("sead", 1, ["unknown key sead", "seed"]),
+    ("run_mode", "trian", ["trian", "finetune"]),
+    ("runner_config.epoch", 3, ["runner_config.epoch", "epochs"]),
+    ("runner_config.epochs", "three", ["runner_config.epochs", "'three'", "whole number"]),
+    ("runner_config.sink_mode", 1, ["sink_mode", "true or false"]),
+    ("model.model_config.hidden_sizes", 3, ["model.model_config.hidden_sizes", "hidden_size"]),
+    ("model.model_config.num_hidden_layers", 2.5, ["num_hidden_layers", "2.5"]),
+    ("model.model_config.vision_config.patchsize", 14, ["vision_config.patchsize", "patch_size"]),
+    ("optimizer.type", "AdamWW", ["optimizer.type", "AdamW"]),
+    ("trainer.type", "IXC25Traner", ["trainer.type", "IXC25Trainer"]),
+    ("callbacks", [{"type": "LossMonitor_"}], ["callbacks[0].type", "LossMonitor_"]),
+    ("train_dataset.seq_len", 3, ["train_dataset.seq_len", "seq_length"]),
+    ("train_dataset.max_tiles", "5", ["train_dataset.max_tiles", "'5'"]),
+    ("train_dataset.data_loader.folder", "x", ["data_loader.folder", "image_folder"]),
+    ("train_dataset.seq_length", None, ["lacks seq_length"]),
+])
+def test_wrong_keys_and_values_are_named(key, value, words):
+    fields = read_yaml(TINY)
+    apply_overrides(fields, {key: value})
+    with pytest.raises((ConfigError, DataError)) as error:
+        check_fields(fields, "my.yaml")
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(("text", "message"), [("- 1", "mapping"), ("a: [", "not valid YAML")])
+def test_files_that_are_no_configuration(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_yaml(tmp_path / "none.yaml")
