@@ -128,7 +128,7 @@ class ReferenceModel:
     def _merge(self, features: np.ndarray) -> np.ndarray:
         n, patches, width = features.shape
         g = int(sqrt(patches)) // 2
-        blocks = features.reshape(n, g, 2, g, 2, width).transpose(0, 1, 3, 2, 4, 5)                  # (N, g, g, 2, 2, C)
+        blocks = features.reshape(n, g, 2, g, 2, width).transpose(0, 1, 3, 2, 4, 5)                 # (N, g, g, 2, 2, C)
         return blocks.reshape(n, g, g, 4 * width)
 
     def _end_rows(self, grid: np.ndarray) -> np.ndarray:

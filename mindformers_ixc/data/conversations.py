@@ -117,7 +117,11 @@ def _read_sample(row, source: str, index: int, folders: list[Path]) -> Conversat
     if places != len(images) and not (places == 0 and len(images) == 1):
         raise DataError(f"{where}, field conversations: {places} {IMAGE_PLACEHOLDER} for {len(images)} pictures; give "
                         "every picture its place (only a single picture may go without).")
-    return Conversation(source, index, row.get("id"), turns, [_find_image(image, folders, where) for image in images])
+    try:
+        paths = [find_file(image, folders) for image in images]
+    except FileNotFoundError as error:
+        raise DataError(f"{where}, field image: the picture {error}.") from error
+    return Conversation(source, index, row.get("id"), turns, paths)
 
 
 def _read_turns(rows, where: str) -> list[tuple[str, str]]:
@@ -153,12 +157,22 @@ def _unify_placeholders(turns: list[tuple[str, str]], images: int) -> list[tuple
     return [(role, text.replace(LLAVA_PLACEHOLDER, IMAGE_PLACEHOLDER)) for role, text in turns]
 
 
-def _find_image(image: str, folders: list[Path], where: str) -> Path:
-    for folder in folders:
-        if (folder / image).is_file():
-            return folder / image
-    tried = ", ".join(str(folder / image) for folder in folders)
-    raise DataError(f"{where}, field image: the picture {image} does not exist (tried {tried}).")
+def find_file(name: str, folders: Sequence[Path]) -> Path:
+    """Finds a file named by data, below one of several folders.
+
+    The public example files name everything from the folder above their own (`data/images/x.jpg` inside `data/`), so a
+    name is also tried without its first folder.
+
+    Raises:
+        FileNotFoundError: naming every place that was tried.
+    """
+    parts = Path(name).parts
+    names = [name] if Path(name).is_absolute() or len(parts) < 2 else [name, str(Path(*parts[1:]))]
+    tried = list(dict.fromkeys(folder / candidate for candidate in names for folder in folders))
+    for path in tried:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{name} does not exist (tried {', '.join(str(path) for path in tried)})")
 
 
 def load_sources(dataset_dir, image_folder: str | None = None, seed: int = 0) -> list[Conversation]:
@@ -207,12 +221,10 @@ def read_list_file(path: str | os.PathLike) -> list[tuple[Path, int]]:
         if not name or count < 1:
             raise DataError(f"{path}, line {number}: expected `<json path> <number of samples in thousands, above 0>`, "
                             f"found {line!r}.")
-        candidates = [file.parent / name.strip(), Path(name.strip())]
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if found is None:
-            raise DataError(f"{path}, line {number}: the source {name.strip()} does not exist (tried "
-                            f"{candidates[0]} and {candidates[1].resolve()}).")
-        sources.append((found, count))
+        try:
+            sources.append((find_file(name.strip(), [file.parent, Path()]), count))
+        except FileNotFoundError as error:
+            raise DataError(f"{path}, line {number}: the source {error}.") from error
     if not sources:
         raise DataError(f"{path} names no sources.")
     return sources

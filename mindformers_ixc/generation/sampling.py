@@ -4,13 +4,41 @@ The semantics are those of Hugging Face's generate(), which the public model use
 """
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
 
 class GenerationError(ValueError):
-    """A decoding option outside its range."""
+    """A decoding option outside its range, or scores that nothing can be decoded from."""
+
+
+def _whole(value, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def _number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# What every option must be: a test and the words that follow "it must be" when the test fails.
+_RULES = {
+    "max_new_tokens": (lambda value: _whole(value, 1), "a whole number, at least 1"),
+    "do_sample": (lambda value: isinstance(value, (bool, np.bool_)), "True or False"),
+    "temperature": (lambda value: _number(value) and value > 0, "a number above 0"),
+    "top_k": (lambda value: _whole(value, 0), "a whole number, at least 0 (0: no limit)"),
+    "top_p": (lambda value: _number(value) and 0 <= value <= 1, "a number from 0 to 1 (1: no limit)"),
+    "repetition_penalty": (lambda value: _number(value) and value > 0, "a number above 0 (1: no penalty)"),
+    "num_beams": (lambda value: _whole(value, 1), "a whole number, at least 1 (1: no beam search)"),
+    "length_penalty": (_number, "a finite number"),
+    "early_stopping": (lambda value: isinstance(value, bool) or value == "never", "True, False or 'never'"),
+    "stop_token_ids": (lambda value: all(_whole(i, 0) for i in value), "token ids, whole numbers of at least 0"),
+    "stop_strings": (lambda value: all(isinstance(s, str) and s for s in value), "texts that are not empty"),
+    "seed": (lambda value: value is None or _whole(value, 0), "a whole number, at least 0, or None"),
+}
 
 
 @dataclass(frozen=True)
@@ -22,15 +50,21 @@ class GenerationOptions:
         do_sample: sample instead of taking the likeliest token.
         temperature: divides the scores before sampling, above 0.
         top_k: only the k likeliest tokens are sampled; 0 is no limit (Hugging Face's implicit default is 50).
-        top_p: only the likeliest tokens that together reach this probability are sampled, above 0 to 1.
-        repetition_penalty: divides positive and multiplies negative scores of tokens already generated, above 0.
+        top_p: only the likeliest tokens that together reach this probability are sampled, 0 to 1; 0 leaves one token.
+        repetition_penalty: divides positive and multiplies negative scores of tokens already generated, above 0. It
+            acts on logits in greedy decoding and sampling, on log-probabilities in beam search, and never on the
+            prompt's tokens, because the public code hands the prompt over as embeddings.
         num_beams: beams; 1 is no beam search.
         length_penalty: a finished beam's score is divided by its length to this power.
         early_stopping: when beam search ends: True as soon as `num_beams` beams have ended, False when no running beam
             can be expected to get better, "never" when none can at all.
         stop_token_ids: ids that end an answer; the first also stands for the end of every finished beam.
-        stop_strings: texts that end an answer; they are cut off.
-        seed: of sampling.
+        stop_strings: texts that end an answer. Ids alone do not show them: the caller, who has the tokenizer, passes a
+            test of ids to the search functions and cuts the text.
+        seed: of sampling. An answer depends on its prompt and the seed, not on its place in a batch.
+
+    Raises:
+        GenerationError: for a value of the wrong type or outside its range; names the option.
     """
 
     max_new_tokens: int = 1024
@@ -47,64 +81,101 @@ class GenerationOptions:
     seed: int | None = None
 
     def __post_init__(self):
-        checks = [
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature > 0, "above 0"),
-            ("top_k", self.top_k >= 0, "at least 0 (0: no limit)"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("num_beams", self.num_beams >= 1, "at least 1"),
-            ("early_stopping", self.early_stopping in (True, False, "never"), "True, False or 'never'"),
-        ]
-        for name, good, wanted in checks:
-            if not good:
+        for name, single in (("stop_token_ids", Integral), ("stop_strings", str)):
+            value = getattr(self, name)
+            if isinstance(value, single):
+                object.__setattr__(self, name, (value,))
+            elif isinstance(value, Sequence):
+                object.__setattr__(self, name, tuple(value))
+            else:
+                raise GenerationError(f"{name} is {value!r}; it must be a list or a tuple.")
+        for name, (good, wanted) in _RULES.items():
+            if not good(getattr(self, name)):
                 raise GenerationError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
 
+    @property
+    def tokens_kept(self) -> int:
+        """Tokens that top-k and top-p leave each row at least.
 
-def apply_repetition_penalty(scores: np.ndarray, generated: list[list[int]], penalty: float) -> np.ndarray:
-    """Lowers the scores of tokens a row has already generated.
+        A beam must be able to go on however likely all of its stop ids are, so beam sampling keeps one token more than
+        there are stop ids, and two without any.
+        """
+        return max(2, 1 + len(self.stop_token_ids)) if self.num_beams > 1 else 1
+
+
+def apply_repetition_penalty(scores: np.ndarray, generated_ids: Sequence[Sequence[int]],
+                             penalty: float) -> np.ndarray:
+    """Lowers the scores of tokens a row has already generated, once however often it has.
 
     Args:
         scores: `(B, V)`.
-        generated: ids of each row so far.
-        penalty: 1 is none.
+        generated_ids: ids of each row so far.
+        penalty: divides positive scores and multiplies negative ones; 1 is none.
 
     Returns:
-        New array `(B, V)`.
+        Array `(B, V)`; `scores` itself stays as it was.
     """
     if penalty == 1.0:
         return scores
     scores = scores.copy()
-    for row, ids in zip(scores, generated):
-        seen = np.unique(np.array(ids, np.int64))
+    for row, ids in zip(scores, generated_ids):
+        seen = np.asarray(ids, np.int64)
         row[seen] = np.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
     return scores
 
 
-def keep_top_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """Scores `(B, V)` with all but each row's k highest at minus infinity (ties with the k-th stay)."""
+def apply_temperature(scores: np.ndarray, temperature: float) -> np.ndarray:
+    """Scores `(B, V)` divided by the temperature: above 1 flatter, below 1 sharper."""
+    return scores if temperature == 1.0 else scores / np.float32(temperature)
+
+
+def keep_top_k(scores: np.ndarray, k: int, tokens_kept: int = 1) -> np.ndarray:
+    """Keeps each row's k highest scores.
+
+    Args:
+        scores: `(B, V)`.
+        k: scores kept; ties with the k-th stay too. 0 is no limit.
+        tokens_kept: scores kept at least.
+
+    Returns:
+        Array `(B, V)`, minus infinity where a score was not kept.
+    """
+    k = max(k, tokens_kept) if k else 0
     if k == 0 or k >= scores.shape[-1]:
         return scores
     threshold = np.partition(scores, -k, axis=-1)[:, -k, None]
     return np.where(scores < threshold, -np.inf, scores)
 
 
-def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
-    """Scores `(B, V)` with the least likely tokens at minus infinity that together have at most 1 - p."""
+def keep_top_p(scores: np.ndarray, p: float, tokens_kept: int = 1) -> np.ndarray:
+    """Keeps each row's smallest set of likeliest tokens whose probabilities together reach p.
+
+    Args:
+        scores: `(B, V)`.
+        p: probability to reach; 1 is no limit.
+        tokens_kept: tokens kept at least.
+
+    Returns:
+        Array `(B, V)`, minus infinity where a score was not kept.
+    """
     if p >= 1.0:
         return scores
-    order = np.argsort(scores, axis=-1, kind="stable")
-    cumulative = np.cumsum(softmax(np.take_along_axis(scores, order, -1)), axis=-1)
-    drop_sorted = cumulative <= 1 - p
-    drop_sorted[:, -1] = False
-    drop = np.zeros_like(drop_sorted)
-    np.put_along_axis(drop, order, drop_sorted, -1)
-    return np.where(drop, -np.inf, scores)
+    scores = scores.copy()
+    for row in scores:
+        possible = np.flatnonzero(row > -np.inf)
+        rising = possible[np.argsort(row[possible], kind="stable")]
+        # Summed in double, compared in single precision, so that a probability of exactly 1 - p (0.2 for 0.8, which
+        # neither precision can write) counts as reached.
+        cumulative = np.cumsum(softmax(row[rising].astype(np.float64))).astype(np.float32)
+        row[rising[:-tokens_kept][cumulative[:-tokens_kept] <= np.float32(1 - p)]] = -np.inf
+    return scores
 
 
 def warp(scores: np.ndarray, options: GenerationOptions) -> np.ndarray:
-    """Temperature, then top-k, then top-p."""
-    return keep_top_p(keep_top_k(scores / options.temperature, options.top_k), options.top_p)
+    """Temperature, then top-k, then top-p on scores `(B, V)`."""
+    scores = apply_temperature(scores, options.temperature)
+    scores = keep_top_k(scores, options.top_k, options.tokens_kept)
+    return keep_top_p(scores, options.top_p, options.tokens_kept)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -119,27 +190,43 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
     return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
 
 
-def sample_rows(scores: np.ndarray, count: int, generators: list[np.random.Generator]) -> np.ndarray:
-    """Draws `count` different indices from each row of scores, by a generator of its own each.
+def highest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` highest of scores `(N,)`, best first, the lower index first among equals."""
+    count = min(count, len(scores))
+    # a full sort of beams x vocabulary scores would cost more than the rest of a decoding step's host work
+    candidates = np.flatnonzero(scores >= np.partition(scores, -count)[-count])
+    return candidates[np.argsort(-scores[candidates], kind="stable")][:count]
+
+
+def sample_rows(scores: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
+    """Draws one index from each row by the row's own generator, one uniform number each.
 
     Args:
         scores: `(R, N)`; minus infinity is never drawn.
-        count: draws a row, without repetition.
         generators: one a row, so that a row's draws do not depend on its neighbours.
 
     Returns:
-        int64 `(R, count)`.
+        int64 `(R,)`.
     """
     drawn = []
     for row, generator in zip(scores, generators):
-        # the largest of score + Gumbel noise are a draw without repetition (Gumbel-top-k)
-        noisy = row + generator.gumbel(size=row.shape)
-        drawn.append(np.argsort(-noisy, kind="stable")[:count])
-    return np.stack(drawn)
+        cumulative = np.cumsum(softmax(row.astype(np.float64)))
+        index = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
+        drawn.append(min(index, np.flatnonzero(row > -np.inf)[-1]))
+    return np.array(drawn, np.int64)
+
+
+def sample_distinct(scores: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Draws different indices of scores `(N,)` one after another, in the order drawn, int64 `(count,)`.
+
+    The highest of score + Gumbel noise are just such a draw, and need no second look at the probabilities.
+    """
+    return highest(scores + generator.gumbel(size=scores.shape), count)
 
 
 def row_generators(seed: int | None, rows: int) -> list[np.random.Generator]:
-    """One generator a row; with a seed, row i of any batch draws the same."""
-    if seed is None:
-        return [np.random.default_rng() for _ in range(rows)]
-    return [np.random.default_rng([seed, row]) for row in range(rows)]
+    """One generator a prompt.
+
+    With a seed all start alike: a prompt then draws in a batch what it draws alone. Without one all differ.
+    """
+    return [np.random.default_rng(seed) for _ in range(rows)]

@@ -1,67 +1,88 @@
-"""Greedy decoding, sampling and beam search, driven from the host over any decoder that can step and reorder."""
+"""Greedy decoding, sampling and beam search, driven from the host over any decoder that can step and reorder.
+
+Beam search follows Hugging Face's `BeamSearchScorer`, which made the published results: the number of candidates, which
+of them may end, when a prompt is done, what a tie does. Two points changed between its releases; here a beam's length
+counts its new tokens including the one that ended it, and in beam sampling the temperature acts before a beam's
+running score is added (at temperature 1, which the public tasks use, the order makes no difference).
+"""
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Optional, Protocol
 
 import numpy as np
 
 from mindformers_ixc.generation.sampling import (
+    GenerationError,
     GenerationOptions,
     apply_repetition_penalty,
+    highest,
     log_softmax,
     row_generators,
+    sample_distinct,
     sample_rows,
     warp,
 )
+
+# Running score of a beam that must not be continued while any other can: every log-probability is far above it, and
+# unlike minus infinity it can still be added to and compared.
+DEAD = -1e9
+
+# Called with each step's new id of every row, `None` once a row has ended; a true result ends decoding.
+OnTokens = Callable[[list[Optional[int]]], Optional[bool]]
+
+# Tells from a row's new ids whether they end it (stop strings).
+Ended = Callable[[list[int]], bool]
 
 
 class Decoder(Protocol):
     """Continues B rows token by token."""
 
     def prefill(self) -> np.ndarray:
-        """Logits `(B, V)` after each prompt."""
+        """float32 logits `(B, V)` after each prompt."""
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits `(B, V)` after appending one id to each row."""
+        """float32 logits `(B, V)` after appending one id to each row, int32 `(B,)`."""
 
     def reorder(self, rows: np.ndarray) -> None:
-        """Makes row i continue what row `rows[i]` held."""
+        """Makes row i continue what row `rows[i]` held, int32 `(B,)`."""
 
 
-def greedy_or_sample(decoder: Decoder, options: GenerationOptions, batch: int,
-                     on_tokens: Callable[[list[int | None]], bool | None] | None = None) -> list[list[int]]:
+def greedy_or_sample(decoder: Decoder, options: GenerationOptions, batch: int, on_tokens: OnTokens | None = None,
+                     ended: Ended | None = None) -> list[list[int]]:
     """Takes the likeliest token, or draws one, until every row has ended.
 
     Args:
         decoder: of `batch` rows.
         options: decoding options.
         batch: number of prompts.
-        on_tokens: called after each step with each row's new id (`None` once a row has ended); a true result ends
-            decoding.
+        on_tokens: see `OnTokens`.
+        ended: see `Ended`.
 
     Returns:
         New ids of each row, with the stop id that ended it.
+
+    Raises:
+        GenerationError: if the decoder's scores are not numbers or not of `batch` rows.
     """
     generated: list[list[int]] = [[] for _ in range(batch)]
     running = [True] * batch
     generators = row_generators(options.seed, batch)
+    padding = options.stop_token_ids[0] if options.stop_token_ids else 0
     logits = decoder.prefill()
     for step in range(options.max_new_tokens):
-        scores = apply_repetition_penalty(logits.astype(np.float32), generated, options.repetition_penalty)
-        drawn = sample_rows(warp(scores, options), 1, generators)[:, 0] if options.do_sample else None
-        tokens = scores.argmax(-1) if drawn is None else drawn
-        shown: list[int | None] = []
-        for row in range(batch):
-            shown.append(int(tokens[row]) if running[row] else None)
-            if running[row]:
-                generated[row].append(int(tokens[row]))
-                running[row] = tokens[row] not in options.stop_token_ids
+        scores = apply_repetition_penalty(_checked(logits, batch, step), generated, options.repetition_penalty)
+        tokens = sample_rows(warp(scores, options), generators) if options.do_sample else scores.argmax(-1)
+        shown = [int(token) if going else None for token, going in zip(tokens, running)]
+        for row, token in enumerate(shown):
+            if token is not None:
+                generated[row].append(token)
+                running[row] = not (token in options.stop_token_ids or (ended and ended(generated[row])))
         if (on_tokens is not None and on_tokens(shown)) or not any(running):
             break
         if step + 1 < options.max_new_tokens:
-            logits = decoder.step(tokens)
+            logits = decoder.step(np.array([padding if token is None else token for token in shown], np.int32))
     return generated
 
 
@@ -73,111 +94,172 @@ class Hypotheses:
     beams: list[tuple[float, list[int]]] = field(default_factory=list)
 
     def add(self, ids: list[int], log_probability: float) -> None:
-        """Keeps a finished beam if it is among the best."""
+        """Keeps a finished beam if it is among the best `num_beams`."""
         score = self._score(log_probability, len(ids))
-        if len(self.beams) < self.options.num_beams or score > self.worst:
+        if not self.full:
             self.beams.append((score, ids))
-            # of equal scores the later one is the first to go
-            self.beams.sort(key=lambda beam: beam[0], reverse=True)
-            del self.beams[self.options.num_beams:]
+        elif score > self.worst:
+            self.beams.append((score, ids))
+            # of equally bad beams the one that ended first has to go
+            self.beams.pop(min(range(len(self.beams)), key=lambda i: self.beams[i][0]))
+
+    @property
+    def full(self) -> bool:
+        """Whether there are `num_beams` of them."""
+        return len(self.beams) == self.options.num_beams
 
     @property
     def worst(self) -> float:
         """Score of the worst kept beam."""
-        return self.beams[-1][0]
+        return min(score for score, _ in self.beams)
+
+    @property
+    def best(self) -> list[int]:
+        """Ids of the best kept beam, of equals the one that ended last."""
+        return max(reversed(self.beams), key=lambda beam: beam[0])[1]
 
     def done(self, best_running: float, length: int) -> bool:
         """Whether no running beam is expected to get among the best.
 
         Args:
-            best_running: log-probability of the best running beam.
+            best_running: log-probability of the best candidate.
             length: its length.
         """
-        if len(self.beams) < self.options.num_beams:
+        if not self.full:
             return False
         if self.options.early_stopping is True:
             return True
         if self.options.early_stopping == "never" and self.options.length_penalty > 0:
-            length = self.options.max_new_tokens
+            length = self.options.max_new_tokens      # the longer a beam, the less its log-probability counts
         return self.worst >= self._score(best_running, length)
 
     def _score(self, log_probability: float, length: int) -> float:
-        return log_probability / max(length, 1) ** self.options.length_penalty
+        return log_probability / length ** self.options.length_penalty
 
 
-def beam_search(decoder: Decoder, options: GenerationOptions, batch: int) -> list[list[int]]:
+class BeamState:
+    """The running beams of one prompt and those that have ended.
+
+    Args:
+        options: decoding options.
+        ended: see `Ended`.
+        generator: of beam sampling.
+    """
+
+    def __init__(self, options: GenerationOptions, ended: Ended | None, generator: np.random.Generator):
+        beams = options.num_beams
+        self.options, self.ended, self.generator = options, ended, generator
+        self.hypotheses, self.done = Hypotheses(options), False
+        self.ids: list[list[int]] = [[] for _ in range(beams)]
+        # All beams start equal. Without sampling they would stay so, hence only the first may be continued.
+        self.totals = np.array([0.0] + [0.0 if options.do_sample else DEAD] * (beams - 1), np.float32)
+
+    def advance(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Continues every beam by one token.
+
+        Args:
+            scores: log-probabilities of each beam's next token after penalty and warping, `(num_beams, V)`.
+
+        Returns:
+            Next id of each beam and which beam it continues, two int64 arrays `(num_beams,)`.
+        """
+        vocabulary = scores.shape[-1]
+        scores = (scores + self.totals[:, None]).reshape(-1)
+        best = self._candidates(scores, vocabulary)
+        parents, tokens = best // vocabulary, best % vocabulary
+        chosen, length = [], len(self.ids[0]) + 1
+        for rank, candidate in enumerate(best):
+            if tokens[rank] not in self.options.stop_token_ids:
+                chosen.append(rank)
+            elif rank < self.options.num_beams:          # below, it would not have been continued either
+                self.hypotheses.add([*self.ids[parents[rank]], self.options.stop_token_ids[0]],
+                                    float(scores[candidate]))
+            if len(chosen) == self.options.num_beams:
+                break
+        self.ids = [[*self.ids[parents[rank]], int(tokens[rank])] for rank in chosen]
+        self.totals = scores[best[chosen]]
+        self._end_by_test()
+        self.done = self.hypotheses.done(float(scores[best[0]]), length)
+        return tokens[chosen], parents[chosen]
+
+    def answer(self) -> list[int]:
+        """Ids of the best beam; running beams take part if the search was not done."""
+        if not self.done:
+            for ids, total in zip(self.ids, self.totals):
+                self.hypotheses.add(ids, float(total))
+        return self.hypotheses.best
+
+    def _candidates(self, scores: np.ndarray, vocabulary: int) -> np.ndarray:
+        """Flat indices of the candidates, best first, `num_beams` of which or more do not end."""
+        beams, stops = self.options.num_beams, self.options.stop_token_ids
+        enough = max(2, 1 + len(stops)) * beams
+        if not self.options.do_sample:
+            return highest(scores, enough)
+        drawn = sample_distinct(scores, enough, self.generator)
+        going_on = np.cumsum(~np.isin(drawn % vocabulary, stops))
+        # 2 x num_beams are drawn, as Hugging Face does, and more only where that leaves too few to go on with
+        drawn = drawn[:max(2 * beams, int(np.searchsorted(going_on, beams)) + 1)]
+        return drawn[np.argsort(-scores[drawn], kind="stable")]
+
+    def _end_by_test(self) -> None:
+        if self.ended is None:
+            return
+        for beam, ids in enumerate(self.ids):
+            # what follows a dead beam is long known
+            if self.totals[beam] > DEAD / 2 and self.ended(ids):
+                self.hypotheses.add(ids, float(self.totals[beam]))
+                self.totals[beam] = DEAD
+
+
+def beam_search(decoder: Decoder, options: GenerationOptions, batch: int,
+                ended: Ended | None = None) -> list[list[int]]:
     """Beam search, or beam sampling with `do_sample`.
 
     Args:
         decoder: of `batch * num_beams` rows, the beams of a prompt side by side.
         options: decoding options.
         batch: number of prompts.
+        ended: see `Ended`.
 
     Returns:
-        Ids of each prompt's best beam; one that ended is closed with the first stop id, whatever ended it.
+        Ids of each prompt's best beam; one that a stop id ended is closed with the first stop id, whichever it was.
+
+    Raises:
+        GenerationError: if the decoder's scores are not numbers, not of `batch * num_beams` rows, or of so few tokens
+            that beams could not be continued.
     """
     beams = options.num_beams
-    generated: list[list[int]] = [[] for _ in range(batch * beams)]
-    totals = np.zeros((batch, beams), np.float32)
-    if not options.do_sample:
-        totals[:, 1:] = -1e9          # all beams start equal: only the first may be continued
-    hypotheses = [Hypotheses(options) for _ in range(batch)]
-    done = [False] * batch
-    generators = row_generators(options.seed, batch)
+    states = [BeamState(options, ended, generator) for generator in row_generators(options.seed, batch)]
     logits = decoder.prefill()
+    if logits.shape[-1] <= max(1, len(options.stop_token_ids)):
+        raise GenerationError(f"The vocabulary has {logits.shape[-1]} token(s) and stop_token_ids names "
+                              f"{len(options.stop_token_ids)}; beam search needs at least one more than it may end on.")
     for step in range(options.max_new_tokens):
-        scores = log_softmax(logits.astype(np.float32))
-        scores = apply_repetition_penalty(scores, generated, options.repetition_penalty)
+        scores = log_softmax(_checked(logits, batch * beams, step))
+        scores = apply_repetition_penalty(scores, [ids for state in states for ids in state.ids],
+                                          options.repetition_penalty)
         if options.do_sample:
             scores = warp(scores, options)
-        vocabulary = scores.shape[-1]
-        scores = (scores + totals.reshape(-1, 1)).reshape(batch, beams * vocabulary)
-        tokens, rows = np.zeros(batch * beams, np.int64), np.arange(batch * beams)
-        for prompt in range(batch):
-            place = slice(prompt * beams, (prompt + 1) * beams)
-            if done[prompt]:
-                continue
-            if options.do_sample:
-                best = sample_rows(scores[prompt:prompt + 1], 2 * beams, [generators[prompt]])[0]
-                best = best[np.argsort(-scores[prompt, best], kind="stable")]
-            else:
-                best = np.argsort(-scores[prompt], kind="stable")[:2 * beams]
-            chosen = _continue(best, scores[prompt], vocabulary, prompt * beams, generated, hypotheses[prompt])
-            totals[prompt] = [total for _, _, total in chosen]
-            tokens[place] = [token for token, _, _ in chosen]
-            rows[place] = [row for _, row, _ in chosen]
-            done[prompt] = hypotheses[prompt].done(float(scores[prompt, best].max()), step + 1)
-        generated = [[*generated[row], int(token)] for row, token in zip(rows, tokens)]
-        if all(done):
+        tokens, rows = np.zeros(batch * beams, np.int32), np.arange(batch * beams, dtype=np.int32)
+        for prompt, state in enumerate(states):
+            if not state.done:
+                place = slice(prompt * beams, (prompt + 1) * beams)
+                tokens[place], parents = state.advance(scores[place])
+                rows[place] = prompt * beams + parents
+        if all(state.done for state in states):
             break
         if step + 1 < options.max_new_tokens:
             decoder.reorder(rows)
             logits = decoder.step(tokens)
-    return [_best(hypotheses[i], done[i], generated[i * beams:(i + 1) * beams], totals[i], options)
-            for i in range(batch)]
+    return [state.answer() for state in states]
 
 
-def _continue(best: np.ndarray, scores: np.ndarray, vocabulary: int, first_row: int, generated: list[list[int]],
-              hypotheses: Hypotheses) -> list[tuple[int, int, float]]:
-    """Next (token, row, log-probability) of each beam; candidates that end go to the hypotheses if ranked high."""
-    chosen, beams = [], hypotheses.options.num_beams
-    for rank, candidate in enumerate(best):
-        row, token = first_row + int(candidate) // vocabulary, int(candidate) % vocabulary
-        if token in hypotheses.options.stop_token_ids:
-            if rank < beams:          # an end below the beams would not have been continued either
-                hypotheses.add(generated[row], float(scores[candidate]))
-            continue
-        chosen.append((token, row, float(scores[candidate])))
-        if len(chosen) == beams:
-            break
-    return chosen
-
-
-def _best(hypotheses: Hypotheses, done: bool, running: list[list[int]], totals: np.ndarray,
-          options: GenerationOptions) -> list[int]:
-    if not done:
-        for ids, total in zip(running, totals):
-            hypotheses.add(ids, float(total))
-    ids = list(hypotheses.beams[0][1])
-    ended = len(ids) < options.max_new_tokens and options.stop_token_ids
-    return [*ids, options.stop_token_ids[0]] if ended else ids
+def _checked(logits: np.ndarray, rows: int, step: int) -> np.ndarray:
+    """float32 logits, after a look at their rows and at each row's highest (which a single NaN makes NaN)."""
+    if len(logits) != rows:
+        raise GenerationError(f"The decoder gave scores of {len(logits)} rows; prompts x num_beams are {rows}.")
+    good = np.isfinite(logits.max(-1))
+    if not good.all():
+        raise GenerationError(f"The scores of row {int(np.argmin(good))} at new token {step + 1} are not numbers; "
+                              "check the weights, or use a compute_dtype of wider range (float32, bfloat16).")
+    return logits.astype(np.float32, copy=False)

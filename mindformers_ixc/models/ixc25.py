@@ -9,9 +9,7 @@ Parameters carry the public checkpoint's names, so a checkpoint needs no renamin
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
-from mindformers.core.loss.loss import CrossEntropyLoss
 from mindformers.models.modeling_utils import PreTrainedModel
-from mindformers.modules.transformer import TransformerOpParallelConfig
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor
 from mindspore.common.initializer import Normal, initializer
@@ -21,11 +19,9 @@ from mindspore.ops import operations as P
 from mindformers_ixc.config import MODE_ADAPTERS, IXC25Config
 from mindformers_ixc.models.internlm2 import InternLM2Model
 from mindformers_ixc.models.layers import Linear
+from mindformers_ixc.models.loss import next_token_loss
 from mindformers_ixc.models.rotary import rotary_tables
 from mindformers_ixc.models.vision import VisionMerge, VisionTower, vision_projector
-
-# Labels with this value carry no loss (the convention of PyTorch's cross entropy, which the public code relies on).
-IGNORE_INDEX = -100
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS)
@@ -53,9 +49,7 @@ class IXC25ForCausalLM(PreTrainedModel):
         self.model = InternLM2Model(config)
         self.output = Linear(config.hidden_size, config.vocab_size, sigma=config.initializer_range,
                              param_dtype=config.param_init_type, compute_dtype=config.compute_dtype)
-        self.loss = CrossEntropyLoss(
-            parallel_config=TransformerOpParallelConfig(data_parallel=config.parallel_config.data_parallel,
-                                                        model_parallel=1))
+        self.loss = next_token_loss(config)
         self.adapters = MODE_ADAPTERS[config.adapter_mode]
         self._freeze_unused_adapters()
         cos, sin = rotary_tables(config, config.seq_length)
@@ -68,7 +62,6 @@ class IXC25ForCausalLM(PreTrainedModel):
         self.expand = P.ExpandDims()
         self.cast = P.Cast()
         self.reshape = P.Reshape()
-        self.mul = P.Mul()
 
     def _freeze_unused_adapters(self) -> None:
         """Task LoRAs outside the training mode are in the checkpoint but not in the graph: they must not train."""
@@ -120,7 +113,4 @@ class IXC25ForCausalLM(PreTrainedModel):
         logits = self.cast(self.output(x), mstype.float32)                            # (B*L, V)
         if labels is None:
             return self.reshape(logits, (b, length, -1))
-        labels = self.reshape(labels, (-1,))
-        labelled = self.not_equal(labels, IGNORE_INDEX)
-        targets = self.mul(labels, self.cast(labelled, mstype.int32))
-        return self.loss(logits, targets, self.cast(labelled, mstype.float32))
+        return self.loss(logits, self.reshape(labels, (-1,)))
