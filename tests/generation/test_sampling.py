@@ -162,6 +162,16 @@ def test_draws_follow_the_probabilities():
     assert (np.abs(counts - draws * probabilities) <= 4 * deviation).all()
 
 
+@pytest.mark.parametrize("number", [0.0, 0.5, np.nextafter(1.0, 0.0)])
+def test_what_is_ruled_out_is_not_drawn_at_the_ends_of_the_range(number):
+    class Generator:
+        def random(self):
+            return number
+
+    scores = np.array([[-np.inf, 1.0, -np.inf, 1.0, -np.inf]], np.float32)
+    assert sample_rows(scores, [Generator()])[0] == (1 if number < 0.5 else 3)
+
+
 def test_distinct_draws_follow_the_probabilities_left():
     probabilities, draws = np.array([0.5, 0.3, 0.2]), 20000
     generator, pairs = np.random.default_rng(0), np.zeros((3, 3))

@@ -224,6 +224,13 @@ def test_the_stop_id_counts_in_a_beams_length():
     assert search(written_scores(table, 3), options) == [[0, 2]]
 
 
+def test_an_end_ranked_below_the_beams_is_not_taken():
+    # [2] has probability 0.2 and nothing longer more than 0.5 x 0.34, but two other tokens come before it
+    table = {(): [0.5, 0.3, 0.2], (0,): [0.33, 0.33, 0.34], (1,): [0.33, 0.33, 0.34]}
+    options = GenerationOptions(max_new_tokens=2, stop_token_ids=(2,), num_beams=2, length_penalty=0.0)
+    assert search(written_scores(table, 3), options) == [[0, 2]]
+
+
 @pytest.mark.parametrize(("length_penalty", "expected"), [(0.0, [2]), (1.0, [0, 0, 0, 2])])
 def test_length_penalty_favours_long_answers(length_penalty, expected):
     # [2]: log 0.4 = -0.92; [0, 0, 0, 2]: log(0.3) = -1.20 in all, -0.30 a token

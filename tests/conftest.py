@@ -1,0 +1,31 @@
+"""Set-up of the whole suite: quiet libraries, graph mode on the CPU, paths to helpers and reference outputs."""
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# MindSpore and MindFormers read these while they are imported
+os.environ.setdefault("GLOG_v", "3")
+os.environ.setdefault("LOG_MF_PATH", tempfile.mkdtemp(prefix="mindformers_ixc_log_"))
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent / "scripts"), str(HERE)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graph_mode_on_cpu():
+    """Every test computes in graph mode on the CPU unless it says otherwise."""
+    import mindspore as ms
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device("CPU")
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """Folder of reference outputs of the public model."""
+    return HERE / "data" / "goldens"
