@@ -127,14 +127,14 @@ def load_model(directory: str | os.PathLike, **overrides):
     return model
 
 
-def save_model_directory(model: PreTrainedModel, target: str | os.PathLike, tokenizer_file: str | os.PathLike,
+def save_model_directory(model: PreTrainedModel, target: str | os.PathLike, tokenizer_file: str | os.PathLike | None = None,
                          hd_num: int | None = None) -> None:
     """Writes a model directory, replacing an older one at the same place.
 
     Args:
         model: the model; its parameters keep their dtype.
         target: directory to write.
-        tokenizer_file: SentencePiece model to copy.
+        tokenizer_file: SentencePiece model to copy; without one the directory has no tokenizer.
         hd_num: tiles of the dynamic partition the model was trained with; the processor's default from then on.
     """
     from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
@@ -148,7 +148,8 @@ def save_model_directory(model: PreTrainedModel, target: str | os.PathLike, toke
         if hd_num is not None:
             config["hd_num"] = hd_num
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        InternLM2Tokenizer(str(tokenizer_file)).save_pretrained(str(temporary))
+        if tokenizer_file is not None:
+            InternLM2Tokenizer(str(tokenizer_file)).save_pretrained(str(temporary))
         weights = {parameter.name: parameter.asnumpy() for parameter in model.get_parameters()}
         save_file(weights, str(temporary / WEIGHTS_FILE), metadata={"format": "np"})
         temporary.chmod(0o755)

@@ -8,6 +8,8 @@ Parameters carry the public checkpoint's names, so a checkpoint needs no renamin
 """
 from __future__ import annotations
 
+import inspect
+
 import mindspore.common.dtype as mstype
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
@@ -62,6 +64,36 @@ class IXC25ForCausalLM(PreTrainedModel):
         self.expand = P.ExpandDims()
         self.cast = P.Cast()
         self.reshape = P.Reshape()
+
+    @classmethod
+    def from_pretrained_experimental_mode(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """What `AutoModel.from_pretrained` calls for a directory; MindFormers' own looks for .ckpt files only.
+
+        Args:
+            pretrained_model_name_or_path: model directory in the public layout.
+            *model_args: as in MindFormers; unused.
+            config: configuration to use instead of the directory's.
+            **kwargs: runtime fields of `IXC25Config`; hub options are ignored, nothing is ever downloaded.
+
+        Returns:
+            The model in evaluation mode.
+        """
+        from mindformers_ixc.checkpoint.model_directory import load_weights, read_config
+
+        if config is None:
+            fields = inspect.signature(IXC25Config.__init__).parameters
+            overrides = {key: value for key, value in kwargs.items() if key in fields}
+            config = read_config(pretrained_model_name_or_path, **overrides)
+        model = cls(config)
+        load_weights(model, pretrained_model_name_or_path)
+        model.set_train(False)
+        return model
+
+    def save_pretrained(self, save_directory, save_name: str = "mindspore_model", **kwargs) -> None:
+        """Writes `config.json` and `model.safetensors` in the public layout; the other arguments are ignored."""
+        from mindformers_ixc.checkpoint.model_directory import save_model_directory
+
+        save_model_directory(self, save_directory)
 
     def _freeze_unused_adapters(self) -> None:
         """Task LoRAs outside the training mode are in the checkpoint but not in the graph: they must not train."""
