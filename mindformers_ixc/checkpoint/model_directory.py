@@ -127,8 +127,8 @@ def load_model(directory: str | os.PathLike, **overrides):
     return model
 
 
-def save_model_directory(model: PreTrainedModel, target: str | os.PathLike, tokenizer_file: str | os.PathLike | None = None,
-                         hd_num: int | None = None) -> None:
+def save_model_directory(model: PreTrainedModel, target: str | os.PathLike,
+                         tokenizer_file: str | os.PathLike | None = None, hd_num: int | None = None) -> None:
     """Writes a model directory, replacing an older one at the same place.
 
     Args:
