@@ -5,7 +5,7 @@ from mindformers.pipeline.base_pipeline import Pipeline
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ixc.generation.assistant import Assistant
-from mindformers_ixc.processing.processor import IXC25Processor
+from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
 
 TASK = "multimodal_chat"
 
@@ -22,7 +22,7 @@ class MultimodalChatPipeline(Pipeline):
     Args:
         model: `IXC25ForCausalLM`.
         tokenizer: its tokenizer; not needed when `processor` is given.
-        image_processor: its image processor; not needed when `processor` is given.
+        image_processor: its image processor; by default one of the sizes in the model's configuration.
         processor: its `IXC25Processor`; by default one made of the two before.
         **kwargs: options of every call (`mode`, `max_new_tokens`, `num_beams`, ...) and MindFormers' own.
 
@@ -38,6 +38,8 @@ class MultimodalChatPipeline(Pipeline):
 
     def __init__(self, model, tokenizer=None, image_processor=None, processor=None, **kwargs):
         if processor is None:
+            # MindFormers hands over the directory's tokenizer but knows no image processor for it
+            image_processor = image_processor or IXC25ImageProcessor.from_config(model.config.to_public_dict())
             processor = IXC25Processor(image_processor=image_processor, tokenizer=tokenizer)
         super().__init__(model, tokenizer=processor.tokenizer, image_processor=processor.image_processor, **kwargs)
         model.set_train(False)

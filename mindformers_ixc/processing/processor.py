@@ -36,7 +36,7 @@ from mindformers_ixc.processing.prompt import (
     training_text,
     turn,
 )
-from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
+from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer, InternLMXComposer2Tokenizer
 
 # Transforms of a picture that training may use.
 TRANSFORMS = ("training", "inference")
@@ -142,6 +142,16 @@ class IXC25ImageProcessor(BaseImageProcessor):
         self.hd_num_several = min(hd_num, HD_NUM_SEVERAL) if hd_num_several is None else hd_num_several
         self.tokens_per_side = image_size // (2 * patch_size)
 
+    @classmethod
+    def from_config(cls, fields: dict) -> IXC25ImageProcessor:
+        """The image processor of a model, from the fields of its config.json.
+
+        `hd_num` is there when this package has trained the model; the public file leaves it to the code.
+        """
+        vision = fields.get("vision_config") or {}
+        options = {key: vision[key] for key in ("image_size", "patch_size") if key in vision}
+        return cls(**options, **({"hd_num": fields["hd_num"]} if "hd_num" in fields else {}))
+
     def hd_num_for(self, count: int, hd_num: int | None = None) -> int:
         """Tiles a picture may take when `count` pictures come together; `hd_num` overrides the single-picture value."""
         if count > 1:
@@ -216,10 +226,9 @@ class IXC25Processor(ProcessorMixin):
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; a model directory holds config.json and the tokenizer.")
         fields = json.loads(path.read_text(encoding="utf-8"))
-        vision = fields.get("vision_config") or {}
-        options = {key: vision[key] for key in ("image_size", "patch_size") if key in vision}
-        options.update({"hd_num": fields["hd_num"]} if "hd_num" in fields else {})
-        return cls(IXC25ImageProcessor(**options), InternLM2Tokenizer.from_pretrained(str(directory)))
+        # the class under the public name: MindFormers warns when tokenizer_config.json names another one
+        tokenizer = InternLMXComposer2Tokenizer.from_pretrained(str(directory))
+        return cls(IXC25ImageProcessor.from_config(fields), tokenizer)
 
     def save_pretrained(self, save_directory=None, save_name: str = "mindspore_model", **kwargs) -> None:
         """Writes the tokenizer's files; the image processor's sizes are in the model's config.json."""
