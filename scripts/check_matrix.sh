@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Builds an environment for each supported pair of MindSpore and MindFormers and runs the tests in it; the older pair
+# also runs the mindnlp peer, which works there only. Usage: scripts/check_matrix.sh [FOLDER FOR THE ENVIRONMENTS]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:-$(mktemp -d)}
+
+environment() {   # name
+    python3 -m venv "$folder/$1"
+    "$folder/$1/bin/pip" install --quiet --upgrade pip
+}
+
+environment new
+"$folder/new/bin/pip" install --quiet mindspore==2.9.0 mindformers==1.9.0
+"$folder/new/bin/pip" install --quiet ".[tests]"
+
+environment old
+# the CPU build of PyTorch first: mindnlp would otherwise pull in several GB of CUDA packages
+# (set PIP_EXTRA_INDEX_URL to PyTorch's CPU index where pip does not find such a build by itself)
+"$folder/old/bin/pip" install --quiet torch==2.13.0
+"$folder/old/bin/pip" install --quiet mindspore==2.7.2 mindformers==1.8.0 mindnlp==0.5.0 peft==0.17.1 \
+    accelerate==1.10.1 diffusers==0.35.2
+"$folder/old/bin/pip" install --quiet ".[tests]"
+
+status=0
+for name in new old; do
+    echo "== $("$folder/$name/bin/pip" list 2>/dev/null | grep -E '^mind(spore|formers) ' | tr -s ' ' | paste -sd, -)"
+    PATH="$folder/$name/bin:$PATH" "$folder/$name/bin/pytest" tests -q || status=1
+done
+PATH="$folder/old/bin:$PATH" "$folder/old/bin/pytest" peers/test_mindnlp.py -q || status=1
+exit $status
