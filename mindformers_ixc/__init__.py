@@ -14,6 +14,7 @@ from mindformers_ixc.pipelines import register_pipeline
 from mindformers_ixc.processing import register_processing
 from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
 from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
+from mindformers_ixc.processing.video import IXC25VideoProcessor
 from mindformers_ixc.training.trainer import IXC25Trainer
 from mindformers_ixc.version import __version__
 
@@ -25,6 +26,7 @@ __all__ = [
     "IXC25Processor",
     "IXC25SFTDataset",
     "IXC25Trainer",
+    "IXC25VideoProcessor",
     "IXC25VisionConfig",
     "IXC25VisionModel",
     "InternLM2Tokenizer",

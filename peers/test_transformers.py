@@ -40,7 +40,8 @@ def double(array) -> torch.Tensor:
 @given(st.data())
 def test_vision_tower(data):
     heads, size = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([4, 8, 16]))
-    sizes = {"hidden_size": heads * size, "num_attention_heads": heads, "num_hidden_layers": data.draw(st.integers(1, 3)),
+    sizes = {"hidden_size": heads * size, "num_attention_heads": heads,
+             "num_hidden_layers": data.draw(st.integers(1, 3)),
              "intermediate_size": data.draw(st.integers(4, 40)), "patch_size": data.draw(st.sampled_from([7, 14]))}
     sizes["image_size"] = 2 * sizes["patch_size"] * data.draw(st.integers(1, 3))
     ours = IXC25VisionModel(IXC25VisionConfig(**sizes))

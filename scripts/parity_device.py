@@ -6,14 +6,14 @@ Each check takes a folder laid out like `t1` or `t2` (config.json, model.safeten
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore.ops import functional as F
+from parity_rows import Row, row
 
-from mindformers_ixc.checkpoint.model_directory import load_model
+from mindformers_ixc.checkpoint.model_directory import load_model, read_config
 from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.sampling import GenerationOptions
@@ -31,23 +31,6 @@ WITHOUT_REFERENCE = ("Plora_A", "Plora_B", "plora_glb_GN", "plora_sub_GN")
 
 # Relative length of a finite-difference step: ten times smaller drowns in float32, ten times larger in curvature.
 STEP = 1e-3
-
-
-class Row(NamedTuple):
-    """One line of the parity table."""
-
-    check: str
-    cases: int
-    error: float
-    bar: float
-    passed: bool
-
-
-def row(check: str, errors, bar: float) -> Row:
-    """A row from the errors of its cases."""
-    errors = [float(error) for error in errors]
-    worst = max(errors) if errors else float("nan")
-    return Row(check, len(errors), worst, bar, bool(errors) and all(error <= bar for error in errors))
 
 
 def tiles_of(pixels: np.ndarray, side: int) -> tuple[np.ndarray, Grid]:
@@ -152,7 +135,7 @@ def check_logits(folder: Path) -> list[Row]:
 def whole_model_logits(folder: Path, reference, mode: str) -> np.ndarray:
     """Logits `(L, V)` from ids and pixels, through the model's own `construct`."""
     ids = reference[f"{mode}_ids"]
-    tiles = 1 + reference[f"{mode}_image"].shape[3] // reference[f"{mode}_image"].shape[2]
+    tiles = 1 + tiles_of(reference[f"{mode}_image"][0], read_config(folder).vision_config.image_size)[1].tiles
     model = load_model(folder, seq_length=len(ids), max_tiles=tiles, adapter_mode=mode)
     sample = sample_of(ids, reference[f"{mode}_image"][0], model.config)
     batch = sample.pad(len(ids), tiles, model.config.pad_token_id)
@@ -164,8 +147,8 @@ def training_batch(folder: Path, **overrides):
     """Model and input tensors of `train.npz`, Partial LoRA dropout off."""
     reference = np.load(folder / "train.npz")
     length = reference["ids"].shape[1]
-    count = max(1 + tiles_of(reference[f"image_{i}"][0], reference[f"image_{i}"].shape[2 if i == 0 else 3])[1].tiles
-                for i in range(len(reference["ids"])))
+    side = read_config(folder).vision_config.image_size
+    count = max(1 + tiles_of(reference[f"image_{i}"][0], side)[1].tiles for i in range(len(reference["ids"])))
     model = load_model(folder, seq_length=length, max_tiles=count, plora_dropout=0.0, **overrides)
     columns = []
     for i, ids in enumerate(reference["ids"]):
@@ -252,9 +235,11 @@ def check_generation(folder: Path) -> list[Row]:
     """Generated ids in each mode; the error is the number of ids that differ."""
     reference = np.load(folder / "generate.npz")
     assistant = Assistant(load_model(folder), None)
+    # the reference stops at </s> and at the last id of its small vocabulary
+    stops = (assistant.model.config.eos_token_id, assistant.model.config.vocab_size - 1)
     rows = []
     for case, options in GENERATION_CASES.items():
-        options = GenerationOptions(max_new_tokens=24, stop_token_ids=(2, 511), **options)
+        options = GenerationOptions(max_new_tokens=24, stop_token_ids=stops, **options)
         errors = []
         for mode in MODES:
             sample = sample_of(reference[f"{mode}_ids"], reference[f"{mode}_image"][0], assistant.model.config)

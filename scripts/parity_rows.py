@@ -1,0 +1,26 @@
+"""One line of the parity table, and how it is made."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One line of the parity table."""
+
+    check: str
+    cases: int
+    error: float
+    bar: float
+    passed: bool
+
+
+def row(check: str, errors, bar: float = 0.0) -> Row:
+    """A row from the errors of its cases; a check without cases fails."""
+    errors = [float(error) for error in errors]
+    worst = max(errors) if errors else float("nan")
+    return Row(check, len(errors), worst, bar, bool(errors) and all(error <= bar for error in errors))
+
+
+def differs(ours, theirs) -> int:
+    """0 when equal, else 1: the error of a case that must be equal."""
+    return int(ours != theirs)

@@ -1,0 +1,136 @@
+"""The dataset MindFormers builds from YAML: shapes, workers, cutting, damaged pictures."""
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from mindformers.dataset.build_dataset import build_dataset
+from mindformers.tools.register import MindFormerConfig
+from PIL import Image
+
+import mindformers_ixc  # noqa: F401
+from mindformers_ixc.data.conversations import Conversation, DataError
+from mindformers_ixc.data.dataset import ConversationTable, fit_samples
+from mindformers_ixc.demo import demo_path
+from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
+from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
+
+TOKENIZER = str(demo_path("tokenizer.model"))
+PROCESSOR = IXC25Processor(IXC25ImageProcessor(56), InternLM2Tokenizer(TOKENIZER))
+
+
+def section(path, **fields) -> MindFormerConfig:
+    return MindFormerConfig(**{
+        "data_loader": {"type": "IXC25DataLoader", "dataset_dir": str(path), "shuffle": True},
+        "tokenizer": {"type": "InternLM2Tokenizer", "vocab_file": TOKENIZER}, "seq_length": 96, "max_tiles": 3,
+        "hd_num": 2, "image_size": 56, "patch_size": 14, "batch_size": 2, "num_parallel_workers": 1,
+        "python_multiprocessing": True, "prefetch_size": 1, "numa_enable": False, "repeat": 1, "seed": 5,
+        "drop_remainder": True, "input_columns": ["input_ids", "labels", "pixel_values", "vision_index", "image_mask"],
+        **fields})
+
+
+def dataset(path, **fields):
+    return build_dataset(MindFormerConfig(type="IXC25SFTDataset", dataset_config=section(path, **fields)))
+
+
+def epochs(data, count: int) -> list[list[tuple[np.ndarray, ...]]]:
+    iterator = data.create_tuple_iterator(num_epochs=count, output_numpy=True)
+    return [[tuple(column.copy() for column in batch) for batch in iterator] for _ in range(count)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Five pictures of their own colour, three text-only samples."""
+    rows = []
+    for i in range(5):
+        Image.new("RGB", (60, 40), (50 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append({"id": i, "image": f"{i}.png", "conversations": [{"from": "human", "value": "what?"},
+                                                                     {"from": "bot", "value": f"{i}"}]})
+    rows += [{"id": 10 + i, "conversations": [{"from": "human", "value": "say"}, {"from": "bot", "value": f"x{i}"}]}
+             for i in range(3)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    return tmp_path / "data.json"
+
+
+def test_batches_have_the_documented_columns(source):
+    data = dataset(source)
+    assert data.get_dataset_size() == 3
+    for ids, labels, pixels, index, mask in epochs(data, 1)[0]:
+        assert [a.dtype.name for a in (ids, labels, pixels, index, mask)] == [
+            "int32", "int32", "float32", "int32", "int32"]
+        assert ids.shape == labels.shape == index.shape == mask.shape == (2, 96)
+        assert pixels.shape == (2, 3, 3, 56, 56)
+        assert len({bool(row.any()) for row in mask}) == 1, "kinds must not mix in a batch"
+
+
+def test_any_number_of_workers_gives_the_same_epochs(source):
+    one, two = (epochs(dataset(source, num_parallel_workers=workers), 2) for workers in (1, 2))
+    for first, second in zip(one, two):
+        for a, b in zip(first, second):
+            for x, y in zip(a, b):
+                np.testing.assert_array_equal(x, y)
+    assert any(not np.array_equal(a[0], b[0]) for a, b in zip(*one)), "epochs must differ"
+
+
+def conversation(pairs, images=0, text="what is it?"):
+    turns = []
+    for i in range(pairs):
+        turns += [("user", ("<ImageHere>" if i < images else "") + text), ("assistant", "a cat")]
+    return Conversation("x.json", 0, "a", turns, [f"{i}.png" for i in range(images)], [(56, 56)] * images)
+
+
+def test_long_conversations_are_cut_between_pairs():
+    sample = conversation(6, images=3)
+    whole = PROCESSOR.conversation_length(sample.turns, sample.sizes, 1)
+    for length in range(30, whole[0] + 1, 5):
+        try:
+            part = fit_samples(PROCESSOR, [sample], length, 9, 1)[0]
+        except DataError:
+            continue
+        assert len(part.turns) % 2 == 0
+        assert part.turns == sample.turns[:len(part.turns)]
+        assert len(part.images) == min(3, len(part.turns) // 2)
+        assert PROCESSOR.conversation_length(part.turns, part.sizes, 1)[0] <= length
+        if len(part.turns) < 12:
+            more = sample.turns[:len(part.turns) + 2]
+            sizes = sample.sizes[:min(3, len(more) // 2)]
+            assert PROCESSOR.conversation_length(more, sizes, 1)[0] > length
+
+
+def test_tiles_cut_too():
+    assert len(fit_samples(PROCESSOR, [conversation(4, images=4)], 500, 4, 1)[0].images) == 2
+
+
+def test_when_nothing_fits_the_length_that_would_is_said():
+    sample = conversation(1, images=1)
+    needed = PROCESSOR.conversation_length(sample.turns, sample.sizes, 1)
+    with pytest.raises(DataError, match=f"need {needed[0]} positions and {needed[1]} tiles"):
+        fit_samples(PROCESSOR, [sample], 10, 9, 1)
+    kept = fit_samples(PROCESSOR, [sample, conversation(1)], needed[0] - 1, 9, 1)
+    assert len(kept) == 1
+
+
+def damaged_table(tmp_path, bad: int, share: float) -> ConversationTable:
+    samples = []
+    for i in range(6):
+        path = tmp_path / f"{i}.png"
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (56, 56, 3), np.uint8)).save(path)
+        if i < bad:
+            path.write_bytes(path.read_bytes()[:-3000])
+        samples.append(Conversation("x.json", i, i, [("user", "q"), ("assistant", "a")], [path], [(56, 56)]))
+    samples.append(Conversation("x.json", 6, 6, [("user", "q"), ("assistant", "text")]))
+    return ConversationTable(PROCESSOR, samples, 64, 2, 1, share)
+
+
+def test_a_damaged_picture_is_replaced_by_its_kind_and_counted(tmp_path):
+    table = damaged_table(tmp_path, 1, 0.5)
+    for first, second in zip(table[0], table[1]):
+        np.testing.assert_array_equal(first, second)
+    assert table.bad_samples == 1
+
+
+def test_too_many_damaged_pictures_stop_the_run(tmp_path):
+    table = damaged_table(tmp_path, 4, 0.3)
+    with pytest.raises(DataError, match="3 of 7 samples have damaged pictures"):
+        table[0]

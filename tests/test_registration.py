@@ -1,0 +1,93 @@
+"""MindFormers finds everything by name, from YAML sections and from public model directories."""
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from mindformers.models.build_config import build_model_config
+from mindformers.models.build_processor import build_processor
+from mindformers.tools.register import MindFormerConfig, MindFormerRegister
+from safetensors.numpy import load_file
+
+import mindformers_ixc
+from mindformers_ixc.demo import demo_path
+
+
+@pytest.fixture
+def public_directory(tmp_path, goldens, monkeypatch):
+    """A directory as the public repository has it, with the names of its remote code."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    fields = json.loads((goldens / "t1" / "config.json").read_text())
+    remote = "modeling_internlm_xcomposer2.InternLMXComposer2ForCausalLM"
+    fields["auto_map"] = {"AutoConfig": "configuration_internlm_xcomposer2.InternLMXcomposer2Config",
+                          "AutoModel": remote, "AutoModelForCausalLM": remote}
+    fields.update(attn_implementation="eager", max_length=16384, torch_dtype="bfloat16", use_cache=False)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "auto_map": {"AutoTokenizer": ["tokenization_internlm_xcomposer2.InternLMXComposer2Tokenizer", None]},
+        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>", "padding_side": "right",
+        "clean_up_tokenization_spaces": False, "tokenizer_class": "InternLMXComposer2Tokenizer"}))
+    shutil.copy(demo_path("tokenizer.model"), tmp_path / "tokenizer.model")
+    shutil.copy(goldens / "t1" / "model.safetensors", tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_auto_classes_read_a_public_directory(public_directory):
+    directory = str(public_directory)
+    config = AutoConfig.from_pretrained(directory)
+    assert type(config) is mindformers_ixc.IXC25Config
+    assert (config.hidden_size, config.vision_config.image_size) == (64, 56)
+    assert isinstance(AutoTokenizer.from_pretrained(directory), mindformers_ixc.InternLM2Tokenizer)
+    processor = AutoProcessor.from_pretrained(directory)
+    assert type(processor) is mindformers_ixc.IXC25Processor
+    assert processor.image_processor.image_size == 56
+    weights = load_file(public_directory / "model.safetensors")
+    for auto in (AutoModel, AutoModelForCausalLM):
+        model = auto.from_pretrained(directory)
+        assert type(model) is mindformers_ixc.IXC25ForCausalLM
+        assert all(np.array_equal(p.asnumpy(), weights.pop(p.name)) for p in model.get_parameters()) is True
+        assert not weights
+        weights = load_file(public_directory / "model.safetensors")
+
+
+def test_a_saved_model_comes_back(public_directory, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(str(public_directory), seq_length=12)
+    assert model.config.seq_length == 12
+    model.save_pretrained(str(tmp_path / "saved"))
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    original = load_file(public_directory / "model.safetensors")
+    assert saved.keys() == original.keys()
+    assert all(np.array_equal(saved[name], original[name]) for name in saved)
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    ("config", "IXC25Config"), ("config", "IXC25VisionConfig"), ("models", "IXC25ForCausalLM"),
+    ("models", "IXC25VisionModel"), ("tokenizer", "InternLM2Tokenizer"), ("tokenizer", "InternLMXComposer2Tokenizer"),
+    ("processor", "IXC25Processor"), ("processor", "IXC25ImageProcessor"), ("processor", "IXC25VideoProcessor"),
+    ("dataset", "IXC25SFTDataset"), ("dataset_loader", "IXC25DataLoader"), ("trainer", "IXC25Trainer"),
+    ("wrapper", "IXC25TrainOneStepCell"), ("wrapper", "IXC25PipelineWithLossScaleCell"),
+    ("pipeline", "multimodal_chat")])
+def test_the_registry_holds(kind, name):
+    assert MindFormerRegister.is_exist(kind, name)
+
+
+def test_sections_of_a_yaml_file_become_instances():
+    config = build_model_config(MindFormerConfig(
+        type="IXC25Config", hidden_size=64, num_attention_heads=8, num_key_value_heads=4,
+        vision_config={"type": "IXC25VisionConfig", "image_size": 112}))
+    assert config.vision_config.image_size == 112
+    processor = build_processor(MindFormerConfig(
+        type="IXC25Processor", image_processor={"type": "IXC25ImageProcessor", "image_size": 112},
+        tokenizer={"type": "InternLM2Tokenizer", "vocab_file": str(demo_path("tokenizer.model"))}))
+    assert processor.image_processor.tokens_per_side == 4
+
+
+def test_register_path_finds_the_classes(monkeypatch):
+    monkeypatch.setenv("REGISTER_PATH", str(Path(__file__).parents[1]))
+    config = MindFormerRegister.get_instance_from_cfg(
+        MindFormerConfig(auto_register="register.IXC25Config", type="IXC25Config", vocab_size=77), "config")
+    assert (type(config).__name__, config.vocab_size) == ("IXC25Config", 77)
