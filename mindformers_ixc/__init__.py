@@ -3,6 +3,9 @@
 Importing this package registers the model, its configuration, tokenizer, processors, dataset, trainer, step wrappers,
 PET types and the `multimodal_chat` pipeline with MindFormers' registry and its Auto classes.
 """
+from mindformers_ixc import collector
+
+# isort: split
 from mindformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mindformers_ixc.config import ConfigError, IXC25Config, IXC25VisionConfig
@@ -46,3 +49,4 @@ def _register_auto_classes() -> None:
 
 
 _register_auto_classes()
+collector.resume()
