@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mindformers.trainer.causal_language_modeling import CausalLanguageModelingT
 
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
 from mindformers_ixc.config import ConfigError
+from mindformers_ixc.data.conversations import DataError
 from mindformers_ixc.data.requests import read_requests
 from mindformers_ixc.training.wrapper import portable_wrapper
 
@@ -66,10 +68,18 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
         Raises:
             ConfigError: when data and model section of the YAML contradict each other.
+            DataError: when too many pictures turn out damaged.
         """
         check_sections_agree(config)
-        super().train(config=config, network=network, dataset=dataset, wrapper=wrapper, optimizer=optimizer,
-                      callbacks=callbacks, **kwargs)
+        try:
+            super().train(config=config, network=network, dataset=dataset, wrapper=wrapper, optimizer=optimizer,
+                          callbacks=callbacks, **kwargs)
+        except RuntimeError as error:
+            # MindSpore wraps what a data worker raises into its own report of three call stacks
+            sentence = re.search(r"^DataError: (.+?)$", str(error), re.MULTILINE)
+            if sentence is None:
+                raise
+            raise DataError(sentence[1]) from error
         table = getattr(self.train_dataset, "conversations", None)
         if table is not None and table.bad_samples:
             logger.warning(f"{table.bad_samples} of {len(table)} samples had damaged pictures and were left out.")

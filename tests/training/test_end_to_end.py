@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,19 @@ def test_bad_data_ends_in_one_sentence_and_leaves_no_model(tmp_path, text, word)
     assert last.startswith("error: ")
     assert word in last
     assert "bad.json" in last
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_damaged_pictures_found_while_training_end_in_one_sentence(tmp_path):
+    shutil.copytree(demo_path("images"), tmp_path / "images")
+    shutil.copy(demo_path("train.json"), tmp_path / "train.json")
+    (tmp_path / "images" / "cat.jpg").write_bytes(Path(CAT).read_bytes()[:9000])   # the header is whole
+    _, errors = mindformers("run", "--config", ROOT / "yaml_configs" / "ixc25_sft_tiny.yaml", "--output_dir", "out",
+                            "--train_dataset_dir", "train.json", cwd=tmp_path, check=False)
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "damaged" in last
+    assert "cat.jpg" in last
     assert not (tmp_path / "out" / "model").exists()
 
 
