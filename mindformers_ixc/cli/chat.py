@@ -74,7 +74,23 @@ class Session:
             text = "<ImageHere>" * len(self.waiting) + text
         query = {"query": text, "images": images, "history": self.history, "hd_num": self.arguments.hd_num,
                  "meta_instruction": self.arguments.meta_instruction}
-        reply = self.assistant.answer([query], self.arguments.mode, **generation_options(self.arguments))[0]
-        print(reply, file=self.arguments.answers)
+        reply = self._reply(query)
         self.history.append((text, reply))
         self.images, self.waiting = images, []
+
+    def _reply(self, query: dict) -> str:
+        """Shows the answer as it comes (with beams, when it is there); Ctrl-C ends the answer, not the session."""
+        options, answers = generation_options(self.arguments), self.arguments.answers
+        if options.get("num_beams", 1) > 1:
+            reply = self.assistant.answer([query], self.arguments.mode, **options)[0]
+            print(reply, file=answers)
+            return reply
+        pieces = []
+        try:
+            for piece in self.assistant.stream(query, self.arguments.mode, **options):
+                pieces.append(piece)
+                print(piece, end="", file=answers, flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="", file=sys.stderr)
+        print(file=answers)
+        return "".join(pieces).strip()

@@ -7,7 +7,7 @@ running score is added (at temperature 1, which the public tasks use, the order 
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Optional, Protocol
 
@@ -67,6 +67,22 @@ def greedy_or_sample(decoder: Decoder, options: GenerationOptions, batch: int, o
         GenerationError: if the decoder's scores are not numbers or not of `batch` rows.
     """
     generated: list[list[int]] = [[] for _ in range(batch)]
+    for shown in decode_steps(decoder, options, batch, ended):
+        for row, token in enumerate(shown):
+            if token is not None:
+                generated[row].append(token)
+        if on_tokens is not None and on_tokens(shown):
+            break
+    return generated
+
+
+def decode_steps(decoder: Decoder, options: GenerationOptions, batch: int,
+                 ended: Ended | None = None) -> Iterator[list[int | None]]:
+    """Greedy decoding or sampling as an iterator: each step's new id of every row, `None` once a row has ended.
+
+    Nothing is computed ahead: who stops iterating stops decoding. Arguments and errors as in `greedy_or_sample`.
+    """
+    generated: list[list[int]] = [[] for _ in range(batch)]
     running = [True] * batch
     generators = row_generators(options.seed, batch)
     padding = options.stop_token_ids[0] if options.stop_token_ids else 0
@@ -79,11 +95,11 @@ def greedy_or_sample(decoder: Decoder, options: GenerationOptions, batch: int, o
             if token is not None:
                 generated[row].append(token)
                 running[row] = not (token in options.stop_token_ids or (ended and ended(generated[row])))
-        if (on_tokens is not None and on_tokens(shown)) or not any(running):
-            break
+        yield shown
+        if not any(running):
+            return
         if step + 1 < options.max_new_tokens:
             logits = decoder.step(np.array([padding if token is None else token for token in shown], np.int32))
-    return generated
 
 
 @dataclass

@@ -1,0 +1,103 @@
+"""The cached graphs: equal to the whole sequence computed anew, batches equal to single prompts, no recompilation."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+from parity_device import sample_of
+
+from mindformers_ixc.checkpoint.model_directory import load_model
+from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.sampling import GenerationOptions
+from mindformers_ixc.processing.processor import EncodedSample
+
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def model(goldens):
+    return load_model(goldens / "t1", seq_length=64, max_tiles=6)
+
+
+def prompt(model, length: int, images: int, seed: int) -> EncodedSample:
+    """A prompt of random text with pictures of 1 x 2 tiles in it."""
+    rng = np.random.default_rng(seed)
+    side = model.config.vision_config.image_size
+    parts = [sample_of(np.array([-1] * 17), rng.standard_normal((3, side, 2 * side)).astype(np.float32), model.config)
+             for _ in range(images)]
+    ids, mask = [rng.integers(3, 400, length)], [np.zeros(length, np.int32)]
+    for part in parts:
+        ids += [part.input_ids, rng.integers(3, 400, 2)]
+        mask += [part.image_mask, np.zeros(2, np.int32)]
+    ids, mask = np.concatenate(ids).astype(np.int32), np.concatenate(mask).astype(np.int32)
+    nothing = np.zeros((0, 3, side, side), np.float32)
+    pixels = np.concatenate([nothing, *(part.pixel_values for part in parts)])
+    return EncodedSample(ids, np.full_like(ids, -100), mask, [part.grids[0] for part in parts], pixels, 2)
+
+
+def whole_logits(model, sample: EncodedSample) -> np.ndarray:
+    """Logits after the last position, from the model's own construct over the whole sequence."""
+    batch = sample.pad(64, 6, 2)
+    columns = (batch["input_ids"], None, batch["pixel_values"], batch["vision_index"], batch["image_mask"])
+    logits = model(*[None if column is None else Tensor(column[None]) for column in columns]).asnumpy()
+    return logits[0, len(sample.input_ids) - 1]
+
+
+def extended(sample: EncodedSample, tokens: list[int]) -> EncodedSample:
+    extra = np.array(tokens, np.int32)
+    return EncodedSample(np.append(sample.input_ids, extra), np.append(sample.labels, extra),
+                         np.append(sample.image_mask, 0 * extra), sample.grids, sample.pixel_values, 2)
+
+
+def test_cached_steps_equal_the_whole_sequence(model):
+    samples = [prompt(model, 9, 1, 0), prompt(model, 20, 0, 1)]
+    decoder = Assistant(model, None).engine.decoder(samples, NEW)
+    logits, tokens = decoder.prefill(), [[], []]
+    for _ in range(NEW):
+        for row, sample in enumerate(samples):
+            np.testing.assert_allclose(logits[row], whole_logits(model, extended(sample, tokens[row])), atol=2e-5)
+            tokens[row].append(int(logits[row].argmax()))
+        logits = decoder.step(np.array([row[-1] for row in tokens]))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "seed": 4}],
+                         ids=["greedy", "beams", "sampling"])
+def test_a_mixed_batch_equals_the_prompts_alone(model, options):
+    options = GenerationOptions(max_new_tokens=NEW, stop_token_ids=(2,), **options)
+    samples = [prompt(model, 5, 0, 0), prompt(model, 3, 2, 1), prompt(model, 11, 1, 2), prompt(model, 30, 0, 3)]
+    assistant = Assistant(model, None)
+    together = assistant.generate(samples, options)
+    assert together == [assistant.generate([sample], options)[0] for sample in samples]
+
+
+def test_reordering_rows_moves_their_past(model):
+    samples = [prompt(model, 8, 0, 5), prompt(model, 12, 0, 6)]
+    decoder = Assistant(model, None).engine.decoder(samples, NEW)
+    decoder.prefill()
+    decoder.reorder(np.array([1, 1]))
+    logits = decoder.step(np.array([7, 7]))
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
+    np.testing.assert_allclose(logits[0], whole_logits(model, extended(samples[1], [7])), atol=2e-5)
+
+
+def test_nothing_is_compiled_while_decoding_or_for_a_second_request(model, monkeypatch):
+    from mindspore.common import api
+
+    compiled = []
+    real = api._cell_graph_executor.compile
+    monkeypatch.setattr(api._cell_graph_executor, "compile",
+                        lambda cell, *args, **kwargs: counted(compiled, cell, real(cell, *args, **kwargs)))
+    assistant = Assistant(model, None)
+    options = GenerationOptions(max_new_tokens=NEW, stop_token_ids=())
+    assistant.generate([prompt(model, 9, 1, 0)], options)
+    assert sorted(compiled) == ["DecodeGraph", "PrefillGraph", "VisionGraph"]
+    assistant.generate([prompt(model, 31, 2, 1)], options)
+    assistant.generate([prompt(model, 4, 0, 2)], options)
+    assert len(compiled) == 3
+
+
+def counted(compiled: list[str], cell, result):
+    """Remembers a cell that was really compiled: the executor's second result says so."""
+    if result[1]:
+        compiled.append(type(cell).__name__)
+    return result
