@@ -1,11 +1,15 @@
 """`pipeline("multimodal_chat")`: questions about pictures through MindFormers' pipeline interface."""
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mindformers.pipeline.base_pipeline import Pipeline
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.processing.messages import read_messages
 from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
+from mindformers_ixc.processing.prompt import PromptError
 
 TASK = "multimodal_chat"
 
@@ -17,7 +21,9 @@ PROMPT_ARGUMENTS = ("history", "meta_instruction", "hd_num")
 class MultimodalChatPipeline(Pipeline):
     """Chats about pictures.
 
-    A request is a dict with `query`, `images` (a list, optional) and `history` (optional), or a plain question.
+    A request is a dict with `query`, `images` (a list, optional) and `history` (optional), a plain question, or a list
+    of messages (`[{"role": "user", "content": [{"type": "image", "image": ...}, {"type": "text", "text": ...}]}]`).
+    Several requests come as a list or a generator; one that fails gives `{"error": sentence}` in its place.
 
     Args:
         model: `IXC25ForCausalLM`.
@@ -52,10 +58,19 @@ class MultimodalChatPipeline(Pipeline):
         return prompt, {key: parameters[key] for key in known if key in parameters}, {}
 
     def preprocess(self, inputs, **prompt):
-        """Turns a request into the arguments of `IXC25Processor.encode_chat`."""
+        """Turns a request into the arguments of `IXC25Processor.encode_chat`.
+
+        Raises:
+            PromptError: for a request that is none of the known forms.
+        """
+        if is_messages(inputs):
+            return {**prompt, **read_messages(inputs)}
+        if not isinstance(inputs, (str, dict)):
+            raise PromptError(f"A request must be a question, a dict or a list of messages, found "
+                              f"{type(inputs).__name__}.")
         request = {"query": inputs} if isinstance(inputs, str) else dict(inputs)
         if "query" not in request:
-            raise ValueError(f"A request needs the key 'query'; found only {sorted(request)}.")
+            raise PromptError(f"A request needs the key 'query'; found only {sorted(request)}.")
         images = request.get("images") or []
         request["images"] = images if isinstance(images, (list, tuple)) else [images]
         return {**prompt, **request}
@@ -68,6 +83,30 @@ class MultimodalChatPipeline(Pipeline):
         """Wraps the answer as MindFormers' text pipelines do."""
         return [{f"{self.return_name}_text": model_outputs["text"]}]
 
+    def __call__(self, inputs, batch_size: int | None = None, **kwargs):
+        """Answers one request, a list or a generator of them; options as for the class.
+
+        Returns:
+            `[{"text_generation_text": answer}]`, one entry a request.
+        """
+        if is_messages(inputs):   # one request, though it is a list
+            return super().__call__([inputs], batch_size, **kwargs)
+        if isinstance(inputs, Iterator):
+            inputs = list(inputs)
+        return super().__call__(inputs, batch_size, **kwargs)
+
     def run_multi(self, inputs, batch_size, preprocess_params, forward_params, postprocess_params):
-        """Answers a list of requests one by one."""
-        return [self.run_single(item, preprocess_params, forward_params, postprocess_params)[0] for item in inputs]
+        """Answers a list of requests one by one; a bad one does not keep the others from being answered."""
+        outputs = []
+        for item in inputs:
+            try:
+                outputs += self.run_single(item, preprocess_params, forward_params, postprocess_params)
+            except (ValueError, OSError) as error:
+                outputs.append({"error": str(error)})
+        return outputs
+
+
+def is_messages(inputs) -> bool:
+    """Whether a request has the message form."""
+    return isinstance(inputs, (list, tuple)) and bool(inputs) and all(
+        isinstance(item, dict) and "role" in item for item in inputs)
