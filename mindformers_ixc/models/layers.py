@@ -139,8 +139,9 @@ class AttentionCore(nn.Cell):
         """
         b, kv, g, length, d = query.shape
         s = key.shape[2]
-        scores = self.scores(self.reshape(query, (b, kv, g * length, d)), key)          # (B, KV, G*L, S)
-        scores = self.mul(self.cast(scores, self.dtype), self.scale)
+        # scaling the query instead of the scores saves an L x S tensor in each direction
+        query = self.mul(self.reshape(query, (b, kv, g * length, d)), self.scale)       # (B, KV, G*L, d)
+        scores = self.cast(self.scores(query, key), self.dtype)                         # (B, KV, G*L, S)
         if mask is not None:
             scores = self.add_mask(self.reshape(scores, (b, kv, g, length, s)), mask)   # (B, KV, G, L, S)
             scores = self.reshape(scores, (b, kv, g * length, s))                       # (B, KV, G*L, S)

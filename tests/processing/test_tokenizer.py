@@ -29,8 +29,9 @@ def test_begin_of_text_is_added_on_request(tokenizer):
     assert tokenizer.encode_text("a cat", add_bos=True) == [1, *ids]
 
 
-# U+0000 encodes differently between sentencepiece versions; lone surrogates are no text
-TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\u2581"), max_size=30)
+# U+0000 encodes differently between sentencepiece versions; lone surrogates are no text; special tokens written out,
+# which begin with <, are decoded with a space before them
+TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\u2581<"), max_size=30)
 
 
 @settings(deadline=None, max_examples=200)
