@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from mindformers_ixc.cli.inference import generation_options, load_assistant
+from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
 
 
 @dataclass
@@ -19,6 +20,12 @@ class Question:
     history: list[tuple[str, str]]
     images: list
     expected: str
+    system: str = ""
+
+    def request(self, hd_num: int | None) -> dict:
+        """Arguments of `IXC25Processor.encode_chat`."""
+        return {"query": self.query, "images": self.images, "history": self.history, "hd_num": hd_num,
+                "meta_instruction": self.system}
 
 
 def questions_of(samples) -> list[Question]:
@@ -32,11 +39,14 @@ def questions_of(samples) -> list[Question]:
     """
     questions = []
     for sample in samples:
-        history, used = [], 0
-        for (_, query), (_, expected) in zip(sample.turns[0::2], sample.turns[1::2]):
-            markers = query.count("<ImageHere>")
-            used = len(sample.images) if len(sample.images) == 1 else used + markers
-            questions.append(Question(str(sample.id), query, list(history), list(sample.images[:used]), expected))
+        turns = list(sample.turns)
+        system = turns.pop(0)[1] if turns[0][0] == "system" else ""
+        placed = any(IMAGE_PLACEHOLDER in text for _, text in turns)
+        history, used = [], 0 if placed else len(sample.images)
+        for (_, query), (_, expected) in zip(turns[0::2], turns[1::2]):
+            used += query.count(IMAGE_PLACEHOLDER)
+            pictures = list(sample.images[:used])
+            questions.append(Question(str(sample.id), query, list(history), pictures, expected, system))
             history.append((query, expected))
     return questions
 
@@ -75,9 +85,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     for start in tqdm(range(0, len(questions), size), desc="answering", unit="batch", disable=None):
         batch = questions[start:start + size]
         padded = batch + [batch[-1]] * (size - len(batch))   # one batch size, one graph
-        replies = assistant.answer(
-            [{"query": q.query, "images": q.images, "history": q.history, "hd_num": arguments.hd_num} for q in padded],
-            arguments.mode, **generation_options(arguments))
+        replies = assistant.answer([question.request(arguments.hd_num) for question in padded], arguments.mode,
+                                   **generation_options(arguments))
         answers += replies[:len(batch)]
     _write_predictions(arguments.predictions, questions, answers)
     right = sum(answer == question.expected.strip() for question, answer in zip(questions, answers))

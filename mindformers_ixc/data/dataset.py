@@ -10,9 +10,10 @@ from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore.dataset import GeneratorDataset
+from tqdm import tqdm
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS
-from mindformers_ixc.data.conversations import Conversation, DataError, load_sources, read_image_sizes
+from mindformers_ixc.data.conversations import PROGRESS_FROM, Conversation, DataError, load_sources, read_image_sizes
 from mindformers_ixc.data.sampling import EpochSampler
 from mindformers_ixc.processing.image import HD_NUM_TRAINING, ImageError
 from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
@@ -76,7 +77,7 @@ def fit_samples(processor: IXC25Processor, samples: Sequence[Conversation], seq_
         DataError: when nothing fits, with the lengths that would.
     """
     kept, cut, dropped, needs = [], 0, 0, []
-    for sample in samples:
+    for sample in tqdm(samples, desc="measuring samples", unit="sample", disable=len(samples) < PROGRESS_FROM):
         pairs, needed = fit_pairs(processor, sample, seq_length, max_tiles, hd_num)
         if pairs == 0:
             dropped += 1
