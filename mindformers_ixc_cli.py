@@ -68,7 +68,8 @@ def _add_chat(commands) -> None:
         epilog="examples:\n  mindformers chat --model out/model --image photo.jpg \"What is shown?\"\n"
                "  mindformers chat --model out/model")
     _add_generation(chat)
-    chat.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    chat.add_argument("--image", action="append", default=[], metavar="FILE",
+                      help="a picture, or a video (by its suffix); may be repeated")
     chat.add_argument("--meta_instruction", default="", metavar="TEXT", help="system turn (default: none)")
     chat.add_argument("--do_sample", action="store_true", help="sample instead of taking the likeliest token")
     chat.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of sampling")

@@ -8,6 +8,7 @@ from mindformers_ixc.cli.inference import generation_options, load_assistant
 
 HELP = """Type a question and press Enter.
   /image PATH   add a picture to the next question
+  /video PATH   add a video
   /new          forget the conversation
   /help         this text
   /quit         leave (so does Ctrl-D)"""
@@ -54,7 +55,7 @@ class Session:
         command, _, rest = line.partition(" ")
         if not line:
             return
-        if command == "/image":
+        if command in ("/image", "/video"):
             with open(rest.strip(), "rb"):   # a missing file is said now, not with the next question
                 self.waiting.append(rest.strip())
         elif command == "/new":

@@ -37,6 +37,7 @@ from mindformers_ixc.processing.prompt import (
     turn,
 )
 from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer, InternLMXComposer2Tokenizer
+from mindformers_ixc.processing.video import is_video, load_video
 
 # Transforms of a picture that training may use.
 TRANSFORMS = ("training", "inference")
@@ -162,7 +163,8 @@ class IXC25ImageProcessor(BaseImageProcessor):
         """Tiles of pictures.
 
         Args:
-            images: one picture or a list (path, bytes, PIL image or uint8 array each).
+            images: one picture or a list (path, bytes, PIL image or uint8 array each; a video's path stands for the
+                board of its frames).
             hd_num: tiles of a picture at most.
             training: encode for training: `training_transform` and `hd_num_training`.
             where: what the pictures belong to, for messages.
@@ -179,7 +181,10 @@ class IXC25ImageProcessor(BaseImageProcessor):
         training_transform = training and self.training_transform == "training"
         tiles, grids = [], []
         for source in images:
-            padded = partition_image(load_image(source, where), limit, self.image_size, training_transform)
+            if is_video(source):   # a video's board has its own size; hd_num does not apply (public rule)
+                padded = load_video(source, self.image_size)
+            else:
+                padded = partition_image(load_image(source, where), limit, self.image_size, training_transform)
             grids.append(Grid(padded.height // self.image_size, padded.width // self.image_size))
             tiles.append(image_to_tiles(padded, self.image_size))
         if not tiles:

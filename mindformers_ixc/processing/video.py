@@ -1,6 +1,7 @@
 """Videos to one tall or wide picture: sampled frames, captioned and stacked, which then goes the way of any picture."""
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,110 +16,201 @@ from mindformers_ixc.processing.image import Grid, image_to_tiles
 # Public video loading: at most this many frames, one a second.
 FRAME_LIMIT = 32
 
-# Long side of a frame on the board, height of its caption (and of the caption's font) and gap between frames, all in
-# pixels (public video loading).
+# Long side of a frame on the board, height of its caption (and of the caption's font), gap between frames and width
+# of the line in the middle of the gap, all in pixels (public video loading).
 FRAME_SIDE = 1120
 CAPTION = 40
 GAP = 10
+LINE = 2
+
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+
+
+# File names that are taken for videos where a picture could stand as well.
+SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+
+
+def is_video(source) -> bool:
+    """Whether a picture's source names a video file."""
+    return isinstance(source, (str, os.PathLike)) and os.fspath(source).lower().endswith(SUFFIXES)
 
 
 class VideoError(ValueError):
-    """A video that cannot be read."""
+    """A video that cannot be read, or frames that cannot be put on a board."""
 
 
-def sample_frames(count: int, fps: float, limit: int = FRAME_LIMIT) -> list[int]:
+def sample_frames(frame_count: int, fps: float, limit: int = FRAME_LIMIT) -> list[int]:
     """Numbers of the frames to take: one a second from the first on, thinned out evenly above the limit.
 
     Args:
-        count: frames of the video.
-        fps: frames a second.
+        frame_count: frames of the video.
+        fps: frames a second; below 1.5 every frame is taken.
         limit: frames at most.
 
     Returns:
-        Ascending frame numbers.
+        Ascending frame numbers; none for a video without frames.
+
+    Raises:
+        VideoError: when `limit` is below 1 or `fps` is no finite number.
     """
-    picked = list(range(0, count, max(1, round(fps))))
+    if limit < 1:
+        raise VideoError(f"The limit of frames of a video is {limit}; it must be at least 1.")
+    if not math.isfinite(fps):
+        raise VideoError(f"The frame rate of a video is {fps}; it must be a finite number of frames a second.")
+    picked = list(range(0, frame_count, max(1, round(fps))))
     if len(picked) > limit:
         # the divisor is one above the limit: the last second is never reached (public rule)
         picked = [picked[int(i * len(picked) / (limit + 1))] for i in range(limit)]
     return picked
 
 
-def read_frames(source: str | os.PathLike, limit: int = FRAME_LIMIT) -> list[Image.Image]:
+def read_frames(source: str | os.PathLike, limit: int = FRAME_LIMIT,
+                indices: Sequence[int] | None = None) -> list[Image.Image]:
     """Decodes the sampled frames of a video file, and only those.
 
-    Raises:
-        VideoError: for a missing, empty, damaged or frameless file.
-    """
-    path = Path(source)
-    if not path.is_file():
-        raise VideoError(f"The video {path} does not exist.")
-    if path.stat().st_size == 0:
-        raise VideoError(f"The video {path} is empty (0 bytes).")
-    import decord  # loads the codecs: only when there is a video
+    Args:
+        source: path of the file.
+        limit: frames at most, for `sample_frames`.
+        indices: frame numbers to decode instead of the sampled ones.
 
+    Returns:
+        RGB pictures in the video's own size.
+
+    Raises:
+        VideoError: for a missing, empty, damaged or frameless file, frame numbers it does not have or a source that is
+            no path.
+    """
+    path = _existing_file(source)
+    try:
+        # here, not above: only videos need the codecs, and loaded before MindSpore decord makes its import abort
+        import decord
+    except ImportError as error:
+        raise VideoError(f"The video {path} needs the package decord, which cannot be imported ({error}); install it "
+                         "with pip (decord2 on aarch64).") from error
     try:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-        numbers = sample_frames(len(reader), reader.get_avg_fps(), limit)
-        frames = reader.get_batch(numbers).asnumpy() if numbers else []
+        count, fps = len(reader), float(reader.get_avg_fps())
     except Exception as error:   # decord raises its own untyped errors
-        raise VideoError(f"The video {path} cannot be decoded; it is damaged, truncated or no video "
-                         f"({str(error).splitlines()[0][:120]}).") from error
-    if len(frames) == 0:
-        raise VideoError(f"The video {path} has no frames.")
+        raise _undecodable(path, error) from error
+    if count == 0:
+        raise VideoError(f"The video {path} has no frames; a video needs at least one.")
+    numbers = sample_frames(count, fps, limit) if indices is None else [int(index) for index in indices]
+    wrong = [number for number in numbers if not 0 <= number < count]
+    if wrong or not numbers:
+        asked = f"{wrong[0]} was" if wrong else "none were"
+        raise VideoError(f"Frames of the video {path} are numbered 0 to {count - 1}; {asked} asked for.")
+    try:
+        frames = reader.get_batch(numbers).asnumpy()
+    except Exception as error:
+        raise _undecodable(path, error) from error
     return [Image.fromarray(frame) for frame in frames]
 
 
-def frames_to_board(frames: Sequence[Image.Image]) -> Image.Image:
-    """Stacks frames into one white picture: landscape frames below, portrait frames beside each other.
+def _existing_file(source) -> Path:
+    if not isinstance(source, (str, os.PathLike)):
+        raise VideoError(f"A video must be given as the path of its file; found {type(source).__name__}.")
+    path = Path(source)
+    if not path.exists():
+        raise VideoError(f"The video {path} does not exist.")
+    if not path.is_file():
+        raise VideoError(f"The video {path} is a folder, not a file; name the file inside it.")
+    if path.stat().st_size == 0:
+        raise VideoError(f"The video {path} is empty (0 bytes); fetch it again.")
+    return path
 
-    Above each frame stands its caption `<IMAGE i>`; a black line separates neighbours.
+
+def _undecodable(path: Path, error: Exception) -> VideoError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return VideoError(f"The video {path} cannot be decoded; it is damaged, truncated or no video ({reason}).")
+
+
+def frames_to_board(frames: Sequence[Image.Image]) -> Image.Image:
+    """Stacks frames into one white picture: landscape frames below, all others beside each other.
+
+    Every frame is resized to a long side of 1120 pixels and stands below its caption `<IMAGE i>`, counted from 0. The
+    caption starts at the frame's left edge; a black line runs through the gap between neighbours.
 
     Args:
-        frames: frames of one size.
+        frames: frames of one size and any mode.
 
     Returns:
-        RGB picture.
+        RGB picture of n frames resized to (w, h): (w, n * (40 + h + 10)) pixels for landscape frames, else
+        (n * (w + 10), 40 + h).
+
+    Raises:
+        VideoError: when there are no frames, their sizes differ or they are too elongated.
     """
-    width, height = frames[0].size
-    landscape = width >= height
-    scale = FRAME_SIDE / max(width, height)
-    size = (int(width * scale), int(height * scale))
-    step = (0, size[1] + CAPTION + GAP) if landscape else (size[0] + GAP, 0)
-    extent = (size[0], step[1] * len(frames)) if landscape else (step[0] * len(frames), size[1] + CAPTION)
-    board = Image.new("RGB", extent, (255, 255, 255))
+    if not frames:
+        raise VideoError("There are no frames to put on a board; a video needs at least one.")
+    odd = next((i for i, frame in enumerate(frames) if frame.size != frames[0].size), None)
+    if odd is not None:
+        raise VideoError(f"Frame {odd} has {_by(frames[odd].size)} pixels and frame 0 has {_by(frames[0].size)}; all "
+                         "frames of a video must have one size.")
+    width, height = size = _frame_size(*frames[0].size)
+    landscape = frames[0].width > frames[0].height           # square frames stand beside each other (public rule)
+    step = (0, CAPTION + height + GAP) if landscape else (width + GAP, 0)
+    extent = (width, step[1] * len(frames)) if landscape else (step[0] * len(frames), CAPTION + height)
+    # Image.new knows no limit of pixels, unlike Image.open: a long video is no decompression bomb
+    board = Image.new("RGB", extent, WHITE)
     draw, font = ImageDraw.Draw(board), ImageFont.load_default(size=CAPTION)   # Pillow's own font: no network
     for i, frame in enumerate(frames):
         left, top = step[0] * i, step[1] * i
-        caption = f"<IMAGE {i}>"
-        draw.text((left + (size[0] - draw.textlength(caption, font)) / 2, top), caption, (0, 0, 0), font, anchor="lt")
+        draw.text((left, top), f"<IMAGE {i}>", BLACK, font)
         board.paste(frame.convert("RGB").resize(size, Image.BILINEAR), (left, top + CAPTION))
-        if landscape:
-            line = (left, top + CAPTION + size[1] + GAP // 2, left + size[0], top + CAPTION + size[1] + GAP // 2)
-        else:
-            line = (left + size[0] + GAP // 2, top, left + size[0] + GAP // 2, top + extent[1])
-        draw.line(line, (0, 0, 0))
+        if i:
+            # in the middle of the gap before this frame
+            line = (0, top - GAP // 2, extent[0], top - GAP // 2) if landscape else \
+                (left - GAP // 2, 0, left - GAP // 2, extent[1])
+            draw.line(line, BLACK, LINE)
     return board
 
 
+def _frame_size(width: int, height: int) -> tuple[int, int]:
+    """Size of a frame of `width` x `height` pixels on the board."""
+    ratio = width / height             # divided first, as the public code: one pixel may depend on the rounding
+    size = (FRAME_SIDE, int(FRAME_SIDE / ratio)) if width > height else (int(FRAME_SIDE * ratio), FRAME_SIDE)
+    if min(size) < 1:
+        raise VideoError(f"Frames of {width} x {height} pixels are too elongated: resized to a long side of "
+                         f"{FRAME_SIDE} pixels nothing would be left of them. Crop the video.")
+    return size
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
 def fit_board(board: Image.Image, tile_size: int = 560) -> Image.Image:
-    """Shrinks a board to a short side of one tile and pads the long side with white to whole tiles."""
-    width, height = board.size
-    if width < height:
-        size = (tile_size, int(height * tile_size / width))
-    else:
-        size = (int(width * tile_size / height), tile_size)
-    padded = tuple(-(-side // tile_size) * tile_size for side in size)
-    result = Image.new("RGB", padded, (255, 255, 255))
-    result.paste(board.resize(size, Image.BILINEAR), (0, 0))
-    return result
+    """Resizes a board to a short side of one tile and pads the long side with white to whole tiles.
+
+    Args:
+        board: RGB picture.
+        tile_size: side S of a tile in pixels (public 560).
+
+    Returns:
+        RGB picture of (S, h * S) or (w * S, S) pixels; the padding is at the bottom or at the right.
+    """
+    tall = board.width < board.height
+    # a tall board is resized lying on its side, as the public code does: Pillow rounds after the horizontal pass
+    wide = board.transpose(Image.TRANSPOSE) if tall else board
+    wide = wide.resize((int(tile_size * (wide.width / wide.height)), tile_size), Image.BILINEAR)
+    fitted = Image.new("RGB", (math.ceil(wide.width / tile_size) * tile_size, tile_size), WHITE)
+    fitted.paste(wide, (0, 0))
+    return fitted.transpose(Image.TRANSPOSE) if tall else fitted
 
 
 def load_video(source: str | os.PathLike, tile_size: int = 560, limit: int = FRAME_LIMIT) -> Image.Image:
     """A video as one picture of whole tiles, ready for `image_to_tiles`.
 
+    Args:
+        source: path of the file.
+        tile_size: side of a tile in pixels (public 560).
+        limit: frames at most.
+
+    Returns:
+        RGB picture; one side is `tile_size`, the other a multiple of it.
+
     Raises:
-        VideoError: when the file cannot be read.
+        VideoError: when the file cannot be read or its frames are too elongated.
     """
     return fit_board(frames_to_board(read_frames(source, limit)), tile_size)
 
@@ -130,16 +222,32 @@ class IXC25VideoProcessor(BaseImageProcessor):
     Args:
         image_size: side S of a tile in pixels (public 560).
         frame_limit: frames at most (public 32).
+
+    Raises:
+        VideoError: when a size is below 1.
     """
 
     model_input_names = ["pixel_values"]
 
     def __init__(self, image_size: int = 560, frame_limit: int = FRAME_LIMIT, **kwargs):
         super().__init__(image_size=image_size, frame_limit=frame_limit, **kwargs)
+        for name, value in (("image_size", image_size), ("frame_limit", frame_limit)):
+            if value < 1:
+                raise VideoError(f"{name} of IXC25VideoProcessor is {value}; it must be at least 1.")
         self.image_size, self.frame_limit = image_size, frame_limit
 
     def preprocess(self, images: str | os.PathLike, **kwargs) -> tuple[np.ndarray, Grid]:
-        """Tiles of a video file: float32 `(1 + rows * columns, 3, S, S)`, global view first, and their grid."""
+        """Tiles of a video.
+
+        Args:
+            images: path of the video file (named as MindFormers' base class names it).
+
+        Returns:
+            float32 `(1 + rows * columns, 3, S, S)`, normalised, global view first, and the grid of the others.
+
+        Raises:
+            VideoError: when the file cannot be read.
+        """
         board = load_video(images, self.image_size, self.frame_limit)
         grid = Grid(board.height // self.image_size, board.width // self.image_size)
         return image_to_tiles(board, self.image_size), grid

@@ -82,6 +82,12 @@ def test_length_is_known_without_pixels(pairs, width, height, hd_num, placed):
     assert PROCESSOR.conversation_length(turns, [(width, height)], hd_num) == (len(sample.input_ids), sample.tiles)
 
 
+def test_a_video_takes_a_pictures_place(goldens):
+    sample = PROCESSOR.encode_chat("What happens?", [goldens / "video_land.mp4"], hd_num=1)
+    assert sample.grids == [Grid(4, 1)]
+    assert sample.pixel_values.shape == (5, 3, 56, 56)
+
+
 def test_padding_gives_the_columns_of_a_batch():
     sample = PROCESSOR.encode_conversation([("user", "What?"), ("assistant", "A cat")], [PICTURE])
     n, tiles = len(sample.input_ids), sample.tiles
