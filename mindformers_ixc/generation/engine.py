@@ -16,12 +16,22 @@ from mindformers_ixc.models.internlm2 import MASKED
 from mindformers_ixc.models.rotary import rotary_base, rotary_tables
 from mindformers_ixc.processing.processor import EncodedSample
 
-# Prompts are padded to a multiple of this many positions. Small enough to waste little of a short prompt, large enough
-# that a chat of growing length does not compile a graph a turn.
-PROMPT_BUCKET = 128
+# The shortest bucket, in positions; a shorter one would save little and be compiled as slowly.
+SHORTEST_BUCKET = 128
 
 # Tiles the ViT graph takes at once; the last call is padded with empty tiles.
 TILES_PER_CALL = 5
+
+
+def bucket(length: int) -> int:
+    """Positions that a prompt or a cache of `length` positions is padded to: 128, 192, 256, 384, 512, 768, ...
+
+    Two buckets an octave: a chat that grows compiles a graph only now and then, and a third at most is padding.
+    """
+    size = SHORTEST_BUCKET
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
 
 
 class VisionGraph(nn.Cell):
@@ -215,8 +225,8 @@ class CachedDecoder:
         self.lengths = np.repeat([len(sample.input_ids) for sample in samples], beams).astype(np.int32)
         self.batch = len(self.lengths)
         longest = int(self.lengths.max())
-        self.bucket = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
-        capacity = -(-(longest + max_new_tokens) // PROMPT_BUCKET) * PROMPT_BUCKET
+        self.bucket = bucket(longest)
+        capacity = bucket(longest + max_new_tokens)
         self.graphs = engine.slot(self.batch, capacity, mode)
         pairs = [engine.tables(capacity, int(length) + max_new_tokens) for length in self.lengths]
         self.cos, self.sin = [pair[0] for pair in pairs], [pair[1] for pair in pairs]

@@ -3,15 +3,27 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mindspore import Tensor
 from parity_device import sample_of
 
 from mindformers_ixc.checkpoint.model_directory import load_model
 from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.engine import bucket
 from mindformers_ixc.generation.sampling import GenerationOptions
 from mindformers_ixc.processing.processor import EncodedSample
 
 NEW = 6
+
+
+@given(st.integers(1, 10**6))
+def test_buckets_hold_what_they_are_for_and_waste_a_third_at_most(length):
+    size = bucket(length)
+    assert length <= size
+    assert size == 128 or 3 * length > 2 * size
+    assert size & (size - 1) == 0 or (2 * size // 3) & (2 * size // 3 - 1) == 0
+    assert bucket(size) == size
 
 
 @pytest.fixture(scope="module")
