@@ -59,8 +59,10 @@ def sample_frames(frame_count: int, fps: float, limit: int = FRAME_LIMIT) -> lis
         raise VideoError(f"The frame rate of a video is {fps}; it must be a finite number of frames a second.")
     picked = list(range(0, frame_count, max(1, round(fps))))
     if len(picked) > limit:
-        # the divisor is one above the limit: the last second is never reached (public rule)
-        picked = [picked[int(i * len(picked) / (limit + 1))] for i in range(limit)]
+        # the divisor is one above the limit: the last second is never reached (public rule); the step is rounded to
+        # double precision before it is multiplied, as there, which decides about some whole numbers (45 seconds, i 11)
+        step = len(picked) / (limit + 1)
+        picked = [picked[int(i * step)] for i in range(limit)]
     return picked
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-import struct
+import sys
 import warnings
 
 import numpy as np
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from PIL import Image
 
-from mindformers_ixc.processing import video
 from mindformers_ixc.processing.image import image_to_tiles
 from mindformers_ixc.processing.video import (
     IXC25VideoProcessor,
@@ -46,7 +45,7 @@ def test_sampling_rule(count, fps, limit):
     assert frames[0] == 0
     assert frames == sorted(set(frames))
     if seconds > limit:
-        assert frames == [stride * int(i * seconds / (limit + 1)) for i in range(limit)]
+        assert frames == [stride * int(i * (seconds / (limit + 1))) for i in range(limit)]
     else:
         assert frames == [stride * i for i in range(seconds)]
     assert frames[-1] < count
@@ -66,20 +65,6 @@ def test_slow_videos_give_every_frame():
 
 # Decoding
 
-@pytest.fixture
-def asked(monkeypatch):
-    """Frame numbers the decoder is asked for."""
-    import decord
-
-    numbers, real = [], decord.VideoReader.__getitem__
-    monkeypatch.setattr(decord.VideoReader, "__getitem__",
-                        lambda self, number: numbers.append(number) or real(self, number))
-    for other in ("next", "get_batch"):
-        monkeypatch.setattr(decord.VideoReader, other, lambda *_, other=other: numbers.append(other))
-    monkeypatch.setattr(decord.VideoReader, "next", lambda self, real=decord.VideoReader.next: real(self))
-    return numbers
-
-
 def test_only_the_sampled_frames_are_decoded(goldens, monkeypatch):
     import decord
 
@@ -93,3 +78,180 @@ def test_only_the_sampled_frames_are_decoded(goldens, monkeypatch):
     monkeypatch.delattr(decord.VideoReader, "get_batch")
     assert len(read_frames(goldens / "video_long.mp4", limit=3)) == 3
     assert numbers == sample_frames(300, 5.0, 3)
+
+
+def test_frames_can_be_named(goldens):
+    every = read_frames(goldens / "video_port.mp4")
+    last, first = read_frames(str(goldens / "video_port.mp4"), indices=[32, 0])
+    assert np.array_equal(last, every[-1])
+    assert np.array_equal(first, every[0])
+
+
+@pytest.mark.parametrize("indices", [[47], [-1], [0, 100], []])
+def test_frames_the_video_does_not_have_are_refused(goldens, indices):
+    with pytest.raises(VideoError, match="numbered 0 to 46"):
+        read_frames(goldens / "video_land.mp4", indices=indices)
+
+
+def test_padding_of_rows_is_not_part_of_the_picture(monkeypatch, goldens):
+    """decord2 gives narrow frames as (H, W, 4) although each row is W pixels of three bytes and padding."""
+    import decord
+
+    class Padded:
+        def __init__(self, frame):
+            self.frame = frame
+
+        def asnumpy(self):
+            height, width = self.frame.height, self.frame.width
+            rows = np.pad(np.asarray(self.frame).reshape(height, -1), ((0, 0), (0, width)), constant_values=77)
+            return rows.reshape(height, width, 4)
+
+    expected = dict(zip((0, 8), read_frames(goldens / "video_port.mp4", indices=[0, 8])))
+    monkeypatch.setattr(decord.VideoReader, "__getitem__", lambda self, number: Padded(expected[number]))
+    found = read_frames(goldens / "video_port.mp4", indices=[8, 0])
+    assert [frame.size for frame in found] == [(96, 128)] * 2
+    assert np.array_equal(found[0], expected[8])
+    assert np.array_equal(found[1], expected[0])
+
+
+# The board
+
+def test_landscape_frames_stand_below_each_other():
+    board = frames_to_board([Image.new("RGB", (1120, 560), RED), Image.new("RGB", (1120, 560), BLUE)])
+    assert board.size == (1120, 2 * (40 + 560 + 10))
+    for top, colour in ((0, RED), (610, BLUE)):
+        frame = np.asarray(board)[top + 40:top + 600]
+        assert (frame == colour).all()
+        caption = np.asarray(board.convert("L"))[top:top + 40]
+        dark = np.nonzero((caption < 128).any(axis=0))[0]
+        assert len(dark) > 0
+        assert dark.max() < 300                            # at the left edge, not across the band
+    gap = np.asarray(board)[600:610]
+    assert [tuple(row[0]) for row in gap].count(BLACK) == 2
+    assert tuple(gap[5, 1119]) == BLACK
+    assert (np.asarray(board)[1210:] == WHITE).all()       # a line between frames, none after the last
+
+
+def test_portrait_frames_stand_beside_each_other():
+    board = frames_to_board([Image.new("L", (280, 560), 9), Image.new("L", (280, 560), 99)])
+    assert board.size == (2 * (560 + 10), 40 + 1120)
+    pixels = np.asarray(board)
+    assert (pixels[40:, :560] == 9).all()
+    assert (pixels[40:, 570:1130] == 99).all()
+    assert (pixels[:, 560:570, 0] == 0).sum(axis=1).tolist() == [2] * 1160
+    assert (pixels[:, 1130:] == 255).all()
+
+
+def test_captions_count_the_frames():
+    board = np.asarray(frames_to_board([Image.new("RGB", (1120, 560), RED)] * 3))
+    captions = [board[610 * i:610 * i + 40] for i in range(3)]
+    assert not np.array_equal(captions[0], captions[1])
+    assert not np.array_equal(captions[1], captions[2])
+
+
+def test_square_frames_stand_beside_each_other():
+    assert frames_to_board([Image.new("RGB", (10, 10))] * 3).size == (3 * 1130, 1160)
+
+
+@OPTIONS
+@given(st.integers(30, 300), st.integers(30, 300), st.integers(1, 3))
+def test_board_size(width, height, count):
+    short = int(1120 / (width / height)) if width > height else int(1120 * (width / height))
+    expected = (1120, count * (short + 50)) if width > height else (count * (short + 10), 1160)
+    assert frames_to_board([Image.new("RGB", (width, height))] * count).size == expected
+
+
+def test_the_ratio_is_divided_first():
+    # 170 * (1120 / 800) is one rounding below 238, 1120 / (800 / 170) is not
+    assert frames_to_board([Image.new("RGB", (800, 170))]).size == (1120, 238 + 50)
+
+
+def test_frames_that_make_no_board_are_refused():
+    with pytest.raises(VideoError, match="no frames"):
+        frames_to_board([])
+    with pytest.raises(VideoError, match="Frame 1 has 8 x 9 pixels"):
+        frames_to_board([Image.new("RGB", (9, 8)), Image.new("RGB", (8, 9))])
+    with pytest.raises(VideoError, match="too elongated"):
+        frames_to_board([Image.new("RGB", (2000, 1))])
+
+
+@OPTIONS
+@given(st.integers(20, 900), st.integers(20, 900))
+def test_boards_become_whole_tiles(width, height):
+    fitted = fit_board(Image.new("RGB", (width, height), BLACK), 56)
+    long, short = max(width, height), min(width, height)
+    content = int(56 * (long / short))
+    along = math.ceil(content / 56) * 56
+    assert fitted.size == ((56, along) if width < height else (along, 56))
+    pixels = np.asarray(fitted if width < height else fitted.transpose(Image.TRANSPOSE))
+    assert (pixels[:content] == 0).all()
+    assert (pixels[content:] == 255).all()
+
+
+def test_tall_boards_are_resized_lying_on_their_side():
+    noise = np.random.default_rng(0).integers(0, 256, (60, 50, 3), np.uint8)
+    tall, wide = Image.fromarray(noise), Image.fromarray(np.ascontiguousarray(noise.transpose(1, 0, 2)))
+    assert np.array_equal(np.asarray(fit_board(tall, 560)).transpose(1, 0, 2), np.asarray(fit_board(wide, 560)))
+
+
+def test_long_videos_are_no_decompression_bombs(goldens, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)    # above a caption's, below the board's
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        assert load_video(goldens / "video_land.mp4").size == (560, 2240)
+
+
+# The processor
+
+def test_processor_gives_tiles(goldens):
+    tiles, grid = IXC25VideoProcessor(image_size=56)(goldens / "video_land.mp4")
+    assert grid == (4, 1)
+    assert tiles.shape == (5, 3, 56, 56)
+    assert tiles.dtype == np.float32
+    assert np.array_equal(tiles, image_to_tiles(load_video(goldens / "video_land.mp4", 56), 56))
+    assert IXC25VideoProcessor(image_size=56, frame_limit=2).preprocess(goldens / "video_port.mp4")[1] == (1, 2)
+
+
+def test_processor_is_registered():
+    assert MindFormerRegister.get_cls(MindFormerModuleType.PROCESSOR, "IXC25VideoProcessor") is IXC25VideoProcessor
+
+
+@pytest.mark.parametrize("name", ["image_size", "frame_limit"])
+def test_processor_refuses_senseless_sizes(name):
+    with pytest.raises(VideoError, match=name):
+        IXC25VideoProcessor(**{name: 0})
+
+
+# Bad files
+
+def test_bad_files_are_named(tmp_path, goldens):
+    whole = (goldens / "video_land.mp4").read_bytes()
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    for name, content in (("empty.mp4", b""), ("cut.mp4", whole[:3000]), ("text.mp4", b"no video"),
+                          ("half.mp4", whole[:5000] + bytes(6000) + whole[11000:])):
+        (tmp_path / name).write_bytes(content)
+    for name, words in (("gone.mp4", "does not exist"), ("empty.mp4", "0 bytes"), ("cut.mp4", "cannot be decoded"),
+                        ("text.mp4", "cannot be decoded"), ("half.mp4", "cannot be decoded"),
+                        ("picture.png", "cannot be decoded"), ("", "a folder")):
+        with pytest.raises(VideoError, match=words) as error:
+            read_frames(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+
+
+def test_other_sources_are_refused():
+    with pytest.raises(VideoError, match="found list"):
+        read_frames([1, 2])
+
+
+def test_videos_without_frames_are_refused(goldens, monkeypatch):
+    import decord
+
+    monkeypatch.setattr(decord.VideoReader, "__len__", lambda self: 0)
+    with pytest.raises(VideoError, match=r"video_land\.mp4 has no frames"):
+        read_frames(goldens / "video_land.mp4")
+
+
+def test_a_missing_decoder_is_named(goldens, monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(VideoError, match="package decord"):
+        read_frames(goldens / "video_land.mp4")

@@ -7,6 +7,7 @@ from mindformers_ixc import (
     IXC25Processor,
     IXC25SFTDataset,
     IXC25Trainer,
+    IXC25VideoProcessor,
     IXC25VisionConfig,
     IXC25VisionModel,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "IXC25Processor",
     "IXC25SFTDataset",
     "IXC25Trainer",
+    "IXC25VideoProcessor",
     "IXC25VisionConfig",
     "IXC25VisionModel",
     "InternLM2Tokenizer",
