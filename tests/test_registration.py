@@ -86,7 +86,8 @@ def test_sections_of_a_yaml_file_become_instances():
     assert processor.image_processor.tokens_per_side == 4
 
 
-def test_register_path_finds_the_classes(monkeypatch):
+def test_register_path_finds_the_classes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)   # MindFormers copies the module into ./modules
     monkeypatch.setenv("REGISTER_PATH", str(Path(__file__).parents[1]))
     config = MindFormerRegister.get_instance_from_cfg(
         MindFormerConfig(auto_register="register.IXC25Config", type="IXC25Config", vocab_size=77), "config")
