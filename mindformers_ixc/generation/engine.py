@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import mindspore.common.dtype as mstype
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn
+from mindspore import Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.config import MODE_ADAPTERS
-from mindformers_ixc.models.internlm2 import MASKED
+from mindformers_ixc.generation.slots import InferenceGraph, Slot, make_slot
+from mindformers_ixc.models.cache import decode_tables
 from mindformers_ixc.models.rotary import rotary_base, rotary_tables
 from mindformers_ixc.processing.processor import EncodedSample
 
@@ -34,49 +35,32 @@ def bucket(length: int) -> int:
     return size
 
 
-class VisionGraph(nn.Cell):
+class VisionGraph(InferenceGraph):
     """Tiles to the vision table, as one graph of a fixed number of tiles."""
 
     def __init__(self, model):
-        super().__init__(auto_prefix=False)
+        super().__init__()
         self.model = model
 
     def construct(self, pixel_values):
         """Maps `(1, T, 3, S, S)` to the table `(1, T * tokens + 2, D)`."""
-        return self.model.vision_table(pixel_values)
+        return self.model.vision_table(pixel_values, True)
 
 
-class CacheCell(nn.Cell):
-    """Key/value caches shared by a prefill and a decode graph: per layer two Parameters `(B*KV*S, d)`."""
+class PrefillGraph(InferenceGraph):
+    """Whole prompts: fills the caches and gives the logits after each prompt."""
 
-    def __init__(self, config, batch: int, positions: int):
-        super().__init__(auto_prefix=False)
-        shape = (batch * config.num_key_value_heads * positions, config.head_size)
-        dtype = mstype.dtype_to_nptype(config.compute_dtype)
-        self.keys = self._parameters("key", config.num_hidden_layers, shape, dtype)
-        self.values = self._parameters("value", config.num_hidden_layers, shape, dtype)
-
-    @staticmethod
-    def _parameters(kind: str, layers: int, shape: tuple, dtype) -> ParameterTuple:
-        return ParameterTuple([Parameter(Tensor(np.zeros(shape, dtype)), name=f"{kind}_cache.{i}", requires_grad=False)
-                               for i in range(layers)])
-
-
-class PrefillGraph(nn.Cell):
-    """Whole prompts: fills the cache and gives the logits after each prompt."""
-
-    def __init__(self, model, cache: CacheCell, mode: str, batch: int, positions: int):
-        super().__init__(auto_prefix=False)
-        self.model, self.keys, self.values = model, cache.keys, cache.values
+    def __init__(self, model, caches: nn.CellList, mode: str, batch: int):
+        super().__init__()
+        self.model, self.caches = model, caches
         self.adapters, self.dtype = MODE_ADAPTERS[mode], model.config.compute_dtype
-        self.kv, self.positions = model.config.num_key_value_heads, positions
-        self.first_row = Tensor(np.arange(batch * self.kv, dtype=np.int32)[:, None] * positions)   # (B*KV, 1)
+        self.layers = range(model.config.num_hidden_layers)
         self.row_of = Tensor(np.arange(batch, dtype=np.int32))
         self.gather = P.Gather()
         self.reshape = P.Reshape()
         self.cast = P.Cast()
 
-    def construct(self, input_ids, image_embeds, image_mask, cos, sin, last):
+    def construct(self, input_ids, image_embeds, image_mask, cos, sin, where, last):
         """Runs prompts padded on the right.
 
         Args:
@@ -85,74 +69,55 @@ class PrefillGraph(nn.Cell):
             image_mask: int32 `(B, L)`.
             cos: float32 `(B, L, 1, 1, d)`.
             sin: like `cos`.
+            where: places of the new keys, as the caches' `prefill` takes them.
             last: int32 `(B,)`, index of each prompt's last position.
 
         Returns:
             float32 logits `(B, V)`.
         """
         b, length = input_ids.shape
-        tokens = self.model.model.tok_embeddings(input_ids)
+        tokens = self.model.model.tok_embeddings.lookup(input_ids)
         x = F.select(F.expand_dims(F.not_equal(image_mask, 0), 2), self.cast(image_embeds, self.dtype), tokens)
         x = self.reshape(x, (b * length, -1))                                             # (B*L, D)
         image = self.reshape(self.cast(image_mask, self.dtype), (b * length, 1))          # (B*L, 1)
-        rows = self.reshape(self.first_row + F.arange(length).astype(mstype.int32), (-1,))  # (B*KV*L,)
-        mask = self.model.model.causal_mask(length)
-        x = self.model.model.cached(x, image, cos, sin, mask, self.adapters, (b, length), self.keys, self.values, rows)
+        mask = self.caches[0].prefill_mask(length)
+        for i in self.layers:
+            qkv = self.model.model.layers[i].project(x, image, self.adapters)
+            y = self.caches[i].prefill(qkv, cos, sin, mask, where, (b, length))           # (B*L, H*d)
+            x = self.model.model.layers[i].finish(x, y, image, self.adapters)
         x = self.gather(x, self.row_of * length + last, 0)                                # (B, D)
-        return self.cast(self.model.output(x), mstype.float32)
+        return self.cast(self.model.output(self.model.model.norm.infer(x)), mstype.float32)
 
 
-class DecodeGraph(nn.Cell):
-    """One more token a row, attending over the cache."""
+class DecodeGraph(InferenceGraph):
+    """One more token a row, attending over the caches."""
 
-    def __init__(self, model, cache: CacheCell, mode: str, batch: int, positions: int):
-        super().__init__(auto_prefix=False)
-        self.model, self.keys, self.values = model, cache.keys, cache.values
-        self.adapters, self.dtype = MODE_ADAPTERS[mode], model.config.softmax_compute_type
-        self.kv = model.config.num_key_value_heads
-        self.first_row = Tensor(np.arange(batch * self.kv, dtype=np.int32).reshape(batch, self.kv) * positions)
-        self.all_positions = Tensor(np.arange(positions, dtype=np.int32)[None, None, None, None, :])
-        self.reshape = P.Reshape()
+    def __init__(self, model, caches: nn.CellList, mode: str):
+        super().__init__()
+        self.model, self.caches = model, caches
+        self.adapters = MODE_ADAPTERS[mode]
+        self.layers = range(model.config.num_hidden_layers)
         self.cast = P.Cast()
 
-    def construct(self, input_ids, positions, cos, sin):
+    def construct(self, input_ids, cos, sin, *places):
         """Appends one token a row.
 
         Args:
-            input_ids: int32 `(B, 1)`.
-            positions: int32 `(B, 1)`, position of each token.
-            cos: float32 `(B, 1, 1, 1, d)`.
+            input_ids: int32 `(B,)`.
+            cos: float32 `(B, 1, G+2, d)`.
             sin: like `cos`.
+            *places: of the new keys, as the caches' `decode` takes them.
 
         Returns:
             float32 logits `(B, V)`.
         """
-        b = input_ids.shape[0]
-        x = self.reshape(self.model.model.tok_embeddings(input_ids), (b, -1))             # (B, D)
-        rows = self.reshape(self.first_row + positions, (-1,))                            # (B*KV,)
-        later = F.greater(self.all_positions, self.reshape(positions, (b, 1, 1, 1, 1)))   # (B, 1, 1, 1, S)
-        mask = self.cast(later, self.dtype) * MASKED
-        x = self.model.model.cached(x, None, cos, sin, mask, self.adapters, (b, 1), self.keys, self.values, rows)
-        return self.cast(self.model.output(x), mstype.float32)
-
-
-class ReorderGraph(nn.Cell):
-    """Makes row i of every cache continue what row `rows[i]` held (beam search)."""
-
-    def __init__(self, cache: CacheCell, batch: int):
-        super().__init__(auto_prefix=False)
-        self.keys, self.values, self.batch = cache.keys, cache.values, batch
-        self.gather = P.Gather()
-        self.reshape = P.Reshape()
-        self.assign = P.Assign()
-
-    def construct(self, rows):
-        """Reorders by int32 `(B,)`."""
-        done = 0
-        for cache in self.keys + self.values:
-            taken = self.gather(self.reshape(cache, (self.batch, -1)), rows, 0)
-            done = F.depend(done, self.assign(cache, self.reshape(taken, cache.shape)))
-        return done
+        x = self.model.model.tok_embeddings.lookup(input_ids)                             # (B, D)
+        mask = self.caches[0].decode_mask(*places)
+        for i in self.layers:
+            qkv = self.model.model.layers[i].project(x, None, self.adapters)
+            x = self.model.model.layers[i].finish(x, self.caches[i].decode(qkv, cos, sin, mask, *places), None,
+                                                  self.adapters)
+        return self.cast(self.model.output(self.model.model.norm.infer(x)), mstype.float32)
 
 
 class InferenceEngine:
@@ -190,17 +155,17 @@ class InferenceEngine:
             self._tables[base] = rotary_tables(self.config, length, total)
         return self._tables[base]
 
-    def slot(self, batch: int, positions: int, mode: str):
-        """Cache and graphs for a batch size, cache length and mode, made at first use."""
+    def slot(self, batch: int, positions: int, mode: str) -> Slot:
+        """Caches and graphs for a batch size, cache length and mode, made at first use."""
         if (batch, positions) not in self._slots:
             # one cache at a time: after the weights it is the largest thing, and of no use to another shape
-            self._slots = {(batch, positions): (CacheCell(self.config, batch, positions), {})}
-        cache, graphs = self._slots[batch, positions]
-        if mode not in graphs:
-            shape = (batch, positions)
-            graphs[mode] = (PrefillGraph(self.model, cache, mode, *shape), DecodeGraph(self.model, cache, mode, *shape),
-                            ReorderGraph(cache, batch))
-        return graphs[mode]
+            self._slots.clear()
+            self._slots[batch, positions] = make_slot(self.config, batch, positions)
+        slot = self._slots[batch, positions]
+        if mode not in slot.graphs:
+            slot.graphs[mode] = (PrefillGraph(self.model, slot.caches, mode, batch),
+                                 DecodeGraph(self.model, slot.caches, mode))
+        return slot
 
     def decoder(self, samples: list[EncodedSample], max_new_tokens: int, mode: str = "base",
                 beams: int = 1) -> CachedDecoder:
@@ -227,10 +192,11 @@ class CachedDecoder:
         longest = int(self.lengths.max())
         self.bucket = bucket(longest)
         capacity = bucket(longest + max_new_tokens)
-        self.graphs = engine.slot(self.batch, capacity, mode)
-        pairs = [engine.tables(capacity, int(length) + max_new_tokens) for length in self.lengths]
-        self.cos, self.sin = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        self.slot = engine.slot(self.batch, capacity, mode)
+        self.prefill_graph, self.decode_graph = self.slot.graphs[mode]
+        self.totals = self.lengths + max_new_tokens
         self.positions = self.lengths.copy()
+        self.tables = [engine.tables(capacity, int(total)) for total in self.totals]
 
     def prefill(self) -> np.ndarray:
         """Logits `(B, V)` after each prompt."""
@@ -243,10 +209,9 @@ class CachedDecoder:
             ids[rows, :len(sample.input_ids)] = sample.input_ids
             image_mask[rows, :len(sample.image_mask)] = sample.image_mask
             embeds += [self._image_embeds(sample)] * self.beams
-        cos = np.stack([table[:self.bucket] for table in self.cos])[:, :, None, None, :]
-        sin = np.stack([table[:self.bucket] for table in self.sin])[:, :, None, None, :]
-        logits = self.graphs[0](Tensor(ids), F.stack(embeds), Tensor(image_mask), Tensor(cos), Tensor(sin),
-                                Tensor(self.lengths - 1))
+        cos, sin = (np.stack([pair[i][:self.bucket] for pair in self.tables])[:, :, None, None, :] for i in (0, 1))
+        logits = self.prefill_graph(Tensor(ids), F.stack(embeds), Tensor(image_mask), Tensor(cos), Tensor(sin),
+                                    Tensor(self.slot.start(self.lengths, self.bucket)), Tensor(self.lengths - 1))
         return logits.asnumpy()
 
     def _image_embeds(self, sample: EncodedSample) -> Tensor:
@@ -262,10 +227,10 @@ class CachedDecoder:
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Logits `(B, V)` after appending one token to each row."""
         at = self.positions
-        cos = np.stack([table[p] for table, p in zip(self.cos, at)])[:, None, None, None, :]
-        sin = np.stack([table[p] for table, p in zip(self.sin, at)])[:, None, None, None, :]
-        ids = np.ascontiguousarray(tokens, np.int32).reshape(self.batch, 1)
-        logits = self.graphs[1](Tensor(ids), Tensor(at[:, None].astype(np.int32)), Tensor(cos), Tensor(sin))
+        angles = (np.stack([pair[i][p] for pair, p in zip(self.tables, at)]) for i in (0, 1))   # (B, d) each
+        cos, sin = decode_tables(*angles, self.engine.config.query_groups, self.slot.query_scale)
+        inputs = (np.ascontiguousarray(tokens, np.int32), cos[:, None], sin[:, None], *self.slot.places(at))
+        logits = self.decode_graph(*[Tensor(value) for value in inputs])
         self.positions = at + 1
         return logits.asnumpy()
 
@@ -273,5 +238,5 @@ class CachedDecoder:
         """Makes row i continue what row `rows[i]` held."""
         if (rows == np.arange(self.batch)).all():
             return
-        self.graphs[2](Tensor(np.ascontiguousarray(rows, np.int32)))
+        self.slot.reorder(rows)
         self.positions = self.positions[rows]

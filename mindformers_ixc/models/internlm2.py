@@ -6,6 +6,7 @@ from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
+from mindformers_ixc import native
 from mindformers_ixc.config import IXC25Config
 from mindformers_ixc.models.layers import AttentionCore, PartialLoRALinear, RMSNorm
 
@@ -35,6 +36,10 @@ class TokenEmbedding(nn.Cell):
         is_padding = self.expand(self.equal(ids, self.padding), 2)                    # (B, L, 1)
         return self.cast(F.select(is_padding, F.stop_gradient(x), x), self.dtype)
 
+    def lookup(self, ids):
+        """The same without regard for gradients: int32 of any shape to one axis more."""
+        return self.cast(self.gather(self.weight, ids, 0), self.dtype)
+
 
 class RotaryEmbedding(nn.Cell):
     """Rotates pairs of one head by the position's angle (halves convention)."""
@@ -57,8 +62,8 @@ class RotaryEmbedding(nn.Cell):
         return self.add(self.mul(x, cos), self.mul(self.concat((self.neg(high), low)), sin))
 
 
-class Attention(nn.Cell):
-    """Grouped-query attention on the consolidated QKV.
+class SplitHeads(nn.Cell):
+    """Rotated queries and keys, and values, from the consolidated product.
 
     The rows of `wqkv` are grouped by key/value head: for each of them its query heads, its key head, its value head.
     """
@@ -66,25 +71,29 @@ class Attention(nn.Cell):
     def __init__(self, config: IXC25Config):
         super().__init__()
         self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
-        width = config.num_attention_heads * self.size
-        self.wqkv = PartialLoRALinear(config.hidden_size, width + 2 * self.kv * self.size, config)
-        self.wo = PartialLoRALinear(width, config.hidden_size, config)
         self.rotary = RotaryEmbedding(self.size)
-        self.core = AttentionCore(self.size, config.softmax_compute_type)
         self.dtype = config.compute_dtype
         self.cast = P.Cast()
         self.reshape = P.Reshape()
         self.slice = P.StridedSlice()
         self.to_query = P.Transpose()
         self.to_heads = P.Transpose()
-        self.to_positions = P.Transpose()
-        self.scatter = P.ScatterUpdate()
 
-    def heads(self, x, image_mask, cos, sin, adapters, shape):
-        """Rotated queries `(B, KV, G, L, d)`, rotated keys and values `(B, KV, L, d)` of flattened `x` `(B*L, D)`."""
+    def construct(self, qkv, cos, sin, shape):
+        """Splits.
+
+        Args:
+            qkv: `(B*L, KV * (G+2) * d)`.
+            cos: `(B or 1, L, 1, 1, d)`.
+            sin: like `cos`.
+            shape: `(B, L)`, a compile-time constant.
+
+        Returns:
+            Queries `(B, KV, G, L, d)`, keys and values `(B, KV, L, d)`.
+        """
         b, length = shape
         kv, g, d = self.kv, self.groups, self.size
-        qkv = self.reshape(self.wqkv(x, image_mask, adapters), (b, length, kv, g + 2, d))    # (B, L, KV, G+2, d)
+        qkv = self.reshape(qkv, (b, length, kv, g + 2, d))                                   # (B, L, KV, G+2, d)
         steps = (1, 1, 1, 1, 1)
         # queries and key of a group turn by the same angles: rotate them together
         qk = self.slice(qkv, (0, 0, 0, 0, 0), (b, length, kv, g + 1, d), steps)              # (B, L, KV, G+1, d)
@@ -97,35 +106,39 @@ class Attention(nn.Cell):
         value = self.to_heads(self.reshape(value, (b, length, kv, d)), (0, 2, 1, 3))         # (B, KV, L, d)
         return query, key, value
 
-    def merge(self, y, image_mask, adapters, shape):
-        """Attention output `(B, KV, G, L, d)` through `wo`, `(B*L, D)`."""
-        b, length = shape
+
+class MergeHeads(nn.Cell):
+    """Attention output `(B, KV, G, L, d)` as `wo` takes it, `(B*L, H*d)`."""
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        self.width = config.num_attention_heads * config.head_size
+        self.to_positions = P.Transpose()
+        self.reshape = P.Reshape()
+
+    def construct(self, y, shape):
+        """Merges; `shape` is `(B, L)`, a compile-time constant."""
         y = self.to_positions(y, (0, 3, 1, 2, 4))                                            # (B, L, KV, G, d)
-        y = self.reshape(y, (b * length, self.kv * self.groups * self.size))                 # (B*L, H*d)
-        return self.wo(y, image_mask, adapters)
+        return self.reshape(y, (shape[0] * shape[1], self.width))                            # (B*L, H*d)
+
+
+class Attention(nn.Cell):
+    """Grouped-query attention on the consolidated QKV."""
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        width = config.num_attention_heads * config.head_size
+        self.wqkv = PartialLoRALinear(config.hidden_size, width + 2 * config.num_key_value_heads * config.head_size,
+                                      config)
+        self.wo = PartialLoRALinear(width, config.hidden_size, config)
+        self.split = SplitHeads(config)
+        self.core = AttentionCore(config.head_size, config.softmax_compute_type)
+        self.merge = MergeHeads(config)
 
     def construct(self, x, image_mask, cos, sin, mask, adapters, shape):
         """Attends over the whole sequence; see `DecoderLayer.construct`."""
-        query, key, value = self.heads(x, image_mask, cos, sin, adapters, shape)
-        return self.merge(self.core(query, key, value, mask), image_mask, adapters, shape)
-
-    def cached(self, x, image_mask, cos, sin, mask, adapters, shape, cache, rows):
-        """Attends with a key/value cache; see `DecoderLayer.cached`."""
-        b, length = shape
-        kv, d = self.kv, self.size
-        query, key, value = self.heads(x, image_mask, cos, sin, adapters, shape)
-        keys, values = cache
-        new_keys = self.scatter(keys, rows, self.cast(self.reshape(key, (b * kv * length, d)), keys.dtype))
-        new_values = self.scatter(values, rows, self.cast(self.reshape(value, (b * kv * length, d)), values.dtype))
-        if length == 1:
-            # decoding: everything up to this position is in the cache
-            key = self.cast(self.reshape(new_keys, (b, kv, -1, d)), self.dtype)              # (B, KV, S, d)
-            value = self.cast(self.reshape(new_values, (b, kv, -1, d)), self.dtype)          # (B, KV, S, d)
-        else:
-            # prefill: the prompt sees only itself, but the writes must happen
-            key = F.depend(key, new_keys)
-            value = F.depend(value, new_values)
-        return self.merge(self.core(query, key, value, mask), image_mask, adapters, shape)
+        query, key, value = self.split(self.wqkv(x, image_mask, adapters), cos, sin, shape)
+        return self.wo(self.merge(self.core(query, key, value, mask), shape), image_mask, adapters)
 
 
 class FeedForward(nn.Cell):
@@ -139,12 +152,22 @@ class FeedForward(nn.Cell):
         self.sigmoid = P.Sigmoid()
         self.silu = P.Mul()
         self.gate = P.Mul()
+        self.is_native = native.available(config.compute_dtype)
+        if self.is_native:
+            self.swiglu = native.kernel("swiglu")
 
     def construct(self, x, image_mask, adapters):
         """Maps `(B*L, D)` to `(B*L, D)`."""
         y = self.w1(x, image_mask, adapters)
         y = self.gate(self.silu(y, self.sigmoid(y)), self.w3(x, image_mask, adapters))
         return self.w2(y, image_mask, adapters)
+
+    def infer(self, x, image_mask, adapters):
+        """The same without gradients."""
+        if self.is_native:
+            y = self.swiglu(self.w1(x, image_mask, adapters), self.w3(x, image_mask, adapters))
+            return self.w2(y, image_mask, adapters)
+        return self.construct(x, image_mask, adapters)
 
 
 class DecoderLayer(nn.Cell):
@@ -177,21 +200,14 @@ class DecoderLayer(nn.Cell):
         x = self.add(x, self.attention(self.attention_norm(x), image_mask, cos, sin, mask, adapters, shape))
         return self.add(x, self.feed_forward(self.ffn_norm(x), image_mask, adapters))
 
-    def cached(self, x, image_mask, cos, sin, mask, adapters, shape, cache, rows):
-        """Like `construct`, writing keys and values into a cache and, when L is 1, attending over it.
+    def project(self, x, image_mask, adapters):
+        """Consolidated queries, keys and values `(B*L, KV * (G+2) * d)`, for attention with a cache."""
+        return self.attention.wqkv(self.attention_norm.infer(x), image_mask, adapters)
 
-        Args:
-            x: as in `construct`, likewise the following up to `shape`; `mask` is broadcast to `(B, KV, G, L, S)`,
-                S the cache's positions when L is 1, else L.
-            cache: this layer's two Parameters `(B*KV*S, d)`, keys and values.
-            rows: int32 `(B*KV*L,)`, cache row of every new key.
-
-        Returns:
-            Tensor `(B*L, D)`.
-        """
-        y = self.attention.cached(self.attention_norm(x), image_mask, cos, sin, mask, adapters, shape, cache, rows)
-        x = self.add(x, y)
-        return self.add(x, self.feed_forward(self.ffn_norm(x), image_mask, adapters))
+    def finish(self, x, y, image_mask, adapters):
+        """The layer's output `(B*L, D)` from its input `x` and what attention gave for it, `y` `(B*L, H*d)`."""
+        x = self.add(x, self.attention.wo(y, image_mask, adapters))
+        return self.add(x, self.feed_forward.infer(self.ffn_norm.infer(x), image_mask, adapters))
 
 
 class CausalMask(nn.Cell):
@@ -232,10 +248,4 @@ class InternLM2Model(nn.Cell):
         mask = self.causal_mask(shape[1])
         for layer in self.layers:
             x = layer(x, image_mask, cos, sin, mask, adapters, shape)
-        return self.norm(x)
-
-    def cached(self, x, image_mask, cos, sin, mask, adapters, shape, keys, values, rows):
-        """Runs the layers with a key/value cache; arguments as in `DecoderLayer.cached`, returns `(B*L, D)`."""
-        for i, layer in enumerate(self.layers):
-            x = layer.cached(x, image_mask, cos, sin, mask, adapters, shape, (keys[i], values[i]), rows)
         return self.norm(x)

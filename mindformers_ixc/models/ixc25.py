@@ -102,15 +102,18 @@ class IXC25ForCausalLM(PreTrainedModel):
                 if f".lora_{task}_" in parameter.name and task not in self.adapters:
                     parameter.requires_grad = False
 
-    def merged_rows(self, pixel_values):
-        """Rows of the vision table before the projector, `(B, T * tokens + 2, 4C)`, of `(B, T, 3, S, S)` tiles."""
+    def merged_rows(self, pixel_values, infer=False):
+        """Rows of the vision table before the projector, `(B, T * tokens + 2, 4C)`, of `(B, T, 3, S, S)` tiles.
+
+        `infer`, a compile-time constant, leaves gradients out.
+        """
         b, t = pixel_values.shape[0], pixel_values.shape[1]
         pixels = self.reshape(pixel_values, (b * t, 3, self.image_size, self.image_size))
-        return self.vision_merge(self.vit(pixels), self.plora_sub_GN, self.plora_glb_GN, b)
+        return self.vision_merge(self.vit(pixels, infer), self.plora_sub_GN, self.plora_glb_GN, b)
 
-    def vision_table(self, pixel_values):
-        """The vision table `(B, T * tokens + 2, D)` of `(B, T, 3, S, S)` tiles."""
-        rows = self.merged_rows(pixel_values)
+    def vision_table(self, pixel_values, infer=False):
+        """The vision table `(B, T * tokens + 2, D)` of `(B, T, 3, S, S)` tiles; `infer` as in `merged_rows`."""
+        rows = self.merged_rows(pixel_values, infer)
         b, count, merged = rows.shape
         return self.reshape(self.vision_proj(self.reshape(rows, (b * count, merged))), (b, count, -1))
 

@@ -1,18 +1,27 @@
 """Leaf cells of IXC2.5: linear, normalisation, attention core, Partial LoRA.
 
-This is the one place that knows about devices. MindSpore has no CPU kernel for the fused RMSNorm, for FlashAttention
-or for bfloat16 products, so these cells are composed of primitive operations; the cells above them never choose.
+This and `cache` are the places that know about devices; the cells above them never choose. MindSpore has no CPU kernel
+for the fused RMSNorm, for FlashAttention or for bfloat16 products, so these cells are composed of primitive operations.
+On Ascend RMSNorm is the fused one. On the CPU, inference (the methods called `infer`) goes through this package's own
+fused kernels where they are installed (`mindformers_ixc.native`).
 Every linear works on flattened positions `(N, features)`, because the CPU refuses a batched product with a broadcast
 2-D right operand and because a 2-D product is what the parallel compiler cuts most simply.
 """
 from __future__ import annotations
 
+import mindspore as ms
 import mindspore.common.dtype as mstype
-from mindspore import Parameter, nn
+from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P
 
+from mindformers_ixc import native
 from mindformers_ixc.config import IXC25Config
+
+
+def on_ascend() -> bool:
+    """Whether graphs are made for Ascend's kernels."""
+    return ms.get_context("device_target") == "Ascend"
 
 
 class Linear(nn.Cell):
@@ -35,17 +44,21 @@ class Linear(nn.Cell):
         self.has_bias = has_bias
         if has_bias:
             self.bias = Parameter(initializer("zeros", (out_features,), param_dtype), name="bias")
-            self.bias_add = P.Add()
+            self.bias_add = P.BiasAdd()
         self.matmul = P.MatMul(transpose_b=True)
         self.cast = P.Cast()
         self.dtype = compute_dtype
 
     def construct(self, x):
         """Maps `(N, in_features)` to `(N, out_features)` in the compute dtype."""
-        y = self.matmul(self.cast(x, self.dtype), self.cast(self.weight, self.dtype))
+        y = self.product(x)
         if self.has_bias:
             y = self.bias_add(y, self.cast(self.bias, self.dtype))
         return y
+
+    def product(self, x):
+        """The same without the bias."""
+        return self.matmul(self.cast(x, self.dtype), self.cast(self.weight, self.dtype))
 
 
 class RMSNorm(nn.Cell):
@@ -70,12 +83,25 @@ class RMSNorm(nn.Cell):
         self.rsqrt = P.Rsqrt()
         self.mul = P.Mul()
         self.scale = P.Mul()
+        self.on_ascend = on_ascend()
+        self.rms_norm = P.RmsNorm(eps)
+        self.is_native = native.available(param_dtype, norm_dtype)
+        if self.is_native:
+            self.native, self.eps_value = native.kernel("rms_norm"), Tensor([eps], mstype.float32)
 
     def construct(self, x):
         """Normalises `(N, size)`."""
         y = self.cast(x, self.dtype)
+        if self.on_ascend:
+            return self.cast(self.rms_norm(y, self.cast(self.weight, self.dtype))[0], x.dtype)
         y = self.mul(y, self.rsqrt(self.add(self.mean(self.square(y), -1), self.eps)))
         return self.scale(self.cast(y, x.dtype), self.cast(self.weight, x.dtype))
+
+    def infer(self, x):
+        """The same without gradients."""
+        if self.is_native and x.dtype == mstype.float32:
+            return self.native(x, self.weight, self.eps_value)
+        return self.construct(x)
 
 
 class LayerNorm(nn.Cell):
@@ -95,12 +121,21 @@ class LayerNorm(nn.Cell):
         self.layer_norm = P.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
         self.cast = P.Cast()
         self.dtype = norm_dtype
+        self.is_native = native.available(param_dtype, norm_dtype)
+        if self.is_native:
+            self.native, self.eps_value = native.kernel("layer_norm"), Tensor([eps], mstype.float32)
 
     def construct(self, x):
         """Normalises the last axis of `x`."""
         y, _, _ = self.layer_norm(self.cast(x, self.dtype), self.cast(self.weight, self.dtype),
                                   self.cast(self.bias, self.dtype))
         return self.cast(y, x.dtype)
+
+    def infer(self, x):
+        """The same without gradients."""
+        if self.is_native and x.dtype == mstype.float32:
+            return self.native(x, self.weight, self.bias, self.eps_value)
+        return self.construct(x)
 
 
 class AttentionCore(nn.Cell):
@@ -137,10 +172,14 @@ class AttentionCore(nn.Cell):
         Returns:
             Tensor `(B, KV, G, L, d)`.
         """
+        # scaling the query instead of the scores saves an L x S tensor in each direction
+        return self.attend(self.mul(query, self.scale), key, value, mask)
+
+    def attend(self, query, key, value, mask):
+        """The same for queries that are scaled already."""
         b, kv, g, length, d = query.shape
         s = key.shape[2]
-        # scaling the query instead of the scores saves an L x S tensor in each direction
-        query = self.mul(self.reshape(query, (b, kv, g * length, d)), self.scale)       # (B, KV, G*L, d)
+        query = self.reshape(query, (b, kv, g * length, d))                             # (B, KV, G*L, d)
         scores = self.cast(self.scores(query, key), self.dtype)                         # (B, KV, G*L, S)
         if mask is not None:
             scores = self.add_mask(self.reshape(scores, (b, kv, g, length, s)), mask)   # (B, KV, G, L, S)
@@ -152,7 +191,7 @@ class AttentionCore(nn.Cell):
 class PartialLoRALinear(nn.Cell):
     """A bias-free linear with Partial LoRA on image positions and task LoRAs on all positions.
 
-    `y = W x + m * s * B(A(dropout(x))) + sum over the task LoRAs in use of B_t(A_t(x))`, where m is 1 on image
+    `y = W x + B(m * s * A(dropout(x))) + sum over the task LoRAs in use of B_t(A_t(x))`, where m is 1 on image
     positions and 0 elsewhere and s = plora_alpha / plora_rank. The mask is multiplied in: no boolean indexing, so the
     shapes stay static.
 
@@ -197,8 +236,10 @@ class PartialLoRALinear(nn.Cell):
         x = self.cast(x, self.dtype)
         y = self.matmul(x, self.cast(self.weight, self.dtype))
         if image_mask is not None:
-            side = self.Plora_B(self.Plora_A(self.plora_dropout(x)))
-            y = self.add(y, self.mask(self.scale(side, self.plora_scale), image_mask))
+            # masked and scaled where it is narrowest: B has no bias, so B(m * s * a) = m * s * B(a)
+            side = self.Plora_A(self.plora_dropout(x))                                  # (N, rank)
+            side = self.mask(side, self.scale(image_mask, self.plora_scale))
+            y = self.add(y, self.Plora_B(side))
         if "sft" in adapters:
             y = self.add(y, self.lora_sft_B(self.lora_sft_A(x)))
         if "dpo" in adapters:

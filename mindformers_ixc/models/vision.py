@@ -8,10 +8,11 @@ from __future__ import annotations
 import mindspore.common.dtype as mstype
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindspore import Parameter, nn
+from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P
 
+from mindformers_ixc import native
 from mindformers_ixc.config import IXC25Config, IXC25VisionConfig
 from mindformers_ixc.models.layers import AttentionCore, LayerNorm, Linear
 
@@ -88,6 +89,10 @@ class VisionAttention(nn.Cell):
         self.core = AttentionCore(self.head_size, softmax_dtype)
         self.reshape = P.Reshape()
         self.transpose = P.Transpose()
+        self.scale, self.one = Tensor([self.head_size ** -0.5], mstype.float32), Tensor([1.0], mstype.float32)
+        if native.available():
+            heads, length, size = self.heads, config.patches_per_side ** 2 + 1, self.head_size
+            self.to_heads = native.kernel("bias_heads", lambda x, *_: (x[0] // length, heads, length, size))
 
     def construct(self, x, n, length):
         """Maps `(N*L, C)` to `(N*L, C)`; `n` tiles of `length` positions."""
@@ -99,6 +104,15 @@ class VisionAttention(nn.Cell):
         y = self.reshape(self.core(q, k, v, None), (n, self.heads, length, self.head_size))
         y = self.reshape(self.transpose(y, (0, 2, 1, 3)), (n * length, self.heads * self.head_size))  # (N*L, C)
         return self.out_proj(y)
+
+    def infer(self, x, n, length):
+        """The same with the fused kernels, without the output's bias."""
+        q = self.to_heads(self.q_proj.product(x), self.q_proj.bias, self.scale)            # (N, H, L, d)
+        k = self.to_heads(self.k_proj.product(x), self.k_proj.bias, self.one)
+        v = self.to_heads(self.v_proj.product(x), self.v_proj.bias, self.one)
+        y = self.core.weighted_sum(self.core.softmax(self.core.scores(q, k)), v)      # (N, H, L, d)
+        y = self.reshape(self.transpose(y, (0, 2, 1, 3)), (n * length, self.heads * self.head_size))  # (N*L, C)
+        return self.out_proj.product(y)
 
 
 class VisionMLP(nn.Cell):
@@ -129,11 +143,23 @@ class VisionLayer(nn.Cell):
         self.mlp = VisionMLP(config, dtypes)
         self.layer_norm2 = LayerNorm(*norm)
         self.add = P.Add()
+        self.is_native = native.available(norm_dtype, softmax_dtype, *dtypes.values())
+        if self.is_native:
+            self.quick_gelu, self.bias_residual = native.kernel("bias_quick_gelu"), native.kernel("bias_residual")
 
     def construct(self, x, n, length):
         """Maps `(N*L, C)` to `(N*L, C)`."""
         x = self.add(x, self.self_attn(self.layer_norm1(x), n, length))
         return self.add(x, self.mlp(self.layer_norm2(x)))
+
+    def infer(self, x, n, length):
+        """The same without gradients."""
+        if not self.is_native:
+            return self.construct(x, n, length)
+        y = self.self_attn.infer(self.layer_norm1.infer(x), n, length)
+        x = self.bias_residual(y, self.self_attn.out_proj.bias, x)
+        y = self.quick_gelu(self.mlp.fc1.product(self.layer_norm2.infer(x)), self.mlp.fc1.bias)
+        return self.bias_residual(self.mlp.fc2.product(y), self.mlp.fc2.bias, x)
 
 
 class VisionEncoder(nn.Cell):
@@ -144,10 +170,10 @@ class VisionEncoder(nn.Cell):
         self.layers = nn.CellList(
             [VisionLayer(config, dtypes, norm_dtype, softmax_dtype) for _ in range(config.num_hidden_layers)])
 
-    def construct(self, x, n, length):
+    def construct(self, x, n, length, infer=False):
         """Maps `(N*L, C)` to `(N*L, C)`."""
         for layer in self.layers:
-            x = layer(x, n, length)
+            x = layer.infer(x, n, length) if infer else layer(x, n, length)
         return x
 
 
@@ -182,18 +208,19 @@ class IXC25VisionModel(PreTrainedModel):
         self.reshape = P.Reshape()
         self.slice = P.StridedSlice()
 
-    def construct(self, pixels):
+    def construct(self, pixels, infer=False):
         """Encodes tiles.
 
         Args:
             pixels: `(N, 3, S, S)` normalised tiles.
+            infer: leave gradients out; a compile-time constant.
 
         Returns:
             Tensor `(N, patches, C)` in the compute dtype.
         """
         n, length, width = pixels.shape[0], self.positions, self.width
         x = self.reshape(self.embeddings(pixels), (n * length, width))                # (N*L, C)
-        x = self.encoder(self.pre_layrnorm(x), n, length)
+        x = self.encoder(self.pre_layrnorm(x), n, length, infer)
         x = self.reshape(x, (n, length, width))                                       # (N, L, C)
         return self.slice(x, (0, 1, 0), (n, length, width), (1, 1, 1))                # (N, L-1, C)
 
@@ -206,9 +233,9 @@ class VisionTower(nn.Cell):
         self.vision_tower = nn.Cell()
         self.vision_tower.vision_model = IXC25VisionModel(config)
 
-    def construct(self, pixels):
+    def construct(self, pixels, infer=False):
         """Maps `(N, 3, S, S)` to `(N, patches, C)`."""
-        return self.vision_tower.vision_model(pixels)
+        return self.vision_tower.vision_model(pixels, infer)
 
 
 def vision_projector(config: IXC25Config) -> nn.SequentialCell:

@@ -1,0 +1,176 @@
+"""What a batch of prompts holds on the device: the caches of all layers, the graphs over them, and the host's
+bookkeeping of where new keys and values go.
+"""
+from __future__ import annotations
+
+import mindspore.common.dtype as mstype
+import numpy as np
+from mindformers.modules.block_tables import BlockTables
+from mindspore import Tensor, nn
+from mindspore.ops import functional as F
+from mindspore.ops import operations as P
+
+from mindformers_ixc import native
+from mindformers_ixc.config import ConfigError, IXC25Config
+from mindformers_ixc.models.cache import ContiguousCache, NativeCache, PagedCache
+from mindformers_ixc.models.layers import on_ascend
+
+
+class InferenceGraph(nn.Cell):
+    """Base of the graphs here: one that is compiled for one set of shapes and then called again and again.
+
+    MindSpore tells every cell below a graph its phase at every call. With hundreds of cells that took two milliseconds
+    of Python a token, so here they are told only when the phase is a new one.
+    """
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+
+    @property
+    def compile_phase(self) -> str:
+        """Phase the graph was last compiled or run in."""
+        return self._compile_phase
+
+    @compile_phase.setter
+    def compile_phase(self, value: str) -> None:
+        if value != self._compile_phase:
+            nn.Cell.compile_phase.fset(self, value)
+
+
+class ReorderGraph(InferenceGraph):
+    """Makes each entry of the caches' first axis hold what another one held (beam search)."""
+
+    def __init__(self, caches: nn.CellList):
+        super().__init__()
+        self.caches = caches
+        self.gather = P.Gather()
+        self.assign = P.Assign()
+
+    def construct(self, source):
+        """Reorders by int32 `(N,)`, N the caches' first axis."""
+        done = 0
+        for cache in self.caches:
+            done = F.depend(done, self.assign(cache.keys, self.gather(cache.keys, source, 0)))
+            done = F.depend(done, self.assign(cache.values, self.gather(cache.values, source, 0)))
+        return done
+
+
+class Slot:
+    """Caches of one shape.
+
+    Args:
+        caches: one a layer.
+
+    Attributes:
+        graphs: prefill and decode graph of each mode used so far.
+        query_scale: scale of the queries that the rotary tables of decoding carry.
+    """
+
+    query_scale = 1.0
+
+    def __init__(self, caches: nn.CellList):
+        self.caches, self.graphs = caches, {}
+        self._reorder = ReorderGraph(caches)
+
+    def start(self, lengths: np.ndarray, positions: int) -> np.ndarray:
+        """Begins with prompts of `lengths` `(B,)` padded to `positions`; the places their keys and values go to."""
+        raise NotImplementedError
+
+    def places(self, at: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Places of one more token a row, at positions `at` `(B,)`, as the caches' `decode` takes them."""
+        raise NotImplementedError
+
+    def source(self, rows: np.ndarray) -> np.ndarray:
+        """For each entry of the caches' first axis the one it takes over when row i takes over row `rows[i]`."""
+        raise NotImplementedError
+
+    def reorder(self, rows: np.ndarray) -> None:
+        """Makes row i hold what row `rows[i]` held."""
+        self._reorder(Tensor(self.source(rows).astype(np.int32)))
+
+
+class ContiguousSlot(Slot):
+    """Contiguous caches: row i of the batch owns the first-axis entries i * KV to i * KV + KV - 1.
+
+    Args:
+        config: sizes and dtypes.
+        batch: rows.
+        positions: positions of each row.
+    """
+
+    def __init__(self, config: IXC25Config, batch: int, positions: int):
+        cache = NativeCache if native.available(config.compute_dtype, config.softmax_compute_type) else ContiguousCache
+        super().__init__(nn.CellList([cache(config, batch, positions) for _ in range(config.num_hidden_layers)]))
+        self.kv, self.entries = config.num_key_value_heads, np.arange(batch * config.num_key_value_heads)
+        self.query_scale = config.head_size ** -0.5
+
+    def start(self, lengths: np.ndarray, positions: int) -> np.ndarray:
+        """int32 `(B, 1, L, 1)`: 1 on the positions of the padded prompts that are real."""
+        return (np.arange(positions) < lengths[:, None]).astype(np.int32)[:, None, :, None]
+
+    def places(self, at: np.ndarray) -> tuple[np.ndarray, ...]:
+        """int32 `(B*KV, 2)`, entry and position, and the positions again, `(B*KV, 1, 1)`, for the mask."""
+        at = np.repeat(at, self.kv).astype(np.int32)
+        return np.stack((self.entries, at), -1).astype(np.int32), at[:, None, None]
+
+    def source(self, rows: np.ndarray) -> np.ndarray:
+        """See `Slot.source`."""
+        return (rows[:, None] * self.kv + np.arange(self.kv)).reshape(-1)
+
+
+class PagedSlot(Slot):
+    """Paged caches: MindFormers' block tables say which blocks a row owns.
+
+    Args:
+        config: sizes and dtypes, `block_size` and `num_blocks`.
+        batch: rows.
+        positions: positions of each row at most.
+
+    Raises:
+        ConfigError: for float32, which the kernels do not take, or fewer blocks than the rows may need.
+    """
+
+    def __init__(self, config: IXC25Config, batch: int, positions: int):
+        if config.compute_dtype == mstype.float32:
+            raise ConfigError("compute_dtype is float32; paged and flash attention take float16 or bfloat16. Choose "
+                              "one of them, or use_past: False for attention that takes all.")
+        size, blocks = config.block_size, config.num_blocks
+        self.blocks_a_row = -(-positions // size)
+        if batch * self.blocks_a_row > blocks:
+            raise ConfigError(f"num_blocks is {blocks}, but {batch} row(s) of up to {positions} positions take "
+                              f"{batch * self.blocks_a_row} blocks of block_size {size}; raise num_blocks or ask for "
+                              "less at once.")
+        super().__init__(nn.CellList([PagedCache(config) for _ in range(config.num_hidden_layers)]))
+        self.tables = BlockTables(blocks, size, self.blocks_a_row * size)
+        self.batch, self.blocks = batch, blocks
+
+    def start(self, lengths: np.ndarray, positions: int) -> np.ndarray:
+        """int32 `(B*L,)`: slot of every key of the padded prompts, -1 for padding."""
+        if self.tables.cache_engines:
+            self.tables.clear_cache()
+        self.tables.init_cache_engine(self.batch)
+        length = max(positions, self.blocks_a_row)     # the block tables must fit in the array they are read from
+        _, slots = self.tables.assemble_pa_full_inputs(length, lengths, [False] * self.batch)
+        slots = slots.reshape(self.batch, length)[:, :positions]
+        padding = np.arange(positions)[None] >= lengths[:, None]
+        return np.where(padding, -1, slots).reshape(-1).astype(np.int32)
+
+    def places(self, at: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Slots `(B,)`, block tables `(B, blocks)` and lengths `(B,)`, int32; a row grows by a block when it must."""
+        lengths = (at + 1).astype(np.int32)
+        tables, slots = self.tables.assemble_pa_inc_inputs(lengths, [False] * self.batch)
+        return slots, tables, lengths
+
+    def source(self, rows: np.ndarray) -> np.ndarray:
+        """See `Slot.source`; rows that take over one another have as many blocks."""
+        source = np.arange(self.blocks)
+        for row, taken in enumerate(rows):
+            mine, theirs = (self.tables.cache_engines[i].block_table for i in (row, taken))
+            source[mine] = theirs
+        return source
+
+
+def make_slot(config: IXC25Config, batch: int, positions: int) -> Slot:
+    """Paged caches on Ascend with `use_past`, contiguous ones everywhere else."""
+    paged = config.use_past and on_ascend()
+    return (PagedSlot if paged else ContiguousSlot)(config, batch, positions)

@@ -1,0 +1,42 @@
+"""Fused kernels for inference on the CPU, used where the package was installed with a C compiler at hand.
+
+Without them everything works the same through MindSpore's own operations, more slowly. They have no gradients: only
+the inference graphs (`mindformers_ixc.generation`) use them, training never does.
+"""
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import mindspore as ms
+import mindspore.common.dtype as mstype
+from mindspore import ops
+
+# Set to 0 to do without the kernels, for instance to compare.
+SWITCH = "MINDFORMERS_IXC_NATIVE"
+
+
+@functools.cache
+def library() -> str | None:
+    """Path of the compiled kernels, or `None` if the installation has none."""
+    found = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    return str(found[0]) if found else None
+
+
+def available(*dtypes) -> bool:
+    """Whether the kernels can take the place of MindSpore's for a computation in `dtypes` on the current device."""
+    return (os.environ.get(SWITCH, "1") != "0" and library() is not None
+            and ms.get_context("device_target") == "CPU" and all(dtype == mstype.float32 for dtype in dtypes))
+
+
+def kernel(name: str, shape=lambda x, *_: x, outputs: int = 1) -> ops.Custom:
+    """An operation for use in a graph.
+
+    Args:
+        name: function in kernels.c.
+        shape: the outputs' shapes from the inputs' shapes; by default one output of the first input's.
+        outputs: number of outputs, all of them float32.
+    """
+    dtype = mstype.float32 if outputs == 1 else (mstype.float32,) * outputs
+    return ops.Custom(f"{library()}:{name}", out_shape=shape, out_dtype=dtype, func_type="aot")

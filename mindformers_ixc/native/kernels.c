@@ -1,0 +1,245 @@
+/* Fused float32 kernels for inference on the CPU, called by MindSpore's `ops.Custom` (aot).
+ *
+ * A step of decoding reads every weight once and does little else, so MindSpore's launch of a kernel (about 20
+ * microseconds when the caches are cold) is what costs beside the products. Each function here takes the place of
+ * three to fifteen kernels. They are written for the compiler to vectorise, single-threaded: what they do is bound by
+ * memory.
+ *
+ * Every function has MindSpore's signature; `params` holds the inputs, then the outputs. 0 is success.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTORISED __attribute__((target_clones("avx512f", "avx2,fma", "default")))
+#else
+#define VECTORISED
+#endif
+
+#define KERNEL(name) \
+    int name(int count, void **params, int *ndims, int64_t **shapes, const char **dtypes, void *stream, void *extra)
+#define UNUSED (void)count, (void)ndims, (void)dtypes, (void)stream, (void)extra
+
+/* Rows and width of parameter i, all axes but the last taken together. */
+static int64_t rows_of(int *ndims, int64_t **shapes, int i) {
+    int64_t rows = 1;
+    for (int axis = 0; axis + 1 < ndims[i]; ++axis) rows *= shapes[i][axis];
+    return rows;
+}
+
+static int64_t width_of(int *ndims, int64_t **shapes, int i) { return shapes[i][ndims[i] - 1]; }
+
+VECTORISED static void rms_norm_rows(const float *x, const float *weight, float eps, float *y, int64_t rows,
+                                     int64_t width) {
+    for (int64_t r = 0; r < rows; ++r, x += width, y += width) {
+        float squares = 0.0f;
+        for (int64_t i = 0; i < width; ++i) squares += x[i] * x[i];
+        const float scale = 1.0f / sqrtf(squares / (float)width + eps);
+        for (int64_t i = 0; i < width; ++i) y[i] = x[i] * scale * weight[i];
+    }
+}
+
+/* x (N, C), weight (C), eps (1) -> y (N, C) */
+KERNEL(rms_norm) {
+    UNUSED;
+    rms_norm_rows(params[0], params[1], *(const float *)params[2], params[3], rows_of(ndims, shapes, 0),
+                  width_of(ndims, shapes, 0));
+    return 0;
+}
+
+VECTORISED static void layer_norm_rows(const float *x, const float *weight, const float *bias, float eps, float *y,
+                                       int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r, x += width, y += width) {
+        float sum = 0.0f, squares = 0.0f;
+        for (int64_t i = 0; i < width; ++i) sum += x[i];
+        const float mean = sum / (float)width;
+        for (int64_t i = 0; i < width; ++i) squares += (x[i] - mean) * (x[i] - mean);
+        const float scale = 1.0f / sqrtf(squares / (float)width + eps);
+        for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+    }
+}
+
+/* x (N, C), weight (C), bias (C), eps (1) -> y (N, C) */
+KERNEL(layer_norm) {
+    UNUSED;
+    layer_norm_rows(params[0], params[1], params[2], *(const float *)params[3], params[4], rows_of(ndims, shapes, 0),
+                    width_of(ndims, shapes, 0));
+    return 0;
+}
+
+VECTORISED static void swiglu_values(const float *gate, const float *x, float *y, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) y[i] = gate[i] / (1.0f + expf(-gate[i])) * x[i];
+}
+
+/* gate (N, C), x (N, C) -> silu(gate) * x (N, C) */
+KERNEL(swiglu) {
+    UNUSED;
+    swiglu_values(params[0], params[1], params[2],
+                  rows_of(ndims, shapes, 0) * width_of(ndims, shapes, 0));
+    return 0;
+}
+
+VECTORISED static void quick_gelu_rows(const float *x, const float *bias, float *y, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r, x += width, y += width)
+        for (int64_t i = 0; i < width; ++i) {
+            const float value = x[i] + bias[i];
+            y[i] = value / (1.0f + expf(-1.702f * value));
+        }
+}
+
+/* x (N, C), bias (C) -> quick GELU of x + bias (N, C) */
+KERNEL(bias_quick_gelu) {
+    UNUSED;
+    quick_gelu_rows(params[0], params[1], params[2], rows_of(ndims, shapes, 0), width_of(ndims, shapes, 0));
+    return 0;
+}
+
+VECTORISED static void bias_residual_rows(const float *x, const float *bias, const float *residual, float *y,
+                                          int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r, x += width, residual += width, y += width)
+        for (int64_t i = 0; i < width; ++i) y[i] = x[i] + bias[i] + residual[i];
+}
+
+/* x (N, C), bias (C), residual (N, C) -> x + bias + residual (N, C) */
+KERNEL(bias_residual) {
+    UNUSED;
+    bias_residual_rows(params[0], params[1], params[2], params[3], rows_of(ndims, shapes, 0),
+                       width_of(ndims, shapes, 0));
+    return 0;
+}
+
+VECTORISED static void bias_heads_values(const float *x, const float *bias, float scale, float *y, int64_t batch,
+                                         int64_t heads, int64_t length, int64_t size) {
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t l = 0; l < length; ++l, y += size) {
+                const float *from = x + (b * length + l) * heads * size + h * size;
+                for (int64_t i = 0; i < size; ++i) y[i] = (from[i] + bias[h * size + i]) * scale;
+            }
+}
+
+/* x (B*L, H*d), bias (H*d), scale (1) -> (x + bias) * scale as heads (B, H, L, d) */
+KERNEL(bias_heads) {
+    UNUSED;
+    const int64_t *out = shapes[3];
+    bias_heads_values(params[0], params[1], *(const float *)params[2], params[3], out[0], out[1], out[2], out[3]);
+    return 0;
+}
+
+/* Rotates `rows` vectors by tables of the same shape, whose sine is negative in its first half. */
+VECTORISED static void rotate(const float *x, const float *cos, const float *sin, float *y, int64_t rows,
+                              int64_t size) {
+    const int64_t half = size / 2;
+    for (int64_t r = 0; r < rows; ++r, x += size, cos += size, sin += size, y += size) {
+        for (int64_t i = 0; i < half; ++i) y[i] = x[i] * cos[i] + x[i + half] * sin[i];
+        for (int64_t i = half; i < size; ++i) y[i] = x[i] * cos[i] + x[i - half] * sin[i];
+    }
+}
+
+/* softmax(q K^T) V of one key/value head: q (G, d), keys and values (n, d), scratch (G, n), y (G, d) */
+VECTORISED static void attend(const float *q, const float *keys, const float *values, float *scratch, float *y,
+                              int64_t groups, int64_t length, int64_t size) {
+    for (int64_t n = 0; n < length; ++n)
+        for (int64_t g = 0; g < groups; ++g) {
+            float dot = 0.0f;
+            for (int64_t i = 0; i < size; ++i) dot += q[g * size + i] * keys[n * size + i];
+            scratch[g * length + n] = dot;
+        }
+    for (int64_t g = 0; g < groups; ++g) {
+        float *weights = scratch + g * length, highest = weights[0], sum = 0.0f;
+        for (int64_t n = 1; n < length; ++n) highest = weights[n] > highest ? weights[n] : highest;
+        for (int64_t n = 0; n < length; ++n) {
+            weights[n] = expf(weights[n] - highest);
+            sum += weights[n];
+        }
+        for (int64_t n = 0; n < length; ++n) weights[n] /= sum;
+        for (int64_t i = 0; i < size; ++i) y[g * size + i] = 0.0f;
+    }
+    for (int64_t n = 0; n < length; ++n)
+        for (int64_t g = 0; g < groups; ++g) {
+            const float weight = scratch[g * length + n];
+            for (int64_t i = 0; i < size; ++i) y[g * size + i] += weight * values[n * size + i];
+        }
+}
+
+/* Rotation, append to the cache and attention of one token a row.
+ *
+ * qkv (B, KV * (G+2) * d), cos and sin (B, 1, G+2, d), where (B*KV, 2) int32, keys and values (B*KV, S, d), both
+ * written in place -> y (B, KV * G * d). A place outside the cache or a failed allocation is an error. */
+KERNEL(decode_attention) {
+    UNUSED;
+    const float *qkv = params[0], *cos = params[1], *sin = params[2];
+    const int32_t *where = params[3];
+    float *keys = params[4], *values = params[5], *y = params[6];
+    const int64_t batch = shapes[1][0], rotated = shapes[1][2], size = shapes[1][3], groups = rotated - 2;
+    const int64_t entries = shapes[4][0], positions = shapes[4][1], heads = entries / batch;
+    float *turned = malloc(sizeof(float) * (size_t)(rotated * size + groups * positions));
+    if (turned == NULL) return 1;
+    for (int64_t e = 0; e < entries; ++e) {
+        const int64_t row = e / heads, at = where[2 * e + 1];
+        if (where[2 * e] != e || at < 0 || at >= positions) {
+            free(turned);
+            return 2;
+        }
+        rotate(qkv + e * rotated * size, cos + row * rotated * size, sin + row * rotated * size, turned, rotated,
+               size);
+        float *head_keys = keys + e * positions * size, *head_values = values + e * positions * size;
+        for (int64_t i = 0; i < size; ++i) {
+            head_keys[at * size + i] = turned[groups * size + i];
+            head_values[at * size + i] = turned[(groups + 1) * size + i];
+        }
+        attend(turned, head_keys, head_values, turned + rotated * size, y + e * groups * size, groups, at + 1, size);
+    }
+    free(turned);
+    return 0;
+}
+
+/* Splits a prompt's consolidated product into rotated, scaled queries and rotated keys and values, by heads, and fills
+ * the cache with keys and values, zeros behind each prompt's end.
+ *
+ * qkv (B*L, KV * (G+2) * d), cos and sin (B, L, 1, 1, d), real (B, 1, L, 1) int32, scale (1), keys and values
+ * (B*KV, S, d), both written in place -> queries (B, KV, G, L, d), keys and values (B, KV, L, d) */
+VECTORISED static void prefill_values(const float *qkv, const float *cos, const float *sin, const int32_t *real,
+                                      float scale, float *cache_keys, float *cache_values, float *queries,
+                                      float *keys, float *values, const int64_t *shape, int64_t positions) {
+    const int64_t batch = shape[0], heads = shape[1], groups = shape[2], length = shape[3], size = shape[4];
+    const int64_t half = size / 2;
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t h = 0; h < heads; ++h) {
+            const int64_t head = b * heads + h;
+            for (int64_t l = 0; l < length; ++l) {
+                const float *from = qkv + ((b * length + l) * heads + h) * (groups + 2) * size;
+                const float *c = cos + (b * length + l) * size, *s = sin + (b * length + l) * size;
+                const float kept = (float)real[b * length + l];
+                for (int64_t g = 0; g <= groups; ++g, from += size) {
+                    float *to = g < groups ? queries + ((head * groups + g) * length + l) * size
+                                           : keys + (head * length + l) * size;
+                    const float factor = g < groups ? scale : 1.0f;
+                    for (int64_t i = 0; i < half; ++i) to[i] = (from[i] * c[i] - from[i + half] * s[i]) * factor;
+                    for (int64_t i = half; i < size; ++i) to[i] = (from[i] * c[i] + from[i - half] * s[i]) * factor;
+                }
+                const float *key = keys + (head * length + l) * size;
+                float *value = values + (head * length + l) * size;
+                float *to_keys = cache_keys + (head * positions + l) * size;
+                float *to_values = cache_values + (head * positions + l) * size;
+                for (int64_t i = 0; i < size; ++i) {
+                    value[i] = from[i];
+                    to_keys[i] = key[i] * kept;
+                    to_values[i] = from[i] * kept;
+                }
+            }
+            const int64_t rest = (head * positions + length) * size, count = (positions - length) * size;
+            memset(cache_keys + rest, 0, sizeof(float) * (size_t)count);
+            memset(cache_values + rest, 0, sizeof(float) * (size_t)count);
+        }
+}
+
+KERNEL(prefill_heads) {
+    UNUSED;
+    if (shapes[5][1] < shapes[7][3]) return 2; /* a prompt longer than its cache */
+    prefill_values(params[0], params[1], params[2], params[3], *(const float *)params[4], params[5], params[6],
+                   params[7], params[8], params[9], shapes[7], shapes[5][1]);
+    return 0;
+}
