@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+from pathlib import Path
 
 from mindformers_ixc.cli.inference import generation_options, load_assistant
 
@@ -12,6 +15,9 @@ HELP = """Type a question and press Enter.
   /new          forget the conversation
   /help         this text
   /quit         leave (so does Ctrl-D)"""
+
+# Questions kept for later sessions.
+HISTORY_LINES = 1000
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -29,6 +35,27 @@ def chat(arguments: argparse.Namespace) -> int:
     return Session(assistant, arguments).run()
 
 
+@contextlib.contextmanager
+def line_history():
+    """Line editing with the questions of earlier sessions, where there is a terminal."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import readline  # importing it gives input() its editing
+
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    path = Path(state) / "mindformers_ixc" / "chat_history"
+    with contextlib.suppress(OSError):                   # no earlier session
+        readline.read_history_file(path)
+    readline.set_history_length(HISTORY_LINES)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):               # a read-only home is no reason to fail at the end
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
+
+
 class Session:
     """An interactive conversation: keeps history and the pictures of all rounds."""
 
@@ -41,15 +68,21 @@ class Session:
     def run(self) -> int:
         """Reads lines until the end of input."""
         print(HELP, file=sys.stderr)
-        while True:
-            print("> ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()
-            if not line or line.strip() == "/quit":
-                return 0
-            try:
-                self._line(line.strip())
-            except (ValueError, OSError) as error:   # a bad picture must not end the conversation
-                print(f"error: {error}", file=sys.stderr)
+        with line_history():
+            while True:
+                try:
+                    line = input("> ").strip()
+                except EOFError:
+                    return 0
+                except KeyboardInterrupt:                # as in a shell: leaves the line, not the program
+                    print(file=sys.stderr)
+                    continue
+                if line == "/quit":
+                    return 0
+                try:
+                    self._line(line)
+                except (ValueError, OSError) as error:   # a bad picture must not end the conversation
+                    print(f"error: {error}", file=sys.stderr)
 
     def _line(self, line: str) -> None:
         command, _, rest = line.partition(" ")

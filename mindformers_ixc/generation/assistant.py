@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from mindformers_ixc.checkpoint.model_directory import load_model
+import numpy as np
+
 from mindformers_ixc.config import MODE_ADAPTERS, ConfigError
 from mindformers_ixc.generation.engine import InferenceEngine
 from mindformers_ixc.generation.sampling import GenerationError, GenerationOptions
@@ -18,7 +20,7 @@ class Assistant:
     """Answers questions about pictures.
 
     Args:
-        model: `IXC25ForCausalLM` in evaluation mode.
+        model: `IXC25ForCausalLM`; it is put in evaluation mode.
         processor: its processor; without one only `generate` works.
 
     Raises:
@@ -30,6 +32,7 @@ class Assistant:
         if pieces > model.config.vocab_size:
             raise ConfigError(f"The tokenizer has {pieces} pieces, more than the model's vocab_size "
                               f"{model.config.vocab_size}; they do not belong together.")
+        model.set_train(False)   # dropout has no place in an answer
         self.model, self.processor = model, processor
         self.engine = InferenceEngine(model)
 
@@ -41,6 +44,9 @@ class Assistant:
             directory: the model directory.
             **overrides: runtime fields of `IXC25Config`.
         """
+        # not above: it imports the model, which imports this
+        from mindformers_ixc.checkpoint.model_directory import load_model
+
         return cls(load_model(directory, **overrides), IXC25Processor.from_pretrained(str(directory)))
 
     @property
@@ -49,33 +55,75 @@ class Assistant:
         tokenizer = self.processor.tokenizer
         return tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)
 
-    def generate(self, samples: Sequence[EncodedSample], options: GenerationOptions,
-                 mode: str = "base") -> list[list[int]]:
+    def generate(self, samples: Sequence[EncodedSample], options: GenerationOptions, mode: str = "base",
+                 streamer=None) -> list[list[int]]:
         """Continues prompts.
 
         Args:
             samples: encoded prompts, answered as one batch.
             options: decoding options, stop ids included.
             mode: task LoRAs in use, `base`, `write` or `web`.
+            streamer: gets a single prompt's new ids as they come, without the stop id: MindFormers' streamer interface,
+                `put(ids)` (the first time an empty prompt) and `end()`.
 
         Returns:
             New token ids of each prompt, with the stop id that ended it, if any.
 
         Raises:
             ConfigError: for an unknown mode or one whose task LoRAs the model lacks.
+            GenerationError: for a prompt longer than the model, or a streamer with several prompts or beams.
         """
-        decoder = self._decoder(samples, options, mode)
-        search = beam_search if options.num_beams > 1 else greedy_or_sample
-        return search(decoder, options, len(samples), ended=self._ended(options))
+        decoder, options = self._decoder(samples, options, mode)
+        if options.num_beams > 1:
+            if streamer is not None:
+                raise GenerationError(f"num_beams is {options.num_beams}; a streamer needs num_beams 1, since beams "
+                                      "know their text only at the end.")
+            return beam_search(decoder, options, len(samples), self._ended(options))
+        if streamer is None:
+            return greedy_or_sample(decoder, options, len(samples), ended=self._ended(options))
+        if len(samples) > 1:
+            raise GenerationError(f"A streamer takes one prompt at a time, found {len(samples)}.")
+        return self._stream_ids(decoder, options, streamer)
+
+    def _stream_ids(self, decoder, options: GenerationOptions, streamer) -> list[list[int]]:
+        stops = frozenset(options.stop_token_ids)
+
+        def show(tokens) -> None:
+            if tokens[0] not in stops:
+                streamer.put(np.array(tokens, np.int32))
+
+        streamer.put(np.zeros(0, np.int32))   # the prompt, which a streamer may skip; it went in as embeddings
+        try:
+            return greedy_or_sample(decoder, options, 1, show, self._ended(options))
+        finally:
+            streamer.end()
+
+    @property
+    def longest(self) -> int:
+        """Positions that prompt and answer may have together.
+
+        The public model, trained on 24 576, is used up to 96 K (arXiv 2407.03320): four times as many, by dynamic NTK.
+        """
+        config = self.model.config
+        return config.max_position_embeddings * (4 if config.rope_scaling else 1)
 
     def _decoder(self, samples: Sequence[EncodedSample], options: GenerationOptions, mode: str):
+        """A decoder, and the options with no more new tokens than the model has positions left."""
         if mode not in MODE_ADAPTERS:
             raise ConfigError(f"mode is '{mode}'; the choices are {', '.join(MODE_ADAPTERS)}.")
         missing = [task for task in MODE_ADAPTERS[mode] if task not in self.model.config.task_lora_ranks]
         if missing:
             raise ConfigError(f"mode '{mode}' needs the task LoRAs {missing}, which this model does not have; use mode "
                               "'base'.")
-        return self.engine.decoder(list(samples), options.max_new_tokens, mode, options.num_beams)
+        longest = max(len(sample.input_ids) for sample in samples)
+        self._check_length(longest)
+        options = replace(options, max_new_tokens=min(options.max_new_tokens, self.longest - longest))
+        return self.engine.decoder(list(samples), options.max_new_tokens, mode, options.num_beams), options
+
+    def _check_length(self, positions: int) -> None:
+        if positions >= self.longest:
+            raise GenerationError(f"The prompt has {positions} positions; this model takes {self.longest} of prompt "
+                                  "and answer together. Shorten it, or lower hd_num or the number of pictures.")
 
     def _ended(self, options: GenerationOptions):
         """Test of a row's ids for the stop strings, or `None` when there are none."""
@@ -103,9 +151,45 @@ class Assistant:
         Returns:
             One text a question.
         """
+        return self.answer_samples([self.encode(question) for question in questions], mode, **options)
+
+    def encode(self, question: dict) -> EncodedSample:
+        """A question as a prompt this model takes.
+
+        Raises:
+            GenerationError: when it is longer than the model.
+        """
+        sample = self.processor.encode_chat(**question)
+        self._check_length(len(sample.input_ids))
+        return sample
+
+    def answer_samples(self, samples: Sequence[EncodedSample], mode: str = "base", **options) -> list[str]:
+        """Answers encoded prompts as one batch; further arguments as in `answer`."""
         options = self._options(options)
-        samples = [self.processor.encode_chat(**question) for question in questions]
         return [self.decode(ids, options.stop_strings) for ids in self.generate(samples, options, mode)]
+
+    def reply(self, question: dict, options: GenerationOptions, mode: str = "base", streamer=None,
+              total: int | None = None) -> str:
+        """Answers one question.
+
+        Args:
+            question: as in `answer`.
+            options: decoding options, stop ids included.
+            mode: task LoRAs in use.
+            streamer: as in `generate`.
+            total: positions of prompt and answer together at most.
+
+        Raises:
+            GenerationError: when the prompt alone fills `total`.
+        """
+        sample = self.encode(question)
+        if total is not None:
+            length = len(sample.input_ids)
+            if length >= total:
+                raise GenerationError(f"The prompt has {length} positions, but max_length, which counts prompt and "
+                                      f"answer, is {total}; raise it or shorten the prompt.")
+            options = replace(options, max_new_tokens=min(options.max_new_tokens, total - length))
+        return self.decode(self.generate([sample], options, mode, streamer)[0], options.stop_strings)
 
     def stream(self, question: dict, mode: str = "base", **options) -> Iterator[str]:
         """Answers one question, giving the text as it comes; no character is split.
@@ -119,7 +203,7 @@ class Assistant:
         if options.num_beams > 1:
             raise GenerationError(f"num_beams is {options.num_beams}; a stream needs num_beams 1, since beams know "
                                   "their text only at the end.")
-        decoder = self._decoder([self.processor.encode_chat(**question)], options, mode)
+        decoder, options = self._decoder([self.encode(question)], options, mode)
         text = TextStream(self.processor.tokenizer, self.stop_token_ids, options.stop_strings)
         for (token,) in decode_steps(decoder, options, 1, self._ended(options)):
             piece = text.push(token)

@@ -19,6 +19,7 @@ from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.config import MODE_ADAPTERS, IXC25Config
+from mindformers_ixc.generation.public import PublicInterface
 from mindformers_ixc.models.internlm2 import InternLM2Model
 from mindformers_ixc.models.layers import Linear
 from mindformers_ixc.models.loss import next_token_loss
@@ -27,7 +28,7 @@ from mindformers_ixc.models.vision import VisionMerge, VisionTower, vision_proje
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS)
-class IXC25ForCausalLM(PreTrainedModel):
+class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
     """IXC2.5 with a language-modelling head.
 
     Args:

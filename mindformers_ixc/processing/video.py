@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,17 +66,18 @@ def sample_frames(frame_count: int, fps: float, limit: int = FRAME_LIMIT) -> lis
     return picked
 
 
-def read_frames(source: str | os.PathLike, limit: int = FRAME_LIMIT,
-                indices: Sequence[int] | None = None) -> list[Image.Image]:
+def read_frames(source: str | os.PathLike, limit: int = FRAME_LIMIT, indices: Sequence[int] | None = None,
+                transform: Callable[[Image.Image], Image.Image] | None = None) -> list[Image.Image]:
     """Decodes the sampled frames of a video file, and only those.
 
     Args:
         source: path of the file.
         limit: frames at most, for `sample_frames`.
         indices: frame numbers to decode instead of the sampled ones.
+        transform: applied to each frame as it is decoded, so that large frames need not all be held at once.
 
     Returns:
-        RGB pictures in the video's own size.
+        RGB pictures in the video's own size, or what `transform` made of them.
 
     Raises:
         VideoError: for a missing, empty, damaged or frameless file, frame numbers it does not have or a source that is
@@ -101,10 +102,14 @@ def read_frames(source: str | os.PathLike, limit: int = FRAME_LIMIT,
     if wrong or not numbers:
         asked = f"{wrong[0]} was" if wrong else "none were"
         raise VideoError(f"Frames of the video {path} are numbered 0 to {count - 1}; {asked} asked for.")
-    try:
-        return [_picture(reader[number].asnumpy()) for number in numbers]
-    except Exception as error:
-        raise _undecodable(path, error) from error
+    frames = []
+    for number in numbers:
+        try:
+            frame = _picture(reader[number].asnumpy())
+        except Exception as error:
+            raise _undecodable(path, error) from error
+        frames.append(frame if transform is None else transform(frame))
+    return frames
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
@@ -151,12 +156,25 @@ def frames_to_board(frames: Sequence[Image.Image]) -> Image.Image:
     """
     if not frames:
         raise VideoError("There are no frames to put on a board; a video needs at least one.")
-    odd = next((i for i, frame in enumerate(frames) if frame.size != frames[0].size), None)
+    _check_sizes([frame.size for frame in frames])
+    return _board([_shrink(frame) for frame in frames], frames[0].width > frames[0].height)
+
+
+def _check_sizes(sizes: list[tuple[int, int]]) -> None:
+    odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
     if odd is not None:
-        raise VideoError(f"Frame {odd} has {_by(frames[odd].size)} pixels and frame 0 has {_by(frames[0].size)}; all "
-                         "frames of a video must have one size.")
-    width, height = size = _frame_size(*frames[0].size)
-    landscape = frames[0].width > frames[0].height           # square frames stand beside each other (public rule)
+        raise VideoError(f"Frame {odd} has {_by(sizes[odd])} pixels and frame 0 has {_by(sizes[0])}; all frames of a "
+                         "video must have one size.")
+
+
+def _shrink(frame: Image.Image) -> Image.Image:
+    """A frame in the size it has on the board."""
+    return frame.convert("RGB").resize(_frame_size(*frame.size), Image.BILINEAR)
+
+
+def _board(frames: list[Image.Image], landscape: bool) -> Image.Image:
+    """Stacks frames of their final size: below each other for landscape videos, square frames and portrait beside."""
+    width, height = frames[0].size
     step = (0, CAPTION + height + GAP) if landscape else (width + GAP, 0)
     extent = (width, step[1] * len(frames)) if landscape else (step[0] * len(frames), CAPTION + height)
     # Image.new knows no limit of pixels, unlike Image.open: a long video is no decompression bomb
@@ -165,7 +183,7 @@ def frames_to_board(frames: Sequence[Image.Image]) -> Image.Image:
     for i, frame in enumerate(frames):
         left, top = step[0] * i, step[1] * i
         draw.text((left, top), f"<IMAGE {i}>", BLACK, font)
-        board.paste(frame.convert("RGB").resize(size, Image.BILINEAR), (left, top + CAPTION))
+        board.paste(frame, (left, top + CAPTION))
         if i:
             # in the middle of the gap before this frame
             line = (0, top - GAP // 2, extent[0], top - GAP // 2) if landscape else \
@@ -221,7 +239,17 @@ def load_video(source: str | os.PathLike, tile_size: int = 560, limit: int = FRA
     Raises:
         VideoError: when the file cannot be read or its frames are too elongated.
     """
-    return fit_board(frames_to_board(read_frames(source, limit)), tile_size)
+    sizes = []
+
+    def shrink(frame: Image.Image) -> Image.Image:
+        sizes.append(frame.size)
+        return _shrink(frame)
+
+    frames = read_frames(source, limit, transform=shrink)
+    _check_sizes(sizes)
+    board = _board(frames, sizes[0][0] > sizes[0][1])
+    del frames   # not to be held beside the board and its resized copies
+    return fit_board(board, tile_size)
 
 
 @MindFormerRegister.register(MindFormerModuleType.PROCESSOR)

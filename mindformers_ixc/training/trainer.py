@@ -1,7 +1,6 @@
 """The trainer: MindFormers' causal-language-modelling trainer, plus what a vision-language model needs around it."""
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -18,10 +17,18 @@ from mindformers_ixc.checkpoint.model_directory import save_model_directory
 from mindformers_ixc.config import ConfigError
 from mindformers_ixc.data.conversations import DataError
 from mindformers_ixc.data.requests import read_requests
+from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.predict import predict
+from mindformers_ixc.generation.public import check_mode, known_options
+from mindformers_ixc.generation.sampling import GenerationOptions
 from mindformers_ixc.training.wrapper import portable_wrapper
 
-# Questions answered at once by run_mode predict, unless the YAML's predict_batch_size says otherwise.
+# Requests answered at once by run_mode predict, unless the YAML's predict_batch_size says otherwise.
 PREDICT_BATCH_SIZE = 4
+
+# Fields of the YAML's model section that run_mode predict takes; everything else comes from the model directory.
+INFERENCE_FIELDS = ("use_past", "block_size", "num_blocks", "compute_dtype", "param_init_type",
+                    "layernorm_compute_type", "softmax_compute_type")
 
 
 def check_sections_agree(config) -> None:
@@ -111,23 +118,24 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             **kwargs: ignored.
 
         Returns:
-            The answers, in order; they are also in `<output_dir>/predictions.jsonl`.
-        """
-        from mindformers_ixc.generation.assistant import Assistant  # the graphs are only wanted here
+            `{"request": line, "answer": text}` or `{"request": line, "error": sentence}` for each line, in order; they
+            are also in `<output_dir>/predictions.jsonl`. A run that was interrupted goes on where it stopped.
 
-        requests = read_requests(input_data)
-        assistant = Assistant.from_directory(config.load_checkpoint)
-        size = config.predict_batch_size or PREDICT_BATCH_SIZE
+        Raises:
+            DataError: when the output folder holds answers to other requests, or of another model or options.
+        """
         options = dict(config.get("generation") or {"max_new_tokens": 64})
+        size = config.predict_batch_size or PREDICT_BATCH_SIZE
+        run = {"model": str(Path(config.load_checkpoint).resolve()), "generation": dict(options)}
         mode = options.pop("mode", "base")
-        answers = []
-        for start in range(0, len(requests), size):
-            answers += assistant.answer(requests[start:start + size], mode, **options)
-        target = Path(get_output_root_path()) / "predictions.jsonl"
-        lines = [json.dumps({**request, "answer": answer}, ensure_ascii=False, default=str)
-                 for request, answer in zip(requests, answers)]
-        temporary = target.with_suffix(".part")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        temporary.replace(target)
-        print(f"The answers are in {target}.", file=sys.stderr, flush=True)
+        check_mode("generation.mode", mode)
+        GenerationOptions(**known_options(dict(options)))      # said before a model is loaded
+        folder = get_output_root_path()
+        section = dict(config.model.model_config) if config.model else {}
+        fields = {key: section[key] for key in INFERENCE_FIELDS if key in section}
+        answers = predict(lambda: Assistant.from_directory(config.load_checkpoint, **fields),
+                          read_requests(input_data), folder, run, size, mode, options)
+        failed = sum("error" in answer for answer in answers)
+        note = f" {failed} of {len(answers)} requests failed; their lines have an 'error'." if failed else ""
+        print(f"The answers are in {folder}/predictions.jsonl.{note}", file=sys.stderr, flush=True)
         return answers

@@ -1,0 +1,131 @@
+"""Answering a file of requests: in order, in batches, resumable."""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mindformers_ixc.data.conversations import DataError
+from mindformers_ixc.data.requests import Request
+
+
+class Predictions:
+    """The answers of a run, one JSON line each, in `<folder>/predictions.jsonl`.
+
+    Until all are there they are in `predictions.part.jsonl`, beside which `predictions.run.json` says what answered.
+
+    Args:
+        folder: output folder of the run.
+        requests: lines of the request file.
+        run: what must be the same for answers to belong together (model, options), JSON-serialisable.
+
+    Attributes:
+        done: answers that an earlier run has left.
+
+    Raises:
+        DataError: when the folder holds answers to other requests or of another model or options.
+    """
+
+    def __init__(self, folder: str | os.PathLike, requests: list[Request], run: dict):
+        folder = Path(folder)
+        self.requests, self.run = requests, json.loads(json.dumps(run, default=str))
+        self.target, self.part = folder / "predictions.jsonl", folder / "predictions.part.jsonl"
+        self.run_file = folder / "predictions.run.json"
+        self.done: list[dict] = []
+        present = next((path for path in (self.target, self.part) if path.exists()), None)
+        if present is not None:
+            self.done = self._earlier(present)
+        elif not self.run_file.exists():
+            self.run_file.write_text(json.dumps(self.run, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    def _earlier(self, path: Path) -> list[dict]:
+        advice = "choose another output_dir, or delete the file to begin anew."
+        try:
+            same = json.loads(self.run_file.read_text(encoding="utf-8")) == self.run
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            raise DataError(f"{path} holds answers of another model or other options than this run's; {advice}")
+        text = path.read_text(encoding="utf-8")
+        whole = text[:text.rfind("\n") + 1]          # a killed run may have left half a line
+        answers = [json.loads(line) for line in whole.splitlines()]
+        for number, (answer, request) in enumerate(zip(answers, self.requests), 1):
+            if answer.get("request") != request.line:
+                raise DataError(f"{path}, line {number}: an answer to another request than this run's; {advice}")
+        if len(answers) > len(self.requests):
+            raise DataError(f"{path} has {len(answers)} answers to {len(self.requests)} requests; {advice}")
+        if path == self.part and len(whole) < len(text):
+            os.truncate(path, len(whole.encode("utf-8")))
+        return answers
+
+    @property
+    def finished(self) -> bool:
+        """Whether every request has its answer."""
+        return len(self.done) == len(self.requests)
+
+    def add(self, results: list[dict]) -> None:
+        """Appends the next answers, `{"answer": text}` or `{"error": sentence}` each."""
+        rows = [{"request": request.line, **result}
+                for request, result in zip(self.requests[len(self.done):], results)]
+        with open(self.part, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        self.done += rows
+
+    def close(self) -> None:
+        """Gives the finished file its name."""
+        if self.part.exists():
+            self.part.replace(self.target)
+
+
+def answer_batch(assistant, requests: list[Request], size: int, mode: str, options: dict) -> list[dict]:
+    """Answers requests as one batch of `size` rows; those that fail get their error in place of an answer."""
+    results: list[dict] = [{"error": request.error} for request in requests]
+    samples = {}
+    for i, request in enumerate(requests):
+        if request.question is not None:
+            try:
+                samples[i] = assistant.encode(request.question)
+            except (ValueError, TypeError, OSError) as error:
+                results[i] = {"error": str(error)}
+    if samples:
+        rows = list(samples.values())
+        rows += [rows[-1]] * (size - len(rows))       # one batch size, one graph
+        for i, text in zip(samples, assistant.answer_samples(rows, mode, **options)):
+            results[i] = {"answer": text}
+    return results
+
+
+def predict(assistant, requests: list[Request], folder: str | os.PathLike, run: dict, size: int, mode: str,
+            options: dict) -> list[dict]:
+    """Answers all requests that an earlier, interrupted run of the same kind has not answered yet.
+
+    Args:
+        assistant: called for an `Assistant` when something is left to do.
+        requests: lines of the request file.
+        folder: output folder.
+        run: see `Predictions`.
+        size: requests answered at once.
+        mode: task LoRAs in use.
+        options: decoding options.
+
+    Returns:
+        `{"request": line, "answer": text}` or `{"request": line, "error": sentence}` for each request, in order.
+
+    Raises:
+        DataError: as `Predictions`.
+    """
+    predictions = Predictions(folder, requests, run)
+    answering = None if predictions.finished else assistant()
+    with tqdm(total=len(requests), initial=len(predictions.done), desc="answering", unit="request",
+              disable=None) as bar:
+        while not predictions.finished:
+            start = len(predictions.done)
+            batch = requests[start:start + size]
+            predictions.add(answer_batch(answering, batch, size, mode, options))
+            bar.update(len(batch))
+    predictions.close()
+    return predictions.done

@@ -1,0 +1,104 @@
+"""Compiles the inference graphs with Ascend's leaf cells, front end only, without a device.
+
+    python scripts/compile_ascend.py            # tiny sizes, seconds
+    python scripts/compile_ascend.py --config DIR_WITH_CONFIG_JSON
+    python scripts/compile_ascend.py --public   # the 7B model's sizes; nothing of it is allocated
+
+MindSpore's simulation stops behind the front end, so neither Ascend's package nor weights are needed. The script fails
+unless the prefill graph holds flash attention and the write to the paged cache, the decode graph paged attention, and
+both the fused RMSNorm.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from unittest import mock
+
+os.environ["MS_SIMULATION_LEVEL"] = "0"   # read while MindSpore is imported
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore.graph.api import _cell_graph_executor
+
+import mindformers_ixc  # noqa: F401 - registers the model
+from mindformers_ixc import native
+from mindformers_ixc.checkpoint.model_directory import read_config
+from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.generation import slots
+from mindformers_ixc.generation.engine import InferenceEngine, bucket
+from mindformers_ixc.models import layers
+from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
+
+NEEDED = {"prefill": {"FlashAttentionScore", "ReshapeAndCache", "RmsNorm"},
+          "decode": {"PagedAttention", "ReshapeAndCache", "RmsNorm"}}
+
+TINY = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "plora_rank": 4, "task_lora_ranks": {"web": 4},
+        "vision_config": {"image_size": 56, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                          "intermediate_size": 32}}
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--config", metavar="DIR", help="model directory whose config.json gives the sizes")
+    parser.add_argument("--public", action="store_true", help="the 7B model's sizes")
+    parser.add_argument("--prompt", type=int, default=100, help="positions of the prompt")
+    parser.add_argument("--new", type=int, default=50, help="new tokens")
+    return parser.parse_args()
+
+
+def operations(graph, *inputs, phase: str) -> set[str]:
+    """Compiles a graph and names the primitives in it."""
+    start = time.perf_counter()
+    _cell_graph_executor.compile(graph, *inputs, phase=phase, do_convert=False)
+    proto = _cell_graph_executor._graph_executor.get_func_graph_proto(graph.current_phase, "mind_ir", True)
+    found = {name.decode() for name in re.findall(rb"[A-Z][A-Za-z]+", proto)}
+    print(f"{phase}: compiled in {time.perf_counter() - start:.1f} s", flush=True)
+    return found
+
+
+def compile_graphs(model, prompt: int, new: int, batch: int = 2) -> dict[str, set[str]]:
+    """Primitives of the prefill and decode graph of a batch."""
+    config, positions = model.config, bucket(prompt)
+    slot = InferenceEngine(model).slot(batch, bucket(prompt + new), "base")
+    print(f"caches: {type(slot).__name__}")
+    lengths, size = np.full(batch, prompt, np.int32), config.head_size
+    ids = Tensor(np.zeros((batch, positions), np.int32))
+    embeds = ms.ops.zeros((batch, positions, config.hidden_size), config.compute_dtype)
+    tables = Tensor(np.zeros((batch, positions, 1, 1, size), np.float32))
+    prefill, decode = slot.graphs["base"]
+    found = {"prefill": operations(prefill, ids, embeds, ids, tables, tables, Tensor(slot.start(lengths, positions)),
+                                   Tensor(lengths - 1), phase="prefill")}
+    tables = Tensor(np.zeros((batch, 1, config.query_groups + 2, size), np.float32))
+    places = [Tensor(value) for value in slot.places(lengths)]
+    found["decode"] = operations(decode, Tensor(lengths), tables, tables, *places, phase="decode")
+    return found
+
+
+def main() -> int:
+    """Compiles and checks; 1 when a fused operation is missing."""
+    arguments = parse()
+    ms.set_context(mode=ms.GRAPH_MODE)
+    dtypes = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16"}
+    if arguments.config:
+        config = read_config(arguments.config, **dtypes)
+    else:
+        config = IXC25Config(**dtypes, **({} if arguments.public else TINY))
+    here = mock.patch.multiple(layers, on_ascend=lambda: True)
+    with here, mock.patch.object(slots, "on_ascend", lambda: True), \
+            mock.patch.object(native, "available", lambda *_: False), nn.no_init_parameters():
+        model = IXC25ForCausalLM(config)
+        model.set_train(False)
+        found = compile_graphs(model, arguments.prompt, arguments.new)
+    missing = {phase: sorted(needed - found[phase]) for phase, needed in NEEDED.items() if needed - found[phase]}
+    print(f"missing: {missing}" if missing else "all fused operations are there")
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
