@@ -5,6 +5,6 @@ from setuptools import Extension, setup
 # just a shared library that MindSpore loads. -ffast-math (for vectorised exp and sums) is not passed to the linker,
 # where it would change the floating-point mode of the whole process.
 kernels = Extension("mindformers_ixc.native._kernels", ["mindformers_ixc/native/kernels.c"], libraries=["m"],
-                    extra_compile_args=["-O3", "-ffast-math"], optional=True)
+                    extra_compile_args=["-O3", "-ffast-math", "-fopenmp"], extra_link_args=["-fopenmp"], optional=True)
 
 setup(ext_modules=[kernels])

@@ -86,7 +86,7 @@ class PrefillGraph(InferenceGraph):
             y = self.caches[i].prefill(qkv, cos, sin, mask, where, (b, length))           # (B*L, H*d)
             x = self.model.model.layers[i].finish(x, y, image, self.adapters)
         x = self.gather(x, self.row_of * length + last, 0)                                # (B, D)
-        return self.cast(self.model.output(self.model.model.norm.infer(x)), mstype.float32)
+        return self.cast(self.model.output.infer(self.model.model.norm.infer(x)), mstype.float32)
 
 
 class DecodeGraph(InferenceGraph):
@@ -117,7 +117,7 @@ class DecodeGraph(InferenceGraph):
             qkv = self.model.model.layers[i].project(x, None, self.adapters)
             x = self.model.model.layers[i].finish(x, self.caches[i].decode(qkv, cos, sin, mask, *places), None,
                                                   self.adapters)
-        return self.cast(self.model.output(self.model.model.norm.infer(x)), mstype.float32)
+        return self.cast(self.model.output.infer(self.model.model.norm.infer(x)), mstype.float32)
 
 
 class InferenceEngine:

@@ -165,8 +165,8 @@ class FeedForward(nn.Cell):
     def infer(self, x, image_mask, adapters):
         """The same without gradients."""
         if self.is_native:
-            y = self.swiglu(self.w1(x, image_mask, adapters), self.w3(x, image_mask, adapters))
-            return self.w2(y, image_mask, adapters)
+            y = self.swiglu(self.w1.infer(x, image_mask, adapters), self.w3.infer(x, image_mask, adapters))
+            return self.w2.infer(y, image_mask, adapters)
         return self.construct(x, image_mask, adapters)
 
 
@@ -202,11 +202,11 @@ class DecoderLayer(nn.Cell):
 
     def project(self, x, image_mask, adapters):
         """Consolidated queries, keys and values `(B*L, KV * (G+2) * d)`, for attention with a cache."""
-        return self.attention.wqkv(self.attention_norm.infer(x), image_mask, adapters)
+        return self.attention.wqkv.infer(self.attention_norm.infer(x), image_mask, adapters)
 
     def finish(self, x, y, image_mask, adapters):
         """The layer's output `(B*L, D)` from its input `x` and what attention gave for it, `y` `(B*L, H*d)`."""
-        x = self.add(x, self.attention.wo(y, image_mask, adapters))
+        x = self.add(x, self.attention.wo.infer(y, image_mask, adapters))
         return self.add(x, self.feed_forward.infer(self.ffn_norm.infer(x), image_mask, adapters))
 
 

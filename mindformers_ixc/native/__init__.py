@@ -16,6 +16,9 @@ from mindspore import ops
 # Set to 0 to do without the kernels, for instance to compare.
 SWITCH = "MINDFORMERS_IXC_NATIVE"
 
+# Positions up to which the kernel `linear` is taken instead of MindSpore's product.
+FEW_ROWS = 8
+
 
 @functools.cache
 def library() -> str | None:

@@ -2,12 +2,13 @@
  *
  * A step of decoding reads every weight once and does little else, so MindSpore's launch of a kernel (about 20
  * microseconds when the caches are cold) is what costs beside the products. Each function here takes the place of
- * three to fifteen kernels. They are written for the compiler to vectorise, single-threaded: what they do is bound by
- * memory.
+ * three to fifteen kernels. They are written for the compiler to vectorise. Only `linear` has threads (OpenMP, so
+ * OMP_NUM_THREADS counts): the others touch little memory.
  *
  * Every function has MindSpore's signature; `params` holds the inputs, then the outputs. 0 is success.
  */
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +18,9 @@
 #else
 #define VECTORISED
 #endif
+
+/* Elements of a weight from which on it pays to share the work among threads. */
+#define MIN_SHARED 131072
 
 #define KERNEL(name) \
     int name(int count, void **params, int *ndims, int64_t **shapes, const char **dtypes, void *stream, void *extra)
@@ -69,8 +73,14 @@ KERNEL(layer_norm) {
     return 0;
 }
 
+/* x / (1 + exp(-slope * x)); the exponent is kept where exp() is finite, since -ffast-math knows no infinity */
+static inline float gated(float x, float slope) {
+    const float exponent = -slope * x;
+    return x / (1.0f + expf(exponent < 80.0f ? exponent : 80.0f));
+}
+
 VECTORISED static void swiglu_values(const float *gate, const float *x, float *y, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) y[i] = gate[i] / (1.0f + expf(-gate[i])) * x[i];
+    for (int64_t i = 0; i < count; ++i) y[i] = gated(gate[i], 1.0f) * x[i];
 }
 
 /* gate (N, C), x (N, C) -> silu(gate) * x (N, C) */
@@ -83,10 +93,7 @@ KERNEL(swiglu) {
 
 VECTORISED static void quick_gelu_rows(const float *x, const float *bias, float *y, int64_t rows, int64_t width) {
     for (int64_t r = 0; r < rows; ++r, x += width, y += width)
-        for (int64_t i = 0; i < width; ++i) {
-            const float value = x[i] + bias[i];
-            y[i] = value / (1.0f + expf(-1.702f * value));
-        }
+        for (int64_t i = 0; i < width; ++i) y[i] = gated(x[i] + bias[i], 1.702f);
 }
 
 /* x (N, C), bias (C) -> quick GELU of x + bias (N, C) */
@@ -107,6 +114,54 @@ KERNEL(bias_residual) {
     UNUSED;
     bias_residual_rows(params[0], params[1], params[2], params[3], rows_of(ndims, shapes, 0),
                        width_of(ndims, shapes, 0));
+    return 0;
+}
+
+/* Sums of one row of a weight kept side by side, so that they need not wait for each other. */
+#define LANES 64
+
+/* How far ahead of the sums, in elements, a weight is fetched from memory: the processor does not look across pages. */
+#define AHEAD 2048
+
+/* Rows begin .. end of a weight times each of the inputs. The weight is read once, from its first row to its last. */
+VECTORISED static void linear_rows(const float *x, const float *weight, float *y, int64_t rows, int64_t in, int64_t out,
+                                   int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+        const float *w = weight + o * in;
+        for (int64_t r = 0; r < rows; ++r) {
+            const float *v = x + r * in;
+            float lanes[LANES] = {0}, sum = 0.0f;
+            int64_t i = 0;
+            for (; i + LANES <= in; i += LANES) {
+                if (r == 0)
+                    for (int64_t j = 0; j < LANES; j += 16) __builtin_prefetch(w + i + AHEAD + j);
+                for (int64_t j = 0; j < LANES; ++j) lanes[j] += v[i + j] * w[i + j];
+            }
+            for (; i < in; ++i) sum += v[i] * w[i];
+            for (int64_t j = 0; j < LANES; ++j) sum += lanes[j];
+            y[r * out + o] = sum;
+        }
+    }
+}
+
+/* x (N, C) for a small N, weight (O, C) -> x weight^T (N, O). MindSpore's product repacks the weight at every call, which
+ * takes longer than the product itself when N is small. */
+KERNEL(linear) {
+    UNUSED;
+    const float *x = params[0], *weight = params[1];
+    float *y = params[2];
+    const int64_t rows = shapes[0][0], in = shapes[0][1], out = shapes[1][0];
+    const int threads = in * out < MIN_SHARED ? 1 : omp_get_max_threads();
+    if (threads == 1) {
+        linear_rows(x, weight, y, rows, in, out, 0, out);
+        return 0;
+    }
+    const int64_t share = (out + 4 * threads - 1) / (4 * threads) * 4;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int part = 0; part < threads; ++part) {
+        const int64_t begin = part * share, end = begin + share < out ? begin + share : out;
+        if (begin < end) linear_rows(x, weight, y, rows, in, out, begin, end);
+    }
     return 0;
 }
 
