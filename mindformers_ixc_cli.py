@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from importlib.metadata import version
@@ -146,6 +147,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
     arguments.answers = claim_stdout()
+    if arguments.command == "chat" and arguments.question is None:
+        # before the libraries start their threads, which inherit this; a session lets Ctrl-C through when it may come
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ.setdefault("LOG_MF_PATH", str(log_folder(arguments).resolve()))
     if not getattr(arguments, "verbose", True):
         quiet_libraries()

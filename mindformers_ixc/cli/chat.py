@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -56,6 +57,35 @@ def line_history():
             readline.write_history_file(path)
 
 
+class Interrupts:
+    """Ctrl-C while a graph may be running.
+
+    MindSpore takes the signal over when it runs a graph, keeps it, and ends the process. So it is blocked meanwhile, in
+    all threads (they inherit the mask the program started with, see `mindformers_ixc_cli`), looked for between two
+    tokens, and given back to Python afterwards.
+    """
+
+    def __enter__(self) -> Interrupts:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.sigtimedwait({signal.SIGINT}, 0)         # one that came too late to stop anything
+        self.allow()
+
+    @staticmethod
+    def allow() -> None:
+        """Lets Ctrl-C raise `KeyboardInterrupt` again."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    @staticmethod
+    def check() -> None:
+        """Raises `KeyboardInterrupt` if Ctrl-C has been pressed."""
+        if signal.sigtimedwait({signal.SIGINT}, 0) is not None:
+            raise KeyboardInterrupt
+
+
 class Session:
     """An interactive conversation: keeps history and the pictures of all rounds."""
 
@@ -64,6 +94,8 @@ class Session:
         self.history: list[tuple[str, str]] = []
         self.images: list[str] = []
         self.waiting = list(arguments.image)
+        assistant.engine.between_steps = Interrupts.check
+        Interrupts.allow()
 
     def run(self) -> int:
         """Reads lines until the end of input."""
@@ -115,16 +147,17 @@ class Session:
     def _reply(self, query: dict) -> str:
         """Shows the answer as it comes (with beams, when it is there); Ctrl-C ends the answer, not the session."""
         options, answers = generation_options(self.arguments), self.arguments.answers
-        if options.get("num_beams", 1) > 1:
-            reply = self.assistant.answer([query], self.arguments.mode, **options)[0]
-            print(reply, file=answers)
-            return reply
         pieces = []
-        try:
-            for piece in self.assistant.stream(query, self.arguments.mode, **options):
-                pieces.append(piece)
-                print(piece, end="", file=answers, flush=True)
-        except KeyboardInterrupt:
-            print(" [stopped]", end="", file=sys.stderr)
+        with Interrupts():
+            try:
+                if options.get("num_beams", 1) > 1:
+                    pieces = self.assistant.answer([query], self.arguments.mode, **options)
+                    print(pieces[0], end="", file=answers)
+                else:
+                    for piece in self.assistant.stream(query, self.arguments.mode, **options):
+                        pieces.append(piece)
+                        print(piece, end="", file=answers, flush=True)
+            except KeyboardInterrupt:
+                print(" [stopped]", end="", file=sys.stderr, flush=True)
         print(file=answers)
         return "".join(pieces).strip()

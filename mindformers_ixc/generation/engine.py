@@ -5,6 +5,8 @@ serves every request of that bucket. Partial LoRA is in the prefill graph only: 
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import Tensor, nn
@@ -125,10 +127,14 @@ class InferenceEngine:
 
     Args:
         model: `IXC25ForCausalLM` in evaluation mode.
+
+    Attributes:
+        between_steps: called before every token but the first; what it raises ends decoding.
     """
 
     def __init__(self, model):
         self.model, self.config = model, model.config
+        self.between_steps: Callable[[], None] = lambda: None
         self._vision = VisionGraph(model)
         self._slots: dict = {}
         self._tables: dict = {}
@@ -226,6 +232,7 @@ class CachedDecoder:
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Logits `(B, V)` after appending one token to each row."""
+        self.engine.between_steps()
         at = self.positions
         angles = (np.stack([pair[i][p] for pair, p in zip(self.tables, at)]) for i in (0, 1))   # (B, d) each
         cos, sin = decode_tables(*angles, self.engine.config.query_groups, self.slot.query_scale)

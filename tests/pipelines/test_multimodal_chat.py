@@ -50,3 +50,46 @@ def test_a_single_bad_request_raises(chat):
         chat("a", mode="write")
     with pytest.raises(ValueError, match="num_beams"):
         chat("a", num_beams=0)
+
+
+def picture_file(folder, name: str, picture: Image.Image, **options) -> str:
+    picture.save(folder / name, **options)
+    return str(folder / name)
+
+
+def test_unusual_pictures_are_answered(chat, tmp_path):
+    frames = [Image.new("P", (40, 30), colour) for colour in (1, 2)]
+    pictures = [picture_file(tmp_path, "two.gif", frames[0], save_all=True, append_images=frames[1:]),
+                picture_file(tmp_path, "cmyk.jpg", Image.new("CMYK", (40, 30), (10, 20, 30, 40))),
+                picture_file(tmp_path, "deep.png", Image.new("I;16", (40, 30), 40000)),
+                picture_file(tmp_path, "strip.png", Image.new("RGB", (30000, 20), (1, 2, 3)))]
+    answers = chat([{"query": "What?", "images": picture} for picture in pictures], hd_num=40)
+    assert [sorted(answer) for answer in answers] == [["text_generation_text"]] * 4
+
+
+def test_unreadable_pictures_and_videos_are_reported_in_their_places(chat, tmp_path, goldens):
+    whole = (goldens / "video_land.mp4").read_bytes()
+    for name, content in (("empty.mp4", b""), ("cut.mp4", whole[:len(whole) // 3]), ("noise.png", b"\x89PNG\r\n")):
+        (tmp_path / name).write_bytes(content)
+    bomb = picture_file(tmp_path, "bomb.png", Image.new("1", (20000, 10000)))
+    files = [str(tmp_path / "empty.mp4"), str(tmp_path / "cut.mp4"), str(tmp_path / "noise.png"), bomb]
+    requests = [{"query": "What?", "images": file} for file in files] + ["b", ""]
+    answers = chat(requests)
+    assert [sorted(answer) for answer in answers] == [["error"]] * 4 + [["text_generation_text"], ["error"]]
+    for answer, words in zip(answers, ("empty.mp4 is empty (0 bytes)", "cut.mp4", "noise.png", "bomb.png")):
+        assert words in answer["error"]
+    assert "pixels" in answers[3]["error"]
+    assert "query is empty" in answers[5]["error"]
+
+
+@pytest.mark.parametrize(("option", "words"), [
+    ({"num_beams": 0}, "num_beams is 0"), ({"top_p": 2}, "top_p is 2"), ({"mode": "paint"}, "mode is 'paint'"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"temperature": -1}, "temperature is -1")])
+def test_bad_options_are_named(chat, option, words):
+    with pytest.raises(ValueError, match=words):
+        chat("a", **option)
+
+
+def test_a_prompt_longer_than_the_model_is_an_error(chat):
+    with pytest.raises(ValueError, match=r"positions; this model takes 24576"):
+        chat("word " * 30000)
