@@ -9,11 +9,12 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from mindformers.models.modeling_utils import PreTrainedModel
-from mindspore import Tensor
+from mindspore import Tensor, nn
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -22,6 +23,9 @@ from mindformers_ixc.config import IXC25Config
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+# Bytes read of a safetensors file before it is opened anew, see `tensors_of`.
+MAPPED_BYTES = 2**26
 
 
 class CheckpointError(ValueError):
@@ -84,13 +88,12 @@ def load_weights(model: PreTrainedModel, directory: str | os.PathLike) -> None:
     surplus = []
     for path in weight_files(directory):
         try:
-            with safe_open(str(path), framework="np") as shard:
-                for name in shard.keys():   # noqa: SIM118 - safe_open is no dict
-                    parameter = wanted.pop(name, None)
-                    if parameter is None:
-                        surplus.append(name)
-                        continue
-                    _assign(parameter, shard.get_tensor(name), path)
+            for name, value in tensors_of(path):
+                parameter = wanted.pop(name, None)
+                if parameter is None:
+                    surplus.append(name)
+                else:
+                    _assign(parameter, value, path)
         except CheckpointError:
             raise
         except Exception as error:   # safetensors raises its own untyped errors for damaged files
@@ -100,6 +103,25 @@ def load_weights(model: PreTrainedModel, directory: str | os.PathLike) -> None:
         raise CheckpointError(
             f"{directory} does not match its config.json: {len(wanted)} parameters are missing "
             f"(first: {sorted(wanted)[:3]}), {len(surplus)} are surplus (first: {sorted(surplus)[:3]}).")
+
+
+def tensors_of(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and tensors of a safetensors file.
+
+    The file is mapped, and what was read of it counts as this process's memory as long as it is: it is opened again
+    every now and then.
+    """
+    with safe_open(str(path), framework="np") as file:
+        names = list(file.keys())
+    start = 0
+    while start < len(names):
+        read = 0
+        with safe_open(str(path), framework="np") as file:
+            while start < len(names) and read < MAPPED_BYTES:
+                value = file.get_tensor(names[start])
+                read += value.nbytes
+                yield names[start], value
+                start += 1
 
 
 def _assign(parameter, value: np.ndarray, path: Path) -> None:
@@ -121,7 +143,9 @@ def load_model(directory: str | os.PathLike, **overrides):
     """
     from mindformers_ixc.models.ixc25 import IXC25ForCausalLM  # builds graphs: only when a model is wanted
 
-    model = IXC25ForCausalLM(read_config(directory, **overrides))
+    config = read_config(directory, **overrides)
+    with nn.no_init_parameters():    # the weights come from the files: drawing them first takes time and memory
+        model = IXC25ForCausalLM(config)
     load_weights(model, directory)
     model.set_train(False)
     return model
@@ -152,7 +176,9 @@ def save_model_directory(model: PreTrainedModel, target: str | os.PathLike,
             InternLM2Tokenizer(str(tokenizer_file)).save_pretrained(str(temporary))
         weights = {parameter.name: parameter.asnumpy() for parameter in model.get_parameters()}
         save_file(weights, str(temporary / WEIGHTS_FILE), metadata={"format": "np"})
+        # both come into being for their owner only
         temporary.chmod(0o755)
+        (temporary / WEIGHTS_FILE).chmod(0o644)
         if target.exists():
             shutil.rmtree(target)
         os.replace(temporary, target)

@@ -22,8 +22,9 @@ from mindformers_ixc.processing.processor import EncodedSample
 # The shortest bucket, in positions; a shorter one would save little and be compiled as slowly.
 SHORTEST_BUCKET = 128
 
-# Tiles the ViT graph takes at once; the last call is padded with empty tiles.
-TILES_PER_CALL = 5
+# The ViT graph takes as many tiles at once as have this many positions together, at least one and at most five; the
+# last call is padded with empty tiles. Tiles of 560 pixels go alone: more at once are no faster and need more memory.
+POSITIONS_PER_CALL, MOST_TILES = 2048, 5
 
 
 def bucket(length: int) -> int:
@@ -136,21 +137,23 @@ class InferenceEngine:
         self.model, self.config = model, model.config
         self.between_steps: Callable[[], None] = lambda: None
         self._vision = VisionGraph(model)
+        positions = self.config.vision_config.patches_per_side ** 2 + 1
+        self.tiles_per_call = max(1, min(MOST_TILES, POSITIONS_PER_CALL // positions))
         self._slots: dict = {}
         self._tables: dict = {}
 
     def encode_images(self, sample: EncodedSample) -> Tensor:
         """Image embeddings of a sample's image positions, `(n_image, D)`, in order of position."""
         pixels, tokens = sample.pixel_values, self.config.vision_config.tokens_per_tile
-        count = len(pixels)
-        padded = -(-count // TILES_PER_CALL) * TILES_PER_CALL
+        count, at_once = len(pixels), self.tiles_per_call
+        padded = -(-count // at_once) * at_once
         pieces = []
-        for start in range(0, padded, TILES_PER_CALL):
-            tiles = np.zeros((1, TILES_PER_CALL, *pixels.shape[1:]), np.float32)
-            chunk = pixels[start:start + TILES_PER_CALL]
+        for start in range(0, padded, at_once):
+            tiles = np.zeros((1, at_once, *pixels.shape[1:]), np.float32)
+            chunk = pixels[start:start + at_once]
             tiles[0, :len(chunk)] = chunk
             pieces.append(self._vision(Tensor(tiles))[0])
-        table = F.concat([piece[:TILES_PER_CALL * tokens] for piece in pieces] + [pieces[0][-2:]], 0)
+        table = F.concat([piece[:at_once * tokens] for piece in pieces] + [pieces[0][-2:]], 0)
         index = sample.vision_index(padded)[sample.image_mask == 1]
         return F.gather(table, Tensor(index), 0)
 

@@ -20,6 +20,7 @@ class TextStream:
     def __init__(self, tokenizer, stop_token_ids: Sequence[int] = (), stop_strings: Sequence[str] = ()):
         self.tokenizer = tokenizer
         self.stop_token_ids, self.stop_strings = frozenset(stop_token_ids), tuple(stop_strings)
+        self.pieces = len(tokenizer)
         self.ids: list[int] = []
         self.shown = 0
         self.finished = False
@@ -30,6 +31,8 @@ class TextStream:
             return ""
         if token in self.stop_token_ids:
             return self.flush()
+        if token >= self.pieces:
+            return ""        # a model whose vocab_size is padded may say what its tokenizer has no piece for
         self.ids.append(token)
         text = self._text()
         cut = self._stop(text)

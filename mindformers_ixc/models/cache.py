@@ -17,8 +17,11 @@ from mindspore.ops import operations as P
 
 from mindformers_ixc import native
 from mindformers_ixc.config import IXC25Config
-from mindformers_ixc.models.internlm2 import MASKED, CausalMask, MergeHeads, SplitHeads
+from mindformers_ixc.models.internlm2 import MASKED, MergeHeads, SplitHeads
 from mindformers_ixc.models.layers import AttentionCore
+
+# Queries of a prompt that attend at once: long prompts need no L x L scores, and skip half of the work.
+CHUNK = 512
 
 
 class ContiguousCache(nn.Cell):
@@ -42,12 +45,12 @@ class ContiguousCache(nn.Cell):
         self.dtype, self.softmax_dtype = config.compute_dtype, config.softmax_compute_type
         self.halves = Tensor([1, 0], mstype.int32)
         self.all_positions = Tensor(np.arange(positions, dtype=np.int32)[None, None, :])
-        self.causal_mask = CausalMask(self.softmax_dtype)
         # in place on the CPU, unlike ScatterNdUpdate, which copies the whole cache there: unused positions are zero
         self.append = P.ScatterNdAdd()
         self.assign = P.Assign()
         self.swap = P.Gather()
         self.slice = P.Slice()
+        self.join = P.Concat(3)
         self.mul = P.Mul()
         self.add = P.Add()
         self.cast = P.Cast()
@@ -57,8 +60,15 @@ class ContiguousCache(nn.Cell):
         self.weighted_sum = P.BatchMatMul()
 
     def prefill_mask(self, length):
-        """What `prefill` of every layer takes as `mask`, for L a compile-time constant."""
-        return self.causal_mask(length)
+        """What `prefill` of every layer takes as `mask`: one a chunk of queries; L is a compile-time constant."""
+        masks = ()
+        for start in range(0, length, CHUNK):
+            end = min(start + CHUNK, length)
+            queries = self.reshape(F.arange(start, end), (end - start, 1))
+            later = F.greater(self.reshape(F.arange(end), (1, end)), queries)
+            mask = self.mul(self.cast(later, self.softmax_dtype), MASKED)                   # (c, end)
+            masks += (self.reshape(mask, (1, 1, 1, end - start, end)),)
+        return masks
 
     def decode_mask(self, _, positions):
         """What `decode` of every layer takes as `mask`; the arguments are its `places`."""
@@ -71,7 +81,7 @@ class ContiguousCache(nn.Cell):
             qkv: `(B*L, KV * (G+2) * d)`.
             cos: `(B, L, 1, 1, d)`.
             sin: like `cos`.
-            mask: additive, broadcast to `(B, KV, G, L, L)`.
+            mask: additive masks of the chunks of queries, see `prefill_mask`.
             where: int32 `(B, 1, L, 1)`, 1 on the prompt's positions and 0 on padding.
             shape: `(B, L)`, a compile-time constant.
 
@@ -83,7 +93,28 @@ class ContiguousCache(nn.Cell):
         # the prompt sees only itself, but the writes must happen
         key = F.depend(key, self._fill(self.keys, self.mul(key, real), shape[1]))
         value = F.depend(value, self._fill(self.values, self.mul(value, real), shape[1]))
-        return self.merge(self.core(query, key, value, mask), shape)
+        return self.merge(self._attend(self.mul(query, self.core.scale), key, value, mask, shape[1]), shape)
+
+    def _attend(self, query, key, value, masks, length):
+        """Attention of scaled queries, a chunk after the other: neither scores nor work beyond what may be seen."""
+        if length <= CHUNK:
+            return self._chunk(query, key, value, masks[0])
+        b, kv, g, d = self.batch, self.kv, self.groups, self.size
+        done = ()
+        # one after the other, or their scores would live together; the largest first, whose memory serves the rest
+        for i in range(len(masks) - 1, -1, -1):
+            start, end = i * CHUNK, min(i * CHUNK + CHUNK, length)
+            part = self.slice(query, (0, 0, 0, start, 0), (b, kv, g, end - start, d))
+            if done:
+                part = F.depend(part, done[0])
+            seen = (b, kv, end, d)
+            y = self._chunk(part, self.slice(key, (0, 0, 0, 0), seen), self.slice(value, (0, 0, 0, 0), seen), masks[i])
+            done = (y, *done)
+        return self.join(done)                                                              # (B, KV, G, L, d)
+
+    def _chunk(self, query, key, value, mask):
+        """Attention of the last c of S positions: `(B, KV, G, c, d)` over keys and values `(B, KV, S, d)`."""
+        return self.core.attend(query, key, value, mask)
 
     def _fill(self, cache, new, length):
         """Makes a cache hold `(B, KV, L, d)` and zeros after it."""
@@ -139,6 +170,18 @@ class NativeCache(ContiguousCache):
         self.split_and_fill = native.kernel("prefill_heads", lambda _, cos, *__: (
             (batch, kv, g, cos[1], d), (batch, kv, cos[1], d), (batch, kv, cos[1], d)), outputs=3)
         self.query_scale = Tensor([self.size ** -0.5], mstype.float32)
+        self.causal_softmax = native.kernel("causal_softmax")
+
+    def prefill_mask(self, length):
+        """No masks: the kernel knows what a position may see."""
+        return (None,) * -(-length // CHUNK)
+
+    def _chunk(self, query, key, value, mask):
+        b, kv, g, c, d = query.shape
+        scores = self.scores(self.reshape(query, (b, kv, g * c, d)), key)                   # (B, KV, G*c, S)
+        weights = self.causal_softmax(self.reshape(scores, (b, kv, g, c, key.shape[2])))
+        y = self.weighted_sum(self.reshape(weights, (b, kv, g * c, key.shape[2])), value)
+        return self.reshape(y, (b, kv, g, c, d))                                            # (B, KV, G, c, d)
 
     def decode_mask(self, _, positions):
         """No mask: the kernel goes by the places."""
@@ -148,7 +191,7 @@ class NativeCache(ContiguousCache):
         """See `ContiguousCache.prefill`."""
         # the kernel writes the caches in place
         query, key, value = self.split_and_fill(qkv, cos, sin, where, self.query_scale, self.keys, self.values)
-        return self.merge(self.core.attend(query, key, value, mask), shape)
+        return self.merge(self._attend(query, key, value, mask, shape[1]), shape)
 
     def decode(self, qkv, cos, sin, mask, where, _):
         """See `ContiguousCache.decode`."""

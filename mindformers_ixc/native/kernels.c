@@ -2,8 +2,8 @@
  *
  * A step of decoding reads every weight once and does little else, so MindSpore's launch of a kernel (about 20
  * microseconds when the caches are cold) is what costs beside the products. Each function here takes the place of
- * three to fifteen kernels. They are written for the compiler to vectorise. Only `linear` has threads (OpenMP, so
- * OMP_NUM_THREADS counts): the others touch little memory.
+ * three to fifteen kernels. They are written for the compiler to vectorise. Only the largest have threads
+ * (OpenMP, so OMP_NUM_THREADS counts).
  *
  * Every function has MindSpore's signature; `params` holds the inputs, then the outputs. 0 is success.
  */
@@ -217,6 +217,39 @@ VECTORISED static void attend(const float *q, const float *keys, const float *va
             const float weight = scratch[g * length + n];
             for (int64_t i = 0; i < size; ++i) y[g * size + i] += weight * values[n * size + i];
         }
+}
+
+VECTORISED static void causal_softmax_rows(const float *scores, float *y, int64_t rows, int64_t queries, int64_t keys) {
+    for (int64_t r = 0; r < rows; ++r, scores += keys, y += keys) {
+        const int64_t seen = keys - queries + r % queries + 1;
+        float highest = scores[0], sum = 0.0f;
+        for (int64_t i = 1; i < seen; ++i) highest = scores[i] > highest ? scores[i] : highest;
+        for (int64_t i = 0; i < seen; ++i) {
+            y[i] = expf(scores[i] - highest);
+            sum += y[i];
+        }
+        const float scale = 1.0f / sum;
+        for (int64_t i = 0; i < seen; ++i) y[i] *= scale;
+        for (int64_t i = seen; i < keys; ++i) y[i] = 0.0f;
+    }
+}
+
+/* scores (..., c, S) of the last c of S positions -> softmax over those each may see, 0 elsewhere, same shape */
+KERNEL(causal_softmax) {
+    UNUSED;
+    const int64_t queries = shapes[0][ndims[0] - 2], keys = width_of(ndims, shapes, 0);
+    if (queries > keys) return 2;
+    const int64_t rows = rows_of(ndims, shapes, 0);
+    const float *scores = params[0];
+    float *y = params[1];
+    const int threads = rows * keys < MIN_SHARED ? 1 : omp_get_max_threads();
+    const int64_t share = (rows / queries + threads - 1) / threads * queries;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int part = 0; part < threads; ++part) {
+        const int64_t begin = part * share, end = begin + share < rows ? begin + share : rows;
+        if (begin < end) causal_softmax_rows(scores + begin * keys, y + begin * keys, end - begin, queries, keys);
+    }
+    return 0;
 }
 
 /* Rotation, append to the cache and attention of one token a row.

@@ -89,6 +89,16 @@ def test_bias_heads():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("heads", "queries", "keys"), [(1, 1, 1), (6, 5, 5), (4, 3, 8), (7, 150, 300)])
+def test_causal_softmax(heads, queries, keys):
+    # the last is large enough to be shared among threads
+    scores = 4 * values(heads, queries, keys)
+    hidden = np.arange(keys) > np.arange(keys - queries, keys)[:, None]
+    expected = np.exp(np.where(hidden, -np.inf, scores.astype(np.float64)))
+    expected /= expected.sum(-1, keepdims=True)
+    np.testing.assert_allclose(run("causal_softmax", scores), expected, rtol=2e-5, atol=1e-7)
+
+
 class TestCache:
     """Two rows, two key/value heads of three query heads, head size 8."""
 
