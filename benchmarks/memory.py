@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py
 
-Writes a random float32 model to a temporary folder, the 7B model's widths with 6 of its 32 decoder layers (10 GB), loads
-it in another process and asks about a picture of 2 x 2 tiles of 560 pixels. Printed are the resident memory that the
-imports take, and how much is added at most while the model is loaded and while it answers, against weights plus cache.
+Writes a random float32 model to a temporary folder, the 7B model's widths with 6 of its 32 decoder layers (10 GB),
+loads it in another process and asks about a picture of 2 x 2 tiles of 560 pixels. Printed are the resident memory that
+the imports take, and how much is added at most while the model is loaded and while it answers, against weights plus
+cache.
 """
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ os.environ["MS_SIMULATION_LEVEL"] = "0"   # read while MindSpore is imported
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
-from mindspore.graph.api import _cell_graph_executor
+from mindspore.common.api import _cell_graph_executor
 
 import mindformers_ixc  # noqa: F401 - registers the model
 from mindformers_ixc import native

@@ -6,6 +6,7 @@ is written beside its target and moved into place whole: a killed run leaves not
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -24,7 +25,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# Bytes read of a safetensors file before it is opened anew, see `tensors_of`.
+# Bytes read of a safetensors file (of float32, at most) before it is opened anew, see `_read`.
 MAPPED_BYTES = 2**26
 
 
@@ -106,29 +107,39 @@ def load_weights(model: PreTrainedModel, directory: str | os.PathLike) -> None:
 
 
 def tensors_of(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and tensors of a safetensors file.
-
-    The file is mapped, and what was read of it counts as this process's memory as long as it is: it is opened again
-    every now and then.
-    """
+    """Names and tensors of a safetensors file, each tensor in memory of its own."""
     with safe_open(str(path), framework="np") as file:
-        names = list(file.keys())
-    start = 0
-    while start < len(names):
-        read = 0
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}   # noqa: SIM118 - no dict
+    for name, shape in shapes.items():
+        yield name, _read(path, name, shape)
+
+
+def _read(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One tensor, in pieces of whole rows.
+
+    The file is mapped, and what was read of it counts as this process's memory as long as it is open.
+    """
+    if not shape or 0 in shape:
         with safe_open(str(path), framework="np") as file:
-            while start < len(names) and read < MAPPED_BYTES:
-                value = file.get_tensor(names[start])
-                read += value.nbytes
-                yield names[start], value
-                start += 1
+            return file.get_tensor(name)
+    rows = max(1, MAPPED_BYTES // (4 * math.prod(shape[1:])))
+    value = None
+    for begin in range(0, shape[0], rows):
+        with safe_open(str(path), framework="np") as file:
+            part = file.get_slice(name)[begin:min(begin + rows, shape[0])]
+        if value is None:
+            value = np.empty(shape, part.dtype)
+        value[begin:begin + len(part)] = part
+    return value
 
 
 def _assign(parameter, value: np.ndarray, path: Path) -> None:
     if tuple(value.shape) != tuple(parameter.shape):
         raise CheckpointError(f"{path} holds {parameter.name} with shape {tuple(value.shape)}, the configuration asks "
                               f"for {tuple(parameter.shape)}.")
-    parameter.set_data(Tensor(value, dtype=parameter.dtype))
+    # the parameter takes the array's own memory over where no conversion is needed
+    tensor = Tensor.from_numpy(value)
+    parameter.set_data(tensor if tensor.dtype == parameter.dtype else tensor.astype(parameter.dtype))
 
 
 def load_model(directory: str | os.PathLike, **overrides):
