@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from mindspore import Tensor
 from parity_device import sample_of
 
+from mindformers_ixc import native
 from mindformers_ixc.checkpoint.model_directory import load_model
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.engine import bucket
 from mindformers_ixc.generation.sampling import GenerationOptions
+from mindformers_ixc.models import cache
 from mindformers_ixc.processing.processor import EncodedSample
 
 NEW = 6
@@ -70,6 +72,18 @@ def test_cached_steps_equal_the_whole_sequence(model):
             np.testing.assert_allclose(logits[row], whole_logits(model, extended(sample, tokens[row])), atol=2e-5)
             tokens[row].append(int(logits[row].argmax()))
         logits = decoder.step(np.array([row[-1] for row in tokens]))
+
+
+@pytest.mark.parametrize("kernels", ["1", "0"], ids=["native", "composed"])
+def test_long_prompts_go_in_chunks(goldens, monkeypatch, kernels):
+    monkeypatch.setenv(native.SWITCH, kernels)
+    monkeypatch.setattr(cache, "CHUNK", 48)      # of the bucket's 128 positions: chunks of 48, 48 and 32
+    model = load_model(goldens / "t1", seq_length=64, max_tiles=6)
+    samples = [prompt(model, 5, 2, 0), prompt(model, 60, 0, 1)]
+    decoder = Assistant(model, None).engine.decoder(samples, NEW)
+    logits = decoder.prefill()
+    for row, sample in enumerate(samples):
+        np.testing.assert_allclose(logits[row], whole_logits(model, sample), atol=2e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "seed": 4}],
