@@ -129,7 +129,8 @@ class IXC25Config(PretrainedConfig):
         layernorm_compute_type: dtype of RMSNorm and LayerNorm.
         softmax_compute_type: dtype of the attention softmax.
         adapter_mode: task LoRAs in use while training: `base`, `write` or `web`.
-        use_past: on Ascend, decode with MindFormers' paged and flash attention; other devices have a contiguous cache.
+        use_past: on Ascend, decode with MindFormers' paged and flash attention instead of the contiguous cache; must be
+            False in training (MindFormers checks it).
         block_size: positions of a block of the paged cache (MindFormers' default 16).
         num_blocks: blocks of the paged cache, shared by the rows of a batch (MindFormers' default 1024).
         parallel_config: MindFormers' parallel configuration.
@@ -155,7 +156,7 @@ class IXC25Config(PretrainedConfig):
                  seq_length: int = 4096, max_tiles: int = 19, batch_size: int = 1,
                  compute_dtype: str = "float32", param_init_type: str = "float32",
                  layernorm_compute_type: str = "float32", softmax_compute_type: str = "float32",
-                 adapter_mode: str = "base", use_past: bool = True, block_size: int = 16, num_blocks: int = 1024,
+                 adapter_mode: str = "base", use_past: bool = False, block_size: int = 16, num_blocks: int = 1024,
                  parallel_config: dict | TransformerOpParallelConfig = default_transformer_config, **kwargs: Any):
         kwargs = {self.attribute_map.get(key, key): value for key, value in kwargs.items()}
         super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)

@@ -84,7 +84,7 @@ def main() -> int:
     """Compiles and checks; 1 when a fused operation is missing."""
     arguments = parse()
     ms.set_context(mode=ms.GRAPH_MODE)
-    dtypes = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16"}
+    dtypes = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16", "use_past": True}
     if arguments.config:
         config = read_config(arguments.config, **dtypes)
     else:

@@ -9,6 +9,9 @@ import mindspore as ms
 import mindformers_ixc  # noqa: F401 - importing it registers the model
 from mindformers_ixc.generation.assistant import Assistant
 
+# Ascend's paged and flash attention take 16 bits; the released weights are bfloat16.
+ASCEND_DTYPES = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16"}
+
 
 def load_assistant(arguments: argparse.Namespace) -> Assistant:
     """Loads `arguments.model` on `arguments.device_target`, in graph mode."""
@@ -16,7 +19,7 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
         _quiet_mindformers()
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device(arguments.device_target)
-    return Assistant.from_directory(arguments.model)
+    return Assistant.from_directory(arguments.model, **(ASCEND_DTYPES if arguments.device_target == "Ascend" else {}))
 
 
 def generation_options(arguments: argparse.Namespace) -> dict:

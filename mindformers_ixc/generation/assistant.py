@@ -42,12 +42,13 @@ class Assistant:
 
         Args:
             directory: the model directory.
-            **overrides: runtime fields of `IXC25Config`.
+            **overrides: runtime fields of `IXC25Config`; `use_past` is True unless it says otherwise.
         """
         # not above: it imports the model, which imports this
         from mindformers_ixc.checkpoint.model_directory import load_model
 
-        return cls(load_model(directory, **overrides), IXC25Processor.from_pretrained(str(directory)))
+        model = load_model(directory, **{"use_past": True, **overrides})
+        return cls(model, IXC25Processor.from_pretrained(str(directory)))
 
     @property
     def stop_token_ids(self) -> tuple[int, int]:
