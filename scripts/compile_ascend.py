@@ -69,7 +69,7 @@ def compile_graphs(model, prompt: int, new: int, batch: int = 2) -> dict[str, se
     print(f"caches: {type(slot).__name__}")
     lengths, size = np.full(batch, prompt, np.int32), config.head_size
     ids = Tensor(np.zeros((batch, positions), np.int32))
-    embeds = ms.ops.zeros((batch, positions, config.hidden_size), config.compute_dtype)
+    embeds = Tensor(np.zeros((batch, positions, config.hidden_size), np.float32))   # the graph casts
     tables = Tensor(np.zeros((batch, positions, 1, 1, size), np.float32))
     prefill, decode = slot.graphs["base"]
     found = {"prefill": operations(prefill, ids, embeds, ids, tables, tables, Tensor(slot.start(lengths, positions)),

@@ -9,10 +9,40 @@ from mindspore.ops import operations as P
 from mindformers_ixc import native
 from mindformers_ixc.config import IXC25Config
 from mindformers_ixc.models.layers import AttentionCore, PartialLoRALinear, RMSNorm
+from mindformers_ixc.parallel.cuts import CUTS
 
 # Added to attention scores that must not be seen. Finite, so that a row with nothing to see is not NaN; exp() of it is
 # exactly 0 in float32 beside any real score.
 MASKED = -1e9
+
+
+class Choose(nn.Cell):
+    """`where(condition, x, y)` of embeddings by position.
+
+    A product and a sum, exact because the factors are 0 and 1: the parallel compiler wants all inputs of Select in one
+    shape, and a condition repeated D times would be the largest tensor here.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.expand = P.ExpandDims()
+        self.cast = P.Cast()
+        self.take_x, self.take_y = P.Mul(), P.Mul()
+        self.add = P.Add()
+        self.invert = P.Sub()
+
+    def construct(self, condition, x, y):
+        """Takes bool `(B, L)` and two `(B, L, D)`."""
+        keep = self.cast(self.expand(condition, 2), x.dtype)                          # (B, L, 1)
+        return self.add(self.take_x(x, keep), self.take_y(y, self.invert(1.0, keep)))
+
+    def shard(self, dp: int) -> None:
+        """Cuts samples."""
+        rows = (dp, 1, 1)
+        self.expand.shard(((dp, 1),))
+        self.invert.shard(((), rows))
+        for primitive in (self.take_x, self.take_y, self.add):
+            primitive.shard((rows, rows))
 
 
 class TokenEmbedding(nn.Cell):
@@ -26,19 +56,23 @@ class TokenEmbedding(nn.Cell):
         self.dtype = config.compute_dtype
         self.gather = P.Gather()
         self.equal = P.Equal()
-        self.expand = P.ExpandDims()
-        self.select = P.Select()
         self.cast = P.Cast()
+        self.choose = Choose()
 
     def construct(self, ids):
         """Maps int32 `(B, L)` to `(B, L, D)` in the compute dtype."""
         x = self.gather(self.weight, ids, 0)                                          # (B, L, D)
-        is_padding = self.expand(self.equal(ids, self.padding), 2)                    # (B, L, 1)
-        return self.cast(F.select(is_padding, F.stop_gradient(x), x), self.dtype)
+        return self.cast(self.choose(self.equal(ids, self.padding), F.stop_gradient(x), x), self.dtype)
 
     def lookup(self, ids):
         """The same without regard for gradients: int32 of any shape to one axis more."""
         return self.cast(self.gather(self.weight, ids, 0), self.dtype)
+
+    def shard(self, dp: int, tp: int, whole: bool) -> None:
+        """Cuts samples, and the vocabulary unless the table is to be `whole` (MindFormers' `vocab_emb_dp`)."""
+        self.gather.shard(((1 if whole else tp, 1), (dp, 1)))
+        self.equal.shard(((dp, 1), ()))
+        self.choose.shard(dp)
 
 
 class RotaryEmbedding(nn.Cell):
@@ -60,6 +94,15 @@ class RotaryEmbedding(nn.Cell):
         low = self.slice(x, (0, 0, 0, 0, 0), (b, length, kv, n, self.half), steps)
         high = self.slice(x, (0, 0, 0, 0, self.half), (b, length, kv, n, self.size), steps)
         return self.add(self.mul(x, cos), self.mul(self.concat((self.neg(high), low)), sin))
+
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts samples and key/value groups; the tables are whole, their first axis is 1 in training."""
+        heads = (dp, 1, tp, 1, 1)
+        self.slice.shard((heads,))
+        self.neg.shard((heads,))
+        self.concat.shard((heads, heads))
+        self.mul.shard((heads, (1, 1, 1, 1, 1)))
+        self.add.shard((heads, heads))
 
 
 class SplitHeads(nn.Cell):
@@ -106,6 +149,13 @@ class SplitHeads(nn.Cell):
         value = self.to_heads(self.reshape(value, (b, length, kv, d)), (0, 2, 1, 3))         # (B, KV, L, d)
         return query, key, value
 
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts samples and key/value groups."""
+        self.rotary.shard(dp, tp)
+        self.slice.shard(((dp, 1, tp, 1, 1),))
+        self.to_query.shard(((dp, 1, tp, 1, 1),))
+        self.to_heads.shard(((dp, 1, tp, 1),))
+
 
 class MergeHeads(nn.Cell):
     """Attention output `(B, KV, G, L, d)` as `wo` takes it, `(B*L, H*d)`."""
@@ -121,6 +171,10 @@ class MergeHeads(nn.Cell):
         y = self.to_positions(y, (0, 3, 1, 2, 4))                                            # (B, L, KV, G, d)
         return self.reshape(y, (shape[0] * shape[1], self.width))                            # (B*L, H*d)
 
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts samples and key/value groups."""
+        self.to_positions.shard(((dp, tp, 1, 1, 1),))
+
 
 class Attention(nn.Cell):
     """Grouped-query attention on the consolidated QKV."""
@@ -129,8 +183,8 @@ class Attention(nn.Cell):
         super().__init__()
         width = config.num_attention_heads * config.head_size
         self.wqkv = PartialLoRALinear(config.hidden_size, width + 2 * config.num_key_value_heads * config.head_size,
-                                      config)
-        self.wo = PartialLoRALinear(width, config.hidden_size, config)
+                                      config, CUTS["wqkv"])
+        self.wo = PartialLoRALinear(width, config.hidden_size, config, CUTS["wo"])
         self.split = SplitHeads(config)
         self.core = AttentionCore(config.head_size, config.softmax_compute_type)
         self.merge = MergeHeads(config)
@@ -140,15 +194,20 @@ class Attention(nn.Cell):
         query, key, value = self.split(self.wqkv(x, image_mask, adapters), cos, sin, shape)
         return self.wo(self.merge(self.core(query, key, value, mask), shape), image_mask, adapters)
 
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts samples and key/value groups."""
+        for cell in (self.wqkv, self.split, self.core, self.merge, self.wo):
+            cell.shard(dp, tp)
+
 
 class FeedForward(nn.Cell):
     """SwiGLU: `w2(silu(w1 x) * w3 x)`."""
 
     def __init__(self, config: IXC25Config):
         super().__init__()
-        self.w1 = PartialLoRALinear(config.hidden_size, config.intermediate_size, config)
-        self.w3 = PartialLoRALinear(config.hidden_size, config.intermediate_size, config)
-        self.w2 = PartialLoRALinear(config.intermediate_size, config.hidden_size, config)
+        self.w1 = PartialLoRALinear(config.hidden_size, config.intermediate_size, config, CUTS["w1"])
+        self.w3 = PartialLoRALinear(config.hidden_size, config.intermediate_size, config, CUTS["w3"])
+        self.w2 = PartialLoRALinear(config.intermediate_size, config.hidden_size, config, CUTS["w2"])
         self.sigmoid = P.Sigmoid()
         self.silu = P.Mul()
         self.gate = P.Mul()
@@ -168,6 +227,15 @@ class FeedForward(nn.Cell):
             y = self.swiglu(self.w1.infer(x, image_mask, adapters), self.w3.infer(x, image_mask, adapters))
             return self.w2.infer(y, image_mask, adapters)
         return self.construct(x, image_mask, adapters)
+
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts positions and the inner width."""
+        for linear in (self.w1, self.w3, self.w2):
+            linear.shard(dp, tp)
+        inner = (dp, tp)
+        self.sigmoid.shard((inner,))
+        self.silu.shard((inner, inner))
+        self.gate.shard((inner, inner))
 
 
 class DecoderLayer(nn.Cell):
@@ -209,6 +277,14 @@ class DecoderLayer(nn.Cell):
         x = self.add(x, self.attention.wo.infer(y, image_mask, adapters))
         return self.add(x, self.feed_forward.infer(self.ffn_norm.infer(x), image_mask, adapters))
 
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts positions; inside attention and feed-forward, heads and width as well."""
+        self.attention.shard(dp, tp)
+        self.feed_forward.shard(dp, tp)
+        self.attention_norm.shard(dp)
+        self.ffn_norm.shard(dp)
+        self.add.shard(((dp, 1), (dp, 1)))
+
 
 class CausalMask(nn.Cell):
     """Additive causal mask `(1, 1, 1, L, L)`, made inside the graph so that no L x L constant is stored."""
@@ -226,6 +302,11 @@ class CausalMask(nn.Cell):
         positions = F.arange(length)
         later = self.greater(self.reshape(positions, (1, length)), self.reshape(positions, (length, 1)))
         return self.reshape(self.mul(self.cast(later, self.dtype), MASKED), (1, 1, 1, length, length))
+
+    def shard(self) -> None:
+        """Every device makes the whole mask: it is cheaper than sending it."""
+        self.greater.shard(((1, 1), (1, 1)))
+        self.mul.shard(((1, 1), ()))
 
 
 class InternLM2Model(nn.Cell):
@@ -249,3 +330,11 @@ class InternLM2Model(nn.Cell):
         for layer in self.layers:
             x = layer(x, image_mask, cos, sin, mask, adapters, shape)
         return self.norm(x)
+
+    def shard(self, dp: int, tp: int, whole_vocabulary: bool) -> None:
+        """Cuts every operator; see `mindformers_ixc.models.layers`."""
+        self.tok_embeddings.shard(dp, tp, whole_vocabulary)
+        for layer in self.layers:
+            layer.shard(dp, tp)
+        self.norm.shard(dp)
+        self.causal_mask.shard()

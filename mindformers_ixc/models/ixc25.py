@@ -15,16 +15,17 @@ from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor
 from mindspore.common.initializer import Normal, initializer
-from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.config import MODE_ADAPTERS, IXC25Config
 from mindformers_ixc.generation.public import PublicInterface
-from mindformers_ixc.models.internlm2 import InternLM2Model
+from mindformers_ixc.models.internlm2 import Choose, InternLM2Model
 from mindformers_ixc.models.layers import Linear
 from mindformers_ixc.models.loss import next_token_loss
 from mindformers_ixc.models.rotary import rotary_tables
-from mindformers_ixc.models.vision import VisionMerge, VisionTower, vision_projector
+from mindformers_ixc.models.vision import VisionMerge, VisionProjector, VisionTower
+from mindformers_ixc.parallel.cuts import CUTS, check_degree
+from mindformers_ixc.parallel.stages import is_parallel, set_pipeline_stages
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS)
@@ -43,7 +44,7 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         super().__init__(config, auto_prefix=True)
         self.vit = VisionTower(config)
         self.vision_merge = VisionMerge(config)
-        self.vision_proj = vision_projector(config)
+        self.vision_proj = VisionProjector(config)
         merged = 4 * config.vision_config.hidden_size
         start = Normal(config.initializer_range)
         self.plora_glb_GN = Parameter(initializer(start, (1, 1, merged), config.param_init_type), name="plora_glb_GN")
@@ -51,7 +52,7 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
                                       name="plora_sub_GN")
         self.model = InternLM2Model(config)
         self.output = Linear(config.hidden_size, config.vocab_size, sigma=config.initializer_range,
-                             param_dtype=config.param_init_type, compute_dtype=config.compute_dtype)
+                             param_dtype=config.param_init_type, compute_dtype=config.compute_dtype, cut=CUTS["output"])
         self.loss = next_token_loss(config)
         self.adapters = MODE_ADAPTERS[config.adapter_mode]
         self._freeze_unused_adapters()
@@ -62,9 +63,32 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         self.image_size = config.vision_config.image_size
         self.gather_rows = P.Gather(batch_dims=1)
         self.not_equal = P.NotEqual()
-        self.expand = P.ExpandDims()
+        self.choose = Choose()
         self.cast = P.Cast()
         self.reshape = P.Reshape()
+        if is_parallel():
+            self.shard(config.parallel_config)
+
+    def shard(self, parallel_config) -> None:
+        """Gives every operator its strategy and every cell its pipeline stage.
+
+        Args:
+            parallel_config: MindFormers' `TransformerOpParallelConfig`.
+
+        Raises:
+            ConfigError: for a tensor-parallel degree or a number of stages that does not divide the model.
+        """
+        dp, tp = parallel_config.data_parallel, parallel_config.model_parallel
+        check_degree(self.config, tp)
+        self.vit.shard(dp, tp)
+        self.vision_merge.shard(dp)
+        self.vision_proj.shard(dp, tp)
+        self.gather_rows.shard(((dp, 1, 1), (dp, 1)))
+        self.not_equal.shard(((dp, 1), ()))
+        self.choose.shard(dp)
+        self.model.shard(dp, tp, parallel_config.vocab_emb_dp)
+        self.output.shard(dp, tp)
+        set_pipeline_stages(self, parallel_config)
 
     @classmethod
     def from_pretrained_experimental_mode(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -122,7 +146,7 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         """Token embeddings with image positions taken from the vision table, `(B, L, D)`."""
         tokens = self.model.tok_embeddings(input_ids)
         images = self.gather_rows(table, vision_index, 1)                             # (B, L, D)
-        return F.select(self.expand(self.not_equal(image_mask, 0), 2), images, tokens)
+        return self.choose(self.not_equal(image_mask, 0), images, tokens)
 
     def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None):
         """Training loss, or logits when `labels` is `None`.

@@ -6,6 +6,9 @@ On Ascend RMSNorm is the fused one. On the CPU, inference (the methods called `i
 fused kernels where they are installed (`mindformers_ixc.native`).
 Every linear works on flattened positions `(N, features)`, because the CPU refuses a batched product with a broadcast
 2-D right operand and because a 2-D product is what the parallel compiler cuts most simply.
+
+Every cell has a method `shard(dp, tp)`: it tells MindSpore's parallel compiler how its operators are cut over `dp`
+data-parallel and `tp` tensor-parallel devices. Positions are always cut by `dp`; what `tp` cuts is in `parallel.cuts`.
 """
 from __future__ import annotations
 
@@ -17,11 +20,21 @@ from mindspore.ops import operations as P
 
 from mindformers_ixc import native
 from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.parallel.cuts import COLUMNS, ROWS
 
 
 def on_ascend() -> bool:
     """Whether graphs are made for Ascend's kernels."""
     return ms.get_context("device_target") == "Ascend"
+
+
+def product_strategy(cut: int | None, dp: int, tp: int) -> tuple:
+    """Strategy of a product `(N, in) x (out, in)` whose weight is cut along an axis, or whole (`None`)."""
+    if cut == ROWS:
+        return (dp, 1), (tp, 1)
+    if cut == COLUMNS:
+        return (dp, tp), (1, tp)
+    return (dp, 1), (1, 1)
 
 
 class Linear(nn.Cell):
@@ -34,11 +47,13 @@ class Linear(nn.Cell):
         sigma: standard deviation of freshly drawn weights; 0 starts at zero.
         param_dtype: dtype the parameters are kept in.
         compute_dtype: dtype of the product and of the output.
+        cut: axis of the weight that tensor parallel cuts (`parallel.cuts`), `None` if it is whole everywhere.
     """
 
     def __init__(self, in_features: int, out_features: int, has_bias: bool = False, sigma: float = 0.02,
-                 param_dtype=mstype.float32, compute_dtype=mstype.float32):
+                 param_dtype=mstype.float32, compute_dtype=mstype.float32, cut: int | None = None):
         super().__init__()
+        self.cut = cut
         start = Normal(sigma) if sigma else "zeros"
         self.weight = Parameter(initializer(start, (out_features, in_features), param_dtype), name="weight")
         self.has_bias = has_bias
@@ -68,6 +83,13 @@ class Linear(nn.Cell):
     def product(self, x):
         """The same without the bias."""
         return self.matmul(self.cast(x, self.dtype), self.cast(self.weight, self.dtype))
+
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts by rows, by columns or not at all; see the module."""
+        self.matmul.shard(product_strategy(self.cut, dp, tp))
+        if self.has_bias:
+            features = tp if self.cut == ROWS else 1
+            self.bias_add.shard(((dp, features), (features,)))
 
 
 class RMSNorm(nn.Cell):
@@ -112,6 +134,17 @@ class RMSNorm(nn.Cell):
             return self.native(x, self.weight, self.eps_value)
         return self.construct(x)
 
+    def shard(self, dp: int) -> None:
+        """Cuts positions; the width is whole on every device."""
+        rows = (dp, 1)
+        for primitive in (self.square, self.mean, self.rsqrt):
+            primitive.shard((rows,))
+        self.add.shard((rows, ()))
+        self.mul.shard((rows, rows))
+        self.scale.shard((rows, (1,)))
+        if self.on_ascend:
+            self.rms_norm.shard((rows, (1,)))
+
 
 class LayerNorm(nn.Cell):
     """Layer normalisation whose parameters carry the public names `weight` and `bias`.
@@ -145,6 +178,10 @@ class LayerNorm(nn.Cell):
         if self.is_native and x.dtype == mstype.float32:
             return self.native(x, self.weight, self.bias, self.eps_value)
         return self.construct(x)
+
+    def shard(self, dp: int) -> None:
+        """Cuts positions; the width is whole on every device."""
+        self.layer_norm.shard(((dp, 1), (1,), (1,)))
 
 
 class AttentionCore(nn.Cell):
@@ -196,6 +233,15 @@ class AttentionCore(nn.Cell):
         weights = self.cast(self.softmax(scores), value.dtype)
         return self.reshape(self.weighted_sum(weights, value), (b, kv, g, length, d))   # (B, KV, G, L, d)
 
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts samples by `dp` and key/value heads by `tp`."""
+        heads = (dp, tp, 1, 1)
+        self.mul.shard(((dp, tp, 1, 1, 1), ()))
+        self.scores.shard((heads, heads))
+        self.softmax.shard((heads,))
+        self.weighted_sum.shard((heads, heads))
+        self.add_mask.shard(((dp, tp, 1, 1, 1), (1, 1, 1, 1, 1)))
+
 
 class PartialLoRALinear(nn.Cell):
     """A bias-free linear with Partial LoRA on image positions and task LoRAs on all positions.
@@ -208,21 +254,24 @@ class PartialLoRALinear(nn.Cell):
         in_features: width of the input.
         out_features: width of the output.
         config: ranks, scale, dropout and dtypes.
+        cut: axis of the weight that tensor parallel cuts; the pairs are cut with it.
     """
 
-    def __init__(self, in_features: int, out_features: int, config: IXC25Config):
+    def __init__(self, in_features: int, out_features: int, config: IXC25Config, cut: int):
         super().__init__()
+        self.cut = cut
+        first, second = {"cut": COLUMNS if cut == COLUMNS else None}, {"cut": ROWS if cut == ROWS else None}
         dtypes = {"param_dtype": config.param_init_type, "compute_dtype": config.compute_dtype}
         sigma = config.initializer_range
         self.weight = Parameter(initializer(Normal(sigma), (out_features, in_features), config.param_init_type),
                                 name="weight")
-        self.Plora_A = Linear(in_features, config.plora_rank, sigma=sigma, **dtypes)
-        self.Plora_B = Linear(config.plora_rank, out_features, sigma=0.0, **dtypes)
+        self.Plora_A = Linear(in_features, config.plora_rank, sigma=sigma, **dtypes, **first)
+        self.Plora_B = Linear(config.plora_rank, out_features, sigma=0.0, **dtypes, **second)
         self.plora_dropout = nn.Dropout(p=config.plora_dropout)
         self.plora_scale = config.plora_scale
         for task, rank in config.task_lora_ranks.items():
-            setattr(self, f"lora_{task}_A", Linear(in_features, rank, sigma=sigma, **dtypes))
-            setattr(self, f"lora_{task}_B", Linear(rank, out_features, sigma=0.0, **dtypes))
+            setattr(self, f"lora_{task}_A", Linear(in_features, rank, sigma=sigma, **dtypes, **first))
+            setattr(self, f"lora_{task}_B", Linear(rank, out_features, sigma=0.0, **dtypes, **second))
         self.dtype = config.compute_dtype
         self.cast = P.Cast()
         self.matmul = P.MatMul(transpose_b=True)
@@ -269,3 +318,15 @@ class PartialLoRALinear(nn.Cell):
             side = self.mask(side, self.scale(image_mask, self.plora_scale))
             y = self.add(y, self.Plora_B(side))
         return self._with_adapters(x, y, adapters)
+
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts the linear along its axis and each pair's outer side with it; sums over devices are `(N, rank)`-wide."""
+        self.matmul.shard(product_strategy(self.cut, dp, tp))
+        self.plora_dropout.dropout.shard(((dp, tp if self.cut == COLUMNS else 1),))
+        self.scale.shard(((dp, 1), ()))
+        self.mask.shard(((dp, 1), (dp, 1)))
+        outputs = (dp, tp if self.cut == ROWS else 1)
+        self.add.shard((outputs, outputs))
+        for _, cell in self.cells_and_names():
+            if isinstance(cell, Linear):
+                cell.shard(dp, tp)

@@ -6,7 +6,6 @@ as many copies of the logits (a one-hot matrix among them) as the fused operator
 """
 from __future__ import annotations
 
-import mindspore as ms
 import mindspore.common.dtype as mstype
 import numpy as np
 from mindformers.core.loss.loss import CrossEntropyLoss
@@ -16,6 +15,7 @@ from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.parallel.stages import is_parallel
 
 # Labels with this value carry no loss (the convention of PyTorch's cross entropy, which the public code relies on).
 IGNORE_INDEX = -100
@@ -41,19 +41,20 @@ class FusedCrossEntropy(nn.Cell):
 
 
 class ParallelCrossEntropy(nn.Cell):
-    """MindFormers' cross entropy with -100 for unlabelled positions.
+    """MindFormers' cross entropy with -100 for unlabelled positions; the vocabulary is cut as the head cuts it.
 
     Args:
-        config: gives the data-parallel degree; the vocabulary is not cut here.
+        config: gives the data-parallel and tensor-parallel degrees.
     """
 
     def __init__(self, config: IXC25Config):
         super().__init__()
-        parallel = TransformerOpParallelConfig(data_parallel=config.parallel_config.data_parallel, model_parallel=1)
-        self.loss = CrossEntropyLoss(parallel_config=parallel)
-        self.not_equal = P.NotEqual()
+        dp, tp = config.parallel_config.data_parallel, config.parallel_config.model_parallel
+        self.loss = CrossEntropyLoss(
+            parallel_config=TransformerOpParallelConfig(data_parallel=dp, model_parallel=tp))
+        self.not_equal = P.NotEqual().shard(((dp,), ()))
         self.cast = P.Cast()
-        self.mul = P.Mul()
+        self.mul = P.Mul().shard(((dp,), (dp,)))
 
     def construct(self, logits, labels):
         """Loss of float32 logits `(N, V)` and int32 labels `(N,)`."""
@@ -64,6 +65,6 @@ class ParallelCrossEntropy(nn.Cell):
 
 def next_token_loss(config: IXC25Config) -> nn.Cell:
     """The loss cell for the current parallel mode."""
-    if ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel"):
+    if is_parallel():
         return ParallelCrossEntropy(config)
     return FusedCrossEntropy(config.vocab_size)

@@ -15,6 +15,7 @@ from mindspore.ops import operations as P
 from mindformers_ixc import native
 from mindformers_ixc.config import IXC25Config, IXC25VisionConfig
 from mindformers_ixc.models.layers import AttentionCore, LayerNorm, Linear
+from mindformers_ixc.parallel.cuts import CUTS, ROWS
 
 
 class VisionEmbeddings(nn.Cell):
@@ -34,7 +35,9 @@ class VisionEmbeddings(nn.Cell):
         self.cast = P.Cast()
         self.reshape = P.Reshape()
         self.unfold = P.Transpose()
+        self.channels_last = P.Transpose()
         self.matmul = P.MatMul(transpose_b=True)
+        self.as_row, self.as_table = P.ExpandDims(), P.ExpandDims()
         self.tile = P.Tile()
         self.concat = P.Concat(1)
         self.add = P.Add()
@@ -43,12 +46,27 @@ class VisionEmbeddings(nn.Cell):
         """Maps `(N, 3, S, S)` normalised pixels to `(N, 1 + grid * grid, C)`."""
         n, g, p = pixels.shape[0], self.grid, self.patch
         x = self.reshape(self.cast(pixels, self.dtype), (n, 3, g, p, g, p))          # (N, 3, g, p, g, p)
-        x = self.reshape(self.unfold(x, (0, 2, 4, 1, 3, 5)), (n * g * g, 3 * p * p))  # (N*g*g, 3*p*p)
-        kernel = self.reshape(self.cast(self.patch_embedding.weight, self.dtype), (self.width, 3 * p * p))
-        x = self.reshape(self.matmul(x, kernel), (n, g * g, self.width))             # (N, g*g, C)
-        first = self.tile(self.reshape(self.cast(self.class_embedding, self.dtype), (1, 1, self.width)), (n, 1, 1))
-        positions = self.reshape(self.cast(self.position_embedding.weight, self.dtype), (1, g * g + 1, self.width))
+        x = self.reshape(self.unfold(x, (0, 2, 4, 3, 5, 1)), (n * g * g, p * p * 3))  # (N*g*g, p*p*3)
+        kernel = self.channels_last(self.cast(self.patch_embedding.weight, self.dtype), (0, 2, 3, 1))
+        x = self.matmul(x, self.reshape(kernel, (self.width, p * p * 3)))             # (N*g*g, C)
+        x = self.reshape(x, (n, g * g, self.width))                                   # (N, g*g, C)
+        # no reshape of a parameter: the parallel compiler would choose how to cut it
+        first = self.as_table(self.as_row(self.cast(self.class_embedding, self.dtype), 0), 0)     # (1, 1, C)
+        first = self.tile(first, (n, 1, 1))                                           # (N, 1, C)
+        positions = self.as_table(self.cast(self.position_embedding.weight, self.dtype), 0)       # (1, 1 + g*g, C)
         return self.add(self.concat((first, x)), positions)
+
+    def shard(self, dp: int) -> None:
+        """Cuts tiles: the patch convolution is too small to cut its width."""
+        rows = (dp, 1, 1)
+        self.unfold.shard(((dp, 1, 1, 1, 1, 1),))
+        self.channels_last.shard(((1, 1, 1, 1),))
+        self.as_row.shard(((1,),))
+        self.as_table.shard(((1, 1),))
+        self.matmul.shard(((dp, 1), (1, 1)))
+        self.tile.shard(((1, 1, 1),))
+        self.concat.shard((rows, rows))
+        self.add.shard((rows, (1, 1, 1)))
 
 
 class PatchConvolution(nn.Cell):
@@ -82,13 +100,14 @@ class VisionAttention(nn.Cell):
         super().__init__()
         width = config.hidden_size
         self.heads, self.head_size = config.num_attention_heads, width // config.num_attention_heads
-        self.k_proj = Linear(width, width, has_bias=True, **dtypes)
-        self.v_proj = Linear(width, width, has_bias=True, **dtypes)
-        self.q_proj = Linear(width, width, has_bias=True, **dtypes)
-        self.out_proj = Linear(width, width, has_bias=True, **dtypes)
+        self.k_proj = Linear(width, width, has_bias=True, cut=CUTS["k_proj"], **dtypes)
+        self.v_proj = Linear(width, width, has_bias=True, cut=CUTS["v_proj"], **dtypes)
+        self.q_proj = Linear(width, width, has_bias=True, cut=CUTS["q_proj"], **dtypes)
+        self.out_proj = Linear(width, width, has_bias=True, cut=CUTS["out_proj"], **dtypes)
         self.core = AttentionCore(self.head_size, softmax_dtype)
         self.reshape = P.Reshape()
         self.transpose = P.Transpose()
+        self.to_positions = P.Transpose()
         self.scale, self.one = Tensor([self.head_size ** -0.5], mstype.float32), Tensor([1.0], mstype.float32)
         if native.available():
             heads, length, size = self.heads, config.patches_per_side ** 2 + 1, self.head_size
@@ -102,8 +121,17 @@ class VisionAttention(nn.Cell):
         v = self.transpose(self.reshape(self.v_proj(x), heads), (0, 2, 1, 3))         # (N, H, L, d)
         q = self.reshape(q, (n, self.heads, 1, length, self.head_size))               # (N, H, 1, L, d)
         y = self.reshape(self.core(q, k, v, None), (n, self.heads, length, self.head_size))
-        y = self.reshape(self.transpose(y, (0, 2, 1, 3)), (n * length, self.heads * self.head_size))  # (N*L, C)
+        y = self.reshape(self.to_positions(y, (0, 2, 1, 3)), (n * length, self.heads * self.head_size))  # (N*L, C)
         return self.out_proj(y)
+
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts tiles by `dp` and heads by `tp`."""
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            linear.shard(dp, tp)
+        # two places, two layouts: positions first on the way in, heads first on the way out
+        self.transpose.shard(((dp, 1, tp, 1),))
+        self.to_positions.shard(((dp, tp, 1, 1),))
+        self.core.shard(dp, tp)
 
     def infer(self, x, n, length):
         """The same with the fused kernels, without the output's bias."""
@@ -111,7 +139,7 @@ class VisionAttention(nn.Cell):
         k = self.to_heads(self.k_proj.product(x), self.k_proj.bias, self.one)
         v = self.to_heads(self.v_proj.product(x), self.v_proj.bias, self.one)
         y = self.core.weighted_sum(self.core.softmax(self.core.scores(q, k)), v)      # (N, H, L, d)
-        y = self.reshape(self.transpose(y, (0, 2, 1, 3)), (n * length, self.heads * self.head_size))  # (N*L, C)
+        y = self.reshape(self.to_positions(y, (0, 2, 1, 3)), (n * length, self.heads * self.head_size))  # (N*L, C)
         return self.out_proj.product(y)
 
 
@@ -120,8 +148,8 @@ class VisionMLP(nn.Cell):
 
     def __init__(self, config: IXC25VisionConfig, dtypes: dict):
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size, has_bias=True, **dtypes)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size, has_bias=True, **dtypes)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, has_bias=True, cut=CUTS["fc1"], **dtypes)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, has_bias=True, cut=CUTS["fc2"], **dtypes)
         self.sigmoid = P.Sigmoid()
         self.slope = P.Mul()
         self.gate = P.Mul()
@@ -130,6 +158,14 @@ class VisionMLP(nn.Cell):
         """Maps `(N*L, C)` to `(N*L, C)`."""
         y = self.fc1(x)
         return self.fc2(self.gate(y, self.sigmoid(self.slope(y, 1.702))))
+
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts positions and the inner width."""
+        self.fc1.shard(dp, tp)
+        self.fc2.shard(dp, tp)
+        self.slope.shard(((dp, tp), ()))
+        self.sigmoid.shard(((dp, tp),))
+        self.gate.shard(((dp, tp), (dp, tp)))
 
 
 class VisionLayer(nn.Cell):
@@ -160,6 +196,14 @@ class VisionLayer(nn.Cell):
         x = self.bias_residual(y, self.self_attn.out_proj.bias, x)
         y = self.quick_gelu(self.mlp.fc1.product(self.layer_norm2.infer(x)), self.mlp.fc1.bias)
         return self.bias_residual(self.mlp.fc2.product(y), self.mlp.fc2.bias, x)
+
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts positions; inside attention and MLP, heads and width as well."""
+        self.self_attn.shard(dp, tp)
+        self.mlp.shard(dp, tp)
+        self.layer_norm1.shard(dp)
+        self.layer_norm2.shard(dp)
+        self.add.shard(((dp, 1), (dp, 1)))
 
 
 class VisionEncoder(nn.Cell):
@@ -224,6 +268,14 @@ class IXC25VisionModel(PreTrainedModel):
         x = self.reshape(x, (n, length, width))                                       # (N, L, C)
         return self.slice(x, (0, 1, 0), (n, length, width), (1, 1, 1))                # (N, L-1, C)
 
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts every operator; see `mindformers_ixc.models.layers`."""
+        self.embeddings.shard(dp)
+        self.pre_layrnorm.shard(dp)
+        for layer in self.encoder.layers:
+            layer.shard(dp, tp)
+        self.slice.shard(((dp, 1, 1),))
+
 
 class VisionTower(nn.Cell):
     """Nests the ViT as `vision_tower.vision_model`, the way the public checkpoint names it below `vit`."""
@@ -237,14 +289,50 @@ class VisionTower(nn.Cell):
         """Maps `(N, 3, S, S)` to `(N, patches, C)`."""
         return self.vision_tower.vision_model(pixels, infer)
 
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts every operator; see `mindformers_ixc.models.layers`."""
+        self.vision_tower.vision_model.shard(dp, tp)
 
-def vision_projector(config: IXC25Config) -> nn.SequentialCell:
-    """Linear - GELU (exact) - Linear from 4C to D; its parameters are named `0` and `2` as in the public checkpoint."""
-    options = {"has_bias": True, "sigma": config.initializer_range, "param_dtype": config.param_init_type,
-               "compute_dtype": config.compute_dtype}
-    merged = 4 * config.vision_config.hidden_size
-    return nn.SequentialCell(Linear(merged, config.hidden_size, **options), nn.GELU(approximate=False),
-                             Linear(config.hidden_size, config.hidden_size, **options))
+
+class ExactGELU(nn.Cell):
+    """`x / 2 * (1 + erf(x / sqrt 2))`; MindSpore's own cell gives the parallel compiler no handle on its operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.erf, self.shift, self.gate, self.half = P.Mul(), P.Erf(), P.Add(), P.Mul(), P.Mul()
+
+    def construct(self, x):
+        """Maps `(N, C)` to `(N, C)`."""
+        return self.half(self.gate(x, self.shift(self.erf(self.scale(x, 0.5 ** 0.5)), 1.0)), 0.5)
+
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts positions and width."""
+        self.erf.shard(((dp, tp),))
+        self.gate.shard(((dp, tp), (dp, tp)))
+        for primitive in (self.scale, self.shift, self.half):
+            primitive.shard(((dp, tp), ()))
+
+
+class VisionProjector(nn.SequentialCell):
+    """Linear - GELU (exact) - Linear from 4C to D; its parameters are named `0` and `2` as in the public checkpoint.
+
+    Args:
+        config: the whole model's configuration.
+    """
+
+    def __init__(self, config: IXC25Config):
+        options = {"has_bias": True, "sigma": config.initializer_range, "param_dtype": config.param_init_type,
+                   "compute_dtype": config.compute_dtype}
+        super().__init__(
+            Linear(4 * config.vision_config.hidden_size, config.hidden_size, cut=CUTS["vision_proj.0"], **options),
+            ExactGELU(), Linear(config.hidden_size, config.hidden_size, cut=CUTS["vision_proj.2"], **options))
+
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts positions and the inner width."""
+        first, gelu, second = self.cell_list
+        first.shard(dp, tp)
+        gelu.shard(dp, tp if first.cut == ROWS else 1)
+        second.shard(dp, tp)
 
 
 class VisionMerge(nn.Cell):
@@ -285,3 +373,10 @@ class VisionMerge(nn.Cell):
         sub = self.tile(self.reshape(self.cast(sub_gn, self.dtype), (1, 1, merged)), (batch, 1, 1))
         glb = self.tile(self.reshape(self.cast(glb_gn, self.dtype), (1, 1, merged)), (batch, 1, 1))
         return self.concat((x, sub, glb))                                             # (B, T*g*g + 2, 4C)
+
+    def shard(self, dp: int) -> None:
+        """Cuts samples and their tiles."""
+        rows = (dp, 1, 1)
+        self.merge.shard(((dp, 1, 1, 1, 1, 1),))
+        self.tile.shard(((1, 1, 1),))
+        self.concat.shard((rows, rows, rows))

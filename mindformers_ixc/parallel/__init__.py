@@ -1,0 +1,1 @@
+"""How the model is cut over devices, and what proves it without any: cuts, stages, device-free compilation."""

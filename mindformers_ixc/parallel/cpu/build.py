@@ -1,0 +1,78 @@
+"""Builds the three libraries of `mindformers_ixc.parallel.cpu` once and keeps them."""
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+
+
+class BuildError(OSError):
+    """The libraries cannot be built here; the sentence says what is missing."""
+
+
+def _mindspore_root() -> Path:
+    return Path(importlib.util.find_spec("mindspore").submodule_search_locations[0])
+
+
+def _cache_folder(root: Path) -> Path:
+    """One folder for each MindSpore, and for each state of the sources."""
+    key = hashlib.sha256(str(root).encode())
+    version = root / "version.py"
+    for source in [version, Path(__file__), *sorted(_HERE.rglob("*.cc")), *sorted(_HERE.rglob("*.h"))]:
+        key.update(source.read_bytes() if source.exists() else b"")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "mindformers_ixc" / "cpu_parallel" / key.hexdigest()[:16]
+
+
+def _options(root: Path) -> dict[str, list[str]]:
+    """Compiler options of each library, by name."""
+    api = root / "include" / "mindspore"
+    folders = (_HERE / "include", api / "ccsrc", api / "core/include", api / "core", api / "core/mindrt/include",
+               api / "core/mindrt", api / "ops", api / "ops/include", api, root / "include",
+               root / "include/third_party", root / "include/third_party/robin_hood_hashing")
+    # the hash table is as the wheel is built: without it the layout of Primitive differs
+    headers = [*(f"-I{folder}" for folder in folders), "-DENABLE_FAST_HASH_TABLE=1"]
+    link = [f"-L{root}/lib", f"-L{root}/lib/plugin", "-lmindspore_core", "-lmindspore_common",
+            "-lmindspore_hardware_abstract", f"-Wl,-rpath,{root}/lib:{root}/lib/plugin", "-Wl,--allow-shlib-undefined"]
+    return {"device_name": ["-ldl"], "comm_manager": [*headers, *link],
+            "collectives": [*headers, *link, "-lmindspore_ops_cpu"]}
+
+
+def build() -> dict[str, Path]:
+    """Paths of the libraries by name, building those that are missing.
+
+    Returns:
+        `device_name` (to be preloaded), `comm_manager` and `collectives`.
+
+    Raises:
+        BuildError: when there is no g++ or it fails.
+    """
+    root = _mindspore_root()
+    folder, libraries = _cache_folder(root), {}
+    for name, options in _options(root).items():
+        libraries[name] = folder / f"lib{name}.so"
+        if not libraries[name].exists():
+            _compile(name, options, libraries[name])
+    return libraries
+
+
+def _compile(name: str, options: list[str], library: Path) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise BuildError("Compiling the model's parallel layout without devices needs the C++ compiler g++, which is "
+                         "not installed; install your system's g++ package.")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    partial = library.with_suffix(f".{os.getpid()}")     # two processes may build at once; each moves a whole file
+    command = [compiler, "-O1", "-fPIC", "-shared", "-std=c++17", "-w", "-D_GLIBCXX_USE_CXX11_ABI=0",
+               str(_HERE / f"{name}.cc"), "-o", str(partial), *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        partial.unlink(missing_ok=True)
+        first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[:300])
+        raise BuildError(f"g++ could not build {_HERE / name}.cc against the headers of {_mindspore_root()}: {first}")
+    partial.replace(library)

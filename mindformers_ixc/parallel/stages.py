@@ -1,0 +1,46 @@
+"""Which pipeline stage computes what: the vision side and the embedding first, head and loss last, layers between."""
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+
+from mindformers_ixc.parallel.cuts import check_stages
+
+
+def is_parallel() -> bool:
+    """Whether graphs are made by MindSpore's parallel compiler."""
+    return ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
+
+
+def layer_stages(layers: int, stages: int, offset=0) -> list[int]:
+    """Stage of each decoder layer.
+
+    Args:
+        layers: number of decoder layers.
+        stages: pipeline stages.
+        offset: 0, or for each stage how many layers more (or fewer) than `layers // stages` it gets, as MindFormers'
+            key of this name.
+    """
+    counts = np.full(stages, layers // stages) + np.array(offset)
+    if not np.any(offset):
+        counts[:layers % stages] += 1
+    return np.repeat(np.arange(stages), counts).tolist()
+
+
+def set_pipeline_stages(model, parallel_config) -> None:
+    """Gives every cell of the model its `pipeline_stage`; with one stage there is nothing to do.
+
+    Raises:
+        ConfigError: for more stages than layers.
+    """
+    stages = parallel_config.pipeline_stage
+    if stages == 1:
+        return
+    check_stages(model.config, stages)
+    for cell in (model.vit, model.vision_merge, model.vision_proj, model.choose, model.model.tok_embeddings):
+        cell.pipeline_stage = 0
+    layers = model.model.layers
+    for layer, stage in zip(layers, layer_stages(len(layers), stages, getattr(model.config, "offset", 0))):
+        layer.pipeline_stage = stage
+    for cell in (model.model.norm, model.output, model.loss):
+        cell.pipeline_stage = stages - 1
