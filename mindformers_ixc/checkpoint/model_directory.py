@@ -1,4 +1,4 @@
-"""Model directories in the public layout: `config.json`, tokenizer files, `model.safetensors`.
+"""Model directories in the public layout: `config.json`, tokenizer files, weights.
 
 The cells name their parameters as the public checkpoint does, so weights go in and out without renaming. A directory
 is written beside its target and moved into place whole: a killed run leaves nothing that looks complete.
@@ -6,140 +6,69 @@ is written beside its target and moved into place whole: a killed run leaves not
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
+import mindspore.common.dtype as mstype
 import numpy as np
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindspore import Tensor, nn
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from mindspore.common import np_dtype
 
-from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.checkpoint.dtypes import STORAGE, convert
+from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.checkpoint.model_config import read_config
+from mindformers_ixc.checkpoint.sources import CONFIG_FILE, open_source
+from mindformers_ixc.checkpoint.streaming import TensorFile
+from mindformers_ixc.checkpoint.tensors import LazyTensor
 
-CONFIG_FILE = "config.json"
+__all__ = ["CheckpointError", "load_model", "load_weights", "read_config", "save_model_directory"]
+
 WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
-# Bytes read of a safetensors file (of float32, at most) before it is opened anew, see `_read`.
-MAPPED_BYTES = 2**26
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is incomplete, damaged or of another model."""
-
-
-def read_config(directory: str | os.PathLike, **overrides) -> IXC25Config:
-    """Reads `config.json` of a model directory.
-
-    Args:
-        directory: the model directory.
-        **overrides: runtime fields of `IXC25Config` (`seq_length`, `compute_dtype`, ...).
-
-    Raises:
-        CheckpointError: when the file is missing, is not JSON or describes another model.
-    """
-    path = Path(directory) / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; a model directory holds {CONFIG_FILE}, the tokenizer and "
-                              f"{WEIGHTS_FILE}.")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(fields, dict) or fields.get("model_type") != IXC25Config.model_type:
-        found = fields.get("model_type") if isinstance(fields, dict) else type(fields).__name__
-        raise CheckpointError(f"{path} has model_type '{found}', expected '{IXC25Config.model_type}'.")
-    fields.pop("model_type")
-    fields.update(overrides)
-    return IXC25Config(**fields)
-
-
-def weight_files(directory: str | os.PathLike) -> list[Path]:
-    """Safetensors files of a model directory, in index order.
-
-    Raises:
-        CheckpointError: when there is none or a shard named by the index is missing.
-    """
-    directory = Path(directory)
-    index = directory / INDEX_FILE
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [name for name in names if not (directory / name).is_file()]
-        if missing:
-            raise CheckpointError(f"{index} names the shards {missing}, which are not in {directory}.")
-        return [directory / name for name in names]
-    single = directory / WEIGHTS_FILE
-    if not single.is_file():
-        raise CheckpointError(f"{directory} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}.")
-    return [single]
+FORMATS = {mstype.float32: "F32", mstype.bfloat16: "BF16", mstype.float16: "F16"}
 
 
 def load_weights(model: PreTrainedModel, directory: str | os.PathLike) -> None:
-    """Loads a model directory's weights into a model, one tensor at a time.
+    """Loads a checkpoint's weights into a model, a few rows of one tensor at a time.
+
+    Args:
+        model: the model; its parameters keep their dtype.
+        directory: a model directory (safetensors or .bin), or any whole checkpoint `convert` reads.
 
     Raises:
         CheckpointError: for a damaged file, a missing or surplus parameter, or a shape that differs.
     """
+    source = open_source(directory)
     wanted = {parameter.name: parameter for parameter in model.get_parameters()}
-    surplus = []
-    for path in weight_files(directory):
-        try:
-            for name, value in tensors_of(path):
-                parameter = wanted.pop(name, None)
-                if parameter is None:
-                    surplus.append(name)
-                else:
-                    _assign(parameter, value, path)
-        except CheckpointError:
-            raise
-        except Exception as error:   # safetensors raises its own untyped errors for damaged files
-            raise CheckpointError(f"{path} cannot be read as safetensors ({error}); the file is damaged or truncated, "
-                                  "copy it again.") from error
-    if wanted or surplus:
+    missing = [name for name in wanted if name not in source.tensors]
+    surplus = [name for name in source.tensors if name not in wanted]
+    if missing or surplus:
         raise CheckpointError(
-            f"{directory} does not match its config.json: {len(wanted)} parameters are missing "
-            f"(first: {sorted(wanted)[:3]}), {len(surplus)} are surplus (first: {sorted(surplus)[:3]}).")
+            f"{directory} does not match its config.json: {len(missing)} parameters are missing "
+            f"(first: {sorted(missing)[:3]}), {len(surplus)} are surplus (first: {sorted(surplus)[:3]}).")
+    for name, parameter in wanted.items():
+        tensor = source.tensors[name]
+        if tensor.shape != tuple(parameter.shape):
+            raise CheckpointError(f"{directory} holds {name} with shape {tensor.shape}, the configuration asks for "
+                                  f"{tuple(parameter.shape)}.")
+    for name, parameter in wanted.items():
+        # the parameter takes the array's own memory over
+        parameter.set_data(Tensor.from_numpy(read_as(source.tensors[name], FORMATS[parameter.dtype])))
 
 
-def tensors_of(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and tensors of a safetensors file, each tensor in memory of its own."""
-    with safe_open(str(path), framework="np") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}   # noqa: SIM118 - no dict
-    for name, shape in shapes.items():
-        yield name, _read(path, name, shape)
-
-
-def _read(path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor, in pieces of whole rows.
-
-    The file is mapped, and what was read of it counts as this process's memory as long as it is open.
-    """
-    if not shape or 0 in shape:
-        with safe_open(str(path), framework="np") as file:
-            return file.get_tensor(name)
-    rows = max(1, MAPPED_BYTES // (4 * math.prod(shape[1:])))
-    value = None
-    for begin in range(0, shape[0], rows):
-        with safe_open(str(path), framework="np") as file:
-            part = file.get_slice(name)[begin:min(begin + rows, shape[0])]
-        if value is None:
-            value = np.empty(shape, part.dtype)
-        value[begin:begin + len(part)] = part
-    return value
-
-
-def _assign(parameter, value: np.ndarray, path: Path) -> None:
-    if tuple(value.shape) != tuple(parameter.shape):
-        raise CheckpointError(f"{path} holds {parameter.name} with shape {tuple(value.shape)}, the configuration asks "
-                              f"for {tuple(parameter.shape)}.")
-    # the parameter takes the array's own memory over where no conversion is needed
-    tensor = Tensor.from_numpy(value)
-    parameter.set_data(tensor if tensor.dtype == parameter.dtype else tensor.astype(parameter.dtype))
+def read_as(tensor: LazyTensor, dtype: str) -> np.ndarray:
+    """A tensor in memory of its own, in a format MindSpore's arrays have."""
+    value = np.empty(tensor.shape, STORAGE[dtype])
+    for begin, piece in tensor.pieces():
+        piece = convert(piece, tensor.dtype, dtype)
+        if tensor.shape:
+            value[begin:begin + len(piece)] = piece
+        else:
+            value[()] = piece
+    return value.view(np_dtype.bfloat16) if dtype == "BF16" else value
 
 
 def load_model(directory: str | os.PathLike, **overrides):
@@ -185,13 +114,22 @@ def save_model_directory(model: PreTrainedModel, target: str | os.PathLike,
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer_file is not None:
             InternLM2Tokenizer(str(tokenizer_file)).save_pretrained(str(temporary))
-        weights = {parameter.name: parameter.asnumpy() for parameter in model.get_parameters()}
-        save_file(weights, str(temporary / WEIGHTS_FILE), metadata={"format": "np"})
-        # both come into being for their owner only
-        temporary.chmod(0o755)
-        (temporary / WEIGHTS_FILE).chmod(0o644)
+        _write_weights(model, temporary / WEIGHTS_FILE)
+        temporary.chmod(0o755)             # it comes into being for its owner only
         if target.exists():
             shutil.rmtree(target)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_weights(model: PreTrainedModel, path: Path) -> None:
+    parameters = list(model.get_parameters())
+    file = TensorFile(path, [(p.name, FORMATS[p.dtype], tuple(p.shape)) for p in parameters])
+    try:
+        file.open()
+        for parameter in parameters:
+            value = parameter.asnumpy()
+            file.write(parameter.name, 0, value.view(np.uint16) if FORMATS[parameter.dtype] == "BF16" else value)
+    finally:
+        file.close()

@@ -1,0 +1,132 @@
+"""MindSpore's .ckpt container: where each tensor lies in a file, and the bytes in front of tensors that are written.
+
+A .ckpt is a protobuf message `Checkpoint {repeated Value {tag, tensor {dims, type, content}}}` (MindSpore's
+checkpoint.proto). MindSpore reads and writes it from memory; here only the few bytes around the tensors are parsed, so
+the tensors can be mapped and streamed. Tensors over 512 MiB are split into several values of one tag, as MindSpore
+does.
+"""
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from mindformers_ixc.checkpoint.dtypes import MINDSPORE, item_size
+from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.checkpoint.safetensors_file import Stored
+
+# Bytes of a tensor in one value at most (SLICE_SIZE of mindspore.train.serialization).
+SLICE = 512 * 2**20
+
+_FORMATS = {name: dtype for dtype, name in MINDSPORE.items()}
+_VARINT, _BYTES = 0, 2                       # protobuf wire types
+_VALUE, _TAG, _TENSOR, _DIMS, _TYPE, _CONTENT = 1, 1, 2, 1, 2, 3     # field numbers of checkpoint.proto
+
+
+class _Reader:
+    """Walks over protobuf fields of a file without reading long ones."""
+
+    def __init__(self, file, path: Path, size: int):
+        self.file, self.path, self.size = file, path, size
+
+    def varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self.file.read(1)
+            if not byte or shift > 63:
+                raise CheckpointError(f"{self.path} is truncated or no MindSpore .ckpt file (at byte "
+                                      f"{self.file.tell()} of {self.size}).")
+            value |= (byte[0] & 0x7F) << shift
+            if byte[0] < 0x80:
+                return value
+            shift += 7
+
+    def fields(self, end: int):
+        """Yields field number and value, an int or the `(begin, length)` of bytes, up to an offset."""
+        while self.file.tell() < end:
+            key = self.varint()
+            number, wire = key >> 3, key & 7
+            if wire == _VARINT:
+                yield number, self.varint()
+            elif wire == _BYTES:
+                length = self.varint()
+                begin = self.file.tell()
+                if begin + length > self.size:
+                    raise CheckpointError(f"{self.path} is truncated: a value should end at byte {begin + length}, the "
+                                          f"file has {self.size}; copy it again.")
+                yield number, (begin, length)
+                self.file.seek(begin + length)
+            else:
+                raise CheckpointError(f"{self.path} is no MindSpore .ckpt file (unexpected field at byte "
+                                      f"{self.file.tell()}), or it is encrypted.")
+
+    def text(self, place: tuple[int, int]) -> str:
+        self.file.seek(place[0])
+        return self.file.read(place[1]).decode()
+
+
+def read_places(path: Path) -> dict[str, list[Stored]]:
+    """Tensors of a file by name, each as one or more slices along its first axis.
+
+    Raises:
+        CheckpointError: for a file that is cut off, encrypted or of another format.
+    """
+    size, found = path.stat().st_size, {}
+    with open(path, "rb") as file:
+        reader = _Reader(file, path, size)
+        for number, (begin, length) in reader.fields(size):
+            if number != _VALUE:
+                raise CheckpointError(f"{path} is no MindSpore .ckpt file (unexpected field {number}).")
+            name, stored = _read_value(reader, begin, length)
+            found.setdefault(name, []).append(stored)
+    if not found:
+        raise CheckpointError(f"{path} holds no tensors.")
+    return found
+
+
+def _read_value(reader: _Reader, begin: int, length: int) -> tuple[str, Stored]:
+    name, tensor = None, None
+    reader.file.seek(begin)
+    for number, place in reader.fields(begin + length):
+        if number == _TAG:
+            name = reader.text(place)
+        elif number == _TENSOR:
+            tensor = place
+    if name is None or tensor is None:
+        raise CheckpointError(f"{reader.path} holds a value without a name or a tensor at byte {begin}.")
+    shape, dtype, content = [], None, (0, 0)
+    reader.file.seek(tensor[0])
+    for number, value in reader.fields(sum(tensor)):
+        if number == _DIMS:
+            shape.append(value)
+        elif number == _TYPE:
+            dtype = reader.text(value)
+        elif number == _CONTENT:
+            content = value
+    if dtype not in _FORMATS:
+        raise CheckpointError(f"{reader.path} holds {name} in the format {dtype}; the choices are "
+                              f"{', '.join(_FORMATS)}.")
+    dtype, row = _FORMATS[dtype], math.prod(shape[1:])
+    if shape:                                        # a slice carries the shape of the whole tensor
+        shape[0] = content[1] // (row * item_size(dtype)) if row else shape[0]
+    return name, Stored(reader.path, dtype, tuple(shape), content[0])
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _field(number: int, wire: int, value: int) -> bytes:
+    return _varint(number << 3 | wire) + _varint(value)
+
+
+def slice_prefix(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> bytes:
+    """The bytes in front of a slice of `nbytes` of a tensor of `shape`."""
+    kind, tag = MINDSPORE[dtype].encode(), name.encode()
+    tensor = b"".join(_field(_DIMS, _VARINT, size) for size in shape)
+    tensor += _field(_TYPE, _BYTES, len(kind)) + kind + _field(_CONTENT, _BYTES, nbytes)
+    value = _field(_TAG, _BYTES, len(tag)) + tag + _field(_TENSOR, _BYTES, len(tensor) + nbytes) + tensor
+    return _field(_VALUE, _BYTES, len(value) + nbytes) + value

@@ -1,0 +1,121 @@
+"""Converts checkpoints: public to MindSpore and back, cut for any tensor and pipeline parallel layout and joined again.
+
+    convert("internlm-xcomposer2d5-7b", "ixc25_ms")                       # one MindSpore checkpoint
+    convert("internlm-xcomposer2d5-7b", "ixc25_tp8", tensor_parallel=8)   # rank_N folders and strategy files
+    convert("output/checkpoint", "trained", to="hf")                      # ranks of a run to the public layout
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mindformers_ixc.checkpoint.dtypes import FLOATING
+from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.checkpoint.model_config import config_of
+from mindformers_ixc.checkpoint.names import BUFFERS, base_name, parameter_table, part_of
+from mindformers_ixc.checkpoint.sources import Source, open_source
+from mindformers_ixc.checkpoint.tensors import LazyTensor
+from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
+from mindformers_ixc.config import IXC25Config
+
+
+def convert(source: str | Path, target: str | Path, *, to: str | None = None, format: str = "safetensors",
+            tensor_parallel: int = 1, pipeline_stages: int = 1, dtype: str | None = None, mode: str = "all",
+            drop: Iterable[str] = (), config: str | Path | None = None, strategy: str | Path | None = None,
+            shard_bytes: int = SHARD_BYTES, overwrite: bool = False) -> Path:
+    """Converts a checkpoint; see the module. A run that was interrupted goes on where it stopped.
+
+    Args:
+        source: public directory (safetensors or .bin, sharded or not), one file, a MindSpore checkpoint or the ranks of
+            a run.
+        target: directory to be made, or one file (`.safetensors`, `.ckpt`).
+        to: `ms` or `hf`; by default the other one of what the source is.
+        format: container of `ms`: `safetensors` or `ckpt`.
+        tensor_parallel: devices of a pipeline stage.
+        pipeline_stages: pipeline stages.
+        dtype: `float32`, `bfloat16` or `float16`; by default each tensor keeps its own.
+        mode: task LoRAs in the graph the layout is compiled for: `all`, `base`, `write` or `web`.
+        drop: task LoRAs to leave out (`sft`, `dpo`, `web`).
+        config: `config.json` or its directory, if the source has none beside it.
+        strategy: strategy file or folder of the source's ranks, if it is not in the usual place.
+        shard_bytes: size of a file at most, in bytes.
+        overwrite: replace a target that exists.
+
+    Returns:
+        The target.
+
+    Raises:
+        CheckpointError: for everything that is wrong with source or target, before anything is written where possible.
+        ConfigError: for degrees that do not divide the model.
+    """
+    opened = open_source(source, strategy)
+    if to is None:
+        to = "ms" if opened.kind == "public" else "hf"
+        if tensor_parallel * pipeline_stages > 1 or format == "ckpt" or Path(target).suffix == ".ckpt":
+            to = "ms"
+    if Path(target).suffix == ".ckpt":
+        format = "ckpt"
+    options = Options(to, format, tensor_parallel, pipeline_stages, dtype, mode, tuple(sorted(drop)), shard_bytes)
+    options.check()
+    model = drop_task_loras(config_of(opened, config), options.drop)
+    tensors = select_tensors(opened, model, options)
+    write_checkpoint(tensors, model, opened, Path(target), options, overwrite)
+    return Path(target)
+
+
+def drop_task_loras(config: IXC25Config, drop: Iterable[str]) -> IXC25Config:
+    """The configuration without some task LoRAs.
+
+    Raises:
+        CheckpointError: for one it does not have.
+    """
+    unknown = sorted(set(drop) - set(config.task_lora_ranks))
+    if unknown:
+        raise CheckpointError(f"The task LoRAs to drop, {unknown}, are not in this model; it has "
+                              f"{sorted(config.task_lora_ranks)}.")
+    config.task_lora_ranks = {task: rank for task, rank in config.task_lora_ranks.items() if task not in drop}
+    return config
+
+
+def select_tensors(source: Source, config: IXC25Config, options: Options) -> dict[str, LazyTensor]:
+    """The source's tensors that go into the target, checked against the configuration.
+
+    Raises:
+        CheckpointError: for missing or surplus parameters, another shape or a format no weight has.
+    """
+    table = parameter_table(config)
+    dropped = {f"task_lora.{task}" for task in options.drop}
+    chosen, surplus = {}, []
+    for name, tensor in source.tensors.items():
+        entry = table.get(base_name(name))
+        if entry is not None:
+            check_tensor(source, name, tensor, entry.shape)
+            if name == entry.name or options.to == "ms":
+                chosen[name] = tensor
+        elif part_of(base_name(name)) in dropped or BUFFERS.match(name):
+            continue
+        elif len(tensor.shape) <= 1 and part_of(name) is None:     # counters of a training run
+            if options.to == "ms":
+                chosen[name] = tensor
+        else:
+            surplus.append(name)
+    missing = [name for name in table if name not in source.tensors]
+    if missing or surplus:
+        raise CheckpointError(
+            f"{source.path} does not match its config.json: {len(missing)} parameters are missing (first: "
+            f"{missing[:3]}), {len(surplus)} are surplus (first: {surplus[:3]}).")
+    return chosen
+
+
+def check_tensor(source: Source, name: str, tensor: LazyTensor, shape: tuple[int, ...]) -> None:
+    """Refuses a tensor of another shape or one that is not of floating point.
+
+    Raises:
+        CheckpointError: showing both shapes, or the format.
+    """
+    if tensor.shape != shape:
+        raise CheckpointError(f"{source.path} holds {name} with shape {tensor.shape}, the configuration asks for "
+                              f"{shape}.")
+    if tensor.dtype not in FLOATING:
+        raise CheckpointError(f"{source.path} holds {name} in the format {tensor.dtype}; weights are one of "
+                              f"{', '.join(FLOATING)} (a quantised checkpoint cannot be converted).")

@@ -1,0 +1,330 @@
+"""Writes files of tensors piece by piece: killed at any moment it leaves nothing that looks whole, and can go on.
+
+Everything is written below a hidden work folder beside the target. A journal there says which tensors are on the disk;
+the target appears by one rename when all are.
+"""
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mindformers_ixc.checkpoint.ckpt_file import SLICE, slice_prefix
+from mindformers_ixc.checkpoint.dtypes import convert, item_size
+from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.checkpoint.safetensors_file import make_header
+from mindformers_ixc.checkpoint.tensors import LazyTensor
+
+# Bytes written between two entries of the journal; each waits for the disk.
+SYNC_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a tensor, or a region of it, goes.
+
+    Attributes:
+        file: path below the target folder.
+        region: slices of the whole tensor.
+    """
+
+    file: str
+    region: tuple[slice, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the region."""
+        return tuple(part.stop - part.start for part in self.region)
+
+
+@dataclass
+class Item:
+    """One tensor to be written.
+
+    Attributes:
+        name: in the files.
+        tensor: where it comes from.
+        dtype: format it is written in.
+        outputs: where it goes.
+    """
+
+    name: str
+    tensor: LazyTensor
+    dtype: str
+    outputs: list[Output] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in all files together."""
+        return sum(math.prod(output.shape) for output in self.outputs) * item_size(self.dtype)
+
+
+class TensorFile:
+    """A safetensors or .ckpt file of known tensors, written at any place in any order.
+
+    Args:
+        path: of the file.
+        tensors: name, format and shape of each.
+    """
+
+    def __init__(self, path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]):
+        self.path = path
+        self.prefixes: list[tuple[int, bytes]] = []
+        # first row, row behind the last and offset of each stretch of a tensor
+        self.stretches: dict[str, list[tuple[int, int, int]]] = {}
+        self.descriptor = -1
+        if path.suffix == ".ckpt":
+            self.size = self._lay_out_ckpt(tensors)
+        else:
+            header, offsets = make_header(tensors)
+            self.prefixes.append((0, header))
+            self.size = len(header)
+            for name, dtype, shape in tensors:
+                rows, row_bytes = _rows(dtype, shape)
+                self.stretches[name] = [(0, rows, offsets[name])]
+                self.size += rows * row_bytes
+
+    def _lay_out_ckpt(self, tensors) -> int:
+        offset = 0
+        for name, dtype, shape in tensors:
+            rows, row_bytes = _rows(dtype, shape)
+            step, self.stretches[name] = max(1, SLICE // max(1, row_bytes)), []
+            for begin in range(0, max(1, rows), step):
+                end = min(begin + step, rows)
+                prefix = slice_prefix(name, dtype, shape, (end - begin) * row_bytes)
+                self.prefixes.append((offset, prefix))
+                self.stretches[name].append((begin, end, offset + len(prefix)))
+                offset += len(prefix) + (end - begin) * row_bytes
+        return offset
+
+    def open(self) -> None:
+        """Creates the file at its full size, or opens the one that an interrupted run left."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        if os.fstat(self.descriptor).st_size != self.size:
+            os.truncate(self.path, self.size)
+        for offset, prefix in self.prefixes:
+            _write(self.descriptor, prefix, offset)
+
+    def write(self, name: str, begin: int, rows: np.ndarray) -> None:
+        """Writes rows of a tensor from row `begin` on; a scalar is one row."""
+        data = np.ascontiguousarray(rows)
+        count = len(data) if data.ndim else 1
+        row_bytes = data.nbytes // count if count else 0
+        view = memoryview(data.reshape(-1).view(np.uint8))
+        for low, high, offset in self.stretches[name]:
+            first, last = max(low, begin), min(high, begin + count)
+            if first < last:
+                _write(self.descriptor, view[(first - begin) * row_bytes:(last - begin) * row_bytes],
+                       offset + (first - low) * row_bytes)
+
+    def sync(self) -> None:
+        """Waits until everything is on the disk."""
+        os.fdatasync(self.descriptor)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def _rows(dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows of a tensor and bytes of one; a scalar is one row."""
+    return (shape[0] if shape else 1), math.prod(shape[1:]) * item_size(dtype)
+
+
+def _write(descriptor: int, data, offset: int) -> None:
+    while len(data):
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+class WorkFolder:
+    """The hidden folder beside a target in which it comes into being.
+
+    Args:
+        target: folder or file to be made.
+        job: what is done, JSON-serialisable; an interrupted run goes on only if it did the same.
+    """
+
+    def __init__(self, target: Path, job: dict):
+        self.target = target
+        self.path = target.parent / f".{target.name}.partial"
+        self.output = self.path / "output"
+        self.journal = self.path / "journal.jsonl"
+        self.digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+        self.done: dict[str, list[str]] = {}
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[WorkFolder]:
+        """Holds the folder for this process; removes what another job left in it.
+
+        Raises:
+            CheckpointError: when it cannot be made, or another process is at work in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise CheckpointError(f"{self.target.parent} cannot be written ({error.strerror}); choose another target "
+                                  "or change its permissions.") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._read_journal()
+            yield self
+        except BlockingIOError as error:
+            raise CheckpointError(f"Another process is writing {self.target} (it holds {self.path}/lock).") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise CheckpointError(f"The disk of {self.target.parent} is full; make room and run the same command "
+                                  "again, it goes on where it stopped.") from error
+        finally:
+            os.close(lock)
+
+    def _read_journal(self) -> None:
+        lines = []
+        if self.journal.is_file():
+            for line in self.journal.read_text(encoding="utf-8").splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    break       # the run was killed while it wrote this line
+        if lines and lines[0] == {"job": self.digest}:
+            self.done = {line["name"]: line["sha256"] for line in lines[1:]}
+            # written anew, so that a line cut off in the middle does not spoil what is appended
+            self._write_journal("w", lines)
+            return
+        for entry in self.path.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self._write_journal("w", [{"job": self.digest}])
+
+    def _write_journal(self, mode: str, lines: Iterable[dict]) -> None:
+        path = self.journal if mode == "a" else self.journal.with_suffix(".new")
+        with open(path, mode, encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        if mode != "a":
+            path.replace(self.journal)
+
+    def record(self, entries: dict[str, list[str]]) -> None:
+        """Notes tensors that are on the disk, with the SHA-256 of each output."""
+        self._write_journal("a", [{"name": name, "sha256": sums} for name, sums in entries.items()])
+        self.done.update(entries)
+
+    def publish(self) -> None:
+        """Moves the finished output to the target and removes the folder; an older target is gone with it."""
+        if self.target.exists():
+            os.replace(self.target, self.path / "replaced")
+        made = self.output / self.target.name
+        os.replace(made if is_file_target(self.target) else self.output, self.target)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def is_file_target(target: Path) -> bool:
+    """Whether a target is one file, by its suffix."""
+    return target.suffix in (".safetensors", ".ckpt")
+
+
+def write_items(work: WorkFolder, items: list[Item], title: str) -> dict[str, dict[str, str]]:
+    """Writes every item that is not on the disk yet.
+
+    Args:
+        work: an opened work folder.
+        items: what to write, in the order it is read.
+        title: of the progress bar.
+
+    Returns:
+        SHA-256 of every tensor in every file: `{file: {name: digest}}`.
+
+    Raises:
+        CheckpointError: when the disk has too little room, or a number does not fit its format.
+    """
+    contents: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
+    for item in items:
+        for output in item.outputs:
+            contents.setdefault(output.file, []).append((item.name, item.dtype, output.shape))
+    files = {name: TensorFile(work.output / name, tensors) for name, tensors in contents.items()}
+    _check_room(work, files.values())
+    try:
+        for file in files.values():
+            file.open()
+        _stream(work, items, files, title)
+    finally:
+        for file in files.values():
+            file.close()
+    sums: dict[str, dict[str, str]] = {name: {} for name in files}
+    for item in items:
+        for output, digest in zip(item.outputs, work.done[item.name]):
+            sums[output.file][item.name] = digest
+    return sums
+
+
+def _check_room(work: WorkFolder, files: Iterable[TensorFile]) -> None:
+    needed = sum(file.size for file in files)
+    present = sum(file.path.stat().st_blocks * 512 for file in files if file.path.exists())
+    free = shutil.disk_usage(work.path).free
+    if needed - present > free:
+        raise CheckpointError(f"{work.target} needs {(needed - present) / 1e9:.1f} GB, the disk of "
+                              f"{work.target.parent} has {free / 1e9:.1f} GB free; make room or choose another target.")
+
+
+def _stream(work: WorkFolder, items: list[Item], files: dict[str, TensorFile], title: str) -> None:
+    total = sum(item.nbytes for item in items)
+    left = [item for item in items if item.name not in work.done]
+    waiting, fresh, touched = {}, 0, set()
+    with tqdm(total=total, initial=total - sum(item.nbytes for item in left), unit="B", unit_scale=True, desc=title,
+              mininterval=0.5) as bar:
+        for item in left:
+            waiting[item.name] = _write_item(item, files)
+            touched.update(output.file for output in item.outputs)
+            fresh += item.nbytes
+            bar.update(item.nbytes)
+            if fresh >= SYNC_BYTES:
+                _settle(work, files, touched, waiting)
+                waiting, fresh, touched = {}, 0, set()
+        _settle(work, files, touched, waiting)
+
+
+def _settle(work: WorkFolder, files: dict[str, TensorFile], touched: set[str], waiting: dict[str, list[str]]) -> None:
+    """Notes tensors in the journal once their bytes cannot be lost any more."""
+    for name in touched:
+        files[name].sync()
+    work.record(waiting)
+
+
+def _write_item(item: Item, files: dict[str, TensorFile]) -> list[str]:
+    """Writes one tensor, a few rows at a time, and returns the SHA-256 of each output."""
+    digests = [hashlib.sha256() for _ in item.outputs]
+    for begin, piece in item.tensor.pieces():
+        try:
+            piece = convert(piece, item.tensor.dtype, item.dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{item.name}: {error}") from error
+        for output, digest in zip(item.outputs, digests):
+            if not output.region:
+                part, first = piece, 0
+            else:
+                rows = output.region[0]
+                low, high = max(begin, rows.start), min(begin + len(piece), rows.stop)
+                if low >= high:
+                    continue
+                part, first = piece[(slice(low - begin, high - begin), *output.region[1:])], low - rows.start
+            part = np.ascontiguousarray(part)
+            files[output.file].write(item.name, first, part)
+            digest.update(part.reshape(-1).view(np.uint8))
+    return [digest.hexdigest() for digest in digests]

@@ -1,0 +1,129 @@
+"""Tensors that are somewhere else: in files, or in parts over several files. Rows of them are read when asked for."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from mindformers_ixc.checkpoint.dtypes import STORAGE, item_size
+from mindformers_ixc.checkpoint.safetensors_file import Stored
+
+# Bytes of a tensor that are in memory at once.
+PIECE = 64 * 2**20
+
+
+class LazyTensor:
+    """A tensor whose rows are read on demand.
+
+    Attributes:
+        dtype: format, a key of `dtypes.STORAGE`.
+        shape: of the tensor.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * item_size(self.dtype)
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """Rows `begin` to `end` along the first axis, in the storage type; valid until the next call."""
+        raise NotImplementedError
+
+    def pieces(self, limit: int = PIECE) -> Iterator[tuple[int, np.ndarray]]:
+        """First row and content of consecutive pieces of about `limit` bytes; a scalar is one piece."""
+        if not self.shape:
+            yield 0, self.rows(0, 1)
+            return
+        row = self.nbytes // self.shape[0] if self.shape[0] else 0
+        step = max(1, limit // row) if row else max(1, self.shape[0])
+        for begin in range(0, self.shape[0], step):
+            yield begin, self.rows(begin, min(begin + step, self.shape[0]))
+
+    def whole(self) -> np.ndarray:
+        """The tensor in memory of its own."""
+        value = np.empty(self.shape, STORAGE[self.dtype])
+        for begin, piece in self.pieces():
+            if self.shape:
+                value[begin:begin + len(piece)] = piece
+            else:
+                value[()] = piece
+        return value
+
+
+class MappedTensor(LazyTensor):
+    """A tensor in one or more files, in slices along its first axis, mapped piece by piece.
+
+    What is mapped counts as the process's memory once it is read, so no mapping outlives its piece.
+    """
+
+    def __init__(self, slices: list[Stored]):
+        first = slices[0]
+        rows = sum(part.shape[0] for part in slices) if first.shape else 0
+        self.slices, self.dtype = slices, first.dtype
+        self.shape = (rows, *first.shape[1:]) if first.shape else ()
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """Rows `begin` to `end`; see `LazyTensor`."""
+        if not self.shape:
+            return _map(self.slices[0], self.slices[0].offset, ())
+        row = math.prod(self.shape[1:])
+        found, start = [], 0
+        for part in self.slices:
+            low, high = max(begin, start), min(end, start + part.shape[0])
+            if low < high:
+                offset = part.offset + (low - start) * row * item_size(self.dtype)
+                found.append(_map(part, offset, (high - low, *self.shape[1:])))
+            start += part.shape[0]
+        if not found:
+            return np.empty((0, *self.shape[1:]), STORAGE[self.dtype])
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _map(part: Stored, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    if 0 in shape:
+        return np.empty(shape, STORAGE[part.dtype])
+    return np.memmap(part.path, STORAGE[part.dtype], mode="r", offset=offset, shape=shape)
+
+
+class JoinedTensor(LazyTensor):
+    """A tensor cut over several files.
+
+    Args:
+        shape: of the whole tensor.
+        parts: for each part the slices of the whole it covers, and the tensor that holds it; they cover everything.
+    """
+
+    def __init__(self, shape: tuple[int, ...], parts: list[tuple[tuple[slice, ...], LazyTensor]]):
+        self.shape, self.parts, self.dtype = shape, parts, parts[0][1].dtype
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """Rows `begin` to `end`; see `LazyTensor`."""
+        if not self.shape:
+            return self.parts[0][1].rows(0, 1)
+        value = np.empty((end - begin, *self.shape[1:]), STORAGE[self.dtype])
+        for where, part in self.parts:
+            low, high = max(begin, where[0].start), min(end, where[0].stop)
+            if low < high:
+                target = (slice(low - begin, high - begin), *where[1:])
+                value[target] = part.rows(low - where[0].start, high - where[0].start)
+        return value
+
+
+class ArrayTensor(LazyTensor):
+    """A tensor that is in memory.
+
+    Args:
+        array: its content, in the storage type.
+        dtype: its format.
+    """
+
+    def __init__(self, array: np.ndarray, dtype: str):
+        self.array, self.dtype, self.shape = array, dtype, array.shape
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """Rows `begin` to `end`; see `LazyTensor`."""
+        return self.array[begin:end] if self.shape else self.array

@@ -1,0 +1,249 @@
+"""Lays a checkpoint out in files and writes it: whole, in shards or over ranks, with everything that goes beside it."""
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from mindformers_ixc.checkpoint.dtypes import weight_format
+from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.checkpoint.layouts import Strategy, names_in, write_strategies
+from mindformers_ixc.checkpoint.model_config import write_config
+from mindformers_ixc.checkpoint.names import base_name, layer_of, parameter_table, part_of
+from mindformers_ixc.checkpoint.sources import CONFIG_FILE, INDEX_FILES, SUFFIXES, Source
+from mindformers_ixc.checkpoint.streaming import Item, Output, WorkFolder, is_file_target, write_items
+from mindformers_ixc.checkpoint.tensors import LazyTensor
+from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.parallel.compile_layout import MODES, LayoutError, compile_layouts
+from mindformers_ixc.parallel.cuts import cut_axis
+from mindformers_ixc.parallel.stages import layer_stages
+
+# Bytes of a shard at most, unless it is one tensor; Hugging Face's default.
+SHARD_BYTES = 5 * 10**9
+# The step number in the rank files' names, as MindFormers' checkpoint callback writes it: nothing trained yet.
+RANK_FILE = "rank_{0}/ixc25_rank_{0}-0_0"
+RANK_INDEX = "checkpoint.index.json"
+
+# Files beside the weights that go with them: tokenizer, further configuration, public code, licence.
+SIDE_SUFFIXES = (".json", ".model", ".py", ".txt", ".md")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a conversion makes.
+
+    Attributes:
+        to: `ms` or `hf` (public layout).
+        format: container of `ms`: `safetensors` or `ckpt`.
+        tensor_parallel: devices of a stage; with more than one in all, rank folders are written.
+        pipeline_stages: stages.
+        dtype: format of the weights, `None` keeps each tensor's.
+        mode: task LoRAs in the graph the layout is compiled for, see `parallel.compile_layout.MODES`.
+        drop: task LoRAs to leave out.
+        shard_bytes: size of a file at most.
+    """
+
+    to: str = "ms"
+    format: str = "safetensors"
+    tensor_parallel: int = 1
+    pipeline_stages: int = 1
+    dtype: str | None = None
+    mode: str = "all"
+    drop: tuple[str, ...] = ()
+    shard_bytes: int = SHARD_BYTES
+
+    @property
+    def ranks(self) -> int:
+        """Devices in all."""
+        return self.tensor_parallel * self.pipeline_stages
+
+    def check(self) -> None:
+        """Refuses values that are unknown or contradict each other.
+
+        Raises:
+            CheckpointError: naming value and choices.
+        """
+        for name, choices in (("to", ("ms", "hf")), ("format", ("safetensors", "ckpt")), ("mode", tuple(MODES))):
+            if getattr(self, name) not in choices:
+                raise CheckpointError(f"{name} is '{getattr(self, name)}'; the choices are {', '.join(choices)}.")
+        if self.dtype is not None:
+            weight_format(self.dtype)
+        if self.tensor_parallel < 1 or self.pipeline_stages < 1:
+            raise CheckpointError("Tensor parallel and pipeline stages are counted from 1.")
+        if self.to == "hf" and (self.ranks > 1 or self.format != "safetensors"):
+            raise CheckpointError("The public layout is whole and in safetensors; --tp, --pp and --format ckpt belong "
+                                  "to --to ms.")
+
+
+def write_checkpoint(tensors: dict[str, LazyTensor], config: IXC25Config, source: Source, target: Path,
+                     options: Options, overwrite: bool = False, job: dict | None = None) -> None:
+    """Writes tensors as a checkpoint, with configuration, tokenizer, index and, for ranks, strategies.
+
+    Args:
+        tensors: by name.
+        config: goes into `config.json`.
+        source: whose other files (tokenizer, code) are copied.
+        target: directory or file to be made.
+        options: what to make.
+        overwrite: replace a target that exists.
+        job: what makes the tensors, beside source and options.
+
+    Raises:
+        CheckpointError: when the target is not allowed or cannot be written.
+    """
+    check_target(source, target, options)
+    job = {"options": asdict(options), "config": config.to_public_dict(), "further": job,
+           "source": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in source.files]}
+    work = WorkFolder(target, job)
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        if _made_by(target, work.digest):
+            return
+        if not overwrite:
+            raise CheckpointError(f"{target} exists; choose another target or say --overwrite.")
+    with work.open():
+        items = _items(tensors, options)
+        if options.ranks > 1:
+            _cut_over_ranks(items, _strategy(work, tensors, config, options), options)
+        else:
+            _place_whole(items, target, options)
+        sums = write_items(work, items, f"{source.path.name} -> {target.name}")
+        if not is_file_target(target):
+            _write_side_files(work, items, sums, config, source, options)
+        work.publish()
+
+
+def check_target(source: Source, target: Path, options: Options) -> None:
+    """Refuses a target that is the source or inside it, or a file where a directory is needed.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    here, there = source.path.resolve(), target.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise CheckpointError(f"Source {source.path} and target {target} are the same or one inside the other; choose "
+                              "another target.")
+    if is_file_target(target) and options.ranks > 1:
+        raise CheckpointError(f"{target} is one file, but {options.ranks} ranks need a directory.")
+    if not is_file_target(target) and target.suffix in SUFFIXES:
+        raise CheckpointError(f"{target}: {target.suffix} files are not written; the choices are .safetensors, .ckpt "
+                              "or a directory.")
+    parent = target.parent
+    if not parent.is_dir():
+        raise CheckpointError(f"{parent}, in which {target.name} is to be made, is no directory.")
+
+
+def _made_by(target: Path, digest: str) -> bool:
+    """Whether a directory is the whole result of this very job."""
+    for name in (*INDEX_FILES, RANK_INDEX):
+        if target.is_dir() and (target / name).is_file():
+            fields = json.loads((target / name).read_text(encoding="utf-8"))
+            return fields.get("metadata", {}).get("job") == digest
+    return False
+
+
+def _items(tensors: dict[str, LazyTensor], options: Options) -> list[Item]:
+    items = []
+    for name, tensor in tensors.items():
+        dtype = tensor.dtype
+        if options.dtype is not None and base_name(name) == name and part_of(name) is not None:
+            dtype = weight_format(options.dtype)
+        items.append(Item(name, tensor, dtype))
+    return items
+
+
+def _whole(tensor: LazyTensor) -> tuple[slice, ...]:
+    return tuple(slice(0, length) for length in tensor.shape)
+
+
+def _place_whole(items: list[Item], target: Path, options: Options) -> None:
+    """Gives every tensor its file: one, or shards of limited size, in the order of the source."""
+    if is_file_target(target):
+        for item in items:
+            item.outputs = [Output(target.name, _whole(item.tensor))]
+        return
+    if options.format == "ckpt":       # MindFormers loads one .ckpt, never several
+        for item in items:
+            item.outputs = [Output("model.ckpt", _whole(item.tensor))]
+        return
+    shards, used = [[]], 0
+    for item in items:
+        item.outputs = [Output("", _whole(item.tensor))]
+        if shards[-1] and used + item.nbytes > options.shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(item)
+        used += item.nbytes
+    for index, shard in enumerate(shards):
+        # the names each side's loaders look for: Hugging Face's, and those of MindSpore's unified_safetensors
+        name = (f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" if options.to == "hf"
+                else f"part{index}.safetensors")
+        for item in shard:
+            item.outputs = [replace(item.outputs[0], file=name)]
+
+
+def _stage_of(name: str, config: IXC25Config, stages: int) -> int:
+    """Stage of a parameter that is in no graph: its layer's, or the first one's (only vision's `post_layernorm`)."""
+    layer = layer_of(name)
+    return 0 if layer is None else layer_stages(config.num_hidden_layers, stages)[layer]
+
+
+def _strategy(work: WorkFolder, tensors: dict[str, LazyTensor], config: IXC25Config, options: Options) -> Strategy:
+    """Compiles the layout, writes every rank's strategy file and checks it against the table of cuts."""
+    compiled = compile_layouts(config, options.tensor_parallel, options.pipeline_stages, options.mode,
+                               work.path / "layout")
+    whole = {name: (len(entry.shape), _stage_of(name, config, options.pipeline_stages))
+             for name, entry in parameter_table(config).items()}
+    in_graph = {name for file in compiled for name in names_in(file)}
+    whole = {name: value for name, value in whole.items() if name not in in_graph}
+    states = {name: base_name(name) for name in tensors if base_name(name) != name}
+    strategy = write_strategies(work.output / "strategy", compiled, whole, states)
+    check_layouts(strategy, config, in_graph, options.tensor_parallel)
+    return strategy
+
+
+def check_layouts(strategy: Strategy, config: IXC25Config, in_graph: set[str], tensor_parallel: int) -> None:
+    """The compiled layouts must be what the table of cuts says; the model's cells and the table have one truth.
+
+    Raises:
+        LayoutError: naming the parameter.
+    """
+    for name, entry in parameter_table(config).items():
+        counts, axis = [1] * len(entry.shape), cut_axis(name)
+        if axis is not None and name in in_graph:
+            counts[axis] = tensor_parallel
+        if list(strategy.layouts[name].counts()) != counts:
+            raise LayoutError(f"{name} was compiled as {strategy.layouts[name]}, the table of cuts says {counts}.")
+
+
+def _cut_over_ranks(items: list[Item], strategy: Strategy, options: Options) -> None:
+    """Gives every tensor its slice in each rank's file; what has no layout is whole in every rank."""
+    for item in items:
+        layout = strategy.layouts.get(item.name)
+        stages = strategy.stages.get(item.name, range(strategy.stage_count))
+        for stage in stages:
+            for device in range(strategy.devices):
+                file = f"checkpoint/{RANK_FILE.format(stage * strategy.devices + device)}.{options.format}"
+                shape = item.tensor.shape
+                region = _whole(item.tensor) if layout is None else layout.slices(shape, device)
+                item.outputs.append(Output(file, region))
+
+
+def _write_side_files(work: WorkFolder, items: list[Item], sums: dict[str, dict[str, str]], config: IXC25Config,
+                      source: Source, options: Options) -> None:
+    """Configuration, tokenizer and the like, and the index with the checksums."""
+    for file in sorted(source.directory.iterdir()):
+        if file.is_file() and file.suffix in SIDE_SUFFIXES and file.name not in (*INDEX_FILES, RANK_INDEX, CONFIG_FILE):
+            shutil.copyfile(file, work.output / file.name)
+    write_config(config, source.config_file, work.output / CONFIG_FILE, {item.dtype for item in items})
+    metadata = {"total_size": sum(item.nbytes for item in items), "job": work.digest}
+    if options.ranks > 1:
+        fields = {"metadata": metadata, "tensor_parallel": options.tensor_parallel,
+                  "pipeline_stages": options.pipeline_stages, "mode": options.mode, "checksums": sums}
+        name = RANK_INDEX
+    else:
+        fields = {"metadata": metadata,
+                  "weight_map": {tensor: file for file, digests in sums.items() for tensor in digests},
+                  "checksums": {tensor: digest for digests in sums.values() for tensor, digest in digests.items()}}
+        name = INDEX_FILES[0] if options.to == "hf" else INDEX_FILES[2]
+    (work.output / name).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
