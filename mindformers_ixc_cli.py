@@ -28,10 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train InternLM-XComposer-2.5 with MindFormers and talk to it.",
         epilog="example:\n  mindformers run --config yaml_configs/ixc25_sft_tiny.yaml --output_dir out")
     parser.add_argument("--version", action="version", version=f"mindformers_ixc {version('mindformers_ixc')}")
-    commands = parser.add_subparsers(dest="command", metavar="{run,chat,eval}")
-    _add_run(commands)
-    _add_chat(commands)
-    _add_eval(commands)
+    commands = parser.add_subparsers(dest="command", metavar="{run,chat,eval,convert,merge,inspect}")
+    for add in (_add_run, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect):
+        add(commands)
     return parser
 
 
@@ -97,6 +96,72 @@ def _add_eval(commands) -> None:
     evaluate.add_argument("--predictions", metavar="FILE", help="write question, answer and expectation as JSON lines")
 
 
+def _add_target(parser) -> None:
+    parser.add_argument("source", metavar="SRC", help="checkpoint: a public directory (safetensors or .bin), one file, "
+                        "MindSpore's, or a run's rank folders")
+    parser.add_argument("target", metavar="DST", help="directory to be made, or a .safetensors or .ckpt file")
+    parser.add_argument("--to", choices=["ms", "hf"], help="MindSpore's layout, or the public one")
+    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as they are)")
+    parser.add_argument("--config", metavar="PATH", help="config.json, if SRC has none beside it")
+    parser.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser(
+        "convert", formatter_class=Help, help="public checkpoints to MindSpore and back, cut for N devices and joined",
+        description="Converts a checkpoint, a few rows of one tensor in memory at a time. Killed at any moment it "
+                    "leaves nothing that looks whole, and the same command goes on.",
+        epilog="examples:\n  mindformers convert internlm-xcomposer2d5-7b ixc25_ms\n"
+               "  mindformers convert internlm-xcomposer2d5-7b ixc25_tp8 --tp 8 --dtype bfloat16\n"
+               "  mindformers convert out/checkpoint trained --to hf --config out/config.json")
+    _add_target(convert)
+    convert.add_argument("--format", choices=["safetensors", "ckpt"], default="safetensors",
+                         help="container of --to ms")
+    convert.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel: devices of a pipeline stage")
+    convert.add_argument("--pp", type=int, default=1, metavar="M", help="pipeline stages")
+    convert.add_argument("--mode", choices=["all", "base", "write", "web"], default="all",
+                         help="task LoRAs in the graph the layout is compiled for; the others stay whole in every rank")
+    convert.add_argument("--drop", nargs="+", default=[], metavar="TASK", help="task LoRAs to leave out: sft, dpo, web")
+    convert.add_argument("--strategy", metavar="PATH", help="strategy file or folder of SRC's ranks, if it is not in "
+                         "the usual place")
+
+
+def _add_merge(commands) -> None:
+    merge = commands.add_parser(
+        "merge", formatter_class=Help, help="fold LoRAs into weights, extract and attach parts, average checkpoints",
+        description="Changes weights in float32, rounded once. The steps asked for are done in this order: average, "
+                    "attach, lora, fold, extract.",
+        epilog="examples:\n  mindformers merge ixc25 ixc25_web --fold web\n"
+               "  mindformers merge ixc25 merged --lora my_peft_adapter\n"
+               "  mindformers merge trained adapter --extract partial_lora separators\n"
+               "  mindformers merge ixc25 again --attach adapter\n"
+               "  mindformers merge step_100 mean --average step_200 step_300")
+    _add_target(merge)
+    merge.add_argument("--average", nargs="+", default=[], metavar="SRC", help="take the mean with these, oldest first")
+    merge.add_argument("--ema", type=float, metavar="DECAY", help="exponential average of SRC and --average instead")
+    merge.add_argument("--attach", metavar="SRC", help="tensors that replace SRC's, as --extract made them")
+    merge.add_argument("--lora", metavar="SRC", help="trained LoRA (PEFT or MindFormers) to fold in")
+    merge.add_argument("--alpha", type=float, metavar="X", help="its alpha, if it has no adapter_config.json")
+    merge.add_argument("--fold", nargs="+", default=[], metavar="TASK", help="task LoRAs to fold in: sft, dpo, web")
+    merge.add_argument("--extract", nargs="+", default=[], metavar="PART", help="keep these parts only: vision, "
+                       "projector, separators, partial_lora, task_lora.sft, task_lora.dpo, task_lora.web, language")
+
+
+def _add_inspect(commands) -> None:
+    inspect = commands.add_parser(
+        "inspect", formatter_class=Help, help="what is in a checkpoint",
+        description="Prints parts, parameter counts, formats, and what is missing or surplus.",
+        epilog="examples:\n  mindformers inspect internlm-xcomposer2d5-7b\n"
+               "  mindformers inspect ixc25_tp8 --verify --json")
+    inspect.add_argument("source", metavar="SRC", help="any checkpoint")
+    inspect.add_argument("--config", metavar="PATH", help="config.json to compare with (default: SRC's own)")
+    inspect.add_argument("--strategy", metavar="PATH", help="strategy of rank folders, if it is not in the usual place")
+    inspect.add_argument("--verify", action="store_true", help="compare every byte with the index's checksums")
+    inspect.add_argument("--tensors", action="store_true", help="list every tensor")
+    inspect.add_argument("--json", action="store_true", help="JSON instead of text")
+
+
 def claim_stdout() -> TextIO:
     """Sends descriptor 1 to standard error from now on and returns a stream to the real standard output."""
     sys.stdout.flush()
@@ -151,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         # before the libraries start their threads, which inherit this; a session lets Ctrl-C through when it may come
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ.setdefault("LOG_MF_PATH", str(log_folder(arguments).resolve()))
-    if not getattr(arguments, "verbose", True):
+    if arguments.command in ("convert", "merge", "inspect") or not getattr(arguments, "verbose", True):
         quiet_libraries()
     try:
         return _command(arguments.command)(arguments) or 0
@@ -172,8 +237,11 @@ def _command(name: str):
     if name == "chat":
         from mindformers_ixc.cli.chat import chat
         return chat
-    from mindformers_ixc.cli.evaluate import evaluate
-    return evaluate
+    if name == "eval":
+        from mindformers_ixc.cli.evaluate import evaluate
+        return evaluate
+    from mindformers_ixc.cli import checkpoints
+    return getattr(checkpoints, name)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from mindformers_ixc.checkpoint.sources import Source, open_source
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
 from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.parallel.cuts import check_degree, check_stages
 
 
 def convert(source: str | Path, target: str | Path, *, to: str | None = None, format: str = "safetensors",
@@ -58,6 +59,8 @@ def convert(source: str | Path, target: str | Path, *, to: str | None = None, fo
     options = Options(to, format, tensor_parallel, pipeline_stages, dtype, mode, tuple(sorted(drop)), shard_bytes)
     options.check()
     model = drop_task_loras(config_of(opened, config), options.drop)
+    check_degree(model, tensor_parallel)
+    check_stages(model, pipeline_stages)
     tensors = select_tensors(opened, model, options)
     write_checkpoint(tensors, model, opened, Path(target), options, overwrite)
     return Path(target)

@@ -13,7 +13,9 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +29,9 @@ from mindformers_ixc.checkpoint.safetensors_file import make_header
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 
 # Bytes written between two entries of the journal; each waits for the disk.
-SYNC_BYTES = 2**30
+SYNC_BYTES = 256 * 2**20
+# Bytes that are read but not yet hashed and written, at most (each piece counts for both).
+IN_FLIGHT = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,9 @@ class TensorFile:
                        offset + (first - low) * row_bytes)
 
     def sync(self) -> None:
-        """Waits until everything is on the disk."""
+        """Waits until everything is on the disk, then gives its memory in the system's cache back for what comes."""
         os.fdatasync(self.descriptor)
+        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Closes the file."""
@@ -182,15 +187,19 @@ class WorkFolder:
                                   "or change its permissions.") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise CheckpointError(f"Another process is writing {self.target} (it holds {self.path}/lock).") from error
+        try:
             self._read_journal()
             yield self
-        except BlockingIOError as error:
-            raise CheckpointError(f"Another process is writing {self.target} (it holds {self.path}/lock).") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise CheckpointError(f"The disk of {self.target.parent} is full; make room and run the same command "
-                                  "again, it goes on where it stopped.") from error
+        except BaseException as error:
+            if not self.done:       # nothing is worth keeping
+                shutil.rmtree(self.path, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CheckpointError(f"The disk of {self.target.parent} is full; make room and run the same command "
+                                      "again, it goes on where it stopped.") from error
+            raise
         finally:
             os.close(lock)
 
@@ -286,45 +295,96 @@ def _check_room(work: WorkFolder, files: Iterable[TensorFile]) -> None:
 def _stream(work: WorkFolder, items: list[Item], files: dict[str, TensorFile], title: str) -> None:
     total = sum(item.nbytes for item in items)
     left = [item for item in items if item.name not in work.done]
-    waiting, fresh, touched = {}, 0, set()
     with tqdm(total=total, initial=total - sum(item.nbytes for item in left), unit="B", unit_scale=True, desc=title,
-              mininterval=0.5) as bar:
+              mininterval=0.5) as bar, Lanes(work, files) as lanes:
         for item in left:
-            waiting[item.name] = _write_item(item, files)
-            touched.update(output.file for output in item.outputs)
-            fresh += item.nbytes
+            lanes.send(item)
             bar.update(item.nbytes)
-            if fresh >= SYNC_BYTES:
-                _settle(work, files, touched, waiting)
-                waiting, fresh, touched = {}, 0, set()
-        _settle(work, files, touched, waiting)
 
 
-def _settle(work: WorkFolder, files: dict[str, TensorFile], touched: set[str], waiting: dict[str, list[str]]) -> None:
-    """Notes tensors in the journal once their bytes cannot be lost any more."""
-    for name in touched:
-        files[name].sync()
-    work.record(waiting)
+class Lanes:
+    """Reads in the caller's thread; hashes, writes and waits for the disk in one thread each, in order.
 
+    All three leave Python while they work on a piece, so two cores are busy and the disk never waits.
 
-def _write_item(item: Item, files: dict[str, TensorFile]) -> list[str]:
-    """Writes one tensor, a few rows at a time, and returns the SHA-256 of each output."""
-    digests = [hashlib.sha256() for _ in item.outputs]
-    for begin, piece in item.tensor.pieces():
+    Args:
+        work: whose journal takes what is on the disk.
+        files: to be written, by name.
+    """
+
+    def __init__(self, work: WorkFolder, files: dict[str, TensorFile]):
+        self.work, self.files = work, files
+        self.hasher, self.writer, self.settler = (ThreadPoolExecutor(max_workers=1) for _ in range(3))
+        self.flying: deque[tuple[Future, int]] = deque()      # pieces that are in memory, with their bytes
+        self.flying_bytes = 0
+        self._new_batch()
+        self.settled: list[Future] = []
+
+    def _new_batch(self) -> None:
+        self.digests, self.tasks, self.touched, self.fresh = {}, [], set(), 0
+
+    def __enter__(self) -> Lanes:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
         try:
-            piece = convert(piece, item.tensor.dtype, item.dtype)
-        except CheckpointError as error:
-            raise CheckpointError(f"{item.name}: {error}") from error
-        for output, digest in zip(item.outputs, digests):
-            if not output.region:
-                part, first = piece, 0
-            else:
-                rows = output.region[0]
-                low, high = max(begin, rows.start), min(begin + len(piece), rows.stop)
-                if low >= high:
-                    continue
-                part, first = piece[(slice(low - begin, high - begin), *output.region[1:])], low - rows.start
-            part = np.ascontiguousarray(part)
-            files[output.file].write(item.name, first, part)
-            digest.update(part.reshape(-1).view(np.uint8))
-    return [digest.hexdigest() for digest in digests]
+            if error is None:
+                self._settle()
+                for future in self.settled:
+                    future.result()
+        finally:
+            for lane in (self.hasher, self.writer, self.settler):
+                lane.shutdown(cancel_futures=True)
+
+    def send(self, item: Item) -> None:
+        """Sends one tensor on its way, a few rows at a time."""
+        digests = [hashlib.sha256() for _ in item.outputs]
+        for begin, piece in item.tensor.pieces():
+            try:
+                piece = convert(piece, item.tensor.dtype, item.dtype)
+            except CheckpointError as error:
+                raise CheckpointError(f"{item.name}: {error}") from error
+            for output, digest in zip(item.outputs, digests):
+                part, first = _part_of(output, begin, piece)
+                if part is not None:
+                    self._launch(self.hasher.submit(digest.update, part.reshape(-1).view(np.uint8)), part.nbytes)
+                    self._launch(self.writer.submit(self.files[output.file].write, item.name, first, part), part.nbytes)
+        self.digests[item.name] = digests
+        self.touched.update(output.file for output in item.outputs)
+        self.fresh += item.nbytes
+        if self.fresh >= SYNC_BYTES:
+            self._settle()
+
+    def _launch(self, future: Future, nbytes: int) -> None:
+        self.tasks.append(future)
+        self.flying.append((future, nbytes))
+        self.flying_bytes += nbytes
+        while self.flying_bytes > IN_FLIGHT:
+            oldest, size = self.flying.popleft()
+            oldest.result()
+            self.flying_bytes -= size
+
+    def _settle(self) -> None:
+        batch = (self.digests, self.tasks, [self.files[name] for name in self.touched])
+        self.settled.append(self.settler.submit(self._record, *batch))
+        self._new_batch()
+
+    def _record(self, digests: dict[str, list], tasks: list[Future], files: list[TensorFile]) -> None:
+        """Notes tensors in the journal once their bytes cannot be lost any more."""
+        for task in tasks:
+            task.result()
+        for file in files:
+            file.sync()
+        self.work.record({name: [digest.hexdigest() for digest in found] for name, found in digests.items()})
+
+
+def _part_of(output: Output, begin: int, piece: np.ndarray) -> tuple[np.ndarray | None, int]:
+    """What of a piece that begins at a row of the whole goes to an output, and at which row there."""
+    if not output.region:
+        return np.ascontiguousarray(piece), 0
+    rows = output.region[0]
+    low, high = max(begin, rows.start), min(begin + len(piece), rows.stop)
+    if low >= high:
+        return None, 0
+    part = piece[(slice(low - begin, high - begin), *output.region[1:])]
+    return np.ascontiguousarray(part), low - rows.start

@@ -25,6 +25,11 @@ class LazyTensor:
     shape: tuple[int, ...]
 
     @property
+    def stored_dtype(self) -> str:
+        """Format it is written in unless another is asked for; of a computed tensor, that of what it comes from."""
+        return self.dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
         return math.prod(self.shape) * item_size(self.dtype)

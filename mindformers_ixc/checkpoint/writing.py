@@ -3,14 +3,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.dtypes import weight_format
 from mindformers_ixc.checkpoint.errors import CheckpointError
-from mindformers_ixc.checkpoint.layouts import Strategy, names_in, write_strategies
+from mindformers_ixc.checkpoint.layouts import Layout, Strategy, names_in, write_strategies
 from mindformers_ixc.checkpoint.model_config import write_config
-from mindformers_ixc.checkpoint.names import base_name, layer_of, parameter_table, part_of
+from mindformers_ixc.checkpoint.names import Entry, base_name, layer_of, parameter_table, part_of
 from mindformers_ixc.checkpoint.sources import CONFIG_FILE, INDEX_FILES, SUFFIXES, Source
 from mindformers_ixc.checkpoint.streaming import Item, Output, WorkFolder, is_file_target, write_items
 from mindformers_ixc.checkpoint.tensors import LazyTensor
@@ -103,11 +104,12 @@ def write_checkpoint(tensors: dict[str, LazyTensor], config: IXC25Config, source
             raise CheckpointError(f"{target} exists; choose another target or say --overwrite.")
     with work.open():
         items = _items(tensors, options)
+        title = f"{source.path.name} -> {target.name}"
         if options.ranks > 1:
-            _cut_over_ranks(items, _strategy(work, tensors, config, options), options)
+            sums = _write_ranks(work, items, config, options, title)
         else:
             _place_whole(items, target, options)
-        sums = write_items(work, items, f"{source.path.name} -> {target.name}")
+            sums = write_items(work, items, title)
         if not is_file_target(target):
             _write_side_files(work, items, sums, config, source, options)
         work.publish()
@@ -145,7 +147,7 @@ def _made_by(target: Path, digest: str) -> bool:
 def _items(tensors: dict[str, LazyTensor], options: Options) -> list[Item]:
     items = []
     for name, tensor in tensors.items():
-        dtype = tensor.dtype
+        dtype = tensor.stored_dtype
         if options.dtype is not None and base_name(name) == name and part_of(name) is not None:
             dtype = weight_format(options.dtype)
         items.append(Item(name, tensor, dtype))
@@ -182,51 +184,68 @@ def _place_whole(items: list[Item], target: Path, options: Options) -> None:
             item.outputs = [replace(item.outputs[0], file=name)]
 
 
-def _stage_of(name: str, config: IXC25Config, stages: int) -> int:
-    """Stage of a parameter that is in no graph: its layer's, or the first one's (only vision's `post_layernorm`)."""
-    layer = layer_of(name)
-    return 0 if layer is None else layer_stages(config.num_hidden_layers, stages)[layer]
+def expected_layouts(config: IXC25Config, options: Options) -> dict[str, tuple[Layout, int]]:
+    """Layout and stage of every parameter, from the table of cuts; what the graph does not use is whole everywhere."""
+    used = {f"task_lora.{task}" for task in MODES[options.mode]}
+    stages, layouts = layer_stages(config.num_hidden_layers, options.pipeline_stages), {}
+    for name, entry in parameter_table(config).items():
+        in_graph = entry.part in used if entry.part.startswith("task_lora") else ".post_layernorm." not in name
+        axis = cut_axis(name) if in_graph else None
+        layer, is_last = layer_of(name), name.startswith(("model.norm.", "output."))
+        stage = stages[layer] if layer is not None else (options.pipeline_stages - 1 if is_last else 0)
+        tensor_map = tuple(0 if i == axis else -1 for i in range(len(entry.shape)))
+        layouts[name] = Layout((options.tensor_parallel,), tensor_map), stage
+    return layouts
 
 
-def _strategy(work: WorkFolder, tensors: dict[str, LazyTensor], config: IXC25Config, options: Options) -> Strategy:
-    """Compiles the layout, writes every rank's strategy file and checks it against the table of cuts."""
-    compiled = compile_layouts(config, options.tensor_parallel, options.pipeline_stages, options.mode,
-                               work.path / "layout")
-    whole = {name: (len(entry.shape), _stage_of(name, config, options.pipeline_stages))
-             for name, entry in parameter_table(config).items()}
-    in_graph = {name for file in compiled for name in names_in(file)}
-    whole = {name: value for name, value in whole.items() if name not in in_graph}
-    states = {name: base_name(name) for name in tensors if base_name(name) != name}
-    strategy = write_strategies(work.output / "strategy", compiled, whole, states)
-    check_layouts(strategy, config, in_graph, options.tensor_parallel)
-    return strategy
+def _write_ranks(work: WorkFolder, items: list[Item], config: IXC25Config, options: Options,
+                 title: str) -> dict[str, dict[str, str]]:
+    """Cuts by the table while MindSpore's compiler works the layout out for itself; both must agree in the end.
+
+    Raises:
+        LayoutError: when they do not; nothing has been published then.
+    """
+    expected = expected_layouts(config, options)
+    for item in items:
+        item.outputs = _rank_outputs(item, expected.get(base_name(item.name)), options)
+    with ThreadPoolExecutor(max_workers=1) as compiler:
+        compiled = compiler.submit(compile_layouts, config, options.tensor_parallel, options.pipeline_stages,
+                                   options.mode, work.path / "layout")
+        sums = write_items(work, items, title)
+        files = compiled.result()
+    in_graph = {name for file in files for name in names_in(file)}
+    whole = {name: (len(layout.tensor_map), stage) for name, (layout, stage) in expected.items()
+             if name not in in_graph}
+    states = {item.name: base_name(item.name) for item in items if base_name(item.name) != item.name}
+    strategy = write_strategies(work.output / "strategy", files, whole, states)
+    check_layouts(strategy, expected, parameter_table(config))
+    return sums
 
 
-def check_layouts(strategy: Strategy, config: IXC25Config, in_graph: set[str], tensor_parallel: int) -> None:
-    """The compiled layouts must be what the table of cuts says; the model's cells and the table have one truth.
+def _rank_outputs(item: Item, expected: tuple[Layout, int] | None, options: Options) -> list[Output]:
+    """The slice of a tensor in each rank's file; what has no layout (counters) is whole in every rank."""
+    outputs = []
+    for rank in range(options.ranks):
+        stage, device = divmod(rank, options.tensor_parallel)
+        if expected is not None and expected[1] != stage:
+            continue
+        region = expected[0].slices(item.tensor.shape, device) if expected else _whole(item.tensor)
+        outputs.append(Output(f"checkpoint/{RANK_FILE.format(rank)}.{options.format}", region))
+    return outputs
+
+
+def check_layouts(strategy: Strategy, expected: dict[str, tuple[Layout, int]], table: dict[str, Entry]) -> None:
+    """What was compiled must be what was cut, device by device.
 
     Raises:
         LayoutError: naming the parameter.
     """
-    for name, entry in parameter_table(config).items():
-        counts, axis = [1] * len(entry.shape), cut_axis(name)
-        if axis is not None and name in in_graph:
-            counts[axis] = tensor_parallel
-        if list(strategy.layouts[name].counts()) != counts:
-            raise LayoutError(f"{name} was compiled as {strategy.layouts[name]}, the table of cuts says {counts}.")
-
-
-def _cut_over_ranks(items: list[Item], strategy: Strategy, options: Options) -> None:
-    """Gives every tensor its slice in each rank's file; what has no layout is whole in every rank."""
-    for item in items:
-        layout = strategy.layouts.get(item.name)
-        stages = strategy.stages.get(item.name, range(strategy.stage_count))
-        for stage in stages:
-            for device in range(strategy.devices):
-                file = f"checkpoint/{RANK_FILE.format(stage * strategy.devices + device)}.{options.format}"
-                shape = item.tensor.shape
-                region = _whole(item.tensor) if layout is None else layout.slices(shape, device)
-                item.outputs.append(Output(file, region))
+    for name, (layout, stage) in expected.items():
+        compiled, shape = strategy.layouts[name], table[name].shape
+        if strategy.stages[name] != [stage] or compiled.devices != layout.devices or any(
+                compiled.slices(shape, device) != layout.slices(shape, device) for device in range(layout.devices)):
+            raise LayoutError(f"{name} was compiled as {compiled} on stage {strategy.stages[name]}, the table of cuts "
+                              f"says {layout} on stage {stage}.")
 
 
 def _write_side_files(work: WorkFolder, items: list[Item], sums: dict[str, dict[str, str]], config: IXC25Config,

@@ -1,0 +1,188 @@
+"""Says what is in a checkpoint: parts, counts, formats, what is missing or surplus, and whether the bytes are right."""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.checkpoint.model_config import read_config
+from mindformers_ixc.checkpoint.names import BUFFERS, PARTS, base_name, parameter_table, part_of
+from mindformers_ixc.checkpoint.sources import Source, open_source, read_file
+from mindformers_ixc.checkpoint.writing import RANK_INDEX
+
+
+@dataclass
+class Part:
+    """Tensors of one part.
+
+    Attributes:
+        tensors: how many.
+        parameters: numbers in them.
+        bytes: they take.
+        formats: how many tensors have each format.
+    """
+
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    formats: dict[str, int] = field(default_factory=Counter)
+
+
+@dataclass
+class Report:
+    """What `inspect` found.
+
+    Attributes:
+        path: the checkpoint.
+        kind: `public`, `mindspore` or `ranks`.
+        files: that hold it.
+        layout: ranks and pipeline stages, for `ranks`.
+        parts: by name, in the order of `names.PARTS`; then `optimizer states`, `buffers` and `other`.
+        missing: parameters of the configuration that are not there; `None` without a configuration.
+        surplus: tensors that the configuration does not have.
+        wrong_shapes: name, shape found and shape asked for.
+        tensors: name, format and shape of each, if asked for.
+        verified: how many checksums were compared; `None` if not asked for.
+        damaged: tensors whose bytes do not have the checksum of the index.
+    """
+
+    path: str
+    kind: str
+    files: list[str]
+    layout: dict[str, int] | None
+    parts: dict[str, Part]
+    missing: list[str] | None = None
+    surplus: list[str] = field(default_factory=list)
+    wrong_shapes: list[tuple] = field(default_factory=list)
+    tensors: list[tuple] | None = None
+    verified: int | None = None
+    damaged: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    def to_text(self) -> str:
+        """The report as a table and sentences."""
+        lines = [f"{self.path}: {self.kind} checkpoint, {len(self.files)} files"]
+        if self.layout:
+            lines[0] += f", {self.layout['ranks']} ranks, {self.layout['pipeline_stages']} pipeline stages"
+        lines.append(f"{'part':<18}{'tensors':>9}{'parameters':>17}{'bytes':>17}  formats")
+        total = Part()
+        for name, part in self.parts.items():
+            lines.append(_row(name, part))
+            total.tensors += part.tensors
+            total.parameters += part.parameters
+            total.bytes += part.bytes
+        lines.append(_row("all", total))
+        for name, dtype, shape in self.tensors or []:
+            lines.append(f"{name}  {dtype}  {tuple(shape)}")
+        lines += self._sentences()
+        return "\n".join(lines)
+
+    def _sentences(self) -> list[str]:
+        lines = []
+        if self.missing is None:
+            lines.append("No config.json was found, so what is missing cannot be said; name one with --config.")
+        elif not (self.missing or self.surplus or self.wrong_shapes):
+            lines.append("It holds exactly what its configuration asks for.")
+        if self.missing:
+            lines.append(f"{len(self.missing)} parameters are missing: {_some(self.missing)}")
+        if self.surplus:
+            lines.append(f"{len(self.surplus)} tensors are surplus: {_some(self.surplus)}")
+        lines += [f"{name} has shape {tuple(found)}, the configuration asks for {tuple(asked)}."
+                  for name, found, asked in self.wrong_shapes]
+        if self.verified is not None:
+            lines.append(f"{self.verified} checksums compared, {len(self.damaged)} differ"
+                         + (f": {_some(self.damaged)}" if self.damaged else "."))
+        return lines
+
+
+def _row(name: str, part: Part) -> str:
+    formats = ", ".join(f"{count} x {dtype}" for dtype, count in sorted(part.formats.items()))
+    return f"{name:<18}{part.tensors:>9,}{part.parameters:>17,}{part.bytes:>17,}  {formats}".rstrip()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def inspect(path: str | Path, config: str | Path | None = None, strategy: str | Path | None = None,
+            verify: bool = False, list_tensors: bool = False) -> Report:
+    """Looks into a checkpoint; only headers are read unless checksums are compared.
+
+    Args:
+        path: any checkpoint `convert` reads.
+        config: `config.json` or its directory to compare with; by default the checkpoint's own.
+        strategy: strategy of ranks, if it is not in the usual place.
+        verify: compare the bytes with the index's checksums.
+        list_tensors: list every tensor.
+
+    Raises:
+        CheckpointError: when it is no checkpoint or is damaged, or there are no checksums to compare.
+    """
+    source = open_source(path, strategy)
+    parts: dict[str, Part] = {}
+    for name, tensor in source.tensors.items():
+        part = parts.setdefault(_part(name), Part())
+        part.tensors += 1
+        part.parameters += math.prod(tensor.shape)
+        part.bytes += tensor.nbytes
+        part.formats[tensor.dtype] += 1
+    order = [*PARTS, "optimizer states", "buffers", "other"]
+    cut = source.strategy
+    layout = {"ranks": cut.ranks, "pipeline_stages": cut.stage_count} if cut else None
+    report = Report(str(source.path), source.kind, [str(file) for file in source.files], layout,
+                    {name: parts[name] for name in order if name in parts})
+    if list_tensors:
+        report.tensors = [(name, tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()]
+    found = Path(config) if config else source.config_file
+    if found is not None:
+        _compare(report, source, found)
+    if verify:
+        _verify(report, source)
+    return report
+
+
+def _part(name: str) -> str:
+    if base_name(name) != name:
+        return "optimizer states"
+    if BUFFERS.match(name):
+        return "buffers"
+    return part_of(name) or "other"
+
+
+def _compare(report: Report, source: Source, config: Path) -> None:
+    table = parameter_table(read_config(config))
+    report.missing = [name for name in table if name not in source.tensors]
+    for name, tensor in source.tensors.items():
+        if _part(name) in ("optimizer states", "buffers"):
+            continue
+        if name not in table:
+            report.surplus.append(name)
+        elif tensor.shape != table[name].shape:
+            report.wrong_shapes.append((name, tensor.shape, table[name].shape))
+
+
+def _verify(report: Report, source: Source) -> None:
+    expected = [(name, source.tensors[name], digest) for name, digest in source.checksums.items()]
+    index = source.directory / RANK_INDEX
+    if source.kind == "ranks" and index.is_file():
+        for file, digests in json.loads(index.read_text(encoding="utf-8"))["checksums"].items():
+            stored = read_file(source.directory / file)
+            expected += [(f"{file}: {name}", stored[name], digest) for name, digest in digests.items()]
+    if not expected:
+        raise CheckpointError(f"{source.path} has no index with checksums; those that mindformers convert writes do.")
+    report.verified = len(expected)
+    for name, tensor, digest in expected:
+        actual = hashlib.sha256()
+        for _, piece in tensor.pieces():
+            actual.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+        if actual.hexdigest() != digest:
+            report.damaged.append(name)

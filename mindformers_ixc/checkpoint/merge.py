@@ -1,0 +1,278 @@
+"""Folds LoRAs into weights, takes adapters out and puts them back, averages checkpoints.
+
+Everything is computed in float32, a few rows at a time, and rounded once to the format of the weight.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mindformers_ixc.checkpoint.convert import check_tensor, select_tensors
+from mindformers_ixc.checkpoint.dtypes import to_float32
+from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.checkpoint.model_config import config_of
+from mindformers_ixc.checkpoint.names import PARTS, parameter_table, part_of
+from mindformers_ixc.checkpoint.sources import Source, open_source
+from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor
+from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
+from mindformers_ixc.config import IXC25Config
+
+# How trained LoRAs are named: by PEFT (with or without the adapter's name) and by MindFormers (MindPet).
+_LORA_NAMES = (re.compile(r"(?:base_model\.model\.)?(?P<linear>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$"),
+               re.compile(r"(?P<linear>.+)\.(?:mindpet|tk)_delta_lora_(?P<side>[ab])$"))
+
+
+class FoldedTensor(LazyTensor):
+    """`W + sum of scale * B A`.
+
+    Args:
+        weight: W, `(out, in)`.
+        pairs: A `(rank, in)`, B `(out, rank)` and scale of each pair.
+    """
+
+    dtype = "F32"
+
+    def __init__(self, weight: LazyTensor, pairs: list[tuple[LazyTensor, LazyTensor, float]]):
+        self.weight, self.pairs, self.shape = weight, pairs, weight.shape
+        self.first: list[np.ndarray] = []
+
+    @property
+    def stored_dtype(self) -> str:
+        """The weight's own format."""
+        return self.weight.stored_dtype
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """Rows `begin` to `end`; see `LazyTensor`."""
+        first = self.first or [to_float32(a.whole(), a.dtype) for a, _, _ in self.pairs]
+        value = to_float32(self.weight.rows(begin, end), self.weight.dtype).copy()
+        for a, (_, second, scale) in zip(first, self.pairs):
+            value += scale * (to_float32(second.rows(begin, end), second.dtype) @ a)
+        return value
+
+    def pieces(self, limit: int = PIECE) -> Iterator[tuple[int, np.ndarray]]:
+        """See `LazyTensor`; the A matrices are read once."""
+        self.first = [to_float32(a.whole(), a.dtype) for a, _, _ in self.pairs]
+        yield from super().pieces(limit)
+        self.first = []
+
+
+class AveragedTensor(LazyTensor):
+    """Weighted mean of tensors of one shape.
+
+    Args:
+        tensors: of which to take the mean; the first one's format is kept.
+        weights: one for each, summing to 1.
+    """
+
+    dtype = "F32"
+
+    def __init__(self, tensors: list[LazyTensor], weights: list[float]):
+        self.tensors, self.weights, self.shape = tensors, weights, tensors[0].shape
+
+    @property
+    def stored_dtype(self) -> str:
+        """The first one's format."""
+        return self.tensors[0].stored_dtype
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """Rows `begin` to `end`; see `LazyTensor`."""
+        # float64, so that the mean of equal numbers is that number
+        total = sum(weight * to_float32(tensor.rows(begin, end), tensor.dtype).astype(np.float64)
+                    for weight, tensor in zip(self.weights, self.tensors))
+        return np.asarray(total, np.float32)
+
+
+def merge(source: str | Path, target: str | Path, *, attach: str | Path | None = None, lora: str | Path | None = None,
+          alpha: float | None = None, fold: Iterable[str] = (), extract: Iterable[str] = (),
+          average: Iterable[str | Path] = (), ema: float | None = None, to: str | None = None,
+          dtype: str | None = None, config: str | Path | None = None, shard_bytes: int = SHARD_BYTES,
+          overwrite: bool = False) -> Path:
+    """Changes a checkpoint's weights; the steps asked for are done in the order of the arguments below.
+
+    Args:
+        source: checkpoint in any form that `convert` reads.
+        target: directory or file to be made.
+        average: further checkpoints of the same model, oldest first, to take the mean with.
+        ema: decay of an exponential average instead of a plain mean: the newest (the last of `average`) counts most.
+        attach: checkpoint of some parts (what `extract` made) whose tensors replace the source's, or are added.
+        lora: directory or file of a trained LoRA (PEFT or MindFormers) to fold in.
+        alpha: its alpha, if there is no `adapter_config.json`.
+        fold: task LoRAs (`sft`, `dpo`, `web`) to fold in; they are gone afterwards.
+        extract: parts (`names.PARTS`) to keep, leaving out everything else.
+        to: `ms` or `hf`; by default what the source is.
+        dtype: format of the weights; by default each keeps its own.
+        config: `config.json` or its directory, if the source has none beside it.
+        shard_bytes: size of a file at most.
+        overwrite: replace a target that exists.
+
+    Returns:
+        The target.
+
+    Raises:
+        CheckpointError: for what cannot be merged, and everything `convert` refuses.
+    """
+    opened = open_source(source)
+    to = to or ("hf" if opened.kind == "public" else "ms")
+    fold, extract, others = tuple(fold), tuple(extract), [open_source(other) for other in average]
+    if not (attach or lora or fold or extract or others):
+        raise CheckpointError("Nothing to merge was asked for; the choices are --average, --attach, --lora, --fold and "
+                              "--extract.")
+    options = Options(to=to, dtype=dtype, shard_bytes=shard_bytes,
+                      format="ckpt" if Path(target).suffix == ".ckpt" else "safetensors")
+    options.check()
+    check_parts(fold, extract)
+    model = config_of(opened, config)
+    tensors = {name: tensor for name, tensor in select_tensors(opened, model, options).items() if part_of(name)}
+    further = []
+    if others:
+        tensors = average_tensors(tensors, opened, others, model, ema)
+    if attach:
+        further.append(open_source(attach))
+        model, tensors = attach_parts(tensors, further[-1], model)
+    if lora:
+        further.append(open_adapter(lora))
+        tensors = fold_lora(tensors, further[-1], alpha)
+    model, tensors = fold_tasks(tensors, model, fold)
+    if extract:
+        tensors = {name: tensor for name, tensor in tensors.items() if part_of(name) in extract}
+    used = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+            for other in (*others, *further) for file in other.files]
+    write_checkpoint(tensors, model, opened, Path(target), options, overwrite,
+                     job={"fold": fold, "extract": extract, "alpha": alpha, "ema": ema, "used": used})
+    return Path(target)
+
+
+def check_parts(fold: tuple[str, ...], extract: tuple[str, ...]) -> None:
+    """Refuses names that are no task LoRA or no part, and Partial LoRA with the reason.
+
+    Raises:
+        CheckpointError: naming the choices.
+    """
+    for name in fold:
+        if name.lower().replace("-", "_") in ("partial_lora", "plora"):
+            raise CheckpointError("Partial LoRA cannot be folded: it acts on image positions only (y = W x on text, "
+                                  "W x + s B A x on pictures), so no single matrix gives both. It stays beside the "
+                                  "weight.")
+        if name not in ("sft", "dpo", "web"):
+            raise CheckpointError(f"'{name}' is no task LoRA; the choices are sft, dpo and web.")
+    for name in extract:
+        if name not in PARTS:
+            raise CheckpointError(f"'{name}' is no part; the choices are {', '.join(PARTS)}.")
+
+
+def fold_tasks(tensors: dict[str, LazyTensor], config: IXC25Config,
+               tasks: tuple[str, ...]) -> tuple[IXC25Config, dict[str, LazyTensor]]:
+    """Folds task LoRAs, which act on all positions with scale 1, into their linears.
+
+    Raises:
+        CheckpointError: for a pair the model does not have.
+    """
+    if not tasks:
+        return config, tensors
+    absent = [task for task in tasks if task not in config.task_lora_ranks]
+    if absent:
+        raise CheckpointError(f"The task LoRAs {absent} are not in this checkpoint; it has "
+                              f"{sorted(config.task_lora_ranks) or 'none'}.")
+    parts = {f"task_lora.{task}" for task in tasks}
+    pairs: dict[str, list] = {}
+    for name, first in tensors.items():
+        if part_of(name) in parts and name.endswith("_A.weight"):
+            linear = name.rsplit(".", 2)[0]
+            pairs.setdefault(f"{linear}.weight", []).append((first, tensors[name[:-8] + "B.weight"], 1.0))
+    folded = {name: FoldedTensor(tensor, pairs[name]) if name in pairs else tensor
+              for name, tensor in tensors.items() if part_of(name) not in parts}
+    config.task_lora_ranks = {task: rank for task, rank in config.task_lora_ranks.items() if task not in tasks}
+    return config, folded
+
+
+def open_adapter(path: str | Path) -> Source:
+    """Opens a trained LoRA: a PEFT directory, MindFormers' checkpoint, or a file."""
+    path = Path(path)
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (path / name).is_file():
+            return open_source(path / name)
+    return open_source(path)
+
+
+def fold_lora(tensors: dict[str, LazyTensor], adapter: Source, alpha: float | None) -> dict[str, LazyTensor]:
+    """Folds a trained LoRA into the linears it was trained on.
+
+    Raises:
+        CheckpointError: for names that are no LoRA's or no linear's, half a pair, other shapes, or an unknown alpha.
+    """
+    sides: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in adapter.tensors.items():
+        match = next((match for match in (pattern.match(name) for pattern in _LORA_NAMES) if match), None)
+        if match is None:
+            raise CheckpointError(f"{adapter.path} holds {name}, which is no matrix of a LoRA (PEFT's lora_A, lora_B "
+                                  "or MindFormers' mindpet_delta_lora_a, _b).")
+        sides.setdefault(match["linear"], {})[match["side"].upper()] = tensor
+    settings = adapter.directory / "adapter_config.json"
+    fields = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    result = dict(tensors)
+    for linear, pair in sides.items():
+        weight = result.get(f"{linear}.weight")
+        if weight is None or set(pair) != {"A", "B"}:
+            problem = "which this model does not have" if weight is None else f"but only side {sorted(pair)}"
+            raise CheckpointError(f"{adapter.path} holds a LoRA for {linear}, {problem}.")
+        first, second = pair["A"], pair["B"]
+        if (second.shape[0], first.shape[1]) != weight.shape or first.shape[0] != second.shape[1]:
+            raise CheckpointError(f"{adapter.path}: the LoRA of {linear} has shapes {first.shape} and {second.shape}, "
+                                  f"the weight {weight.shape}.")
+        result[f"{linear}.weight"] = FoldedTensor(weight, [(first, second, _scale(adapter, fields, first, alpha))])
+    return result
+
+
+def _scale(adapter: Source, fields: dict, first: LazyTensor, alpha: float | None) -> float:
+    """Alpha over rank, or over its root where PEFT's `use_rslora` says so (arXiv 2312.03732)."""
+    alpha = fields.get("lora_alpha") if alpha is None else alpha
+    if alpha is None:
+        raise CheckpointError(f"{adapter.directory} has no adapter_config.json with the LoRA's alpha; give it with "
+                              "--alpha.")
+    rank = first.shape[0]
+    return alpha / rank ** 0.5 if fields.get("use_rslora") else alpha / rank
+
+
+def attach_parts(tensors: dict[str, LazyTensor], adapter: Source,
+                 config: IXC25Config) -> tuple[IXC25Config, dict[str, LazyTensor]]:
+    """Puts the tensors of some parts in place of the model's, or beside them.
+
+    Raises:
+        CheckpointError: for names the model cannot have, half a pair, or shapes that do not fit.
+    """
+    for name, tensor in adapter.tensors.items():
+        match = re.search(r"\.lora_(sft|dpo|web)_A\.weight$", name)
+        if match:
+            config.task_lora_ranks = {**config.task_lora_ranks, match[1]: tensor.shape[0]}
+    table = parameter_table(config)
+    for name, tensor in adapter.tensors.items():
+        if name not in table:
+            raise CheckpointError(f"{adapter.path} holds {name}, which this model does not have.")
+        check_tensor(adapter, name, tensor, table[name].shape)
+    merged = {**tensors, **adapter.tensors}
+    missing = [name for name in table if name not in merged]
+    if missing:
+        raise CheckpointError(f"{adapter.path} leaves {len(missing)} parameters missing (first: {missing[:3]}).")
+    return config, {name: merged[name] for name in table}
+
+
+def average_tensors(tensors: dict[str, LazyTensor], first: Source, others: list[Source], config: IXC25Config,
+                    ema: float | None) -> dict[str, LazyTensor]:
+    """Mean of checkpoints of one model.
+
+    Raises:
+        CheckpointError: when one lacks a parameter or has it in another shape, or the decay is none.
+    """
+    if ema is not None and not 0 < ema < 1:
+        raise CheckpointError(f"The decay of an exponential average lies between 0 and 1, found {ema}.")
+    count = len(others) + 1
+    weights = [1 / count] * count
+    if ema is not None:     # avg = decay * avg + (1 - decay) * next, begun with the first
+        weights = [ema ** (count - 1), *((1 - ema) * ema ** (count - 1 - i) for i in range(1, count))]
+    checked = [select_tensors(other, config, Options(to="hf")) for other in others]
+    return {name: AveragedTensor([tensor, *(other[name] for other in checked)], weights)
+            for name, tensor in tensors.items()}

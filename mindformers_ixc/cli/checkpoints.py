@@ -1,0 +1,67 @@
+"""`mindformers convert`, `merge` and `inspect`: checkpoints from the command line."""
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from mindformers_ixc.checkpoint.convert import convert as convert_checkpoint
+from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.checkpoint.inspection import inspect as inspect_checkpoint
+from mindformers_ixc.checkpoint.merge import merge as merge_checkpoint
+from mindformers_ixc.checkpoint.writing import SHARD_BYTES
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def read_size(text: str | None) -> int:
+    """Bytes of a size such as `5GB` or `512MiB`; the default for `None`.
+
+    Raises:
+        CheckpointError: for another form.
+    """
+    if text is None:
+        return SHARD_BYTES
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    try:
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+    except (TypeError, ValueError, KeyError):
+        size = 0
+    if size < 1:
+        raise CheckpointError(f"--max_shard_size {text!r} is no size; write 5GB or 512MiB.")
+    return size
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Runs `mindformers convert` and prints the target."""
+    target = convert_checkpoint(
+        arguments.source, arguments.target, to=arguments.to, format=arguments.format, tensor_parallel=arguments.tp,
+        pipeline_stages=arguments.pp, dtype=arguments.dtype, mode=arguments.mode, drop=arguments.drop,
+        config=arguments.config, strategy=arguments.strategy, shard_bytes=read_size(arguments.max_shard_size),
+        overwrite=arguments.overwrite)
+    return _finish(arguments, target)
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    """Runs `mindformers merge` and prints the target."""
+    target = merge_checkpoint(
+        arguments.source, arguments.target, attach=arguments.attach, lora=arguments.lora, alpha=arguments.alpha,
+        fold=arguments.fold, extract=arguments.extract, average=arguments.average, ema=arguments.ema, to=arguments.to,
+        dtype=arguments.dtype, config=arguments.config, shard_bytes=read_size(arguments.max_shard_size),
+        overwrite=arguments.overwrite)
+    return _finish(arguments, target)
+
+
+def _finish(arguments: argparse.Namespace, target: Path) -> int:
+    print(f"{target} is complete.", file=sys.stderr, flush=True)
+    print(target, file=arguments.answers)
+    return 0
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Runs `mindformers inspect`; 1 when a checksum differs."""
+    report = inspect_checkpoint(arguments.source, arguments.config, arguments.strategy, arguments.verify,
+                                arguments.tensors)
+    print(report.to_json() if arguments.json else report.to_text(), file=arguments.answers)
+    return 1 if report.damaged else 0
