@@ -338,16 +338,23 @@ class Lanes:
 
     def send(self, item: Item) -> None:
         """Sends one tensor on its way, a few rows at a time."""
-        digests = [hashlib.sha256() for _ in item.outputs]
+        # copies of one region have one digest
+        regions = {str(output.region): hashlib.sha256() for output in item.outputs}
+        digests = [regions[str(output.region)] for output in item.outputs]
         for begin, piece in item.tensor.pieces():
             try:
                 piece = convert(piece, item.tensor.dtype, item.dtype)
             except CheckpointError as error:
                 raise CheckpointError(f"{item.name}: {error}") from error
+            parts = {}
             for output, digest in zip(item.outputs, digests):
-                part, first = _part_of(output, begin, piece)
+                key = str(output.region)
+                if key not in parts:
+                    parts[key] = part, first = _part_of(output, begin, piece)
+                    if part is not None:
+                        self._launch(self.hasher.submit(digest.update, part.reshape(-1).view(np.uint8)), part.nbytes)
+                part, first = parts[key]
                 if part is not None:
-                    self._launch(self.hasher.submit(digest.update, part.reshape(-1).view(np.uint8)), part.nbytes)
                     self._launch(self.writer.submit(self.files[output.file].write, item.name, first, part), part.nbytes)
         self.digests[item.name] = digests
         self.touched.update(output.file for output in item.outputs)

@@ -117,6 +117,15 @@ class JoinedTensor(LazyTensor):
                 value[target] = part.rows(low - where[0].start, high - where[0].start)
         return value
 
+    def pieces(self, limit: int = PIECE) -> Iterator[tuple[int, np.ndarray]]:
+        """See `LazyTensor`; parts that have whole rows come one after the other, without a copy."""
+        if any(part.shape[1:] != self.shape[1:] for _, part in self.parts):
+            yield from super().pieces(limit)
+            return
+        for where, part in sorted(self.parts, key=lambda entry: entry[0][0].start):
+            for begin, piece in part.pieces(limit):
+                yield where[0].start + begin, piece
+
 
 class ArrayTensor(LazyTensor):
     """A tensor that is in memory.

@@ -6,18 +6,13 @@ tensor or a plain container, and maps the file. PyTorch is optional: `pip instal
 """
 from __future__ import annotations
 
-import ctypes
-import mmap
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
+from mindformers_ixc.checkpoint.dtypes import STORAGE
 from mindformers_ixc.checkpoint.errors import CheckpointError
-from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor
-
-_DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
+from mindformers_ixc.checkpoint.safetensors_file import Stored
+from mindformers_ixc.checkpoint.tensors import ArrayTensor, LazyTensor, MappedTensor
 
 
 def _torch():
@@ -53,7 +48,8 @@ def read_tensors(path: Path) -> dict[str, LazyTensor]:
     for name, value in state.items():
         if value.dtype not in formats:
             raise CheckpointError(f"{path} holds {name} as {value.dtype}, which no weight of this model is.")
-    return {name: TorchTensor(value, formats[value.dtype], is_mapped) for name, value in state.items()}
+    mappings = _mappings(path) if is_mapped else []
+    return {name: _locate(value, formats[value.dtype], path, mappings) for name, value in state.items()}
 
 
 def _load(torch, path: Path) -> tuple[object, bool]:
@@ -67,38 +63,27 @@ def _load(torch, path: Path) -> tuple[object, bool]:
     return torch.load(path, map_location="cpu", weights_only=True), False
 
 
-class TorchTensor(LazyTensor):
-    """A tensor of a .bin file.
+def _mappings(path: Path) -> list[tuple[int, int, int]]:
+    """Where a file is mapped in this process: first address, address behind the last, offset in the file."""
+    found, name = [], str(path.resolve())
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] == name:
+            begin, end = (int(address, 16) for address in fields[0].split("-"))
+            found.append((begin, end, int(fields[2], 16)))
+    return found
 
-    Args:
-        tensor: PyTorch's.
-        dtype: its format.
-        is_mapped: whether it lies in a mapped file.
+
+def _locate(tensor, dtype: str, path: Path, mappings: list[tuple[int, int, int]]) -> LazyTensor:
+    """The place of a tensor in its file, so that it can be read like any other; or the tensor itself, in memory.
+
+    PyTorch maps the whole file, and what is read of it would count as this process's memory to the end.
     """
-
-    def __init__(self, tensor, dtype: str, is_mapped: bool):
-        self.tensor, self.dtype, self.shape = tensor.detach(), dtype, tuple(tensor.shape)
-        self.is_mapped = is_mapped and tensor.is_contiguous()
-
-    def rows(self, begin: int, end: int) -> np.ndarray:
-        """Rows `begin` to `end`; see `LazyTensor`."""
-        torch = _torch()
-        part = (self.tensor[begin:end] if self.shape else self.tensor).contiguous()
-        if self.dtype == "BF16":
-            return part.view(torch.int16).numpy().view(np.uint16)
-        return part.numpy()
-
-    def pieces(self, limit: int = PIECE) -> Iterator[tuple[int, np.ndarray]]:
-        """See `LazyTensor`; gives mapped pages back, which count as this process's memory once they are read."""
-        for begin, piece in super().pieces(limit):
-            yield begin, piece
-            if self.is_mapped:
-                _forget(piece)
-
-
-def _forget(array: np.ndarray) -> None:
-    """Tells the system that the mapped pages wholly inside an array are not needed now; they can be read again."""
-    begin = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > begin:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
+    tensor, shape = tensor.detach().contiguous(), tuple(tensor.shape)
+    address = tensor.data_ptr()
+    for begin, end, offset in mappings:
+        if begin <= address and address + tensor.numel() * tensor.element_size() <= end:
+            return MappedTensor([Stored(path, dtype, shape, offset + address - begin)])
+    if dtype == "BF16":
+        tensor = tensor.view(_torch().int16)
+    return ArrayTensor(tensor.numpy().view(STORAGE[dtype]), dtype)

@@ -1,7 +1,7 @@
 """Compiles the model's graph for a cluster that is not there, and keeps the layouts MindSpore's compiler arrives at.
 
 The compiler needs a process of its own: it must be started with a preloaded library, and what it sets stays set. Run as
-a program, this module is that process: `python -m mindformers_ixc.parallel.compile_layout JOB.json`.
+a program, this module is that process; it reads its job from standard input.
 """
 from __future__ import annotations
 
@@ -53,16 +53,17 @@ def compile_layouts(config: IXC25Config, tensor_parallel: int, pipeline_stages: 
         files.append(target)
         if target.exists():
             continue
+        # a name of its own: the compiler of a killed run may still be at work here
+        partial = target.with_suffix(f".{os.getpid()}.ckpt")
         job = {"config": config.to_public_dict(), "tensor_parallel": tensor_parallel, "stage": stage,
-               "pipeline_stages": pipeline_stages, "mode": mode, "target": str(target.with_suffix(".partial.ckpt"))}
-        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        result = subprocess.run([sys.executable, "-m", __name__, str(folder / "job.json")], env=environment,
+               "pipeline_stages": pipeline_stages, "mode": mode, "target": str(partial)}
+        result = subprocess.run([sys.executable, "-m", __name__], input=json.dumps(job), env=environment,
                                 capture_output=True, text=True, check=False)
         if result.returncode:
             lines = (result.stderr + result.stdout).strip().splitlines()[-15:]
             raise LayoutError(f"The graph of stage {stage} did not compile for tensor parallel {tensor_parallel} and "
                               f"{pipeline_stages} stages:\n" + "\n".join(lines))
-        Path(job["target"]).replace(target)
+        partial.replace(target)
     return files
 
 
@@ -98,4 +99,4 @@ def _compile(job: dict) -> None:
 
 
 if __name__ == "__main__":
-    _compile(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    _compile(json.load(sys.stdin))

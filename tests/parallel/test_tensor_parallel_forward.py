@@ -1,0 +1,63 @@
+"""A real tensor-parallel forward pass over processes, from the slices `convert` writes."""
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from mindformers_ixc.checkpoint.convert import convert
+from mindformers_ixc.checkpoint.model_directory import load_model
+from mindformers_ixc.parallel import cpu
+
+LENGTH = 24
+
+
+def batch(config) -> dict[str, np.ndarray]:
+    """Two samples with pictures, whose image positions take rows in no particular order."""
+    rng = np.random.default_rng(0)
+    side, rows = config.vision_config.image_size, 3 * config.vision_config.tokens_per_tile + 2
+    mask = np.zeros((2, LENGTH), np.int32)
+    mask[0, 2:12] = mask[1, 5:9] = 1
+    return {"input_ids": rng.integers(3, config.vocab_size, (2, LENGTH)).astype(np.int32) * (1 - mask) + 2 * mask,
+            "pixel_values": rng.standard_normal((2, 3, 3, side, side)).astype(np.float32),
+            "vision_index": rng.integers(0, rows, (2, LENGTH)).astype(np.int32) * mask, "image_mask": mask}
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run_ranks(count: int, folder: Path, *arguments) -> None:
+    """Runs the worker script under msrun, with a mailbox of its own."""
+    mailbox = folder / "mailbox"
+    environment = {**os.environ, **cpu.preload_environment(), "CPU_PARALLEL_MAILBOX": str(mailbox),
+                   "CPU_PARALLEL_TIMEOUT_S": "120"}
+    command = [str(Path(sys.executable).with_name("msrun")), "--worker_num", str(count), "--local_worker_num",
+               str(count), "--master_port", str(free_port()), "--log_dir", str(folder / "log"), "--join", "True",
+               str(Path(__file__).with_name("rank_logits.py")), *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    logs = "\n".join(log.read_text(errors="replace")[-2000:] for log in sorted((folder / "log").glob("worker_*.log")))
+    assert result.returncode == 0, logs
+
+
+@pytest.mark.slow
+def test_logits_equal_the_single_process(tmp_path, goldens):
+    convert(goldens / "t1", tmp_path / "cut", tensor_parallel=2, mode="write")
+    model = load_model(goldens / "t1", seq_length=LENGTH, max_tiles=3, adapter_mode="write")
+    arrays = batch(model.config)
+    np.savez(tmp_path / "inputs.npz", **arrays)
+    run_ranks(2, tmp_path, tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "logits.npy")
+    expected = model(Tensor(arrays["input_ids"]), None,
+                     *(Tensor(arrays[name]) for name in ("pixel_values", "vision_index", "image_mask"))).asnumpy()
+    found = np.load(tmp_path / "logits.npy")
+    assert found.shape == expected.shape
+    # sums over devices are taken in another order: float32's resolution of the largest logit
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
