@@ -7,12 +7,11 @@ does.
 """
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-from mindformers_ixc.checkpoint.dtypes import MINDSPORE, item_size
+from mindformers_ixc.checkpoint.dtypes import MINDSPORE
 from mindformers_ixc.checkpoint.errors import CheckpointError
-from mindformers_ixc.checkpoint.safetensors_file import Stored
+from mindformers_ixc.checkpoint.tensors import MappedTensor, Stretch
 
 # Bytes of a tensor in one value at most (SLICE_SIZE of mindspore.train.serialization).
 SLICE = 512 * 2**20
@@ -60,12 +59,15 @@ class _Reader:
                                       f"{self.file.tell()}), or it is encrypted.")
 
     def text(self, place: tuple[int, int]) -> str:
+        here = self.file.tell()
         self.file.seek(place[0])
-        return self.file.read(place[1]).decode()
+        value = self.file.read(place[1]).decode(errors="replace")
+        self.file.seek(here)
+        return value
 
 
-def read_places(path: Path) -> dict[str, list[Stored]]:
-    """Tensors of a file by name, each as one or more slices along its first axis.
+def read_tensors(path: Path) -> dict[str, MappedTensor]:
+    """Tensors of a file by name.
 
     Raises:
         CheckpointError: for a file that is cut off, encrypted or of another format.
@@ -76,14 +78,15 @@ def read_places(path: Path) -> dict[str, list[Stored]]:
         for number, (begin, length) in reader.fields(size):
             if number != _VALUE:
                 raise CheckpointError(f"{path} is no MindSpore .ckpt file (unexpected field {number}).")
-            name, stored = _read_value(reader, begin, length)
-            found.setdefault(name, []).append(stored)
+            name, dtype, shape, stretch = _read_value(reader, begin, length)
+            found.setdefault(name, (dtype, shape, []))[2].append(stretch)
     if not found:
         raise CheckpointError(f"{path} holds no tensors.")
-    return found
+    return {name: MappedTensor(*tensor) for name, tensor in found.items()}
 
 
-def _read_value(reader: _Reader, begin: int, length: int) -> tuple[str, Stored]:
+def _read_value(reader: _Reader, begin: int, length: int) -> tuple[str, str, tuple[int, ...], Stretch]:
+    """Name, format and shape of the tensor of one value, and where its bytes, or some of them, lie."""
     name, tensor = None, None
     reader.file.seek(begin)
     for number, place in reader.fields(begin + length):
@@ -105,10 +108,7 @@ def _read_value(reader: _Reader, begin: int, length: int) -> tuple[str, Stored]:
     if dtype not in _FORMATS:
         raise CheckpointError(f"{reader.path} holds {name} in the format {dtype}; the choices are "
                               f"{', '.join(_FORMATS)}.")
-    dtype, row = _FORMATS[dtype], math.prod(shape[1:])
-    if shape:                                        # a slice carries the shape of the whole tensor
-        shape[0] = content[1] // (row * item_size(dtype)) if row else shape[0]
-    return name, Stored(reader.path, dtype, tuple(shape), content[0])
+    return name, _FORMATS[dtype], tuple(shape), Stretch(reader.path, *content)
 
 
 def _varint(value: int) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -31,7 +30,7 @@ class Part:
     tensors: int = 0
     parameters: int = 0
     bytes: int = 0
-    formats: dict[str, int] = field(default_factory=Counter)
+    formats: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -134,7 +133,7 @@ def inspect(path: str | Path, config: str | Path | None = None, strategy: str | 
         part.tensors += 1
         part.parameters += math.prod(tensor.shape)
         part.bytes += tensor.nbytes
-        part.formats[tensor.dtype] += 1
+        part.formats[tensor.dtype] = part.formats.get(tensor.dtype, 0) + 1
     order = [*PARTS, "optimizer states", "buffers", "other"]
     cut = source.strategy
     layout = {"ranks": cut.ranks, "pipeline_stages": cut.stage_count} if cut else None

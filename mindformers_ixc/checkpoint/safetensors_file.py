@@ -8,39 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.dtypes import STORAGE, item_size
 from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.checkpoint.tensors import MappedTensor, Stretch
 
 # The format's own limit for the JSON part (safetensors specification).
 MAX_HEADER = 100_000_000
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies.
-
-    Attributes:
-        path: file.
-        dtype: format, a key of `dtypes.STORAGE`.
-        shape: of the tensor.
-        offset: of its first byte in the file.
-    """
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return math.prod(self.shape) * item_size(self.dtype)
-
-
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, MappedTensor]:
     """Tensors of a file by name.
 
     Raises:
@@ -57,21 +35,22 @@ def read_header(path: Path) -> dict[str, Stored]:
         except ValueError as error:
             raise CheckpointError(f"{path} has a header that is not valid JSON ({error}); copy it again.") from error
     fields.pop("__metadata__", None)
-    stored = {}
+    tensors = {}
     for name, field in fields.items():
         begin, end = field["data_offsets"]
         dtype, shape = field["dtype"], tuple(field["shape"])
         if dtype not in STORAGE:
             raise CheckpointError(f"{path} holds {name} in the format {dtype}, which no weight of this model has; the "
                                   f"choices are {', '.join(STORAGE)}.")
-        stored[name] = Stored(path, dtype, shape, 8 + length + begin)
-        if end - begin != stored[name].nbytes:
+        needed = math.prod(shape) * item_size(dtype)
+        if end - begin != needed:
             raise CheckpointError(f"{path} gives {name} {end - begin} bytes, its shape {shape} in {dtype} needs "
-                                  f"{stored[name].nbytes}; the file is damaged.")
+                                  f"{needed}; the file is damaged.")
         if 8 + length + end > size:
             raise CheckpointError(f"{path} is truncated: {name} should end at byte {8 + length + end}, the file has "
                                   f"{size}; copy it again.")
-    return stored
+        tensors[name] = MappedTensor(dtype, shape, [Stretch(path, 8 + length + begin, needed)])
+    return tensors
 
 
 def make_header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:

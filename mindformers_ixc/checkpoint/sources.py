@@ -10,7 +10,7 @@ from pathlib import Path
 from mindformers_ixc.checkpoint import ckpt_file, safetensors_file, torch_file
 from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.layouts import Strategy, covers, read_strategy
-from mindformers_ixc.checkpoint.tensors import JoinedTensor, LazyTensor, MappedTensor
+from mindformers_ixc.checkpoint.tensors import JoinedTensor, LazyTensor
 
 CONFIG_FILE = "config.json"
 # Index files by preference, all `{"weight_map": {name: file}}`; the last is MindSpore's, which may be the bare map.
@@ -93,9 +93,9 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist.")
     if path.suffix == ".safetensors":
-        return {name: MappedTensor([stored]) for name, stored in safetensors_file.read_header(path).items()}
+        return dict(safetensors_file.read_header(path))
     if path.suffix == ".ckpt":
-        return {name: MappedTensor(slices) for name, slices in ckpt_file.read_places(path).items()}
+        return dict(ckpt_file.read_tensors(path))
     if path.suffix in (".bin", ".pt", ".pth"):
         return torch_file.read_tensors(path)
     raise CheckpointError(f"{path} is no weight file; the choices are {', '.join(SUFFIXES)}.")

@@ -3,14 +3,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from mindformers_ixc.checkpoint.dtypes import STORAGE, item_size
-from mindformers_ixc.checkpoint.safetensors_file import Stored
+from mindformers_ixc.checkpoint.errors import CheckpointError
 
 # Bytes of a tensor that are in memory at once.
 PIECE = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive bytes of a file.
+
+    Attributes:
+        path: file.
+        offset: of the first byte.
+        nbytes: how many.
+    """
+
+    path: Path
+    offset: int
+    nbytes: int
 
 
 class LazyTensor:
@@ -60,38 +77,40 @@ class LazyTensor:
 
 
 class MappedTensor(LazyTensor):
-    """A tensor in one or more files, in slices along its first axis, mapped piece by piece.
+    """A tensor in files, in one or more stretches of bytes, mapped piece by piece.
 
     What is mapped counts as the process's memory once it is read, so no mapping outlives its piece.
+
+    Args:
+        dtype: its format.
+        shape: its shape.
+        stretches: where its bytes lie, in order.
+
+    Raises:
+        CheckpointError: when the stretches do not make up the shape.
     """
 
-    def __init__(self, slices: list[Stored]):
-        first = slices[0]
-        rows = sum(part.shape[0] for part in slices) if first.shape else 0
-        self.slices, self.dtype = slices, first.dtype
-        self.shape = (rows, *first.shape[1:]) if first.shape else ()
+    def __init__(self, dtype: str, shape: tuple[int, ...], stretches: list[Stretch]):
+        self.dtype, self.shape, self.stretches = dtype, shape, stretches
+        found = sum(stretch.nbytes for stretch in stretches)
+        if found != self.nbytes:
+            raise CheckpointError(f"{stretches[0].path} gives a tensor of shape {shape} in {dtype} {found} bytes, it "
+                                  f"needs {self.nbytes}; the file is damaged.")
 
     def rows(self, begin: int, end: int) -> np.ndarray:
         """Rows `begin` to `end`; see `LazyTensor`."""
-        if not self.shape:
-            return _map(self.slices[0], self.slices[0].offset, ())
-        row = math.prod(self.shape[1:])
-        found, start = [], 0
-        for part in self.slices:
-            low, high = max(begin, start), min(end, start + part.shape[0])
-            if low < high:
-                offset = part.offset + (low - start) * row * item_size(self.dtype)
-                found.append(_map(part, offset, (high - low, *self.shape[1:])))
-            start += part.shape[0]
+        row = math.prod(self.shape[1:]) * item_size(self.dtype)
+        shape = (end - begin, *self.shape[1:]) if self.shape else ()
+        found, start, low, high = [], 0, begin * row, end * row
+        for stretch in self.stretches:
+            first, last = max(low, start), min(high, start + stretch.nbytes)
+            if first < last:
+                found.append(np.memmap(stretch.path, np.uint8, mode="r", offset=stretch.offset + first - start,
+                                       shape=(last - first,)))
+            start += stretch.nbytes
         if not found:
-            return np.empty((0, *self.shape[1:]), STORAGE[self.dtype])
-        return found[0] if len(found) == 1 else np.concatenate(found)
-
-
-def _map(part: Stored, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    if 0 in shape:
-        return np.empty(shape, STORAGE[part.dtype])
-    return np.memmap(part.path, STORAGE[part.dtype], mode="r", offset=offset, shape=shape)
+            return np.empty(shape, STORAGE[self.dtype])
+        return (found[0] if len(found) == 1 else np.concatenate(found)).view(STORAGE[self.dtype]).reshape(shape)
 
 
 class JoinedTensor(LazyTensor):

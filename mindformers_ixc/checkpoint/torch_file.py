@@ -11,8 +11,7 @@ from pathlib import Path
 
 from mindformers_ixc.checkpoint.dtypes import STORAGE
 from mindformers_ixc.checkpoint.errors import CheckpointError
-from mindformers_ixc.checkpoint.safetensors_file import Stored
-from mindformers_ixc.checkpoint.tensors import ArrayTensor, LazyTensor, MappedTensor
+from mindformers_ixc.checkpoint.tensors import ArrayTensor, LazyTensor, MappedTensor, Stretch
 
 
 def _torch():
@@ -83,7 +82,8 @@ def _locate(tensor, dtype: str, path: Path, mappings: list[tuple[int, int, int]]
     address = tensor.data_ptr()
     for begin, end, offset in mappings:
         if begin <= address and address + tensor.numel() * tensor.element_size() <= end:
-            return MappedTensor([Stored(path, dtype, shape, offset + address - begin)])
+            nbytes = tensor.numel() * tensor.element_size()
+            return MappedTensor(dtype, shape, [Stretch(path, offset + address - begin, nbytes)])
     if dtype == "BF16":
         tensor = tensor.view(_torch().int16)
     return ArrayTensor(tensor.numpy().view(STORAGE[dtype]), dtype)
