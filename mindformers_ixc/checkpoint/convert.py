@@ -12,7 +12,7 @@ from pathlib import Path
 from mindformers_ixc.checkpoint.dtypes import FLOATING
 from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.model_config import config_of
-from mindformers_ixc.checkpoint.names import BUFFERS, base_name, parameter_table, part_of
+from mindformers_ixc.checkpoint.names import BUFFERS, Entry, base_name, parameter_table, part_of
 from mindformers_ixc.checkpoint.sources import Source, open_source
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
@@ -106,8 +106,18 @@ def select_tensors(source: Source, config: IXC25Config, options: Options) -> dic
     if missing or surplus:
         raise CheckpointError(
             f"{source.path} does not match its config.json: {len(missing)} parameters are missing (first: "
-            f"{missing[:3]}), {len(surplus)} are surplus (first: {surplus[:3]}).")
+            f"{missing[:3]}), {len(surplus)} are surplus (first: {surplus[:3]}).{_hint(source, table, missing)}")
     return chosen
+
+
+def _hint(source: Source, table: dict[str, Entry], missing: list[str]) -> str:
+    """What to do with what a parallel run saved: nothing but the parameters of its graph."""
+    outside = [name for name in missing
+               if table[name].part.startswith("task_lora") or ".post_layernorm." in name]
+    if not missing or len(outside) < len(missing):
+        return ""
+    return (" A parallel run saves only what its graph uses; put it on the checkpoint it began with: mindformers merge "
+            f"BASE DST --attach {source.path}.")
 
 
 def check_tensor(source: Source, name: str, tensor: LazyTensor, shape: tuple[int, ...]) -> None:

@@ -13,6 +13,7 @@ from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.model_config import read_config
 from mindformers_ixc.checkpoint.names import BUFFERS, PARTS, base_name, parameter_table, part_of
 from mindformers_ixc.checkpoint.sources import Source, open_source, read_file
+from mindformers_ixc.checkpoint.tensors import JoinedTensor
 from mindformers_ixc.checkpoint.writing import RANK_INDEX
 
 
@@ -49,6 +50,8 @@ class Report:
         tensors: name, format and shape of each, if asked for.
         verified: how many checksums were compared; `None` if not asked for.
         damaged: tensors whose bytes do not have the checksum of the index.
+        differing: tensors of which ranks hold copies that are not equal (the first rank's is taken); `None` if not
+            asked for.
     """
 
     path: str
@@ -62,6 +65,7 @@ class Report:
     tensors: list[tuple] | None = None
     verified: int | None = None
     damaged: list[str] = field(default_factory=list)
+    differing: list[str] | None = None
 
     def to_json(self) -> str:
         """The report as JSON."""
@@ -97,9 +101,14 @@ class Report:
             lines.append(f"{len(self.surplus)} tensors are surplus: {_some(self.surplus)}")
         lines += [f"{name} has shape {tuple(found)}, the configuration asks for {tuple(asked)}."
                   for name, found, asked in self.wrong_shapes]
-        if self.verified is not None:
+        if self.verified:
             lines.append(f"{self.verified} checksums compared, {len(self.damaged)} differ"
                          + (f": {_some(self.damaged)}" if self.damaged else "."))
+        if self.differing:
+            lines.append(f"The ranks' copies of {len(self.differing)} tensors are not equal (the first rank's is "
+                         f"taken): {_some(self.differing)}")
+        elif self.differing is not None:
+            lines.append("Copies of a tensor that several ranks hold are equal.")
         return lines
 
 
@@ -120,7 +129,7 @@ def inspect(path: str | Path, config: str | Path | None = None, strategy: str | 
         path: any checkpoint `convert` reads.
         config: `config.json` or its directory to compare with; by default the checkpoint's own.
         strategy: strategy of ranks, if it is not in the usual place.
-        verify: compare the bytes with the index's checksums.
+        verify: compare the bytes with the index's checksums, and the copies that ranks hold with each other.
         list_tensors: list every tensor.
 
     Raises:
@@ -176,7 +185,10 @@ def _verify(report: Report, source: Source) -> None:
         for file, digests in json.loads(index.read_text(encoding="utf-8"))["checksums"].items():
             stored = read_file(source.directory / file)
             expected += [(f"{file}: {name}", stored[name], digest) for name, digest in digests.items()]
-    if not expected:
+    if source.kind == "ranks":
+        report.differing = [name for name, tensor in source.tensors.items()
+                            if isinstance(tensor, JoinedTensor) and not tensor.copies_agree()]
+    elif not expected:
         raise CheckpointError(f"{source.path} has no index with checksums; those that mindformers convert writes do.")
     report.verified = len(expected)
     for name, tensor, digest in expected:

@@ -15,7 +15,7 @@ from mindformers_ixc.checkpoint.convert import check_tensor, select_tensors
 from mindformers_ixc.checkpoint.dtypes import to_float32
 from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.model_config import config_of
-from mindformers_ixc.checkpoint.names import PARTS, parameter_table, part_of
+from mindformers_ixc.checkpoint.names import PARTS, base_name, parameter_table, part_of
 from mindformers_ixc.checkpoint.sources import Source, open_source
 from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
@@ -239,21 +239,25 @@ def _scale(adapter: Source, fields: dict, first: LazyTensor, alpha: float | None
 
 def attach_parts(tensors: dict[str, LazyTensor], adapter: Source,
                  config: IXC25Config) -> tuple[IXC25Config, dict[str, LazyTensor]]:
-    """Puts the tensors of some parts in place of the model's, or beside them.
+    """Puts the tensors of some parts in place of the model's, or beside them; optimizer states are left out.
+
+    A parallel run saves only what its graph uses: without the task LoRAs of other modes it is such a part of a model.
 
     Raises:
         CheckpointError: for names the model cannot have, half a pair, or shapes that do not fit.
     """
-    for name, tensor in adapter.tensors.items():
+    parts = {name: tensor for name, tensor in adapter.tensors.items()
+             if part_of(name) is not None or (base_name(name) == name and len(tensor.shape) > 1)}
+    for name, tensor in parts.items():
         match = re.search(r"\.lora_(sft|dpo|web)_A\.weight$", name)
         if match:
             config.task_lora_ranks = {**config.task_lora_ranks, match[1]: tensor.shape[0]}
     table = parameter_table(config)
-    for name, tensor in adapter.tensors.items():
+    for name, tensor in parts.items():
         if name not in table:
             raise CheckpointError(f"{adapter.path} holds {name}, which this model does not have.")
         check_tensor(adapter, name, tensor, table[name].shape)
-    merged = {**tensors, **adapter.tensors}
+    merged = {**tensors, **parts}
     missing = [name for name in table if name not in merged]
     if missing:
         raise CheckpointError(f"{adapter.path} leaves {len(missing)} parameters missing (first: {missing[:3]}).")

@@ -18,10 +18,10 @@ PARTS = {
     "vision": r"vit\.",
     "projector": r"vision_proj\.",
     "separators": r"plora_(glb|sub)_GN$",
-    "partial_lora": r".*\.Plora_[AB]\.weight$",
-    "task_lora.sft": r".*\.lora_sft_[AB]\.weight$",
-    "task_lora.dpo": r".*\.lora_dpo_[AB]\.weight$",
-    "task_lora.web": r".*\.lora_web_[AB]\.weight$",
+    "partial_lora": r"model\..*\.Plora_[AB]\.weight$",
+    "task_lora.sft": r"model\..*\.lora_sft_[AB]\.weight$",
+    "task_lora.dpo": r"model\..*\.lora_dpo_[AB]\.weight$",
+    "task_lora.web": r"model\..*\.lora_web_[AB]\.weight$",
     "language": r"(model\.|output\.)",
 }
 

@@ -172,15 +172,17 @@ def _join(name: str, parts: list[dict[str, LazyTensor]], strategy: Strategy, fol
         raise CheckpointError(f"{folder}: {name} is missing in the files of ranks {lacking}.")
     local = owners[first].shape
     shape = tuple(length * count for length, count in zip(local, layout.counts()))
-    found = {}
+    found, held = {}, {}
     for rank, tensor in owners.items():
         if tensor.shape != local:
             raise CheckpointError(f"{folder}: {name} has shape {tensor.shape} in rank {rank} and {local} in rank "
                                   f"{first}.")
         region = layout.slices(shape, rank - first)
-        found[tuple((part.start, part.stop) for part in region)] = (region, tensor)
+        key = tuple((part.start, part.stop) for part in region)
+        found.setdefault(key, (region, tensor))      # of copies the first, as MindSpore takes it
+        held.setdefault(key, []).append(tensor)
     regions = list(found.values())
     if not covers(shape, [region for region, _ in regions]):
         raise CheckpointError(f"{folder}: the slices of {name} do not make up {shape}; the strategy belongs to another "
                               "run.")
-    return regions[0][1] if len(regions) == 1 else JoinedTensor(shape, regions)
+    return JoinedTensor(shape, regions, list(held.values()))

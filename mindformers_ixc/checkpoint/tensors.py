@@ -119,10 +119,12 @@ class JoinedTensor(LazyTensor):
     Args:
         shape: of the whole tensor.
         parts: for each part the slices of the whole it covers, and the tensor that holds it; they cover everything.
+        copies: tensors that should be equal, for each part.
     """
 
-    def __init__(self, shape: tuple[int, ...], parts: list[tuple[tuple[slice, ...], LazyTensor]]):
-        self.shape, self.parts, self.dtype = shape, parts, parts[0][1].dtype
+    def __init__(self, shape: tuple[int, ...], parts: list[tuple[tuple[slice, ...], LazyTensor]],
+                 copies: list[list[LazyTensor]]):
+        self.shape, self.parts, self.dtype, self.copies = shape, parts, parts[0][1].dtype, copies
 
     def rows(self, begin: int, end: int) -> np.ndarray:
         """Rows `begin` to `end`; see `LazyTensor`."""
@@ -138,12 +140,22 @@ class JoinedTensor(LazyTensor):
 
     def pieces(self, limit: int = PIECE) -> Iterator[tuple[int, np.ndarray]]:
         """See `LazyTensor`; parts that have whole rows come one after the other, without a copy."""
-        if any(part.shape[1:] != self.shape[1:] for _, part in self.parts):
+        if not self.shape or any(part.shape[1:] != self.shape[1:] for _, part in self.parts):
             yield from super().pieces(limit)
             return
         for where, part in sorted(self.parts, key=lambda entry: entry[0][0].start):
             for begin, piece in part.pieces(limit):
                 yield where[0].start + begin, piece
+
+    def copies_agree(self) -> bool:
+        """Whether every copy of every part has the same bytes."""
+        return all(np.array_equal(one.view(np.uint8), other.view(np.uint8))
+                   for first, *others in self.copies for copy in others
+                   for (_, one), (_, other) in zip(map(_as_bytes, first.pieces()), map(_as_bytes, copy.pieces())))
+
+
+def _as_bytes(piece: tuple[int, np.ndarray]) -> tuple[int, np.ndarray]:
+    return piece[0], np.ascontiguousarray(piece[1]).reshape(-1)
 
 
 class ArrayTensor(LazyTensor):

@@ -60,8 +60,8 @@ def _finish(arguments: argparse.Namespace, target: Path) -> int:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    """Runs `mindformers inspect`; 1 when a checksum differs."""
+    """Runs `mindformers inspect`; 1 when a checksum differs or ranks disagree."""
     report = inspect_checkpoint(arguments.source, arguments.config, arguments.strategy, arguments.verify,
                                 arguments.tensors)
     print(report.to_json() if arguments.json else report.to_text(), file=arguments.answers)
-    return 1 if report.damaged else 0
+    return 1 if report.damaged or report.differing else 0

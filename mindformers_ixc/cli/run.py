@@ -73,6 +73,10 @@ def _run_trainer(fields: dict) -> None:
         merged.flush()
         config = MindFormerConfig(merged.name)
     build_context(config)
+    if config.use_parallel and config.context.device_target == "CPU":
+        from mindformers_ixc.parallel import cpu
+
+        cpu.install()
     trainer = Trainer(config)
     if config.run_mode == "predict":
         trainer.predict(predict_checkpoint=config.load_checkpoint, input_data=config.input_data)

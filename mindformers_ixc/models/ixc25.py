@@ -17,6 +17,7 @@ from mindspore import Parameter, Tensor
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P
 
+from mindformers_ixc.checkpoint.names import part_of
 from mindformers_ixc.config import MODE_ADAPTERS, IXC25Config
 from mindformers_ixc.generation.public import PublicInterface
 from mindformers_ixc.models.internlm2 import Choose, InternLM2Model
@@ -122,10 +123,10 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
 
     def _freeze_unused_adapters(self) -> None:
         """Task LoRAs outside the training mode are in the checkpoint but not in the graph: they must not train."""
+        unused = {f"task_lora.{task}" for task in self.config.task_lora_ranks if task not in self.adapters}
         for parameter in self.get_parameters():
-            for task in self.config.task_lora_ranks:
-                if f".lora_{task}_" in parameter.name and task not in self.adapters:
-                    parameter.requires_grad = False
+            if part_of(parameter.name) in unused:
+                parameter.requires_grad = False
 
     def merged_rows(self, pixel_values, infer=False):
         """Rows of the vision table before the projector, `(B, T * tokens + 2, 4C)`, of `(B, T, 3, S, S)` tiles.

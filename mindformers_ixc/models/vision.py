@@ -35,7 +35,7 @@ class VisionEmbeddings(nn.Cell):
         self.cast = P.Cast()
         self.reshape = P.Reshape()
         self.unfold = P.Transpose()
-        self.channels_last = P.Transpose()
+        self.as_kernel = P.ExpandDims()
         self.matmul = P.MatMul(transpose_b=True)
         self.as_row, self.as_table = P.ExpandDims(), P.ExpandDims()
         self.tile = P.Tile()
@@ -46,11 +46,12 @@ class VisionEmbeddings(nn.Cell):
         """Maps `(N, 3, S, S)` normalised pixels to `(N, 1 + grid * grid, C)`."""
         n, g, p = pixels.shape[0], self.grid, self.patch
         x = self.reshape(self.cast(pixels, self.dtype), (n, 3, g, p, g, p))          # (N, 3, g, p, g, p)
-        x = self.reshape(self.unfold(x, (0, 2, 4, 3, 5, 1)), (n * g * g, p * p * 3))  # (N*g*g, p*p*3)
-        kernel = self.channels_last(self.cast(self.patch_embedding.weight, self.dtype), (0, 2, 3, 1))
-        x = self.matmul(x, self.reshape(kernel, (self.width, p * p * 3)))             # (N*g*g, C)
+        x = self.reshape(self.unfold(x, (0, 2, 4, 1, 3, 5)), (n * g * g, 3 * p * p))  # (N*g*g, 3*p*p)
+        # a parameter goes through an operator with a strategy before it is reshaped; with Reshape alone the parallel
+        # compiler chooses a cut itself, with Transpose it forgets to sum the gradient over the copies
+        kernel = self.as_kernel(self.cast(self.patch_embedding.weight, self.dtype), 0)             # (1, C, 3, p, p)
+        x = self.matmul(x, self.reshape(kernel, (self.width, 3 * p * p)))             # (N*g*g, C)
         x = self.reshape(x, (n, g * g, self.width))                                   # (N, g*g, C)
-        # no reshape of a parameter: the parallel compiler would choose how to cut it
         first = self.as_table(self.as_row(self.cast(self.class_embedding, self.dtype), 0), 0)     # (1, 1, C)
         first = self.tile(first, (n, 1, 1))                                           # (N, 1, C)
         positions = self.as_table(self.cast(self.position_embedding.weight, self.dtype), 0)       # (1, 1 + g*g, C)
@@ -60,7 +61,7 @@ class VisionEmbeddings(nn.Cell):
         """Cuts tiles: the patch convolution is too small to cut its width."""
         rows = (dp, 1, 1)
         self.unfold.shard(((dp, 1, 1, 1, 1, 1),))
-        self.channels_last.shard(((1, 1, 1, 1),))
+        self.as_kernel.shard(((1, 1, 1, 1),))
         self.as_row.shard(((1,),))
         self.as_table.shard(((1, 1),))
         self.matmul.shard(((dp, 1), (1, 1)))

@@ -7,12 +7,15 @@ import shutil
 import mindspore as ms
 import numpy as np
 import pytest
+from mindformers.tools.register import MindFormerConfig
+from mindformers.utils import load_checkpoint_utils
 from random_model import make, random_arrays, save
 
 from mindformers_ixc import ConfigError
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.checkpoint.dtypes import from_float32
 from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.checkpoint.inspection import inspect
 from mindformers_ixc.checkpoint.layouts import Layout
 from mindformers_ixc.checkpoint.model_directory import read_config
 from mindformers_ixc.checkpoint.sources import open_source
@@ -57,7 +60,7 @@ def cut(model, tmp_path_factory):
     return get
 
 
-LAYOUTS = pytest.mark.parametrize(("tensor_parallel", "pipeline_stages"), [(2, 1), (4, 1), (1, 2), (2, 2)])
+LAYOUTS = pytest.mark.parametrize(("tensor_parallel", "pipeline_stages"), [(2, 1), (4, 1), (1, 2), (2, 2), (4, 2)])
 
 
 @pytest.mark.slow
@@ -100,6 +103,35 @@ def test_mindspore_cuts_the_whole_checkpoint_to_the_same_ranks(model, cut, tmp_p
         theirs, = (tmp_path / "out" / f"rank_{rank}").iterdir()
         ours, = (ranks / "checkpoint" / f"rank_{rank}").iterdir()
         assert content(theirs) == content(ours)
+
+
+@pytest.mark.slow
+def test_mindformers_auto_trans_unifies_the_ranks(model, cut, tmp_path, monkeypatch):
+    monkeypatch.setattr(load_checkpoint_utils, "barrier", lambda: None)      # there is one process only
+    # what MindFormers' trainer does with `auto_trans_ckpt: True` and rank folders, up to the device
+    config = MindFormerConfig(load_checkpoint=str(cut(2, 2) / "checkpoint"), output_dir=str(tmp_path),
+                              load_ckpt_format="safetensors", auto_trans_ckpt=True, use_parallel=True)
+    config.checkpoint = MindFormerConfig(load_path=config.load_checkpoint)
+    assert load_checkpoint_utils._get_checkpoint_mode(config) == "multi_checkpoint_file_with_rank_id"
+    load_checkpoint_utils.validate_config_with_file_mode("multi_checkpoint_file_with_rank_id", True, True)
+    folder, suffix = load_checkpoint_utils._get_src_file_suffix(config)
+    load_checkpoint_utils.unify_safetensors(folder, load_checkpoint_utils.get_merged_src_strategy_path(config),
+                                            str(tmp_path / "unified"), file_suffix=suffix)
+    assert content(tmp_path / "unified") == content(model)
+
+
+@pytest.mark.slow
+def test_ranks_that_hold_different_copies_are_named(cut, tmp_path):
+    ranks = shutil.copytree(cut(2, 1), tmp_path / "ranks")
+    assert inspect(ranks, verify=True).differing == []
+    file, = (ranks / "checkpoint" / "rank_1").iterdir()
+    where = open_source(file).tensors["model.norm.weight"].stretches[0]
+    with open(file, "r+b") as raw:
+        raw.seek(where.offset)
+        raw.write(b"\x01\x02")
+    report = inspect(ranks, verify=True)
+    assert report.differing == ["model.norm.weight"] and len(report.damaged) == 1
+    assert "copies of 1 tensors are not equal (the first rank's is taken): model.norm.weight" in report.to_text()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 from mindspore import Tensor
 from random_model import make, random_arrays, save
 
+from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.checkpoint.dtypes import from_float32, to_float32
 from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.merge import merge
@@ -78,6 +79,22 @@ def test_an_attached_pair_may_have_another_rank(model, tmp_path):
     other = make(tmp_path / "other", task_lora_ranks={})
     merge(other, tmp_path / "x", attach=tmp_path / "part")
     assert read_config(tmp_path / "x").task_lora_ranks == {"web": 4}
+
+
+def test_what_a_parallel_run_saved_is_put_on_its_base(tmp_path):
+    base, run = make(tmp_path / "base"), make(tmp_path / "run", seed=1)
+    # a run in mode base saves neither the task LoRAs nor post_layernorm, but its optimizer's states and counters
+    trained = {name: value for name, value in arrays_of(run).items()
+               if ".lora_" not in name and "post_layernorm" not in name}
+    states = {f"adam_v.{name}": value for name, value in trained.items()}
+    save(run / "model.safetensors", {**trained, **states, "scale_sense": np.ones(1, np.float32)})
+    with pytest.raises(CheckpointError, match=r"saves only what its graph uses; .* merge BASE DST --attach"):
+        convert(run, tmp_path / "x")
+    merge(base, tmp_path / "x", attach=run)
+    expected = {**arrays_of(base), **trained}
+    found = arrays_of(tmp_path / "x")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(value, expected[name]) for name, value in found.items())
 
 
 def adapter(folder, scheme: str, rank: int = 3, **settings):

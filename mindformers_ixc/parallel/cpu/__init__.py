@@ -23,8 +23,8 @@ __all__ = ["BuildError", "build", "install", "preload_environment", "simulate"]
 
 _CREATE_GROUP = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_int)
 _callbacks = []   # must outlive their registration
-# The front end's name for the world of a cluster, and the CPU back end's.
-_FRONT_END_WORLD, _CPU_WORLD = "nccl_world_group", "mccl_world_group"
+# Names for the world of a cluster: the front end's, the CPU back end's, and the default of Python functions.
+_FRONT_END_WORLD, _CPU_WORLD, _DEFAULT_WORLD = "nccl_world_group", "mccl_world_group", "hccl_world_group"
 
 
 def preload_environment(simulated: bool = False) -> dict[str, str]:
@@ -76,7 +76,7 @@ def install() -> None:
 
     world = list(range(get_group_size()))
     collectives.register_cpu_collectives(get_rank())
-    for name in (_FRONT_END_WORLD, _CPU_WORLD):
+    for name in (_FRONT_END_WORLD, _CPU_WORLD, _DEFAULT_WORLD):
         add(name, world)
     manager.create_group(_FRONT_END_WORLD, world, GroupOptions())
     # groups that Python code creates must be known to the collectives too; neither function has a hook
