@@ -241,6 +241,10 @@ class WorkFolder:
             os.replace(self.target, self.path / "replaced")
         made = self.output / self.target.name
         os.replace(made if is_file_target(self.target) else self.output, self.target)
+        self.clear()
+
+    def clear(self) -> None:
+        """Removes the folder, or what a run left of it that was killed when its target was there already."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 

@@ -99,6 +99,7 @@ def write_checkpoint(tensors: dict[str, LazyTensor], config: IXC25Config, source
     work = WorkFolder(target, job)
     if target.exists() and (target.is_file() or any(target.iterdir())):
         if _made_by(target, work.digest):
+            work.clear()
             return
         if not overwrite:
             raise CheckpointError(f"{target} exists; choose another target or say --overwrite.")

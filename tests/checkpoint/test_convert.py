@@ -252,8 +252,11 @@ def test_mindformers_calling_convention(model, tmp_path):
 def test_the_same_command_again_does_nothing(model, tmp_path):
     convert(model, tmp_path / "ms")
     stamp = (tmp_path / "ms" / "part0.safetensors").stat().st_mtime_ns
+    leftover = tmp_path / ".ms.partial"      # a run that is killed after the target appeared leaves its folder
+    leftover.mkdir()
     convert(model, tmp_path / "ms")
     assert (tmp_path / "ms" / "part0.safetensors").stat().st_mtime_ns == stamp
+    assert not leftover.exists()
     with pytest.raises(CheckpointError, match="exists; choose another target or say --overwrite"):
         convert(model, tmp_path / "ms", dtype="float32")
     convert(model, tmp_path / "ms", dtype="float32", overwrite=True)
