@@ -38,8 +38,10 @@ def free_port() -> int:
 def run_ranks(count: int, folder: Path, *arguments) -> None:
     """Runs the worker script under msrun, with a mailbox of its own."""
     mailbox = folder / "mailbox"
+    # msrun starts the first `python` of the path
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, **cpu.preload_environment(), "CPU_PARALLEL_MAILBOX": str(mailbox),
-                   "CPU_PARALLEL_TIMEOUT_S": "120"}
+                   "CPU_PARALLEL_TIMEOUT_S": "120", "PATH": path}
     command = [str(Path(sys.executable).with_name("msrun")), "--worker_num", str(count), "--local_worker_num",
                str(count), "--master_port", str(free_port()), "--log_dir", str(folder / "log"), "--join", "True",
                str(Path(__file__).with_name("rank_logits.py")), *map(str, arguments)]

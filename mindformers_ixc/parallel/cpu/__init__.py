@@ -36,8 +36,10 @@ def preload_environment(simulated: bool = False) -> dict[str, str]:
     Raises:
         BuildError: when the libraries cannot be built.
     """
+    for name in ("comm_manager",) if simulated else ("comm_manager", "collectives"):
+        build(name)         # here, once, and not in every rank at the same time
     earlier = os.environ.get("LD_PRELOAD")
-    variables = {"LD_PRELOAD": f"{build()['device_name']}{':' + earlier if earlier else ''}"}
+    variables = {"LD_PRELOAD": f"{build('device_name')}{':' + earlier if earlier else ''}"}
     if simulated:
         variables["MS_SIMULATION_LEVEL"] = "0"
     return variables
@@ -50,7 +52,7 @@ def _register(create, rank: int, size: int) -> None:
         raise RuntimeError("The process was not started with the variables of preload_environment().")
     callback = _CREATE_GROUP(create)
     _callbacks.append(callback)
-    ctypes.CDLL(str(build()["comm_manager"])).register_cpu_comm_manager(callback, rank, size)
+    ctypes.CDLL(str(build("comm_manager"))).register_cpu_comm_manager(callback, rank, size)
 
 
 def install() -> None:
@@ -64,7 +66,7 @@ def install() -> None:
         "CPU_PARALLEL_MAILBOX", f"/dev/shm/mindspore_cpu_parallel_{os.environ.get('MS_SCHED_PORT', '0')}")
     os.makedirs(mailbox, exist_ok=True)
     manager = CollectiveManager.get_instance()
-    collectives = ctypes.CDLL(str(build()["collectives"]))
+    collectives = ctypes.CDLL(str(build("collectives")))
 
     def add(name: str, ranks: list[int]) -> None:
         collectives.add_cpu_group(name.encode(), (ctypes.c_uint * len(ranks))(*ranks), len(ranks))

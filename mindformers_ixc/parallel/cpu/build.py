@@ -34,7 +34,7 @@ def _options(root: Path) -> dict[str, list[str]]:
     api = root / "include" / "mindspore"
     folders = (_HERE / "include", api / "ccsrc", api / "core/include", api / "core", api / "core/mindrt/include",
                api / "core/mindrt", api / "ops", api / "ops/include", api, root / "include",
-               root / "include/third_party", root / "include/third_party/robin_hood_hashing")
+               root / "include/third_party", root / "include/third_party/robin_hood_hashing", root)
     # the hash table is as the wheel is built: without it the layout of Primitive differs
     headers = [*(f"-I{folder}" for folder in folders), "-DENABLE_FAST_HASH_TABLE=1"]
     link = [f"-L{root}/lib", f"-L{root}/lib/plugin", "-lmindspore_core", "-lmindspore_common",
@@ -43,22 +43,20 @@ def _options(root: Path) -> dict[str, list[str]]:
             "collectives": [*headers, *link, "-lmindspore_ops_cpu"]}
 
 
-def build() -> dict[str, Path]:
-    """Paths of the libraries by name, building those that are missing.
+def build(name: str) -> Path:
+    """Path of a library, which is built if it is missing.
 
-    Returns:
-        `device_name` (to be preloaded), `comm_manager` and `collectives`.
+    Args:
+        name: `device_name` (to be preloaded), `comm_manager` or `collectives`.
 
     Raises:
         BuildError: when there is no g++ or it fails.
     """
     root = _mindspore_root()
-    folder, libraries = _cache_folder(root), {}
-    for name, options in _options(root).items():
-        libraries[name] = folder / f"lib{name}.so"
-        if not libraries[name].exists():
-            _compile(name, options, libraries[name])
-    return libraries
+    library = _cache_folder(root) / f"lib{name}.so"
+    if not library.exists():
+        _compile(name, _options(root)[name], library)
+    return library
 
 
 def _compile(name: str, options: list[str], library: Path) -> None:
