@@ -226,7 +226,10 @@ def main(argv: list[str] | None = None) -> int:
         # input errors are sentences of this package or of the system; a traceback would bury them
         if os.environ.get("MINDFORMERS_IXC_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # the system's own errors name a file and a reason
+        told = isinstance(error, OSError) and error.filename and error.strerror
+        print(f"error: {error.filename} cannot be used: {error.strerror}." if told else f"error: {error}",
+              file=sys.stderr)
         return 1
 
 

@@ -9,11 +9,12 @@ import yaml
 
 from mindformers_ixc.config import RUNTIME_FIELDS, ConfigError, IXC25Config, IXC25VisionConfig
 from mindformers_ixc.data.dataset import check_dataset_section
+from mindformers_ixc.training.parts import check_parts, check_rates
 
 RUN_MODES = ("train", "finetune", "predict")
 
 # Top-level keys of this package beside MindFormers' own.
-OWN_SECTIONS = ("auto_register", "register_path", "generation")
+OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates")
 
 # Short forms that MindFormers' launcher script has, and the keys they stand for.
 ALIASES = {
@@ -123,6 +124,7 @@ def check_fields(fields: dict, source: str) -> None:
                          source, f"{name}.")
     _check_typed_sections(fields, source)
     _check_model(fields, source)
+    _check_parts(fields, source)
     if (fields.get("train_dataset_task") or {}).get("type") == "IXC25SFTDataset":
         check_dataset_section(fields["train_dataset"])
 
@@ -165,6 +167,27 @@ def _check_model(fields: dict, source: str) -> None:
     if isinstance(config.get("vision_config"), dict):
         config["vision_config"].setdefault("type", "IXC25VisionConfig")
         _check_signature(config["vision_config"], IXC25VisionConfig, source, "model.model_config.vision_config.")
+
+
+def _check_parts(fields: dict, source: str) -> None:
+    """Checks what trains and at which rate; what of it the model has is known when it is built."""
+    parts, rates = fields.get("train_parts"), fields.get("part_learning_rates")
+    if parts is not None:
+        if not isinstance(parts, list):
+            raise ConfigError(f"{source}: train_parts is {parts!r}, expected a list of parts.")
+        check_parts(parts)
+        if (((fields.get("model") or {}).get("model_config") or {}).get("pet_config") or {}).get("pet_type"):
+            raise ConfigError(f"{source}: train_parts and model.model_config.pet_config both say what trains; give one "
+                              "of them.")
+    if rates is not None:
+        if not isinstance(rates, dict):
+            raise ConfigError(f"{source}: part_learning_rates must be a section, found {rates!r}.")
+        check_rates(rates)
+        if fields.get("grouped_lr_schedule"):
+            raise ConfigError(f"{source}: part_learning_rates and grouped_lr_schedule both group parameters; give one "
+                              "of them.")
+        if not fields.get("lr_schedule"):
+            raise ConfigError(f"{source}: part_learning_rates needs an lr_schedule, whose rate its factors multiply.")
 
 
 def _check_signature(section: dict, cls: type, source: str, prefix: str) -> None:

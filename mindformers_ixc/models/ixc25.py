@@ -121,6 +121,10 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
 
         save_model_directory(self, save_directory)
 
+    def no_weight_decay(self) -> set[str]:
+        """Parameters MindFormers gives no weight decay beside vectors and biases: the separators, which are vectors."""
+        return {"plora_glb_GN", "plora_sub_GN"}
+
     def _freeze_unused_adapters(self) -> None:
         """Task LoRAs outside the training mode are in the checkpoint but not in the graph: they must not train."""
         unused = {f"task_lora.{task}" for task in self.config.task_lora_ranks if task not in self.adapters}

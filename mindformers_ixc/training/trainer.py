@@ -9,7 +9,7 @@ from pathlib import Path
 import mindspore as ms
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
-from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 from mindformers.tools.utils import get_output_root_path
 from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
 
@@ -21,6 +21,8 @@ from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.predict import predict
 from mindformers_ixc.generation.public import check_mode, known_options
 from mindformers_ixc.generation.sampling import GenerationOptions
+from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
+from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, train_only
 from mindformers_ixc.training.wrapper import portable_wrapper
 
 # Requests answered at once by run_mode predict, unless the YAML's predict_batch_size says otherwise.
@@ -63,6 +65,28 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
     Args:
         model_name: MindFormers' name for the recipe; only used in its logs.
     """
+
+    def create_network(self, default_args=None):
+        """Builds the network, freezes what `train_parts` leaves out and prints what trains.
+
+        Raises:
+            ConfigError: when `train_parts` names a part of which nothing can train.
+        """
+        network = super().create_network(default_args=default_args)
+        if isinstance(network, IXC25ForCausalLM) and self.config.run_mode != "predict":
+            if self.config.get("train_parts") is not None:
+                train_only(network, self.config.train_parts)
+            print(parts_table(network), file=sys.stderr, flush=True)
+        return network
+
+    def create_optimizer_scheduler(self, network, model_params):
+        """Builds the optimizer; `part_learning_rates` becomes MindFormers' `grouped_lr_schedule`."""
+        section = self.config.get("part_learning_rates")
+        if section:
+            schedule = dict(self.config.lr_schedule)
+            self.config.grouped_lr_schedule = MindFormerConfig(**grouped_schedule(self.real_model, schedule, section))
+            print(rates_table(self.real_model, schedule, section), file=sys.stderr, flush=True)
+        return super().create_optimizer_scheduler(network, model_params)
 
     def create_model_wrapper(self, network, optimizer):
         """Builds the train-step cell, choosing the portable one where there is no Ascend device."""

@@ -1,0 +1,143 @@
+"""What trains, and at which learning rate, by the parts of the one name table."""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+from mindformers_ixc.checkpoint.names import PARTS, part_of
+from mindformers_ixc.config import ConfigError
+
+# Options of a part in the YAML's `part_learning_rates`.
+RATE_OPTIONS = ("factor", "layer_decay")
+
+_VISION_LAYER = re.compile(r"vit\..*\.encoder\.layers\.(\d+)\.")
+
+
+def check_parts(parts: Iterable[str]) -> None:
+    """Refuses names that are no part.
+
+    Raises:
+        ConfigError: naming the choices.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise ConfigError(f"train_parts names {', '.join(map(repr, unknown))}; the parts are {', '.join(PARTS)}.")
+
+
+def check_rates(section: dict) -> None:
+    """Refuses a `part_learning_rates` section with other parts, options or values.
+
+    Raises:
+        ConfigError: naming key, value and choices.
+    """
+    for part, options in section.items():
+        if part not in PARTS:
+            raise ConfigError(f"part_learning_rates.{part} is no part; the choices are {', '.join(PARTS)}.")
+        if not isinstance(options, dict) or not options or set(options) - set(RATE_OPTIONS):
+            raise ConfigError(f"part_learning_rates.{part} is {options!r}; it takes {' and '.join(RATE_OPTIONS)}.")
+        for name, value in options.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ConfigError(f"part_learning_rates.{part}.{name} is {value!r}, expected a number above 0.")
+        if "layer_decay" in options and part != "vision":
+            raise ConfigError(f"part_learning_rates.{part}.layer_decay: only the vision tower's rate decays by layer.")
+
+
+def train_only(model, parts: Iterable[str]) -> None:
+    """Freezes everything but some parts.
+
+    Args:
+        model: `IXC25ForCausalLM`.
+        parts: what trains.
+
+    Raises:
+        ConfigError: for a name that is no part, or a part of which nothing can train in this model.
+    """
+    parts = list(parts)
+    check_parts(parts)
+    if not parts:
+        raise ConfigError(f"train_parts is empty, so nothing would train; the parts are {', '.join(PARTS)}.")
+    found = set()
+    for parameter in model.get_parameters():
+        part = part_of(parameter.name)
+        if part in parts and parameter.requires_grad:
+            found.add(part)
+        parameter.requires_grad = parameter.requires_grad and part in parts
+    for part in parts:
+        if part not in found:
+            reason = f" (adapter_mode is '{model.config.adapter_mode}')" if part.startswith("task_lora") else ""
+            raise ConfigError(f"train_parts names '{part}', of which nothing is in this model's graph{reason}.")
+
+
+def parts_table(model) -> str:
+    """Parts with the numbers in them, and how many of those train."""
+    counts: dict[str, list[int]] = {part: [0, 0] for part in PARTS}
+    for parameter in model.get_parameters():
+        count = counts[part_of(parameter.name)]
+        size = math.prod(parameter.shape)
+        count[0] += size
+        count[1] += size if parameter.requires_grad else 0
+    counts["all"] = [sum(column) for column in zip(*counts.values())]
+    lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}"]
+    lines += [f"{part:<16}{total:>16,}{trained:>16,}" for part, (total, trained) in counts.items() if total]
+    return "\n".join(lines)
+
+
+def vision_depth(name: str, layers: int) -> int:
+    """Steps of a vision parameter below the top of the tower: 1 for the last layer, layers + 1 for the embeddings."""
+    match = _VISION_LAYER.match(name)
+    return layers - int(match[1]) if match else layers + 1
+
+
+def rate_factors(model, section: dict) -> dict[float, list[str]]:
+    """Trained parameters whose learning rate differs from the schedule's, by factor, largest first.
+
+    Args:
+        model: `IXC25ForCausalLM`, frozen as it will train.
+        section: `part_learning_rates`. `factor` multiplies a part's rate; with `layer_decay` d, a parameter of the
+            vision tower k steps below its top has d ** k in addition (arXiv 2106.08254, as the recipe of IXC2.5 uses
+            it).
+
+    Returns:
+        Parameter names by factor.
+    """
+    layers, groups = model.config.vision_config.num_hidden_layers, {}
+    for parameter in model.trainable_params():
+        options = section.get(part_of(parameter.name))
+        if not options:
+            continue
+        factor = float(options.get("factor", 1.0))
+        if "layer_decay" in options:
+            factor *= options["layer_decay"] ** vision_depth(parameter.name, layers)
+        groups.setdefault(factor, []).append(parameter.name)
+    return dict(sorted(groups.items(), reverse=True))
+
+
+def grouped_schedule(model, schedule: dict, section: dict) -> dict:
+    """MindFormers' `grouped_lr_schedule` for parts with rates of their own.
+
+    Args:
+        model: `IXC25ForCausalLM`, frozen as it will train.
+        schedule: the YAML's `lr_schedule`; its rates are what the factors multiply.
+        section: the YAML's `part_learning_rates`.
+    """
+    grouped = []
+    for factor, names in rate_factors(model, section).items():
+        rates = {key: schedule[key] * factor for key in ("learning_rate", "lr_end", "warmup_lr_init")
+                 if schedule.get(key)}
+        grouped.append({**schedule, **rates, "params": names})
+    return {"default": dict(schedule), "grouped": grouped}
+
+
+def rates_table(model, schedule: dict, section: dict) -> str:
+    """Highest learning rate of every group."""
+    grouped = rate_factors(model, section)
+    different = {name for names in grouped.values() for name in names}
+    rest = [parameter.name for parameter in model.trainable_params() if parameter.name not in different]
+    rows = [(schedule["learning_rate"] * factor, names) for factor, names in grouped.items()]
+    lines = [f"{'learning rate':<16}{'tensors':>9}  parts"]
+    for rate, names in [(schedule["learning_rate"], rest), *rows]:
+        if names:
+            parts = dict.fromkeys(part_of(name) for name in names)
+            lines.append(f"{rate:<16.4g}{len(names):>9}  {', '.join(parts)}")
+    return "\n".join(lines)
