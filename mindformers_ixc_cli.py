@@ -28,8 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train InternLM-XComposer-2.5 with MindFormers and talk to it.",
         epilog="example:\n  mindformers run --config yaml_configs/ixc25_sft_tiny.yaml --output_dir out")
     parser.add_argument("--version", action="version", version=f"mindformers_ixc {version('mindformers_ixc')}")
-    commands = parser.add_subparsers(dest="command", metavar="{run,chat,eval,convert,merge,inspect}")
-    for add in (_add_run, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect):
+    commands = parser.add_subparsers(dest="command", metavar="{run,chat,eval,convert,merge,inspect,data}")
+    for add in (_add_run, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect, _add_data):
         add(commands)
     return parser
 
@@ -162,6 +162,19 @@ def _add_inspect(commands) -> None:
     inspect.add_argument("--json", action="store_true", help="JSON instead of text")
 
 
+def _add_data(commands) -> None:
+    data = commands.add_parser(
+        "data", formatter_class=Help, help="published datasets to conversation files",
+        description="Converts a dataset as it is published to a conversation file and prints the number of samples.",
+        epilog="examples:\n  mindformers data coco_captions captions_train2017.json coco.json --images train2017\n"
+               "  mindformers data vqa_v2 v2_OpenEnded_mscoco_train2014_questions.json "
+               "v2_mscoco_train2014_annotations.json vqa.json")
+    data.add_argument("kind", metavar="KIND", help="coco_captions, vqa_v2, text_vqa, ocr_vqa, share_gpt or llava")
+    data.add_argument("files", nargs="+", metavar="FILE", help="the published files, then the file to be written")
+    data.add_argument("--images", metavar="DIR", help="put in front of picture names")
+    data.add_argument("--split", choices=["train", "validation", "test"], help="of ocr_vqa (default: train)")
+
+
 def claim_stdout() -> TextIO:
     """Sends descriptor 1 to standard error from now on and returns a stream to the real standard output."""
     sys.stdout.flush()
@@ -216,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         # before the libraries start their threads, which inherit this; a session lets Ctrl-C through when it may come
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ.setdefault("LOG_MF_PATH", str(log_folder(arguments).resolve()))
-    if arguments.command in ("convert", "merge", "inspect") or not getattr(arguments, "verbose", True):
+    if arguments.command in ("convert", "merge", "inspect", "data") or not getattr(arguments, "verbose", True):
         quiet_libraries()
     try:
         return _command(arguments.command)(arguments) or 0
@@ -243,6 +256,9 @@ def _command(name: str):
     if name == "eval":
         from mindformers_ixc.cli.evaluate import evaluate
         return evaluate
+    if name == "data":
+        from mindformers_ixc.cli.data import data
+        return data
     from mindformers_ixc.cli import checkpoints
     return getattr(checkpoints, name)
 

@@ -24,6 +24,9 @@ ROLES = {"human": "user", "user": "user", "bot": "assistant", "gpt": "assistant"
 # LLaVA's marker; its data puts it on a line of its own before or after the question.
 LLAVA_PLACEHOLDER = "<image>"
 
+# Questions that a caption answers, one chosen at random for each (arXiv 2407.03320, pre-training).
+CAPTION_PROMPTS = ("Describe this image briefly.", "Describe this image in detail.")
+
 # A message lists this many bad samples; the rest are counted.
 LISTED_ERRORS = 10
 
@@ -61,12 +64,15 @@ class Conversation:
         return f"{self.source}, sample {self.index} (id {self.id!r})"
 
 
-def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None) -> list[Conversation]:
+def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
+                       caption_prompts: Sequence[str] = CAPTION_PROMPTS, seed: int = 0) -> list[Conversation]:
     """Reads one JSON source and checks its structure.
 
     Args:
         path: JSON file; `pkg:` paths work.
         image_folder: where relative picture paths start; by default the JSON's folder, then the working directory.
+        caption_prompts: questions for samples that are captions.
+        seed: of the choice among them.
 
     Raises:
         DataError: listing what is wrong with which samples.
@@ -88,6 +94,7 @@ def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike 
     samples, errors = [], []
     for index, row in enumerate(rows):
         try:
+            row = _ask(row, caption_prompts, f"{seed} {path} {index}")
             samples.append(_read_sample(row, str(path), index, folders))
         except DataError as error:
             errors.append(str(error))
@@ -100,6 +107,14 @@ def raise_errors(errors: Sequence[str]) -> None:
     if errors:
         more = f"\n... and {len(errors) - LISTED_ERRORS} more" if len(errors) > LISTED_ERRORS else ""
         raise DataError("\n".join(errors[:LISTED_ERRORS]) + more)
+
+
+def _ask(row, prompts: Sequence[str], seed: str):
+    """A caption as the answer to one of the prompts; other samples as they are."""
+    if not isinstance(row, dict) or "caption" not in row or "conversations" in row:
+        return row
+    prompt = random.Random(seed).choice(list(prompts))
+    return {**row, "conversations": [{"from": "human", "value": prompt}, {"from": "bot", "value": row["caption"]}]}
 
 
 def _read_sample(row, source: str, index: int, folders: list[Path]) -> Conversation:
@@ -175,26 +190,28 @@ def find_file(name: str, folders: Sequence[Path]) -> Path:
     raise FileNotFoundError(f"{name} does not exist (tried {', '.join(str(path) for path in tried)})")
 
 
-def load_sources(dataset_dir, image_folder: str | None = None, seed: int = 0) -> list[Conversation]:
+def load_sources(dataset_dir, image_folder: str | None = None, seed: int = 0,
+                 caption_prompts: Sequence[str] = CAPTION_PROMPTS) -> list[Conversation]:
     """Reads everything `dataset_dir` names.
 
     Args:
         dataset_dir: a `.json` source, a `.txt` list file (`<json> <thousands>` a line), or a list of these.
         image_folder: where relative picture paths start.
-        seed: of the choice among a source's samples when it is down-sampled.
+        seed: of the choice among a source's samples when it is down-sampled, and among prompts.
+        caption_prompts: questions for samples that are captions.
 
     Raises:
         DataError: for bad sources; see `load_conversations`.
     """
     if isinstance(dataset_dir, (list, tuple)):
-        return [sample for path in dataset_dir for sample in load_sources(path, image_folder, seed)]
+        return [sample for path in dataset_dir for sample in load_sources(path, image_folder, seed, caption_prompts)]
     if not dataset_dir:
         raise DataError("train_dataset.data_loader.dataset_dir is empty; name a .json or .txt file.")
     if not str(dataset_dir).endswith(".txt"):
-        return load_conversations(dataset_dir, image_folder)
+        return load_conversations(dataset_dir, image_folder, caption_prompts, seed)
     samples = []
     for path, count in read_list_file(dataset_dir):
-        source = load_conversations(path, image_folder)
+        source = load_conversations(path, image_folder, caption_prompts, seed)
         samples += resample(source, count, random.Random(f"{seed} {path}"))
     return samples
 

@@ -13,7 +13,14 @@ from mindspore.dataset import GeneratorDataset
 from tqdm import tqdm
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS
-from mindformers_ixc.data.conversations import PROGRESS_FROM, Conversation, DataError, load_sources, read_image_sizes
+from mindformers_ixc.data.conversations import (
+    CAPTION_PROMPTS,
+    PROGRESS_FROM,
+    Conversation,
+    DataError,
+    load_sources,
+    read_image_sizes,
+)
 from mindformers_ixc.data.sampling import EpochSampler
 from mindformers_ixc.processing.image import HD_NUM_TRAINING, ImageError
 from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
@@ -27,7 +34,7 @@ DATASET_KEYS = {
     "num_parallel_workers": int, "python_multiprocessing": bool, "repeat": int, "seed": int, "prefetch_size": int,
     "numa_enable": bool,
 }
-LOADER_KEYS = {"type": str, "dataset_dir": (str, list), "image_folder": str, "shuffle": bool}
+LOADER_KEYS = {"type": str, "dataset_dir": (str, list), "image_folder": str, "shuffle": bool, "caption_prompts": list}
 
 # Share of samples whose pictures fail to decode above which a run stops: more than a stray damaged file.
 MAX_BAD_SHARE = 0.01
@@ -186,11 +193,16 @@ class IXC25DataLoader:
         image_folder: where relative picture paths start.
         shuffle: whether each epoch has an order of its own.
         seed: of sampling and shuffling.
+        caption_prompts: questions for samples that are captions, one chosen at random for each.
     """
 
-    def __init__(self, dataset_dir, image_folder: str | None = None, shuffle: bool = True, seed: int = 0):
+    def __init__(self, dataset_dir, image_folder: str | None = None, shuffle: bool = True, seed: int = 0,
+                 caption_prompts: Sequence[str] = CAPTION_PROMPTS):
         self.shuffle, self.seed = shuffle, seed
-        self.samples = load_sources(dataset_dir, image_folder, seed)
+        if not caption_prompts or not all(isinstance(prompt, str) for prompt in caption_prompts):
+            raise DataError(f"train_dataset.data_loader.caption_prompts is {caption_prompts!r}, expected a list of "
+                            "questions.")
+        self.samples = load_sources(dataset_dir, image_folder, seed, caption_prompts)
         read_image_sizes(self.samples)
 
 

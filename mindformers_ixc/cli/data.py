@@ -1,0 +1,18 @@
+"""`mindformers data`: published datasets to conversation files."""
+from __future__ import annotations
+
+import argparse
+
+from mindformers_ixc.data.conversations import DataError
+from mindformers_ixc.data.converters import convert_dataset
+
+
+def data(arguments: argparse.Namespace) -> int:
+    """Runs `mindformers data` and prints the number of samples."""
+    *files, target = arguments.files
+    if arguments.split and arguments.kind != "ocr_vqa":
+        raise DataError(f"--split belongs to ocr_vqa; the files of {arguments.kind} are one split each.")
+    options = {"split": arguments.split} if arguments.split else {}
+    count = convert_dataset(arguments.kind, files, target, arguments.images, **options)
+    print(f"{count} samples in {target}", file=arguments.answers)
+    return 0
