@@ -1,4 +1,4 @@
-"""A real tensor-parallel forward pass over processes, from the slices `convert` writes."""
+"""Real tensor parallel over processes, from the slices `convert` writes: logits, and a few steps of training."""
 from __future__ import annotations
 
 import os
@@ -12,9 +12,10 @@ import pytest
 from mindspore import Tensor
 
 from mindformers_ixc.checkpoint.convert import convert
-from mindformers_ixc.checkpoint.model_directory import load_model
+from mindformers_ixc.checkpoint.model_directory import load_model, read_config
 from mindformers_ixc.parallel import cpu
 
+HERE = Path(__file__).parent
 LENGTH = 24
 
 
@@ -35,8 +36,8 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def run_ranks(count: int, folder: Path, *arguments) -> None:
-    """Runs the worker script under msrun, with a mailbox of its own."""
+def run_ranks(count: int, folder: Path, script: str, *arguments) -> None:
+    """Runs a worker script under msrun, with a mailbox of its own."""
     mailbox = folder / "mailbox"
     # msrun starts the first `python` of the path
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -44,7 +45,7 @@ def run_ranks(count: int, folder: Path, *arguments) -> None:
                    "CPU_PARALLEL_TIMEOUT_S": "120", "PATH": path}
     command = [str(Path(sys.executable).with_name("msrun")), "--worker_num", str(count), "--local_worker_num",
                str(count), "--master_port", str(free_port()), "--log_dir", str(folder / "log"), "--join", "True",
-               str(Path(__file__).with_name("rank_logits.py")), *map(str, arguments)]
+               str(HERE / script), *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
     logs = "\n".join(log.read_text(errors="replace")[-2000:] for log in sorted((folder / "log").glob("worker_*.log")))
     assert result.returncode == 0, logs
@@ -56,10 +57,24 @@ def test_logits_equal_the_single_process(tmp_path, goldens):
     model = load_model(goldens / "t1", seq_length=LENGTH, max_tiles=3, adapter_mode="write")
     arrays = batch(model.config)
     np.savez(tmp_path / "inputs.npz", **arrays)
-    run_ranks(2, tmp_path, tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "logits.npy")
+    run_ranks(2, tmp_path, "rank_logits.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "logits.npy")
     expected = model(Tensor(arrays["input_ids"]), None,
                      *(Tensor(arrays[name]) for name in ("pixel_values", "vision_index", "image_mask"))).asnumpy()
     found = np.load(tmp_path / "logits.npy")
     assert found.shape == expected.shape
     # sums over devices are taken in another order: float32's resolution of the largest logit
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.slow
+def test_losses_of_training_equal_the_single_process(tmp_path, goldens):
+    convert(goldens / "t1", tmp_path / "cut", tensor_parallel=2, mode="write")
+    arrays = batch(read_config(goldens / "t1"))
+    labels = np.where(arrays["image_mask"] == 1, -100, np.roll(arrays["input_ids"], -1, axis=1)).astype(np.int32)
+    np.savez(tmp_path / "inputs.npz", labels=labels, **arrays)
+    run_ranks(2, tmp_path, "train_steps.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "two.npy")
+    subprocess.run([sys.executable, str(HERE / "train_steps.py"), str(goldens / "t1"), str(tmp_path / "inputs.npz"),
+                    str(tmp_path / "one.npy")], check=True, capture_output=True)
+    one, two = np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy")
+    assert one[-1] < one[0] - 1          # it learns, so a wrong gradient would show
+    np.testing.assert_allclose(two, one, rtol=1e-5)
