@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from mindspore import Tensor
 
-from mindformers_ixc import IXC25Config, IXC25ForCausalLM
+from mindformers_ixc import InternLM2Tokenizer, IXC25Config, IXC25ForCausalLM
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
 from mindformers_ixc.demo import demo_path
 
@@ -21,6 +22,7 @@ class Terminal:
     """A `mindformers chat` that believes it has a terminal."""
 
     def __init__(self, model: Path, state: Path):
+        self.unread = ""
         self.process, self.descriptor = pty.fork()
         if self.process == 0:
             os.environ.update(XDG_STATE_HOME=str(state), XDG_CACHE_HOME=str(state))
@@ -30,13 +32,15 @@ class Terminal:
         os.write(self.descriptor, text.encode())
 
     def read(self, until: str, least: int = 0, seconds: float = 90) -> str:
-        """What comes until a text does (after `least` characters)."""
-        seen, end = "", time.monotonic() + seconds
+        """What comes up to a text (after `least` characters); what came behind it in one go is for the next read."""
+        seen, end = self.unread, time.monotonic() + seconds
         while until not in seen[least:]:
             assert time.monotonic() < end, f"no {until!r} in {seen!r}"
             if select.select([self.descriptor], [], [], 1)[0]:
                 seen += os.read(self.descriptor, 4096).decode(errors="replace")
-        return seen
+        stop = seen.index(until, least) + len(until)
+        self.unread = seen[stop:]
+        return seen[:stop]
 
     def status(self) -> int:
         return os.waitpid(self.process, 0)[1]
@@ -50,7 +54,13 @@ def babbling_model(tmp_path_factory):
                          vision_config={"image_size": 56, "hidden_size": 16, "num_hidden_layers": 1,
                                         "num_attention_heads": 1, "intermediate_size": 16})
     folder = tmp_path_factory.mktemp("babbling") / "model"
-    save_model_directory(IXC25ForCausalLM(config), str(folder), tokenizer_file=str(demo_path("tokenizer.model")))
+    vocabulary = str(demo_path("tokenizer.model"))
+    model = IXC25ForCausalLM(config)
+    # the logits of what would end an answer are 0, and of a thousand others some are always larger
+    head = model.output.weight.asnumpy().copy()
+    head[[config.eos_token_id, InternLM2Tokenizer(vocabulary).convert_tokens_to_ids("[UNUSED_TOKEN_145]")]] = 0
+    model.output.weight.set_data(Tensor(head))
+    save_model_directory(model, str(folder), tokenizer_file=vocabulary)
     return folder
 
 
@@ -62,7 +72,10 @@ def test_a_session_on_a_terminal(babbling_model, tmp_path):
     terminal.write("\x03")
     terminal.read("[stopped]")
     terminal.read("> ")
-    terminal.write("half a li\x03")                 # at the prompt it leaves the line
+    terminal.write("half a li")
+    terminal.read("half a li")
+    time.sleep(0.5)                                 # a signal between prompt and select() waits for the next key
+    terminal.write("\x03")                          # at the prompt it leaves the line
     terminal.read("> ")
     terminal.write("\x1b[A")                        # the question before comes back
     terminal.read("Tell me")
