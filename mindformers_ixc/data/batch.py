@@ -12,6 +12,24 @@ With B samples, L = `seq_length` positions, T = `max_tiles` tiles of S x S pixel
 
 Of each picture the global view comes first, then its tiles row by row. The vision table of a sample has T * n + 2 rows:
 those of its tiles in order, then sub_GN, then glb_GN.
+
+Columns that a run asks for in `input_columns`:
+
+| column | type | shape | holds |
+|---|---|---|---|
+| position_ids | int32 | (B, L) | position within its conversation; starts again at 0 where samples are packed |
+| segment_ids | int32 | (B, L) | number of the packed conversation, from 1; 0 in the padding |
+| noise_seed | int32 | (B,) | seed of the dropout noise, from the run's seed and the sample's place in the run |
+| source | int32 | (B,) | number of the source, for losses by source |
+
+Preference pairs (`IXC25PreferenceDataset`) have input_ids, labels, vision_index and image_mask as (B, 2, L), the chosen
+answer first, one set of pictures for both, and where they were computed before
+
+| column | type | shape | holds |
+|---|---|---|---|
+| reference_logps | float32 | (B, 2) | log-probability of either answer under the reference model |
 """
 
 BATCH_COLUMNS = ("input_ids", "labels", "pixel_values", "vision_index", "image_mask")
+PACKING_COLUMNS = ("position_ids", "segment_ids")
+EXTRA_COLUMNS = (*PACKING_COLUMNS, "noise_seed", "source")

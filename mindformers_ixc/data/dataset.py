@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore.dataset import GeneratorDataset
 from tqdm import tqdm
 
-from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.conversations import (
     CAPTION_PROMPTS,
     PROGRESS_FROM,
@@ -21,10 +22,12 @@ from mindformers_ixc.data.conversations import (
     load_sources,
     read_image_sizes,
 )
-from mindformers_ixc.data.sampling import EpochSampler
+from mindformers_ixc.data.mixture import Plan, make_plan
+from mindformers_ixc.data.packing import join_samples, pack_samples
+from mindformers_ixc.data.sampling import PlanSampler
 from mindformers_ixc.processing.image import HD_NUM_TRAINING, ImageError
 from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
-from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
+from mindformers_ixc.processing.prompt import IGNORE_INDEX, IMAGE_PLACEHOLDER
 
 # Keys of the `train_dataset` section and the type each must have; MindFormers' own ones come last.
 DATASET_KEYS = {
@@ -32,9 +35,10 @@ DATASET_KEYS = {
     "image_transform": str, "image_size": int,
     "patch_size": int, "max_bad_share": float, "input_columns": list, "batch_size": int, "drop_remainder": bool,
     "num_parallel_workers": int, "python_multiprocessing": bool, "repeat": int, "seed": int, "prefetch_size": int,
-    "numa_enable": bool,
+    "numa_enable": bool, "packing": bool, "construct_args_key": list,
 }
-LOADER_KEYS = {"type": str, "dataset_dir": (str, list), "image_folder": str, "shuffle": bool, "caption_prompts": list}
+LOADER_KEYS = {"type": str, "dataset_dir": (str, list), "image_folder": str, "shuffle": bool, "caption_prompts": list,
+               "mixture": dict}
 
 # Share of samples whose pictures fail to decode above which a run stops: more than a stray damaged file.
 MAX_BAD_SHARE = 0.01
@@ -135,53 +139,85 @@ class SharedFlags:
 class ConversationTable:
     """Random access to encoded, padded samples; MindSpore's worker processes read from it.
 
-    A picture that turns out to be damaged only when it is decoded is replaced by the next sample of the same kind.
+    A row is one conversation, or several packed into one sequence. A row with a picture that turns out to be damaged
+    only when it is decoded is replaced by the next row of the same kind.
 
     Args:
         processor: encodes samples.
         samples: conversations that fit.
-        seq_length: positions of a sample.
-        max_tiles: tiles of a sample.
+        seq_length: positions of a row.
+        max_tiles: tiles of a row.
         hd_num: tiles of a picture at most.
-        max_bad_share: share of damaged samples above which reading stops.
+        max_bad_share: share of damaged rows above which reading stops.
+        packs: indices of the samples of each row; by default every sample is a row.
+        columns: what a row holds, of `mindformers_ixc.data.batch`.
+        seed: of the noise.
     """
 
     def __init__(self, processor: IXC25Processor, samples: Sequence[Conversation], seq_length: int, max_tiles: int,
-                 hd_num: int, max_bad_share: float = MAX_BAD_SHARE):
+                 hd_num: int, max_bad_share: float = MAX_BAD_SHARE, packs: Sequence[Sequence[int]] | None = None,
+                 columns: Sequence[str] = BATCH_COLUMNS, seed: int = 0):
         self.processor, self.samples = processor, list(samples)
+        self.packs = [[i] for i in range(len(self.samples))] if packs is None else [list(pack) for pack in packs]
         self.seq_length, self.max_tiles, self.hd_num = seq_length, max_tiles, hd_num
-        self.max_bad_share = max_bad_share
-        self._bad = SharedFlags(len(self.samples))
+        self.max_bad_share, self.columns, self.seed = max_bad_share, tuple(columns), seed
+        self.source_names = list(dict.fromkeys(sample.source for sample in self.samples))
+        self._bad = SharedFlags(len(self.packs))
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.packs)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
-        kind, error = bool(self.samples[index].images), None
-        for step in range(len(self.samples)):
-            candidate = (int(index) + step) % len(self.samples)
-            if bool(self.samples[candidate].images) != kind or self._bad[candidate]:
+    def __getitem__(self, code: int) -> tuple[np.ndarray, ...]:
+        """The row `code % len(self)`; `code // len(self)` is its place in the run (`PlanSampler`)."""
+        place, index = divmod(int(code), len(self))
+        kind, error = self.is_multimodal(index), None
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            if self.is_multimodal(candidate) != kind or self._bad[candidate]:
                 continue
             try:
-                return self._encode(self.samples[candidate])
+                return self._encode(candidate, place)
             except ImageError as failure:
                 error = failure
                 self._bad.set(candidate)
                 logger.warning(f"Left out: {failure}")
-                if self.bad_samples > max(1, self.max_bad_share * len(self.samples)):
+                if self.bad_samples > max(1, self.max_bad_share * len(self)):
                     break
-        raise DataError(f"{self.bad_samples} of {len(self.samples)} samples have damaged pictures, more than the share "
+        raise DataError(f"{self.bad_samples} of {len(self)} samples have damaged pictures, more than the share "
                         f"max_bad_share {self.max_bad_share} allows. The last one: {error}")
 
     @property
     def bad_samples(self) -> int:
-        """Samples found damaged so far, by any worker."""
+        """Rows found damaged so far, by any worker."""
         return self._bad.count()
 
-    def _encode(self, sample: Conversation) -> tuple[np.ndarray, ...]:
-        encoded = self.processor.encode_conversation(sample.turns, sample.images, sample.where, self.hd_num)
-        columns = encoded.pad(self.seq_length, self.max_tiles, self.processor.pad_token_id)
-        return tuple(columns[name] for name in BATCH_COLUMNS)
+    def is_multimodal(self, index: int) -> bool:
+        """Whether a row has pictures."""
+        return bool(self.samples[self.packs[index][0]].images)
+
+    def source_of(self, index: int) -> str:
+        """Name of a row's source."""
+        return self.samples[self.packs[index][0]].source
+
+    def describe(self, index: int) -> str:
+        """Names a row's samples in messages."""
+        return " and ".join(self.samples[i].where for i in self.packs[index])
+
+    def _encode(self, index: int, place: int) -> tuple[np.ndarray, ...]:
+        members = [self.samples[i] for i in self.packs[index]]
+        encoded = [self.processor.encode_conversation(sample.turns, sample.images, sample.where, self.hd_num)
+                   for sample in members]
+        columns = join_samples(encoded, self.seq_length, self.max_tiles, self.processor.pad_token_id)
+        if not (columns["labels"] != IGNORE_INDEX).any():
+            raise DataError(f"{self.describe(index)}: nothing in it carries loss; its answers are empty.")
+        columns["noise_seed"] = noise_seed(self.seed, place)
+        columns["source"] = np.int32(self.source_names.index(members[0].source))
+        return tuple(columns[name] for name in self.columns)
+
+
+def noise_seed(seed: int, place: int) -> np.int32:
+    """Seed of the dropout noise of the sample at a place of the run."""
+    return np.int32(zlib.crc32(f"{seed} {place}".encode()) & 0x7FFFFFFF)
 
 
 @MindFormerRegister.register(MindFormerModuleType.DATASET_LOADER)
@@ -194,11 +230,12 @@ class IXC25DataLoader:
         shuffle: whether each epoch has an order of its own.
         seed: of sampling and shuffling.
         caption_prompts: questions for samples that are captions, one chosen at random for each.
+        mixture: weights of the sources (`mindformers_ixc.data.mixture`); without, an epoch has every sample once.
     """
 
     def __init__(self, dataset_dir, image_folder: str | None = None, shuffle: bool = True, seed: int = 0,
-                 caption_prompts: Sequence[str] = CAPTION_PROMPTS):
-        self.shuffle, self.seed = shuffle, seed
+                 caption_prompts: Sequence[str] = CAPTION_PROMPTS, mixture: dict | None = None):
+        self.shuffle, self.seed, self.mixture = shuffle, seed, mixture
         if not caption_prompts or not all(isinstance(prompt, str) for prompt in caption_prompts):
             raise DataError(f"train_dataset.data_loader.caption_prompts is {caption_prompts!r}, expected a list of "
                             "questions.")
@@ -226,36 +263,49 @@ class IXC25SFTDataset(BaseDataset):
         """
         config = cls.check_dataset_config(dataset_config, locals())
         cls.init_dataset_config(config)
-        table, kinds, shuffle = cls._table(config)
+        table, plan = cls._table(config)
         rank, ranks = cls._generate_shard_info()
-        rank, ranks = (0, 1) if ranks is None else (rank, ranks)
-        sampler = EpochSampler(kinds, config.batch_size, config.seed or 0, shuffle,
-                               config.get("drop_remainder", True), (rank, ranks))
-        dataset = GeneratorDataset(table, list(BATCH_COLUMNS), sampler=sampler,
+        sampler = PlanSampler(plan, len(table), config.batch_size, (0, 1) if ranks is None else (rank, ranks))
+        dataset = GeneratorDataset(table, list(table.columns), sampler=sampler,
                                    num_parallel_workers=config.num_parallel_workers or 1,
                                    python_multiprocessing=bool(config.python_multiprocessing))
-        dataset = dataset.project(list(config.input_columns or BATCH_COLUMNS))
         dataset = dataset.batch(config.batch_size, drop_remainder=True)
         dataset = dataset.repeat(config.repeat) if (config.repeat or 1) > 1 else dataset
-        dataset.conversations = table   # for the report at the end of a run
+        dataset.conversations, dataset.plan_sampler = table, sampler   # for reports
+        dataset.set_init_step = sampler.start_at   # MindSpore's own way cannot restart a Python sampler inside an epoch
         return dataset
 
     @classmethod
-    def _table(cls, config) -> tuple[ConversationTable, list[list[int]], bool]:
-        loader_options = {key: value for key, value in config.data_loader.items() if key != "type"}
-        loader = IXC25DataLoader(seed=config.seed or 0, **loader_options)
-        tokenizer = build_tokenizer(dict(config.tokenizer))
-        hd_num = config.hd_num or HD_NUM_TRAINING
-        images = IXC25ImageProcessor(config.image_size or 560, config.patch_size or 14, hd_num_training=hd_num,
-                                     training_transform=config.image_transform or "training")
-        processor = IXC25Processor(images, tokenizer)
+    def _table(cls, config) -> tuple[ConversationTable, Plan]:
+        options = {key: value for key, value in config.data_loader.items() if key != "type"}
+        mixture = dict(options.pop("mixture")) if options.get("mixture") else None
+        seed = config.seed or 0
+        loader = IXC25DataLoader(seed=seed, mixture=mixture, **options)
+        processor, hd_num = make_processor(config), config.hd_num or HD_NUM_TRAINING
         samples = fit_samples(processor, loader.samples, config.seq_length, config.max_tiles, hd_num)
-        kinds = [[i for i, sample in enumerate(samples) if bool(sample.images) == with_images]
-                 for with_images in (True, False)]
-        logger.info(f"{len(kinds[0])} multimodal and {len(kinds[1])} text-only conversations.")
+        names = list(dict.fromkeys(sample.source for sample in loader.samples))
+        packs = None
+        if config.packing:
+            needs = [processor.conversation_length(s.turns, s.sizes, hd_num, s.where) for s in samples]
+            packs = pack_samples(needs, [(s.source, bool(s.images)) for s in samples], config.seq_length,
+                                 config.max_tiles, seed)
+            logger.info(f"{len(samples)} samples are packed into {len(packs)} sequences.")
         share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
-        return (ConversationTable(processor, samples, config.seq_length, config.max_tiles, hd_num, share), kinds,
-                loader.shuffle)
+        table = ConversationTable(processor, samples, config.seq_length, config.max_tiles, hd_num, share, packs,
+                                  list(config.input_columns or BATCH_COLUMNS), seed)
+        multimodal = [table.is_multimodal(i) for i in range(len(table))]
+        logger.info(f"{sum(multimodal)} multimodal and {len(table) - sum(multimodal)} text-only sequences.")
+        plan = make_plan([table.source_of(i) for i in range(len(table))], multimodal, names, mixture, seed,
+                         loader.shuffle, config.get("drop_remainder", True))
+        return table, plan
+
+
+def make_processor(config) -> IXC25Processor:
+    """The processor of a `train_dataset` section."""
+    hd_num = config.hd_num or HD_NUM_TRAINING
+    images = IXC25ImageProcessor(config.image_size or 560, config.patch_size or 14, hd_num_training=hd_num,
+                                 training_transform=config.image_transform or "training")
+    return IXC25Processor(images, build_tokenizer(dict(config.tokenizer)))
 
 
 def check_dataset_section(section: dict) -> None:
@@ -266,6 +316,16 @@ def check_dataset_section(section: dict) -> None:
     """
     _check_section(section, DATASET_KEYS, "train_dataset")
     _check_section(section["data_loader"], LOADER_KEYS, "train_dataset.data_loader")
+    columns = section.get("input_columns") or list(BATCH_COLUMNS)
+    unknown = [name for name in columns if name not in (*BATCH_COLUMNS, *EXTRA_COLUMNS)]
+    missing = [name for name in BATCH_COLUMNS if name not in columns]
+    if unknown or missing:
+        raise DataError(f"train_dataset.input_columns {'has the unknown column' if unknown else 'lacks'} "
+                        f"{(unknown or missing)[0]}; it needs {', '.join(BATCH_COLUMNS)} and may have "
+                        f"{', '.join(EXTRA_COLUMNS)}.")
+    if bool(section.get("packing")) != all(name in columns for name in PACKING_COLUMNS):
+        raise DataError(f"train_dataset.packing is {section.get('packing')!r}; with packing, and only then, "
+                        f"input_columns has {' and '.join(PACKING_COLUMNS)}.")
 
 
 def _check_section(section: dict, keys: dict[str, type], where: str) -> None:
@@ -286,5 +346,3 @@ def _check_section(section: dict, keys: dict[str, type], where: str) -> None:
     missing = [key for key in required if section.get(key) is None]
     if missing:
         raise DataError(f"{where} lacks {', '.join(missing)}.")
-
-

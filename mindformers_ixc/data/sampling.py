@@ -1,10 +1,19 @@
-"""Which samples make up which batch of which epoch: pure functions of seed and epoch."""
+"""Which samples make up which batch of which epoch: pure functions of seed and epoch.
+
+A sample's *place* is its number in the run, over all epochs and ranks. What a rank draws, and the noise of its dropout,
+depend on places alone, so a run that is resumed at any step, or fed by other worker processes, sees the same.
+"""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 from mindspore.dataset import Sampler
+
+# Steps of this size through [0, 1) leave gaps as even as they can be, for any number of steps (the golden ratio).
+GOLDEN_STEP = (5 ** 0.5 - 1) / 2
 
 
 def plan_epoch(kinds: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int, shuffle: bool,
@@ -47,34 +56,119 @@ def plan_epoch(kinds: Sequence[Sequence[int]], batch_size: int, seed: int, epoch
     return batches
 
 
-class EpochSampler(Sampler):
-    """Gives MindSpore one epoch's indices of one data-parallel rank; each iteration is the next epoch.
+def spread(weights: Sequence[float], start: int, stop: int) -> np.ndarray:
+    """Which of several choices stands at places `start` to `stop` of an endless sequence.
+
+    The sequence has each choice as often as its weight says, as evenly as possible, so any stretch of it has too.
+
+    Returns:
+        int64 `(stop - start,)`.
+    """
+    shares = np.cumsum(np.asarray(weights, np.float64))
+    points = np.mod(np.arange(start, stop, dtype=np.float64) * GOLDEN_STEP, 1.0) * shares[-1]
+    return np.minimum(np.searchsorted(shares, points, side="right"), len(shares) - 1)
+
+
+@dataclass
+class Source:
+    """One source of a weighted mixture: sample indices that all are of one kind."""
+
+    kind: int
+    weight: float
+    indices: list[int]
+
+
+def plan_mixture(sources: Sequence[Source], batch_size: int, seed: int, epoch: int, batches: int) -> list[list[int]]:
+    """Batches of one epoch in which each source has its share.
+
+    Every batch is of one kind; kinds and, within a kind, sources follow one another as `spread` says. A source is gone
+    through pass after pass, each in an order of its own, so none of its samples waits longer than two passes.
 
     Args:
-        kinds: sample indices of each kind.
-        batch_size: samples of a rank's batch.
+        sources: with weights above 0.
+        batch_size: samples of a global batch.
         seed: of the run.
-        shuffle: whether to shuffle.
-        drop_remainder: see `plan_epoch`.
+        epoch: counted from 0.
+        batches: batches of an epoch.
+
+    Returns:
+        Lists of `batch_size` indices.
+    """
+    kinds = sorted({source.kind for source in sources})
+    weights = [sum(source.weight for source in sources if source.kind == kind) for kind in kinds]
+    chosen = spread(weights, 0, (epoch + 1) * batches)
+    plan: list[list[int] | None] = [None] * batches
+    for number, kind in enumerate(kinds):
+        members = [source for source in sources if source.kind == kind]
+        before = int(np.sum(chosen[:epoch * batches] == number)) * batch_size
+        places = np.flatnonzero(chosen[epoch * batches:] == number)
+        picks = spread([source.weight for source in members], 0, before + len(places) * batch_size)
+        drawn = np.empty(len(places) * batch_size, np.int64)
+        for i, source in enumerate(members):
+            used = int(np.sum(picks[:before] == i))
+            here = np.flatnonzero(picks[before:] == i)
+            drawn[here] = _pass_after_pass(source.indices, f"{seed} {kind} {i}", used, len(here))
+        for place, batch in zip(places, drawn.reshape(-1, batch_size)):
+            plan[place] = batch.tolist()
+    return plan
+
+
+def _pass_after_pass(indices: Sequence[int], seed: str, start: int, count: int) -> list[int]:
+    """Elements `start` to `start + count` of endlessly many shuffled passes over `indices`."""
+    drawn, number = [], start // len(indices)
+    skip = start % len(indices)
+    while len(drawn) < skip + count:
+        order = list(indices)
+        random.Random(f"{seed} {number}").shuffle(order)
+        drawn += order
+        number += 1
+    return drawn[skip:skip + count]
+
+
+class PlanSampler(Sampler):
+    """Gives MindSpore one epoch's samples of one data-parallel rank; each iteration is the next epoch.
+
+    What it gives is `place * count + index`, so that whoever reads a sample also knows its place in the run.
+
+    Args:
+        plan: batches (of sample indices) of an epoch, for a global batch size and the epoch's number.
+        count: number of samples that `plan` chooses from.
+        batch_size: samples of a rank's batch.
         shard: (rank, ranks): a global batch holds `ranks` consecutive rank batches.
     """
 
-    def __init__(self, kinds: Sequence[Sequence[int]], batch_size: int, seed: int, shuffle: bool,
-                 drop_remainder: bool = True, shard: tuple[int, int] = (0, 1)):
-        self.kinds, self.batch_size = [list(kind) for kind in kinds], batch_size
-        self.seed, self.shuffle, self.drop_remainder = seed, shuffle, drop_remainder
+    def __init__(self, plan: Callable[[int, int], list[list[int]]], count: int, batch_size: int,
+                 shard: tuple[int, int] = (0, 1)):
+        self.plan, self.count, self.batch_size = plan, count, batch_size
         self.rank, self.ranks = shard
-        self.epoch = 0
+        self.epoch = self.skip = 0
+        self.epoch_size = len(plan(batch_size * self.ranks, 0)) * batch_size * self.ranks
         super().__init__(num_samples=len(self.indices(0)))
 
     def indices(self, epoch: int) -> list[int]:
         """This rank's sample indices of an epoch."""
-        batches = plan_epoch(self.kinds, self.batch_size * self.ranks, self.seed, epoch, self.shuffle,
-                             self.drop_remainder)
-        start = self.rank * self.batch_size
-        return [index for batch in batches for index in batch[start:start + self.batch_size]]
+        return [code % self.count for code in self.codes(epoch)]
+
+    def codes(self, epoch: int) -> list[int]:
+        """This rank's samples of an epoch, each with its place."""
+        size = self.batch_size * self.ranks
+        start, codes = self.rank * self.batch_size, []
+        for number, batch in enumerate(self.plan(size, epoch)):
+            first = epoch * self.epoch_size + number * size
+            codes += [(first + i) * self.count + batch[i] for i in range(start, start + self.batch_size)]
+        return codes
+
+    def batch(self, step: int) -> list[int]:
+        """Sample indices of the global batch of a step, counted from 0 over the whole run."""
+        size = self.batch_size * self.ranks
+        epoch, number = divmod(step, self.epoch_size // size)
+        return self.plan(size, epoch)[number]
+
+    def start_at(self, step: int) -> None:
+        """Makes the next iteration begin at a step, counted from 0 over the whole run."""
+        self.epoch, self.skip = divmod(step, self.epoch_size // (self.batch_size * self.ranks))
 
     def __iter__(self) -> Iterator[int]:
-        indices = self.indices(self.epoch)
-        self.epoch += 1
-        return iter(indices)
+        codes = self.codes(self.epoch)[self.skip * self.batch_size:]
+        self.epoch, self.skip = self.epoch + 1, 0
+        return iter(codes)

@@ -95,13 +95,13 @@ class RotaryEmbedding(nn.Cell):
         high = self.slice(x, (0, 0, 0, 0, self.half), (b, length, kv, n, self.size), steps)
         return self.add(self.mul(x, cos), self.mul(self.concat((self.neg(high), low)), sin))
 
-    def shard(self, dp: int, tp: int) -> None:
-        """Cuts samples and key/value groups; the tables are whole, their first axis is 1 in training."""
+    def shard(self, dp: int, tp: int, packed: bool = False) -> None:
+        """Cuts samples and key/value groups; the tables are one for all samples unless those are packed."""
         heads = (dp, 1, tp, 1, 1)
         self.slice.shard((heads,))
         self.neg.shard((heads,))
         self.concat.shard((heads, heads))
-        self.mul.shard((heads, (1, 1, 1, 1, 1)))
+        self.mul.shard((heads, (dp if packed else 1, 1, 1, 1, 1)))
         self.add.shard((heads, heads))
 
 
@@ -115,6 +115,7 @@ class SplitHeads(nn.Cell):
         super().__init__()
         self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
         self.rotary = RotaryEmbedding(self.size)
+        self.packed = config.packing
         self.dtype = config.compute_dtype
         self.cast = P.Cast()
         self.reshape = P.Reshape()
@@ -151,7 +152,7 @@ class SplitHeads(nn.Cell):
 
     def shard(self, dp: int, tp: int) -> None:
         """Cuts samples and key/value groups."""
-        self.rotary.shard(dp, tp)
+        self.rotary.shard(dp, tp, self.packed)
         self.slice.shard(((dp, 1, tp, 1, 1),))
         self.to_query.shard(((dp, 1, tp, 1, 1),))
         self.to_heads.shard(((dp, 1, tp, 1),))
@@ -183,16 +184,16 @@ class Attention(nn.Cell):
         super().__init__()
         width = config.num_attention_heads * config.head_size
         self.wqkv = PartialLoRALinear(config.hidden_size, width + 2 * config.num_key_value_heads * config.head_size,
-                                      config, CUTS["wqkv"])
-        self.wo = PartialLoRALinear(width, config.hidden_size, config, CUTS["wo"])
+                                      config, CUTS["wqkv"], salt=0)
+        self.wo = PartialLoRALinear(width, config.hidden_size, config, CUTS["wo"], salt=1)
         self.split = SplitHeads(config)
         self.core = AttentionCore(config.head_size, config.softmax_compute_type)
         self.merge = MergeHeads(config)
 
-    def construct(self, x, image_mask, cos, sin, mask, adapters, shape):
+    def construct(self, x, image_mask, cos, sin, mask, adapters, shape, noise=None):
         """Attends over the whole sequence; see `DecoderLayer.construct`."""
-        query, key, value = self.split(self.wqkv(x, image_mask, adapters), cos, sin, shape)
-        return self.wo(self.merge(self.core(query, key, value, mask), shape), image_mask, adapters)
+        query, key, value = self.split(self.wqkv(x, image_mask, adapters, noise), cos, sin, shape)
+        return self.wo(self.merge(self.core(query, key, value, mask), shape), image_mask, adapters, noise)
 
     def shard(self, dp: int, tp: int) -> None:
         """Cuts samples and key/value groups."""
@@ -205,9 +206,9 @@ class FeedForward(nn.Cell):
 
     def __init__(self, config: IXC25Config):
         super().__init__()
-        self.w1 = PartialLoRALinear(config.hidden_size, config.intermediate_size, config, CUTS["w1"])
-        self.w3 = PartialLoRALinear(config.hidden_size, config.intermediate_size, config, CUTS["w3"])
-        self.w2 = PartialLoRALinear(config.intermediate_size, config.hidden_size, config, CUTS["w2"])
+        self.w1 = PartialLoRALinear(config.hidden_size, config.intermediate_size, config, CUTS["w1"], salt=2)
+        self.w3 = PartialLoRALinear(config.hidden_size, config.intermediate_size, config, CUTS["w3"], salt=3)
+        self.w2 = PartialLoRALinear(config.intermediate_size, config.hidden_size, config, CUTS["w2"], salt=4)
         self.sigmoid = P.Sigmoid()
         self.silu = P.Mul()
         self.gate = P.Mul()
@@ -215,11 +216,11 @@ class FeedForward(nn.Cell):
         if self.is_native:
             self.swiglu = native.kernel("swiglu")
 
-    def construct(self, x, image_mask, adapters):
+    def construct(self, x, image_mask, adapters, noise=None):
         """Maps `(B*L, D)` to `(B*L, D)`."""
-        y = self.w1(x, image_mask, adapters)
-        y = self.gate(self.silu(y, self.sigmoid(y)), self.w3(x, image_mask, adapters))
-        return self.w2(y, image_mask, adapters)
+        y = self.w1(x, image_mask, adapters, noise)
+        y = self.gate(self.silu(y, self.sigmoid(y)), self.w3(x, image_mask, adapters, noise))
+        return self.w2(y, image_mask, adapters, noise)
 
     def infer(self, x, image_mask, adapters):
         """The same without gradients."""
@@ -250,7 +251,7 @@ class DecoderLayer(nn.Cell):
         self.ffn_norm = RMSNorm(*norm)
         self.add = P.Add()
 
-    def construct(self, x, image_mask, cos, sin, mask, adapters, shape):
+    def construct(self, x, image_mask, cos, sin, mask, adapters, shape, noise=None):
         """Transforms flattened positions.
 
         Args:
@@ -261,12 +262,13 @@ class DecoderLayer(nn.Cell):
             mask: additive attention mask, broadcast to `(B, KV, G, L, L)`.
             adapters: names of the task LoRAs in use, a compile-time constant.
             shape: `(B, L)`, a compile-time constant.
+            noise: int32 `(B*L, 1)`, seeds of the dropout; `None` for the device's generator.
 
         Returns:
             Tensor `(B*L, D)`.
         """
-        x = self.add(x, self.attention(self.attention_norm(x), image_mask, cos, sin, mask, adapters, shape))
-        return self.add(x, self.feed_forward(self.ffn_norm(x), image_mask, adapters))
+        x = self.add(x, self.attention(self.attention_norm(x), image_mask, cos, sin, mask, adapters, shape, noise))
+        return self.add(x, self.feed_forward(self.ffn_norm(x), image_mask, adapters, noise))
 
     def project(self, x, image_mask, adapters):
         """Consolidated queries, keys and values `(B*L, KV * (G+2) * d)`, for attention with a cache."""
@@ -287,26 +289,48 @@ class DecoderLayer(nn.Cell):
 
 
 class CausalMask(nn.Cell):
-    """Additive causal mask `(1, 1, 1, L, L)`, made inside the graph so that no L x L constant is stored."""
+    """Additive causal mask, made inside the graph so that no L x L constant is stored."""
 
     def __init__(self, dtype):
         super().__init__()
         self.greater = P.Greater()
+        self.not_equal = P.NotEqual()
+        self.either = P.LogicalOr()
+        self.rows, self.columns, self.every_sample = P.ExpandDims(), P.ExpandDims(), P.ExpandDims()
         self.cast = P.Cast()
-        self.mul = P.Mul()
+        self.mul, self.mul_packed = P.Mul(), P.Mul()
         self.reshape = P.Reshape()
         self.dtype = dtype
 
-    def construct(self, length):
-        """Builds the mask for `length` positions, a compile-time constant."""
+    def construct(self, length, segments=None):
+        """Builds the mask.
+
+        Args:
+            length: positions L, a compile-time constant.
+            segments: int32 `(B, L)`, number of the conversation of each position where several are packed.
+
+        Returns:
+            `(1, 1, 1, L, L)`, or `(B, 1, 1, L, L)` with segments: a position then sees its own conversation only.
+        """
         positions = F.arange(length)
         later = self.greater(self.reshape(positions, (1, length)), self.reshape(positions, (length, 1)))
-        return self.reshape(self.mul(self.cast(later, self.dtype), MASKED), (1, 1, 1, length, length))
+        if segments is None:
+            return self.reshape(self.mul(self.cast(later, self.dtype), MASKED), (1, 1, 1, length, length))
+        other = self.not_equal(self.rows(segments, 1), self.columns(segments, 2))                # (B, L, L)
+        hidden = self.either(self.every_sample(later, 0), other)
+        hidden = self.mul_packed(self.cast(hidden, self.dtype), MASKED)
+        return self.reshape(hidden, (segments.shape[0], 1, 1, length, length))
 
-    def shard(self) -> None:
-        """Every device makes the whole mask: it is cheaper than sending it."""
+    def shard(self, dp: int) -> None:
+        """Every device makes the whole causal mask (cheaper than sending it) and that of its own packed samples."""
         self.greater.shard(((1, 1), (1, 1)))
         self.mul.shard(((1, 1), ()))
+        self.rows.shard(((dp, 1),))
+        self.columns.shard(((dp, 1),))
+        self.every_sample.shard(((1, 1),))
+        self.not_equal.shard(((dp, 1, 1), (dp, 1, 1)))
+        self.either.shard(((1, 1, 1), (dp, 1, 1)))
+        self.mul_packed.shard(((dp, 1, 1), ()))
 
 
 class InternLM2Model(nn.Cell):
@@ -324,11 +348,23 @@ class InternLM2Model(nn.Cell):
                             config.layernorm_compute_type)
         self.causal_mask = CausalMask(config.softmax_compute_type)
 
-    def construct(self, x, image_mask, cos, sin, adapters, shape):
-        """Runs the layers over embeddings; arguments as in `DecoderLayer.construct`, returns `(B*L, D)`."""
-        mask = self.causal_mask(shape[1])
-        for layer in self.layers:
-            x = layer(x, image_mask, cos, sin, mask, adapters, shape)
+    def construct(self, x, image_mask, cos, sin, adapters, shape, segments=None, noise=None):
+        """Runs the layers over embeddings.
+
+        Args:
+            segments: int32 `(B, L)`, see `CausalMask.construct`.
+            noise: int32 `(B*L, 1)`, seed of each position's dropout.
+            x, image_mask, cos, sin, adapters, shape: as in `DecoderLayer.construct`.
+
+        Returns:
+            Tensor `(B*L, D)`.
+        """
+        mask = self.causal_mask(shape[1], segments)
+        for number, layer in enumerate(self.layers):
+            seeds = None
+            if noise is not None:   # every layer has noise of its own
+                seeds = noise * (2 * number + 0x3779B1)
+            x = layer(x, image_mask, cos, sin, mask, adapters, shape, seeds)
         return self.norm(x)
 
     def shard(self, dp: int, tp: int, whole_vocabulary: bool) -> None:
@@ -337,4 +373,4 @@ class InternLM2Model(nn.Cell):
         for layer in self.layers:
             layer.shard(dp, tp)
         self.norm.shard(dp)
-        self.causal_mask.shard()
+        self.causal_mask.shard(dp)

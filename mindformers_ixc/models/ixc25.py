@@ -15,6 +15,7 @@ from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor
 from mindspore.common.initializer import Normal, initializer
+from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.checkpoint.names import part_of
@@ -22,7 +23,7 @@ from mindformers_ixc.config import MODE_ADAPTERS, IXC25Config
 from mindformers_ixc.generation.public import PublicInterface
 from mindformers_ixc.models.internlm2 import Choose, InternLM2Model
 from mindformers_ixc.models.layers import Linear
-from mindformers_ixc.models.loss import next_token_loss
+from mindformers_ixc.models.loss import IGNORE_INDEX, TokenLosses, next_token_loss
 from mindformers_ixc.models.rotary import rotary_tables
 from mindformers_ixc.models.vision import VisionMerge, VisionProjector, VisionTower
 from mindformers_ixc.parallel.cuts import CUTS, check_degree
@@ -55,6 +56,8 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         self.output = Linear(config.hidden_size, config.vocab_size, sigma=config.initializer_range,
                              param_dtype=config.param_init_type, compute_dtype=config.compute_dtype, cut=CUTS["output"])
         self.loss = next_token_loss(config)
+        self.token_losses = TokenLosses(config.vocab_size)
+        self.gather_angles = P.Gather()
         self.adapters = MODE_ADAPTERS[config.adapter_mode]
         self._freeze_unused_adapters()
         cos, sin = rotary_tables(config, config.seq_length)
@@ -86,6 +89,7 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         self.vision_proj.shard(dp, tp)
         self.gather_rows.shard(((dp, 1, 1), (dp, 1)))
         self.not_equal.shard(((dp, 1), ()))
+        self.gather_angles.shard(((1, 1), (dp, 1)))
         self.choose.shard(dp)
         self.model.shard(dp, tp, parallel_config.vocab_emb_dp)
         self.output.shard(dp, tp)
@@ -153,7 +157,41 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         images = self.gather_rows(table, vision_index, 1)                             # (B, L, D)
         return self.choose(self.not_equal(image_mask, 0), images, tokens)
 
-    def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None):
+    def rotary_tables_of(self, position_ids):
+        """Cosines and sines, `(1, L, 1, 1, d)`, or `(B, L, 1, 1, d)` of int32 positions `(B, L)`."""
+        if position_ids is None:
+            return self.cos, self.sin
+        b, length = position_ids.shape
+        size = self.cos.shape[-1]
+        cos = self.gather_angles(self.reshape(self.cos, (-1, size)), position_ids, 0)        # (B, L, d)
+        sin = self.gather_angles(self.reshape(self.sin, (-1, size)), position_ids, 0)
+        shape = (b, length, 1, 1, size)
+        return self.reshape(cos, shape), self.reshape(sin, shape)
+
+    def position_noise(self, noise_seed, length):
+        """Seed of each position's dropout, int32 `(B*L, 1)`, from one of each sample, `(B,)`."""
+        if noise_seed is None:
+            return None
+        steps = self.reshape(F.arange(length) * 0x9E3779B, (1, length)) + 1
+        return self.reshape(self.reshape(noise_seed, (-1, 1)) * 0x85EBCA7 + steps * 0x2C1B3C7, (-1, 1)) * 2 + 1
+
+    def hidden_states(self, input_ids, table=None, vision_index=None, image_mask=None, position_ids=None,
+                      segment_ids=None, noise_seed=None, adapters=()):
+        """Output of the last norm, `(B*L, D)`, with pictures from a vision table `(B, rows, D)`."""
+        b, length = input_ids.shape
+        mask = None
+        if table is None:
+            x = self.model.tok_embeddings(input_ids)
+        else:
+            x = self.embed(input_ids, table, vision_index, image_mask)
+            mask = self.reshape(self.cast(image_mask, self.dtype), (b * length, 1))   # (B*L, 1)
+        x = self.reshape(x, (b * length, -1))                                         # (B*L, D)
+        cos, sin = self.rotary_tables_of(position_ids)
+        noise = self.position_noise(noise_seed, length)
+        return self.model(x, mask, cos, sin, adapters, (b, length), segment_ids, noise)
+
+    def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None,
+                  position_ids=None, segment_ids=None, noise_seed=None, source=None):
         """Training loss, or logits when `labels` is `None`.
 
         Args:
@@ -162,20 +200,26 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
             pixel_values: float32 `(B, T, 3, S, S)` normalised tiles; `None` for text only.
             vision_index: int32 `(B, L)`, row of the vision table each image position takes.
             image_mask: int32 `(B, L)`, 1 on image positions.
+            position_ids: int32 `(B, L)`, for packed samples.
+            segment_ids: int32 `(B, L)`, for packed samples.
+            noise_seed: int32 `(B,)`, for dropout that resumes exactly.
+            source: int32 `(B,)`, number of each sample's source; asks for the losses of samples as well.
 
         Returns:
-            Scalar loss (float32, mean over labelled positions) or logits `(B, L, V)` in float32.
+            Scalar loss (float32, mean over labelled positions) or logits `(B, L, V)` in float32. With `source`, the
+            loss and float32 `(2, B)`: each sample's sum of losses and its number of labelled positions.
         """
         b, length = input_ids.shape
-        mask = None
-        if pixel_values is None:
-            x = self.model.tok_embeddings(input_ids)
-        else:
-            x = self.embed(input_ids, self.vision_table(pixel_values), vision_index, image_mask)
-            mask = self.reshape(self.cast(image_mask, self.dtype), (b * length, 1))   # (B*L, 1)
-        x = self.reshape(x, (b * length, -1))                                         # (B*L, D)
-        x = self.model(x, mask, self.cos, self.sin, self.adapters, (b, length))
+        table = None if pixel_values is None else self.vision_table(pixel_values)
+        x = self.hidden_states(input_ids, table, vision_index, image_mask, position_ids, segment_ids, noise_seed,
+                               self.adapters)
         logits = self.cast(self.output(x), mstype.float32)                            # (B*L, V)
         if labels is None:
             return self.reshape(logits, (b, length, -1))
-        return self.loss(logits, self.reshape(labels, (-1,)))
+        targets = self.reshape(labels, (-1,))
+        if source is None:
+            return self.loss(logits, targets)
+        losses = self.reshape(self.token_losses(logits, targets), (b, length))        # (B, L)
+        counts = self.cast(self.not_equal(labels, IGNORE_INDEX), mstype.float32)
+        sums = F.stack((losses.sum(axis=1), counts.sum(axis=1)))                      # (2, B)
+        return sums[0].sum() / F.maximum(sums[1].sum(), 1.0), F.stop_gradient(sums)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mindspore as ms
 import mindspore.common.dtype as mstype
+import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P
@@ -243,6 +244,55 @@ class AttentionCore(nn.Cell):
         self.add_mask.shard(((dp, tp, 1, 1, 1), (1, 1, 1, 1, 1)))
 
 
+class SeededDropout(nn.Cell):
+    """Dropout, with noise of the device's generator or from seeds.
+
+    The generator's state is in no checkpoint, so a run that is to resume exactly gives seeds: the noise is then a hash
+    of a position's seed and the feature, in 32-bit integers that wrap around (multiply, shift and fold, multiply).
+
+    Args:
+        p: share of the features that is zeroed.
+        features: width of the input.
+        salt: number that sets this cell's noise apart from that of others with the same seeds.
+    """
+
+    def __init__(self, p: float, features: int, salt: int = 0):
+        super().__init__()
+        self.generated = nn.Dropout(p=p)
+        columns = np.random.RandomState((features, salt)).randint(-2 ** 31, 2 ** 31 - 1, (1, features))
+        self.columns = Tensor(columns, mstype.int32)                                    # (1, F)
+        self.fold = P.BitwiseXor()
+        self.shift, self.half = P.RightShift(), Tensor(15, mstype.int32)
+        self.mix, self.mix_again, self.keep, self.scale = P.Mul(), P.Mul(), P.Mul(), P.Mul()
+        self.compare = P.GreaterEqual()
+        self.cast = P.Cast()
+        self.set_rate(p)
+
+    def set_rate(self, p: float) -> None:
+        """Changes the share; only before the graph is compiled."""
+        self.rate = float(p)
+        self.generated.p = self.rate
+        self.generated.dropout.keep_prob = 1.0 - self.rate
+        self.limit = int(self.rate * 2 ** 32) - 2 ** 31
+        self.factor = 1.0 / (1.0 - self.rate)
+
+    def construct(self, x, noise):
+        """Drops features of `(N, F)`; `noise` is int32 `(N, 1)`, `None` for the device's generator."""
+        if self.rate == 0.0 or not self.training:
+            return x
+        if noise is None:
+            return self.generated(x)
+        bits = self.mix(self.fold(noise, self.columns), 0x2C1B3C6D)                     # (N, F)
+        bits = self.mix_again(self.fold(bits, self.shift(bits, self.half)), 0x297A2D39)
+        kept = self.cast(self.compare(bits, self.limit), x.dtype)
+        return self.scale(self.keep(x, kept), self.factor)
+
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts positions by `dp` and features by `tp`."""
+        cut = (dp, tp)
+        self.generated.dropout.shard((cut,))
+
+
 class PartialLoRALinear(nn.Cell):
     """A bias-free linear with Partial LoRA on image positions and task LoRAs on all positions.
 
@@ -255,9 +305,10 @@ class PartialLoRALinear(nn.Cell):
         out_features: width of the output.
         config: ranks, scale, dropout and dtypes.
         cut: axis of the weight that tensor parallel cuts; the pairs are cut with it.
+        salt: sets the dropout noise apart from that of the layer's other linears.
     """
 
-    def __init__(self, in_features: int, out_features: int, config: IXC25Config, cut: int):
+    def __init__(self, in_features: int, out_features: int, config: IXC25Config, cut: int, salt: int = 0):
         super().__init__()
         self.cut = cut
         first, second = {"cut": COLUMNS if cut == COLUMNS else None}, {"cut": ROWS if cut == ROWS else None}
@@ -267,7 +318,7 @@ class PartialLoRALinear(nn.Cell):
                                 name="weight")
         self.Plora_A = Linear(in_features, config.plora_rank, sigma=sigma, **dtypes, **first)
         self.Plora_B = Linear(config.plora_rank, out_features, sigma=0.0, **dtypes, **second)
-        self.plora_dropout = nn.Dropout(p=config.plora_dropout)
+        self.plora_dropout = SeededDropout(config.plora_dropout, in_features, salt)
         self.plora_scale = config.plora_scale
         for task, rank in config.task_lora_ranks.items():
             setattr(self, f"lora_{task}_A", Linear(in_features, rank, sigma=sigma, **dtypes, **first))
@@ -298,7 +349,7 @@ class PartialLoRALinear(nn.Cell):
             y = self.add(y, self.lora_web_B(self.lora_web_A(x)))
         return y
 
-    def construct(self, x, image_mask, adapters):
+    def construct(self, x, image_mask, adapters, noise=None):
         """Maps `(N, in_features)` to `(N, out_features)`.
 
         Args:
@@ -306,6 +357,7 @@ class PartialLoRALinear(nn.Cell):
             image_mask: `(N, 1)` in the compute dtype, 1 on image positions; `None` leaves Partial LoRA out of the
                 graph (decoding, where every position is text).
             adapters: names of the task LoRAs in use, a compile-time constant.
+            noise: int32 `(N, 1)`, seeds of the dropout; `None` for the device's generator.
 
         Returns:
             Tensor `(N, out_features)`.
@@ -314,7 +366,7 @@ class PartialLoRALinear(nn.Cell):
         y = self.matmul(x, self.cast(self.weight, self.dtype))
         if image_mask is not None:
             # masked and scaled where it is narrowest: B has no bias, so B(m * s * a) = m * s * B(a)
-            side = self.Plora_A(self.plora_dropout(x))                                  # (N, rank)
+            side = self.Plora_A(self.plora_dropout(x, noise))                                 # (N, rank)
             side = self.mask(side, self.scale(image_mask, self.plora_scale))
             y = self.add(y, self.Plora_B(side))
         return self._with_adapters(x, y, adapters)
@@ -322,7 +374,7 @@ class PartialLoRALinear(nn.Cell):
     def shard(self, dp: int, tp: int) -> None:
         """Cuts the linear along its axis and each pair's outer side with it; sums over devices are `(N, rank)`-wide."""
         self.matmul.shard(product_strategy(self.cut, dp, tp))
-        self.plora_dropout.dropout.shard(((dp, tp if self.cut == COLUMNS else 1),))
+        self.plora_dropout.shard(dp, tp if self.cut == COLUMNS else 1)
         self.scale.shard(((dp, 1), ()))
         self.mask.shard(((dp, 1), (dp, 1)))
         outputs = (dp, tp if self.cut == ROWS else 1)

@@ -40,6 +40,24 @@ class FusedCrossEntropy(nn.Cell):
         return total / F.maximum(count, 1.0)
 
 
+class TokenLosses(nn.Cell):
+    """Cross entropy of every position, 0 where nothing is labelled; for one device.
+
+    Args:
+        classes: size V of the vocabulary.
+    """
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.log_softmax = P.LogSoftmax(-1)
+        self.nll = P.NLLLoss(reduction="none", ignore_index=IGNORE_INDEX)
+        self.weight = Tensor(np.ones(classes, np.float32))
+
+    def construct(self, logits, labels):
+        """Losses `(N,)` of float32 logits `(N, V)` and int32 labels `(N,)`."""
+        return self.nll(self.log_softmax(logits), labels, self.weight)[0]
+
+
 class ParallelCrossEntropy(nn.Cell):
     """MindFormers' cross entropy with -100 for unlabelled positions; the vocabulary is cut as the head cuts it.
 

@@ -112,8 +112,7 @@ class PartialLoRAModel(_LowRankModel):
         if config.dropout is not None:
             for _, cell in base_model.cells_and_names():
                 if hasattr(cell, "plora_dropout"):
-                    cell.plora_dropout.p = config.dropout
-                    cell.plora_dropout.dropout.keep_prob = 1.0 - config.dropout
+                    cell.plora_dropout.set_rate(config.dropout)
 
     def _pair_names(self, config) -> tuple[str, str]:
         return "Plora_A", "Plora_B"

@@ -1,0 +1,100 @@
+"""From the samples of several sources to the plan of an epoch."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from mindformers_ixc.data.conversations import DataError
+from mindformers_ixc.data.sampling import Source, plan_epoch, plan_mixture
+
+MIXTURE_KEYS = ("weights", "temperature", "samples_per_epoch")
+
+# What makes the plan of an epoch from (global batch size, epoch).
+Plan = Callable[[int, int], "list[list[int]]"]
+
+
+def mixture_weights(sizes: dict[str, int], section: dict) -> dict[str, float]:
+    """Weight of each source.
+
+    Args:
+        sizes: samples of each source, by name.
+        section: `mixture` of the YAML: `weights`, a list in the order of the sources or a mapping from their names, or
+            `temperature` T, which weighs a source of n samples by n ** (1 / T): 1 is by size, more is flatter.
+
+    Raises:
+        DataError: for unknown keys, weights that fit no source, are missing or are not above 0, or an empty source.
+    """
+    unknown = [key for key in section if key not in MIXTURE_KEYS]
+    if unknown:
+        raise DataError(f"Unknown key train_dataset.data_loader.mixture.{unknown[0]}; the choices are "
+                        f"{', '.join(MIXTURE_KEYS)}.")
+    weights, temperature = section.get("weights"), section.get("temperature")
+    if (weights is None) == (temperature is None):
+        raise DataError("train_dataset.data_loader.mixture needs either weights or a temperature; without a mixture "
+                        "every sample is seen once an epoch.")
+    if weights is None:
+        if not _is_number(temperature) or temperature <= 0:
+            raise DataError(f"train_dataset.data_loader.mixture.temperature is {temperature!r}, expected a number "
+                            "above 0.")
+        weights = {name: size ** (1 / temperature) for name, size in sizes.items()}
+    elif isinstance(weights, dict):
+        if set(weights) != set(sizes):
+            odd = sorted(set(weights) ^ set(sizes))
+            raise DataError(f"train_dataset.data_loader.mixture.weights must name every source and no other; "
+                            f"{odd[0]!r} is not in both. The sources are {', '.join(sizes)}.")
+        weights = {name: weights[name] for name in sizes}
+    elif len(weights) != len(sizes):
+        raise DataError(f"train_dataset.data_loader.mixture.weights has {len(weights)} weights for {len(sizes)} "
+                        f"sources ({', '.join(sizes)}); give one for each.")
+    else:
+        weights = dict(zip(sizes, weights))
+    for name, size in sizes.items():
+        if size == 0:
+            raise DataError(f"The source {name} has no samples left; raise seq_length or max_tiles, or take it out of "
+                            "the mixture.")
+        if not _is_number(weights[name]) or not weights[name] > 0:
+            raise DataError(f"The weight of the source {name} is {weights[name]!r}, so none of its samples would ever "
+                            "be seen; give it a weight above 0 or leave the source out.")
+    return weights
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def make_plan(sources: Sequence[str], multimodal: Sequence[bool], names: Sequence[str], section: dict | None,
+              seed: int, shuffle: bool, drop_remainder: bool) -> Plan:
+    """The plan of a run.
+
+    Args:
+        sources: name of each sample's source.
+        multimodal: whether each sample has pictures.
+        names: of all sources, in the YAML's order.
+        section: `mixture` of the YAML; `None` means epochs in which every sample is seen once.
+        seed: of the run.
+        shuffle: whether epochs are shuffled (a mixture always is).
+        drop_remainder: see `plan_epoch`.
+
+    Raises:
+        DataError: see `mixture_weights`.
+    """
+    if section is None:
+        kinds = [[i for i, has in enumerate(multimodal) if has == wanted] for wanted in (True, False)]
+        return partial(_epoch, kinds, seed, shuffle, drop_remainder)
+    members = {name: [i for i, source in enumerate(sources) if source == name] for name in names}
+    weights = mixture_weights({name: len(indices) for name, indices in members.items()}, section)
+    parts = []
+    for name, indices in members.items():
+        for kind, wanted in enumerate((True, False)):
+            chosen = [i for i in indices if multimodal[i] == wanted]
+            if chosen:   # a source of both kinds shares its weight between them by number
+                parts.append(Source(kind, weights[name] * len(chosen) / len(indices), chosen))
+    return partial(_mixture, parts, seed, section.get("samples_per_epoch") or len(sources))
+
+
+def _epoch(kinds, seed, shuffle, drop_remainder, batch_size, epoch):
+    return plan_epoch(kinds, batch_size, seed, epoch, shuffle, drop_remainder)
+
+
+def _mixture(parts, seed, samples, batch_size, epoch):
+    return plan_mixture(parts, batch_size, seed, epoch, max(1, samples // batch_size))
