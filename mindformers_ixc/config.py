@@ -27,8 +27,8 @@ RUNTIME_FIELDS = (
     "softmax_compute_type", "parallel_config", "checkpoint_name_or_path", "pretrained_model_dir", "pet_config",
     "mindformers_version", "is_sample_acceleration", "quantization_config", "quantization", "is_encoder_decoder",
     "tokenizer_class", "moe_config", "dataset_config", "calculate_per_token_loss", "type", "disable_lazy_inline",
-    "use_flash_attention", "offset", "adapter_mode", "packing", "use_past", "block_size", "num_blocks", "name_or_path",
-    "_name_or_path", "_commit_hash",
+    "use_flash_attention", "offset", "adapter_mode", "packing", "num_sources", "preference", "use_past", "block_size",
+    "num_blocks", "name_or_path", "_name_or_path", "_commit_hash",
 )
 
 
@@ -130,6 +130,7 @@ class IXC25Config(PretrainedConfig):
         softmax_compute_type: dtype of the attention softmax.
         adapter_mode: task LoRAs in use while training: `base`, `write` or `web`.
         packing: whether training sequences hold several conversations (as `train_dataset.packing`).
+        num_sources: sources that losses are reported for, when the batches name them; the trainer sets it.
         use_past: on Ascend, decode with MindFormers' paged and flash attention instead of the contiguous cache; must be
             False in training (MindFormers checks it).
         block_size: positions of a block of the paged cache (MindFormers' default 16).
@@ -158,7 +159,7 @@ class IXC25Config(PretrainedConfig):
                  compute_dtype: str = "float32", param_init_type: str = "float32",
                  layernorm_compute_type: str = "float32", softmax_compute_type: str = "float32",
                  adapter_mode: str = "base", packing: bool = False,
-                 use_past: bool = False, block_size: int = 16, num_blocks: int = 1024,
+                 num_sources: int = 1, use_past: bool = False, block_size: int = 16, num_blocks: int = 1024,
                  parallel_config: dict | TransformerOpParallelConfig = default_transformer_config, **kwargs: Any):
         kwargs = {self.attribute_map.get(key, key): value for key, value in kwargs.items()}
         super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
@@ -193,6 +194,7 @@ class IXC25Config(PretrainedConfig):
         self.softmax_compute_type = convert_mstype(softmax_compute_type)
         self.adapter_mode = adapter_mode
         self.packing = packing
+        self.num_sources = num_sources
         self.use_past, self.block_size, self.num_blocks = use_past, block_size, num_blocks
         self._check()
 

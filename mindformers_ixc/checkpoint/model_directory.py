@@ -92,7 +92,8 @@ def load_model(directory: str | os.PathLike, **overrides):
 
 
 def save_model_directory(model: PreTrainedModel, target: str | os.PathLike,
-                         tokenizer_file: str | os.PathLike | None = None, hd_num: int | None = None) -> None:
+                         tokenizer_file: str | os.PathLike | None = None, hd_num: int | None = None,
+                         parameters: list[str] | None = None) -> None:
     """Writes a model directory, replacing an older one at the same place.
 
     Args:
@@ -100,6 +101,7 @@ def save_model_directory(model: PreTrainedModel, target: str | os.PathLike,
         target: directory to write.
         tokenizer_file: SentencePiece model to copy; without one the directory has no tokenizer.
         hd_num: tiles of the dynamic partition the model was trained with; the processor's default from then on.
+        parameters: names of what to write (what `mindformers merge --attach` takes); by default everything.
     """
     from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
 
@@ -114,7 +116,7 @@ def save_model_directory(model: PreTrainedModel, target: str | os.PathLike,
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer_file is not None:
             InternLM2Tokenizer(str(tokenizer_file)).save_pretrained(str(temporary))
-        _write_weights(model, temporary / WEIGHTS_FILE)
+        _write_weights(model, temporary / WEIGHTS_FILE, parameters)
         temporary.chmod(0o755)             # it comes into being for its owner only
         if target.exists():
             shutil.rmtree(target)
@@ -123,8 +125,8 @@ def save_model_directory(model: PreTrainedModel, target: str | os.PathLike,
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_weights(model: PreTrainedModel, path: Path) -> None:
-    parameters = list(model.get_parameters())
+def _write_weights(model: PreTrainedModel, path: Path, names: list[str] | None) -> None:
+    parameters = [parameter for parameter in model.get_parameters() if names is None or parameter.name in set(names)]
     file = TensorFile(path, [(p.name, FORMATS[p.dtype], tuple(p.shape)) for p in parameters])
     try:
         file.open()

@@ -11,6 +11,7 @@ import yaml
 
 import mindformers_ixc  # noqa: F401 - importing it registers the model
 from mindformers_ixc.cli.run_config import apply_overrides, check_fields, parse_overrides, read_yaml
+from mindformers_ixc.training.checkpoints import prepare_resume, record_run
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,6 +33,11 @@ def run(arguments: argparse.Namespace) -> int:
     output_dir = Path(fields.setdefault("output_dir", "output")).resolve()
     fields["output_dir"] = str(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    if fields["run_mode"] != "predict" and not fields.get("use_parallel"):
+        wanted = {key: value for key, value in fields.items() if key != "resume_training"}
+        if fields.get("resume_training"):
+            prepare_resume(fields)
+        record_run(wanted)
     _run_trainer(fields)
     return 0
 

@@ -9,12 +9,13 @@ import yaml
 
 from mindformers_ixc.config import RUNTIME_FIELDS, ConfigError, IXC25Config, IXC25VisionConfig
 from mindformers_ixc.data.dataset import check_dataset_section
+from mindformers_ixc.training.evaluation import evaluation_options
 from mindformers_ixc.training.parts import check_parts, check_rates
 
 RUN_MODES = ("train", "finetune", "predict")
 
 # Top-level keys of this package beside MindFormers' own.
-OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates")
+OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation")
 
 # Short forms that MindFormers' launcher script has, and the keys they stand for.
 ALIASES = {
@@ -125,8 +126,12 @@ def check_fields(fields: dict, source: str) -> None:
     _check_typed_sections(fields, source)
     _check_model(fields, source)
     _check_parts(fields, source)
-    if (fields.get("train_dataset_task") or {}).get("type") == "IXC25SFTDataset":
+    if (fields.get("train_dataset_task") or {}).get("type") in ("IXC25SFTDataset", "IXC25PreferenceDataset"):
         check_dataset_section(fields["train_dataset"])
+    if fields.get("evaluation") is not None:
+        if not isinstance(fields["evaluation"], dict):
+            raise ConfigError(f"{source}: evaluation must be a section, found {fields['evaluation']!r}.")
+        evaluation_options(fields["evaluation"])
 
 
 def _check_typed_sections(fields: dict, source: str) -> None:

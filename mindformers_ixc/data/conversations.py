@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
+from mindformers_ixc.processing.video import VideoError, board_size, is_video
 from mindformers_ixc.resources import resolve_path
 
 ROLES = {"human": "user", "user": "user", "bot": "assistant", "gpt": "assistant", "assistant": "assistant",
@@ -89,13 +90,28 @@ def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike 
         raise DataError(f"{path} must hold a JSON list of samples, found {type(rows).__name__}.")
     if not rows:
         raise DataError(f"{path} holds no samples.")
+    rows = [_ask(row, caption_prompts, f"{seed} {path} {index}") for index, row in enumerate(rows)]
+    return parse_rows(rows, str(path), file, image_folder)
+
+
+def parse_rows(rows: Sequence, source: str, file: Path, image_folder: str | os.PathLike | None) -> list[Conversation]:
+    """Checks the structure of samples.
+
+    Args:
+        rows: of the JSON.
+        source: its name in messages.
+        file: where it lies.
+        image_folder: where relative picture paths start.
+
+    Raises:
+        DataError: listing what is wrong with which samples.
+    """
     folders = [Path(image_folder)] if image_folder else []
     folders += [file.parent, Path()]
     samples, errors = [], []
     for index, row in enumerate(rows):
         try:
-            row = _ask(row, caption_prompts, f"{seed} {path} {index}")
-            samples.append(_read_sample(row, str(path), index, folders))
+            samples.append(_read_sample(row, source, index, folders))
         except DataError as error:
             errors.append(str(error))
     raise_errors(errors)
@@ -123,10 +139,10 @@ def _read_sample(row, source: str, index: int, folders: list[Path]) -> Conversat
         raise DataError(f"{where}: a sample must be a mapping, found {type(row).__name__}.")
     where += f" (id {row.get('id')!r})"
     turns = _read_turns(row.get("conversations"), where)
-    images = row.get("image") or []
+    images = row.get("image") or row.get("video") or []
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise DataError(f"{where}, field image: must be a path or a list of paths, found {row['image']!r}.")
+        raise DataError(f"{where}, field image: must be a path or a list of paths, found {images!r}.")
     turns = _unify_placeholders(turns, len(images))
     places = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
     if places != len(images) and not (places == 0 and len(images) == 1):
@@ -267,10 +283,14 @@ def read_image_sizes(samples: Sequence[Conversation]) -> None:
             continue
         try:
             for path in sample.images:
-                if path not in known:
+                if path not in known and is_video(path):
+                    known[path] = board_size(path)
+                elif path not in known:
                     with Image.open(path) as image:
                         known[path] = image.size
             sample.sizes = [known[path] for path in sample.images]
+        except VideoError as error:
+            errors.append(f"{sample.where}, field image: {error}")
         except (UnidentifiedImageError, OSError) as error:
             errors.append(f"{sample.where}, field image: {path} cannot be opened as a picture ({error}).")
     raise_errors(errors)

@@ -28,6 +28,7 @@ from mindformers_ixc.data.sampling import PlanSampler
 from mindformers_ixc.processing.image import HD_NUM_TRAINING, ImageError
 from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX, IMAGE_PLACEHOLDER
+from mindformers_ixc.processing.video import VideoError
 
 # Keys of the `train_dataset` section and the type each must have; MindFormers' own ones come last.
 DATASET_KEYS = {
@@ -177,7 +178,7 @@ class ConversationTable:
                 continue
             try:
                 return self._encode(candidate, place)
-            except ImageError as failure:
+            except (ImageError, VideoError) as failure:
                 error = failure
                 self._bad.set(candidate)
                 logger.warning(f"Left out: {failure}")
@@ -264,16 +265,7 @@ class IXC25SFTDataset(BaseDataset):
         config = cls.check_dataset_config(dataset_config, locals())
         cls.init_dataset_config(config)
         table, plan = cls._table(config)
-        rank, ranks = cls._generate_shard_info()
-        sampler = PlanSampler(plan, len(table), config.batch_size, (0, 1) if ranks is None else (rank, ranks))
-        dataset = GeneratorDataset(table, list(table.columns), sampler=sampler,
-                                   num_parallel_workers=config.num_parallel_workers or 1,
-                                   python_multiprocessing=bool(config.python_multiprocessing))
-        dataset = dataset.batch(config.batch_size, drop_remainder=True)
-        dataset = dataset.repeat(config.repeat) if (config.repeat or 1) > 1 else dataset
-        dataset.conversations, dataset.plan_sampler = table, sampler   # for reports
-        dataset.set_init_step = sampler.start_at   # MindSpore's own way cannot restart a Python sampler inside an epoch
-        return dataset
+        return batched(cls, table, plan, config)
 
     @classmethod
     def _table(cls, config) -> tuple[ConversationTable, Plan]:
@@ -300,6 +292,20 @@ class IXC25SFTDataset(BaseDataset):
         return table, plan
 
 
+def batched(cls, table: ConversationTable, plan, config) -> GeneratorDataset:
+    """A MindSpore dataset of batches from a table and a plan; used by both dataset classes."""
+    rank, ranks = cls._generate_shard_info()
+    sampler = PlanSampler(plan, len(table), config.batch_size, (0, 1) if ranks is None else (rank, ranks))
+    dataset = GeneratorDataset(table, list(table.columns), sampler=sampler,
+                               num_parallel_workers=config.num_parallel_workers or 1,
+                               python_multiprocessing=bool(config.python_multiprocessing))
+    dataset = dataset.batch(config.batch_size, drop_remainder=True)
+    dataset = dataset.repeat(config.repeat) if (config.repeat or 1) > 1 else dataset
+    dataset.conversations, dataset.plan_sampler = table, sampler   # for reports
+    dataset.set_init_step = sampler.start_at   # MindSpore's own way cannot restart a Python sampler inside an epoch
+    return dataset
+
+
 def make_processor(config) -> IXC25Processor:
     """The processor of a `train_dataset` section."""
     hd_num = config.hd_num or HD_NUM_TRAINING
@@ -317,7 +323,7 @@ def check_dataset_section(section: dict) -> None:
     _check_section(section, DATASET_KEYS, "train_dataset")
     _check_section(section["data_loader"], LOADER_KEYS, "train_dataset.data_loader")
     columns = section.get("input_columns") or list(BATCH_COLUMNS)
-    unknown = [name for name in columns if name not in (*BATCH_COLUMNS, *EXTRA_COLUMNS)]
+    unknown = [name for name in columns if name not in (*BATCH_COLUMNS, *EXTRA_COLUMNS, "reference_logps")]
     missing = [name for name in BATCH_COLUMNS if name not in columns]
     if unknown or missing:
         raise DataError(f"train_dataset.input_columns {'has the unknown column' if unknown else 'lacks'} "

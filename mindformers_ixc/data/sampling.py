@@ -165,10 +165,17 @@ class PlanSampler(Sampler):
         return self.plan(size, epoch)[number]
 
     def start_at(self, step: int) -> None:
-        """Makes the next iteration begin at a step, counted from 0 over the whole run."""
+        """Makes the next iteration begin at a step, counted from 0 over the whole run.
+
+        Iterations stay as long as an epoch (MindSpore insists), so each then ends inside one; the trainer stops at the
+        last step of the run.
+        """
         self.epoch, self.skip = divmod(step, self.epoch_size // (self.batch_size * self.ranks))
 
     def __iter__(self) -> Iterator[int]:
-        codes = self.codes(self.epoch)[self.skip * self.batch_size:]
-        self.epoch, self.skip = self.epoch + 1, 0
+        codes = self.codes(self.epoch)
+        if self.skip:
+            rest = self.skip * self.batch_size
+            codes = codes[rest:] + self.codes(self.epoch + 1)[:rest]
+        self.epoch += 1
         return iter(codes)

@@ -58,6 +58,8 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         self.loss = next_token_loss(config)
         self.token_losses = TokenLosses(config.vocab_size)
         self.gather_angles = P.Gather()
+        self.num_sources = config.num_sources
+        self.one, self.zero = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
         self.adapters = MODE_ADAPTERS[config.adapter_mode]
         self._freeze_unused_adapters()
         cos, sin = rotary_tables(config, config.seq_length)
@@ -172,7 +174,7 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         """Seed of each position's dropout, int32 `(B*L, 1)`, from one of each sample, `(B,)`."""
         if noise_seed is None:
             return None
-        steps = self.reshape(F.arange(length) * 0x9E3779B, (1, length)) + 1
+        steps = self.reshape(self.cast(F.arange(length), mstype.int32) * 0x9E3779B, (1, length)) + 1
         return self.reshape(self.reshape(noise_seed, (-1, 1)) * 0x85EBCA7 + steps * 0x2C1B3C7, (-1, 1)) * 2 + 1
 
     def hidden_states(self, input_ids, table=None, vision_index=None, image_mask=None, position_ids=None,
@@ -207,7 +209,8 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
 
         Returns:
             Scalar loss (float32, mean over labelled positions) or logits `(B, L, V)` in float32. With `source`, the
-            loss and float32 `(2, B)`: each sample's sum of losses and its number of labelled positions.
+            loss and float32 `(2, S)`: of each of `config.num_sources` sources the sum of losses and the number of
+            labelled positions.
         """
         b, length = input_ids.shape
         table = None if pixel_values is None else self.vision_table(pixel_values)
@@ -222,4 +225,6 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         losses = self.reshape(self.token_losses(logits, targets), (b, length))        # (B, L)
         counts = self.cast(self.not_equal(labels, IGNORE_INDEX), mstype.float32)
         sums = F.stack((losses.sum(axis=1), counts.sum(axis=1)))                      # (2, B)
-        return sums[0].sum() / F.maximum(sums[1].sum(), 1.0), F.stop_gradient(sums)
+        loss = sums[0].sum() / F.maximum(sums[1].sum(), 1.0)
+        members = F.one_hot(source, self.num_sources, self.one, self.zero)            # (B, S)
+        return loss, F.stop_gradient(F.matmul(sums, members))

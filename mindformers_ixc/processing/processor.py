@@ -37,7 +37,7 @@ from mindformers_ixc.processing.prompt import (
     turn,
 )
 from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer, InternLMXComposer2Tokenizer
-from mindformers_ixc.processing.video import is_video, load_video
+from mindformers_ixc.processing.video import BoardSize, board_grid, is_video, load_video
 
 # Transforms of a picture that training may use.
 TRANSFORMS = ("training", "inference")
@@ -277,7 +277,8 @@ class IXC25Processor(ProcessorMixin):
         return self._assemble([(part, i == 0) for i, part in enumerate(parts)], False, pixels, grids)
 
     def encode_conversation(self, turns: Sequence[tuple[str, str]], images: Sequence = (), where: str = "",
-                            hd_num: int | None = None) -> EncodedSample:
+                            hd_num: int | None = None,
+                            pictures: tuple[np.ndarray, list[Grid]] | None = None) -> EncodedSample:
         """Encodes a conversation for training.
 
         As in the public code, a single picture without a place stands before `<s>` here. A leading system turn is
@@ -288,6 +289,7 @@ class IXC25Processor(ProcessorMixin):
             images: pictures in the order of their places.
             where: what the conversation belongs to, for messages.
             hd_num: tiles of a picture at most.
+            pictures: what the image processor gave for `images`, if that was asked before.
 
         Raises:
             PromptError: when places and pictures differ in number.
@@ -297,7 +299,7 @@ class IXC25Processor(ProcessorMixin):
         system = turn("system", turns.pop(0)[1].strip()) if turns and turns[0][0] == "system" else ""
         text = training_text(turns, self.tokenizer.eos_token)
         parts, in_front = split_at_placeholders(system + text, len(images), where)
-        pixels, grids = self.image_processor.preprocess(list(images), hd_num, training=True, where=where)
+        pixels, grids = pictures or self.image_processor.preprocess(list(images), hd_num, training=True, where=where)
         sample = self._assemble([(part, i == 0) for i, part in enumerate(parts)], in_front, pixels, grids)
         ids = np.where(sample.image_mask == 1, IGNORE_INDEX, sample.input_ids)
         skip = 0
@@ -309,7 +311,7 @@ class IXC25Processor(ProcessorMixin):
 
     def conversation_length(self, turns: Sequence[tuple[str, str]], image_sizes: Sequence[tuple[int, int]] = (),
                             hd_num: int | None = None, where: str = "") -> tuple[int, int]:
-        """Positions and tiles `encode_conversation` would give, from the pictures' (width, height) alone."""
+        """Positions and tiles `encode_conversation` would give, from the sizes of pictures and videos."""
         turns = list(turns)
         system = turn("system", turns.pop(0)[1].strip()) if turns and turns[0][0] == "system" else ""
         text = system + training_text(turns, self.tokenizer.eos_token)
@@ -317,7 +319,8 @@ class IXC25Processor(ProcessorMixin):
         images = self.image_processor
         limit = images.hd_num_training if hd_num is None else hd_num
         training = images.training_transform == "training"
-        grids = [plan_partition(w, h, limit, images.image_size, training).grid for w, h in image_sizes]
+        grids = [board_grid(size, images.image_size) if isinstance(size, BoardSize)
+                 else plan_partition(*size, limit, images.image_size, training).grid for size in image_sizes]
         positions = 1 + sum(len(self.tokenizer.encode_text(part)) for part in parts)
         positions += sum(self.image_processor.token_count(grid) for grid in grids)
         return positions, sum(grid.tiles + 1 for grid in grids)

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from mindformers.models.image_processing_utils import BaseImageProcessor
@@ -84,19 +85,7 @@ def read_frames(source: str | os.PathLike, limit: int = FRAME_LIMIT, indices: Se
             no path.
     """
     path = _existing_file(source)
-    try:
-        # here, not above: only videos need the codecs, and loaded before MindSpore decord makes its import abort
-        import decord
-    except ImportError as error:
-        raise VideoError(f"The video {path} needs the package decord, which cannot be imported ({error}); install it "
-                         "with pip (decord2 on aarch64).") from error
-    try:
-        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-        count, fps = len(reader), float(reader.get_avg_fps())
-    except Exception as error:   # decord raises its own untyped errors
-        raise _undecodable(path, error) from error
-    if count == 0:
-        raise VideoError(f"The video {path} has no frames; a video needs at least one.")
+    reader, count, fps = _open_video(path)
     numbers = sample_frames(count, fps, limit) if indices is None else [int(index) for index in indices]
     wrong = [number for number in numbers if not 0 <= number < count]
     if wrong or not numbers:
@@ -110,6 +99,34 @@ def read_frames(source: str | os.PathLike, limit: int = FRAME_LIMIT, indices: Se
             raise _undecodable(path, error) from error
         frames.append(frame if transform is None else transform(frame))
     return frames
+
+
+def frame_count(source: str | os.PathLike) -> tuple[int, float]:
+    """Number of frames of a video file, and frames a second.
+
+    Raises:
+        VideoError: when the file cannot be read.
+    """
+    _, count, fps = _open_video(_existing_file(source))
+    return count, fps
+
+
+def _open_video(path: Path):
+    """decord's reader with number of frames and frames a second."""
+    try:
+        # here, not above: only videos need the codecs, and loaded before MindSpore decord makes its import abort
+        import decord
+    except ImportError as error:
+        raise VideoError(f"The video {path} needs the package decord, which cannot be imported ({error}); install it "
+                         "with pip (decord2 on aarch64).") from error
+    try:
+        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+        count, fps = len(reader), float(reader.get_avg_fps())
+    except Exception as error:   # decord raises its own untyped errors
+        raise _undecodable(path, error) from error
+    if count == 0:
+        raise VideoError(f"The video {path} has no frames; a video needs at least one.")
+    return reader, count, fps
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
@@ -223,6 +240,36 @@ def fit_board(board: Image.Image, tile_size: int = 560) -> Image.Image:
     fitted = Image.new("RGB", (math.ceil(wide.width / tile_size) * tile_size, tile_size), WHITE)
     fitted.paste(wide, (0, 0))
     return fitted.transpose(Image.TRANSPOSE) if tall else fitted
+
+
+class BoardSize(NamedTuple):
+    """Size of a video's board in pixels, before it is resized to tiles."""
+
+    width: int
+    height: int
+
+
+def board_size(source: str | os.PathLike, limit: int = FRAME_LIMIT) -> BoardSize:
+    """Size of the board that `load_video` makes of a file, from its header and its first frame.
+
+    Raises:
+        VideoError: when the file cannot be read.
+    """
+    frame = read_frames(source, limit, indices=[0])[0]
+    count, fps = frame_count(source)
+    width, height = _frame_size(*frame.size)
+    shown = len(sample_frames(count, fps, limit))
+    if frame.width > frame.height:
+        return BoardSize(width, (CAPTION + height + GAP) * shown)
+    return BoardSize((width + GAP) * shown, CAPTION + height)
+
+
+def board_grid(size: BoardSize, tile_size: int = 560) -> Grid:
+    """Tiles of a board of a size, as `fit_board` makes them."""
+    tall = size.width < size.height
+    width, height = size[::-1] if tall else size
+    tiles = math.ceil(int(tile_size * (width / height)) / tile_size)
+    return Grid(tiles, 1) if tall else Grid(1, tiles)
 
 
 def load_video(source: str | os.PathLike, tile_size: int = 560, limit: int = FRAME_LIMIT) -> Image.Image:

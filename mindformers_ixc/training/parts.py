@@ -69,6 +69,13 @@ def train_only(model, parts: Iterable[str]) -> None:
             raise ConfigError(f"train_parts names '{part}', of which nothing is in this model's graph{reason}.")
 
 
+def stop_dropout(model) -> None:
+    """Turns Partial LoRA's dropout off: while those pairs are frozen it would only be noise."""
+    for _, cell in model.cells_and_names():
+        if hasattr(cell, "plora_dropout"):
+            cell.plora_dropout.set_rate(0.0)
+
+
 def parts_table(model) -> str:
     """Parts with the numbers in them, and how many of those train."""
     counts: dict[str, list[int]] = {part: [0, 0] for part in PARTS}

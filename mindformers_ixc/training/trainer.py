@@ -6,7 +6,6 @@ import re
 import sys
 from pathlib import Path
 
-import mindspore as ms
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
@@ -14,6 +13,7 @@ from mindformers.tools.utils import get_output_root_path
 from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
 
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
+from mindformers_ixc.checkpoint.names import part_of
 from mindformers_ixc.config import ConfigError
 from mindformers_ixc.data.conversations import DataError
 from mindformers_ixc.data.requests import read_requests
@@ -22,8 +22,13 @@ from mindformers_ixc.generation.predict import predict
 from mindformers_ixc.generation.public import check_mode, known_options
 from mindformers_ixc.generation.sampling import GenerationOptions
 from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
-from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, train_only
-from mindformers_ixc.training.wrapper import portable_wrapper
+from mindformers_ixc.models.preference import REPORT_SIZE, IXC25ForPreference
+from mindformers_ixc.parallel.stages import is_parallel
+from mindformers_ixc.training.checkpoints import use_safe_checkpoints
+from mindformers_ixc.training.evaluation import Evaluation
+from mindformers_ixc.training.log import TrainingLog
+from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, stop_dropout, train_only
+from mindformers_ixc.training.wrapper import averaged_weights, portable_wrapper
 
 # Requests answered at once by run_mode predict, unless the YAML's predict_batch_size says otherwise.
 PREDICT_BATCH_SIZE = 4
@@ -45,6 +50,7 @@ def check_sections_agree(config) -> None:
     model, data = config.model.model_config, config.train_dataset
     vision = model.vision_config or {}
     pairs = [("seq_length", model.seq_length, data.seq_length), ("max_tiles", model.max_tiles, data.max_tiles),
+             ("packing", bool(model.packing), bool(data.packing)),
              ("image_size", vision.get("image_size"), data.image_size),
              ("patch_size", vision.get("patch_size"), data.patch_size)]
     for key, ours, theirs in pairs:
@@ -72,11 +78,18 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         Raises:
             ConfigError: when `train_parts` names a part of which nothing can train.
         """
+        table = getattr(self.train_dataset, "conversations", None)
+        if self.config.run_mode != "predict" and table is not None:
+            self.config.model.model_config.num_sources = len(table.source_names)
         network = super().create_network(default_args=default_args)
-        if isinstance(network, IXC25ForCausalLM) and self.config.run_mode != "predict":
+        # a PET model holds the model it trains
+        model = getattr(network, "network", network)
+        if isinstance(model, IXC25ForCausalLM) and self.config.run_mode != "predict":
             if self.config.get("train_parts") is not None:
-                train_only(network, self.config.train_parts)
-            print(parts_table(network), file=sys.stderr, flush=True)
+                train_only(model, self.config.train_parts)
+            if not any(part_of(parameter.name) == "partial_lora" for parameter in model.trainable_params()):
+                stop_dropout(model)
+            print(parts_table(model), file=sys.stderr, flush=True)
         return network
 
     def create_optimizer_scheduler(self, network, model_params):
@@ -89,10 +102,38 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         return super().create_optimizer_scheduler(network, model_params)
 
     def create_model_wrapper(self, network, optimizer):
-        """Builds the train-step cell, choosing the portable one where there is no Ascend device."""
-        wrapper = self.config.runner_wrapper
-        wrapper.type = portable_wrapper(wrapper.type)
+        """Builds the train-step cell: MindFormers' own, or this package's where it is not enough."""
+        section, columns = self.config.runner_wrapper, list(self.config.train_dataset.input_columns)
+        kind = self._report_kind()
+        if self._micro_batches > 1 or section.get("ema_decay") is not None or kind:
+            if is_parallel():
+                raise ConfigError("runner_wrapper.ema_decay and the column source work in stand-alone runs only.")
+            section.type = "IXC25TrainOneStepCell"
+            section.micro_batches = self._micro_batches
+            if kind == "preference":
+                section.report_shape = (REPORT_SIZE,)
+            else:
+                section.labels_column = columns.index("labels")
+                section.report_shape = (2, len(self.train_dataset.conversations.source_names)) if kind else None
+        section.type = portable_wrapper(section.type)
         return super().create_model_wrapper(network, optimizer)
+
+    def _report_kind(self) -> str | None:
+        """What the network reports beside its loss."""
+        if isinstance(self.real_model, IXC25ForPreference):
+            return "preference"
+        return "sources" if "source" in self.config.train_dataset.input_columns else None
+
+    def create_train_dataset(self, default_args=None):
+        """Builds the dataset; batches are as large as all micro batches together."""
+        self.config.runner_config.batch_size *= self._micro_batches
+        self.global_batch_size = self.global_batch_size * self._micro_batches
+        dataset = super().create_train_dataset(default_args)
+        if dataset.get_dataset_size() == 0:
+            raise DataError(f"train_dataset has fewer samples than a batch of {self.config.runner_config.batch_size}; "
+                            "lower batch_size or gradient_accumulation_steps.")
+        self._log.bind(dataset, self)
+        return dataset
 
     def train(self, config=None, network=None, dataset=None, wrapper=None, optimizer=None, callbacks=None, **kwargs):
         """Trains, then writes `<output_dir>/model`; arguments as in MindFormers.
@@ -100,8 +141,19 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         Raises:
             ConfigError: when data and model section of the YAML contradict each other.
             DataError: when too many pictures turn out damaged.
+            TrainingError: when a loss is not finite.
         """
         check_sections_agree(config)
+        use_safe_checkpoints()
+        # MindFormers accumulates in semi-auto parallel only and would silently not do it here
+        self._micro_batches = 1
+        if not is_parallel():
+            self._micro_batches = config.runner_config.gradient_accumulation_steps or 1
+            config.runner_config.gradient_accumulation_steps = 1
+        self._log = TrainingLog(get_output_root_path())
+        callbacks = [*(callbacks or []), self._log]
+        if config.get("evaluation"):
+            callbacks.append(Evaluation(self, dict(config.evaluation)))
         try:
             super().train(config=config, network=network, dataset=dataset, wrapper=wrapper, optimizer=optimizer,
                           callbacks=callbacks, **kwargs)
@@ -117,12 +169,23 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         self._save_model(table)
 
     def _save_model(self, table) -> None:
-        if ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel"):
-            logger.info("Every rank has saved its own part; join them with MindSpore's unified_safetensors.")
+        if is_parallel():
+            logger.info("Every rank has saved its own part; join them with `mindformers convert`.")
             return
-        target = os.path.join(get_output_root_path(), "model")
-        data = self.config.train_dataset
-        save_model_directory(self.real_model, target, tokenizer_file=data.tokenizer.vocab_file, hd_num=data.hd_num)
+        folder, model = get_output_root_path(), getattr(self.real_model, "network", self.real_model)
+        if not isinstance(model, IXC25ForCausalLM):
+            return
+        parts = sorted({part_of(parameter.name) for parameter in model.trainable_params()})
+        if self.config.get("train_parts") is not None or self.config.model.model_config.get("pet_config"):
+            names = [parameter.name for parameter in model.trainable_params()]
+            self.save_directory("trained_parts", names)
+            print(f"Of it, {', '.join(parts)} alone are in {folder}/trained_parts; put them on any checkpoint with\n"
+                  f"    mindformers merge BASE TARGET --attach {folder}/trained_parts", file=sys.stderr, flush=True)
+        self.save_directory("model")
+        if self._log.average:
+            with averaged_weights(model, self._log.average):
+                self.save_directory("model_ema")
+        target = os.path.join(folder, "model")
         picture, question = "PICTURE", "QUESTION"
         sample = next((s for s in (table.samples if table else []) if len(s.images) == 1), None)
         if sample is not None:
@@ -130,6 +193,12 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             question = next(text for role, text in sample.turns if role == "user")
         print(f"The trained model is in {target}. Ask it about a picture:\n"
               f'    mindformers chat --model {target} --image {picture} "{question}"', file=sys.stderr, flush=True)
+
+    def save_directory(self, name: str, parameters: list[str] | None = None) -> None:
+        """Writes a model directory below the run's folder, with all parameters or some."""
+        data, model = self.config.train_dataset, getattr(self.real_model, "network", self.real_model)
+        save_model_directory(model, os.path.join(get_output_root_path(), name), data.tokenizer.vocab_file, data.hd_num,
+                             parameters)
 
     def predict(self, config=None, input_data=None, network=None, tokenizer=None, **kwargs):
         """Answers the questions of a JSON-lines file with the model directory `load_checkpoint`.

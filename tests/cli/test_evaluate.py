@@ -4,7 +4,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindformers_ixc.cli.evaluate import Question, questions_of, shuffle_images
+from mindformers_ixc.data.questions import Question, questions_of, shuffle_images
 from mindformers_ixc.data.conversations import Conversation
 
 

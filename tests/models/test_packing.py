@@ -41,7 +41,7 @@ def encoded():
 
 
 def test_a_packed_batch_has_the_loss_and_gradients_of_its_samples():
-    processor, samples = encoded()
+    _, samples = encoded()
     model = small_model(plora_dropout=0.0)
     model.set_train(True)
     for name, cell in model.cells_and_names():

@@ -1,0 +1,134 @@
+"""Direct preference optimisation of one task LoRA: the reference is the same model with that pair left out.
+
+    h = (log p(chosen) - log p(rejected)) - (log p_ref(chosen) - log p_ref(rejected))
+    sigmoid:  -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)        (arXiv 2305.18290, label smoothing s)
+    ipo:      (h - 1 / (2 beta))^2                                          (arXiv 2310.12036)
+
+So no second model is in memory, and pictures are encoded once for all four passes.
+"""
+from __future__ import annotations
+
+import mindspore.common.dtype as mstype
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindspore import nn
+from mindspore.ops import functional as F
+from mindspore.ops import operations as P
+
+from mindformers_ixc.config import ConfigError, IXC25Config
+from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
+from mindformers_ixc.parallel.stages import is_parallel
+
+LOSSES = ("sigmoid", "ipo")
+DEFAULTS = {"task": "dpo", "loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0}
+
+# Entries of the report of a step; the last is the number of pairs that the others are sums over.
+REPORT_SIZE = 7
+
+
+def preference_options(section: dict | None) -> dict:
+    """Options of `model_config.preference` with their defaults.
+
+    Raises:
+        ConfigError: for an unknown option or value.
+    """
+    section = dict(section or {})
+    for key in section:
+        if key not in DEFAULTS:
+            raise ConfigError(f"model_config.preference.{key} is unknown; the choices are {', '.join(DEFAULTS)}.")
+    options = {**DEFAULTS, **section}
+    if options["loss"] not in LOSSES:
+        raise ConfigError(f"model_config.preference.loss is {options['loss']!r}; the choices are {', '.join(LOSSES)}.")
+    if not options["beta"] > 0:
+        raise ConfigError(f"model_config.preference.beta is {options['beta']!r}; it must be above 0.")
+    if not 0 <= options["label_smoothing"] < 0.5 or (options["loss"] == "ipo" and options["label_smoothing"]):
+        raise ConfigError(f"model_config.preference.label_smoothing is {options['label_smoothing']!r}; the sigmoid "
+                          "loss takes 0 up to 0.5, ipo takes none.")
+    return options
+
+
+class PreferenceLoss(nn.Cell):
+    """Loss and report of pairs from their log-probabilities.
+
+    Args:
+        loss: `sigmoid` or `ipo`.
+        beta: strength of the tie to the reference.
+        label_smoothing: share of pairs taken to be the wrong way round.
+    """
+
+    def __init__(self, loss: str, beta: float, label_smoothing: float):
+        super().__init__()
+        self.is_ipo, self.beta, self.smoothing = loss == "ipo", beta, label_smoothing
+
+    @staticmethod
+    def log_sigmoid(x):
+        """Without overflow on either side."""
+        return F.minimum(x, 0.0) - F.log(1.0 + F.exp(-F.abs(x)))
+
+    def construct(self, policy, reference):
+        """Takes summed log-probabilities (chosen, rejected), float32 `(B, 2)` each.
+
+        Returns:
+            Scalar loss and the report, float32 `(7,)`: sums of chosen and rejected rewards, margins, right orders,
+            policy log-probabilities of chosen and rejected, and the number of pairs.
+        """
+        rewards = (policy - reference) * self.beta                                     # (B, 2)
+        margin = rewards[:, 0] - rewards[:, 1]                                         # (B,)
+        if self.is_ipo:
+            loss = F.square(margin / self.beta - 1.0 / (2.0 * self.beta))
+        else:
+            loss = -(1.0 - self.smoothing) * self.log_sigmoid(margin) - self.smoothing * self.log_sigmoid(-margin)
+        right = F.cast(margin > 0, mstype.float32)
+        report = F.stack((rewards[:, 0].sum(), rewards[:, 1].sum(), margin.sum(), right.sum(), policy[:, 0].sum(),
+                          policy[:, 1].sum(), F.ones_like(margin).sum()))
+        return loss.mean(), F.stop_gradient(report)
+
+
+@MindFormerRegister.register(MindFormerModuleType.MODELS)
+class IXC25ForPreference(IXC25ForCausalLM):
+    """IXC2.5 that learns from preferred answers; the same parameters as `IXC25ForCausalLM`.
+
+    Args:
+        config: `adapter_mode` must use the task that trains (`write` for `dpo`); `preference` has the options.
+
+    Raises:
+        ConfigError: for unknown options, a mode without the task, or a parallel run.
+    """
+
+    def __init__(self, config: IXC25Config):
+        super().__init__(config)
+        options = preference_options(getattr(config, "preference", None))
+        if options["task"] not in self.adapters:
+            raise ConfigError(f"model_config.preference.task is '{options['task']}', which adapter_mode "
+                              f"'{config.adapter_mode}' does not use ({', '.join(self.adapters) or 'it uses none'}).")
+        if is_parallel():
+            raise ConfigError("IXC25ForPreference has no shard strategies of its own yet; run it stand-alone or with "
+                              "parallel_mode 1 (data parallel).")
+        self.without_task = tuple(name for name in self.adapters if name != options["task"])
+        self.preference_loss = PreferenceLoss(options["loss"], options["beta"], options["label_smoothing"])
+        self.twice = P.Tile()
+
+    def answer_logps(self, rows, labels, adapters):
+        """Summed log-probabilities of the labelled positions, float32 `(2B,)`."""
+        logits = self.cast(self.output(self.hidden_states(*rows, None, None, None, adapters)), mstype.float32)
+        losses = self.token_losses(logits, self.reshape(labels, (-1,)))
+        return -self.reshape(losses, labels.shape).sum(axis=1)
+
+    def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None,
+                  reference_logps=None):
+        """Loss and report of pairs; arguments as in `mindformers_ixc.data.batch`, see `PreferenceLoss.construct`."""
+        b, _, length = input_ids.shape
+        table = None
+        if pixel_values is not None:
+            table = self.vision_table(pixel_values)                                   # (B, rows, D)
+            rows, width = table.shape[1], table.shape[2]
+            table = self.twice(self.reshape(table, (b, 1, rows, width)), (1, 2, 1, 1))
+            table = self.reshape(table, (2 * b, rows, width))                         # (2B, rows, D)
+        shape = (2 * b, length)
+        labels = self.reshape(labels, shape)
+        inputs = (self.reshape(input_ids, shape), table, self.reshape(vision_index, shape),
+                  self.reshape(image_mask, shape))
+        policy = self.reshape(self.answer_logps(inputs, labels, self.adapters), (b, 2))
+        if reference_logps is None:
+            reference = F.stop_gradient(self.answer_logps(inputs, labels, self.without_task))
+            reference_logps = self.reshape(reference, (b, 2))
+        return self.preference_loss(policy, reference_logps)

@@ -1,0 +1,180 @@
+"""Checkpoints that a crash cannot spoil, and resuming from them.
+
+MindFormers' monitor writes a checkpoint under its final name and deletes the oldest one before it writes the next. A
+run that dies in between leaves a file cut short, or with one kept none at all. Here a checkpoint takes its name only
+once it is whole and on the disk, and older ones go afterwards.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from mindformers.core.callback.callback import CheckpointMonitor
+from mindformers.tools.logger import logger
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from mindformers_ixc.config import ConfigError
+
+# What a resumed run must share with the one it goes on with; the rest (callbacks, folders, workers) may change.
+SAME_SECTIONS = ("seed", "train_dataset", "train_parts", "part_learning_rates", "model", "optimizer", "lr_schedule",
+                 "runner_wrapper", "preference")
+FREE_KEYS = {"num_parallel_workers", "python_multiprocessing", "prefetch_size", "numa_enable", "max_bad_share"}
+RECORD = "run_config.json"
+
+# What MindFormers writes into a checkpoint beside the parameters.
+COUNTERS = ("epoch_num", "step_num", "loss_scale", "global_batch_size")
+
+_NAME = re.compile(r"(?P<prefix>.+)_rank_(?P<rank>\d+)(_\d+)?-(?P<epoch>\d+)_(?P<step>\d+)\.(safetensors|ckpt)$")
+
+
+class SafeCheckpointMonitor(CheckpointMonitor):
+    """`CheckpointMonitor` whose files are whole or absent; arguments as there.
+
+    Files are numbered by the step in the epoch, also in a run resumed inside one.
+    """
+
+    def save_checkpoint(self, cb_params) -> None:
+        """Saves a checkpoint, then lets go of those above `keep_checkpoint_max`."""
+        keep = self._config.keep_checkpoint_max
+        self._config._keep_checkpoint_max = 0                  # nothing is deleted before the new one is there
+        done, here, epoch = self._append_step_num, cb_params.cur_step_num, cb_params.cur_epoch_num
+        # a run resumed inside an epoch counts from there; names and counters are to count from the start
+        cb_params.cur_step_num, self._append_step_num = done + here, 0
+        cb_params.cur_epoch_num = (done + here - 1) // cb_params.batch_num + 1
+        try:
+            super().save_checkpoint(cb_params)
+        finally:
+            self._config._keep_checkpoint_max = keep
+            cb_params.cur_step_num, cb_params.cur_epoch_num, self._append_step_num = here, epoch, done
+        self._last_triggered_step = here
+        for old in checkpoints_in(self._directory)[:-keep] if keep else []:
+            os.chmod(old, 0o600)
+            old.unlink()
+
+    def remove_redundancy(self, network, cur_file, append_dict, train_network) -> None:
+        """What MindFormers calls to write: here first under a name that nobody looks for."""
+        target = Path(cur_file)
+        unfinished = target.with_name(f"unfinished_{target.name}")
+        super().remove_redundancy(network, str(unfinished), append_dict, train_network)
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+
+    def end(self, run_context) -> None:
+        """Saves at the end of a run that went well; MindSpore calls this after a crash as well."""
+        if "run_failed" in run_context.original_args():
+            return
+        super().end(run_context)
+
+
+def use_safe_checkpoints() -> None:
+    """Makes the YAML's `CheckpointMonitor` the safe one.
+
+    MindFormers' trainer hands its settings to callbacks of that type's name only, so the name has to stay.
+    """
+    MindFormerRegister.register_cls(SafeCheckpointMonitor, MindFormerModuleType.CALLBACK, alias="CheckpointMonitor")
+
+
+def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
+    """Whole checkpoints of one rank's folder, oldest first."""
+    found = [path for path in Path(folder).glob("*-*_*.*") if _NAME.match(path.name)
+             and not path.name.startswith("unfinished_")]
+    return sorted(found, key=lambda path: (int(_NAME.match(path.name)["epoch"]), int(_NAME.match(path.name)["step"])))
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> Path:
+    """The newest whole checkpoint of a stand-alone run.
+
+    Args:
+        output_dir: folder of the run.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    found = checkpoints_in(Path(output_dir) / "checkpoint" / "rank_0")
+    if not found:
+        raise ConfigError(f"resume_training: {output_dir} holds no checkpoint (checkpoint/rank_0 is empty or missing); "
+                          "start the run without resume_training, or name the folder of the run to go on with as "
+                          "load_checkpoint.")
+    return found[-1]
+
+
+def prepare_resume(fields: dict) -> None:
+    """Points a run that resumes at the newest whole checkpoint, in place.
+
+    Args:
+        fields: of the YAML; `load_checkpoint` is the earlier run's folder, by default this run's own.
+
+    Raises:
+        ConfigError: when there is no checkpoint, or the earlier run had another configuration.
+    """
+    source = Path(fields.get("load_checkpoint") or fields["output_dir"]).resolve()
+    checkpoint = source if source.is_file() else last_checkpoint(source)
+    folder = checkpoint.parents[2]
+    check_same_run(fields, folder / RECORD)
+    fields.update(load_checkpoint=str(_as_directory(checkpoint, Path(fields["output_dir"]).resolve() / "resume")),
+                  resume_training=True, run_mode="finetune", load_ckpt_format="safetensors")
+    logger.info(f"Going on from {checkpoint}.")
+
+
+def _as_directory(checkpoint: Path, folder: Path) -> Path:
+    """A checkpoint as MindFormers resumes from it in a stand-alone run: alone in a folder, its counters in a file.
+
+    (It refuses the path of a file, and takes one with rank_0 in it for a parallel run's.)
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / checkpoint.name).symlink_to(checkpoint)
+    with safe_open(checkpoint, "np") as tensors:
+        names = set(tensors.keys())
+        counters = {name: tensors.get_tensor(name) for name in COUNTERS if name in names}
+    save_file(counters, folder / "hyper_param.safetensors")
+    return folder
+
+
+def record_run(fields: dict) -> None:
+    """Writes down what a later resume is compared with."""
+    path = Path(fields["output_dir"]) / RECORD
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(_comparable(fields), indent=1, sort_keys=True, default=str), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def check_same_run(fields: dict, record: Path) -> None:
+    """Refuses to resume a run under another configuration.
+
+    Raises:
+        ConfigError: naming the keys that differ, with both values.
+    """
+    if not record.is_file():
+        raise ConfigError(f"resume_training: {record} is missing, so the checkpoint's configuration is unknown; resume "
+                          "from the folder of a run.")
+    before = dict(_flat(json.loads(record.read_text(encoding="utf-8"))))
+    now = dict(_flat(json.loads(json.dumps(_comparable(fields), default=str))))
+    different = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if different:
+        shown = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in sorted(different)[:5])
+        raise ConfigError(f"resume_training: the run in {record.parent} had another configuration: {shown}. Use the "
+                          "same YAML and options, or start anew with its weights (load_checkpoint without "
+                          "resume_training).")
+
+
+def _comparable(fields: dict) -> dict:
+    kept = {name: fields[name] for name in SAME_SECTIONS if fields.get(name) is not None}
+    kept["runner_config"] = {key: fields.get("runner_config", {}).get(key)
+                             for key in ("epochs", "batch_size", "gradient_accumulation_steps")}
+    return kept
+
+
+def _flat(value, prefix: str = ""):
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            if key not in FREE_KEYS:
+                yield from _flat(item, f"{prefix}{key}.")
+    else:
+        yield prefix[:-1], value

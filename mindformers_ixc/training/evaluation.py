@@ -1,0 +1,177 @@
+"""Evaluation on held-out conversations while a run trains, and keeping the best model."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from mindformers.tools.logger import logger
+from mindformers.tools.utils import get_output_root_path
+from mindspore import Tensor
+from mindspore.train.callback import Callback
+
+from mindformers_ixc.config import ConfigError
+from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.conversations import load_sources, read_image_sizes
+from mindformers_ixc.data.dataset import fit_samples, make_processor
+from mindformers_ixc.data.questions import questions_of
+from mindformers_ixc.processing.image import HD_NUM_TRAINING
+from mindformers_ixc.training.scores import SCORES, score_answers
+
+EVALUATIONS_FILE = "evaluations.jsonl"
+
+DEFAULTS = {"dataset_dir": None, "image_folder": None, "every": 0, "metrics": ["loss"], "batch_size": 4,
+            "max_new_tokens": 64, "max_samples": None, "mode": "base", "keep_best": None}
+
+# Metrics that need answers, and the ones of the loss (with every sample's own pictures, and with another's).
+LOSSES = ("loss", "shuffled_loss")
+
+
+def evaluation_options(section: dict) -> dict:
+    """Options of the YAML's `evaluation` with their defaults.
+
+    Raises:
+        ConfigError: for an unknown key, metric or a best one that is not measured.
+    """
+    for key in section:
+        if key not in DEFAULTS:
+            raise ConfigError(f"evaluation.{key} is unknown; the choices are {', '.join(DEFAULTS)}.")
+    options = {**DEFAULTS, **section}
+    for metric in options["metrics"]:
+        if metric not in (*LOSSES, *SCORES):
+            raise ConfigError(f"evaluation.metrics has {metric!r}; the choices are {', '.join((*LOSSES, *SCORES))}.")
+    if options["keep_best"] is not None and options["keep_best"] not in options["metrics"]:
+        raise ConfigError(f"evaluation.keep_best is {options['keep_best']!r}, which evaluation.metrics does not name.")
+    if not options["dataset_dir"]:
+        raise ConfigError("evaluation.dataset_dir is empty; name the held-out conversations.")
+    return options
+
+
+class HeldOut:
+    """Held-out conversations, encoded once.
+
+    Args:
+        data: the `train_dataset` section: shapes and tokenizer.
+        options: of `evaluation_options`.
+    """
+
+    def __init__(self, data, options: dict):
+        self.processor, self.options = make_processor(data), options
+        hd_num = data.hd_num or HD_NUM_TRAINING
+        samples = load_sources(options["dataset_dir"], options["image_folder"])
+        read_image_sizes(samples)
+        self.samples = fit_samples(self.processor, samples, data.seq_length, data.max_tiles,
+                                   hd_num)[:options["max_samples"]]
+        self.shape = (data.seq_length, data.max_tiles, hd_num)
+
+    def rows(self, shuffled: bool):
+        """Columns of every sample, one after another; `shuffled` gives each the pictures of a later one."""
+        length, tiles, hd_num = self.shape
+        with_images = [sample for sample in self.samples if sample.images]
+        for sample in self.samples:
+            images = sample.images
+            if shuffled and images:
+                images = next((other.images for other in _after(with_images, sample)
+                               if len(other.images) == len(images) and other.images != images), images)
+            encoded = self.processor.encode_conversation(sample.turns, images, sample.where, hd_num)
+            if len(encoded.input_ids) <= length and encoded.tiles <= tiles:
+                yield encoded.pad(length, tiles, self.processor.pad_token_id)
+
+    def loss(self, model, shuffled: bool = False) -> float:
+        """Mean loss over labelled positions."""
+        total = count = 0.0
+        rows, size = list(self.rows(shuffled)), self.options["batch_size"]
+        for start in range(0, len(rows), size):
+            batch = rows[start:start + size]
+            labelled = sum(int((row["labels"] != -100).sum()) for row in batch)
+            blank = {**batch[0], "labels": np.full_like(batch[0]["labels"], -100)}
+            batch = batch + [blank] * (size - len(batch))        # one batch size, one graph
+            columns = [Tensor(np.stack([row[name] for row in batch])) for name in BATCH_COLUMNS]
+            total += float(model(*columns).asnumpy()) * labelled
+            count += labelled
+        return total / max(count, 1.0)
+
+    def answers(self, assistant) -> tuple[list[str], list[str]]:
+        """Answers to every question, and what was expected."""
+        questions, size, found = questions_of(self.samples), self.options["batch_size"], []
+        for start in range(0, len(questions), size):
+            batch = questions[start:start + size]
+            padded = batch + [batch[-1]] * (size - len(batch))
+            replies = assistant.answer([question.request(None) for question in padded], self.options["mode"],
+                                       max_new_tokens=self.options["max_new_tokens"])
+            found += replies[:len(batch)]
+        return found, [question.expected.strip() for question in questions]
+
+
+def _after(samples: list, sample) -> list:
+    index = next(i for i, other in enumerate(samples) if other is sample)
+    return samples[index + 1:] + samples[:index]
+
+
+class Evaluation(Callback):
+    """Measures every `every` steps and at the end, into `evaluations.jsonl`; keeps the best model in `best`.
+
+    Args:
+        trainer: `IXC25Trainer`; gives the model and writes directories.
+        section: `evaluation` of the YAML.
+
+    Raises:
+        ConfigError: see `evaluation_options`.
+    """
+
+    def __init__(self, trainer, section: dict):
+        self.trainer, self.options = trainer, evaluation_options(section)
+        self.held_out = HeldOut(trainer.config.train_dataset, self.options)
+        self.path = Path(get_output_root_path()) / EVALUATIONS_FILE
+        self.measured = -1
+
+    def on_train_step_end(self, run_context) -> None:
+        """Measures when it is time."""
+        done = self._done(run_context)
+        if self.options["every"] and done % self.options["every"] == 0:
+            self._measure(done)
+
+    def on_train_end(self, run_context) -> None:
+        """Measures the final model."""
+        done = self._done(run_context)
+        if self.measured != done:
+            self._measure(done)
+
+    def _done(self, run_context) -> int:
+        initial = self.trainer.config.runner_config.initial_step or 0
+        return initial + run_context.original_args().cur_step_num
+
+    def _measure(self, step: int) -> None:
+        self.measured = step
+        model = getattr(self.trainer.real_model, "network", self.trainer.real_model)
+        row, metrics = {"step": step}, self.options["metrics"]
+        model.set_train(False)
+        if "loss" in metrics:
+            row["loss"] = self.held_out.loss(model)
+        if "shuffled_loss" in metrics:
+            row["shuffled_loss"] = self.held_out.loss(model, shuffled=True)
+        if any(metric in SCORES for metric in metrics):
+            row.update(score_answers(*self.held_out.answers(self._assistant(model)),
+                                     [metric for metric in metrics if metric in SCORES]))
+        model.set_train(True)
+        before = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+        rows = [old for old in before if old["step"] < step] + [row]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        logger.info("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        self._keep_best(rows)
+
+    def _assistant(self, model):
+        from mindformers_ixc.generation.assistant import Assistant
+
+        if not hasattr(self, "assistant"):
+            self.assistant = Assistant(model, self.held_out.processor)
+        return self.assistant
+
+    def _keep_best(self, rows: list[dict]) -> None:
+        name = self.options["keep_best"]
+        if name is None:
+            return
+        better = min if name in LOSSES else max
+        if rows[-1][name] == better(row[name] for row in rows) and \
+                [row[name] for row in rows].index(rows[-1][name]) == len(rows) - 1:
+            self.trainer.save_directory("best")

@@ -1,0 +1,133 @@
+"""What a run writes down of every step, and when it has to stop."""
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from mindspore.train.callback import Callback
+
+METRICS_FILE = "metrics.jsonl"
+
+# Rewards and the like of a preference step, in the order of its report (`training.preference`).
+PREFERENCE_METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen",
+                      "logp_rejected")
+
+
+class TrainingError(ValueError):
+    """A run that must not go on; the message says at which step, with which samples, and what to do."""
+
+
+class TrainingLog(Callback):
+    """Writes `metrics.jsonl`, one JSON object a step, and stops a run whose loss is no number.
+
+    Each row has step, epoch, loss, learning_rate, grad_norm, overflow, seconds, samples_per_second; with sources
+    `sources`: loss and labelled tokens of each, and `tokens` of all; for preference pairs the rewards.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.path = Path(folder) / METRICS_FILE
+        self.average: dict = {}
+
+    def bind(self, dataset, trainer) -> None:
+        """Tells what is known only once the data are there.
+
+        Args:
+            dataset: as `mindformers_ixc.data.dataset.batched` made it.
+            trainer: gives the configuration and the kind of the report when the run starts.
+        """
+        self.dataset, self.trainer = dataset, trainer
+
+    def describe(self, step: int) -> str:
+        """Names the samples of a step, counted from 0."""
+        indices = self.dataset.plan_sampler.batch(step)
+        more = f" and {len(indices) - 8} more" if len(indices) > 8 else ""
+        return "; ".join(self.dataset.conversations.describe(index) for index in indices[:8]) + more
+
+    def on_train_begin(self, run_context) -> None:
+        """Drops rows of steps that will be done again."""
+        self.start = self.trainer.config.runner_config.initial_step or 0
+        self.kind = self.trainer._report_kind()
+        self.sources = self.dataset.conversations.source_names
+        self.batch_size = self.dataset.get_batch_size()
+        self.total = self.trainer.config.runner_config.epochs * self.dataset.get_dataset_size()
+        self._start_average(run_context.original_args().train_network)
+        rows = read_metrics(self.path) if self.start else []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= self.start)
+
+    def _start_average(self, wrapper) -> None:
+        """The moving average starts from the weights that were loaded, which MindFormers does after making it."""
+        if not getattr(wrapper, "has_average", False):
+            return
+        for weight, average in zip(wrapper.weights, wrapper.average):
+            if not self.start:
+                average.set_data(weight.value().copy())
+            self.average[weight.name] = average
+
+    def on_train_step_begin(self, run_context) -> None:
+        """Starts the clock."""
+        self.began = time.perf_counter()
+
+    def on_train_step_end(self, run_context) -> None:
+        """Writes the row.
+
+        Raises:
+            TrainingError: when the loss or the gradients are not finite.
+        """
+        parameters = run_context.original_args()
+        loss, overflow, _, rate, norm = parameters.net_outputs
+        step = self.start + parameters.cur_step_num
+        if step >= self.total and not parameters.dataset_sink_mode:
+            run_context.request_stop()     # an iteration over the data that began inside an epoch goes on too far
+        row = {"step": step, "epoch": (step - 1) // parameters.batch_num + 1, "loss": _number(loss),
+               "learning_rate": _number(rate), "overflow": bool(np.any(overflow.asnumpy()))}
+        if norm is not None:
+            row["grad_norm"] = _number(norm)
+        row["seconds"] = time.perf_counter() - self.began
+        row["samples_per_second"] = self.batch_size / row["seconds"]
+        report = getattr(parameters.train_network, "train_report", None)
+        if self.kind and report is not None:
+            row.update(self._report(report.asnumpy()))
+        bad = not math.isfinite(row["loss"])
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "loss": None} if bad else row) + "\n")
+        if bad or (row["overflow"] and not math.isfinite(row.get("grad_norm", 0.0))):
+            parameters.run_failed = True
+            what = "loss" if bad else "gradient"
+            raise TrainingError(f"Step {step}: the {what} of this batch is not finite (its samples: "
+                                f"{self.describe(step - 1)}). The step was not taken and no checkpoint was written; "
+                                "the last one is good. Look at those samples or lower the learning rate, then go on "
+                                "with resume_training.")
+
+    def _report(self, report: np.ndarray) -> dict:
+        if self.kind == "preference":
+            values = report[:-1] / report[-1]
+            return dict(zip(PREFERENCE_METRICS, (float(value) for value in values)))
+        by_source = {name: {"loss": float(total / count), "tokens": int(count)}
+                     for name, total, count in zip(self.sources, *report) if count}
+        return {"sources": by_source, "tokens": int(report[1].sum())}
+
+
+def _number(value) -> float:
+    return float(np.mean(value.asnumpy() if hasattr(value, "asnumpy") else value))
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict]:
+    """Rows of a `metrics.jsonl`; a last line cut short by a crash is left out."""
+    path, rows = Path(path), []
+    if not path.is_file():
+        return rows
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
