@@ -56,7 +56,7 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         self.output = Linear(config.hidden_size, config.vocab_size, sigma=config.initializer_range,
                              param_dtype=config.param_init_type, compute_dtype=config.compute_dtype, cut=CUTS["output"])
         self.loss = next_token_loss(config)
-        self.token_losses = TokenLosses(config.vocab_size)
+        self.token_losses = TokenLosses()
         self.gather_angles = P.Gather()
         self.num_sources = config.num_sources
         self.one, self.zero = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
