@@ -43,7 +43,7 @@ class FusedCrossEntropy(nn.Cell):
 class TokenLosses(nn.Cell):
     """Cross entropy of every position, 0 where nothing is labelled; for one device.
 
-    Composed, because the unreduced NLLLoss made a run's loss rise on the CPU of MindSpore 2.9 where this does not.
+    Composed, because the unreduced NLLLoss leaves ignored positions undefined on the CPU (MindSpore 2.9).
     """
 
     def __init__(self):

@@ -114,14 +114,15 @@ class Evaluation(Callback):
     Args:
         trainer: `IXC25Trainer`; gives the model and writes directories.
         section: `evaluation` of the YAML.
+        data: `train_dataset` of the YAML.
 
     Raises:
         ConfigError: see `evaluation_options`.
     """
 
-    def __init__(self, trainer, section: dict):
+    def __init__(self, trainer, section: dict, data):
         self.trainer, self.options = trainer, evaluation_options(section)
-        self.held_out = HeldOut(trainer.config.train_dataset, self.options)
+        self.held_out = HeldOut(data, self.options)
         self.path = Path(get_output_root_path()) / EVALUATIONS_FILE
         self.measured = -1
 

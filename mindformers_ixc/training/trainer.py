@@ -153,7 +153,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         self._log = TrainingLog(get_output_root_path())
         callbacks = [*(callbacks or []), self._log]
         if config.get("evaluation"):
-            callbacks.append(Evaluation(self, dict(config.evaluation)))
+            callbacks.append(Evaluation(self, dict(config.evaluation), config.train_dataset))
         try:
             super().train(config=config, network=network, dataset=dataset, wrapper=wrapper, optimizer=optimizer,
                           callbacks=callbacks, **kwargs)

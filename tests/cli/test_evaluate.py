@@ -4,8 +4,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindformers_ixc.data.questions import Question, questions_of, shuffle_images
 from mindformers_ixc.data.conversations import Conversation
+from mindformers_ixc.data.questions import Question, questions_of, shuffle_images
 
 
 def conversation(*texts, images=(), system=None):

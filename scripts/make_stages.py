@@ -1,0 +1,154 @@
+"""Build the data of the four tiny training stages in ``mindformers_ixc/demo/stages``.
+
+For developers: the results are committed, so users never run this. Charts are drawn with Pillow; pages are rendered by
+headless Chromium (Debian's package ``chromium``), whose version decides about single pixels of the screenshots.
+
+    python scripts/make_stages.py                 # rewrite the committed files
+    python scripts/make_stages.py --out FOLDER    # write them elsewhere
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+DEFAULT_OUT = Path(__file__).resolve().parent.parent / "mindformers_ixc" / "demo" / "stages"
+
+COLOURS = {"red": (210, 30, 30), "green": (30, 150, 50), "blue": (40, 70, 210), "orange": (245, 150, 20),
+           "purple": (130, 40, 160), "black": (20, 20, 20)}
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+SIDE = 112          # one tile of the tiny recipes, in pixels
+
+# Every colour and number in both sets, each with heights and widths of its own.
+TRAINING_CHARTS, HELD_OUT_CHARTS = 240, 48
+
+PAGES = {
+    "bakery": ("a bakery", "#fff3e0", "#bf360c", "Corner Bakery", "Fresh bread every day.", "Order"),
+    "library": ("a library", "#e3f2fd", "#0d47a1", "City Library", "Read, borrow, return.", "Search"),
+    "garden": ("a garden club", "#e8f5e9", "#1b5e20", "Garden Club", "Meet us on Sunday.", "Join"),
+    "cinema": ("a cinema", "#212121", "#ffca28", "Old Cinema", "Two films tonight.", "Tickets"),
+    "clinic": ("a dentist", "#ffffff", "#00695c", "Bright Smiles", "Open until six.", "Call"),
+    "school": ("a music school", "#f3e5f5", "#6a1b9a", "Music School", "Learn the piano.", "Try"),
+    "train": ("a train museum", "#eceff1", "#c62828", "Train Museum", "Steam and steel.", "Visit"),
+    "swim": ("a swimming pool", "#e0f7fa", "#01579b", "Blue Pool", "Warm all winter.", "Prices"),
+}
+
+
+def draw_chart(colour: str, count: int, rng: random.Random) -> Image.Image:
+    """A chart of bars of one colour on white, with an axis."""
+    image = Image.new("RGB", (SIDE, SIDE), "white")
+    draw = ImageDraw.Draw(image)
+    slot = (SIDE - 16) / count
+    width = min(22, slot * rng.uniform(0.5, 0.75))
+    for i in range(count):
+        left = 10 + slot * i + (slot - width) * rng.uniform(0.2, 0.8)
+        draw.rectangle((left, SIDE - 10 - rng.randint(28, 88), left + width, SIDE - 10), COLOURS[colour])
+    draw.line((6, SIDE - 10, SIDE - 4, SIDE - 10), (90, 90, 90), 1)
+    return image
+
+
+def sample(name: str, question: str, answer: str, image: str | None = None) -> dict:
+    """One conversation in the public format."""
+    row = {"id": name, "conversations": [{"from": "human", "value": question}, {"from": "bot", "value": answer}]}
+    return {**row, "image": image} if image else row
+
+
+def questions(colour: str, count: int) -> list[tuple[str, str, str]]:
+    """Question, right answer and a wrong one."""
+    others = [name for name in COLOURS if name != colour], [name for name in NUMBERS if name != count]
+    return [("Which colour are the bars?", colour, others[0][count % len(others[0])]),
+            ("How many bars are there?", NUMBERS[count], NUMBERS[others[1][len(colour) % len(others[1])]])]
+
+
+def write_charts(out: Path, name: str, count: int, rng: random.Random) -> list[tuple[str, str, int]]:
+    """Draws charts; every combination of colour and number comes as often as any other."""
+    (out / "charts").mkdir(parents=True, exist_ok=True)
+    combinations = [(colour, number) for colour in COLOURS for number in NUMBERS]
+    rows = []
+    for i in range(count):
+        colour, number = combinations[i % len(combinations)]
+        path = f"charts/{name}_{i:03d}.png"
+        draw_chart(colour, number, rng).quantize(16).save(out / path, optimize=True)
+        rows.append((path, colour, number))
+    return rows
+
+
+def write_json(path: Path, rows: list) -> None:
+    """One sample a line."""
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+
+
+def caption(colour: str, count: int) -> str:
+    """What stage 1 learns to say."""
+    return f"a chart with {NUMBERS[count]} {colour} {'bar' if count == 1 else 'bars'}"
+
+
+def make_charts(out: Path) -> None:
+    """Charts, captions, questions, preference pairs, and the same language without pictures."""
+    rng = random.Random(0)
+    for name, count in (("train", TRAINING_CHARTS), ("held_out", HELD_OUT_CHARTS)):
+        charts = write_charts(out, name, count, rng)
+        write_json(out / f"captions_{name}.json",
+                   [{"id": f"{name}-{i}", "image": path, "caption": caption(c, n)} for i, (path, c, n) in
+                    enumerate(charts)])
+        write_json(out / f"vqa_{name}.json",
+                   [sample(f"{name}-{i}-{j}", question, answer, path) for i, (path, c, n) in enumerate(charts)
+                    for j, (question, answer, _) in enumerate(questions(c, n))])
+        if name == "train":
+            write_json(out / "preferences.json",
+                       [{"id": f"pair-{i}-{j}", "image": path, "prompt": question, "chosen": f"{answer}, I think",
+                         "rejected": f"I do not know, perhaps {wrong}"}
+                        for i, (path, c, n) in enumerate(charts[:48])
+                        for j, (question, answer, wrong) in enumerate(questions(c, n))])
+    texts = [(f"text-{c}-{n}", c, n) for c in COLOURS for n in NUMBERS]
+    rows = [{"id": name, "caption": caption(c, n)} for name, c, n in texts] * 2
+    rows += [sample(f"{name}-{j}", question, answer) for name, c, n in texts
+             for j, (question, answer, _) in enumerate(questions(c, n))]
+    write_json(out / "language.json", rows)
+
+
+def page(background: str, colour: str, title: str, text: str, button: str) -> str:
+    """A small page."""
+    return (f'<html><body style="background:{background};color:{colour}"><h1>{title}</h1><p>{text}</p>'
+            f"<button>{button}</button></body></html>")
+
+
+def make_pages(out: Path) -> None:
+    """Pages, their screenshots, and instructions for them."""
+    (out / "pages").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, (what, *rest) in PAGES.items():
+        code = page(*rest)
+        with tempfile.TemporaryDirectory() as folder:
+            source, shot = Path(folder) / "page.html", Path(folder) / "page.png"
+            source.write_text(code, encoding="utf-8")
+            browser = shutil.which("chromium") or "chromium-browser"
+            subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                            "--window-size=336,224", f"--screenshot={shot}", source.as_uri()],
+                           check=True, capture_output=True)
+            with Image.open(shot) as image:
+                picture = image.convert("RGB").crop((0, 0, 336, 224)).quantize(64)
+                picture.save(out / "pages" / f"{name}.png", optimize=True)
+        rows.append(sample(f"screenshot-{name}", "Write the HTML of this page.", code, f"pages/{name}.png"))
+        rows.append(sample(f"instruction-{name}", f"Write a web page for {what}.", code))
+    write_json(out / "web.json", rows)
+
+
+def main() -> None:
+    """Writes everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    make_charts(out)
+    make_pages(out)
+
+
+if __name__ == "__main__":
+    main()
