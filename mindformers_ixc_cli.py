@@ -28,8 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train InternLM-XComposer-2.5 with MindFormers and talk to it.",
         epilog="example:\n  mindformers run --config yaml_configs/ixc25_sft_tiny.yaml --output_dir out")
     parser.add_argument("--version", action="version", version=f"mindformers_ixc {version('mindformers_ixc')}")
-    commands = parser.add_subparsers(dest="command", metavar="{run,chat,eval,convert,merge,inspect,data}")
-    for add in (_add_run, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect, _add_data):
+    commands = parser.add_subparsers(dest="command", metavar="{run,chat,eval,convert,merge,inspect,data,report}")
+    for add in (_add_run, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect, _add_data,
+                _add_report):
         add(commands)
     return parser
 
@@ -175,6 +176,15 @@ def _add_data(commands) -> None:
     data.add_argument("--split", choices=["train", "validation", "test"], help="of ocr_vqa (default: train)")
 
 
+def _add_report(commands) -> None:
+    draw = commands.add_parser(
+        "report", formatter_class=Help, help="curves of a run as one HTML page and PNGs",
+        description="Draws loss, learning rate, gradient norm, throughput, losses by source and evaluations of a run, "
+                    "finished or not, into OUTPUT/report.html (one file) and OUTPUT/report/*.png.",
+        epilog="example:\n  mindformers report out")
+    draw.add_argument("output", metavar="OUTPUT", help="--output_dir of the run")
+
+
 def claim_stdout() -> TextIO:
     """Sends descriptor 1 to standard error from now on and returns a stream to the real standard output."""
     sys.stdout.flush()
@@ -229,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
         # before the libraries start their threads, which inherit this; a session lets Ctrl-C through when it may come
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ.setdefault("LOG_MF_PATH", str(log_folder(arguments).resolve()))
-    if arguments.command in ("convert", "merge", "inspect", "data") or not getattr(arguments, "verbose", True):
+    quiet = arguments.command in ("convert", "merge", "inspect", "data", "report")
+    if quiet or not getattr(arguments, "verbose", True):
         quiet_libraries()
     try:
         return _command(arguments.command)(arguments) or 0
@@ -256,6 +267,9 @@ def _command(name: str):
     if name == "eval":
         from mindformers_ixc.cli.evaluate import evaluate
         return evaluate
+    if name == "report":
+        from mindformers_ixc.cli.report import report
+        return report
     if name == "data":
         from mindformers_ixc.cli.data import data
         return data

@@ -22,6 +22,7 @@ PARTS = {
     "task_lora.sft": r"model\..*\.lora_sft_[AB]\.weight$",
     "task_lora.dpo": r"model\..*\.lora_dpo_[AB]\.weight$",
     "task_lora.web": r"model\..*\.lora_web_[AB]\.weight$",
+    "lora": r"model\..*\.mindpet_delta_lora_[ABab]",
     "language": r"(model\.|output\.)",
 }
 
@@ -118,6 +119,7 @@ def linear_shapes(config: IXC25Config) -> dict[str, tuple[int, int]]:
 
 def _language_shapes(config: IXC25Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     pairs = {"Plora": config.plora_rank, **{f"lora_{task}": rank for task, rank in config.task_lora_ranks.items()}}
+    pairs = {name: rank for name, rank in pairs.items() if rank}      # a plain InternLM2 has none
     yield "model.tok_embeddings.weight", (config.vocab_size, config.hidden_size)
     for i in range(config.num_hidden_layers):
         for path, (rows, columns) in linear_shapes(config).items():

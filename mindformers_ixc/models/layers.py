@@ -310,28 +310,50 @@ class PartialLoRALinear(nn.Cell):
 
     def __init__(self, in_features: int, out_features: int, config: IXC25Config, cut: int, salt: int = 0):
         super().__init__()
-        self.cut = cut
-        first, second = {"cut": COLUMNS if cut == COLUMNS else None}, {"cut": ROWS if cut == ROWS else None}
-        dtypes = {"param_dtype": config.param_init_type, "compute_dtype": config.compute_dtype}
-        sigma = config.initializer_range
-        self.weight = Parameter(initializer(Normal(sigma), (out_features, in_features), config.param_init_type),
+        self.cut, self.salt = cut, salt
+        self.in_features, self.out_features = in_features, out_features
+        self.dtypes = {"param_dtype": config.param_init_type, "compute_dtype": config.compute_dtype}
+        self.sigma = config.initializer_range
+        self.weight = Parameter(initializer(Normal(self.sigma), (out_features, in_features), config.param_init_type),
                                 name="weight")
-        self.Plora_A = Linear(in_features, config.plora_rank, sigma=sigma, **dtypes, **first)
-        self.Plora_B = Linear(config.plora_rank, out_features, sigma=0.0, **dtypes, **second)
-        self.plora_dropout = SeededDropout(config.plora_dropout, in_features, salt)
-        self.plora_scale = config.plora_scale
+        self.has_plora = self.has_lora = False
+        if config.plora_rank:
+            self.add_partial_lora(config.plora_rank, config.plora_scale, config.plora_dropout)
         for task, rank in config.task_lora_ranks.items():
-            setattr(self, f"lora_{task}_A", Linear(in_features, rank, sigma=sigma, **dtypes, **first))
-            setattr(self, f"lora_{task}_B", Linear(rank, out_features, sigma=0.0, **dtypes, **second))
+            self.add_task_lora(task, rank)
         self.dtype = config.compute_dtype
         self.cast = P.Cast()
         self.matmul = P.MatMul(transpose_b=True)
         self.mask = P.Mul()
         self.scale = P.Mul()
         self.add = P.Add()
-        self.is_native = native.available(*dtypes.values())
+        self.is_native = native.available(*self.dtypes.values())
         if self.is_native:
             self.native = native.kernel("linear", lambda x, weight: (x[0], weight[0]))
+
+    def _pair(self, rank: int) -> tuple[Linear, Linear]:
+        """The two sides of a low-rank pair that starts without effect, cut as the linear is."""
+        first = Linear(self.in_features, rank, sigma=self.sigma, cut=COLUMNS if self.cut == COLUMNS else None,
+                       **self.dtypes)
+        return first, Linear(rank, self.out_features, sigma=0.0, cut=ROWS if self.cut == ROWS else None, **self.dtypes)
+
+    def add_partial_lora(self, rank: int, scale: float, dropout: float) -> None:
+        """Gives the linear its pair for image positions."""
+        self.has_plora, self.plora_scale = True, scale
+        self.Plora_A, self.Plora_B = self._pair(rank)
+        self.plora_dropout = SeededDropout(dropout, self.in_features, self.salt)
+
+    def add_task_lora(self, task: str, rank: int) -> None:
+        """Gives the linear the pair of a task."""
+        first, second = self._pair(rank)
+        setattr(self, f"lora_{task}_A", first)
+        setattr(self, f"lora_{task}_B", second)
+
+    def add_lora(self, rank: int, alpha: float, dropout: float) -> None:
+        """Gives the linear an ordinary LoRA pair on all positions, as MindFormers' PET type `lora` has it."""
+        self.has_lora, self.lora_scale = True, alpha / rank
+        self.mindpet_delta_lora_a, self.mindpet_delta_lora_b = self._pair(rank)
+        self.lora_dropout = nn.Dropout(p=dropout)
 
     def infer(self, x, image_mask, adapters):
         """The same without gradients (and, for few positions on the CPU, faster)."""
@@ -347,6 +369,9 @@ class PartialLoRALinear(nn.Cell):
             y = self.add(y, self.lora_dpo_B(self.lora_dpo_A(x)))
         if "web" in adapters:
             y = self.add(y, self.lora_web_B(self.lora_web_A(x)))
+        if self.has_lora:
+            side = self.mindpet_delta_lora_a(self.lora_dropout(x)) * self.lora_scale         # (N, rank)
+            y = self.add(y, self.mindpet_delta_lora_b(side))
         return y
 
     def construct(self, x, image_mask, adapters, noise=None):
@@ -364,7 +389,7 @@ class PartialLoRALinear(nn.Cell):
         """
         x = self.cast(x, self.dtype)
         y = self.matmul(x, self.cast(self.weight, self.dtype))
-        if image_mask is not None:
+        if image_mask is not None and self.has_plora:
             # masked and scaled where it is narrowest: B has no bias, so B(m * s * a) = m * s * B(a)
             side = self.Plora_A(self.plora_dropout(x, noise))                                 # (N, rank)
             side = self.mask(side, self.scale(image_mask, self.plora_scale))
@@ -374,7 +399,8 @@ class PartialLoRALinear(nn.Cell):
     def shard(self, dp: int, tp: int) -> None:
         """Cuts the linear along its axis and each pair's outer side with it; sums over devices are `(N, rank)`-wide."""
         self.matmul.shard(product_strategy(self.cut, dp, tp))
-        self.plora_dropout.shard(dp, tp if self.cut == COLUMNS else 1)
+        if self.has_plora:
+            self.plora_dropout.shard(dp, tp if self.cut == COLUMNS else 1)
         self.scale.shard(((dp, 1), ()))
         self.mask.shard(((dp, 1), (dp, 1)))
         outputs = (dp, tp if self.cut == ROWS else 1)

@@ -10,9 +10,16 @@ import json
 import re
 
 from mindformers.models.modeling_utils import PreTrainedModel
+from mindformers.pet.models.lora import LoraModel
 from mindformers.pet.pet_config import PetConfig
 
-from mindformers_ixc.config import MODE_ADAPTERS, ConfigError
+from mindformers_ixc.config import MODE_ADAPTERS, TASK_LORA_RANKS, ConfigError
+from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
+from mindformers_ixc.models.layers import PartialLoRALinear
+from mindformers_ixc.parallel.stages import is_parallel
+
+# Of Partial LoRA in the public model, for a plain InternLM2 whose YAML does not say.
+DEFAULT_RANK, DEFAULT_DROPOUT = 256, 0.05
 
 # The five linears of a decoder layer, which all carry the pairs (arXiv 2407.03320).
 ALL_LINEARS = r".*\.(wqkv|wo|w1|w2|w3)"
@@ -65,12 +72,17 @@ class _LowRankModel(PreTrainedModel):
         super().__init__(base_model.config, auto_prefix=False)
         self.config.pet_config = config
         self.network = base_model
+        self._inject(config, base_model)
         self._prepare(config, base_model)
         pairs = self._pairs(config, base_model)
         if not pairs:
             raise ConfigError(f"pet_config of type '{config.pet_type_name}': target_modules {config.target_modules!r} "
                               "matches no linear that carries the pair.")
         config.freeze_exclude = [*(config.freeze_exclude or []), *pairs]
+
+    def _inject(self, config, base_model) -> None:
+        """Gives a model that lacks the pairs fresh ones, on every linear: the public layout has them on all."""
+        raise NotImplementedError
 
     def _prepare(self, config, base_model) -> None:
         raise NotImplementedError
@@ -103,8 +115,36 @@ def _must_agree(pet_type: str, key: str, wanted, has) -> None:
                           "one of them.")
 
 
+def inject(model, add) -> None:
+    """Adds cells to every linear of the decoder layers of a built model.
+
+    Args:
+        model: `IXC25ForCausalLM`.
+        add: is called with each linear; the names of the parameters it adds are completed here.
+    """
+    for path, cell in model.cells_and_names():
+        if not isinstance(cell, PartialLoRALinear):
+            continue
+        before = {id(parameter) for parameter in cell.get_parameters()}
+        add(cell)
+        for name, parameter in cell.parameters_and_names():
+            if id(parameter) not in before:
+                parameter.name = f"{path}.{name}"
+        if is_parallel():
+            cell.shard(model.config.parallel_config.data_parallel, model.config.parallel_config.model_parallel)
+
+
 class PartialLoRAModel(_LowRankModel):
-    """Trains Partial LoRA (and what `freeze_exclude` adds)."""
+    """Trains Partial LoRA (and what `freeze_exclude` adds); a plain InternLM2 (`plora_rank: 0`) gets it first."""
+
+    def _inject(self, config, base_model) -> None:
+        own = base_model.config
+        if own.plora_rank:
+            return
+        rank = config.rank or DEFAULT_RANK
+        own.plora_rank, own.plora_alpha = rank, config.alpha or rank
+        own.plora_dropout = DEFAULT_DROPOUT if config.dropout is None else config.dropout
+        inject(base_model, lambda cell: cell.add_partial_lora(rank, own.plora_scale, own.plora_dropout))
 
     def _prepare(self, config, base_model) -> None:
         _must_agree(config.pet_type, "rank", config.rank, base_model.config.plora_rank)
@@ -119,7 +159,14 @@ class PartialLoRAModel(_LowRankModel):
 
 
 class TaskLoRAModel(_LowRankModel):
-    """Trains one task LoRA, with the task LoRAs of its mode in use."""
+    """Trains one task LoRA, with the task LoRAs of its mode in use; a model without the pair gets it first."""
+
+    def _inject(self, config, base_model) -> None:
+        ranks = base_model.config.task_lora_ranks
+        if config.task in ranks or not config.rank or config.task not in TASK_LORA_RANKS:
+            return
+        base_model.config.task_lora_ranks = {**ranks, config.task: config.rank}
+        inject(base_model, lambda cell: cell.add_task_lora(config.task, config.rank))
 
     def _prepare(self, config, base_model) -> None:
         ranks = base_model.config.task_lora_ranks
@@ -135,3 +182,31 @@ class TaskLoRAModel(_LowRankModel):
 
     def _pair_names(self, config) -> tuple[str, str]:
         return f"lora_{config.task}_A", f"lora_{config.task}_B"
+
+
+class IXC25LoraModel(LoraModel):
+    """MindFormers' `lora`, which also knows this model's linears; other models are MindFormers' own business."""
+
+    def add_adapter(self, base_model):
+        """Adds the pairs to every linear whose path `target_modules` matches.
+
+        Raises:
+            ConfigError: when it matches none.
+        """
+        if not isinstance(base_model, IXC25ForCausalLM):
+            return super().add_adapter(base_model)
+        config, found = self.config.pet_config, []
+        paths = {id(cell): path for path, cell in base_model.cells_and_names()}
+
+        def add(cell) -> None:
+            path = paths[id(cell)]
+            # MindFormers matches the cell's own name, PEFT-like patterns the path
+            if re.fullmatch(config.target_modules, path) or re.fullmatch(config.target_modules, path.split(".")[-1]):
+                cell.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
+                found.append(path)
+
+        inject(base_model, add)
+        if not found:
+            raise ConfigError(f"pet_config of type 'lora': target_modules {config.target_modules!r} matches no linear; "
+                              "they are named wqkv, wo, w1, w2 and w3.")
+        return base_model

@@ -8,6 +8,7 @@ from mindformers.tools.register import MindFormerConfig
 from mindspore import Tensor, nn
 
 import mindformers_ixc  # noqa: F401
+from mindformers_ixc.checkpoint.names import parameter_table
 from mindformers_ixc.config import ConfigError
 
 MODEL = {"type": "IXC25Config", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -17,10 +18,10 @@ MODEL = {"type": "IXC25Config", "vocab_size": 64, "hidden_size": 32, "intermedia
                            "num_attention_heads": 2, "intermediate_size": 16}}
 
 
-def build(tmp_path, monkeypatch, **pet):
+def build(tmp_path, monkeypatch, model=None, **pet):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mindformers.pet.pet_model.get_output_root_path", lambda: str(tmp_path))
-    return build_network(MindFormerConfig(model_config={**MODEL, "pet_config": pet},
+    return build_network(MindFormerConfig(model_config={**MODEL, **(model or {}), "pet_config": pet},
                                           arch={"type": "IXC25ForCausalLM"}))
 
 
@@ -73,3 +74,37 @@ def test_contradictions_are_refused(tmp_path, monkeypatch, pet, words):
     with pytest.raises(ConfigError) as error:
         build(tmp_path, monkeypatch, **pet)
     assert all(word in str(error.value) for word in words)
+
+
+PLAIN = {"plora_rank": 0, "task_lora_ranks": {}}
+
+
+@pytest.mark.parametrize(("pet", "kind"), [
+    ({"pet_type": "partial_lora", "rank": 4, "alpha": 8}, "Plora"),
+    ({"pet_type": "task_lora", "task": "web", "rank": 3}, "lora_web"),
+])
+def test_a_plain_internlm2_gets_the_pairs(tmp_path, monkeypatch, pet, kind):
+    network = build(tmp_path, monkeypatch, PLAIN, **pet)
+    assert trainable(network) == pairs(kind)
+    model = network.network
+    assert {p.name: tuple(p.shape) for p in model.get_parameters()} == \
+        {name: entry.shape for name, entry in parameter_table(model.config).items()}
+
+
+def test_mindformers_own_lora_trains_and_starts_without_effect(tmp_path, monkeypatch):
+    network = build(tmp_path, monkeypatch, pet_type="lora", lora_rank=2, lora_alpha=4, lora_dropout=0.0,
+                    target_modules=".*wqkv|.*wo")
+    names = {f"model.layers.{i}.attention.{linear}.mindpet_delta_lora_{side}.weight" for i in range(2)
+             for linear in ("wqkv", "wo") for side in "ab"}
+    assert trainable(network) == names
+    ids = Tensor(np.arange(3, 11, dtype=np.int32)[None])
+    adapted = network.network(ids).asnumpy()
+    for parameter in network.get_parameters():
+        if "mindpet_delta_lora_b" in parameter.name:
+            parameter.set_data(Tensor(np.ones(parameter.shape, np.float32)))
+    assert np.abs(network.network(ids).asnumpy() - adapted).max() > 1e-3
+
+
+def test_lora_on_nothing_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="matches no linear; they are named wqkv"):
+        build(tmp_path, monkeypatch, pet_type="lora", target_modules="q_proj")

@@ -1,0 +1,126 @@
+"""`mindformers report`: what a run wrote down, as pictures and one page."""
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import os
+import statistics
+from pathlib import Path
+
+from mindformers_ixc.config import ConfigError
+from mindformers_ixc.training.log import METRICS_FILE, read_metrics
+
+EVALUATIONS_FILE = "evaluations.jsonl"
+
+# Curves of a run that are there whenever their key is in its rows: file, title, key, logarithmic.
+CURVES = (("loss", "Loss", "loss", False), ("learning_rate", "Learning rate", "learning_rate", False),
+          ("grad_norm", "Gradient norm before clipping", "grad_norm", True),
+          ("throughput", "Samples a second", "samples_per_second", False),
+          ("reward_margin", "Reward margin", "reward_margin", False),
+          ("reward_accuracy", "Reward accuracy", "reward_accuracy", False),
+          ("logp_chosen", "Log-probability of chosen answers", "logp_chosen", False))
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>body{{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}img{{max-width:100%}}
+table{{border-collapse:collapse}}td,th{{padding:.2em .8em;text-align:right;border-bottom:1px solid #ccc}}</style></head>
+<body><h1>{title}</h1>{body}</body></html>
+"""
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Draws the curves of a run into `<output>/report/*.png` and `<output>/report.html`.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ConfigError: when the folder has no log of steps, or matplotlib is missing.
+    """
+    folder = Path(arguments.output)
+    rows = read_metrics(folder / METRICS_FILE)
+    if not rows:
+        raise ConfigError(f"{folder} has no {METRICS_FILE} with steps in it; name the --output_dir of a run.")
+    evaluations = read_metrics(folder / EVALUATIONS_FILE)
+    pictures = draw(rows, evaluations)
+    (folder / "report").mkdir(exist_ok=True)
+    for name, _, data in pictures:
+        _write(folder / "report" / f"{name}.png", data)
+    body = _table(rows, evaluations)
+    for _, title, data in pictures:
+        body += f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    page = PAGE.format(title=html.escape(folder.resolve().name), body=body)
+    _write(folder / "report.html", page.encode())
+    print(folder / "report.html", file=arguments.answers)
+    return 0
+
+
+def draw(rows: list[dict], evaluations: list[dict]) -> list[tuple[str, str, bytes]]:
+    """The curves as (file name, title, PNG).
+
+    Args:
+        rows: of `metrics.jsonl`.
+        evaluations: of `evaluations.jsonl`.
+    """
+    pictures = []
+    for name, title, key, logarithmic in CURVES:
+        lines = {"": [(row["step"], row[key]) for row in rows if row.get(key) is not None]}
+        if name == "throughput":   # the first step compiles
+            lines = {"": lines[""][1:]}
+        pictures.append((name, title, _plot(lines, title, logarithmic)))
+    sources = dict.fromkeys(source for row in rows for source in row.get("sources", {}))
+    by_source = {Path(source).name: [(row["step"], row["sources"][source]["loss"]) for row in rows
+                                     if source in row.get("sources", {})] for source in sources}
+    pictures.append(("sources", "Loss by source", _plot(by_source, "Loss by source", False)))
+    names = dict.fromkeys(key for row in evaluations for key in row if key != "step")
+    measured = {name: [(row["step"], row[name]) for row in evaluations if name in row] for name in names}
+    losses = {name: line for name, line in measured.items() if name.endswith("loss")}
+    scores = {name: line for name, line in measured.items() if name not in losses}
+    for name, title, lines in (("evaluation_loss", "Held-out loss", losses), ("scores", "Held-out scores", scores)):
+        pictures.append((name, title, _plot(lines, title, False)))
+    return [picture for picture in pictures if picture[2]]
+
+
+def _plot(lines: dict[str, list[tuple[float, float]]], title: str, logarithmic: bool) -> bytes:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("Reports need matplotlib; run `pip install 'mindformers_ixc[report]'`.") from error
+    lines = {name: line for name, line in lines.items() if line}
+    if not lines:
+        return b""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, line in lines.items():
+        axes.plot(*zip(*line), label=name, linewidth=1.2, marker="." if len(line) < 40 else None)
+    axes.set(xlabel="step", ylabel=title)
+    axes.grid(alpha=0.3)
+    if logarithmic and all(value > 0 for line in lines.values() for _, value in line):
+        axes.set_yscale("log")
+    if any(lines):
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _table(rows: list[dict], evaluations: list[dict]) -> str:
+    last, seconds = rows[-1], [row["seconds"] for row in rows[1:]] or [rows[0]["seconds"]]
+    facts = {"steps": last["step"], "first loss": f"{rows[0]['loss']:.4g}",
+             "last loss": "not finite" if last["loss"] is None else f"{last['loss']:.4g}",
+             "median seconds a step": f"{statistics.median(seconds):.3g}",
+             "labelled tokens": sum(row.get("tokens", 0) for row in rows) or "",
+             "steps skipped for overflow": sum(row["overflow"] for row in rows)}
+    facts.update({f"held-out {key}": f"{value:.4g}" for key, value in (evaluations[-1] if evaluations else {}).items()
+                  if key != "step"})
+    return "<table>" + "".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in facts.items()) + "</table>"
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
