@@ -10,7 +10,9 @@ from mindformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mindformers_ixc.config import ConfigError, IXC25Config, IXC25VisionConfig
 from mindformers_ixc.data.dataset import IXC25SFTDataset
+from mindformers_ixc.data.preferences import IXC25PreferenceDataset
 from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
+from mindformers_ixc.models.preference import IXC25ForPreference
 from mindformers_ixc.models.vision import IXC25VisionModel
 from mindformers_ixc.pet import register_pet_types
 from mindformers_ixc.pipelines import register_pipeline
@@ -25,7 +27,9 @@ __all__ = [
     "ConfigError",
     "IXC25Config",
     "IXC25ForCausalLM",
+    "IXC25ForPreference",
     "IXC25ImageProcessor",
+    "IXC25PreferenceDataset",
     "IXC25Processor",
     "IXC25SFTDataset",
     "IXC25Trainer",

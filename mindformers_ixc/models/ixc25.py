@@ -24,6 +24,7 @@ from mindformers_ixc.generation.public import PublicInterface
 from mindformers_ixc.models.internlm2 import Choose, InternLM2Model
 from mindformers_ixc.models.layers import Linear
 from mindformers_ixc.models.loss import IGNORE_INDEX, TokenLosses, next_token_loss
+from mindformers_ixc.models.recompute import apply_recompute
 from mindformers_ixc.models.rotary import rotary_tables
 from mindformers_ixc.models.vision import VisionMerge, VisionProjector, VisionTower
 from mindformers_ixc.parallel.cuts import CUTS, check_degree
@@ -72,6 +73,7 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         self.choose = Choose()
         self.cast = P.Cast()
         self.reshape = P.Reshape()
+        apply_recompute(self, config.parallel_config.recompute)
         if is_parallel():
             self.shard(config.parallel_config)
 

@@ -37,7 +37,8 @@ def test_counts_of_the_7b_model(parts, billions):
 
 
 def test_every_parameter_has_a_part_and_strangers_have_none():
-    assert {entry.part for entry in parameter_table(IXC25Config()).values()} == set(PARTS)
+    # "lora" is MindFormers' own adapter, which a configuration does not know of
+    assert {entry.part for entry in parameter_table(IXC25Config()).values()} == set(PARTS) - {"lora"}
     assert part_of("transformer.h.0.attn.weight") is None
 
 

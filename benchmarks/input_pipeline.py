@@ -1,0 +1,136 @@
+"""Pictures a second that 2 workers decode and cut into tiles: this package's data set against torchvision's transforms.
+
+    pip install torchvision            # the one that belongs to the installed torch
+    python benchmarks/input_pipeline.py [--pictures 64] [--rounds 3]
+
+1080p JPEGs, hd_num 18, the training transform. The other side does what the public code does: Pillow's resize and white
+padding, ToTensor, Normalize, torch's bicubic resize for the global view, and a torch DataLoader with two worker
+processes. Both hand over batches of one picture; the tiles are compared.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+HD_NUM, SIDE, WORKERS = 18, 560, 2
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def make_pictures(folder: Path, count: int) -> list[Path]:
+    """1080p photograph-like JPEGs of smooth noise."""
+    paths = []
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 255, (54, 96, 3), np.uint8)
+        path = folder / f"{i:03d}.jpg"
+        Image.fromarray(noise).resize((1920, 1080), Image.BICUBIC).save(path, quality=90)
+        paths.append(path)
+    return paths
+
+
+class TorchPictures:
+    """The public path as a torch data set."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int):
+        import torch
+        from torchvision import transforms
+
+        from mindformers_ixc.processing.image import plan_partition
+
+        torch.set_num_threads(1)          # as a DataLoader's workers do
+        image = Image.open(self.paths[index]).convert("RGB")
+        plan = plan_partition(*image.size, HD_NUM, SIDE, training=True)
+        width, height = plan.padded
+        image = transforms.functional.resize(image, plan.resized[::-1])
+        top, left = plan.offset[1], plan.offset[0]
+        padding = [left, top, width - image.width - left, height - image.height - top]
+        image = transforms.functional.pad(image, padding, fill=(255, 255, 255))
+        x = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])(image)
+        view = torch.nn.functional.interpolate(x[None], size=(SIDE, SIDE), mode="bicubic")
+        rows, columns = plan.grid
+        tiles = x.reshape(3, rows, SIDE, columns, SIDE).permute(1, 3, 0, 2, 4).reshape(-1, 3, SIDE, SIDE)
+        return torch.cat([view, tiles])
+
+
+def torch_round(paths: list[Path]) -> float:
+    """Seconds for all pictures, workers started before."""
+    from torch.utils.data import DataLoader
+
+    loader = iter(DataLoader(TorchPictures(paths), batch_size=1, num_workers=WORKERS))
+    next(loader)
+    began = time.perf_counter()
+    for _ in loader:
+        pass
+    return time.perf_counter() - began
+
+
+def own_dataset(folder: Path, paths: list[Path]):
+    """This package's data set over the same pictures."""
+    from mindformers.dataset.build_dataset import build_dataset
+    from mindformers.tools.register import MindFormerConfig
+
+    from mindformers_ixc.data.batch import BATCH_COLUMNS
+    from mindformers_ixc.demo import demo_path
+
+    rows = [{"id": i, "image": str(path), "caption": "noise"} for i, path in enumerate(paths)]
+    (folder / "data.json").write_text(json.dumps(rows))
+    section = {"data_loader": {"type": "IXC25DataLoader", "dataset_dir": str(folder / "data.json"), "shuffle": False},
+               "tokenizer": {"type": "InternLM2Tokenizer", "vocab_file": str(demo_path("tokenizer.model"))},
+               "seq_length": 8192, "max_tiles": 16, "hd_num": HD_NUM, "image_size": SIDE, "patch_size": 14,
+               "batch_size": 1, "num_parallel_workers": WORKERS, "python_multiprocessing": True, "prefetch_size": 2,
+               "numa_enable": False, "repeat": 1, "seed": 0, "drop_remainder": True,
+               "input_columns": list(BATCH_COLUMNS)}
+    return build_dataset(MindFormerConfig(type="IXC25SFTDataset", dataset_config=MindFormerConfig(**section)))
+
+
+def own_round(dataset) -> float:
+    """Seconds for all pictures, workers started before."""
+    iterator = dataset.create_tuple_iterator(num_epochs=1, output_numpy=True, do_copy=False)
+    next(iterator)
+    began = time.perf_counter()
+    for _ in iterator:
+        pass
+    return time.perf_counter() - began
+
+
+def main() -> int:
+    """Measures both sides in turn; returns 0 if the tiles are equal and this package is twice as fast."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=64, help="pictures a round")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each side")
+    arguments = parser.parse_args()
+
+    import mindformers_ixc  # noqa: F401 - before torch, as decord wants it
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = make_pictures(folder, arguments.pictures)
+        dataset, times = own_dataset(folder, paths), {"ours": [], "torchvision": []}
+        first = next(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))[2][0]
+        other = TorchPictures(paths)[0].numpy()
+        difference = float(np.abs(first[:len(other)] - other).max())
+        for _ in range(arguments.rounds):
+            times["ours"].append(own_round(dataset))
+            times["torchvision"].append(torch_round(paths))
+    rates = {side: (arguments.pictures - 1) / statistics.median(seconds) for side, seconds in times.items()}
+    ratio = rates["ours"] / rates["torchvision"]
+    print(f"this package {rates['ours']:.1f} pictures/s, torchvision {rates['torchvision']:.1f}: {ratio:.2f} x; "
+          f"largest difference of the tiles {difference:.1e}")
+    return int(ratio < 2 or difference > 1e-5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

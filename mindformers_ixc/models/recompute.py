@@ -1,0 +1,53 @@
+"""Which cells compute their activations again in the backward pass, by MindFormers' `recompute_config`."""
+from __future__ import annotations
+
+from mindformers_ixc.config import ConfigError
+
+
+def recomputed_layers(choice, layers: int, key: str) -> int:
+    """How many decoder layers a value of the YAML stands for.
+
+    Args:
+        choice: true (all), false (none), a number or a list of numbers (one a pipeline stage, added up).
+        layers: of the model.
+        key: of the YAML, for the message.
+
+    Raises:
+        ConfigError: for another value, or more layers than there are.
+    """
+    if isinstance(choice, bool):
+        return layers if choice else 0
+    numbers = choice if isinstance(choice, (list, tuple)) else [choice]
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers) \
+            or sum(numbers) > layers:
+        raise ConfigError(f"recompute_config.{key} is {choice!r}; it takes true, false or how many of the {layers} "
+                          "decoder layers (a list has one number a pipeline stage).")
+    return sum(numbers)
+
+
+def apply_recompute(model, section) -> None:
+    """Marks cells for recomputation.
+
+    `recompute` takes whole decoder layers, and with all of them the layers of the vision tower: only their inputs are
+    kept. `select_recompute` takes the attention cores and the gates of the feed-forward, whose activations are the
+    largest for the least work. A layer is taken by one of the two, whole layers first.
+
+    Args:
+        model: `IXC25ForCausalLM`.
+        section: MindFormers' `TransformerRecomputeConfig`.
+
+    Raises:
+        ConfigError: see `recomputed_layers`.
+    """
+    layers = list(model.model.layers)     # a slice of a CellList would rename its parameters
+    whole = recomputed_layers(section.recompute, len(layers), "recompute")
+    selected = recomputed_layers(section.select_recompute, len(layers), "select_recompute")
+    for layer in layers[:whole]:
+        layer.recompute()
+    for layer in layers[whole:max(whole, selected)]:
+        layer.attention.core.recompute()
+        for primitive in (layer.feed_forward.sigmoid, layer.feed_forward.silu, layer.feed_forward.gate):
+            primitive.recompute()
+    if whole == len(layers):
+        for layer in model.vit.vision_tower.vision_model.encoder.layers:
+            layer.recompute()
