@@ -38,17 +38,23 @@ def available() -> bool:
     return os.environ.get(SWITCH, "1") != "0" and _functions() is not None
 
 
-def resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Bilinear resize of uint8 `(H, W, 3)` to `(height, width, 3)`, antialiased, equal to Pillow's.
+def resize(pixels: np.ndarray, out: np.ndarray) -> None:
+    """Bilinear resize of uint8 `(H, W, 3)`, antialiased, equal to Pillow's.
+
+    Rows are resized along their length first. So does Pillow, but for pictures whose height shrinks by more than twice
+    what their width does (from Pillow 13 on), which partitions never ask for.
+
+    Args:
+        pixels: the picture.
+        out: uint8 `(height, width, 3)` for the result, rows without gaps.
 
     Raises:
         MemoryError: when there is no room for the picture.
     """
-    result = np.empty((height, width, 3), np.uint8)
+    height, width = out.shape[:2]
     pixels = np.ascontiguousarray(pixels)
-    if _functions().resize_picture(pixels, pixels.shape[1], pixels.shape[0], result, width, height):
+    if _functions().resize_picture(pixels, pixels.shape[1], pixels.shape[0], out, width, height):
         raise MemoryError(f"No memory to resize a picture to {width} x {height} pixels.")
-    return result
 
 
 def tiles(pixels: np.ndarray, side: int, table: np.ndarray, taps) -> np.ndarray:

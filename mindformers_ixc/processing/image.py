@@ -27,6 +27,9 @@ HD_NUM_SINGLE = 24
 HD_NUM_SEVERAL = 6
 HD_NUM_TRAINING = 18
 
+# What fills a partition up to whole tiles.
+WHITE = 255
+
 # PyTorch's bicubic kernel, which the global view must match.
 BICUBIC_A = -0.75
 
@@ -117,26 +120,44 @@ def partition_image(image: Image.Image, hd_num: int, tile_size: int = 560, train
     Returns:
         RGB picture whose sides are multiples of `tile_size`.
     """
-    image = image.convert("RGB")
+    return Image.fromarray(partition_pixels(image, hd_num, tile_size, training))
+
+
+def partition_pixels(image: Image.Image, hd_num: int, tile_size: int = 560, training: bool = False) -> np.ndarray:
+    """`partition_image` as uint8 `(rows * tile_size, columns * tile_size, 3)`."""
+    image = image if image.mode == "RGB" else image.convert("RGB")
     plan = plan_partition(image.width, image.height, hd_num, tile_size, training)
+    width, height = plan.padded
+    left, top = plan.offset
+    board = np.empty((height, width, 3), np.uint8)
+    inside = board[top:top + plan.resized[1], left:left + plan.resized[0]]
     if plan.transposed:
         # resizing the swapped picture is what the public code does; bilinear sums differ in the last bit otherwise
-        image = image.transpose(Image.TRANSPOSE)
-        image = resize_image(image, plan.resized[::-1]).transpose(Image.TRANSPOSE)
+        inside[:] = resize_image(image.transpose(Image.TRANSPOSE), plan.resized[::-1]).transpose(1, 0, 2)
     else:
-        image = resize_image(image, plan.resized)
-    if plan.padded == plan.resized:
-        return image
-    board = Image.new("RGB", plan.padded, (255, 255, 255))
-    board.paste(image, plan.offset)
+        resize_image(image, plan.resized, inside)
+    board[:top], board[top + plan.resized[1]:] = WHITE, WHITE
+    board[:, :left], board[:, left + plan.resized[0]:] = WHITE, WHITE
     return board
 
 
-def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Bilinear resize of an RGB picture to (width, height); the compiled one gives Pillow's pixels, sooner."""
-    if not pictures.available():
-        return image.resize(size, Image.BILINEAR)
-    return Image.fromarray(pictures.resize(np.asarray(image), *size))
+def resize_image(image: Image.Image, size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
+    """Bilinear resize of an RGB picture; the compiled one gives Pillow's pixels, sooner.
+
+    Args:
+        image: RGB picture.
+        size: (width, height).
+        out: uint8 `(height, width, 3)` for the result, rows without gaps.
+
+    Returns:
+        uint8 `(height, width, 3)`.
+    """
+    out = np.empty((size[1], size[0], 3), np.uint8) if out is None else out
+    if pictures.available():
+        pictures.resize(np.asarray(image), out)
+    else:
+        out[:] = np.asarray(image.resize(size, Image.BILINEAR))
+    return out
 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:
@@ -301,6 +322,6 @@ def _to_rgb(image: Image.Image, prefix: str, name: str) -> Image.Image:
             # Pillow clips 16 bits to 8; a scan would come out white
             eight_bits = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
             return Image.fromarray(eight_bits).convert("RGB")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ImageError(f"{prefix}{name} is damaged and cannot be decoded ({error}).") from error

@@ -21,7 +21,7 @@ from mindformers_ixc.processing.image import (
     image_token_count,
     image_token_rows,
     load_image,
-    partition_image,
+    partition_pixels,
     plan_partition,
 )
 from mindformers_ixc.processing.prompt import (
@@ -97,8 +97,10 @@ class EncodedSample:
             raise PromptError(f"A sample of {n} positions and {tiles} tiles does not fit seq_length {seq_length} and "
                               f"max_tiles {max_tiles}.")
         rest = seq_length - n
-        pixels = np.zeros((max_tiles, 3, side, side), np.float32)
-        pixels[:tiles] = self.pixel_values
+        pixels = self.pixel_values
+        if tiles < max_tiles:
+            pixels = np.zeros((max_tiles, 3, side, side), np.float32)
+            pixels[:tiles] = self.pixel_values
         index = self.vision_index(max_tiles)
         return {
             "input_ids": np.pad(self.input_ids, (0, rest), constant_values=pad_token_id).astype(np.int32),
@@ -182,14 +184,14 @@ class IXC25ImageProcessor(BaseImageProcessor):
         tiles, grids = [], []
         for source in images:
             if is_video(source):   # a video's board has its own size; hd_num does not apply (public rule)
-                padded = load_video(source, self.image_size)
+                padded = np.asarray(load_video(source, self.image_size))
             else:
-                padded = partition_image(load_image(source, where), limit, self.image_size, training_transform)
-            grids.append(Grid(padded.height // self.image_size, padded.width // self.image_size))
+                padded = partition_pixels(load_image(source, where), limit, self.image_size, training_transform)
+            grids.append(Grid(padded.shape[0] // self.image_size, padded.shape[1] // self.image_size))
             tiles.append(image_to_tiles(padded, self.image_size))
         if not tiles:
             return np.zeros((0, 3, self.image_size, self.image_size), np.float32), []
-        return np.concatenate(tiles), grids
+        return tiles[0] if len(tiles) == 1 else np.concatenate(tiles), grids
 
     def token_count(self, grid: Grid) -> int:
         """Positions a picture takes in the sequence."""

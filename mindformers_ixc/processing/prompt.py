@@ -81,16 +81,15 @@ def mask_labels(ids: np.ndarray, end_of_turn: int, eos: int, prefix_length: int 
     """
     labels = np.array(ids, np.int32)
     ends, answer_end = 0, 0
-    for i, token in enumerate(ids):
-        if token == end_of_turn:
-            if ends % 2 == 0:
-                labels[answer_end:i + 1 + prefix_length] = IGNORE_INDEX
-            else:
-                answer_end = i + 1
-            ends += 1
-        elif token == eos:
+    for i in np.flatnonzero((labels == end_of_turn) | (labels == eos)):
+        if labels[i] == eos and eos != end_of_turn:
             labels[i + 1:] = IGNORE_INDEX
             return labels
+        if ends % 2 == 0:
+            labels[answer_end:i + 1 + prefix_length] = IGNORE_INDEX
+        else:
+            answer_end = i + 1
+        ends += 1
     if ends % 2 == 0:
         labels[answer_end + 1:] = IGNORE_INDEX
     return labels
