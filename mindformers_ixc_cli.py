@@ -28,9 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train InternLM-XComposer-2.5 with MindFormers and talk to it.",
         epilog="example:\n  mindformers run --config yaml_configs/ixc25_sft_tiny.yaml --output_dir out")
     parser.add_argument("--version", action="version", version=f"mindformers_ixc {version('mindformers_ixc')}")
-    commands = parser.add_subparsers(dest="command", metavar="{run,chat,eval,convert,merge,inspect,data,report}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for add in (_add_run, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect, _add_data,
-                _add_report):
+                _add_reference, _add_report):
         add(commands)
     return parser
 
@@ -176,6 +176,27 @@ def _add_data(commands) -> None:
     data.add_argument("--split", choices=["train", "validation", "test"], help="of ocr_vqa (default: train)")
 
 
+def _add_reference(commands) -> None:
+    reference = commands.add_parser(
+        "reference", formatter_class=Help, help="log-probabilities of a reference model, for preference pairs",
+        description="Writes a preference file again with `reference_logps` in every pair, so that a preference run "
+                    "whose input_columns has that column need not compute its reference.",
+        epilog="example:\n  mindformers reference pairs.json pairs_ref.json --model out_sft/model")
+    reference.add_argument("pairs", metavar="FILE", help="preference pairs")
+    reference.add_argument("target", metavar="TARGET", help="file to write")
+    reference.add_argument("--model", required=True, metavar="DIR", help="model directory of the reference")
+    reference.add_argument("--mode", choices=["base", "write", "web"], default="write", help="task LoRAs in use "
+                           "(default: write)")
+    reference.add_argument("--image_folder", metavar="DIR", help="where relative picture paths start")
+    reference.add_argument("--hd_num", type=int, metavar="N", help="as in the run to come (default: the model "
+                           "directory's, else 18)")
+    reference.add_argument("--image_transform", choices=["training", "inference"], default="training",
+                           help="as in the run to come (default: training)")
+    reference.add_argument("--batch_size", type=int, default=4, metavar="N", help="answers at once")
+    reference.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
+    reference.add_argument("--verbose", action="store_true", help="show the libraries' logs on standard error")
+
+
 def _add_report(commands) -> None:
     draw = commands.add_parser(
         "report", formatter_class=Help, help="curves of a run as one HTML page and PNGs",
@@ -273,6 +294,9 @@ def _command(name: str):
     if name == "data":
         from mindformers_ixc.cli.data import data
         return data
+    if name == "reference":
+        from mindformers_ixc.cli.data import reference
+        return reference
     from mindformers_ixc.cli import checkpoints
     return getattr(checkpoints, name)
 

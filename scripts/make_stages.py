@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import shutil
 import subprocess
 import tempfile
@@ -29,15 +30,23 @@ SIDE = 112          # one tile of the tiny recipes, in pixels
 TRAINING_CHARTS, HELD_OUT_CHARTS = 240, 48
 
 PAGES = {
-    "bakery": ("a bakery", "#fff3e0", "#bf360c", "Corner Bakery", "Fresh bread every day.", "Order"),
-    "library": ("a library", "#e3f2fd", "#0d47a1", "City Library", "Read, borrow, return.", "Search"),
-    "garden": ("a garden club", "#e8f5e9", "#1b5e20", "Garden Club", "Meet us on Sunday.", "Join"),
+    "bakery": ("a bakery", "#ffcc80", "#bf360c", "Corner Bakery", "Fresh bread every day.", "Order"),
+    "library": ("a library", "#90caf9", "#0d47a1", "City Library", "Read, borrow, return.", "Search"),
+    "garden": ("a garden club", "#a5d6a7", "#1b5e20", "Garden Club", "Meet us on Sunday.", "Join"),
     "cinema": ("a cinema", "#212121", "#ffca28", "Old Cinema", "Two films tonight.", "Tickets"),
     "clinic": ("a dentist", "#ffffff", "#00695c", "Bright Smiles", "Open until six.", "Call"),
-    "school": ("a music school", "#f3e5f5", "#6a1b9a", "Music School", "Learn the piano.", "Try"),
-    "train": ("a train museum", "#eceff1", "#c62828", "Train Museum", "Steam and steel.", "Visit"),
-    "swim": ("a swimming pool", "#e0f7fa", "#01579b", "Blue Pool", "Warm all winter.", "Prices"),
+    "school": ("a music school", "#ce93d8", "#4a148c", "Music School", "Learn the piano.", "Try"),
+    "train": ("a train museum", "#c62828", "#eceff1", "Train Museum", "Steam and steel.", "Visit"),
+    "swim": ("a swimming pool", "#80deea", "#01579b", "Blue Pool", "Warm all winter.", "Prices"),
 }
+
+# What the small language model reads before stage 1: pages of random words and colours. The words of the pages of stage
+# 4 are among them, as they are in a large model's reading; those pages are not.
+PLACES = ("tea shop", "chess club", "farm", "hotel", "bike shop", "zoo", "theatre", "village", "print shop",
+          "ski school", "harbour", "gallery")
+WORDS = ("tea", "cheese", "warm", "golden", "quiet", "open", "new", "paper", "snow", "river", "early", "table")
+BUTTONS = ("Book", "Call us", "Buy", "Read more", "Find us", "Map")
+CODE_PAGES = 96
 
 
 def draw_chart(colour: str, count: int, rng: random.Random) -> Image.Image:
@@ -119,6 +128,21 @@ def page(background: str, colour: str, title: str, text: str, button: str) -> st
             f"<button>{button}</button></body></html>")
 
 
+def make_code(out: Path) -> None:
+    """Pages as text, for the small language model."""
+    rng, rows = random.Random(1), []
+    own = [re.findall(r"\w+", f"{title} {text} {button}") for _, _, _, title, text, button in PAGES.values()]
+    words = [*WORDS, *(word for page_words in own for word in page_words)]
+    buttons = [*BUTTONS, *(button for *_, button in PAGES.values())]
+    for i in range(CODE_PAGES):
+        place, colours = PLACES[i % len(PLACES)], [f"#{rng.randrange(1 << 24):06x}" for _ in range(2)]
+        title = " ".join(word.title() for word in rng.sample(words, 2))
+        text = " ".join(rng.sample(words, rng.randint(2, 4))) + "."
+        code = page(*colours, title, text[0].upper() + text[1:], rng.choice(buttons))
+        rows.append(sample(f"code-{i}", f"Write a web page for a {place}.", code))
+    write_json(out / "code.json", rows)
+
+
 def make_pages(out: Path) -> None:
     """Pages, their screenshots, and instructions for them."""
     (out / "pages").mkdir(parents=True, exist_ok=True)
@@ -147,6 +171,7 @@ def main() -> None:
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     make_charts(out)
+    make_code(out)
     make_pages(out)
 
 

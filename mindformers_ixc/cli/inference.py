@@ -1,4 +1,4 @@
-"""What `mindformers chat` and `mindformers eval` share."""
+"""What the commands that ask a model share."""
 from __future__ import annotations
 
 import argparse
@@ -15,11 +15,16 @@ ASCEND_DTYPES = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16"}
 
 def load_assistant(arguments: argparse.Namespace) -> Assistant:
     """Loads `arguments.model` on `arguments.device_target`, in graph mode."""
+    prepare_device(arguments)
+    return Assistant.from_directory(arguments.model, **(ASCEND_DTYPES if arguments.device_target == "Ascend" else {}))
+
+
+def prepare_device(arguments: argparse.Namespace) -> None:
+    """Graph mode on `arguments.device_target`, quiet unless `arguments.verbose`."""
     if not arguments.verbose:
         _quiet_mindformers()
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device(arguments.device_target)
-    return Assistant.from_directory(arguments.model, **(ASCEND_DTYPES if arguments.device_target == "Ascend" else {}))
 
 
 def generation_options(arguments: argparse.Namespace) -> dict:

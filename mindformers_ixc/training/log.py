@@ -24,8 +24,9 @@ class TrainingError(ValueError):
 class TrainingLog(Callback):
     """Writes `metrics.jsonl`, one JSON object a step, and stops a run whose loss is no number.
 
-    Each row has step, epoch, loss, learning_rate, grad_norm, overflow, seconds, samples_per_second; with sources
-    `sources`: loss and labelled tokens of each, and `tokens` of all; for preference pairs the rewards.
+    Each row has step, epoch, loss, learning_rate, grad_norm, overflow, seconds, samples_per_second, and `samples`, the
+    batch's rows of the data set; with sources `sources`: loss and labelled tokens of each, and `tokens` of all; for
+    preference pairs the rewards.
 
     Args:
         folder: the run's.
@@ -88,7 +89,8 @@ class TrainingLog(Callback):
         if step >= self.total and not parameters.dataset_sink_mode:
             run_context.request_stop()     # an iteration over the data that began inside an epoch goes on too far
         row = {"step": step, "epoch": (step - 1) // parameters.batch_num + 1, "loss": _number(loss),
-               "learning_rate": _number(rate), "overflow": bool(np.any(overflow.asnumpy()))}
+               "learning_rate": _number(rate), "overflow": bool(np.any(overflow.asnumpy())),
+               "samples": [int(index) for index in self.dataset.plan_sampler.batch(step - 1)]}
         if norm is not None:
             row["grad_norm"] = _number(norm)
         row["seconds"] = time.perf_counter() - self.began
