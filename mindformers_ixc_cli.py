@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example:\n  mindformers run --config yaml_configs/ixc25_sft_tiny.yaml --output_dir out")
     parser.add_argument("--version", action="version", version=f"mindformers_ixc {version('mindformers_ixc')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for add in (_add_run, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect, _add_data,
+    for add in (_add_run, _add_launch, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect, _add_data,
                 _add_reference, _add_report):
         add(commands)
     return parser
@@ -50,6 +50,22 @@ def _add_run(commands) -> None:
     run.add_argument("--load_checkpoint", metavar="PATH", help="weights to start from: a model directory or file")
     run.add_argument("--use_parallel", metavar="BOOL", help="run under msrun with the file's parallel_config")
     run.add_argument("--predict_data", metavar="FILE", help="questions for run_mode predict, one JSON object a line")
+
+
+def _add_launch(commands) -> None:
+    launch = commands.add_parser(
+        "launch", formatter_class=Help, help="a parallel run, one process a device",
+        description="Starts `mindformers run --use_parallel True` once a device by MindSpore's msrun. Everything that "
+                    "is not listed here goes to `run`. Ranks log into one folder, the log of the rank that reports the "
+                    "loss is shown; when a rank dies all are ended, and the reason is the last line.",
+        epilog="examples:\n  mindformers launch -n 8 --config yaml_configs/ixc25_sft.yaml --output_dir out\n"
+               "  mindformers launch -n 16 --local_devices 8 --node_rank 1 --master_addr 10.0.0.1 --config ...")
+    launch.add_argument("-n", "--devices", type=int, required=True, metavar="N", help="devices, over all servers")
+    launch.add_argument("--local_devices", type=int, metavar="N", help="of this server (default: all)")
+    launch.add_argument("--node_rank", type=int, default=0, metavar="N", help="number of this server")
+    launch.add_argument("--master_addr", default="127.0.0.1", metavar="HOST", help="address of server 0")
+    launch.add_argument("--master_port", type=int, metavar="N", help="its port (default: a free one, else 8118)")
+    launch.add_argument("--log_dir", metavar="DIR", help="of the ranks' logs (default: OUTPUT_DIR/rank_logs)")
 
 
 def _add_generation(parser) -> None:
@@ -252,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 2
-    if rest and arguments.command != "run":
+    if rest and arguments.command not in ("run", "launch"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
     arguments.answers = claim_stdout()
@@ -282,6 +298,9 @@ def _command(name: str):
     if name == "run":
         from mindformers_ixc.cli.run import run
         return run
+    if name == "launch":
+        from mindformers_ixc.cli.launch import launch
+        return launch
     if name == "chat":
         from mindformers_ixc.cli.chat import chat
         return chat

@@ -193,6 +193,9 @@ def main() -> int:
     arguments = parser.parse_args()
     measures = {"language": measure_language, "pretrain": measure_pretrain, "charts": measure_charts,
                 "dpo": measure_dpo, "web": measure_web}
+    from mindformers_ixc.cli.inference import quiet_mindformers
+
+    quiet_mindformers()
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         out = arguments.out or Path(scratch)

@@ -79,7 +79,7 @@ def open_source(path: str | Path, strategy: str | Path | None = None) -> Source:
             kind = "mindspore" if name.endswith(".ckpt") else "public"
             return Source(path, kind, read_file(path / name), [path / name])
     for folder in (path, path / "checkpoint"):
-        if any(folder.glob("rank_*/*")):
+        if any(folder.glob("rank_[0-9]*/*")):
             return _open_ranks(path, folder, strategy)
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     if not files:

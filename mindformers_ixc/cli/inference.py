@@ -22,7 +22,7 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
 def prepare_device(arguments: argparse.Namespace) -> None:
     """Graph mode on `arguments.device_target`, quiet unless `arguments.verbose`."""
     if not arguments.verbose:
-        _quiet_mindformers()
+        quiet_mindformers()
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device(arguments.device_target)
 
@@ -38,7 +38,7 @@ def generation_options(arguments: argparse.Namespace) -> dict:
     return options
 
 
-def _quiet_mindformers() -> None:
+def quiet_mindformers() -> None:
     """Keeps MindFormers' progress notes off the terminal; they still reach the log folder."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("mindformers"):

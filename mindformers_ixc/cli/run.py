@@ -11,6 +11,7 @@ import yaml
 
 import mindformers_ixc  # noqa: F401 - importing it registers the model
 from mindformers_ixc.cli.run_config import apply_overrides, check_fields, parse_overrides, read_yaml
+from mindformers_ixc.parallel.checks import check_run
 from mindformers_ixc.training.checkpoints import prepare_resume, record_run
 
 
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         _use_register_path(arguments.register_path)
     fields = merged_fields(arguments)
     check_fields(fields, arguments.config)
+    check_run(fields)
     output_dir = Path(fields.setdefault("output_dir", "output")).resolve()
     fields["output_dir"] = str(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -81,8 +83,10 @@ def _run_trainer(fields: dict) -> None:
     build_context(config)
     if config.use_parallel and config.context.device_target == "CPU":
         from mindformers_ixc.parallel import cpu
+        from mindformers_ixc.parallel.cpu.loading import load_on_cpu
 
         cpu.install()
+        load_on_cpu()
     trainer = Trainer(config)
     if config.run_mode == "predict":
         trainer.predict(predict_checkpoint=config.load_checkpoint, input_data=config.input_data)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
+from mindformers.tools.utils import get_real_group_size, get_real_rank
 
 from mindformers_ixc.parallel.cuts import check_stages
 
@@ -10,6 +11,22 @@ from mindformers_ixc.parallel.cuts import check_stages
 def is_parallel() -> bool:
     """Whether graphs are made by MindSpore's parallel compiler."""
     return ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
+
+
+def reports_loss() -> bool:
+    """Whether this process is the one that writes down what a step gave: the first rank of the last stage."""
+    if not is_parallel():
+        return True
+    size, stages = get_real_group_size(), ms.get_auto_parallel_context("pipeline_stages") or 1
+    return get_real_rank() == size - size // stages
+
+
+def has_loss() -> bool:
+    """Whether this process's pipeline stage computes the loss."""
+    if not is_parallel():
+        return True
+    size, stages = get_real_group_size(), ms.get_auto_parallel_context("pipeline_stages") or 1
+    return get_real_rank() >= size - size // stages
 
 
 def layer_stages(layers: int, stages: int, offset=0) -> list[int]:

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from mindspore.train.callback import Callback
 
+from mindformers_ixc.parallel.stages import has_loss, reports_loss
+
 METRICS_FILE = "metrics.jsonl"
 
 # Rewards and the like of a preference step, in the order of its report (`training.preference`).
@@ -59,6 +61,9 @@ class TrainingLog(Callback):
         self.batch_size = self.dataset.get_batch_size()
         self.total = self.trainer.config.runner_config.epochs * self.dataset.get_dataset_size()
         self._start_average(run_context.original_args().train_network)
+        self.writes = reports_loss()
+        if not self.writes:
+            return
         rows = read_metrics(self.path) if self.start else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "w", encoding="utf-8") as file:
@@ -98,9 +103,10 @@ class TrainingLog(Callback):
         report = getattr(parameters.train_network, "train_report", None)
         if self.kind and report is not None:
             row.update(self._report(report.asnumpy()))
-        bad = not math.isfinite(row["loss"])
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "loss": None} if bad else row) + "\n")
+        bad = has_loss() and not math.isfinite(row["loss"])
+        if self.writes:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({**row, "loss": None} if bad else row) + "\n")
         if bad or (row["overflow"] and not math.isfinite(row.get("grad_norm", 0.0))):
             parameters.run_failed = True
             what = "loss" if bad else "gradient"

@@ -153,6 +153,9 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         self._log = TrainingLog(get_output_root_path())
         callbacks = [*(callbacks or []), self._log]
         if config.get("evaluation"):
+            if is_parallel():
+                raise ConfigError("evaluation works in stand-alone runs only; take the section out and evaluate the "
+                                  "joined checkpoint (mindformers convert, mindformers eval).")
             callbacks.append(Evaluation(self, dict(config.evaluation), config.train_dataset))
         try:
             super().train(config=config, network=network, dataset=dataset, wrapper=wrapper, optimizer=optimizer,

@@ -1,0 +1,198 @@
+"""Trains the same steps alone and in parallel layouts over CPU processes, and compares losses and weights.
+
+    python scripts/parallel_parity.py [--layouts tp2 pp2 ...] [--steps 20] [--out FOLDER]
+
+Everything goes through `mindformers launch`: MindFormers' Trainer, the tiny YAML with real pictures, everything
+training (Partial LoRA and the web pair among it), gradient clipping, from one checkpoint. Every step's loss and the
+weights joined from the ranks must be those of the single process within 1e-5. `resume` interrupts a run twice and goes
+on in another layout each time (tp 2, single, pp 2). Prints a table; returns 1 if a bar is missed.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "yaml_configs" / "ixc25_sft_tiny.yaml"
+BAR = 1e-5
+GLOBAL_BATCH, STEPS_AN_EPOCH = 8, 7          # 56 samples
+
+# Name: (data parallel, tensor parallel, stages, micro batches, optimizer sharding).
+LAYOUTS = {"tp2": (1, 2, 1, 1, False), "dp2": (2, 1, 1, 1, False), "pp2": (1, 1, 2, 2, False),
+           "dp2tp2": (2, 2, 1, 1, False), "tp2pp2": (1, 2, 2, 2, False), "dp2opt": (2, 1, 1, 1, True),
+           "dp2tp2pp2": (2, 2, 2, 2, False)}
+FEW_STEPS = {"dp2tp2pp2": STEPS_AN_EPOCH}    # eight processes on two cores
+CALLBACKS = ("[{type: MFLossMonitor}, {type: CheckpointMonitor, prefix: p, save_checkpoint_steps: %d, "
+             "keep_checkpoint_max: 1, integrated_save: False, async_save: False, checkpoint_format: safetensors}]")
+SHARED = {"run_mode": "finetune", "model.model_config.adapter_mode": "web", "model.model_config.plora_dropout": 0.0,
+          "train_parts": "[vision, projector, separators, partial_lora, language, task_lora.web]",
+          "train_dataset.input_columns": "[input_ids, labels, pixel_values, vision_index, image_mask]",
+          "lr_schedule.learning_rate": 1e-4}
+
+
+def write_start(folder: Path) -> None:
+    """A random model directory for all runs; pairs whose second half were zero would hide errors."""
+    import mindspore as ms
+    from mindspore import Tensor
+
+    from mindformers_ixc import IXC25Config, IXC25ForCausalLM
+    from mindformers_ixc.checkpoint.model_directory import save_model_directory
+    from mindformers_ixc.cli.run_config import read_yaml
+    from mindformers_ixc.demo import demo_path
+
+    ms.set_seed(1)
+    section = read_yaml(CONFIG)["model"]["model_config"]
+    section.pop("type")
+    model = IXC25ForCausalLM(IXC25Config(**section))
+    rng = np.random.default_rng(1)
+    for parameter in model.get_parameters():
+        if parameter.name.endswith("_B.weight"):
+            parameter.set_data(Tensor(rng.normal(0, 0.02, parameter.shape).astype(np.float32)))
+    save_model_directory(model, folder, demo_path("tokenizer.model"))
+
+
+def options_of(layout: tuple, epochs: int, save_steps: int) -> dict:
+    """Overrides of a run in a layout, for the same global batch."""
+    dp, tp, pp, micro, sharded = layout
+    options = {**SHARED, "runner_config.epochs": epochs, "callbacks": CALLBACKS % save_steps}
+    size = GLOBAL_BATCH // (dp * micro)
+    options.update({"runner_config.batch_size": size, "train_dataset.batch_size": size})
+    if dp * tp * pp > 1:
+        options.update({"auto_trans_ckpt": True, "parallel.parallel_mode": 1, "parallel.full_batch": True,
+                        "parallel.gradients_mean": False, "parallel.enable_parallel_optimizer": sharded,
+                        "parallel.parallel_optimizer_config": "{parallel_optimizer_threshold: 0}",
+                        "parallel_config.data_parallel": dp, "parallel_config.model_parallel": tp,
+                        "parallel_config.pipeline_stage": pp, "parallel_config.micro_batch_num": micro,
+                        "parallel_config.vocab_emb_dp": False})
+    return options
+
+
+def start(layout: tuple, out: Path, options: dict) -> subprocess.Popen:
+    """Starts a run."""
+    devices = layout[0] * layout[1] * layout[2]
+    command = [str(Path(sys.executable).with_name("mindformers"))]
+    command += ["launch", "-n", str(devices)] if devices > 1 else ["run"]
+    command += ["--config", str(CONFIG), "--output_dir", str(out)]
+    for key, value in options.items():
+        command += [f"--{key}", str(value)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".log"), "a", encoding="utf-8") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def run(layout: tuple, out: Path, options: dict) -> None:
+    """Runs to the end."""
+    if start(layout, out, options).wait():
+        raise SystemExit(f"{out.name}: {out.with_suffix('.log').read_text()[-3000:]}")
+
+
+def rows_of(out: Path) -> list[dict]:
+    """What a run has written so far of its steps."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def weights_of(out: Path) -> dict[str, np.ndarray]:
+    """Weights of a run's last checkpoint, joined from its ranks."""
+    from mindformers_ixc.checkpoint.model_directory import read_as
+    from mindformers_ixc.checkpoint.names import part_of
+    from mindformers_ixc.checkpoint.sources import open_source
+
+    source = open_source(out / "model" if (out / "model").is_dir() else out)
+    return {name: read_as(tensor, "F32") for name, tensor in source.tensors.items() if part_of(name)}
+
+
+def compare(expected: Path, out: Path) -> tuple[int, float, float]:
+    """Steps, largest relative difference of a loss, and largest difference of a weight relative to the largest."""
+    ours, theirs = rows_of(out), rows_of(expected)
+    losses = [abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(ours, theirs, strict=False)]
+    assert [row["samples"] for row in ours] == [row["samples"] for row in theirs[:len(ours)]]
+    if len(ours) < len(theirs):
+        return len(ours), max(losses), float("nan")
+    whole, joined = weights_of(expected), weights_of(out)
+    differences = [float(np.abs(joined[name] - whole[name]).max() / max(np.abs(whole[name]).max(), 1.0))
+                   for name in joined]
+    return len(ours), max(losses), max(differences)
+
+
+def check_layouts(out: Path, names: list[str], epochs: int) -> int:
+    """Runs and compares layouts; returns how many miss the bar."""
+    failed = 0
+    for name in names:
+        few = FEW_STEPS.get(name)
+        began = time.perf_counter()
+        run(LAYOUTS[name], out / name, {**options_of(LAYOUTS[name], -(-few // STEPS_AN_EPOCH) if few else epochs, 1000),
+                                        **({"lr_schedule.total_steps": epochs * STEPS_AN_EPOCH} if few else {}),
+                                        "load_checkpoint": out / "start"})
+        steps, loss, weight = compare(out / "single", out / name)
+        good = loss <= BAR and not weight > BAR
+        failed += not good
+        shown = "" if np.isnan(weight) else f"{weight:.1e}"
+        print(f"{name:12} {steps:5} {loss:15.1e} {shown:>18} {time.perf_counter() - began:8.0f} "
+              f"{'ok' if good else 'MISSED'}", flush=True)
+    return failed
+
+
+def check_resume(out: Path, epochs: int) -> int:
+    """tp 2, killed; single, killed; pp 2 to the end: the losses are those of the single run. Returns 1 if not."""
+    began, target = time.perf_counter(), out / "resumed"
+    total = epochs * STEPS_AN_EPOCH
+    legs = [((1, 2, 1, 1, False), total // 3), ((1, 1, 1, 1, False), 2 * total // 3), ((1, 1, 2, 2, False), total)]
+    previous = None
+    for number, (layout, until) in enumerate(legs):
+        leg = target.with_name(f"resumed_{number}")
+        options = {**options_of(layout, epochs, 1), "load_checkpoint": previous or out / "start"}
+        if previous:
+            options["resume_training"] = True
+        process = start(layout, leg, options)
+        while process.poll() is None and (not rows_of(leg) or rows_of(leg)[-1]["step"] < until):
+            time.sleep(0.05)
+        if until < total:
+            subprocess.run(["pkill", "-9", "-f", str(leg)], check=False)
+        if process.wait() and until == total:
+            raise SystemExit(leg.with_suffix(".log").read_text()[-3000:])
+        previous = leg
+    rows: dict[int, dict] = {}
+    for number in range(len(legs)):
+        rows.update({row["step"]: row for row in rows_of(target.with_name(f"resumed_{number}"))})
+    expected = rows_of(out / "single")
+    loss = max(abs(rows[row["step"]]["loss"] - row["loss"]) / row["loss"] for row in expected)
+    good = loss <= BAR and all(rows[row["step"]]["samples"] == row["samples"] for row in expected)
+    print(f"{'resume':12} {len(rows):5} {loss:15.1e} {'':>18} {time.perf_counter() - began:8.0f} "
+          f"{'ok' if good else 'MISSED'}", flush=True)
+    return int(not good)
+
+
+def main() -> int:
+    """Runs everything; returns 0 if all bars hold."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layouts", nargs="+", choices=[*LAYOUTS, "resume"], default=[*LAYOUTS, "resume"],
+                        help="what to run")
+    parser.add_argument("--steps", type=int, default=20, help="steps to compare, in whole epochs of 7")
+    parser.add_argument("--out", type=Path, help="where runs go (a temporary folder)")
+    arguments = parser.parse_args()
+    epochs = -(-arguments.steps // STEPS_AN_EPOCH)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = arguments.out or Path(scratch)
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "single" / "model").is_dir():
+            write_start(out / "start")
+            run((1, 1, 1, 1, False), out / "single",
+                {**options_of((1, 1, 1, 1, False), epochs, 1000), "load_checkpoint": out / "start"})
+        print(f"{'layout':12} {'steps':>5} {'loss, relative':>15} {'weights, relative':>18} {'seconds':>8}")
+        failed = check_layouts(out, [name for name in arguments.layouts if name in LAYOUTS], epochs)
+        if "resume" in arguments.layouts:
+            failed += check_resume(out, epochs)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
