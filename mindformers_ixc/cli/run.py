@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     output_dir = Path(fields.setdefault("output_dir", "output")).resolve()
     fields["output_dir"] = str(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if fields["run_mode"] != "predict" and not fields.get("use_parallel"):
-        wanted = {key: value for key, value in fields.items() if key != "resume_training"}
+    if fields["run_mode"] != "predict":
+        wanted = dict(fields)
         if fields.get("resume_training"):
             prepare_resume(fields)
         record_run(wanted)

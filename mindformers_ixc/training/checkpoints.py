@@ -15,19 +15,16 @@ from pathlib import Path
 from mindformers.core.callback.callback import CheckpointMonitor
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from mindformers_ixc.config import ConfigError
+from mindformers_ixc.training.relayout import joined, write_counters
 
 # What a resumed run must share with the one it goes on with; the rest (callbacks, folders, workers) may change.
 SAME_SECTIONS = ("seed", "train_dataset", "train_parts", "part_learning_rates", "model", "optimizer", "lr_schedule",
                  "runner_wrapper", "preference")
-FREE_KEYS = {"num_parallel_workers", "python_multiprocessing", "prefetch_size", "numa_enable", "max_bad_share"}
+FREE_KEYS = {"num_parallel_workers", "python_multiprocessing", "prefetch_size", "numa_enable", "max_bad_share",
+             "batch_size"}
 RECORD = "run_config.json"
-
-# What MindFormers writes into a checkpoint beside the parameters.
-COUNTERS = ("epoch_num", "step_num", "loss_scale", "global_batch_size")
 
 _NAME = re.compile(r"(?P<prefix>.+)_rank_(?P<rank>\d+)(_\d+)?-(?P<epoch>\d+)_(?P<step>\d+)\.(safetensors|ckpt)$")
 
@@ -108,18 +105,37 @@ def prepare_resume(fields: dict) -> None:
     """Points a run that resumes at the newest whole checkpoint, in place.
 
     Args:
-        fields: of the YAML; `load_checkpoint` is the earlier run's folder, by default this run's own.
+        fields: of the YAML; `load_checkpoint` is the earlier run's folder, by default this run's own. The layout may
+            be another one than the earlier run's.
 
     Raises:
         ConfigError: when there is no checkpoint, or the earlier run had another configuration.
     """
-    source = Path(fields.get("load_checkpoint") or fields["output_dir"]).resolve()
-    checkpoint = source if source.is_file() else last_checkpoint(source)
-    folder = checkpoint.parents[2]
-    check_same_run(fields, folder / RECORD)
-    fields.update(load_checkpoint=str(_as_directory(checkpoint, Path(fields["output_dir"]).resolve() / "resume")),
-                  resume_training=True, run_mode="finetune", load_ckpt_format="safetensors")
+    source, target = Path(fields.get("load_checkpoint") or fields["output_dir"]).resolve(), resume_folder(fields)
+    if source.is_file():
+        source = source.parents[2]
+    before = check_same_run(fields, source / RECORD)
+    alone = before["layout"] == layout_record(fields) == layout_record({})
+    if alone:
+        checkpoint = _as_directory(last_checkpoint(source), target)
+    else:
+        if not any((source / "checkpoint").glob("rank_[0-9]*/*.safetensors")):
+            last_checkpoint(source)      # says what is missing
+        checkpoint = joined(source, target, before.get("start"))
+    fields.update(load_checkpoint=str(checkpoint), resume_training=True, run_mode="finetune",
+                  load_ckpt_format="safetensors", auto_trans_ckpt=bool(fields.get("use_parallel")))
     logger.info(f"Going on from {checkpoint}.")
+
+
+def resume_folder(fields: dict) -> Path:
+    """Where a run keeps what it resumes from."""
+    return Path(fields["output_dir"]).resolve() / "resume"
+
+
+def layout_record(fields: dict) -> list[int]:
+    """Data, tensor and pipeline parallel degrees of a run."""
+    section = (fields.get("parallel_config") or {}) if fields.get("use_parallel") else {}
+    return [section.get(name) or 1 for name in ("data_parallel", "model_parallel", "pipeline_stage")]
 
 
 def _as_directory(checkpoint: Path, folder: Path) -> Path:
@@ -130,23 +146,33 @@ def _as_directory(checkpoint: Path, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / checkpoint.name).symlink_to(checkpoint)
-    with safe_open(checkpoint, "np") as tensors:
-        names = set(tensors.keys())
-        counters = {name: tensors.get_tensor(name) for name in COUNTERS if name in names}
-    save_file(counters, folder / "hyper_param.safetensors")
+    write_counters(folder, checkpoint)
     return folder
 
 
 def record_run(fields: dict) -> None:
     """Writes down what a later resume is compared with."""
     path = Path(fields["output_dir"]) / RECORD
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps(_comparable(fields), indent=1, sort_keys=True, default=str), encoding="utf-8")
+    record = {**_comparable(fields), "layout": layout_record(fields), "start": _start_of(fields, path)}
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=1, sort_keys=True, default=str), encoding="utf-8")
     os.replace(temporary, path)
 
 
-def check_same_run(fields: dict, record: Path) -> None:
+def _start_of(fields: dict, own: Path) -> str | None:
+    """The weights a run began with; of one that resumes, those of the run it goes on with."""
+    start = fields.get("load_checkpoint") or None
+    if not fields.get("resume_training"):
+        return str(Path(start).resolve()) if start else None
+    earlier = Path(start).resolve() / RECORD if start else own
+    return json.loads(earlier.read_text(encoding="utf-8")).get("start") if earlier.is_file() else None
+
+
+def check_same_run(fields: dict, record: Path) -> dict:
     """Refuses to resume a run under another configuration.
+
+    Returns:
+        What was written down of the earlier run.
 
     Raises:
         ConfigError: naming the keys that differ, with both values.
@@ -154,7 +180,8 @@ def check_same_run(fields: dict, record: Path) -> None:
     if not record.is_file():
         raise ConfigError(f"resume_training: {record} is missing, so the checkpoint's configuration is unknown; resume "
                           "from the folder of a run.")
-    before = dict(_flat(json.loads(record.read_text(encoding="utf-8"))))
+    recorded = json.loads(record.read_text(encoding="utf-8"))
+    before = dict(_flat({name: value for name, value in recorded.items() if name not in ("layout", "start")}))
     now = dict(_flat(json.loads(json.dumps(_comparable(fields), default=str))))
     different = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if different:
@@ -162,13 +189,19 @@ def check_same_run(fields: dict, record: Path) -> None:
         raise ConfigError(f"resume_training: the run in {record.parent} had another configuration: {shown}. Use the "
                           "same YAML and options, or start anew with its weights (load_checkpoint without "
                           "resume_training).")
+    return recorded
 
 
 def _comparable(fields: dict) -> dict:
     kept = {name: fields[name] for name in SAME_SECTIONS if fields.get(name) is not None}
-    kept["runner_config"] = {key: fields.get("runner_config", {}).get(key)
-                             for key in ("epochs", "batch_size", "gradient_accumulation_steps")}
-    return kept
+    runner = fields.get("runner_config") or {}
+    parallel = (fields.get("parallel_config") or {}) if fields.get("use_parallel") else {}
+    # layouts may change, what a step takes in may not
+    size = runner.get("batch_size") or 1
+    for number in (runner.get("gradient_accumulation_steps"), parallel.get("data_parallel"),
+                   parallel.get("micro_batch_num") if (parallel.get("pipeline_stage") or 1) > 1 else 1):
+        size *= number or 1
+    return {**kept, "runner_config": {"epochs": runner.get("epochs"), "global_batch": size}}
 
 
 def _flat(value, prefix: str = ""):

@@ -1,0 +1,99 @@
+"""A run's checkpoint for a run in another parallel layout: joined from its ranks, counters and optimizer states too.
+
+MindFormers then cuts it for the new layout while it loads (`auto_trans_ckpt`), or loads it whole in a stand-alone run.
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from mindformers_ixc.checkpoint.names import part_of
+from mindformers_ixc.checkpoint.sources import Source, open_source
+from mindformers_ixc.checkpoint.streaming import TensorFile
+from mindformers_ixc.checkpoint.tensors import LazyTensor
+from mindformers_ixc.config import ConfigError
+
+# What MindFormers writes into a checkpoint beside the parameters, and looks for in this file of a folder.
+COUNTERS = ("epoch_num", "step_num", "loss_scale", "global_batch_size")
+COUNTERS_FILE = "hyper_param.safetensors"
+
+# Seconds that the other ranks wait for rank 0 to join a checkpoint; 104 GB of a 7B run take minutes.
+JOIN_TIMEOUT_S = 3600
+
+
+def write_counters(folder: Path, checkpoint: Path) -> None:
+    """Writes the counters of a checkpoint file where MindFormers reads them."""
+    with safe_open(checkpoint, "np") as tensors:
+        names = set(tensors.keys())
+        save_file({name: tensors.get_tensor(name) for name in COUNTERS if name in names}, folder / COUNTERS_FILE)
+
+
+def joined(run: Path, folder: Path, start: str | None) -> Path:
+    """A folder with the newest checkpoint of a run as one file; made by rank 0, the others wait.
+
+    Args:
+        run: folder of the run.
+        folder: where such folders go; all ranks must see it.
+        start: the weights the run began with. A parallel run saves only what its graph uses; the rest is there.
+
+    Raises:
+        ConfigError: when parameters are in neither, or rank 0 does not come to an end.
+        CheckpointError: when the ranks' files do not make up whole tensors.
+    """
+    source = open_source(run)
+    newest = max(source.files, key=lambda file: file.stat().st_mtime_ns)
+    target = folder / f"{newest.stem}_{newest.stat().st_mtime_ns}"
+    if target.is_dir():
+        return target
+    if int(os.environ.get("RANK_ID") or 0) > 0:
+        return _wait_for(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        shutil.rmtree(old, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".joining-", dir=folder))
+    try:
+        _write(source, temporary / "whole.safetensors", start)
+        write_counters(temporary, source.files[0])
+        temporary.chmod(0o755)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _wait_for(target: Path) -> Path:
+    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    while not target.is_dir():
+        if time.monotonic() > deadline:
+            raise ConfigError(f"resume_training: rank 0 has not joined the checkpoint into {target} in "
+                              f"{JOIN_TIMEOUT_S} s; look at its log, and give all servers a shared output_dir.")
+        time.sleep(0.5)
+    return target
+
+
+def _write(source: Source, path: Path, start: str | None) -> None:
+    tensors: dict[str, LazyTensor] = {name: tensor for name, tensor in source.tensors.items() if name not in COUNTERS}
+    tensors.update(_unused(source, start))
+    file = TensorFile(path, [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
+    try:
+        file.open()
+        for name, tensor in tensors.items():
+            for begin, piece in tensor.pieces():
+                file.write(name, begin, piece)
+        file.sync()
+    finally:
+        file.close()
+
+
+def _unused(source: Source, start: str | None) -> dict[str, LazyTensor]:
+    """Parameters of the model that a parallel run's graph does not use, from where the run began."""
+    if not start or not Path(start).exists():
+        return {}
+    return {name: tensor for name, tensor in open_source(start).tensors.items()
+            if part_of(name) is not None and name not in source.tensors}
