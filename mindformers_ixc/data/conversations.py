@@ -166,6 +166,9 @@ def _read_turns(rows, where: str) -> list[tuple[str, str]]:
         if role is None:
             raise DataError(f"{where}, field conversations[{i}].from: {row['from']!r} is no role; the choices are "
                             f"{', '.join(ROLES)}.")
+        if role == "assistant" and not row["value"].strip():
+            raise DataError(f"{where}, field conversations[{i}].value: the answer is empty, so there is nothing to "
+                            "learn from it; take question and answer out.")
         turns.append((role, row["value"]))
     start = 1 if turns[0][0] == "system" else 0
     for i, (role, _) in enumerate(turns[start:]):

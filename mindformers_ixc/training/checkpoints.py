@@ -17,6 +17,7 @@ from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ixc.config import ConfigError
+from mindformers_ixc.training.log import not_finite
 from mindformers_ixc.training.relayout import joined, write_counters
 
 # What a resumed run must share with the one it goes on with; the rest (callbacks, folders, workers) may change.
@@ -36,7 +37,9 @@ class SafeCheckpointMonitor(CheckpointMonitor):
     """
 
     def save_checkpoint(self, cb_params) -> None:
-        """Saves a checkpoint, then lets go of those above `keep_checkpoint_max`."""
+        """Saves a checkpoint, then lets go of those above `keep_checkpoint_max`; none of a step that failed."""
+        if not_finite(cb_params.net_outputs):
+            return     # MindFormers calls this before the callback that ends the run
         keep = self._config.keep_checkpoint_max
         self._config._keep_checkpoint_max = 0                  # nothing is deleted before the new one is there
         done, here, epoch = self._append_step_num, cb_params.cur_step_num, cb_params.cur_epoch_num

@@ -103,13 +103,12 @@ class TrainingLog(Callback):
         report = getattr(parameters.train_network, "train_report", None)
         if self.kind and report is not None:
             row.update(self._report(report.asnumpy()))
-        bad = has_loss() and not math.isfinite(row["loss"])
+        what = not_finite(parameters.net_outputs)
         if self.writes:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, "loss": None} if bad else row) + "\n")
-        if bad or (row["overflow"] and not math.isfinite(row.get("grad_norm", 0.0))):
+                file.write(json.dumps({**row, "loss": None} if what == "loss" else row) + "\n")
+        if what:
             parameters.run_failed = True
-            what = "loss" if bad else "gradient"
             raise TrainingError(f"Step {step}: the {what} of this batch is not finite (its samples: "
                                 f"{self.describe(step - 1)}). The step was not taken and no checkpoint was written; "
                                 "the last one is good. Look at those samples or lower the learning rate, then go on "
@@ -122,6 +121,20 @@ class TrainingLog(Callback):
         by_source = {name: {"loss": float(total / count), "tokens": int(count)}
                      for name, total, count in zip(self.sources, *report) if count}
         return {"sources": by_source, "tokens": int(report[1].sum())}
+
+
+def not_finite(outputs: tuple) -> str | None:
+    """What of a step is no number, "loss" or "gradient", if anything; the run must not go on then.
+
+    Args:
+        outputs: of the train-step cell. (A gradient beyond float16's range under a loss scale is no failure.)
+    """
+    loss, overflow, _, _, norm = outputs
+    if has_loss() and not math.isfinite(_number(loss)):
+        return "loss"
+    if norm is not None and np.any(overflow.asnumpy()) and not math.isfinite(_number(norm)):
+        return "gradient"
+    return None
 
 
 def _number(value) -> float:

@@ -77,6 +77,7 @@ BAD = [
     ([{"conversations": talk("a", "q", roles=("bot", "human"))}], ["conversations[0].from", "alternate"]),
     ([{"conversations": talk("q", "a", "q", "q", roles=("human", "bot"))[:3] + talk("q")}], ["alternate"]),
     ([{"conversations": talk("q")}], ["ends without an answer"]),
+    ([{"conversations": talk("q", "a", "q", " \n")}], ["conversations[3].value", "answer is empty"]),
     ([{"conversations": talk("<ImageHere>", "a")}], ["1 <ImageHere> for 0 pictures"]),
     ([{"image": ["images/a.png", "images/b.png"], "conversations": talk("<ImageHere>", "a")}],
      ["1 <ImageHere> for 2 pictures"]),

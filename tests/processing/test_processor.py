@@ -12,6 +12,7 @@ from mindformers_ixc.processing.image import Grid, image_token_rows
 from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
 from mindformers_ixc.processing.prompt import PromptError, training_text
 from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
+from mindformers_ixc.processing.video import board_size
 
 TOKENIZER = InternLM2Tokenizer(str(demo_path("tokenizer.model")))
 PROCESSOR = IXC25Processor(IXC25ImageProcessor(56, hd_num=4, hd_num_training=4), TOKENIZER)
@@ -86,6 +87,16 @@ def test_a_video_takes_a_pictures_place(goldens):
     sample = PROCESSOR.encode_chat("What happens?", [goldens / "video_land.mp4"], hd_num=1)
     assert sample.grids == [Grid(4, 1)]
     assert sample.pixel_values.shape == (5, 3, 56, 56)
+
+
+@pytest.mark.parametrize("hd_num", [1, 6])
+def test_a_video_in_training_is_as_long_as_it_was_measured(goldens, hd_num):
+    video = goldens / "video_land.mp4"
+    turns = [("user", "What happens?"), ("assistant", "Nothing")]
+    sample = PROCESSOR.encode_conversation(turns, [video], hd_num=hd_num)
+    measured = PROCESSOR.conversation_length(turns, [board_size(video)], hd_num)
+    assert measured == (len(sample.input_ids), sample.tiles)
+    assert sample.tiles > 1
 
 
 def test_padding_gives_the_columns_of_a_batch():

@@ -1,0 +1,66 @@
+"""A parallel run's checkpoint as one file, for a run in another layout."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mindformers_ixc.checkpoint.convert import convert
+from mindformers_ixc.config import ConfigError
+from mindformers_ixc.training import relayout
+from mindformers_ixc.training.relayout import COUNTERS_FILE, joined
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
+import random_model
+
+COUNTERS = {"epoch_num": 3, "step_num": 17, "loss_scale": 1.0, "global_batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(Whole weights, folder) of a run of two tensor-parallel ranks that has written its counters."""
+    folder = tmp_path_factory.mktemp("run")
+    source = random_model.make(folder / "source")
+    convert(source, folder / "run", tensor_parallel=2)
+    for path in (folder / "run").glob("checkpoint/rank_*/*.safetensors"):
+        tensors = load_file(path)
+        save_file({**tensors, **{name: np.array(value) for name, value in COUNTERS.items()}}, path)
+    return source, folder / "run"
+
+
+def test_ranks_become_one_file_beside_the_counters(run, tmp_path):
+    source, folder = run
+    target = joined(folder, tmp_path / "resume", None)
+    whole, expected = load_file(target / "whole.safetensors"), load_file(source / "model.safetensors")
+    assert whole.keys() == expected.keys()
+    assert all(whole[name].tobytes() == expected[name].tobytes() for name in expected)
+    counters = load_file(target / COUNTERS_FILE)
+    assert {name: value.item() for name, value in counters.items()} == COUNTERS
+
+
+def test_it_is_joined_once_and_the_other_ranks_wait_for_it(run, tmp_path, monkeypatch):
+    target = joined(run[1], tmp_path / "resume", None)
+    before = (target / "whole.safetensors").stat().st_mtime_ns
+    monkeypatch.setenv("RANK_ID", "1")
+    assert joined(run[1], tmp_path / "resume", None) == target
+    assert (target / "whole.safetensors").stat().st_mtime_ns == before
+    monkeypatch.setattr(relayout, "JOIN_TIMEOUT_S", 0.1)
+    with pytest.raises(ConfigError, match="rank 0 has not joined the checkpoint"):
+        joined(run[1], tmp_path / "nobody", None)
+
+
+def test_what_the_graph_did_not_use_comes_from_the_start(run, tmp_path):
+    """A run saves the parameters of its graph; a mode's unused pairs are in what it began with."""
+    source, folder = run
+    start = tmp_path / "start"
+    start.mkdir()
+    more = load_file(source / "model.safetensors")
+    unused = {f"model.layers.{i}.attention.wqkv.lora_web_A.weight": np.full((4, 32), i, np.float32) for i in (7, 8)}
+    save_file({**{name: value + 1 for name, value in more.items()}, **unused}, start / "model.safetensors")
+    whole = load_file(joined(folder, tmp_path / "resume", str(start)) / "whole.safetensors")
+    assert set(whole) == {*more, *unused}
+    assert all(whole[name].tobytes() == more[name].tobytes() for name in more)
+    assert all(whole[name].tobytes() == unused[name].tobytes() for name in unused)
