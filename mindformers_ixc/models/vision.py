@@ -6,6 +6,7 @@ which row each image position of the sequence takes (`mindformers_ixc.processing
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
+import numpy as np
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor, nn
@@ -35,9 +36,11 @@ class VisionEmbeddings(nn.Cell):
         self.cast = P.Cast()
         self.reshape = P.Reshape()
         self.unfold = P.Transpose()
-        self.as_kernel = P.ExpandDims()
+        self.one_row = Tensor(np.ones((1, 1, 1)), compute_dtype)
+        self.one_kernel = Tensor(np.ones((1, 1, 1, 1, 1)), compute_dtype)
+        self.as_kernel, self.as_row = P.Mul(), P.Mul()
         self.matmul = P.MatMul(transpose_b=True)
-        self.as_row, self.as_table = P.ExpandDims(), P.ExpandDims()
+        self.as_table = P.ExpandDims()
         self.tile = P.Tile()
         self.concat = P.Concat(1)
         self.add = P.Add()
@@ -48,11 +51,13 @@ class VisionEmbeddings(nn.Cell):
         x = self.reshape(self.cast(pixels, self.dtype), (n, 3, g, p, g, p))          # (N, 3, g, p, g, p)
         x = self.reshape(self.unfold(x, (0, 2, 4, 1, 3, 5)), (n * g * g, 3 * p * p))  # (N*g*g, 3*p*p)
         # a parameter goes through an operator with a strategy before it is reshaped; with Reshape alone the parallel
-        # compiler chooses a cut itself, with Transpose it forgets to sum the gradient over the copies
-        kernel = self.as_kernel(self.cast(self.patch_embedding.weight, self.dtype), 0)             # (1, C, 3, p, p)
+        # compiler chooses a cut itself, with Transpose it forgets to sum the gradient over the copies. Here that is
+        # a product with 1, of one axis more so that it is not left out: two reshapes in a row in a gradient (ExpandDims
+        # has one) hide the end of the backward pass from the compiler's pipeline
+        kernel = self.as_kernel(self.one_kernel, self.cast(self.patch_embedding.weight, self.dtype))  # (1, C, 3, p, p)
         x = self.matmul(x, self.reshape(kernel, (self.width, 3 * p * p)))             # (N*g*g, C)
         x = self.reshape(x, (n, g * g, self.width))                                   # (N, g*g, C)
-        first = self.as_table(self.as_row(self.cast(self.class_embedding, self.dtype), 0), 0)     # (1, 1, C)
+        first = self.as_row(self.one_row, self.cast(self.class_embedding, self.dtype))    # (1, 1, C)
         first = self.tile(first, (n, 1, 1))                                           # (N, 1, C)
         positions = self.as_table(self.cast(self.position_embedding.weight, self.dtype), 0)       # (1, 1 + g*g, C)
         return self.add(self.concat((first, x)), positions)
@@ -61,8 +66,8 @@ class VisionEmbeddings(nn.Cell):
         """Cuts tiles: the patch convolution is too small to cut its width."""
         rows = (dp, 1, 1)
         self.unfold.shard(((dp, 1, 1, 1, 1, 1),))
-        self.as_kernel.shard(((1, 1, 1, 1),))
-        self.as_row.shard(((1,),))
+        self.as_kernel.shard(((1, 1, 1, 1, 1), (1, 1, 1, 1)))
+        self.as_row.shard(((1, 1, 1), (1,)))
         self.as_table.shard(((1, 1),))
         self.matmul.shard(((dp, 1), (1, 1)))
         self.tile.shard(((1, 1, 1),))
