@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import mindspore.common.dtype as mstype
 from mindformers.models.configuration_utils import PretrainedConfig
 from mindformers.models.utils import convert_mstype
 from mindformers.modules.transformer import TransformerOpParallelConfig
@@ -27,9 +28,14 @@ RUNTIME_FIELDS = (
     "softmax_compute_type", "parallel_config", "checkpoint_name_or_path", "pretrained_model_dir", "pet_config",
     "mindformers_version", "is_sample_acceleration", "quantization_config", "quantization", "is_encoder_decoder",
     "tokenizer_class", "moe_config", "dataset_config", "calculate_per_token_loss", "type", "disable_lazy_inline",
-    "use_flash_attention", "offset", "adapter_mode", "packing", "num_sources", "preference", "use_past", "block_size",
+    "use_flash_attention", "apply_rope_fusion", "fused_norm", "vision_parallel", "offset", "adapter_mode", "packing",
+    "num_sources", "preference", "use_past", "block_size",
     "num_blocks", "name_or_path", "_name_or_path", "_commit_hash",
 )
+
+
+# What tensor parallel may do with the vision tower.
+VISION_PARALLEL = ("heads", "replicated")
 
 
 class ConfigError(ValueError):
@@ -135,6 +141,18 @@ class IXC25Config(PretrainedConfig):
             False in training (MindFormers checks it).
         block_size: positions of a block of the paged cache (MindFormers' default 16).
         num_blocks: blocks of the paged cache, shared by the rows of a batch (MindFormers' default 1024).
+        use_flash_attention: on Ascend, train with its fused attention (float16 or bfloat16); other devices have none
+            and compose it, whatever this says.
+        apply_rope_fusion: on Ascend, train with its fused rotary embedding.
+        fused_norm: on Ascend, take its fused RMSNorm.
+        vision_parallel: how tensor parallel treats the vision tower: cut by `heads`, or `replicated`, whole on every
+            device of a tensor-parallel group.
+        offset: decoder layers that pipeline stages have more or fewer than an even share, as in MindFormers (one
+            number a stage, summing to what the even share leaves over); `auto` balances the stages by their work.
+        calculate_per_token_loss: return the sum of losses and the number of labelled positions instead of their
+            quotient, as MindFormers' key of this name; the trainer sets it where a step has several micro batches.
+        disable_lazy_inline: compile every micro batch by itself, as MindFormers' key of this name; by default Ascend's
+            graphs share one.
         parallel_config: MindFormers' parallel configuration.
         **kwargs: other fields of the public file or of MindFormers; kept as attributes.
 
@@ -160,6 +178,9 @@ class IXC25Config(PretrainedConfig):
                  layernorm_compute_type: str = "float32", softmax_compute_type: str = "float32",
                  adapter_mode: str = "base", packing: bool = False,
                  num_sources: int = 1, use_past: bool = False, block_size: int = 16, num_blocks: int = 1024,
+                 use_flash_attention: bool = False, apply_rope_fusion: bool = False, fused_norm: bool = True,
+                 vision_parallel: str = "heads", offset: int | list[int] | str = 0,
+                 calculate_per_token_loss: bool = False, disable_lazy_inline: bool = False,
                  parallel_config: dict | TransformerOpParallelConfig = default_transformer_config, **kwargs: Any):
         kwargs = {self.attribute_map.get(key, key): value for key, value in kwargs.items()}
         super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
@@ -196,7 +217,12 @@ class IXC25Config(PretrainedConfig):
         self.packing = packing
         self.num_sources = num_sources
         self.use_past, self.block_size, self.num_blocks = use_past, block_size, num_blocks
+        self.use_flash_attention, self.apply_rope_fusion = use_flash_attention, apply_rope_fusion
+        self.fused_norm = fused_norm
+        self.vision_parallel, self.offset = vision_parallel, offset
+        self.calculate_per_token_loss, self.disable_lazy_inline = calculate_per_token_loss, disable_lazy_inline
         self._check()
+        self._check_parallel()
 
     @staticmethod
     def _vision_config(value: IXC25VisionConfig | dict | None) -> IXC25VisionConfig:
@@ -229,6 +255,18 @@ class IXC25Config(PretrainedConfig):
         if missing:
             raise ConfigError(f"adapter_mode '{self.adapter_mode}' needs the task LoRA pairs {missing}, but "
                               f"task_lora_ranks has only {sorted(self.task_lora_ranks)}.")
+
+    def _check_parallel(self) -> None:
+        if self.use_flash_attention and self.compute_dtype not in (mstype.float16, mstype.bfloat16):
+            raise ConfigError(f"use_flash_attention is True, but Ascend's fused attention takes float16 and bfloat16 "
+                              f"only and compute_dtype is {str(self.compute_dtype).lower()}; set compute_dtype to "
+                              "bfloat16 or use_flash_attention to False.")
+        if self.vision_parallel not in VISION_PARALLEL:
+            raise ConfigError(f"vision_parallel is '{self.vision_parallel}'; the choices are "
+                              f"{', '.join(VISION_PARALLEL)}.")
+        if isinstance(self.offset, str) and self.offset != "auto":
+            raise ConfigError(f"offset is '{self.offset}'; it takes 0, a list with one number a pipeline stage, or "
+                              "auto.")
 
     @property
     def head_size(self) -> int:

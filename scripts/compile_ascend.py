@@ -15,7 +15,6 @@ import os
 import re
 import sys
 import time
-from unittest import mock
 
 os.environ["MS_SIMULATION_LEVEL"] = "0"   # read while MindSpore is imported
 
@@ -25,12 +24,10 @@ from mindspore import Tensor, nn
 from mindspore.common.api import _cell_graph_executor
 
 import mindformers_ixc  # noqa: F401 - registers the model
-from mindformers_ixc import native
 from mindformers_ixc.checkpoint.model_directory import read_config
 from mindformers_ixc.config import IXC25Config
-from mindformers_ixc.generation import slots
 from mindformers_ixc.generation.engine import InferenceEngine, bucket
-from mindformers_ixc.models import layers
+from mindformers_ixc.models.device import assume_device
 from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
 
 NEEDED = {"prefill": {"FlashAttentionScore", "ReshapeAndCache", "RmsNorm"},
@@ -89,9 +86,7 @@ def main() -> int:
         config = read_config(arguments.config, **dtypes)
     else:
         config = IXC25Config(**dtypes, **({} if arguments.public else TINY))
-    here = mock.patch.multiple(layers, on_ascend=lambda: True)
-    with here, mock.patch.object(slots, "on_ascend", lambda: True), \
-            mock.patch.object(native, "available", lambda *_: False), nn.no_init_parameters():
+    with assume_device("Ascend"), nn.no_init_parameters():
         model = IXC25ForCausalLM(config)
         model.set_train(False)
         found = compile_graphs(model, arguments.prompt, arguments.new)

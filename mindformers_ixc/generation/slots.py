@@ -13,7 +13,7 @@ from mindspore.ops import operations as P
 from mindformers_ixc import native
 from mindformers_ixc.config import ConfigError, IXC25Config
 from mindformers_ixc.models.cache import ContiguousCache, NativeCache, PagedCache
-from mindformers_ixc.models.layers import on_ascend
+from mindformers_ixc.models.device import on_ascend
 
 
 class InferenceGraph(nn.Cell):

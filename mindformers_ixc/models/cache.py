@@ -17,8 +17,8 @@ from mindspore.ops import operations as P
 
 from mindformers_ixc import native
 from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.models.attention import AttentionCore
 from mindformers_ixc.models.internlm2 import MASKED, MergeHeads, SplitHeads
-from mindformers_ixc.models.layers import AttentionCore
 
 # Queries of a prompt that attend at once: long prompts need no L x L scores, and skip half of the work.
 CHUNK = 512

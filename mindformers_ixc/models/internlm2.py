@@ -1,14 +1,18 @@
 """InternLM2: the language model of IXC2.5, with consolidated QKV, grouped queries and Partial LoRA on every linear."""
 from __future__ import annotations
 
+import mindspore.common.dtype as mstype
 from mindspore import Parameter, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
+from mindspore.ops.auto_generate import RotaryPositionEmbedding
 
 from mindformers_ixc import native
 from mindformers_ixc.config import IXC25Config
-from mindformers_ixc.models.layers import AttentionCore, PartialLoRALinear, RMSNorm
+from mindformers_ixc.models.attention import compressed_causal_mask, decoder_attention, uses_flash_attention
+from mindformers_ixc.models.device import on_ascend
+from mindformers_ixc.models.layers import PartialLoRALinear, RMSNorm
 from mindformers_ixc.parallel.cuts import CUTS
 
 # Added to attention scores that must not be seen. Finite, so that a row with nothing to see is not NaN; exp() of it is
@@ -76,11 +80,18 @@ class TokenEmbedding(nn.Cell):
 
 
 class RotaryEmbedding(nn.Cell):
-    """Rotates pairs of one head by the position's angle (halves convention)."""
+    """Rotates pairs of one head by the position's angle (halves convention).
 
-    def __init__(self, head_size: int):
+    Args:
+        config: head size, and whether Ascend's fused operator is to be taken (`apply_rope_fusion`).
+    """
+
+    def __init__(self, config: IXC25Config):
         super().__init__()
-        self.size, self.half = head_size, head_size // 2
+        self.size, self.half = config.head_size, config.head_size // 2
+        self.is_fused = config.apply_rope_fusion and on_ascend()
+        self.rotate = RotaryPositionEmbedding()
+        self.reshape = P.Reshape()
         self.slice = P.StridedSlice()
         self.neg = P.Neg()
         self.concat = P.Concat(-1)
@@ -89,7 +100,12 @@ class RotaryEmbedding(nn.Cell):
 
     def construct(self, x, cos, sin):
         """Rotates `(B, L, KV, n, d)` by tables that broadcast to it, `(B or 1, L, 1, 1, d)`."""
-        b, length, kv, n, _ = x.shape
+        b, length, kv, n, d = x.shape
+        if self.is_fused:
+            angles = (cos.shape[0], length, 1, d)
+            y = self.rotate(self.reshape(x, (b, length, kv * n, d)), self.reshape(cos, angles),
+                            self.reshape(sin, angles), 0)                                    # (B, L, KV*n, d)
+            return self.reshape(y, (b, length, kv, n, d))
         steps = (1, 1, 1, 1, 1)
         low = self.slice(x, (0, 0, 0, 0, 0), (b, length, kv, n, self.half), steps)
         high = self.slice(x, (0, 0, 0, 0, self.half), (b, length, kv, n, self.size), steps)
@@ -97,11 +113,12 @@ class RotaryEmbedding(nn.Cell):
 
     def shard(self, dp: int, tp: int, packed: bool = False) -> None:
         """Cuts samples and key/value groups; the tables are one for all samples unless those are packed."""
-        heads = (dp, 1, tp, 1, 1)
+        heads, samples = (dp, 1, tp, 1, 1), dp if packed else 1
+        self.rotate.shard(((dp, 1, tp, 1), (samples, 1, 1, 1), (samples, 1, 1, 1)))
         self.slice.shard((heads,))
         self.neg.shard((heads,))
         self.concat.shard((heads, heads))
-        self.mul.shard((heads, (dp if packed else 1, 1, 1, 1, 1)))
+        self.mul.shard((heads, (samples, 1, 1, 1, 1)))
         self.add.shard((heads, heads))
 
 
@@ -114,7 +131,7 @@ class SplitHeads(nn.Cell):
     def __init__(self, config: IXC25Config):
         super().__init__()
         self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
-        self.rotary = RotaryEmbedding(self.size)
+        self.rotary = RotaryEmbedding(config)
         self.packed = config.packing
         self.dtype = config.compute_dtype
         self.cast = P.Cast()
@@ -187,7 +204,8 @@ class Attention(nn.Cell):
                                       config, CUTS["wqkv"], salt=0)
         self.wo = PartialLoRALinear(width, config.hidden_size, config, CUTS["wo"], salt=1)
         self.split = SplitHeads(config)
-        self.core = AttentionCore(config.head_size, config.softmax_compute_type)
+        self.core = decoder_attention(config)
+        self.packed = config.packing
         self.merge = MergeHeads(config)
 
     def construct(self, x, image_mask, cos, sin, mask, adapters, shape, noise=None):
@@ -195,10 +213,13 @@ class Attention(nn.Cell):
         query, key, value = self.split(self.wqkv(x, image_mask, adapters, noise), cos, sin, shape)
         return self.wo(self.merge(self.core(query, key, value, mask), shape), image_mask, adapters, noise)
 
-    def shard(self, dp: int, tp: int) -> None:
+    def shard(self, dp: int, tp: int, sequence: bool) -> None:
         """Cuts samples and key/value groups."""
-        for cell in (self.wqkv, self.split, self.core, self.merge, self.wo):
+        self.core.shard(dp, tp, self.packed)
+        for cell in (self.split, self.merge):
             cell.shard(dp, tp)
+        for linear in (self.wqkv, self.wo):
+            linear.shard(dp, tp, sequence)
 
 
 class FeedForward(nn.Cell):
@@ -229,10 +250,10 @@ class FeedForward(nn.Cell):
             return self.w2.infer(y, image_mask, adapters)
         return self.construct(x, image_mask, adapters)
 
-    def shard(self, dp: int, tp: int) -> None:
+    def shard(self, dp: int, tp: int, sequence: bool) -> None:
         """Cuts positions and the inner width."""
         for linear in (self.w1, self.w3, self.w2):
-            linear.shard(dp, tp)
+            linear.shard(dp, tp, sequence)
         inner = (dp, tp)
         self.sigmoid.shard((inner,))
         self.silu.shard((inner, inner))
@@ -244,7 +265,8 @@ class DecoderLayer(nn.Cell):
 
     def __init__(self, config: IXC25Config):
         super().__init__()
-        norm = (config.hidden_size, config.rms_norm_eps, config.param_init_type, config.layernorm_compute_type)
+        norm = (config.hidden_size, config.rms_norm_eps, config.param_init_type, config.layernorm_compute_type,
+                config.fused_norm)
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(*norm)
@@ -279,19 +301,24 @@ class DecoderLayer(nn.Cell):
         x = self.add(x, self.attention.wo.infer(y, image_mask, adapters))
         return self.add(x, self.feed_forward.infer(self.ffn_norm.infer(x), image_mask, adapters))
 
-    def shard(self, dp: int, tp: int) -> None:
-        """Cuts positions; inside attention and feed-forward, heads and width as well."""
-        self.attention.shard(dp, tp)
-        self.feed_forward.shard(dp, tp)
-        self.attention_norm.shard(dp)
-        self.ffn_norm.shard(dp)
-        self.add.shard(((dp, 1), (dp, 1)))
+    def shard(self, dp: int, tp: int, sequence: bool) -> None:
+        """Cuts positions (finer with `sequence` parallel); inside attention and feed-forward, heads and width."""
+        self.attention.shard(dp, tp, sequence)
+        self.feed_forward.shard(dp, tp, sequence)
+        rows = dp * tp if sequence else dp
+        self.attention_norm.shard(rows)
+        self.ffn_norm.shard(rows)
+        self.add.shard(((rows, 1), (rows, 1)))
 
 
 class CausalMask(nn.Cell):
-    """Additive causal mask, made inside the graph so that no L x L constant is stored."""
+    """Causal mask as the attention core takes it, made inside the graph so that no L x L constant is stored.
 
-    def __init__(self, dtype):
+    Args:
+        config: says which core that is, and the dtype of its softmax.
+    """
+
+    def __init__(self, config: IXC25Config):
         super().__init__()
         self.greater = P.Greater()
         self.not_equal = P.NotEqual()
@@ -300,7 +327,10 @@ class CausalMask(nn.Cell):
         self.cast = P.Cast()
         self.mul, self.mul_packed = P.Mul(), P.Mul()
         self.reshape = P.Reshape()
-        self.dtype = dtype
+        self.dtype = config.softmax_compute_type
+        self.is_flash = uses_flash_attention(config)
+        if self.is_flash:
+            self.compressed = compressed_causal_mask()
 
     def construct(self, length, segments=None):
         """Builds the mask.
@@ -310,14 +340,19 @@ class CausalMask(nn.Cell):
             segments: int32 `(B, L)`, number of the conversation of each position where several are packed.
 
         Returns:
-            `(1, 1, 1, L, L)`, or `(B, 1, 1, L, L)` with segments: a position then sees its own conversation only.
+            Additive, `(1, 1, 1, L, L)`, or `(B, 1, 1, L, L)` with segments: a position then sees its own conversation
+            only. For the fused kernel its compressed mask, or uint8 `(B, 1, L, L)`.
         """
+        if self.is_flash and segments is None:
+            return self.compressed
         positions = F.arange(length)
         later = self.greater(self.reshape(positions, (1, length)), self.reshape(positions, (length, 1)))
         if segments is None:
             return self.reshape(self.mul(self.cast(later, self.dtype), MASKED), (1, 1, 1, length, length))
         other = self.not_equal(self.rows(segments, 1), self.columns(segments, 2))                # (B, L, L)
         hidden = self.either(self.every_sample(later, 0), other)
+        if self.is_flash:
+            return self.reshape(self.cast(hidden, mstype.uint8), (segments.shape[0], 1, length, length))
         hidden = self.mul_packed(self.cast(hidden, self.dtype), MASKED)
         return self.reshape(hidden, (segments.shape[0], 1, 1, length, length))
 
@@ -345,8 +380,9 @@ class InternLM2Model(nn.Cell):
         self.tok_embeddings = TokenEmbedding(config)
         self.layers = nn.CellList([DecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.param_init_type,
-                            config.layernorm_compute_type)
-        self.causal_mask = CausalMask(config.softmax_compute_type)
+                            config.layernorm_compute_type, config.fused_norm)
+        self.causal_mask = CausalMask(config)
+        self.vary = P.Mul()
 
     def construct(self, x, image_mask, cos, sin, adapters, shape, segments=None, noise=None):
         """Runs the layers over embeddings.
@@ -363,14 +399,15 @@ class InternLM2Model(nn.Cell):
         for number, layer in enumerate(self.layers):
             seeds = None
             if noise is not None:   # every layer has noise of its own
-                seeds = noise * (2 * number + 0x3779B1)
+                seeds = self.vary(noise, 2 * number + 0x3779B1)
             x = layer(x, image_mask, cos, sin, mask, adapters, shape, seeds)
         return self.norm(x)
 
-    def shard(self, dp: int, tp: int, whole_vocabulary: bool) -> None:
+    def shard(self, dp: int, tp: int, whole_vocabulary: bool, sequence: bool) -> None:
         """Cuts every operator; see `mindformers_ixc.models.layers`."""
         self.tok_embeddings.shard(dp, tp, whole_vocabulary)
         for layer in self.layers:
-            layer.shard(dp, tp)
-        self.norm.shard(dp)
+            layer.shard(dp, tp, sequence)
+        self.norm.shard(dp * tp if sequence else dp)
         self.causal_mask.shard(dp)
+        self.vary.shard(((dp, 1), ()))

@@ -11,9 +11,10 @@ from __future__ import annotations
 import inspect
 
 import mindspore.common.dtype as mstype
+import numpy as np
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
@@ -21,14 +22,44 @@ from mindspore.ops import operations as P
 from mindformers_ixc.checkpoint.names import part_of
 from mindformers_ixc.config import MODE_ADAPTERS, IXC25Config
 from mindformers_ixc.generation.public import PublicInterface
+from mindformers_ixc.models.device import on_ascend
 from mindformers_ixc.models.internlm2 import Choose, InternLM2Model
 from mindformers_ixc.models.layers import Linear
-from mindformers_ixc.models.loss import IGNORE_INDEX, TokenLosses, next_token_loss
+from mindformers_ixc.models.loss import IGNORE_INDEX, next_token_loss, token_losses
 from mindformers_ixc.models.recompute import apply_recompute
 from mindformers_ixc.models.rotary import rotary_tables
 from mindformers_ixc.models.vision import VisionMerge, VisionProjector, VisionTower
 from mindformers_ixc.parallel.cuts import CUTS, check_degree
-from mindformers_ixc.parallel.stages import is_parallel, set_pipeline_stages
+from mindformers_ixc.parallel.stages import is_parallel, set_pipeline_stages, share_graph
+
+
+class PositionNoise(nn.Cell):
+    """Seeds of every position's dropout from one of each sample: hashes in 32-bit integers that wrap around.
+
+    Args:
+        length: positions L of a training sample.
+    """
+
+    def __init__(self, length: int):
+        super().__init__()
+        steps = (np.arange(length, dtype=np.int64) * 0x9E3779B + 1).astype(np.int32).astype(np.int64) * 0x2C1B3C7
+        self.steps = Tensor(steps.astype(np.int32)[None])                             # (1, L)
+        self.column = P.ExpandDims()
+        self.scatter, self.twice = P.Mul(), P.Mul()
+        self.spread, self.odd = P.Add(), P.Add()
+        self.reshape = P.Reshape()
+
+    def construct(self, noise_seed):
+        """Maps int32 `(B,)` to int32 `(B*L, 1)`."""
+        noise = self.spread(self.scatter(self.column(noise_seed, 1), 0x85EBCA7), self.steps)   # (B, L)
+        return self.reshape(self.odd(self.twice(noise, 2), 1), (-1, 1))
+
+    def shard(self, dp: int) -> None:
+        """Cuts samples."""
+        self.column.shard(((dp,),))
+        self.spread.shard(((dp, 1), (1, 1)))
+        for primitive in (self.scatter, self.twice, self.odd):
+            primitive.shard(((dp, 1), ()))
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS)
@@ -57,7 +88,8 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         self.output = Linear(config.hidden_size, config.vocab_size, sigma=config.initializer_range,
                              param_dtype=config.param_init_type, compute_dtype=config.compute_dtype, cut=CUTS["output"])
         self.loss = next_token_loss(config)
-        self.token_losses = TokenLosses()
+        self.token_losses = token_losses(config)
+        self.noise = PositionNoise(config.seq_length)
         self.gather_angles = P.Gather()
         self.num_sources = config.num_sources
         self.one, self.zero = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
@@ -76,6 +108,8 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         apply_recompute(self, config.parallel_config.recompute)
         if is_parallel():
             self.shard(config.parallel_config)
+            if on_ascend() and not config.disable_lazy_inline:
+                share_graph(self)
 
     def shard(self, parallel_config) -> None:
         """Gives every operator its strategy and every cell its pipeline stage.
@@ -88,14 +122,15 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         """
         dp, tp = parallel_config.data_parallel, parallel_config.model_parallel
         check_degree(self.config, tp)
-        self.vit.shard(dp, tp)
+        self.vit.shard(dp, tp if self.config.vision_parallel == "heads" else 1)
         self.vision_merge.shard(dp)
         self.vision_proj.shard(dp, tp)
         self.gather_rows.shard(((dp, 1, 1), (dp, 1)))
         self.not_equal.shard(((dp, 1), ()))
         self.gather_angles.shard(((1, 1), (dp, 1)))
         self.choose.shard(dp)
-        self.model.shard(dp, tp, parallel_config.vocab_emb_dp)
+        self.noise.shard(dp)
+        self.model.shard(dp, tp, parallel_config.vocab_emb_dp, tp > 1 and parallel_config.use_seq_parallel)
         self.output.shard(dp, tp)
         set_pipeline_stages(self, parallel_config)
 
@@ -172,13 +207,6 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         shape = (b, length, 1, 1, size)
         return self.reshape(cos, shape), self.reshape(sin, shape)
 
-    def position_noise(self, noise_seed, length):
-        """Seed of each position's dropout, int32 `(B*L, 1)`, from one of each sample, `(B,)`."""
-        if noise_seed is None:
-            return None
-        steps = self.reshape(self.cast(F.arange(length), mstype.int32) * 0x9E3779B, (1, length)) + 1
-        return self.reshape(self.reshape(noise_seed, (-1, 1)) * 0x85EBCA7 + steps * 0x2C1B3C7, (-1, 1)) * 2 + 1
-
     def hidden_states(self, input_ids, table=None, vision_index=None, image_mask=None, position_ids=None,
                       segment_ids=None, noise_seed=None, adapters=()):
         """Output of the last norm, `(B*L, D)`, with pictures from a vision table `(B, rows, D)`."""
@@ -191,7 +219,7 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
             mask = self.reshape(self.cast(image_mask, self.dtype), (b * length, 1))   # (B*L, 1)
         x = self.reshape(x, (b * length, -1))                                         # (B*L, D)
         cos, sin = self.rotary_tables_of(position_ids)
-        noise = self.position_noise(noise_seed, length)
+        noise = None if noise_seed is None else self.noise(noise_seed)
         return self.model(x, mask, cos, sin, adapters, (b, length), segment_ids, noise)
 
     def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None,
@@ -210,7 +238,8 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
             source: int32 `(B,)`, number of each sample's source; asks for the losses of samples as well.
 
         Returns:
-            Scalar loss (float32, mean over labelled positions) or logits `(B, L, V)` in float32. With `source`, the
+            Scalar loss (float32, mean over labelled positions) or logits `(B, L, V)` in float32. With
+            `config.calculate_per_token_loss` the sum of losses and the number of labelled positions. With `source`, the
             loss and float32 `(2, S)`: of each of `config.num_sources` sources the sum of losses and the number of
             labelled positions.
         """

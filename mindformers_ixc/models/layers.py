@@ -1,18 +1,19 @@
-"""Leaf cells of IXC2.5: linear, normalisation, attention core, Partial LoRA.
+"""Leaf cells of IXC2.5: linear, normalisation, dropout, Partial LoRA.
 
-This and `cache` are the places that know about devices; the cells above them never choose. MindSpore has no CPU kernel
-for the fused RMSNorm, for FlashAttention or for bfloat16 products, so these cells are composed of primitive operations.
-On Ascend RMSNorm is the fused one. On the CPU, inference (the methods called `infer`) goes through this package's own
-fused kernels where they are installed (`mindformers_ixc.native`).
+This, `attention` and `cache` are the places that know about devices; the cells above them never choose. MindSpore has
+no CPU kernel for the fused RMSNorm, for FlashAttention or for bfloat16 products, so these cells are composed of
+primitive operations. On Ascend RMSNorm is the fused one. On the CPU, inference (the methods called `infer`) goes
+through this package's own fused kernels where they are installed (`mindformers_ixc.native`).
 Every linear works on flattened positions `(N, features)`, because the CPU refuses a batched product with a broadcast
 2-D right operand and because a 2-D product is what the parallel compiler cuts most simply.
 
 Every cell has a method `shard(dp, tp)`: it tells MindSpore's parallel compiler how its operators are cut over `dp`
 data-parallel and `tp` tensor-parallel devices. Positions are always cut by `dp`; what `tp` cuts is in `parallel.cuts`.
+With sequence parallel (MindFormers' `use_seq_parallel`) whatever lies between the linears is cut by `dp * tp` along the
+positions, so a linear cut by columns scatters its sums instead of keeping them whole on every device.
 """
 from __future__ import annotations
 
-import mindspore as ms
 import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -21,12 +22,8 @@ from mindspore.ops import operations as P
 
 from mindformers_ixc import native
 from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.models.device import on_ascend
 from mindformers_ixc.parallel.cuts import COLUMNS, ROWS
-
-
-def on_ascend() -> bool:
-    """Whether graphs are made for Ascend's kernels."""
-    return ms.get_context("device_target") == "Ascend"
 
 
 def product_strategy(cut: int | None, dp: int, tp: int) -> tuple:
@@ -85,9 +82,12 @@ class Linear(nn.Cell):
         """The same without the bias."""
         return self.matmul(self.cast(x, self.dtype), self.cast(self.weight, self.dtype))
 
-    def shard(self, dp: int, tp: int) -> None:
-        """Cuts by rows, by columns or not at all; see the module."""
-        self.matmul.shard(product_strategy(self.cut, dp, tp))
+    def shard(self, dp: int, tp: int, scatter: bool = False) -> None:
+        """Cuts by rows, by columns or not at all; see the module.
+
+        `scatter` leaves each device its share of the positions, summed, of a product cut by columns.
+        """
+        self.matmul.shard(product_strategy(self.cut, dp, tp), ((dp * tp, 1),) if scatter else None)
         if self.has_bias:
             features = tp if self.cut == ROWS else 1
             self.bias_add.shard(((dp, features), (features,)))
@@ -101,9 +101,11 @@ class RMSNorm(nn.Cell):
         eps: added to the mean square (public field `rms_norm_eps`).
         param_dtype: dtype of the weight.
         norm_dtype: dtype of the computation; the output keeps the input's dtype.
+        fused: take Ascend's fused operator, where there is one.
     """
 
-    def __init__(self, size: int, eps: float, param_dtype=mstype.float32, norm_dtype=mstype.float32):
+    def __init__(self, size: int, eps: float, param_dtype=mstype.float32, norm_dtype=mstype.float32,
+                 fused: bool = True):
         super().__init__()
         self.weight = Parameter(initializer("ones", (size,), param_dtype), name="weight")
         self.eps = eps
@@ -115,7 +117,7 @@ class RMSNorm(nn.Cell):
         self.rsqrt = P.Rsqrt()
         self.mul = P.Mul()
         self.scale = P.Mul()
-        self.on_ascend = on_ascend()
+        self.is_fused = fused and on_ascend()
         self.rms_norm = P.RmsNorm(eps)
         self.is_native = native.available(param_dtype, norm_dtype)
         if self.is_native:
@@ -124,7 +126,7 @@ class RMSNorm(nn.Cell):
     def construct(self, x):
         """Normalises `(N, size)`."""
         y = self.cast(x, self.dtype)
-        if self.on_ascend:
+        if self.is_fused:
             return self.cast(self.rms_norm(y, self.cast(self.weight, self.dtype))[0], x.dtype)
         y = self.mul(y, self.rsqrt(self.add(self.mean(self.square(y), -1), self.eps)))
         return self.scale(self.cast(y, x.dtype), self.cast(self.weight, x.dtype))
@@ -143,7 +145,7 @@ class RMSNorm(nn.Cell):
         self.add.shard((rows, ()))
         self.mul.shard((rows, rows))
         self.scale.shard((rows, (1,)))
-        if self.on_ascend:
+        if self.is_fused:
             self.rms_norm.shard((rows, (1,)))
 
 
@@ -185,65 +187,6 @@ class LayerNorm(nn.Cell):
         self.layer_norm.shard(((dp, 1), (1,), (1,)))
 
 
-class AttentionCore(nn.Cell):
-    """`softmax(Q K^T / sqrt(d) + mask) V` with grouped queries, composed of primitive operations.
-
-    The queries that share a key/value head are stacked along the position axis, so keys and values are never repeated.
-
-    Args:
-        head_size: width d of a head.
-        softmax_dtype: dtype of the softmax.
-    """
-
-    def __init__(self, head_size: int, softmax_dtype=mstype.float32):
-        super().__init__()
-        self.scale = float(head_size) ** -0.5
-        self.dtype = softmax_dtype
-        self.scores = P.BatchMatMul(transpose_b=True)
-        self.weighted_sum = P.BatchMatMul()
-        self.softmax = P.Softmax(-1)
-        self.mul = P.Mul()
-        self.add_mask = P.Add()
-        self.reshape = P.Reshape()
-        self.cast = P.Cast()
-
-    def construct(self, query, key, value, mask):
-        """Attends.
-
-        Args:
-            query: `(B, KV, G, L, d)`, G query heads for each of KV key/value heads.
-            key: `(B, KV, S, d)`.
-            value: `(B, KV, S, d)`.
-            mask: additive, broadcast to `(B, KV, G, L, S)`, or `None`.
-
-        Returns:
-            Tensor `(B, KV, G, L, d)`.
-        """
-        # scaling the query instead of the scores saves an L x S tensor in each direction
-        return self.attend(self.mul(query, self.scale), key, value, mask)
-
-    def attend(self, query, key, value, mask):
-        """The same for queries that are scaled already."""
-        b, kv, g, length, d = query.shape
-        s = key.shape[2]
-        query = self.reshape(query, (b, kv, g * length, d))                             # (B, KV, G*L, d)
-        scores = self.cast(self.scores(query, key), self.dtype)                         # (B, KV, G*L, S)
-        if mask is not None:
-            scores = self.add_mask(self.reshape(scores, (b, kv, g, length, s)), mask)   # (B, KV, G, L, S)
-            scores = self.reshape(scores, (b, kv, g * length, s))                       # (B, KV, G*L, S)
-        weights = self.cast(self.softmax(scores), value.dtype)
-        return self.reshape(self.weighted_sum(weights, value), (b, kv, g, length, d))   # (B, KV, G, L, d)
-
-    def shard(self, dp: int, tp: int) -> None:
-        """Cuts samples by `dp` and key/value heads by `tp`."""
-        heads = (dp, tp, 1, 1)
-        self.mul.shard(((dp, tp, 1, 1, 1), ()))
-        self.scores.shard((heads, heads))
-        self.softmax.shard((heads,))
-        self.weighted_sum.shard((heads, heads))
-        self.add_mask.shard(((dp, tp, 1, 1, 1), (1, 1, 1, 1, 1)))
-
-
 class SeededDropout(nn.Cell):
     """Dropout, with noise of the device's generator or from seeds.
 
@@ -261,8 +204,8 @@ class SeededDropout(nn.Cell):
         self.generated = nn.Dropout(p=p)
         columns = np.random.RandomState((features, salt)).randint(-2 ** 31, 2 ** 31 - 1, (1, features))
         self.columns = Tensor(columns, mstype.int32)                                    # (1, F)
-        self.fold = P.BitwiseXor()
-        self.shift, self.half = P.RightShift(), Tensor(15, mstype.int32)
+        self.spread, self.fold = P.BitwiseXor(), P.BitwiseXor()
+        self.shift, self.half = P.RightShift(), Tensor([[15]], mstype.int32)
         self.mix, self.mix_again, self.keep, self.scale = P.Mul(), P.Mul(), P.Mul(), P.Mul()
         self.compare = P.GreaterEqual()
         self.cast = P.Cast()
@@ -282,7 +225,7 @@ class SeededDropout(nn.Cell):
             return x
         if noise is None:
             return self.generated(x)
-        bits = self.mix(self.fold(noise, self.columns), 0x2C1B3C6D)                     # (N, F)
+        bits = self.mix(self.spread(noise, self.columns), 0x2C1B3C6D)                   # (N, F)
         bits = self.mix_again(self.fold(bits, self.shift(bits, self.half)), 0x297A2D39)
         kept = self.cast(self.compare(bits, self.limit), x.dtype)
         return self.scale(self.keep(x, kept), self.factor)
@@ -291,6 +234,12 @@ class SeededDropout(nn.Cell):
         """Cuts positions by `dp` and features by `tp`."""
         cut = (dp, tp)
         self.generated.dropout.shard((cut,))
+        self.spread.shard(((dp, 1), (1, tp)))
+        self.shift.shard((cut, (1, 1)))
+        for primitive in (self.fold, self.keep):
+            primitive.shard((cut, cut))
+        for primitive in (self.mix, self.mix_again, self.compare, self.scale):
+            primitive.shard((cut, ()))
 
 
 class PartialLoRALinear(nn.Cell):
@@ -353,7 +302,7 @@ class PartialLoRALinear(nn.Cell):
         """Gives the linear an ordinary LoRA pair on all positions, as MindFormers' PET type `lora` has it."""
         self.has_lora, self.lora_scale = True, alpha / rank
         self.mindpet_delta_lora_a, self.mindpet_delta_lora_b = self._pair(rank)
-        self.lora_dropout = nn.Dropout(p=dropout)
+        self.lora_dropout, self.scale_lora = nn.Dropout(p=dropout), P.Mul()
 
     def infer(self, x, image_mask, adapters):
         """The same without gradients (and, for few positions on the CPU, faster)."""
@@ -370,7 +319,7 @@ class PartialLoRALinear(nn.Cell):
         if "web" in adapters:
             y = self.add(y, self.lora_web_B(self.lora_web_A(x)))
         if self.has_lora:
-            side = self.mindpet_delta_lora_a(self.lora_dropout(x)) * self.lora_scale         # (N, rank)
+            side = self.scale_lora(self.mindpet_delta_lora_a(self.lora_dropout(x)), self.lora_scale)    # (N, rank)
             y = self.add(y, self.mindpet_delta_lora_b(side))
         return y
 
@@ -396,15 +345,27 @@ class PartialLoRALinear(nn.Cell):
             y = self.add(y, self.Plora_B(side))
         return self._with_adapters(x, y, adapters)
 
-    def shard(self, dp: int, tp: int) -> None:
-        """Cuts the linear along its axis and each pair's outer side with it; sums over devices are `(N, rank)`-wide."""
-        self.matmul.shard(product_strategy(self.cut, dp, tp))
+    def shard(self, dp: int, tp: int, sequence: bool = False) -> None:
+        """Cuts the linear along its axis and each pair's outer side with it; sums over devices are `(N, rank)`-wide.
+
+        With `sequence` parallel a linear cut by columns leaves every device its share of the positions.
+        """
+        scatter = sequence and self.cut == COLUMNS
+        rows = dp * tp if scatter else dp
+        self.matmul.shard(product_strategy(self.cut, dp, tp), ((rows, 1),) if scatter else None)
         if self.has_plora:
             self.plora_dropout.shard(dp, tp if self.cut == COLUMNS else 1)
-        self.scale.shard(((dp, 1), ()))
-        self.mask.shard(((dp, 1), (dp, 1)))
-        outputs = (dp, tp if self.cut == ROWS else 1)
+        if self.has_lora:
+            self.lora_dropout.dropout.shard(((dp, tp if self.cut == COLUMNS else 1),))
+            self.scale_lora.shard(((rows, 1), ()))
+        self.scale.shard(((rows, 1), ()))
+        self.mask.shard(((rows, 1), (rows, 1)))
+        outputs = (rows, tp if self.cut == ROWS else 1)
         self.add.shard((outputs, outputs))
         for _, cell in self.cells_and_names():
-            if isinstance(cell, Linear):
-                cell.shard(dp, tp)
+            if not isinstance(cell, Linear):
+                continue
+            if scatter and cell.cut is None:
+                cell.shard(rows, 1)                     # B of a pair, on the positions this device was left
+            else:
+                cell.shard(dp, tp, scatter)

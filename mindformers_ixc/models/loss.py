@@ -62,6 +62,30 @@ class TokenLosses(nn.Cell):
         return -picked * self.cast(labelled, mstype.float32)
 
 
+class SummedCrossEntropy(nn.Cell):
+    """Sum of the losses and number of labelled positions, from a cell that gives each position's loss.
+
+    Micro batches of a step have different numbers of labelled positions; MindFormers' pipeline and accumulation cells
+    add both up and divide once (`calculate_per_token_loss`), so that the step is that of the whole batch.
+    """
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        self.losses = token_losses(config)
+        self.not_equal, self.total, self.count = P.NotEqual(), P.ReduceSum(), P.ReduceSum()
+        self.cast = P.Cast()
+        if is_parallel():
+            dp = config.parallel_config.data_parallel
+            self.not_equal.shard(((dp,), ()))
+            for primitive in (self.total, self.count):
+                primitive.shard(((dp,),))
+
+    def construct(self, logits, labels):
+        """Two float32 scalars of float32 logits `(N, V)` and int32 labels `(N,)`."""
+        labelled = self.cast(self.not_equal(labels, IGNORE_INDEX), mstype.float32)
+        return self.total(self.losses(logits, labels)), self.count(labelled)
+
+
 class ParallelCrossEntropy(nn.Cell):
     """MindFormers' cross entropy with -100 for unlabelled positions; the vocabulary is cut as the head cuts it.
 
@@ -71,22 +95,59 @@ class ParallelCrossEntropy(nn.Cell):
 
     def __init__(self, config: IXC25Config):
         super().__init__()
-        dp, tp = config.parallel_config.data_parallel, config.parallel_config.model_parallel
-        self.loss = CrossEntropyLoss(
-            parallel_config=TransformerOpParallelConfig(data_parallel=dp, model_parallel=tp))
+        dp = config.parallel_config.data_parallel
+        self.loss = CrossEntropyLoss(parallel_config=_degrees(config),
+                                     calculate_per_token_loss=config.calculate_per_token_loss)
         self.not_equal = P.NotEqual().shard(((dp,), ()))
         self.cast = P.Cast()
         self.mul = P.Mul().shard(((dp,), (dp,)))
 
     def construct(self, logits, labels):
-        """Loss of float32 logits `(N, V)` and int32 labels `(N,)`."""
+        """Loss of float32 logits `(N, V)` and int32 labels `(N,)`; sum and count with `calculate_per_token_loss`."""
         labelled = self.not_equal(labels, IGNORE_INDEX)
         targets = self.mul(labels, self.cast(labelled, mstype.int32))
         return self.loss(logits, targets, self.cast(labelled, mstype.float32))
+
+
+class ParallelTokenLosses(nn.Cell):
+    """`TokenLosses` from the two cells that MindFormers' cross entropy is made of, the vocabulary cut.
+
+    Args:
+        config: gives the data-parallel and tensor-parallel degrees.
+    """
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        dp, tp = config.parallel_config.data_parallel, config.parallel_config.model_parallel
+        cells = CrossEntropyLoss(parallel_config=_degrees(config))
+        self.log_softmax, self.nll = cells._log_softmax, cells._nllloss
+        self.not_equal = P.NotEqual().shard(((dp,), ()))
+        self.cast = P.Cast()
+        self.mul, self.mask = P.Mul().shard(((dp,), (dp,))), P.Mul().shard(((dp,), (dp,)))
+        # as in MindFormers' cell: whatever has to be moved is moved before those two, whose gradients are their own
+        self.hold = P.Add().shard(((dp, tp), ())).add_prim_attr("keep_alive", True)
+        self.hold_targets = P.Add().shard(((dp,), ())).add_prim_attr("keep_alive", True)
+
+    def construct(self, logits, labels):
+        """Losses `(N,)` of float32 logits `(N, V)` and int32 labels `(N,)`."""
+        labelled = self.not_equal(labels, IGNORE_INDEX)
+        targets = self.hold_targets(self.mul(labels, self.cast(labelled, mstype.int32)), 0)
+        losses = self.nll(*self.log_softmax(self.hold(logits, 0), targets))
+        return self.mask(losses, self.cast(labelled, mstype.float32))
+
+
+def _degrees(config: IXC25Config) -> TransformerOpParallelConfig:
+    parallel = config.parallel_config
+    return TransformerOpParallelConfig(data_parallel=parallel.data_parallel, model_parallel=parallel.model_parallel)
+
+
+def token_losses(config: IXC25Config) -> nn.Cell:
+    """The cell of each position's loss for the current parallel mode."""
+    return ParallelTokenLosses(config) if is_parallel() else TokenLosses()
 
 
 def next_token_loss(config: IXC25Config) -> nn.Cell:
     """The loss cell for the current parallel mode."""
     if is_parallel():
         return ParallelCrossEntropy(config)
-    return FusedCrossEntropy(config.vocab_size)
+    return SummedCrossEntropy(config) if config.calculate_per_token_loss else FusedCrossEntropy(config.vocab_size)

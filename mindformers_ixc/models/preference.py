@@ -91,7 +91,7 @@ class IXC25ForPreference(IXC25ForCausalLM):
         config: `adapter_mode` must use the task that trains (`write` for `dpo`); `preference` has the options.
 
     Raises:
-        ConfigError: for unknown options, a mode without the task, or a parallel run.
+        ConfigError: for unknown options, a mode without the task, or several pipeline stages.
     """
 
     def __init__(self, config: IXC25Config):
@@ -100,18 +100,27 @@ class IXC25ForPreference(IXC25ForCausalLM):
         if options["task"] not in self.adapters:
             raise ConfigError(f"model_config.preference.task is '{options['task']}', which adapter_mode "
                               f"'{config.adapter_mode}' does not use ({', '.join(self.adapters) or 'it uses none'}).")
-        if is_parallel():
-            raise ConfigError("IXC25ForPreference has no shard strategies of its own yet; run it stand-alone or with "
-                              "parallel_mode 1 (data parallel).")
+        if config.parallel_config.pipeline_stage > 1:
+            raise ConfigError(f"parallel_config.pipeline_stage is {config.parallel_config.pipeline_stage}, but a "
+                              "preference step's report of rewards cannot travel between stages; set it to 1 and use "
+                              "data and tensor parallel.")
         self.without_task = tuple(name for name in self.adapters if name != options["task"])
         self.preference_loss = PreferenceLoss(options["loss"], options["beta"], options["label_smoothing"])
         self.twice = P.Tile()
+        self.of_answer = P.ReduceSum()
+        self.whole = P.Mul()
+        if is_parallel():
+            dp = config.parallel_config.data_parallel
+            self.twice.shard(((dp, 1, 1, 1),))
+            self.of_answer.shard(((dp, 1),))
+            self.whole.shard(((1,), ()))
 
     def answer_logps(self, rows, labels, adapters):
         """Summed log-probabilities of the labelled positions, float32 `(2B,)`."""
         logits = self.cast(self.output(self.hidden_states(*rows, None, None, None, adapters)), mstype.float32)
         losses = self.token_losses(logits, self.reshape(labels, (-1,)))
-        return -self.reshape(losses, labels.shape).sum(axis=1)
+        # from here on the numbers are few, and whole on every device
+        return self.whole(self.of_answer(self.reshape(losses, labels.shape), 1), -1.0)
 
     def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None,
                   reference_logps=None):

@@ -15,7 +15,14 @@ from mindspore.ops import operations as P
 
 from mindformers_ixc import native
 from mindformers_ixc.config import IXC25Config, IXC25VisionConfig
-from mindformers_ixc.models.layers import AttentionCore, LayerNorm, Linear
+from mindformers_ixc.models.attention import (
+    AttentionCore,
+    FlashAttentionCore,
+    padded_length,
+    padding_mask,
+    uses_flash_attention,
+)
+from mindformers_ixc.models.layers import LayerNorm, Linear
 from mindformers_ixc.parallel.cuts import CUTS, ROWS
 
 
@@ -100,9 +107,16 @@ class PositionTable(nn.Cell):
 
 
 class VisionAttention(nn.Cell):
-    """Multi-head attention of CLIP, with biases, over all positions of a tile."""
+    """Multi-head attention of CLIP, with biases, over all positions of a tile.
 
-    def __init__(self, config: IXC25VisionConfig, dtypes: dict, softmax_dtype):
+    Args:
+        config: sizes.
+        dtypes: of parameters and products.
+        softmax_dtype: of the softmax.
+        flash: take Ascend's fused kernel; positions are then padded to `padded_length`.
+    """
+
+    def __init__(self, config: IXC25VisionConfig, dtypes: dict, softmax_dtype, flash: bool):
         super().__init__()
         width = config.hidden_size
         self.heads, self.head_size = config.num_attention_heads, width // config.num_attention_heads
@@ -110,7 +124,10 @@ class VisionAttention(nn.Cell):
         self.v_proj = Linear(width, width, has_bias=True, cut=CUTS["v_proj"], **dtypes)
         self.q_proj = Linear(width, width, has_bias=True, cut=CUTS["q_proj"], **dtypes)
         self.out_proj = Linear(width, width, has_bias=True, cut=CUTS["out_proj"], **dtypes)
-        self.core = AttentionCore(self.head_size, softmax_dtype)
+        if flash:
+            self.core = FlashAttentionCore(self.heads, self.head_size, compressed=False)
+        else:
+            self.core = AttentionCore(self.head_size, softmax_dtype)
         self.reshape = P.Reshape()
         self.transpose = P.Transpose()
         self.to_positions = P.Transpose()
@@ -119,14 +136,14 @@ class VisionAttention(nn.Cell):
             heads, length, size = self.heads, config.patches_per_side ** 2 + 1, self.head_size
             self.to_heads = native.kernel("bias_heads", lambda x, *_: (x[0] // length, heads, length, size))
 
-    def construct(self, x, n, length):
-        """Maps `(N*L, C)` to `(N*L, C)`; `n` tiles of `length` positions."""
+    def construct(self, x, n, length, mask):
+        """Maps `(N*L, C)` to `(N*L, C)`; `n` tiles of `length` positions, `mask` as the core takes it."""
         heads = (n, length, self.heads, self.head_size)
         q = self.transpose(self.reshape(self.q_proj(x), heads), (0, 2, 1, 3))         # (N, H, L, d)
         k = self.transpose(self.reshape(self.k_proj(x), heads), (0, 2, 1, 3))         # (N, H, L, d)
         v = self.transpose(self.reshape(self.v_proj(x), heads), (0, 2, 1, 3))         # (N, H, L, d)
         q = self.reshape(q, (n, self.heads, 1, length, self.head_size))               # (N, H, 1, L, d)
-        y = self.reshape(self.core(q, k, v, None), (n, self.heads, length, self.head_size))
+        y = self.reshape(self.core(q, k, v, mask), (n, self.heads, length, self.head_size))
         y = self.reshape(self.to_positions(y, (0, 2, 1, 3)), (n * length, self.heads * self.head_size))  # (N*L, C)
         return self.out_proj(y)
 
@@ -177,10 +194,10 @@ class VisionMLP(nn.Cell):
 class VisionLayer(nn.Cell):
     """One pre-norm encoder layer of CLIP."""
 
-    def __init__(self, config: IXC25VisionConfig, dtypes: dict, norm_dtype, softmax_dtype):
+    def __init__(self, config: IXC25VisionConfig, dtypes: dict, norm_dtype, softmax_dtype, flash: bool):
         super().__init__()
         norm = (config.hidden_size, config.layer_norm_eps, dtypes["param_dtype"], norm_dtype)
-        self.self_attn = VisionAttention(config, dtypes, softmax_dtype)
+        self.self_attn = VisionAttention(config, dtypes, softmax_dtype, flash)
         self.layer_norm1 = LayerNorm(*norm)
         self.mlp = VisionMLP(config, dtypes)
         self.layer_norm2 = LayerNorm(*norm)
@@ -189,15 +206,15 @@ class VisionLayer(nn.Cell):
         if self.is_native:
             self.quick_gelu, self.bias_residual = native.kernel("bias_quick_gelu"), native.kernel("bias_residual")
 
-    def construct(self, x, n, length):
-        """Maps `(N*L, C)` to `(N*L, C)`."""
-        x = self.add(x, self.self_attn(self.layer_norm1(x), n, length))
+    def construct(self, x, n, length, mask):
+        """Maps `(N*L, C)` to `(N*L, C)`; arguments as in `VisionAttention.construct`."""
+        x = self.add(x, self.self_attn(self.layer_norm1(x), n, length, mask))
         return self.add(x, self.mlp(self.layer_norm2(x)))
 
-    def infer(self, x, n, length):
+    def infer(self, x, n, length, mask):
         """The same without gradients."""
         if not self.is_native:
-            return self.construct(x, n, length)
+            return self.construct(x, n, length, mask)
         y = self.self_attn.infer(self.layer_norm1.infer(x), n, length)
         x = self.bias_residual(y, self.self_attn.out_proj.bias, x)
         y = self.quick_gelu(self.mlp.fc1.product(self.layer_norm2.infer(x)), self.mlp.fc1.bias)
@@ -215,15 +232,15 @@ class VisionLayer(nn.Cell):
 class VisionEncoder(nn.Cell):
     """The stack of encoder layers."""
 
-    def __init__(self, config: IXC25VisionConfig, dtypes: dict, norm_dtype, softmax_dtype):
+    def __init__(self, config: IXC25VisionConfig, dtypes: dict, norm_dtype, softmax_dtype, flash: bool):
         super().__init__()
         self.layers = nn.CellList(
-            [VisionLayer(config, dtypes, norm_dtype, softmax_dtype) for _ in range(config.num_hidden_layers)])
+            [VisionLayer(config, dtypes, norm_dtype, softmax_dtype, flash) for _ in range(config.num_hidden_layers)])
 
-    def construct(self, x, n, length, infer=False):
-        """Maps `(N*L, C)` to `(N*L, C)`."""
+    def construct(self, x, n, length, mask, infer=False):
+        """Maps `(N*L, C)` to `(N*L, C)`; arguments as in `VisionAttention.construct`."""
         for layer in self.layers:
-            x = layer.infer(x, n, length) if infer else layer(x, n, length)
+            x = layer.infer(x, n, length, mask) if infer else layer(x, n, length, mask)
         return x
 
 
@@ -250,11 +267,17 @@ class IXC25VisionModel(PreTrainedModel):
         norm = (vision.hidden_size, vision.layer_norm_eps, param_dtype, norm_dtype)
         self.embeddings = VisionEmbeddings(vision, param_dtype, dtypes["compute_dtype"])
         self.pre_layrnorm = LayerNorm(*norm)          # the public name is misspelt so
-        self.encoder = VisionEncoder(vision, dtypes, norm_dtype, softmax_dtype)
+        self.is_flash = uses_flash_attention(config)
+        self.encoder = VisionEncoder(vision, dtypes, norm_dtype, softmax_dtype, self.is_flash)
         self.post_layernorm = LayerNorm(*norm)
         for parameter in self.post_layernorm.get_parameters():
             parameter.requires_grad = False
         self.positions, self.width = vision.patches_per_side ** 2 + 1, vision.hidden_size
+        self.padded, self.mask = self.positions, None
+        if self.is_flash:
+            self.padded, self.mask = padded_length(self.positions), padding_mask(self.positions)
+            self.zeros = Tensor(np.zeros((1, self.padded - self.positions, self.width)), dtypes["compute_dtype"])
+        self.repeat, self.pad = P.Tile(), P.Concat(1)
         self.reshape = P.Reshape()
         self.slice = P.StridedSlice()
 
@@ -268,11 +291,14 @@ class IXC25VisionModel(PreTrainedModel):
         Returns:
             Tensor `(N, patches, C)` in the compute dtype.
         """
-        n, length, width = pixels.shape[0], self.positions, self.width
-        x = self.reshape(self.embeddings(pixels), (n * length, width))                # (N*L, C)
-        x = self.encoder(self.pre_layrnorm(x), n, length, infer)
+        n, length, width = pixels.shape[0], self.padded, self.width
+        x = self.embeddings(pixels)                                                   # (N, 1+g*g, C)
+        if length > self.positions:
+            x = self.pad((x, self.repeat(self.zeros, (n, 1, 1))))                     # (N, L, C)
+        x = self.reshape(x, (n * length, width))                                      # (N*L, C)
+        x = self.encoder(self.pre_layrnorm(x), n, length, self.mask, infer)
         x = self.reshape(x, (n, length, width))                                       # (N, L, C)
-        return self.slice(x, (0, 1, 0), (n, length, width), (1, 1, 1))                # (N, L-1, C)
+        return self.slice(x, (0, 1, 0), (n, self.positions, width), (1, 1, 1))        # (N, g*g, C)
 
     def shard(self, dp: int, tp: int) -> None:
         """Cuts every operator; see `mindformers_ixc.models.layers`."""
@@ -280,7 +306,10 @@ class IXC25VisionModel(PreTrainedModel):
         self.pre_layrnorm.shard(dp)
         for layer in self.encoder.layers:
             layer.shard(dp, tp)
-        self.slice.shard(((dp, 1, 1),))
+        rows = (dp, 1, 1)
+        self.slice.shard((rows,))
+        self.repeat.shard(((1, 1, 1),))
+        self.pad.shard((rows, rows))
 
 
 class VisionTower(nn.Cell):

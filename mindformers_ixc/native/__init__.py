@@ -13,6 +13,8 @@ import mindspore as ms
 import mindspore.common.dtype as mstype
 from mindspore import ops
 
+from mindformers_ixc.models.device import on_ascend
+
 # Set to 0 to do without the kernels, for instance to compare.
 SWITCH = "MINDFORMERS_IXC_NATIVE"
 
@@ -30,7 +32,8 @@ def library() -> str | None:
 def available(*dtypes) -> bool:
     """Whether the kernels can take the place of MindSpore's for a computation in `dtypes` on the current device."""
     return (os.environ.get(SWITCH, "1") != "0" and library() is not None
-            and ms.get_context("device_target") == "CPU" and all(dtype == mstype.float32 for dtype in dtypes))
+            and ms.get_context("device_target") == "CPU" and not on_ascend()
+            and all(dtype == mstype.float32 for dtype in dtypes))
 
 
 def kernel(name: str, shape=lambda x, *_: x, outputs: int = 1) -> ops.Custom:

@@ -4,7 +4,10 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 from mindformers.tools.utils import get_real_group_size, get_real_rank
+from mindspore import lazy_inline
 
+from mindformers_ixc.checkpoint.names import linear_shapes
+from mindformers_ixc.config import MODE_ADAPTERS, ConfigError, IXC25Config
 from mindformers_ixc.parallel.cuts import check_stages
 
 
@@ -37,11 +40,69 @@ def layer_stages(layers: int, stages: int, offset=0) -> list[int]:
         stages: pipeline stages.
         offset: 0, or for each stage how many layers more (or fewer) than `layers // stages` it gets, as MindFormers'
             key of this name.
+
+    Raises:
+        ConfigError: when the offsets do not place every layer, or leave a stage without any.
     """
+    if np.any(offset) and len(np.atleast_1d(offset)) != stages:
+        raise ConfigError(f"offset is {offset}, but there are {stages} pipeline stages; give one number for each.")
     counts = np.full(stages, layers // stages) + np.array(offset)
     if not np.any(offset):
         counts[:layers % stages] += 1
+    if counts.sum() != layers or counts.min() < 1:
+        raise ConfigError(f"offset {offset} gives the {stages} pipeline stages {', '.join(map(str, counts))} layers; "
+                          f"each needs one at least and all {layers} must have a place, so the offsets must sum to "
+                          f"{layers % stages}.")
     return np.repeat(np.arange(stages), counts).tolist()
+
+
+def stages_of_layers(config: IXC25Config, stages: int) -> list[int]:
+    """Stage of each decoder layer of a configuration, by its `offset`; `auto` balances the work.
+
+    Raises:
+        ConfigError: see `layer_stages`.
+    """
+    layers = config.num_hidden_layers
+    if config.offset != "auto":
+        return layer_stages(layers, stages, config.offset)
+    work = np.zeros(stages)
+    vision, layer, head = work_of_sample(config)
+    work[0] += vision
+    work[-1] += head
+    counts = np.ones(stages, int)
+    work += layer
+    for _ in range(layers - stages):        # each further layer goes where the least is done
+        stage = int(np.argmin(work))
+        counts[stage] += 1
+        work[stage] += layer
+    return np.repeat(np.arange(stages), counts).tolist()
+
+
+def work_of_sample(config: IXC25Config) -> tuple[float, float, float]:
+    """Multiplications of a forward pass over one training sample: vision side, one decoder layer, head."""
+    vision, length, width = config.vision_config, config.seq_length, config.hidden_size
+    patches = config.max_tiles * (vision.patches_per_side ** 2 + 1)
+    tower = vision.num_hidden_layers * patches * (
+        4 * vision.hidden_size ** 2 + 2 * vision.hidden_size * vision.intermediate_size
+        + 2 * (vision.patches_per_side ** 2 + 1) * vision.hidden_size)
+    projector = config.vision_rows * (4 * vision.hidden_size * width + width ** 2)
+    linears = linear_shapes(config).values()
+    ranks = config.plora_rank + sum(config.task_lora_ranks[task] for task in MODE_ADAPTERS[config.adapter_mode])
+    layer = length * sum(rows * columns + ranks * (rows + columns) for rows, columns in linears)
+    layer += 2 * length * length * width / 2                       # scores and weighted sum, half of them masked
+    return tower + projector, layer, length * width * config.vocab_size
+
+
+def share_graph(cell) -> None:
+    """Lets the compiler keep one graph of a cell for all micro batches (MindSpore's lazy inline, Ascend only).
+
+    The decorator is made for `__init__`; whether a cell wants it is known only when it has been built.
+    """
+    @lazy_inline
+    def __init__(self):
+        """Nothing is left to do."""
+
+    __init__(cell)
 
 
 def set_pipeline_stages(model, parallel_config) -> None:
@@ -54,10 +115,11 @@ def set_pipeline_stages(model, parallel_config) -> None:
     if stages == 1:
         return
     check_stages(model.config, stages)
-    for cell in (model.vit, model.vision_merge, model.vision_proj, model.choose, model.model.tok_embeddings):
+    for cell in (model.vit, model.vision_merge, model.vision_proj, model.choose, model.model.tok_embeddings,
+                 model.noise):
         cell.pipeline_stage = 0
     layers = model.model.layers
-    for layer, stage in zip(layers, layer_stages(len(layers), stages, getattr(model.config, "offset", 0))):
+    for layer, stage in zip(layers, stages_of_layers(model.config, stages)):
         layer.pipeline_stage = stage
     for cell in (model.model.norm, model.output, model.loss):
         cell.pipeline_stage = stages - 1

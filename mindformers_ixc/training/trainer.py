@@ -64,6 +64,21 @@ def check_sections_agree(config) -> None:
                           "own tokenizer.")
 
 
+def check_micro_batches(config) -> None:
+    """Lets several micro batches of a parallel step weigh as their labelled positions, in place.
+
+    Raises:
+        ConfigError: for preference pairs, whose report MindFormers' accumulating step does not take.
+    """
+    accumulated = config.runner_config.gradient_accumulation_steps or 1
+    if not is_parallel() or (accumulated == 1 and (config.parallel_config.pipeline_stage or 1) == 1):
+        return
+    if config.model.arch.type == "IXC25ForPreference":
+        raise ConfigError(f"runner_config.gradient_accumulation_steps is {accumulated}, but preference pairs are not "
+                          "accumulated in parallel runs; raise batch_size or data_parallel instead.")
+    config.calculate_per_token_loss = True
+
+
 @MindFormerRegister.register(MindFormerModuleType.TRAINER)
 class IXC25Trainer(CausalLanguageModelingTrainer):
     """Trains IXC2.5 from YAML and leaves a model directory behind; answers questions in run_mode predict.
@@ -106,7 +121,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         section, columns = self.config.runner_wrapper, list(self.config.train_dataset.input_columns)
         kind = self._report_kind()
         if self._micro_batches > 1 or section.get("ema_decay") is not None or kind:
-            if is_parallel():
+            if is_parallel() and kind != "preference":
                 raise ConfigError("runner_wrapper.ema_decay and the column source work in stand-alone runs only.")
             section.type = "IXC25TrainOneStepCell"
             section.micro_batches = self._micro_batches
@@ -145,6 +160,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         """
         check_sections_agree(config)
         use_safe_checkpoints()
+        check_micro_batches(config)
         # MindFormers accumulates in semi-auto parallel only and would silently not do it here
         self._micro_batches = 1
         if not is_parallel():
