@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,10 +25,27 @@ CONFIG = ROOT / "yaml_configs" / "ixc25_sft_tiny.yaml"
 BAR = 1e-5
 GLOBAL_BATCH, STEPS_AN_EPOCH = 8, 7          # 56 samples
 
-# Name: (data parallel, tensor parallel, stages, micro batches, optimizer sharding).
-LAYOUTS = {"tp2": (1, 2, 1, 1, False), "dp2": (2, 1, 1, 1, False), "pp2": (1, 1, 2, 2, False),
-           "dp2tp2": (2, 2, 1, 1, False), "tp2pp2": (1, 2, 2, 2, False), "dp2opt": (2, 1, 1, 1, True),
-           "dp2tp2pp2": (2, 2, 2, 2, False)}
+
+
+class Layout(NamedTuple):
+    """Degrees of a run: data parallel, tensor parallel, stages, micro batches; what else is on."""
+
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    micro: int = 1
+    options: dict = {}
+
+
+SHARDED = {"parallel.enable_parallel_optimizer": True,
+           "parallel.parallel_optimizer_config": "{parallel_optimizer_threshold: 0}"}
+SEQUENCE = {"parallel_config.use_seq_parallel": True}
+LAYOUTS = {"tp2": Layout(tp=2), "dp2": Layout(dp=2), "pp2": Layout(pp=2, micro=2), "dp2tp2": Layout(2, 2),
+           "tp2pp2": Layout(tp=2, pp=2, micro=2), "dp2opt": Layout(dp=2, options=SHARDED),
+           "tp2seq": Layout(tp=2, options=SEQUENCE),
+           "tp2vit": Layout(tp=2, options={"model.model_config.vision_parallel": "replicated"}),
+           "tp2accumulated": Layout(tp=2, options={"runner_config.gradient_accumulation_steps": 2}),
+           "dp2tp2pp2": Layout(2, 2, 2, 2)}
 FEW_STEPS = {"dp2tp2pp2": STEPS_AN_EPOCH}    # eight processes on two cores
 CALLBACKS = ("[{type: MFLossMonitor}, {type: CheckpointMonitor, prefix: p, save_checkpoint_steps: %d, "
              "keep_checkpoint_max: 1, integrated_save: False, async_save: False, checkpoint_format: safetensors}]")
@@ -58,25 +76,24 @@ def write_start(folder: Path) -> None:
     save_model_directory(model, folder, demo_path("tokenizer.model"))
 
 
-def options_of(layout: tuple, epochs: int, save_steps: int) -> dict:
+def options_of(layout: Layout, epochs: int, save_steps: int) -> dict:
     """Overrides of a run in a layout, for the same global batch."""
-    dp, tp, pp, micro, sharded = layout
-    options = {**SHARED, "runner_config.epochs": epochs, "callbacks": CALLBACKS % save_steps}
-    size = GLOBAL_BATCH // (dp * micro)
+    dp, tp, pp, micro, extra = layout
+    options = {**SHARED, "runner_config.epochs": epochs, "callbacks": CALLBACKS % save_steps, **extra}
+    size = GLOBAL_BATCH // (dp * micro * extra.get("runner_config.gradient_accumulation_steps", 1))
     options.update({"runner_config.batch_size": size, "train_dataset.batch_size": size})
     if dp * tp * pp > 1:
         options.update({"auto_trans_ckpt": True, "parallel.parallel_mode": 1, "parallel.full_batch": True,
-                        "parallel.gradients_mean": False, "parallel.enable_parallel_optimizer": sharded,
-                        "parallel.parallel_optimizer_config": "{parallel_optimizer_threshold: 0}",
+                        "parallel.gradients_mean": False,
                         "parallel_config.data_parallel": dp, "parallel_config.model_parallel": tp,
                         "parallel_config.pipeline_stage": pp, "parallel_config.micro_batch_num": micro,
                         "parallel_config.vocab_emb_dp": False})
     return options
 
 
-def start(layout: tuple, out: Path, options: dict) -> subprocess.Popen:
+def start(layout: Layout, out: Path, options: dict) -> subprocess.Popen:
     """Starts a run."""
-    devices = layout[0] * layout[1] * layout[2]
+    devices = layout.dp * layout.tp * layout.pp
     command = [str(Path(sys.executable).with_name("mindformers"))]
     command += ["launch", "-n", str(devices)] if devices > 1 else ["run"]
     command += ["--config", str(CONFIG), "--output_dir", str(out)]
@@ -87,7 +104,7 @@ def start(layout: tuple, out: Path, options: dict) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def run(layout: tuple, out: Path, options: dict) -> None:
+def run(layout: Layout, out: Path, options: dict) -> None:
     """Runs to the end."""
     if start(layout, out, options).wait():
         raise SystemExit(f"{out.name}: {out.with_suffix('.log').read_text()[-3000:]}")
@@ -145,7 +162,7 @@ def check_resume(out: Path, epochs: int) -> int:
     """tp 2, killed; single, killed; pp 2 to the end: the losses are those of the single run. Returns 1 if not."""
     began, target = time.perf_counter(), out / "resumed"
     total = epochs * STEPS_AN_EPOCH
-    legs = [((1, 2, 1, 1, False), total // 3), ((1, 1, 1, 1, False), 2 * total // 3), ((1, 1, 2, 2, False), total)]
+    legs = [(LAYOUTS["tp2"], total // 3), (Layout(), 2 * total // 3), (LAYOUTS["pp2"], total)]
     previous = None
     for number, (layout, until) in enumerate(legs):
         leg = target.with_name(f"resumed_{number}")
@@ -185,8 +202,7 @@ def main() -> int:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "single" / "model").is_dir():
             write_start(out / "start")
-            run((1, 1, 1, 1, False), out / "single",
-                {**options_of((1, 1, 1, 1, False), epochs, 1000), "load_checkpoint": out / "start"})
+            run(Layout(), out / "single", {**options_of(Layout(), epochs, 1000), "load_checkpoint": out / "start"})
         print(f"{'layout':12} {'steps':>5} {'loss, relative':>15} {'weights, relative':>18} {'seconds':>8}")
         failed = check_layouts(out, [name for name in arguments.layouts if name in LAYOUTS], epochs)
         if "resume" in arguments.layouts:

@@ -76,22 +76,44 @@ def apply_overrides(fields: dict, overrides: dict[str, object]) -> None:
         section[parts[-1]] = value
 
 
-def read_yaml(path: str | Path) -> dict:
-    """Reads a YAML file that must hold a mapping.
+def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
+    """Reads a YAML file that must hold a mapping; one that names another as `base_config` changes that one.
+
+    The rule is MindFormers'.
+
+    Args:
+        path: the file.
+        seen: files that led to this one.
 
     Raises:
-        ConfigError: for a missing file, invalid YAML or another top level.
+        ConfigError: for a missing file, invalid YAML, another top level, or files that are each other's base.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"The configuration file {path} does not exist.")
+        named = f" that {seen[-1]} names as base_config" if seen else ""
+        raise ConfigError(f"The configuration file {path}{named} does not exist.")
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} is its own base_config (by way of {seen[-1]}); take one of the two out.")
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, found {type(fields).__name__}.")
-    return fields
+    bases = fields.pop("base_config", None) or []
+    merged: dict = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged.update(read_yaml(path.parent / base, (*seen, path.resolve())))
+    return _merged(merged, fields)
+
+
+def _merged(base: dict, changes: dict) -> dict:
+    """A mapping with another one's values on top; sections of both are merged, everything else is replaced."""
+    both = dict(base)
+    for key, value in changes.items():
+        inner = both.get(key)
+        both[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return both
 
 
 def check_fields(fields: dict, source: str) -> None:

@@ -74,7 +74,10 @@ class TokenEmbedding(nn.Cell):
 
     def shard(self, dp: int, tp: int, whole: bool) -> None:
         """Cuts samples, and the vocabulary unless the table is to be `whole` (MindFormers' `vocab_emb_dp`)."""
-        self.gather.shard(((1 if whole else tp, 1), (dp, 1)))
+        if whole:
+            self.gather.shard(((1, 1), (dp, 1)))
+        else:       # said, because the compiler would otherwise scatter the sums over samples and gather them again
+            self.gather.shard(((tp, 1), (dp, 1)), ((dp, 1, 1),))
         self.equal.shard(((dp, 1), ()))
         self.choose.shard(dp)
 
@@ -272,6 +275,9 @@ class DecoderLayer(nn.Cell):
         self.attention_norm = RMSNorm(*norm)
         self.ffn_norm = RMSNorm(*norm)
         self.add = P.Add()
+        # with sequence parallel, where positions come together again: once for all that take them
+        self.gather_positions = P.Add().add_prim_attr("keep_alive", True)
+        self.sequence = False
 
     def construct(self, x, image_mask, cos, sin, mask, adapters, shape, noise=None):
         """Transforms flattened positions.
@@ -289,8 +295,13 @@ class DecoderLayer(nn.Cell):
         Returns:
             Tensor `(B*L, D)`.
         """
-        x = self.add(x, self.attention(self.attention_norm(x), image_mask, cos, sin, mask, adapters, shape, noise))
-        return self.add(x, self.feed_forward(self.ffn_norm(x), image_mask, adapters, noise))
+        y = self.gathered(self.attention_norm(x))
+        x = self.add(x, self.attention(y, image_mask, cos, sin, mask, adapters, shape, noise))
+        return self.add(x, self.feed_forward(self.gathered(self.ffn_norm(x)), image_mask, adapters, noise))
+
+    def gathered(self, x):
+        """`x` with all positions of a data-parallel share on every device."""
+        return self.gather_positions(x, 0) if self.sequence else x
 
     def project(self, x, image_mask, adapters):
         """Consolidated queries, keys and values `(B*L, KV * (G+2) * d)`, for attention with a cache."""
@@ -305,6 +316,8 @@ class DecoderLayer(nn.Cell):
         """Cuts positions (finer with `sequence` parallel); inside attention and feed-forward, heads and width."""
         self.attention.shard(dp, tp, sequence)
         self.feed_forward.shard(dp, tp, sequence)
+        self.sequence = sequence
+        self.gather_positions.shard(((dp, 1), ()))
         rows = dp * tp if sequence else dp
         self.attention_norm.shard(rows)
         self.ffn_norm.shard(rows)

@@ -2,6 +2,11 @@
 from __future__ import annotations
 
 from mindformers_ixc.config import ConfigError
+from mindformers_ixc.parallel.stages import is_parallel
+
+# Keys of MindFormers' `recompute_config` that MindSpore's `Cell.recompute` takes in parallel runs: whether sums over
+# tensor-parallel devices, or the gathering of parameters that optimizer parallel cuts, are done again as well.
+COMMUNICATION_KEYS = ("mp_comm_recompute", "parallel_optimizer_comm_recompute", "recompute_slice_activation")
 
 
 def recomputed_layers(choice, layers: int, key: str) -> int:
@@ -42,12 +47,13 @@ def apply_recompute(model, section) -> None:
     layers = list(model.model.layers)     # a slice of a CellList would rename its parameters
     whole = recomputed_layers(section.recompute, len(layers), "recompute")
     selected = recomputed_layers(section.select_recompute, len(layers), "select_recompute")
+    communication = {key: getattr(section, key) for key in COMMUNICATION_KEYS if is_parallel()}
     for layer in layers[:whole]:
-        layer.recompute()
+        layer.recompute(**communication)
     for layer in layers[whole:max(whole, selected)]:
         layer.attention.core.recompute()
         for primitive in (layer.feed_forward.sigmoid, layer.feed_forward.silu, layer.feed_forward.gate):
             primitive.recompute()
     if whole == len(layers):
         for layer in model.vit.vision_tower.vision_model.encoder.layers:
-            layer.recompute()
+            layer.recompute(**communication)
