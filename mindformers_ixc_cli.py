@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mindformers_ixc {version('mindformers_ixc')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for add in (_add_run, _add_launch, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect, _add_data,
-                _add_reference, _add_report):
+                _add_reference, _add_report, _add_plan):
         add(commands)
     return parser
 
@@ -222,6 +222,38 @@ def _add_report(commands) -> None:
     draw.add_argument("output", metavar="OUTPUT", help="--output_dir of the run")
 
 
+def _add_plan(commands) -> None:
+    plan = commands.add_parser(
+        "plan", formatter_class=Help, help="memory, messages and cuts of a step on a cluster that need not be there",
+        description="Compiles the step of one rank of each pipeline stage, without devices, and prints what a device "
+                    "holds, what it sends, and how each parameter is cut. Any key of the file can be overridden, as "
+                    "with `run`. The exit code is 1 when it does not fit.",
+        epilog="examples:\n  mindformers plan --config yaml_configs/ixc25_sft.yaml --devices 8\n"
+               "  mindformers plan --config my.yaml --devices 64 --model_parallel 8 --pipeline_stage 2\n"
+               "  mindformers plan --config my.yaml --devices 64 --device_memory 32GB --search --no_compile")
+    plan.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    plan.add_argument("--devices", type=int, required=True, metavar="N", help="devices, over all servers")
+    plan.add_argument("--device_memory", metavar="SIZE", help="of a device, such as 64GB (default: the file's "
+                      "context.max_device_memory, else 64GB)")
+    plan.add_argument("--data_parallel", type=int, metavar="N", help="replicas (default: the file's, or what the other "
+                      "degrees leave)")
+    plan.add_argument("--model_parallel", type=int, metavar="N", help="tensor-parallel devices of a stage")
+    plan.add_argument("--pipeline_stage", type=int, metavar="N", help="pipeline stages")
+    plan.add_argument("--micro_batch_num", type=int, metavar="N", help="micro batches of a step; without a pipeline "
+                      "they are accumulated")
+    plan.add_argument("--global_batch", type=int, metavar="N", help="samples of a step (default: the file's)")
+    plan.add_argument("--search", action="store_true", help="try every layout by formula, then compile the best")
+    plan.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search shows (default: 10)")
+    plan.add_argument("--no_compile", action="store_true", help="formulae only: takes no time, checks nothing")
+    plan.add_argument("--json", action="store_true", help="JSON instead of text")
+    for name, text in (("tflops", "assumed peak of a device, 10^12 operations a second (320)"),
+                       ("utilisation", "assumed share of it (0.4)"),
+                       ("server_bandwidth", "assumed within a server, 10^9 bytes a second a device (150)"),
+                       ("network_bandwidth", "assumed between servers, 10^9 bytes a second a device (20)")):
+        plan.add_argument(f"--{name}", type=float, metavar="X", help=text)
+    plan.add_argument("--devices_per_server", type=int, metavar="N", help="assumed (8)")
+
+
 def claim_stdout() -> TextIO:
     """Sends descriptor 1 to standard error from now on and returns a stream to the real standard output."""
     sys.stdout.flush()
@@ -268,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 2
-    if rest and arguments.command not in ("run", "launch"):
+    if rest and arguments.command not in ("run", "launch", "plan"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
     arguments.answers = claim_stdout()
@@ -276,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
         # before the libraries start their threads, which inherit this; a session lets Ctrl-C through when it may come
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ.setdefault("LOG_MF_PATH", str(log_folder(arguments).resolve()))
-    quiet = arguments.command in ("convert", "merge", "inspect", "data", "report")
+    quiet = arguments.command in ("convert", "merge", "inspect", "data", "report", "plan")
     if quiet or not getattr(arguments, "verbose", True):
         quiet_libraries()
     try:
@@ -307,6 +339,9 @@ def _command(name: str):
     if name == "eval":
         from mindformers_ixc.cli.evaluate import evaluate
         return evaluate
+    if name == "plan":
+        from mindformers_ixc.cli.plan import plan
+        return plan
     if name == "report":
         from mindformers_ixc.cli.report import report
         return report

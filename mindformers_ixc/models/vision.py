@@ -54,8 +54,14 @@ class VisionEmbeddings(nn.Cell):
     def construct(self, pixels):
         """Maps `(N, 3, S, S)` normalised pixels to `(N, 1 + grid * grid, C)`."""
         n, g, p = pixels.shape[0], self.grid, self.patch
-        x = self.reshape(self.cast(pixels, self.dtype), (n, 3, g, p, g, p))          # (N, 3, g, p, g, p)
-        x = self.reshape(self.unfold(x, (0, 2, 4, 1, 3, 5)), (n * g * g, 3 * p * p))  # (N*g*g, 3*p*p)
+        x = self.reshape(pixels, (n, 3, g, p, g, p))                                  # (N, 3, g, p, g, p)
+        x = self.unfold(x, (0, 2, 4, 1, 3, 5))                                        # (N, g, g, 3, p, p)
+        # 1 for each tile, made of the tiles: the compiler's accumulation looks for the micro batch at the first
+        # operator with a parameter, which is the class token's
+        ones = self.first_pixel(x, (0, 0, 0, 0, 0, 0), (n, 1, 1, 1, 1, 1), (1, 1, 1, 1, 1, 1))
+        ones = self.reshape(self.cast(self.equal(ones, ones), self.dtype), (n, 1, 1))
+        first = self.as_row(ones, self.cast(self.class_embedding, self.dtype))        # (N, 1, C)
+        x = self.cast(self.reshape(x, (n * g * g, 3 * p * p)), self.dtype)            # (N*g*g, 3*p*p)
         # a parameter goes through an operator with a strategy before it is reshaped; with Reshape alone the parallel
         # compiler chooses a cut itself, with Transpose it forgets to sum the gradient over the copies. Here that is
         # a product with 1, of one axis more so that it is not left out: two reshapes in a row in a gradient (ExpandDims
@@ -63,11 +69,6 @@ class VisionEmbeddings(nn.Cell):
         kernel = self.as_kernel(self.one_kernel, self.cast(self.patch_embedding.weight, self.dtype))  # (1, C, 3, p, p)
         x = self.matmul(x, self.reshape(kernel, (self.width, 3 * p * p)))             # (N*g*g, C)
         x = self.reshape(x, (n, g * g, self.width))                                   # (N, g*g, C)
-        # 1 for each tile, made of the tiles: the compiler's accumulation looks for the micro batch at the first operator
-        # with a parameter, which this is
-        ones = self.first_pixel(pixels, (0, 0, 0, 0), (n, 1, 1, 1), (1, 1, 1, 1))
-        ones = self.reshape(self.cast(self.equal(ones, ones), self.dtype), (n, 1, 1))
-        first = self.as_row(ones, self.cast(self.class_embedding, self.dtype))        # (N, 1, C)
         positions = self.as_table(self.cast(self.position_embedding.weight, self.dtype), 0)       # (1, 1 + g*g, C)
         return self.add(self.concat((first, x)), positions)
 
@@ -76,8 +77,9 @@ class VisionEmbeddings(nn.Cell):
         rows = (dp, 1, 1)
         self.unfold.shard(((dp, 1, 1, 1, 1, 1),))
         self.as_kernel.shard(((1, 1, 1, 1, 1), (1, 1, 1, 1)))
-        self.first_pixel.shard(((dp, 1, 1, 1),))
-        self.equal.shard(((dp, 1, 1, 1), (dp, 1, 1, 1)))
+        pixels = (dp, 1, 1, 1, 1, 1)
+        self.first_pixel.shard((pixels,))
+        self.equal.shard((pixels, pixels))
         self.as_row.shard((rows, (1,)))
         self.as_table.shard(((1, 1),))
         self.matmul.shard(((dp, 1), (1, 1)))

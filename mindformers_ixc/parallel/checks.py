@@ -6,8 +6,21 @@ from dataclasses import dataclass
 
 from mindformers_ixc.config import ConfigError, IXC25Config
 from mindformers_ixc.parallel.cuts import allowed_degrees, check_degree, check_stages
+from mindformers_ixc.parallel.stages import stages_of_layers
 
 DEGREES = ("data_parallel", "model_parallel", "pipeline_stage", "micro_batch_num")
+
+# MindFormers' `parallel.parallel_mode`, by number and by name: those in which its compiler cuts the graph, and those in
+# which every device has a whole model and only gradients travel.
+GRAPH_MODES = (1, 2, "SEMI_AUTO_PARALLEL", "AUTO_PARALLEL")
+DATA_MODES = (0, 3, "DATA_PARALLEL", "HYBRID_PARALLEL")
+
+# Degrees of MindFormers that this model's cells do not have, and where they stand.
+ABSENT_DEGREES = {"context_parallel": "parallel_config.", "expert_parallel": "parallel_config.",
+                  "seq_split_num": "parallel_config.", "micro_batch_interleave_num": ""}
+
+# How launchers tell a process the number of processes: msrun, rank tables, mpirun.
+SIZE_VARIABLES = ("MS_WORKER_NUM", "RANK_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,15 @@ def check_layout(config: IXC25Config, layout: Layout, devices: int | None = None
         raise ConfigError(
             f"parallel_config.micro_batch_num is {layout.micro_batch_num}, fewer than the {layout.pipeline_stage} "
             f"stages, so some would never have work; choose {layout.pipeline_stage} or more.")
+    if layout.pipeline_stage > 1:
+        stages_of_layers(config, layout.pipeline_stage)
+    tensor = layout.model_parallel
+    if config.parallel_config.use_seq_parallel and config.seq_length % tensor:
+        below = config.seq_length // tensor * tensor
+        near = f"{below} or {below + tensor}" if below else tensor
+        raise ConfigError(
+            f"parallel_config.use_seq_parallel is True, but seq_length {config.seq_length} does not divide into the "
+            f"{tensor} parts of tensor parallel; choose a multiple of {tensor}, such as {near}, or set it to False.")
     if devices is not None and layout.devices != devices:
         raise ConfigError(
             f"{layout} are {layout.devices} devices, but there are {devices}. The degrees that fill them: "
@@ -73,22 +95,96 @@ def check_layout(config: IXC25Config, layout: Layout, devices: int | None = None
 
 
 def check_run(fields: dict, devices: int | None = None) -> None:
-    """Checks the layout of a YAML's fields, if they are of this package's model.
+    """Checks the parallel sections of a YAML's fields, if they are of this package's model.
 
     Args:
         fields: of the YAML, overrides applied.
-        devices: of the cluster; by default what msrun says, where it started this process.
+        devices: of the cluster; by default what the launcher that started this process says.
 
     Raises:
-        ConfigError: see `check_layout`.
+        ConfigError: see `check_layout`; also for a mode, a degree or a way to read batches that does not go with them,
+            and for a process that is alone.
     """
     section = (fields.get("model") or {}).get("model_config") or {}
     if section.get("type") != "IXC25Config" or not fields.get("use_parallel"):
         return
-    if devices is None and os.environ.get("MS_WORKER_NUM", "").isdigit():
-        devices = int(os.environ["MS_WORKER_NUM"])
-    config = IXC25Config(**{key: value for key, value in section.items() if key != "type"})
-    check_layout(config, layout_of(fields), devices)
+    devices = _devices_here() if devices is None else devices
+    if devices == 1:
+        raise ConfigError("use_parallel is True, but there is a single device; run it with `mindformers run "
+                          "--use_parallel False`, or give `mindformers launch` more devices.")
+    layout = layout_of(fields)
+    for name, where in ABSENT_DEGREES.items():
+        value = ((fields.get("parallel_config") or {}) if where else fields).get(name)
+        if value not in (None, 1):
+            raise ConfigError(f"{where}{name} is {value!r}, which this model does not have; the only choice is 1. It "
+                              "has data_parallel, model_parallel and pipeline_stage.")
+    # MindFormers' defaults where the file says nothing
+    parallel = {"parallel_mode": 1, "full_batch": True, "gradients_mean": False, **(fields.get("parallel") or {})}
+    mode = parallel["parallel_mode"]
+    if isinstance(mode, bool) or mode not in (*GRAPH_MODES, *DATA_MODES):
+        raise ConfigError(f"parallel.parallel_mode is {mode!r}; the choices are 0 (data parallel), 1 (semi-auto "
+                          "parallel), 2 (auto parallel, here the same as 1) and 3 (hybrid, here the same as 0).")
+    trains = fields.get("run_mode") != "predict"
+    if mode in DATA_MODES:
+        _check_data_mode(parallel, layout, devices, trains)
+        return
+    sequence = bool((fields.get("parallel_config") or {}).get("use_seq_parallel"))
+    sizes = {key: value for key, value in section.items() if key != "type"}
+    config = IXC25Config(**{**sizes, "parallel_config": {"use_seq_parallel": sequence}})
+    check_layout(config, layout, devices)
+    if trains:
+        _check_batches(fields, parallel, layout)
+
+
+def _devices_here() -> int:
+    for name in SIZE_VARIABLES:
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    raise ConfigError("use_parallel is True, but this process is alone: no launcher says how many devices there are. "
+                      "Start it with `mindformers launch -n DEVICES` instead of `mindformers run`, or set use_parallel "
+                      "to False.")
+
+
+def _check_data_mode(parallel: dict, layout: Layout, devices: int, trains: bool) -> None:
+    """Checks a run in which every device has a whole model; MindFormers takes no notice of the layout then."""
+    if layout.model_parallel * layout.pipeline_stage > 1 or layout.data_parallel != devices:
+        raise ConfigError(
+            f"parallel.parallel_mode is {parallel['parallel_mode']!r}, in which each of the {devices} devices trains a "
+            f"whole model on samples of its own, but parallel_config has {layout}; set data_parallel to {devices} and "
+            "the others to 1, or parallel_mode to 1 (semi-auto parallel).")
+    if trains and not parallel["gradients_mean"]:
+        raise ConfigError(
+            f"parallel.gradients_mean is False, so in parallel_mode {parallel['parallel_mode']!r} the gradients would "
+            f"be {devices} times those of the batch; set it to True.")
+
+
+def _check_batches(fields: dict, parallel: dict, layout: Layout) -> None:
+    """Checks how batches are read and averaged in a run whose graph is cut."""
+    if parallel["gradients_mean"]:
+        # measured: half the gradient norm with dp 2, three quarters with tp 2
+        raise ConfigError(
+            f"parallel.gradients_mean is True, but in parallel_mode {parallel['parallel_mode']!r} the loss is the mean "
+            "over all devices already, so gradients that devices sum up would be divided once more and be too small; "
+            "set it to False.")
+    accumulated = (fields.get("runner_config") or {}).get("gradient_accumulation_steps") or 1
+    if accumulated > 1 and layout.pipeline_stage > 1:
+        raise ConfigError(
+            f"runner_config.gradient_accumulation_steps is {accumulated}, which MindFormers takes no notice of with "
+            f"pipeline stages; set it to 1 and parallel_config.micro_batch_num to "
+            f"{accumulated * layout.micro_batch_num} for the same batch.")
+    if parallel["full_batch"]:
+        return
+    strategy = parallel.get("dataset_strategy")
+    columns = (fields.get("train_dataset") or {}).get("input_columns")
+    if not isinstance(strategy, (list, tuple)) or not strategy or not all(
+            isinstance(cut, (list, tuple)) and list(cut[:1]) == [layout.data_parallel] for cut in strategy):
+        raise ConfigError(
+            f"parallel.full_batch is False and parallel.dataset_strategy is {strategy!r}; set full_batch to True, or "
+            "dataset_strategy to one list for each column, which begins with data_parallel "
+            f"({layout.data_parallel}) and goes on with ones.")
+    if columns and len(strategy) != len(columns):
+        raise ConfigError(f"parallel.dataset_strategy has {len(strategy)} lists, but train_dataset.input_columns has "
+                          f"{len(columns)} columns; give one list for each.")
 
 
 def check_global_batch(layout: Layout, global_batch: int) -> None:
@@ -106,7 +202,7 @@ def check_global_batch(layout: Layout, global_batch: int) -> None:
 
 
 def layouts_for(config: IXC25Config, devices: int) -> list[Layout]:
-    """Every layout that fills a number of devices, tensor parallel first; micro batches as many as stages."""
+    """Every allowed layout that fills a number of devices, tensor parallel first; micro batches as many as stages."""
     found = []
     for tensor in reversed(allowed_degrees(config)):
         if devices % tensor:
@@ -114,7 +210,15 @@ def layouts_for(config: IXC25Config, devices: int) -> list[Layout]:
         for stages in range(1, min(devices // tensor, config.num_hidden_layers) + 1):
             if devices // tensor % stages == 0:
                 found.append(Layout(devices // tensor // stages, tensor, stages, stages))
-    return found
+    return [layout for layout in found if _is_allowed(config, layout)]
+
+
+def _is_allowed(config: IXC25Config, layout: Layout) -> bool:
+    try:
+        check_layout(config, layout)     # an offset or the length of a sequence may exclude some
+    except ConfigError:
+        return False
+    return True
 
 
 def _suggestions(config: IXC25Config, devices: int) -> str:

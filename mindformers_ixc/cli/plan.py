@@ -1,0 +1,141 @@
+"""`mindformers plan`: what a step needs on a cluster that need not be there."""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict
+from dataclasses import fields as fields_of
+from pathlib import Path
+
+import mindformers_ixc  # noqa: F401 - importing it registers the model
+from mindformers_ixc.cli.run_config import apply_overrides, check_fields, parse_overrides, read_yaml
+from mindformers_ixc.config import ConfigError
+from mindformers_ixc.parallel.checks import DEGREES
+from mindformers_ixc.parallel.compile_layout import LayoutError
+from mindformers_ixc.parallel.cost import Assumptions
+from mindformers_ixc.parallel.plan import Plan, make_plan
+from mindformers_ixc.parallel.plan_text import plan_text, search_text
+from mindformers_ixc.parallel.search import Candidate, Search, search
+from mindformers_ixc.parallel.workload import Workload, place, read_workload
+
+# Of a device, unless an option or the YAML's context.max_device_memory says otherwise.
+DEVICE_MEMORY = "64GB"
+
+# As vendors and MindSpore count memory, G is 2^30 whether an i follows or not.
+_UNITS = {"M": 2 ** 20, "G": 2 ** 30, "T": 2 ** 40}
+
+
+def read_memory(text: str, option: str = "--device_memory") -> int:
+    """Bytes of a device's memory such as `64GB`, `64GiB` or `32000MB`; G is 2^30 in all of them.
+
+    Args:
+        text: the size.
+        option: where it stands, for the message.
+
+    Raises:
+        ConfigError: for another form.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])(?:i?B)?\s*", str(text), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise ConfigError(f"{option} {str(text)!r} is no size of memory; write 64GB, 64GiB or 32000MB.")
+    return size
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Runs `mindformers plan`.
+
+    Args:
+        arguments: of the `plan` subcommand; `rest` holds further words, taken as overrides.
+
+    Returns:
+        Exit code: 0 if it fits.
+
+    Raises:
+        ConfigError: for a wrong key, value or layout; nothing has been compiled then.
+    """
+    fields = read_yaml(arguments.config)
+    apply_overrides(fields, parse_overrides(arguments.rest))
+    if isinstance(fields.get("train_dataset_task"), dict) and "train_dataset" in fields:
+        fields["train_dataset_task"]["dataset_config"] = fields["train_dataset"]
+    check_fields(fields, arguments.config)
+    memory, assumptions = _device_memory(arguments, fields), _assumptions(arguments)
+    workload = read_workload(fields)
+    name, found = Path(arguments.config).name, None
+    if arguments.search:
+        found = _search(arguments, workload, memory, assumptions)
+        if not arguments.json:
+            print(search_text(name, found, arguments.top), file=arguments.answers)
+        workload = found.fitting[0].workload if found.fitting else None
+    else:
+        workload = place(workload, arguments.devices, _degrees(arguments), arguments.global_batch)
+    made = None
+    if workload is not None and not (found and arguments.no_compile):
+        made = _make(arguments, fields, workload, memory, assumptions)
+        if made is None:
+            return 1
+        if not arguments.json:
+            print(("\nThe first of them:\n" if found else "") + plan_text(name, made), file=arguments.answers)
+    if arguments.json:
+        print(json.dumps(_as_json(found, made), indent=1), file=arguments.answers)
+    return 0 if workload is not None and (made is None or made.fits) else 1
+
+
+def _make(arguments: argparse.Namespace, fields: dict, workload: Workload, memory: int,
+          assumptions: Assumptions) -> Plan | None:
+    """The plan, or `None` if it does not compile, which has been said then."""
+    try:
+        return make_plan(fields, workload, memory, assumptions, not arguments.no_compile,
+                         lambda line: print(line, file=sys.stderr, flush=True))
+    except LayoutError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return None
+
+
+def _device_memory(arguments: argparse.Namespace, fields: dict) -> int:
+    if arguments.device_memory is not None:
+        return read_memory(arguments.device_memory)
+    own = (fields.get("context") or {}).get("max_device_memory")
+    return read_memory(own, "context.max_device_memory") if own else read_memory(DEVICE_MEMORY)
+
+
+def _assumptions(arguments: argparse.Namespace) -> Assumptions:
+    given = {field.name: getattr(arguments, field.name) for field in fields_of(Assumptions)
+             if getattr(arguments, field.name, None) is not None}
+    for name, value in given.items():
+        if value <= 0 or (name == "utilisation" and value > 1):
+            limits = "above 0, and 1 at most" if name == "utilisation" else "above 0"
+            raise ConfigError(f"--{name} is {value:g}; it must be {limits}.")
+    return Assumptions(**given)
+
+
+def _degrees(arguments: argparse.Namespace) -> dict[str, int | None]:
+    return {name: getattr(arguments, name) for name in DEGREES}
+
+
+def _search(arguments: argparse.Namespace, workload: Workload, memory: int, assumptions: Assumptions) -> Search:
+    given = [f"--{name}" for name, value in _degrees(arguments).items() if value is not None]
+    if given:
+        raise ConfigError(f"--search tries all degrees, so {' and '.join(given)} cannot be given with it.")
+    if arguments.top < 1:
+        raise ConfigError(f"--top is {arguments.top}; it must be 1 at least.")
+    return search(workload, arguments.devices, arguments.global_batch or workload.global_batch, memory, assumptions)
+
+
+def _as_json(found: Search | None, made: Plan | None) -> dict:
+    if found is None:
+        return made.to_dict()
+    return {"search": {"devices": found.devices, "global_batch": found.global_batch, "tried": found.tried,
+                       "device_memory": found.device_memory,
+                       "fitting": [_candidate(candidate) for candidate in found.fitting],
+                       "refused": [asdict(entry) for entry in found.refused]},
+            "plan": made.to_dict() if made else None}
+
+
+def _candidate(candidate: Candidate) -> dict:
+    return {"layout": asdict(candidate.workload.layout), "micro_batch_samples": candidate.workload.samples,
+            "stage": candidate.stage, "memory": candidate.memory.total,
+            "time": {**asdict(candidate.time), "total": candidate.time.total,
+                     "efficiency": candidate.time.efficiency}}

@@ -1,0 +1,67 @@
+"""Stands in for msrun in tests of `mindformers launch`: starts ranks that do what a test says.
+
+    fake_msrun.py LOG_DIR PLAN
+
+PLAN is JSON: for every rank (by its number), for `scheduler` and for `msrun` a list of steps:
+["log", text], ["sleep", seconds], ["kill", signal], ["exit", code]. Needs nothing but the standard library.
+"""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def follow(steps: list) -> None:
+    """Does the steps of one process."""
+    for name, value in steps:
+        if name == "log":
+            os.write(1, value.encode("latin-1"))
+        elif name == "sleep":
+            time.sleep(value)
+        elif name == "kill":
+            os.kill(os.getpid(), value)
+        elif name == "exit":
+            sys.exit(value)
+
+
+def start(logs: Path, steps: list, log: str, **variables: str) -> subprocess.Popen:
+    """Starts a process in a session of its own, as msrun does."""
+    with open(logs / log, "w", encoding="utf-8") as output:
+        return subprocess.Popen([sys.executable, "-S", __file__, str(logs), json.dumps({"follow": steps})],
+                                env={**os.environ, **variables}, stdout=output, stderr=subprocess.STDOUT,
+                                start_new_session=True)
+
+
+def main() -> None:
+    """Starts the ranks and waits for them, in their order and once in a while."""
+    logs, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
+    if "follow" in plan:
+        follow(plan["follow"])
+        return
+    scheduler = start(logs, plan.pop("scheduler", []), "scheduler.log", MS_ROLE="MS_SCHED", RANK_ID="0")
+    own = plan.pop("msrun", [])
+    workers = [start(logs, steps, f"worker_{number}.log", MS_ROLE="MS_WORKER", RANK_ID=number)
+               for number, steps in sorted(plan.items())]
+    follow(own)
+    while any(worker.poll() is None for worker in workers):
+        time.sleep(0.5)
+        failed = next((worker for worker in workers if worker.poll()), None)
+        if failed:
+            print(f"[ERROR] Worker process {failed.pid} exit with exception. Error code: {failed.returncode}.",
+                  flush=True)
+            for worker in workers:
+                worker.kill()
+            break
+    else:
+        failed = next((worker for worker in workers if worker.returncode), None)
+    scheduler.wait()
+    if failed:
+        raise RuntimeError("Distributed job exited with exception.")
+
+
+if __name__ == "__main__":
+    main()

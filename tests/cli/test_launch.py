@@ -1,0 +1,373 @@
+"""`mindformers launch`: which rank failed first and why, nothing left running, msrun's arguments; and real runs."""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+import mindformers_ixc_cli
+from mindformers_ixc.cli import launch as launching
+from mindformers_ixc.config import ConfigError
+from mindformers_ixc.training.log import read_metrics
+
+TINY = Path(__file__).parents[2] / "yaml_configs" / "ixc25_sft_tiny.yaml"
+FAKE = Path(__file__).with_name("fake_msrun.py")
+TENSOR_PARALLEL = {"run_mode": "finetune", "parallel.parallel_mode": 1, "parallel.full_batch": True,
+                   "parallel.gradients_mean": False, "parallel_config.model_parallel": 2,
+                   "parallel_config.vocab_emb_dp": False, "model.model_config.plora_dropout": 0.0,
+                   "train_dataset.input_columns": "[input_ids, labels, pixel_values, vision_index, image_mask]"}
+FOLLOWS = "RuntimeError: cpu_parallel: rank 0 waited too long for rank 1"
+
+
+def traceback(line: str) -> str:
+    return f'Traceback (most recent call last):\n  File "x.py", line 1, in <module>\n    x()\n{line}\n'
+
+
+def words_of(options: dict) -> list[str]:
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+def arguments_of(*words) -> argparse.Namespace:
+    arguments, rest = mindformers_ixc_cli.build_parser().parse_known_args(["launch", *map(str, words)])
+    arguments.rest = rest
+    return arguments
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Running processes that have a folder in their command line."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(str(folder) in word for word in process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Launches two ranks that follow a plan; gives the exit code, and checks that nothing is left."""
+    mailbox = tmp_path / "mailbox"
+
+    def environment(path):
+        mailbox.mkdir()
+        return {"CPU_PARALLEL_MAILBOX": str(mailbox)}
+
+    def run(plan: dict, *words, options: dict = TENSOR_PARALLEL, devices: int = 2) -> int:
+        plan = {**{str(rank): [] for rank in range(devices)}, **plan}
+        monkeypatch.setattr(launching, "_msrun", lambda arguments, words, logs: [
+            sys.executable, "-S", str(FAKE), str(logs), json.dumps(plan)])
+        code = launching.launch(arguments_of("-n", devices, *words, "--config", TINY, "--output_dir", tmp_path / "out",
+                                             *words_of(options)))
+        assert not processes_of(tmp_path)
+        assert not mailbox.exists()
+        return code
+
+    monkeypatch.setattr(launching, "_cpu_environment", environment)
+    monkeypatch.delenv("CPU_PARALLEL_MAILBOX", raising=False)
+    return run
+
+
+def last_line(capsys) -> str:
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_good_run_shows_the_log_of_the_rank_that_reports_the_loss(fake, tmp_path, capsys):
+    assert fake({"0": [["log", "half a "], ["sleep", 0.5], ["log", "line\n"]], "1": [["log", "of the other\n"]]}) == 0
+    shown = capsys.readouterr().err
+    assert "half a line\n" in shown and "of the other" not in shown and "error" not in shown
+    assert str(tmp_path / "out" / "rank_logs") in shown
+    assert (tmp_path / "out" / "rank_logs" / "worker_1.log").read_text() == "of the other\n"
+
+
+def test_with_pipeline_stages_that_is_the_first_of_the_last_stage(fake, capsys):
+    options = {**TENSOR_PARALLEL, "parallel_config.pipeline_stage": 2, "parallel_config.micro_batch_num": 2}
+    assert fake({str(rank): [["log", f"I am {rank}\n"]] for rank in range(4)}, options=options, devices=4) == 0
+    shown = capsys.readouterr().err
+    assert [rank for rank in range(4) if f"I am {rank}" in shown] == [2]
+
+
+def test_a_log_is_shown_while_the_rank_runs(fake, monkeypatch):
+    seen = []
+
+    class Screen:
+        def write(self, text):
+            seen.append((time.monotonic(), text))
+
+        def flush(self):
+            """Nothing is held back."""
+
+    monkeypatch.setattr(sys, "stderr", Screen())
+    assert fake({"0": [["log", "early\n"], ["sleep", 1.5], ["log", "late\n"]]}) == 0
+    times = {text.strip(): moment for moment, text in seen}
+    assert times["late"] - times["early"] > 1
+
+
+def test_the_rank_that_told_its_error_first_is_named_though_another_ends_first(fake, capsys, tmp_path):
+    assert fake({"0": [["sleep", 1], ["log", traceback(FOLLOWS)], ["exit", 1]],
+                 "1": [["log", "error: train.json, sample 3: no picture.\n"], ["sleep", 30]]}) == 1
+    assert last_line(capsys) == ("error: Rank 1 failed first: train.json, sample 3: no picture. All ranks were ended. "
+                                 f"Its log is {tmp_path / 'out' / 'rank_logs' / 'worker_1.log'}.")
+
+
+def test_the_same_for_an_error_that_nobody_handled(fake, capsys):
+    assert fake({"0": [["sleep", 1], ["log", traceback(FOLLOWS)], ["exit", 1]],
+                 "1": [["log", traceback("RuntimeError: out of memory")], ["sleep", 30]]}) == 1
+    assert last_line(capsys).startswith("error: Rank 1 failed first: RuntimeError: out of memory. All ranks")
+
+
+def test_an_error_that_was_dealt_with_is_no_reason(fake, capsys):
+    log = traceback("ValueError: dealt with") + "2026-01-01 10:00:00,000 - INFO - going on\n"
+    assert fake({"1": [["log", log], ["sleep", 30]], "0": [["sleep", 0.5], ["log", "error: This one.\n"],
+                                                          ["exit", 1]]}) == 1
+    assert last_line(capsys).startswith("error: Rank 0 failed first: This one. ")
+
+
+def test_an_old_error_is_no_reason(fake, capsys, monkeypatch):
+    monkeypatch.setattr(launching, "LINGER_S", 0.3)
+    assert fake({"1": [["log", traceback("ValueError: old")], ["sleep", 30]], "0": [["sleep", 1], ["exit", 3]]}) == 1
+    assert last_line(capsys).startswith("error: Rank 0 ended with code 3 without telling an error, so all ranks")
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "signal 9 (SIGKILL), as the system does when memory"),
+                                              (signal.SIGSEGV, "signal 11 (SIGSEGV), so all ranks")])
+def test_a_killed_rank_is_named_with_its_signal(fake, capsys, number, name):
+    began = time.monotonic()
+    assert fake({"0": [["sleep", 60]], "1": [["sleep", 0.5], ["kill", int(number)]]}) == 1
+    assert time.monotonic() - began < 20
+    line = last_line(capsys)
+    assert line.startswith(f"error: Rank 1 was killed by {name}")
+    assert line.endswith("worker_1.log.")
+
+
+def test_the_rank_that_died_first_is_named_though_msrun_names_another(fake, capsys):
+    # both have died when msrun looks, and it looks in the order of the ranks
+    assert fake({"0": [["sleep", 1.5], ["exit", 7]], "1": [["sleep", 0.6], ["exit", 5]],
+                 "msrun": [["sleep", 2.5]]}) == 1
+    assert last_line(capsys).startswith("error: Rank 1 ended with code 5 ")
+
+
+def test_a_scheduler_that_does_not_end_is_ended(fake, capsys, monkeypatch):
+    monkeypatch.setattr(launching, "GRACE_S", 0.5)
+    began = time.monotonic()
+    assert fake({"0": [["sleep", 0.5], ["log", "error: Too bad\n"], ["exit", 1]], "scheduler": [["sleep", 60]]}) == 1
+    assert time.monotonic() - began < 10
+    assert last_line(capsys).startswith("error: Rank 0 failed first: Too bad. All ranks were ended.")
+
+
+@pytest.mark.parametrize("other", [["sleep", 60], ["exit", 4]])
+def test_a_rank_that_ends_before_it_is_known_ends_the_run(fake, capsys, monkeypatch, other):
+    monkeypatch.setattr(launching, "GRACE_S", 0.5)
+    began = time.monotonic()
+    assert fake({"0": [other], "1": [["exit", 4]], "scheduler": [["sleep", 15]]}) == 1
+    assert time.monotonic() - began < 10
+    assert " ended with code 4 " in last_line(capsys)
+
+
+def test_a_scheduler_that_dies_ends_the_ranks(fake, capsys, monkeypatch):
+    monkeypatch.setattr(launching, "GRACE_S", 0.5)
+    assert fake({"0": [["sleep", 60]], "1": [["sleep", 60]],
+                 "scheduler": [["sleep", 0.5], ["log", traceback("RuntimeError: the port is taken")],
+                               ["exit", 1]]}) == 1
+    assert last_line(capsys).startswith("error: The scheduler failed first: RuntimeError: the port is taken. All ")
+
+
+def test_an_error_of_all_processes_is_that_of_a_rank(fake, capsys):
+    steps = [["log", "error: The checkpoint is broken.\n"], ["exit", 1]]
+    assert fake({"0": [["sleep", 0.5], *steps], "1": [["sleep", 0.5], *steps], "scheduler": steps}) == 1
+    assert last_line(capsys).startswith("error: Rank ")
+
+
+def test_a_rank_that_told_its_error_and_does_not_end_is_ended(fake, capsys, monkeypatch):
+    monkeypatch.setattr(launching, "STUCK_S", 0.5)
+    assert fake({"0": [["sleep", 60]], "1": [["log", "error: Stuck.\n"], ["sleep", 60]]}) == 1
+    assert last_line(capsys).startswith("error: Rank 1 failed first: Stuck. ")
+
+
+def test_a_killed_msrun_leaves_no_rank_behind(fake, capsys):
+    assert fake({"0": [["sleep", 60]], "1": [["sleep", 60]], "msrun": [["sleep", 0.5], ["kill", 9]]}) == 1
+    assert last_line(capsys).startswith("error: msrun was killed by signal 9 (SIGKILL), so all ranks were ended. ")
+
+
+def test_an_msrun_that_cannot_start_is_shown(fake, capsys):
+    assert fake({"msrun": [["log", "ValueError: no such address\n"], ["exit", 1]]}) == 1
+    assert "error: msrun ended with code 1, so all ranks were ended: ValueError: no such address" in last_line(capsys)
+
+
+def test_bytes_that_are_no_text_are_passed_over(fake, capsys):
+    assert fake({"0": [["log", "\xff\xfe caf\xc3"], ["sleep", 0.5], ["log", "\xa9\n"]]}) == 0
+    assert "caf\u00e9\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_launcher_ends_all_ranks(fake, capsys, number):
+    before = signal.getsignal(number)
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), number))
+    timer.start()
+    try:
+        assert fake({"0": [["sleep", 60]], "1": [["sleep", 60]]}) == 128 + number
+    finally:
+        timer.cancel()
+    assert last_line(capsys).startswith(f"error: signal {int(number)} ({number.name}) ended this command, so all ranks")
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(fake):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGHUP))
+    timer.start()
+    try:
+        assert fake({"0": [["sleep", 2]]}) == 0
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_only_logs_of_the_ranks_are_replaced(fake, tmp_path):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    for name in ("worker_0.log", "worker_7.log", "notes.txt"):
+        (folder / name).write_text("error: of long ago\n")
+    assert fake({"0": [["log", "new\n"]]}, "--log_dir", folder) == 0
+    assert (folder / "worker_0.log").read_text() == "new\n"
+    assert (folder / "worker_7.log").exists() and (folder / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(("words", "ranks"), [
+    (("-n", 8), range(8)), (("-n", 8, "--local_devices", 8), range(8)),
+    (("-n", 8, "--local_devices", 4, "--master_addr", "10.0.0.1"), range(4)),
+    (("-n", 8, "--local_devices", 2, "--node_rank", 3, "--master_addr", "10.0.0.1"), range(6, 8))])
+def test_which_ranks_are_of_this_server(words, ranks):
+    assert launching.local_ranks(arguments_of(*words)) == ranks
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("-n", 0), "-n is 0; it must be at least 1"),
+    (("-n", 8, "--local_devices", 3), "--local_devices is 3, .* choose one of 1, 2, 4, 8"),
+    (("-n", 8, "--local_devices", 0), "--local_devices is 0"),
+    (("-n", 8, "--local_devices", 16), "--local_devices is 16"),
+    (("-n", 8, "--node_rank", 1), "--node_rank is 1, but all 8 devices are of this server; give --local_devices"),
+    (("-n", 8, "--local_devices", 4, "--node_rank", 2, "--master_addr", "a"), "are 2 servers; choose 0 to 1"),
+    (("-n", 8, "--local_devices", 4, "--node_rank", -1, "--master_addr", "a"), "--node_rank is -1"),
+    (("-n", 8, "--local_devices", 4), "2 servers, so --master_addr must be"),
+    (("-n", 8, "--master_port", 70000), "--master_port is 70000")])
+def test_servers_that_contradict_the_devices_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        launching.local_ranks(arguments_of(*words))
+
+
+def test_the_command_of_a_server_among_several(tmp_path):
+    arguments = arguments_of("-n", 16, "--local_devices", 8, "--node_rank", 1, "--master_addr", "10.0.0.1",
+                             "--config", "x.yaml", "--use_parallel", "False")
+    command = launching._msrun(arguments, arguments.rest, tmp_path)
+    options = dict(zip(command[1:], command[2:]))
+    assert Path(command[0]).name == "msrun"
+    assert {name: options[f"--{name}"] for name in ("worker_num", "local_worker_num", "node_rank", "master_addr",
+                                                    "master_port", "log_dir", "join")} == {
+        "worker_num": "16", "local_worker_num": "8", "node_rank": "1", "master_addr": "10.0.0.1",
+        "master_port": "8118", "log_dir": str(tmp_path), "join": "True"}
+    script = command.index("run") - 1
+    assert Path(command[script]).name == "mindformers"
+    assert command[script + 1:] == ["run", "--config", "x.yaml", "--use_parallel", "False", "--use_parallel", "True"]
+
+
+def test_the_command_of_a_single_server_has_a_free_port(tmp_path):
+    arguments = arguments_of("-n", 4, "--config", "x.yaml")
+    first, second = (launching._msrun(arguments, arguments.rest, tmp_path) for _ in range(2))
+    assert "--node_rank" not in first
+    assert first[first.index("--master_port") + 1] != second[second.index("--master_port") + 1]
+    given = launching._msrun(arguments_of("-n", 4, "--master_port", 9000), [], tmp_path)
+    assert given[given.index("--master_port") + 1] == "9000"
+
+
+def test_msrun_knows_every_option_it_is_given(monkeypatch, tmp_path):
+    from mindspore.parallel.cluster import run as msrun
+
+    arguments = arguments_of("-n", 16, "--local_devices", 8, "--node_rank", 1, "--master_addr", "10.0.0.1",
+                             "--config", "x.yaml")
+    monkeypatch.setattr(sys, "argv", launching._msrun(arguments, arguments.rest, tmp_path))
+    parsed = msrun.get_args()
+    assert (parsed.worker_num, parsed.local_worker_num, parsed.node_rank, parsed.join) == (16, 8, 1, True)
+    assert parsed.task_script_args == ["run", "--config", "x.yaml", "--use_parallel", "True"]
+    assert parsed.tail_worker_log == "-2"
+
+
+def test_a_mailbox_of_the_user_stays(fake, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setenv("CPU_PARALLEL_MAILBOX", str(tmp_path / "mine"))
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(launching, "_cpu_environment",
+                        lambda path: given.append(path) or {"CPU_PARALLEL_MAILBOX": str(path)})
+    assert fake({}) == 0
+    assert given == [tmp_path / "mine"]
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_processes_of_several_servers_without_devices_need_a_shared_mailbox(fake):
+    with pytest.raises(ConfigError, match="CPU_PARALLEL_MAILBOX must name a folder that all of them share"):
+        fake({}, "--local_devices", 1, "--master_addr", "10.0.0.1")
+
+
+def start(out: Path, epochs: int) -> subprocess.Popen:
+    """A real run in tensor parallel over two processes."""
+    options = {**TENSOR_PARALLEL, "runner_config.epochs": epochs, "output_dir": out}
+    command = [str(Path(sys.executable).with_name("mindformers")), "launch", "-n", "2", "--config", str(TINY)]
+    return subprocess.Popen([*command, *words_of(options)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def process_of_rank(out: Path, number: int) -> psutil.Process:
+    """The process that msrun has started for a rank."""
+    return next(process for process in processes_of(out)
+                if "msrun" in " ".join(process.parent().cmdline()[:2])
+                and process.environ().get("MS_ROLE") == "MS_WORKER" and process.environ()["RANK_ID"] == str(number))
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_the_middle_of_training_ends_the_run(tmp_path):
+    out = tmp_path / "out"
+    launcher = start(out, epochs=100)
+    shown = []
+    reader = threading.Thread(target=lambda: shown.extend(launcher.stdout), daemon=True)
+    reader.start()
+    while launcher.poll() is None and len(read_metrics(out / "metrics.jsonl")) < 3:
+        time.sleep(0.2)
+    assert launcher.poll() is None, "".join(shown)[-3000:]
+    victim = process_of_rank(out, 1)
+    mailbox = Path(victim.environ()["CPU_PARALLEL_MAILBOX"])
+    assert mailbox.is_dir()
+    victim.kill()
+    began = time.monotonic()
+    code = launcher.wait(timeout=60)
+    print(f"from the kill to the end: {time.monotonic() - began:.1f} s")
+    reader.join(timeout=10)
+    assert code == 1
+    assert shown[-1].startswith("error: Rank 1 was killed by signal 9 (SIGKILL)")
+    assert shown[-1].endswith(f"{out / 'rank_logs' / 'worker_1.log'}.\n")
+    assert not processes_of(out)
+    assert not mailbox.exists()
+
+
+@pytest.mark.slow
+def test_a_launch_that_goes_well(tmp_path):
+    out = tmp_path / "out"
+    launcher = start(out, epochs=1)
+    shown = launcher.communicate(timeout=600)[0]
+    assert launcher.returncode == 0, shown[-3000:]
+    assert "error" not in shown.splitlines()[-1]
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) > 5
+    logs = {log.name: log.read_text(errors="replace") for log in (out / "rank_logs").iterdir()}
+    assert {"worker_0.log", "worker_1.log", "scheduler.log", "msrun.log"} == set(logs)
+    assert all("Training Over" in logs[f"worker_{rank}.log"] for rank in (0, 1))
+    assert "Training Over" in shown
+    assert not processes_of(out)
