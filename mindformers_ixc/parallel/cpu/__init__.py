@@ -9,8 +9,11 @@ user's cache, one set for each MindSpore version. A real cluster needs none of t
     install()                in such a process under msrun: tensor, data and pipeline parallel over real processes
     simulate(rank, size)     in such a process: compile any rank of any cluster, front end only
 
-Messages between ranks are files in CPU_PARALLEL_MAILBOX (a folder in /dev/shm unless it is set); a rank that waits
-longer than CPU_PARALLEL_TIMEOUT_S (300) for another raises.
+Messages between ranks are files in a folder of their job's own, in CPU_PARALLEL_MAILBOX: a folder that all ranks see
+and in which files can be locked; unless it is set, /dev/shm or where temporary files go. Jobs may share a mailbox. What
+a killed job left there disturbs none, and the next one removes it; a job that ends removes its own. A rank that waits
+for another raises within seconds when that one has died or ended, and names it; when it lives, after
+CPU_PARALLEL_TIMEOUT_S (300).
 """
 from __future__ import annotations
 
@@ -18,11 +21,13 @@ import ctypes
 import os
 
 from mindformers_ixc.parallel.cpu.build import BuildError, build
+from mindformers_ixc.parallel.cpu.mailbox import Mailbox, timeout_s
 
 __all__ = ["BuildError", "build", "install", "preload_environment", "simulate"]
 
 _CREATE_GROUP = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_int)
 _callbacks = []   # must outlive their registration
+_installed = []
 # Names for the world of a cluster: the front end's, the CPU back end's, and the default of Python functions.
 _FRONT_END_WORLD, _CPU_WORLD, _DEFAULT_WORLD = "nccl_world_group", "mccl_world_group", "hccl_world_group"
 
@@ -45,31 +50,65 @@ def preload_environment(simulated: bool = False) -> dict[str, str]:
     return variables
 
 
+def _check_preloaded() -> None:
+    if "libdevice_name" not in os.environ.get("LD_PRELOAD", ""):
+        raise RuntimeError("The process was not started with the variables of preload_environment().")
+
+
 def _register(create, rank: int, size: int) -> None:
     import mindspore  # noqa: F401 - its libraries must be loaded before ours
 
-    if "libdevice_name" not in os.environ.get("LD_PRELOAD", ""):
-        raise RuntimeError("The process was not started with the variables of preload_environment().")
+    _check_preloaded()
     callback = _CREATE_GROUP(create)
     _callbacks.append(callback)
     ctypes.CDLL(str(build("comm_manager"))).register_cpu_comm_manager(callback, rank, size)
 
 
+def _library(rank: int, size: int) -> ctypes.CDLL:
+    """The collectives, set to work in this job's mailbox."""
+    import numpy as np
+    from mindspore import Tensor
+    from mindspore._c_expression import PyNativeExecutor_
+    from mindspore.mint import distributed
+
+    def total(values: np.ndarray) -> np.ndarray:
+        # not AllReduce: MindSpore keeps what types an operator takes, and AllReduce would keep those of its own kernel
+        tensor = Tensor(values)
+        distributed.all_reduce(tensor)
+        return tensor.asnumpy()
+
+    collectives = ctypes.CDLL(str(build("collectives")))
+    timeout = timeout_s()
+    mailbox = Mailbox(rank, size, total, lambda path: collectives.cpu_rank_holds_lock(os.fsencode(path)),
+                      PyNativeExecutor_.get_instance().sync)
+    collectives.register_cpu_collectives(rank, size, os.fsencode(mailbox.folder), ctypes.c_double(timeout))
+    return collectives
+
+
 def install() -> None:
-    """After `mindspore.communication.init()`: semi-auto parallel uses the CPU's groups and these collectives."""
+    """After `mindspore.communication.init()`: semi-auto parallel uses the CPU's groups and these collectives.
+
+    Every rank must call it, before any AllReduce runs. A second call does nothing.
+
+    Raises:
+        RuntimeError: when the process was not started with the variables of `preload_environment`.
+        ValueError: when CPU_PARALLEL_TIMEOUT_S is not a positive number.
+        OSError: when the mailbox cannot be written, by this rank or another.
+    """
     import mindspore.communication.management as management
     from mindspore._c_expression import CollectiveManager, GroupOptions
     from mindspore.communication import get_group_size, get_rank
     from mindspore.ops.operations import comm_ops
 
-    mailbox = os.environ.setdefault(
-        "CPU_PARALLEL_MAILBOX", f"/dev/shm/mindspore_cpu_parallel_{os.environ.get('MS_SCHED_PORT', '0')}")
-    os.makedirs(mailbox, exist_ok=True)
+    if _installed:
+        return
+    _check_preloaded()
     manager = CollectiveManager.get_instance()
-    collectives = ctypes.CDLL(str(build("collectives")))
+    collectives = _library(get_rank(), get_group_size())
 
-    def add(name: str, ranks: list[int]) -> None:
-        collectives.add_cpu_group(name.encode(), (ctypes.c_uint * len(ranks))(*ranks), len(ranks))
+    def add(name: str, ranks: list[int], channel: str = "") -> None:
+        collectives.add_cpu_group(name.encode(), (channel or name).encode(), (ctypes.c_uint * len(ranks))(*ranks),
+                                  len(ranks))
 
     def create(name, ranks, size):
         members = [ranks[i] for i in range(size)]
@@ -77,9 +116,8 @@ def install() -> None:
         return bool(manager.create_group(name.decode(), members, GroupOptions()))
 
     world = list(range(get_group_size()))
-    collectives.register_cpu_collectives(get_rank())
     for name in (_FRONT_END_WORLD, _CPU_WORLD, _DEFAULT_WORLD):
-        add(name, world)
+        add(name, world, _CPU_WORLD)        # a sender may know the world by another name than the receiver
     manager.create_group(_FRONT_END_WORLD, world, GroupOptions())
     # groups that Python code creates must be known to the collectives too; neither function has a hook
     original_create, original_name = management._create_group_helper, comm_ops._get_group
@@ -91,6 +129,7 @@ def install() -> None:
     management._create_group_helper = create_group_helper
     comm_ops._get_group = lambda group: _CPU_WORLD if group == _FRONT_END_WORLD else original_name(group)
     _register(create, 0, 0)
+    _installed.append(True)
 
 
 def simulate(rank: int, size: int) -> dict[str, list[int]]:
