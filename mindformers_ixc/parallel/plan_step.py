@@ -25,6 +25,9 @@ OPERATORS = ("AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AllToAll", 
 # Part of the scope of what is summed over replicas in each micro batch (`gradient_accumulation_shard`).
 ACCUMULATED = "Grad__VirtualAssignAdd"
 
+# Operators at most between a parameter and where its slices are gathered: a cast, a load.
+CASTS = 4
+
 # Bytes of an element, by the types of MindSpore's graph format (mind_ir.proto) and of its parameters.
 BYTES = {"FLOAT": 4, "FLOAT16": 2, "BFLOAT16": 2, "INT32": 4, "INT64": 8, "BOOL": 1, "UINT8": 1, "INT8": 1, "DOUBLE": 8,
          "Float32": 4, "Float16": 2, "BFloat16": 2, "Int32": 4, "Int64": 8, "Bool": 1}
@@ -36,7 +39,7 @@ def compile_step(job: dict) -> dict:
     Args:
         job: `fields` of the YAML, `devices`, `rank`, and `micro_batches`, which must be as many as pipeline stages at
             least; more than one without a pipeline are accumulated. With `every_layer` all layers are compiled,
-            otherwise two of a kind, from which the plan is completed (`plan_layers`).
+            otherwise three of a kind, from which the plan is completed (`plan_layers`).
 
     Returns:
         `parameters`: of the rank's graph, optimizer states and accumulated gradients under names of their own, each
@@ -73,6 +76,7 @@ def compile_step(job: dict) -> dict:
     operators = list(_communication(_graph(step), rank, micro_batches))
     if shortened is not None:
         parameters, operators = shortened.parameters(parameters), shortened.operators(operators)
+    operators = [row for row in operators for _ in range(row.pop("times"))]
     inside = {row["name"] for row in parameters}
     return {"parameters": parameters, "outside": [name for name in parameter_table(config) if name not in inside],
             "operators": operators, "groups": groups, "seconds": time.perf_counter() - began,
@@ -193,15 +197,16 @@ def _graph(step):
 
 
 def _communication(model, rank: int, micro_batches: int) -> Iterator[dict]:
-    """Communication operators of a compiled graph, as often as they run."""
+    """Communication operators of a compiled graph, each with how many `times` it runs."""
     primitives = {primitive.name: primitive for primitive in model.primitives}
     calls = _calls(model)
     for graph in (model.graph, *model.functions):
+        made = {output: node for node in graph.node for output in node.output}
         for node in graph.node:
             primitive = primitives.get(node.op_type.rpartition("::")[2])
             if primitive is not None and primitive.op_type in OPERATORS:
-                row = _describe_operator(primitive.op_type, node, primitive, rank, micro_batches)
-                yield from [row] * calls[graph.name]
+                row = _describe_operator(primitive, node, made, rank, micro_batches)
+                yield {**row, "times": calls[graph.name]}
 
 
 def _calls(model) -> Counter:
@@ -221,7 +226,8 @@ def _calls(model) -> Counter:
     return counts
 
 
-def _describe_operator(kind: str, node, primitive, rank: int, micro_batches: int) -> dict:
+def _describe_operator(primitive, node, made: dict, rank: int, micro_batches: int) -> dict:
+    kind = primitive.op_type
     attributes = {entry.name: entry for entry in [*primitive.attribute, *node.attribute]}
     group = [value.ints[0] for value in attributes["group_rank_ids"].values] if "group_rank_ids" in attributes else []
     for end in ("dest_rank", "src_rank"):
@@ -236,13 +242,21 @@ def _describe_operator(kind: str, node, primitive, rank: int, micro_batches: int
     return {"operator": kind, "bytes": size, "group": group, "group_size": len(group), "purpose": purpose,
             "per_step": micro_batches == 1 or (purpose in ("gradient", "optimizer", "norm")
                                                and ACCUMULATED not in node.domain),
-            "scope": _gathered_parameter(node) if purpose == "optimizer" else node.domain}
+            "scope": (purpose in ("gradient", "optimizer") and _parameter_of(node, made)) or node.domain}
 
 
-def _gathered_parameter(node) -> str:
-    """The parameter that optimizer parallel gathers; in graphs that micro batches share its scope names no cell."""
-    name = node.input[0].rpartition(":")[2]
-    return name if part_of(name) else node.domain
+def _parameter_of(node, made: dict) -> str | None:
+    """The parameter whose slices or gradient an operator brings together; scopes of shared graphs name no cell."""
+    for entry in node.primal_attr:
+        if entry.name == "mirror_user_id":
+            return entry.s.decode() if isinstance(entry.s, bytes) else entry.s
+    source = node.input[0]
+    for _ in range(CASTS):
+        name = next((word for word in source.split(":") if part_of(word)), None)
+        if name or source not in made or not made[source].input:
+            return name
+        source = made[source].input[0]
+    return None
 
 
 def _purpose(kind: str, instance: str, scope: str) -> str:
