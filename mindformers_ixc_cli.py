@@ -245,6 +245,8 @@ def _add_plan(commands) -> None:
     plan.add_argument("--search", action="store_true", help="try every layout by formula, then compile the best")
     plan.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search shows (default: 10)")
     plan.add_argument("--no_compile", action="store_true", help="formulae only: takes no time, checks nothing")
+    plan.add_argument("--every_layer", action="store_true", help="compile all layers, not three of a kind, which the "
+                      "others are like: minutes and up to 8 GB a stage for 7B")
     plan.add_argument("--json", action="store_true", help="JSON instead of text")
     for name, text in (("tflops", "assumed peak of a device, 10^12 operations a second (320)"),
                        ("utilisation", "assumed share of it (0.4)"),

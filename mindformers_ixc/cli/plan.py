@@ -88,7 +88,7 @@ def _make(arguments: argparse.Namespace, fields: dict, workload: Workload, memor
     """The plan, or `None` if it does not compile, which has been said then."""
     try:
         return make_plan(fields, workload, memory, assumptions, not arguments.no_compile,
-                         lambda line: print(line, file=sys.stderr, flush=True))
+                         lambda line: print(line, file=sys.stderr, flush=True), arguments.every_layer)
     except LayoutError as error:
         print(f"error: {error}", file=sys.stderr)
         return None

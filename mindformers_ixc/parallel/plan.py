@@ -130,7 +130,7 @@ class Plan:
 
 
 def make_plan(fields: dict, workload: Workload, device_memory: int, assumptions: Assumptions, compiled: bool = True,
-              progress: Callable[[str], None] = lambda _: None) -> Plan:
+              progress: Callable[[str], None] = lambda _: None, every_layer: bool = False) -> Plan:
     """Plans a step.
 
     Args:
@@ -140,6 +140,7 @@ def make_plan(fields: dict, workload: Workload, device_memory: int, assumptions:
         assumptions: of the machines.
         compiled: compile the graphs; otherwise everything is by formula.
         progress: is told what is being done.
+        every_layer: compile all layers; otherwise three of a kind, which the others are like (`plan_layers`).
 
     Raises:
         BuildError: when the simulation of a cluster cannot be built here.
@@ -152,7 +153,7 @@ def make_plan(fields: dict, workload: Workload, device_memory: int, assumptions:
             for stage in range(workload.layout.pipeline_stage):
                 progress(f"compiling stage {stage} of {workload.layout.pipeline_stage}, rank "
                          f"{workload.first_rank(stage)} of {workload.layout.devices}")
-                answer = compile_stage(fields, workload, stage, Path(scratch))
+                answer = compile_stage(fields, workload, stage, Path(scratch), every_layer)
                 stages.append(read_stage(workload, stage, answer))
     else:
         stages = [StagePlan(stage, workload.first_rank(stage), _layers(workload, stage), own,
@@ -165,7 +166,7 @@ def make_plan(fields: dict, workload: Workload, device_memory: int, assumptions:
                 _notes(fields, workload, device_memory, by_formula, stages))
 
 
-def compile_stage(fields: dict, workload: Workload, stage: int, folder: Path) -> dict:
+def compile_stage(fields: dict, workload: Workload, stage: int, folder: Path, every_layer: bool = False) -> dict:
     """What MindSpore's compiler makes of the step of a stage's first rank; see `plan_step`.
 
     Few micro batches are compiled, what they send is multiplied.
@@ -175,6 +176,7 @@ def compile_stage(fields: dict, workload: Workload, stage: int, folder: Path) ->
         workload: the step.
         stage: pipeline stage.
         folder: for the job's files.
+        every_layer: as in `make_plan`.
 
     Raises:
         BuildError: when the simulation of a cluster cannot be built here.
@@ -183,7 +185,7 @@ def compile_stage(fields: dict, workload: Workload, stage: int, folder: Path) ->
     target = folder / f"stage_{stage}.json"
     job = {"fields": _placed_fields(fields, workload), "devices": workload.layout.devices,
            "rank": workload.first_rank(stage), "micro_batches": _compiled_micro_batches(workload),
-           "target": str(target)}
+           "every_layer": every_layer, "target": str(target)}
     # the libraries' logs, and what the compiler writes down when it fails, go to the folder
     environment = {**os.environ, **preload_environment(simulated=True), "GLOG_v": "3",
                    "LOG_MF_PATH": str(folder / "log")}

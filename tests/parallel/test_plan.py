@@ -45,7 +45,7 @@ def compiler(monkeypatch, sharded):
     placed, _ = sharded
     operators = (operator("AllReduce", "forward", 100, [0, 1]), operator("AllReduce", "forward", 50, [0, 1]),
                  operator("ReduceScatter", "gradient", 1000, [0, 2], per_step=True))
-    monkeypatch.setattr(plan_module, "compile_stage", lambda fields, asked, stage, _: answer(asked, stage, operators))
+    monkeypatch.setattr(plan_module, "compile_stage", lambda fields, asked, stage, *_: answer(asked, stage, operators))
     return placed
 
 

@@ -20,6 +20,7 @@ SMALL = {"model__model_config__num_hidden_layers": 2, "model__model_config__visi
 
 def planned(layout: Layout, **overrides):
     """Plan and workload of a small model in a layout."""
+    layers = {"model__model_config__num_hidden_layers": 9, "model__model_config__vision_config__num_hidden_layers": 5}
     fields = recipe("sft_tiny", **{**SMALL, **overrides})
     placed = workload(fields, layout)
     return make_plan(fields, placed, 2 ** 30, Assumptions()), placed
@@ -68,3 +69,20 @@ def test_the_step_of_ascend_with_sharding_over_tensor_parallel_copies_and_sequen
         recompute_config={"recompute": True}, parallel__parallel_optimizer_config={"parallel_optimizer_threshold": 0})
     compare(plan, placed, ("forward", "backward", "gradient", "optimizer"))
     assert not [warning for stage in plan.stages for warning in stage.warnings]
+
+
+@pytest.mark.slow
+def test_a_plan_from_three_layers_of_a_kind_is_that_of_all():
+    # both stages have more than three layers, and so has the tower
+    layers = {"model__model_config__num_hidden_layers": 9, "model__model_config__vision_config__num_hidden_layers": 5}
+    fields = recipe("sft_tiny", **{
+        **SMALL, **layers,
+        "context__device_target": "Ascend", "model__model_config__compute_dtype": "bfloat16",
+        "model__model_config__use_flash_attention": True, "parallel_config__use_seq_parallel": True,
+        "recompute_config": {"recompute": True}})
+    placed = workload(fields, Layout(2, 2, 2, 2))
+    short, whole = (make_plan(fields, placed, 2 ** 30, Assumptions(), every_layer=every) for every in (False, True))
+    for ours, theirs in zip(short.stages, whole.stages):
+        assert sorted(map(repr, ours.parameters)) == sorted(map(repr, theirs.parameters))
+        assert sent(ours.traffic) == sent(theirs.traffic)
+        assert ours.memory == theirs.memory
