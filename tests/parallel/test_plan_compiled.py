@@ -20,7 +20,6 @@ SMALL = {"model__model_config__num_hidden_layers": 2, "model__model_config__visi
 
 def planned(layout: Layout, **overrides):
     """Plan and workload of a small model in a layout."""
-    layers = {"model__model_config__num_hidden_layers": 9, "model__model_config__vision_config__num_hidden_layers": 5}
     fields = recipe("sft_tiny", **{**SMALL, **overrides})
     placed = workload(fields, layout)
     return make_plan(fields, placed, 2 ** 30, Assumptions()), placed
