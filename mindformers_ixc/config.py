@@ -179,7 +179,7 @@ class IXC25Config(PretrainedConfig):
                  adapter_mode: str = "base", packing: bool = False,
                  num_sources: int = 1, use_past: bool = False, block_size: int = 16, num_blocks: int = 1024,
                  use_flash_attention: bool = False, apply_rope_fusion: bool = False, fused_norm: bool = True,
-                 vision_parallel: str = "heads", offset: int | list[int] | str = 0,
+                 vision_parallel: str = "heads", offset: int | list[int] | str | None = None,
                  calculate_per_token_loss: bool = False, disable_lazy_inline: bool = False,
                  parallel_config: dict | TransformerOpParallelConfig = default_transformer_config, **kwargs: Any):
         kwargs = {self.attribute_map.get(key, key): value for key, value in kwargs.items()}
@@ -219,7 +219,7 @@ class IXC25Config(PretrainedConfig):
         self.use_past, self.block_size, self.num_blocks = use_past, block_size, num_blocks
         self.use_flash_attention, self.apply_rope_fusion = use_flash_attention, apply_rope_fusion
         self.fused_norm = fused_norm
-        self.vision_parallel, self.offset = vision_parallel, offset
+        self.vision_parallel, self.offset = vision_parallel, 0 if offset is None else offset
         self.calculate_per_token_loss, self.disable_lazy_inline = calculate_per_token_loss, disable_lazy_inline
         self._check()
         self._check_parallel()

@@ -62,11 +62,13 @@ def cut_axis(name: str) -> int | None:
 def allowed_degrees(config: IXC25Config) -> list[int]:
     """Tensor-parallel degrees that divide everything that is cut, ascending.
 
-    Whole key/value groups and whole vision heads must go to one device; vocabulary and widths must divide too.
+    Whole key/value groups, and whole vision heads unless the tower is replicated, must go to one device; vocabulary and
+    widths must divide too.
     """
     vision = config.vision_config
-    common = math.gcd(config.num_key_value_heads, vision.num_attention_heads, config.vocab_size,
-                      config.intermediate_size, config.hidden_size, vision.intermediate_size)
+    common = math.gcd(config.num_key_value_heads, config.vocab_size, config.intermediate_size, config.hidden_size)
+    if config.vision_parallel == "heads":
+        common = math.gcd(common, vision.num_attention_heads, vision.intermediate_size)
     return [degree for degree in range(1, common + 1) if common % degree == 0]
 
 

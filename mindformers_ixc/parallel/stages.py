@@ -19,7 +19,7 @@ def is_parallel() -> bool:
 def reports_loss() -> bool:
     """Whether this process is the one that writes down what a step gave: the first rank of the last stage."""
     if not is_parallel():
-        return True
+        return get_real_rank() == 0      # replicas of data parallel mode are all alike
     size, stages = get_real_group_size(), ms.get_auto_parallel_context("pipeline_stages") or 1
     return get_real_rank() == size - size // stages
 

@@ -58,7 +58,7 @@ class TrainingLog(Callback):
         self.start = self.trainer.config.runner_config.initial_step or 0
         self.kind = self.trainer._report_kind()
         self.sources = self.dataset.conversations.source_names
-        self.batch_size = self.dataset.get_batch_size()
+        self.batch_size = self.dataset.get_batch_size() * self.dataset.plan_sampler.ranks
         self.total = self.trainer.config.runner_config.epochs * self.dataset.get_dataset_size()
         self._start_average(run_context.original_args().train_network)
         self.writes = reports_loss()

@@ -23,7 +23,7 @@ from mindformers_ixc.generation.public import check_mode, known_options
 from mindformers_ixc.generation.sampling import GenerationOptions
 from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
 from mindformers_ixc.models.preference import REPORT_SIZE, IXC25ForPreference
-from mindformers_ixc.parallel.stages import is_parallel
+from mindformers_ixc.parallel.stages import is_parallel, reports_loss
 from mindformers_ixc.training.checkpoints import use_safe_checkpoints
 from mindformers_ixc.training.evaluation import Evaluation
 from mindformers_ixc.training.log import TrainingLog
@@ -190,6 +190,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
     def _save_model(self, table) -> None:
         if is_parallel():
             logger.info("Every rank has saved its own part; join them with `mindformers convert`.")
+            return
+        if not reports_loss():
             return
         folder, model = get_output_root_path(), getattr(self.real_model, "network", self.real_model)
         if not isinstance(model, IXC25ForCausalLM):

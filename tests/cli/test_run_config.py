@@ -85,3 +85,48 @@ def test_files_that_are_no_configuration(tmp_path, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         read_yaml(tmp_path / "none.yaml")
+
+
+def test_a_file_changes_the_ones_it_names_as_base(tmp_path):
+    (tmp_path / "first.yaml").write_text("a: 1\nsection: {x: 1, y: [1, 2], inner: {z: 1}}\n")
+    (tmp_path / "second.yaml").write_text("base_config: first.yaml\nb: 2\nsection: {y: [3]}\n")
+    (tmp_path / "third.yaml").write_text("base_config: [second.yaml]\nsection: {inner: {w: 2}}\n")
+    assert read_yaml(tmp_path / "third.yaml") == {
+        "a": 1, "b": 2, "section": {"x": 1, "y": [3], "inner": {"z": 1, "w": 2}}}
+
+
+def test_bases_are_read_as_mindformers_reads_them(tmp_path):
+    from mindformers.tools.register import MindFormerConfig
+
+    (tmp_path / "base.yaml").write_text("seed: 1\nrunner_config: {epochs: 3, batch_size: 2}\n")
+    (tmp_path / "own.yaml").write_text("base_config: base.yaml\nrunner_config: {epochs: 5}\n")
+    theirs = MindFormerConfig._file2dict(str(tmp_path / "own.yaml"))
+    assert read_yaml(tmp_path / "own.yaml") == dict(theirs)
+
+
+def test_bases_that_are_missing_or_run_in_circles(tmp_path):
+    (tmp_path / "one.yaml").write_text("base_config: two.yaml\n")
+    (tmp_path / "two.yaml").write_text("base_config: one.yaml\n")
+    (tmp_path / "lost.yaml").write_text("base_config: gone.yaml\n")
+    with pytest.raises(ConfigError, match="is its own base_config"):
+        read_yaml(tmp_path / "one.yaml")
+    with pytest.raises(ConfigError, match=r"gone.yaml that .*lost.yaml names as base_config does not exist"):
+        read_yaml(tmp_path / "lost.yaml")
+
+
+@pytest.mark.parametrize("stage", ["sft", "pretrain", "dpo", "web"])
+@pytest.mark.parametrize("devices", [8, 16, 64])
+def test_the_recipes_of_every_stage_fill_their_devices(stage, devices):
+    from mindformers_ixc.parallel.checks import check_run
+
+    name = f"ixc25_{stage}.yaml" if devices == 8 else f"ixc25_{stage}_{devices}.yaml"
+    fields = read_yaml(TINY.with_name(name))
+    check_fields(fields, name)
+    check_run(fields, devices)
+
+
+@pytest.mark.parametrize("value", ["auto", 0, [1, -1]])
+def test_offsets_are_a_number_a_list_or_auto(value):
+    fields = read_yaml(TINY)
+    fields["model"]["model_config"]["offset"] = value
+    check_fields(fields, "my.yaml")

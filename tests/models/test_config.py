@@ -41,6 +41,9 @@ def test_public_dict_comes_back_and_holds_nothing_of_the_run():
     ({"task_lora_ranks": {"math": 4}}, ["math", "sft"]),
     ({"adapter_mode": "draw"}, ["'draw'", "base"]),
     ({"adapter_mode": "web", "task_lora_ranks": {}}, ["web", "task_lora_ranks"]),
+    ({"use_flash_attention": True}, ["use_flash_attention", "float32", "bfloat16"]),
+    ({"vision_parallel": "tiles"}, ["'tiles'", "heads, replicated"]),
+    ({"offset": "even"}, ["'even'", "auto"]),
 ])
 def test_contradictions_are_refused_by_name(fields, words):
     with pytest.raises(ConfigError) as error:

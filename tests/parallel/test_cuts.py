@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mindformers_ixc import ConfigError, IXC25Config
 from mindformers_ixc.checkpoint.names import parameter_table
 from mindformers_ixc.parallel.cuts import COLUMNS, ROWS, allowed_degrees, check_degree, check_stages, cut_axis
-from mindformers_ixc.parallel.stages import layer_stages
+from mindformers_ixc.parallel.stages import layer_stages, stages_of_layers, work_of_sample
 
 LAYER = "model.layers.3"
 
@@ -68,3 +68,32 @@ def test_stages_are_in_order_and_balanced(layers, stages):
 
 def test_an_offset_moves_layers():
     assert layer_stages(8, 2, [-1, 1]) == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+def test_offsets_that_leave_layers_or_stages_out_are_refused():
+    with pytest.raises(ConfigError, match="sum to 0"):
+        layer_stages(8, 2, [1, 1])
+    with pytest.raises(ConfigError, match="one number for each"):
+        layer_stages(8, 2, [1, -1, 0])
+    with pytest.raises(ConfigError, match="each needs one at least"):
+        layer_stages(4, 2, [-2, 2])
+
+
+@given(st.integers(2, 8), st.integers(8, 40))
+def test_auto_gives_no_stage_more_work_than_one_layer_above_another(stages, layers):
+    config = IXC25Config(num_hidden_layers=layers, offset="auto")
+    found = stages_of_layers(config, stages)
+    assert found == sorted(found) and len(found) == layers and set(found) == set(range(stages))
+    vision, layer, head = work_of_sample(config)
+    work = [found.count(stage) * layer for stage in range(stages)]
+    work[0] += vision
+    work[-1] += head
+    for stage in range(stages):          # taking a layer from the busiest to any other does not help
+        if found.count(stage) > 1:
+            assert work[stage] - layer <= min(work) + 1e-6 * layer
+
+
+def test_a_replicated_tower_allows_degrees_that_do_not_divide_its_heads():
+    sizes = {"vision_config": {"hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 96}}
+    assert 4 not in allowed_degrees(IXC25Config(**sizes))
+    assert 4 in allowed_degrees(IXC25Config(**sizes, vision_parallel="replicated"))

@@ -14,7 +14,7 @@ SAMPLES = 6       # of the data set; batches of two, so that an epoch has three 
 
 
 def fake_dataset(batch_size: int = 2):
-    plan = SimpleNamespace(batch=lambda step: [(step * batch_size + i) % SAMPLES for i in range(batch_size)])
+    plan = SimpleNamespace(ranks=1, batch=lambda step: [(step * batch_size + i) % SAMPLES for i in range(batch_size)])
     table = SimpleNamespace(source_names=["text.json", "charts.json"], describe=lambda i: f"charts.json, sample {i}")
     return SimpleNamespace(plan_sampler=plan, conversations=table, get_batch_size=lambda: batch_size,
                            get_dataset_size=lambda: SAMPLES // batch_size)

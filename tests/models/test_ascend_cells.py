@@ -1,0 +1,61 @@
+"""What the YAML chooses of Ascend's fused operators: they are in the training graph, and only there."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mindformers_ixc.models.attention import compressed_causal_mask, padded_length, padding_mask
+from mindformers_ixc.models.device import assume_device, on_ascend
+
+SCRIPT = Path(__file__).with_name("ascend_primitives.py")
+SIZES = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "plora_rank": 4, "plora_alpha": 4, "task_lora_ranks": {},
+         "seq_length": 32, "max_tiles": 2, "compute_dtype": "bfloat16",
+         "vision_config": {"image_size": 56, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
+                           "intermediate_size": 32}}
+
+
+def compiled(device: str, **fields) -> set[str]:
+    """Primitives of the training graph made for a device; in a process of its own, which stops at the front end."""
+    done = subprocess.run([sys.executable, str(SCRIPT), device, json.dumps({**SIZES, **fields})], check=False,
+                          env={**os.environ, "MS_SIMULATION_LEVEL": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_device_is_assumed_for_a_while_only():
+    assert not on_ascend()
+    with assume_device("Ascend"):
+        assert on_ascend()
+    assert not on_ascend()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_fused_operators_and_their_gradients_are_compiled(packing):
+    found = compiled("Ascend", use_flash_attention=True, apply_rope_fusion=True, packing=packing)
+    fused = {"FlashAttentionScore", "RotaryPositionEmbedding", "RmsNorm"}
+    assert fused | {f"{name}Grad" for name in fused} <= found
+    assert "Softmax" not in found          # neither the decoder nor the tower holds scores
+
+
+@pytest.mark.slow
+def test_what_is_not_asked_for_is_composed():
+    found = compiled("Ascend", fused_norm=False)
+    assert not {"FlashAttentionScore", "RotaryPositionEmbedding", "RmsNorm"} & found
+    assert not {"FlashAttentionScore", "RmsNorm"} & compiled("CPU", use_flash_attention=True)
+
+
+def test_masks_of_the_fused_kernel():
+    assert padded_length(1601) == 1616 and padded_length(1600) == 1600
+    hidden = padding_mask(17).asnumpy()
+    assert hidden.shape == (1, 1, 32, 32) and hidden.dtype == np.uint8
+    assert not hidden[..., :17].any() and hidden[..., 17:].all()
+    causal = compressed_causal_mask().asnumpy()
+    assert causal.shape == (2048, 2048) and causal[3, 3] == 0 and causal[3, 4] == 1 and causal[4, 3] == 0
