@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import mindspore as ms
 import yaml
 
 import mindformers_ixc  # noqa: F401 - importing it registers the model
@@ -81,6 +82,8 @@ def _run_trainer(fields: dict) -> None:
         merged.flush()
         config = MindFormerConfig(merged.name)
     build_context(config)
+    # frozen parameters have slices too, and MindFormers loads what the strategy file names
+    ms.set_auto_parallel_context(strategy_ckpt_config={"only_trainable_params": False})
     if config.use_parallel and config.context.device_target == "CPU":
         from mindformers_ixc.parallel import cpu
         from mindformers_ixc.parallel.cpu.loading import load_on_cpu

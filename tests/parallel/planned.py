@@ -11,11 +11,17 @@ from mindformers_ixc.parallel.workload import LocalParameter, Workload, local_pa
 
 RECIPES = Path(__file__).parents[2] / "yaml_configs"
 
+# Tensor parallel 8 without sequence parallel or fused kernels: what the formulae are counted by hand for.
+PLAIN = {"parallel_config__data_parallel": 1, "parallel_config__model_parallel": 8,
+         "parallel_config__use_seq_parallel": False, "parallel__full_batch": True, "parallel__dataset_strategy": None,
+         "runner_config__gradient_accumulation_steps": 64, "recompute_config__mp_comm_recompute": True,
+         "model__model_config__use_flash_attention": False, "model__model_config__apply_rope_fusion": False}
+
 
 def recipe(name: str, **overrides) -> dict:
-    """Fields of a recipe with some replaced; `a__b=1` is `a.b: 1`."""
+    """Fields of a recipe with some replaced; `a__b=1` is `a.b: 1`. What recipes may choose otherwise is `PLAIN`."""
     fields = yaml.safe_load((RECIPES / f"ixc25_{name}.yaml").read_text(encoding="utf-8"))
-    for key, value in overrides.items():
+    for key, value in {**({} if name.endswith("_tiny") else PLAIN), **overrides}.items():
         section, *parts = fields, *key.split("__")
         for part in parts[:-1]:
             section = section.setdefault(part, {})

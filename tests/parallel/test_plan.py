@@ -117,7 +117,7 @@ def test_slices_that_are_not_the_whole_are_named(sharded):
 
 
 def test_slices_unlike_those_of_the_formulae_are_noted(monkeypatch, sharded):
-    def unlike(fields, asked, stage, _):
+    def unlike(fields, asked, stage, *_):
         given = answer(asked, stage)
         for row in given["parameters"]:
             if row["name"] == "output.weight":
@@ -206,7 +206,7 @@ def run(capfd, *words: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (["--data_parallel", "3"], "dp 3 x tp 8 x pp 1 are 24 devices, but there are 8. The degrees that fill them"),
+    (["--data_parallel", "3"], "dp 3 x tp 4 x pp 1 are 12 devices, but there are 8. The degrees that fill them"),
     (["--model_parallel", "3"], "Tensor parallel 3 does not divide"),
     (["--pipeline_stage", "64", "--devices", "512"], "64 pipeline stages need as many decoder layers"),
     (["--model_parallel", "4", "--pipeline_stage", "2", "--micro_batch_num", "1"], "fewer than the 2 stages"),
@@ -239,8 +239,8 @@ def test_left_out_degrees_are_what_the_others_leave(capfd):
     words = ["--config", str(SFT), "--no_compile", "--json"]
     layout = json.loads(run(capfd, *words, "--devices", "16", "--model_parallel", "4")[1])["layout"]
     assert layout == {"data_parallel": 4, "model_parallel": 4, "pipeline_stage": 1, "micro_batch_num": 16}
-    found = json.loads(run(capfd, *words, "--devices", "16", "--data_parallel", "2", "--global_batch", "32",
-                           "--micro_batch_num", "4")[1])
+    found = json.loads(run(capfd, *words, "--devices", "16", "--data_parallel", "4", "--global_batch", "32",
+                           "--micro_batch_num", "2")[1])
     assert (found["global_batch"], found["micro_batch_samples"]) == (32, 4)
 
 
@@ -265,7 +265,7 @@ def test_a_search_is_one_json_object(capfd):
 def test_the_best_layout_is_compiled(monkeypatch, capfd):
     asked = []
 
-    def compile_stage(fields, placed, stage, _):
+    def compile_stage(fields, placed, stage, *_):
         asked.append((placed.layout, fields["parallel_config"]["model_parallel"]))
         return answer(placed, stage)
 
