@@ -9,8 +9,9 @@ So no second model is in memory, and pictures are encoded once for all four pass
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
+import numpy as np
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindspore import nn
+from mindspore import Parameter, Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
@@ -23,6 +24,7 @@ DEFAULTS = {"task": "dpo", "loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.
 
 # Entries of the report of a step; the last is the number of pairs that the others are sums over.
 REPORT_SIZE = 7
+REPORT_NAME = "train_report"
 
 
 def preference_options(section: dict | None) -> dict:
@@ -58,11 +60,27 @@ class PreferenceLoss(nn.Cell):
     def __init__(self, loss: str, beta: float, label_smoothing: float):
         super().__init__()
         self.is_ipo, self.beta, self.smoothing = loss == "ipo", beta, label_smoothing
+        self.sub, self.add = P.Sub(), P.Add()
+        self.times, self.more, self.least = P.Mul(), P.Add(), P.Minimum()      # of a tensor and a number
+        self.column = P.StridedSlice()
+        self.square, self.absolute, self.exp, self.log = P.Square(), P.Abs(), P.Exp(), P.Log()
+        self.mean = P.ReduceMean()
 
-    @staticmethod
-    def log_sigmoid(x):
-        """Without overflow on either side."""
-        return F.minimum(x, 0.0) - F.log(1.0 + F.exp(-F.abs(x)))
+    def shard(self) -> None:
+        """Everything is whole on every device: left to itself the compiler cuts pairs over tensor-parallel devices, and
+        gradients that those take for copies of each other are not."""
+        whole, number = (1, 1), ()
+        for primitive in (self.sub, self.add):
+            primitive.shard((whole, whole))
+        for primitive in (self.times, self.more, self.least):
+            primitive.shard((whole, number))
+        for primitive in (self.column, self.square, self.absolute, self.exp, self.log, self.mean):
+            primitive.shard((whole,))
+
+    def log_sigmoid(self, x):
+        """Without overflow on either side, of `(B, 1)`."""
+        shrunk = self.exp(self.times(self.absolute(x), -1.0))
+        return self.sub(self.least(x, 0.0), self.log(self.more(shrunk, 1.0)))
 
     def construct(self, policy, reference):
         """Takes summed log-probabilities (chosen, rejected), float32 `(B, 2)` each.
@@ -71,16 +89,26 @@ class PreferenceLoss(nn.Cell):
             Scalar loss and the report, float32 `(7,)`: sums of chosen and rejected rewards, margins, right orders,
             policy log-probabilities of chosen and rejected, and the number of pairs.
         """
-        rewards = (policy - reference) * self.beta                                     # (B, 2)
-        margin = rewards[:, 0] - rewards[:, 1]                                         # (B,)
+        pairs, steps = policy.shape[0], (1, 1)
+        rewards = self.times(self.sub(policy, reference), self.beta)                   # (B, 2)
+        chosen = self.column(rewards, (0, 0), (pairs, 1), steps)                       # (B, 1)
+        rejected = self.column(rewards, (0, 1), (pairs, 2), steps)                     # (B, 1)
+        margin = self.sub(chosen, rejected)                                            # (B, 1)
         if self.is_ipo:
-            loss = F.square(margin / self.beta - 1.0 / (2.0 * self.beta))
+            loss = self.square(self.more(self.times(margin, 1.0 / self.beta), -1.0 / (2.0 * self.beta)))
         else:
-            loss = -(1.0 - self.smoothing) * self.log_sigmoid(margin) - self.smoothing * self.log_sigmoid(-margin)
+            loss = self.times(self.log_sigmoid(margin), self.smoothing - 1.0)
+            if self.smoothing:
+                wrong_way = self.log_sigmoid(self.times(margin, -1.0))
+                loss = self.add(loss, self.times(wrong_way, -self.smoothing))
+        return self.mean(loss), F.stop_gradient(self.report(rewards, margin, policy))
+
+    @staticmethod
+    def report(rewards, margin, policy):
+        """The report `(7,)`; see `construct`."""
         right = F.cast(margin > 0, mstype.float32)
-        report = F.stack((rewards[:, 0].sum(), rewards[:, 1].sum(), margin.sum(), right.sum(), policy[:, 0].sum(),
-                          policy[:, 1].sum(), F.ones_like(margin).sum()))
-        return loss.mean(), F.stop_gradient(report)
+        return F.stack((rewards[:, 0].sum(), rewards[:, 1].sum(), margin.sum(), right.sum(), policy[:, 0].sum(),
+                        policy[:, 1].sum(), F.ones_like(margin).sum()))
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS)
@@ -108,12 +136,18 @@ class IXC25ForPreference(IXC25ForCausalLM):
         self.preference_loss = PreferenceLoss(options["loss"], options["beta"], options["label_smoothing"])
         self.twice = P.Tile()
         self.of_answer = P.ReduceSum()
+        # of two outputs the parallel compiler finds no loss, and would not divide the loss's gradient by the devices
+        # that compute it alike; so there the report is put down instead of given out
+        self.keeps_report = is_parallel()
         self.whole = P.Mul()
         if is_parallel():
             dp = config.parallel_config.data_parallel
             self.twice.shard(((dp, 1, 1, 1),))
             self.of_answer.shard(((dp, 1),))
             self.whole.shard(((1,), ()))
+            self.preference_loss.shard()
+            self.train_report = Parameter(Tensor(np.zeros(REPORT_SIZE, np.float32)), name=REPORT_NAME,
+                                          requires_grad=False)
 
     def answer_logps(self, rows, labels, adapters):
         """Summed log-probabilities of the labelled positions, float32 `(2B,)`."""
@@ -124,7 +158,10 @@ class IXC25ForPreference(IXC25ForCausalLM):
 
     def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None,
                   reference_logps=None):
-        """Loss and report of pairs; arguments as in `mindformers_ixc.data.batch`, see `PreferenceLoss.construct`."""
+        """Loss and report of pairs; arguments as in `mindformers_ixc.data.batch`, see `PreferenceLoss.construct`.
+
+        In parallel runs the loss alone; the report is in `train_report`.
+        """
         b, _, length = input_ids.shape
         table = None
         if pixel_values is not None:
@@ -140,4 +177,7 @@ class IXC25ForPreference(IXC25ForCausalLM):
         if reference_logps is None:
             reference = F.stop_gradient(self.answer_logps(inputs, labels, self.without_task))
             reference_logps = self.reshape(reference, (b, 2))
-        return self.preference_loss(policy, reference_logps)
+        loss, report = self.preference_loss(policy, reference_logps)
+        if self.keeps_report:
+            return F.depend(loss, F.assign(self.train_report, report))
+        return loss, report

@@ -99,7 +99,6 @@ def _build(fields: dict, micro_batches: int):
     from mindspore import nn
 
     from mindformers_ixc import IXC25ForCausalLM, IXC25ForPreference
-    from mindformers_ixc.models.preference import REPORT_SIZE
     from mindformers_ixc.training.parts import stop_dropout, train_only
     from mindformers_ixc.training.wrapper import IXC25PipelineWithLossScaleCell, IXC25TrainOneStepCell
 
@@ -118,8 +117,7 @@ def _build(fields: dict, micro_batches: int):
             step = IXC25PipelineWithLossScaleCell(network, optimizer, micro_batch_num=micro_batches,
                                                   calculate_per_token_loss=True, **clip)
         else:
-            report = (REPORT_SIZE,) if _is_preference(fields) else None
-            step = IXC25TrainOneStepCell(network, optimizer, report_shape=report, **clip)
+            step = IXC25TrainOneStepCell(network, optimizer, **clip)
     step.set_train()
     return model, step, _inputs(fields, model.config, micro_batches)
 

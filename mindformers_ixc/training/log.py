@@ -100,7 +100,8 @@ class TrainingLog(Callback):
             row["grad_norm"] = _number(norm)
         row["seconds"] = time.perf_counter() - self.began
         row["samples_per_second"] = self.batch_size / row["seconds"]
-        report = getattr(parameters.train_network, "train_report", None)
+        report = next((holder.train_report for holder in (parameters.train_network, self.trainer.real_model)
+                       if hasattr(holder, "train_report")), None)
         if self.kind and report is not None:
             row.update(self._report(report.asnumpy()))
         what = not_finite(parameters.net_outputs)

@@ -80,6 +80,8 @@ def parts_table(model) -> str:
     """Parts with the numbers in them, and how many of those train."""
     counts: dict[str, list[int]] = {part: [0, 0] for part in PARTS}
     for parameter in model.get_parameters():
+        if part_of(parameter.name) is None:
+            continue                      # what a step puts down
         count = counts[part_of(parameter.name)]
         size = math.prod(parameter.shape)
         count[0] += size

@@ -125,9 +125,9 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
                 raise ConfigError("runner_wrapper.ema_decay and the column source work in stand-alone runs only.")
             section.type = "IXC25TrainOneStepCell"
             section.micro_batches = self._micro_batches
-            if kind == "preference":
+            if kind == "preference" and not is_parallel():
                 section.report_shape = (REPORT_SIZE,)
-            else:
+            elif kind != "preference":
                 section.labels_column = columns.index("labels")
                 section.report_shape = (2, len(self.train_dataset.conversations.source_names)) if kind else None
         section.type = portable_wrapper(section.type)
