@@ -5,7 +5,8 @@
 Everything goes through `mindformers launch`: MindFormers' Trainer, the tiny YAML with real pictures, everything
 training (Partial LoRA and the web pair among it), gradient clipping, from one checkpoint. Every step's loss and the
 weights joined from the ranks must be those of the single process within 1e-5. `resume` interrupts a run twice and goes
-on in another layout each time (tp 2, single, pp 2). Prints a table; returns 1 if a bar is missed.
+on in another layout each time (tp 2, single, pp 2). `preferences` trains one pair by DPO, all else frozen; losses and
+gradient norms are compared. Prints a table; returns 1 if a bar is missed.
 """
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "yaml_configs" / "ixc25_sft_tiny.yaml"
+PREFERENCES = CONFIG.with_name("ixc25_dpo_tiny.yaml")
+OTHERS = ("resume", "preferences")
 BAR = 1e-5
 GLOBAL_BATCH, STEPS_AN_EPOCH = 8, 7          # 56 samples
 
@@ -55,7 +58,7 @@ SHARED = {"run_mode": "finetune", "model.model_config.adapter_mode": "web", "mod
           "lr_schedule.learning_rate": 1e-4}
 
 
-def write_start(folder: Path) -> None:
+def write_start(folder: Path, config: Path = CONFIG) -> None:
     """A random model directory for all runs; pairs whose second half were zero would hide errors."""
     import mindspore as ms
     from mindspore import Tensor
@@ -66,7 +69,7 @@ def write_start(folder: Path) -> None:
     from mindformers_ixc.demo import demo_path
 
     ms.set_seed(1)
-    section = read_yaml(CONFIG)["model"]["model_config"]
+    section = read_yaml(config)["model"]["model_config"]
     section.pop("type")
     model = IXC25ForCausalLM(IXC25Config(**section))
     rng = np.random.default_rng(1)
@@ -91,12 +94,12 @@ def options_of(layout: Layout, epochs: int, save_steps: int) -> dict:
     return options
 
 
-def start(layout: Layout, out: Path, options: dict) -> subprocess.Popen:
+def start(layout: Layout, out: Path, options: dict, config: Path = CONFIG) -> subprocess.Popen:
     """Starts a run."""
     devices = layout.dp * layout.tp * layout.pp
     command = [str(Path(sys.executable).with_name("mindformers"))]
     command += ["launch", "-n", str(devices)] if devices > 1 else ["run"]
-    command += ["--config", str(CONFIG), "--output_dir", str(out)]
+    command += ["--config", str(config), "--output_dir", str(out)]
     for key, value in options.items():
         command += [f"--{key}", str(value)]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -104,9 +107,9 @@ def start(layout: Layout, out: Path, options: dict) -> subprocess.Popen:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
-def run(layout: Layout, out: Path, options: dict) -> None:
+def run(layout: Layout, out: Path, options: dict, config: Path = CONFIG) -> None:
     """Runs to the end."""
-    if start(layout, out, options).wait():
+    if start(layout, out, options, config).wait():
         raise SystemExit(f"{out.name}: {out.with_suffix('.log').read_text()[-3000:]}")
 
 
@@ -188,10 +191,29 @@ def check_resume(out: Path, epochs: int) -> int:
     return int(not good)
 
 
+def check_preferences(out: Path) -> int:
+    """DPO of one pair, everything else frozen, in tp 2 and dp 2; returns how many miss the bar."""
+    failed, first = 0, out / "dpo_start"
+    write_start(first, PREFERENCES)
+    for name, layout in (("single", Layout()), ("tp2", LAYOUTS["tp2"]), ("dp2", LAYOUTS["dp2"])):
+        began = time.perf_counter()
+        options = {**options_of(layout, 1, 1000), "load_checkpoint": first, "train_parts": "[task_lora.dpo]",
+                   "model.model_config.adapter_mode": "write"}
+        run(layout, out / f"dpo_{name}", options, PREFERENCES)
+        if name == "single":
+            continue
+        ours, theirs = (rows_of(out / f"dpo_{one}") for one in (name, "single"))
+        worst = max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(ours, theirs) for key in ("loss", "grad_norm"))
+        failed += not worst <= BAR
+        print(f"{'dpo ' + name:12} {len(ours):5} {worst:15.1e} {'':>18} {time.perf_counter() - began:8.0f} "
+              f"{'ok' if worst <= BAR else 'MISSED'}", flush=True)
+    return failed
+
+
 def main() -> int:
     """Runs everything; returns 0 if all bars hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layouts", nargs="+", choices=[*LAYOUTS, "resume"], default=[*LAYOUTS, "resume"],
+    parser.add_argument("--layouts", nargs="+", choices=[*LAYOUTS, *OTHERS], default=[*LAYOUTS, *OTHERS],
                         help="what to run")
     parser.add_argument("--steps", type=int, default=20, help="steps to compare, in whole epochs of 7")
     parser.add_argument("--out", type=Path, help="where runs go (a temporary folder)")
@@ -207,6 +229,8 @@ def main() -> int:
         failed = check_layouts(out, [name for name in arguments.layouts if name in LAYOUTS], epochs)
         if "resume" in arguments.layouts:
             failed += check_resume(out, epochs)
+        if "preferences" in arguments.layouts:
+            failed += check_preferences(out)
     return int(failed > 0)
 
 
