@@ -124,7 +124,8 @@ def prepare_resume(fields: dict) -> None:
     else:
         if not any((source / "checkpoint").glob("rank_[0-9]*/*.safetensors")):
             last_checkpoint(source)      # says what is missing
-        checkpoint = joined(source, target, before.get("start"))
+        single = before["layout"] == layout_record({})      # one file, which nothing says how to join
+        checkpoint = joined(last_checkpoint(source) if single else source, target, before.get("start"))
     fields.update(load_checkpoint=str(checkpoint), resume_training=True, run_mode="finetune",
                   load_ckpt_format="safetensors", auto_trans_ckpt=bool(fields.get("use_parallel")))
     logger.info(f"Going on from {checkpoint}.")

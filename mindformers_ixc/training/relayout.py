@@ -4,6 +4,7 @@ MindFormers then cuts it for the new layout while it loads (`auto_trans_ckpt`), 
 """
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -20,8 +21,11 @@ from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.config import ConfigError
 
 # What MindFormers writes into a checkpoint beside the parameters, and looks for in this file of a folder.
-COUNTERS = ("epoch_num", "step_num", "loss_scale", "global_batch_size")
+COUNTERS = ("epoch_num", "step_num", "loss_scale", "global_batch_size", "global_step")
 COUNTERS_FILE = "hyper_param.safetensors"
+
+# The joined checkpoint, and what tells MindSpore's parallel loading which of a folder's files has a parameter.
+WHOLE_FILE, MAP_FILE = "whole.safetensors", "param_name_map.json"
 
 # Seconds that the other ranks wait for rank 0 to join a checkpoint; 104 GB of a 7B run take minutes.
 JOIN_TIMEOUT_S = 3600
@@ -38,7 +42,7 @@ def joined(run: Path, folder: Path, start: str | None) -> Path:
     """A folder with the newest checkpoint of a run as one file; made by rank 0, the others wait.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or the file of a stand-alone one.
         folder: where such folders go; all ranks must see it.
         start: the weights the run began with. A parallel run saves only what its graph uses; the rest is there.
 
@@ -49,7 +53,7 @@ def joined(run: Path, folder: Path, start: str | None) -> Path:
     source = open_source(run)
     newest = max(source.files, key=lambda file: file.stat().st_mtime_ns)
     target = folder / f"{newest.stem}_{newest.stat().st_mtime_ns}"
-    if target.is_dir():
+    if target.is_dir() or os.environ.get("MS_ROLE") == "MS_SCHED":      # msrun's scheduler loads nothing
         return target
     if int(os.environ.get("RANK_ID") or 0) > 0:
         return _wait_for(target)
@@ -58,13 +62,20 @@ def joined(run: Path, folder: Path, start: str | None) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=".joining-", dir=folder))
     try:
-        _write(source, temporary / "whole.safetensors", start)
+        _write(source, temporary / WHOLE_FILE, start)
+        _write_map(temporary)
         write_counters(temporary, source.files[0])
         temporary.chmod(0o755)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _write_map(folder: Path) -> None:
+    with safe_open(folder / WHOLE_FILE, "np") as tensors:
+        names = list(tensors.keys())
+    (folder / MAP_FILE).write_text(json.dumps(dict.fromkeys(names, WHOLE_FILE)), encoding="utf-8")
 
 
 def _wait_for(target: Path) -> Path:

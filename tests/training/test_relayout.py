@@ -1,6 +1,7 @@
 """A parallel run's checkpoint as one file, for a run in another layout."""
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.config import ConfigError
 from mindformers_ixc.training import relayout
-from mindformers_ixc.training.relayout import COUNTERS_FILE, joined
+from mindformers_ixc.training.relayout import COUNTERS_FILE, MAP_FILE, joined
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
 import random_model
 
-COUNTERS = {"epoch_num": 3, "step_num": 17, "loss_scale": 1.0, "global_batch_size": 8}
+COUNTERS = {"epoch_num": 3, "step_num": 17, "loss_scale": 1.0, "global_batch_size": 8, "global_step": 41}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,8 @@ def test_ranks_become_one_file_beside_the_counters(run, tmp_path):
     whole, expected = load_file(target / "whole.safetensors"), load_file(source / "model.safetensors")
     assert whole.keys() == expected.keys()
     assert all(whole[name].tobytes() == expected[name].tobytes() for name in expected)
+    # MindSpore's parallel loading of a folder with several files needs to be told where a parameter is
+    assert json.loads((target / MAP_FILE).read_text()) == dict.fromkeys(whole, "whole.safetensors")
     counters = load_file(target / COUNTERS_FILE)
     assert {name: value.item() for name, value in counters.items()} == COUNTERS
 
@@ -64,3 +67,16 @@ def test_what_the_graph_did_not_use_comes_from_the_start(run, tmp_path):
     assert set(whole) == {*more, *unused}
     assert all(whole[name].tobytes() == more[name].tobytes() for name in more)
     assert all(whole[name].tobytes() == unused[name].tobytes() for name in unused)
+
+
+def test_the_scheduler_of_msrun_joins_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MS_ROLE", "MS_SCHED")
+    assert not joined(run[1], tmp_path / "resume", None).exists()
+
+
+def test_the_file_of_a_run_on_one_device_needs_no_strategy(run, tmp_path):
+    source, _ = run
+    file = tmp_path / "p_rank_0-2_7.safetensors"
+    save_file(load_file(source / "model.safetensors"), file)
+    whole = load_file(joined(file, tmp_path / "resume", None) / "whole.safetensors")
+    assert whole.keys() == load_file(file).keys()
