@@ -26,7 +26,9 @@ class FakeRun:
     def __init__(self, folder, kind=None, start: int = 0, epochs: int = 2, wrapper=None, batch_size: int = 2):
         self.log, self.stopped = TrainingLog(folder), False
         runner = SimpleNamespace(initial_step=start, epochs=epochs)
-        trainer = SimpleNamespace(config=SimpleNamespace(runner_config=runner), _report_kind=lambda: kind)
+        self.model = SimpleNamespace()
+        trainer = SimpleNamespace(config=SimpleNamespace(runner_config=runner), _report_kind=lambda: kind,
+                                  real_model=self.model)
         self.log.bind(fake_dataset(batch_size), trainer)
         self.wrapper = wrapper or SimpleNamespace()
         self.parameters = SimpleNamespace(train_network=self.wrapper, batch_num=3, cur_step_num=0,
@@ -39,13 +41,13 @@ class FakeRun:
     def request_stop(self):
         self.stopped = True
 
-    def step(self, loss: float, overflow: bool = False, norm: float | None = 0.5, report=None) -> None:
+    def step(self, loss: float, overflow: bool = False, norm: float | None = 0.5, report=None, holder=None) -> None:
         self.parameters.cur_step_num += 1
         norm = None if norm is None else Tensor(np.array([norm], np.float32))
         self.parameters.net_outputs = (Tensor(np.float32(loss)), Tensor(overflow), Tensor(1.0),
                                        Tensor(np.float32(0.01)), norm)
         if report is not None:
-            self.wrapper.train_report = Tensor(np.array(report, np.float32))
+            (holder or self.wrapper).train_report = Tensor(np.array(report, np.float32))
         self.log.on_train_step_begin(self)
         self.log.on_train_step_end(self)
 
@@ -146,9 +148,11 @@ def test_sources_have_their_mean_losses_and_tokens(tmp_path):
     assert [row["tokens"] for row in rows] == [18, 6]
 
 
-def test_preferences_have_the_means_of_their_pairs(tmp_path):
+@pytest.mark.parametrize("in_model", [False, True])
+def test_preferences_have_the_means_of_their_pairs(tmp_path, in_model):
     run = FakeRun(tmp_path, kind="preference")
-    run.step(0.7, report=[2.0, -1.0, 3.0, 3.0, -40.0, -60.0, 4.0])
+    holder = run.model if in_model else run.wrapper     # a parallel run has no cell around the model that adds it up
+    run.step(0.7, report=[2.0, -1.0, 3.0, 3.0, -40.0, -60.0, 4.0], holder=holder)
     row = read_metrics(tmp_path / METRICS_FILE)[0]
     assert {name: row[name] for name in PREFERENCE_METRICS} == {
         "reward_chosen": 0.5, "reward_rejected": -0.25, "reward_margin": 0.75, "reward_accuracy": 0.75,
