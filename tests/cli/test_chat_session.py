@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mindspore import Tensor
 
@@ -48,7 +49,7 @@ class Terminal:
 
 @pytest.fixture(scope="module")
 def babbling_model(tmp_path_factory):
-    """An untrained model, which talks without end."""
+    """A model that says one word without end: every layer adds nothing, and only one logit is not 0."""
     config = IXC25Config(vocab_size=1024, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=1, plora_rank=2, task_lora_ranks={},
                          vision_config={"image_size": 56, "hidden_size": 16, "num_hidden_layers": 1,
@@ -56,10 +57,12 @@ def babbling_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("babbling") / "model"
     vocabulary = str(demo_path("tokenizer.model"))
     model = IXC25ForCausalLM(config)
-    # the logits of what would end an answer are 0, and of a thousand others some are always larger
-    head = model.output.weight.asnumpy().copy()
-    head[[config.eos_token_id, InternLM2Tokenizer(vocabulary).convert_tokens_to_ids("[UNUSED_TOKEN_145]")]] = 0
-    model.output.weight.set_data(Tensor(head))
+    word = InternLM2Tokenizer(vocabulary).convert_tokens_to_ids("▁the")
+    layer, head = model.model.layers[0], np.zeros((1024, 32), np.float32)
+    head[word] = 1
+    for parameter, value in ((layer.attention.wo.weight, 0), (layer.feed_forward.w2.weight, 0),
+                             (model.model.tok_embeddings.weight, 1), (model.output.weight, head)):
+        parameter.set_data(Tensor(np.broadcast_to(np.float32(value), parameter.shape).copy()))
     save_model_directory(model, str(folder), tokenizer_file=vocabulary)
     return folder
 
@@ -68,7 +71,7 @@ def test_a_session_on_a_terminal(babbling_model, tmp_path):
     terminal = Terminal(babbling_model, tmp_path)
     terminal.read("> ")
     terminal.write("Tell me\n")
-    terminal.read(" ", least=40)                    # the answer has begun
+    terminal.read("the the the")                    # the answer has begun
     terminal.write("\x03")
     terminal.read("[stopped]")
     terminal.read("> ")
