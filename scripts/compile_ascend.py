@@ -73,7 +73,7 @@ def compile_graphs(model, prompt: int, new: int, batch: int = 2) -> dict[str, se
                                    Tensor(lengths - 1), phase="prefill")}
     tables = Tensor(np.zeros((batch, 1, config.query_groups + 2, size), np.float32))
     places = [Tensor(value) for value in slot.places(lengths)]
-    found["decode"] = operations(decode, Tensor(lengths), tables, tables, *places, phase="decode")
+    found["decode"] = operations(decode, Tensor(lengths[:, None]), tables, tables, *places, phase="decode")
     return found
 
 

@@ -13,7 +13,16 @@ from mindspore import Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
-from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc.generation.cells import (
+    Embedding,
+    Head,
+    PassOn,
+    PromptLayer,
+    TokenLayer,
+    VisionTable,
+    stage_of,
+    wrapped,
+)
 from mindformers_ixc.generation.slots import InferenceGraph, Slot, make_slot
 from mindformers_ixc.models.cache import decode_tables
 from mindformers_ixc.models.rotary import rotary_base, rotary_tables
@@ -43,23 +52,23 @@ class VisionGraph(InferenceGraph):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.table = VisionTable(model)
+        self.passing = PassOn(stage_of(model.model.norm))
 
     def construct(self, pixel_values):
         """Maps `(1, T, 3, S, S)` to the table `(1, T * tokens + 2, D)`."""
-        return self.model.vision_table(pixel_values, True)
+        return self.passing(self.table(pixel_values))
 
 
 class PrefillGraph(InferenceGraph):
     """Whole prompts: fills the caches and gives the logits after each prompt."""
 
-    def __init__(self, model, caches: nn.CellList, mode: str, batch: int):
+    def __init__(self, model, caches: nn.CellList, mode: str):
         super().__init__()
-        self.model, self.caches = model, caches
-        self.adapters, self.dtype = MODE_ADAPTERS[mode], model.config.compute_dtype
-        self.layers = range(model.config.num_hidden_layers)
-        self.row_of = Tensor(np.arange(batch, dtype=np.int32))
-        self.gather = P.Gather()
+        self.embed, self.caches = Embedding(model), caches
+        self.layers = wrapped(PromptLayer, model, caches, mode)
+        self.head = Head(model)
+        self.dtype = model.config.compute_dtype
         self.reshape = P.Reshape()
         self.cast = P.Cast()
 
@@ -73,23 +82,18 @@ class PrefillGraph(InferenceGraph):
             cos: float32 `(B, L, 1, 1, d)`.
             sin: like `cos`.
             where: places of the new keys, as the caches' `prefill` takes them.
-            last: int32 `(B,)`, index of each prompt's last position.
+            last: int32 `(B,)`, index of each prompt's last position among all `B * L`.
 
         Returns:
             float32 logits `(B, V)`.
         """
         b, length = input_ids.shape
-        tokens = self.model.model.tok_embeddings.lookup(input_ids)
-        x = F.select(F.expand_dims(F.not_equal(image_mask, 0), 2), self.cast(image_embeds, self.dtype), tokens)
-        x = self.reshape(x, (b * length, -1))                                             # (B*L, D)
+        x = self.embed(input_ids, image_embeds, image_mask)                               # (B*L, D)
         image = self.reshape(self.cast(image_mask, self.dtype), (b * length, 1))          # (B*L, 1)
         mask = self.caches[0].prefill_mask(length)
-        for i in self.layers:
-            qkv = self.model.model.layers[i].project(x, image, self.adapters)
-            y = self.caches[i].prefill(qkv, cos, sin, mask, where, (b, length))           # (B*L, H*d)
-            x = self.model.model.layers[i].finish(x, y, image, self.adapters)
-        x = self.gather(x, self.row_of * length + last, 0)                                # (B, D)
-        return self.cast(self.model.output.infer(self.model.model.norm.infer(x)), mstype.float32)
+        for layer in self.layers:
+            x = layer(x, image, cos, sin, mask, where, (b, length))
+        return self.head(x, last)
 
 
 class DecodeGraph(InferenceGraph):
@@ -97,16 +101,15 @@ class DecodeGraph(InferenceGraph):
 
     def __init__(self, model, caches: nn.CellList, mode: str):
         super().__init__()
-        self.model, self.caches = model, caches
-        self.adapters = MODE_ADAPTERS[mode]
-        self.layers = range(model.config.num_hidden_layers)
-        self.cast = P.Cast()
+        self.embed, self.caches = Embedding(model), caches
+        self.layers = wrapped(TokenLayer, model, caches, mode)
+        self.head = Head(model)
 
     def construct(self, input_ids, cos, sin, *places):
         """Appends one token a row.
 
         Args:
-            input_ids: int32 `(B,)`.
+            input_ids: int32 `(B, 1)`.
             cos: float32 `(B, 1, G+2, d)`.
             sin: like `cos`.
             *places: of the new keys, as the caches' `decode` takes them.
@@ -114,13 +117,11 @@ class DecodeGraph(InferenceGraph):
         Returns:
             float32 logits `(B, V)`.
         """
-        x = self.model.model.tok_embeddings.lookup(input_ids)                             # (B, D)
+        x = self.embed(input_ids)                                                         # (B, D)
         mask = self.caches[0].decode_mask(*places)
-        for i in self.layers:
-            qkv = self.model.model.layers[i].project(x, None, self.adapters)
-            x = self.model.model.layers[i].finish(x, self.caches[i].decode(qkv, cos, sin, mask, *places), None,
-                                                  self.adapters)
-        return self.cast(self.model.output.infer(self.model.model.norm.infer(x)), mstype.float32)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, places)
+        return self.head(x)
 
 
 class InferenceEngine:
@@ -172,7 +173,7 @@ class InferenceEngine:
             self._slots[batch, positions] = make_slot(self.config, batch, positions)
         slot = self._slots[batch, positions]
         if mode not in slot.graphs:
-            slot.graphs[mode] = (PrefillGraph(self.model, slot.caches, mode, batch),
+            slot.graphs[mode] = (PrefillGraph(self.model, slot.caches, mode),
                                  DecodeGraph(self.model, slot.caches, mode))
         return slot
 
@@ -219,8 +220,9 @@ class CachedDecoder:
             image_mask[rows, :len(sample.image_mask)] = sample.image_mask
             embeds += [self._image_embeds(sample)] * self.beams
         cos, sin = (np.stack([pair[i][:self.bucket] for pair in self.tables])[:, :, None, None, :] for i in (0, 1))
+        last = np.arange(self.batch, dtype=np.int32) * self.bucket + self.lengths - 1
         logits = self.prefill_graph(Tensor(ids), F.stack(embeds), Tensor(image_mask), Tensor(cos), Tensor(sin),
-                                    Tensor(self.slot.start(self.lengths, self.bucket)), Tensor(self.lengths - 1))
+                                    Tensor(self.slot.start(self.lengths, self.bucket)), Tensor(last))
         return logits.asnumpy()
 
     def _image_embeds(self, sample: EncodedSample) -> Tensor:
@@ -239,7 +241,7 @@ class CachedDecoder:
         at = self.positions
         angles = (np.stack([pair[i][p] for pair, p in zip(self.tables, at)]) for i in (0, 1))   # (B, d) each
         cos, sin = decode_tables(*angles, self.engine.config.query_groups, self.slot.query_scale)
-        inputs = (np.ascontiguousarray(tokens, np.int32), cos[:, None], sin[:, None], *self.slot.places(at))
+        inputs = (np.array(tokens, np.int32)[:, None], cos[:, None], sin[:, None], *self.slot.places(at))
         logits = self.decode_graph(*[Tensor(value) for value in inputs])
         self.positions = at + 1
         return logits.asnumpy()

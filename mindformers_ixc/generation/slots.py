@@ -14,6 +14,9 @@ from mindformers_ixc import native
 from mindformers_ixc.config import ConfigError, IXC25Config
 from mindformers_ixc.models.cache import ContiguousCache, NativeCache, PagedCache
 from mindformers_ixc.models.device import on_ascend
+from mindformers_ixc.models.internlm2 import MASKED
+from mindformers_ixc.models.sharded_cache import ShardedCache
+from mindformers_ixc.parallel.stages import is_parallel
 
 
 class InferenceGraph(nn.Cell):
@@ -170,7 +173,38 @@ class PagedSlot(Slot):
         return source
 
 
+class ShardedSlot(Slot):
+    """Contiguous caches in parallel layouts, cut by key/value heads: the first axis is the batch.
+
+    Args:
+        config: sizes, dtypes and the layout.
+        batch: rows.
+        positions: positions of each row.
+    """
+
+    def __init__(self, config: IXC25Config, batch: int, positions: int):
+        super().__init__(nn.CellList([ShardedCache(config, batch, positions) for _ in range(config.num_hidden_layers)]))
+        self.positions, self.query_scale = np.arange(positions), config.head_size ** -0.5
+
+    def start(self, lengths: np.ndarray, positions: int) -> np.ndarray:
+        """int32 `(B, 1, L, 1)`: 1 on the positions of the padded prompts that are real."""
+        return (np.arange(positions) < lengths[:, None]).astype(np.int32)[:, None, :, None]
+
+    def places(self, at: np.ndarray) -> tuple[np.ndarray, ...]:
+        """float32: 1 on each row's new position, `(B, 1, S, 1)`, and the additive mask, `(B, 1, 1, S)`."""
+        new, later = self.positions == at[:, None], self.positions > at[:, None]           # (B, S)
+        return new.astype(np.float32)[:, None, :, None], (later * np.float32(MASKED))[:, None, None, :]
+
+    def reorder(self, rows: np.ndarray) -> None:
+        """As `Slot.reorder`, without a graph: every device holds whole rows, and a pipeline has no part in this."""
+        source = Tensor(rows.astype(np.int32))
+        for cache in self.caches:
+            for parameter in (cache.keys, cache.values):
+                F.assign(parameter, F.gather(parameter, source, 0))
+
+
 def make_slot(config: IXC25Config, batch: int, positions: int) -> Slot:
     """Paged caches on Ascend with `use_past`, contiguous ones everywhere else."""
-    paged = config.use_past and on_ascend()
-    return (PagedSlot if paged else ContiguousSlot)(config, batch, positions)
+    if config.use_past and on_ascend():
+        return PagedSlot(config, batch, positions)
+    return (ShardedSlot if is_parallel() else ContiguousSlot)(config, batch, positions)

@@ -329,9 +329,10 @@ class CausalMask(nn.Cell):
 
     Args:
         config: says which core that is, and the dtype of its softmax.
+        additive: the core is the composed one, whatever the configuration says.
     """
 
-    def __init__(self, config: IXC25Config):
+    def __init__(self, config: IXC25Config, additive: bool = False):
         super().__init__()
         self.greater = P.Greater()
         self.not_equal = P.NotEqual()
@@ -341,7 +342,7 @@ class CausalMask(nn.Cell):
         self.mul, self.mul_packed = P.Mul(), P.Mul()
         self.reshape = P.Reshape()
         self.dtype = config.softmax_compute_type
-        self.is_flash = uses_flash_attention(config)
+        self.is_flash = not additive and uses_flash_attention(config)
         if self.is_flash:
             self.compressed = compressed_causal_mask()
 

@@ -14,6 +14,7 @@ import mindspore.common.dtype as mstype
 from mindspore import ops
 
 from mindformers_ixc.models.device import on_ascend
+from mindformers_ixc.parallel.stages import is_parallel
 
 # Set to 0 to do without the kernels, for instance to compare.
 SWITCH = "MINDFORMERS_IXC_NATIVE"
@@ -30,9 +31,12 @@ def library() -> str | None:
 
 
 def available(*dtypes) -> bool:
-    """Whether the kernels can take the place of MindSpore's for a computation in `dtypes` on the current device."""
+    """Whether the kernels can take the place of MindSpore's for a computation in `dtypes` on the current device.
+
+    The parallel compiler cannot cut them.
+    """
     return (os.environ.get(SWITCH, "1") != "0" and library() is not None
-            and ms.get_context("device_target") == "CPU" and not on_ascend()
+            and ms.get_context("device_target") == "CPU" and not on_ascend() and not is_parallel()
             and all(dtype == mstype.float32 for dtype in dtypes))
 
 

@@ -1,0 +1,142 @@
+"""Cells that the inference graphs are made of.
+
+Each is a cell of its own because a pipeline stage is given to a cell: what a graph computes between them would belong
+to none. None of them owns parameters; all wrap the model's.
+"""
+from __future__ import annotations
+
+import mindspore.common.dtype as mstype
+from mindspore import nn
+from mindspore.ops import operations as P
+
+from mindformers_ixc.config import MODE_ADAPTERS
+
+
+def stage_of(cell: nn.Cell) -> int | None:
+    """Pipeline stage of a cell, `None` without a pipeline."""
+    return getattr(cell, "pipeline_stage", None)       # MindSpore has no default for it
+
+
+class StageCell(nn.Cell):
+    """A cell of a pipeline stage.
+
+    Args:
+        stage: its number; `None` without a pipeline.
+    """
+
+    def __init__(self, stage: int | None):
+        super().__init__(auto_prefix=False)
+        if stage is not None:
+            self.pipeline_stage = stage
+
+
+class VisionTable(StageCell):
+    """Tiles to the vision table."""
+
+    def __init__(self, model):
+        super().__init__(stage_of(model.vit))
+        self.model = model
+
+    def construct(self, pixel_values):
+        """Maps `(1, T, 3, S, S)` to `(1, T * tokens + 2, D)`."""
+        return self.model.vision_table(pixel_values, True)
+
+
+class Hop(StageCell):
+    """Hands a tensor on: a stage must compute something to be part of a pipeline, and not end with a reshape."""
+
+    def __init__(self, stage: int):
+        super().__init__(stage)
+        # an addition of 0, which must stay
+        self.add = P.Add().add_prim_attr("keep_alive", True)
+        self.add.shard(((1, 1, 1), ()))
+
+    def construct(self, x):
+        """Gives `x`, `(B, N, D)`, back."""
+        return self.add(x, 0)
+
+
+class PassOn(nn.Cell):
+    """Carries what the first stage computed to the last, whose results all ranks get.
+
+    Args:
+        last: number of the last stage; `None` without a pipeline.
+    """
+
+    def __init__(self, last: int | None):
+        super().__init__(auto_prefix=False)
+        self.hops = nn.CellList([Hop(stage) for stage in range(0 if last is None else last + 1)], auto_prefix=False)
+
+    def construct(self, x):
+        """Gives `x`, `(B, N, D)`, back."""
+        for hop in self.hops:
+            x = hop(x)
+        return x
+
+
+class Embedding(StageCell):
+    """Token ids to flattened positions, image positions replaced."""
+
+    def __init__(self, model):
+        super().__init__(stage_of(model.model.tok_embeddings))
+        self.tokens, self.choose, self.not_equal = model.model.tok_embeddings, model.choose, model.not_equal
+        self.dtype = model.config.compute_dtype
+        self.cast = P.Cast()
+        self.reshape = P.Reshape()
+
+    def construct(self, input_ids, image_embeds=None, image_mask=None):
+        """Maps int32 `(B, L)`, embeddings `(B, L, D)` and mask int32 `(B, L)` of image positions to `(B*L, D)`."""
+        x = self.tokens.lookup(input_ids)
+        if image_mask is not None:
+            x = self.choose(self.not_equal(image_mask, 0), self.cast(image_embeds, self.dtype), x)
+        return self.reshape(x, (input_ids.shape[0] * input_ids.shape[1], -1))
+
+
+class PromptLayer(StageCell):
+    """A decoder layer over whole prompts, which fills its cache."""
+
+    def __init__(self, layer, cache, mode: str):
+        super().__init__(stage_of(layer))
+        self.layer, self.cache, self.adapters = layer, cache, MODE_ADAPTERS[mode]
+
+    def construct(self, x, image, cos, sin, mask, where, shape):
+        """Maps `(B*L, D)` to `(B*L, D)`; arguments as in the caches' `prefill`, `image` as the decoder layer has it."""
+        qkv = self.layer.project(x, image, self.adapters)
+        y = self.cache.prefill(qkv, cos, sin, mask, where, shape)                          # (B*L, H*d)
+        return self.layer.finish(x, y, image, self.adapters)
+
+
+class TokenLayer(StageCell):
+    """A decoder layer over one more token a row, which attends over its cache."""
+
+    def __init__(self, layer, cache, mode: str):
+        super().__init__(stage_of(layer))
+        self.layer, self.cache, self.adapters = layer, cache, MODE_ADAPTERS[mode]
+
+    def construct(self, x, cos, sin, mask, places):
+        """Maps `(B, D)` to `(B, D)`; arguments as in the caches' `decode`."""
+        y = self.cache.decode(self.layer.project(x, None, self.adapters), cos, sin, mask, *places)   # (B, H*d)
+        return self.layer.finish(x, y, None, self.adapters)
+
+
+class Head(StageCell):
+    """Final norm and head."""
+
+    def __init__(self, model):
+        super().__init__(stage_of(model.model.norm))
+        self.norm, self.output = model.model.norm, model.output
+        self.gather = P.Gather()
+        self.gather.shard(((1, 1), (1,)))
+        self.cast = P.Cast()
+
+    def construct(self, x, rows=None):
+        """Maps `(N, D)`, or the int32 `(B,)` rows of it, to float32 logits `(N or B, V)`."""
+        if rows is not None:
+            x = self.gather(x, rows, 0)                                                    # (B, D)
+        return self.cast(self.output.infer(self.norm.infer(x)), mstype.float32)
+
+
+def wrapped(cell, model, caches: nn.CellList, mode: str) -> nn.CellList:
+    """The model's decoder layers with their caches, each in a `PromptLayer` or `TokenLayer`."""
+    return nn.CellList([cell(layer, cache, mode) for layer, cache in zip(model.model.layers, caches)],
+                       auto_prefix=False)      # or their parameters would be renamed

@@ -1,0 +1,121 @@
+"""A contiguous key/value cache that tensor parallel cuts by key/value heads."""
+from __future__ import annotations
+
+import mindspore.common.dtype as mstype
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+from mindspore.ops import functional as F
+from mindspore.ops import operations as P
+
+from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.models.attention import AttentionCore
+from mindformers_ixc.models.internlm2 import CausalMask, MergeHeads, SplitHeads
+
+
+class ShardedCache(nn.Cell):
+    """One layer's keys and values, `(B, KV, S, d)` each, for graphs that the parallel compiler cuts.
+
+    The same as `mindformers_ixc.models.cache.ContiguousCache`, of operators that can be cut over heads. A scatter
+    cannot be: new keys and values are multiplied by one-hot positions, which the host makes, and added.
+
+    Args:
+        config: sizes and dtypes, and the tensor-parallel degree.
+        batch: rows B.
+        positions: positions S of each.
+    """
+
+    def __init__(self, config: IXC25Config, batch: int, positions: int):
+        super().__init__()
+        self.batch, self.positions = batch, positions
+        self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
+        self.dtype, self.softmax_dtype = config.compute_dtype, config.softmax_compute_type
+        zeros = np.zeros((batch, self.kv, positions, self.size), mstype.dtype_to_nptype(config.compute_dtype))
+        self.keys = Parameter(Tensor(zeros), name="key_cache", requires_grad=False)
+        self.values = Parameter(Tensor(zeros), name="value_cache", requires_grad=False)
+        self.split, self.merge = SplitHeads(config), MergeHeads(config)
+        self.core = AttentionCore(self.size, config.softmax_compute_type)
+        self.causal_mask = CausalMask(config, additive=True)
+        self.halves = Tensor([1, 0], mstype.int32)
+        self.real, self.rotate, self.turn, self.place = P.Mul(), P.Mul(), P.Mul(), P.Mul()
+        self.join = P.Concat(2)
+        self.assign = P.Assign()
+        self.append = P.AssignAdd()
+        self.swap = P.Gather()
+        self.slice = P.StridedSlice()
+        self.add, self.add_mask = P.Add(), P.Add()
+        self.cast = P.Cast()
+        self.reshape = P.Reshape()
+        self.scores = P.BatchMatMul(transpose_b=True)
+        self.softmax = P.Softmax(-1)
+        self.weighted_sum = P.BatchMatMul()
+        self.shard(config.parallel_config.model_parallel)
+
+    def shard(self, tp: int) -> None:
+        """Cuts key/value heads; rows and positions are whole on every device."""
+        heads, whole = (1, tp, 1, 1), (1, 1, 1, 1)
+        self.split.shard(1, tp)
+        self.merge.shard(1, tp)
+        self.core.shard(1, tp)
+        self.causal_mask.shard(1)
+        self.swap.shard(((1, tp, 1, 1, 1), (1,)))
+        self.slice.shard((heads,))
+        self.softmax.shard((heads,))
+        self.place.shard((whole, heads))
+        for primitive in (self.real, self.rotate, self.turn, self.add_mask):
+            primitive.shard((heads, whole))
+        for primitive in (self.join, self.assign, self.append, self.add, self.scores, self.weighted_sum):
+            primitive.shard((heads, heads))
+
+    def prefill_mask(self, length):
+        """As `ContiguousCache.prefill_mask`: one mask, for all queries at once."""
+        return self.causal_mask(length)
+
+    def decode_mask(self, _, mask):
+        """As `ContiguousCache.decode_mask`; the host made it."""
+        return mask
+
+    def prefill(self, qkv, cos, sin, mask, where, shape):
+        """As `ContiguousCache.prefill`."""
+        query, key, value = self.split(qkv, cos, sin, shape)
+        real = self.cast(where, self.dtype)
+        key = F.depend(key, self._fill(self.keys, self.real(key, real), shape[1]))
+        value = F.depend(value, self._fill(self.values, self.real(value, real), shape[1]))
+        return self.merge(self.core(query, key, value, mask), shape)
+
+    def _fill(self, cache, new, length):
+        """Makes a cache hold `(B, KV, L, d)` and zeros after it."""
+        if length < self.positions:
+            rest = F.zeros((self.batch, self.kv, self.positions - length, self.size), self.dtype)
+            new = self.join((new, rest))                                                    # (B, KV, S, d)
+        return self.assign(cache, new)
+
+    def decode(self, qkv, cos, sin, mask, where, _):
+        """As `ContiguousCache.decode`, with other places.
+
+        Args:
+            qkv: `(B, KV * (G+2) * d)`.
+            cos: `(B, 1, G+2, d)`, see `mindformers_ixc.models.cache.decode_tables`.
+            sin: like `cos`.
+            mask: additive, float32 `(B, 1, 1, S)`.
+            where: float32 `(B, 1, S, 1)`, 1 on the position of every row's new key.
+            _: the mask again, which is also a place.
+
+        Returns:
+            Tensor `(B, H*d)`.
+        """
+        b, kv, g, d = self.batch, self.kv, self.groups, self.size
+        halves = self.swap(self.reshape(qkv, (b, kv, g + 2, 2, d // 2)), self.halves, 3)    # (B, KV, G+2, 2, d/2)
+        shape = (b, kv, g + 2, d)
+        turned = self.turn(self.reshape(halves, shape), self.cast(sin, self.dtype))
+        x = self.add(self.rotate(self.reshape(qkv, shape), self.cast(cos, self.dtype)), turned)
+        steps = (1, 1, 1, 1)
+        query = self.slice(x, (0, 0, 0, 0), (b, kv, g, d), steps)                           # (B, KV, G, d)
+        key = self.slice(x, (0, 0, g, 0), (b, kv, g + 1, d), steps)                         # (B, KV, 1, d)
+        value = self.slice(x, (0, 0, g + 1, 0), shape, steps)                               # (B, KV, 1, d)
+        where = self.cast(where, self.dtype)
+        keys = self.append(self.keys, self.place(where, key))                               # (B, KV, S, d)
+        values = self.append(self.values, self.place(where, value))
+        scores = self.add_mask(self.cast(self.scores(query, keys), self.softmax_dtype),
+                               self.cast(mask, self.softmax_dtype))                         # (B, KV, G, S)
+        weights = self.cast(self.softmax(scores), self.dtype)
+        return self.reshape(self.weighted_sum(weights, values), (b, kv * g * d))
