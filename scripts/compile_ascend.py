@@ -3,6 +3,7 @@
     python scripts/compile_ascend.py            # tiny sizes, seconds
     python scripts/compile_ascend.py --config DIR_WITH_CONFIG_JSON
     python scripts/compile_ascend.py --public   # the 7B model's sizes; nothing of it is allocated
+    python scripts/compile_ascend.py --tensor 2 --stages 2      # each stage of a parallel layout
 
 MindSpore's simulation stops behind the front end, so neither Ascend's package nor weights are needed. The script fails
 unless the prefill graph holds flash attention and the write to the paged cache, the decode graph paged attention, and
@@ -29,9 +30,12 @@ from mindformers_ixc.config import IXC25Config
 from mindformers_ixc.generation.engine import InferenceEngine, bucket
 from mindformers_ixc.models.device import assume_device
 from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
+from mindformers_ixc.parallel import cpu
 
 NEEDED = {"prefill": {"FlashAttentionScore", "ReshapeAndCache", "RmsNorm"},
           "decode": {"PagedAttention", "ReshapeAndCache", "RmsNorm"}}
+
+PRELOADED = "COMPILE_ASCEND_PRELOADED"
 
 TINY = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "plora_rank": 4, "task_lora_ranks": {"web": 4},
@@ -44,9 +48,31 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--config", metavar="DIR", help="model directory whose config.json gives the sizes")
     parser.add_argument("--public", action="store_true", help="the 7B model's sizes")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel devices of a stage")
+    parser.add_argument("--stages", type=int, default=1, help="pipeline stages")
+    parser.add_argument("--rank", type=int, default=0, help="rank whose graphs are compiled")
     parser.add_argument("--prompt", type=int, default=100, help="positions of the prompt")
     parser.add_argument("--new", type=int, default=50, help="new tokens")
     return parser.parse_args()
+
+
+def join_cluster(tensor: int, stages: int, rank: int) -> dict:
+    """Makes this process a rank of a cluster that is not there; starts it again if it lacks what that takes.
+
+    Returns:
+        The fields of the model's configuration that say so.
+    """
+    if tensor * stages == 1:
+        return {}
+    variables = cpu.preload_environment(simulated=True)
+    if os.environ.get(PRELOADED) is None:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **variables, PRELOADED: "1"})
+    ms.set_device("CPU")
+    cpu.simulate(rank, tensor * stages)
+    ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", device_num=tensor * stages, global_rank=rank,
+                                 full_batch=True, pipeline_stages=stages, pipeline_result_broadcast=stages > 1)
+    return {"parallel_config": {"data_parallel": 1, "model_parallel": tensor, "pipeline_stage": stages,
+                                "vocab_emb_dp": False}}
 
 
 def operations(graph, *inputs, phase: str) -> set[str]:
@@ -81,7 +107,8 @@ def main() -> int:
     """Compiles and checks; 1 when a fused operation is missing."""
     arguments = parse()
     ms.set_context(mode=ms.GRAPH_MODE)
-    dtypes = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16", "use_past": True}
+    dtypes = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16", "use_past": True,
+              **join_cluster(arguments.tensor, arguments.stages, arguments.rank)}
     if arguments.config:
         config = read_config(arguments.config, **dtypes)
     else:

@@ -6,7 +6,9 @@ Everything goes through `mindformers launch`: MindFormers' Trainer, the tiny YAM
 training (Partial LoRA and the web pair among it), gradient clipping, from one checkpoint. Every step's loss and the
 weights joined from the ranks must be those of the single process within 1e-5. `resume` interrupts a run twice and goes
 on in another layout each time (tp 2, single, pp 2). `preferences` trains one pair by DPO, all else frozen; losses and
-gradient norms are compared. Prints a table; returns 1 if a bar is missed.
+gradient norms are compared. `inference` answers questions with a cache: logits of prompts and steps within 1e-5 of
+the largest, ids of greedy decoding and beams equal, and the file that run mode predict writes the same. Prints a table;
+returns 1 if a bar is missed.
 """
 from __future__ import annotations
 
@@ -20,14 +22,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from parallel_answers import STEPS as ANSWER_STEPS
+from parallel_answers import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "yaml_configs" / "ixc25_sft_tiny.yaml"
 PREFERENCES = CONFIG.with_name("ixc25_dpo_tiny.yaml")
-OTHERS = ("resume", "preferences")
+PREDICT = CONFIG.with_name("predict_ixc25.yaml")
+OTHERS = ("resume", "preferences", "inference")
 BAR = 1e-5
 GLOBAL_BATCH, STEPS_AN_EPOCH = 8, 7          # 56 samples
-
 
 
 class Layout(NamedTuple):
@@ -210,6 +214,40 @@ def check_preferences(out: Path) -> int:
     return failed
 
 
+def predict(layout: Layout, out: Path, first: Path, pictures: list[str]) -> bytes:
+    """What run mode predict answers in a layout."""
+    requests = out.with_suffix(".jsonl")
+    requests.write_text("".join(json.dumps(question) + "\n" for question in (
+        {"query": "What does the picture show?", "images": pictures[:1], "hd_num": 2}, {"query": "Who are you?"},
+        {"query": "Broken", "images": ["nowhere.png"]}, {"query": "And this?", "images": pictures[1:2], "hd_num": 1})))
+    run(layout, out, {"load_checkpoint": first, "predict_data": requests, "generation.max_new_tokens": 12,
+                      "predict_batch_size": 2, "parallel_config.model_parallel": layout.tp,
+                      "parallel_config.pipeline_stage": layout.pp}, PREDICT)
+    return (out / "predictions.jsonl").read_bytes()
+
+
+def check_inference(out: Path) -> int:
+    """Answers in tp 2, pp 2 and both; returns how many miss the bar."""
+    from mindformers_ixc.demo import demo_path
+
+    failed, found, first = 0, {}, out / "start"
+    pictures = [str(demo_path(f"images/{name}.jpg")) for name in ("astronaut", "cameraman")]
+    for name, layout in (("single", Layout()), ("tp2", Layout(tp=2)), ("pp2", Layout(pp=2)),
+                         ("tp2pp2", Layout(tp=2, pp=2))):
+        began, result = time.perf_counter(), out / f"answers_{name}.npz"
+        launch(first, Path(pictures[0]), layout.tp, layout.pp, result)
+        found[name] = {**np.load(result), "file": predict(layout, out / f"predict_{name}", first, pictures)}
+        if name == "single":
+            continue
+        ours, alone = found[name], found["single"]
+        worst = np.abs(ours["logits"] - alone["logits"]).max() / np.abs(alone["logits"]).max()
+        same = all(np.array_equal(ours[key], alone[key]) for key in ("greedy", "beams", "file"))
+        failed += not (worst <= BAR and same)
+        print(f"{'answers ' + name:14} {ANSWER_STEPS:3} {worst:15.1e} {'ids equal' if same else 'IDS DIFFER':>18} "
+              f"{time.perf_counter() - began:8.0f} {'ok' if worst <= BAR and same else 'MISSED'}", flush=True)
+    return failed
+
+
 def main() -> int:
     """Runs everything; returns 0 if all bars hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -222,8 +260,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         out = arguments.out or Path(scratch)
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / "single" / "model").is_dir():
+        if not (out / "start").is_dir():
             write_start(out / "start")
+        trains = set(arguments.layouts) & {*LAYOUTS, "resume"}
+        if trains and not (out / "single" / "model").is_dir():
             run(Layout(), out / "single", {**options_of(Layout(), epochs, 1000), "load_checkpoint": out / "start"})
         print(f"{'layout':12} {'steps':>5} {'loss, relative':>15} {'weights, relative':>18} {'seconds':>8}")
         failed = check_layouts(out, [name for name in arguments.layouts if name in LAYOUTS], epochs)
@@ -231,6 +271,8 @@ def main() -> int:
             failed += check_resume(out, epochs)
         if "preferences" in arguments.layouts:
             failed += check_preferences(out)
+        if "inference" in arguments.layouts:
+            failed += check_inference(out)
     return int(failed > 0)
 
 

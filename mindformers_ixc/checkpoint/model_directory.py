@@ -22,7 +22,9 @@ from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.model_config import read_config
 from mindformers_ixc.checkpoint.sources import CONFIG_FILE, open_source
 from mindformers_ixc.checkpoint.streaming import TensorFile
-from mindformers_ixc.checkpoint.tensors import LazyTensor
+from mindformers_ixc.checkpoint.tensors import LazyTensor, PartOfTensor
+from mindformers_ixc.parallel.inference import own_slices
+from mindformers_ixc.parallel.stages import is_parallel
 
 __all__ = ["CheckpointError", "load_model", "load_weights", "read_config", "save_model_directory"]
 
@@ -33,6 +35,8 @@ FORMATS = {mstype.float32: "F32", mstype.bfloat16: "BF16", mstype.float16: "F16"
 
 def load_weights(model: PreTrainedModel, directory: str | os.PathLike) -> None:
     """Loads a checkpoint's weights into a model, a few rows of one tensor at a time.
+
+    In a parallel layout each rank takes its own slices of the parameters of its own stage.
 
     Args:
         model: the model; its parameters keep their dtype.
@@ -55,8 +59,15 @@ def load_weights(model: PreTrainedModel, directory: str | os.PathLike) -> None:
             raise CheckpointError(f"{directory} holds {name} with shape {tensor.shape}, the configuration asks for "
                                   f"{tuple(parameter.shape)}.")
     for name, parameter in wanted.items():
+        tensor, slices = source.tensors[name], None
+        if is_parallel():
+            slices = own_slices(name, tensor.shape, model.config)
+            if slices is None:
+                continue
+            tensor = PartOfTensor(tensor, slices)
         # the parameter takes the array's own memory over
-        parameter.set_data(Tensor.from_numpy(read_as(source.tensors[name], FORMATS[parameter.dtype])))
+        parameter.set_data(Tensor.from_numpy(read_as(tensor, FORMATS[parameter.dtype])), slices is not None)
+        parameter.sliced = slices is not None       # or the compiler would cut it again
 
 
 def read_as(tensor: LazyTensor, dtype: str) -> np.ndarray:

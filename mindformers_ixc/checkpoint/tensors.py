@@ -158,6 +158,24 @@ def _as_bytes(piece: tuple[int, np.ndarray]) -> tuple[int, np.ndarray]:
     return piece[0], np.ascontiguousarray(piece[1]).reshape(-1)
 
 
+class PartOfTensor(LazyTensor):
+    """A part of another tensor.
+
+    Args:
+        tensor: the whole; at least one axis.
+        slices: one a axis, with start and stop.
+    """
+
+    def __init__(self, tensor: LazyTensor, slices: tuple[slice, ...]):
+        self.tensor, self.slices, self.dtype = tensor, slices, tensor.dtype
+        self.shape = tuple(part.stop - part.start for part in slices)
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """Rows `begin` to `end`; see `LazyTensor`."""
+        first = self.slices[0].start
+        return self.tensor.rows(first + begin, first + end)[(slice(None), *self.slices[1:])]
+
+
 class ArrayTensor(LazyTensor):
     """A tensor that is in memory.
 

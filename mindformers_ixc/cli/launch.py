@@ -89,7 +89,9 @@ def launch(arguments: argparse.Namespace) -> int:
     given = _given_mailbox(len(ranks) < arguments.devices) if on_cpu else None
     logs = Path(arguments.log_dir or Path(fields.get("output_dir") or "output") / "rank_logs").resolve()
     # pipeline stages: the loss is known to the last one, and its first rank reports it
-    reporter = arguments.devices - arguments.devices // layout_of(fields).pipeline_stage
+    reporter = 0
+    if fields.get("run_mode") != "predict":
+        reporter = arguments.devices - arguments.devices // layout_of(fields).pipeline_stage
     try:
         with _stopped_by_signals(), tempfile.TemporaryDirectory() as scratch:
             environment = _environment()

@@ -12,6 +12,7 @@ from mindformers_ixc.generation.engine import InferenceEngine
 from mindformers_ixc.generation.sampling import GenerationError, GenerationOptions
 from mindformers_ixc.generation.search import beam_search, decode_steps, greedy_or_sample
 from mindformers_ixc.generation.text import TextStream
+from mindformers_ixc.parallel.stages import is_parallel
 from mindformers_ixc.processing.processor import EncodedSample, IXC25Processor
 from mindformers_ixc.processing.prompt import END_OF_TURN
 
@@ -119,6 +120,8 @@ class Assistant:
         longest = max(len(sample.input_ids) for sample in samples)
         self._check_length(longest)
         options = replace(options, max_new_tokens=min(options.max_new_tokens, self.longest - longest))
+        if is_parallel() and options.seed is None:
+            options = replace(options, seed=0)      # every rank draws, and all must draw alike
         return self.engine.decoder(list(samples), options.max_new_tokens, mode, options.num_beams), options
 
     def _check_length(self, positions: int) -> None:

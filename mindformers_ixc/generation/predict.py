@@ -5,10 +5,13 @@ import json
 import os
 from pathlib import Path
 
+from mindformers.tools.utils import get_real_rank
+from mindspore.mint.distributed import barrier
 from tqdm import tqdm
 
 from mindformers_ixc.data.conversations import DataError
 from mindformers_ixc.data.requests import Request
+from mindformers_ixc.parallel.stages import is_parallel
 
 
 class Predictions:
@@ -20,6 +23,7 @@ class Predictions:
         folder: output folder of the run.
         requests: lines of the request file.
         run: what must be the same for answers to belong together (model, options), JSON-serialisable.
+        writes: whether this process writes; in a parallel run all know all answers and one of them does.
 
     Attributes:
         done: answers that an earlier run has left.
@@ -28,8 +32,8 @@ class Predictions:
         DataError: when the folder holds answers to other requests or of another model or options.
     """
 
-    def __init__(self, folder: str | os.PathLike, requests: list[Request], run: dict):
-        folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, requests: list[Request], run: dict, writes: bool = True):
+        folder, self.writes = Path(folder), writes
         self.requests, self.run = requests, json.loads(json.dumps(run, default=str))
         self.target, self.part = folder / "predictions.jsonl", folder / "predictions.part.jsonl"
         self.run_file = folder / "predictions.run.json"
@@ -37,7 +41,7 @@ class Predictions:
         present = next((path for path in (self.target, self.part) if path.exists()), None)
         if present is not None:
             self.done = self._earlier(present)
-        elif not self.run_file.exists():
+        elif writes and not self.run_file.exists():
             self.run_file.write_text(json.dumps(self.run, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
     def _earlier(self, path: Path) -> list[dict]:
@@ -56,7 +60,7 @@ class Predictions:
                 raise DataError(f"{path}, line {number}: an answer to another request than this run's; {advice}")
         if len(answers) > len(self.requests):
             raise DataError(f"{path} has {len(answers)} answers to {len(self.requests)} requests; {advice}")
-        if path == self.part and len(whole) < len(text):
+        if self.writes and path == self.part and len(whole) < len(text):
             os.truncate(path, len(whole.encode("utf-8")))
         return answers
 
@@ -69,15 +73,16 @@ class Predictions:
         """Appends the next answers, `{"answer": text}` or `{"error": sentence}` each."""
         rows = [{"request": request.line, **result}
                 for request, result in zip(self.requests[len(self.done):], results)]
-        with open(self.part, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
+        if self.writes:
+            with open(self.part, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
         self.done += rows
 
     def close(self) -> None:
         """Gives the finished file its name."""
-        if self.part.exists():
+        if self.writes and self.part.exists():
             self.part.replace(self.target)
 
 
@@ -118,10 +123,13 @@ def predict(assistant, requests: list[Request], folder: str | os.PathLike, run: 
     Raises:
         DataError: as `Predictions`.
     """
-    predictions = Predictions(folder, requests, run)
+    writes = get_real_rank() == 0
+    predictions = Predictions(folder, requests, run, writes)
+    if is_parallel():
+        barrier()       # all must have read what is there before one of them writes
     answering = None if predictions.finished else assistant()
     with tqdm(total=len(requests), initial=len(predictions.done), desc="answering", unit="request",
-              disable=None) as bar:
+              disable=None if writes else True) as bar:
         while not predictions.finished:
             start = len(predictions.done)
             batch = requests[start:start + size]

@@ -89,7 +89,14 @@ class Slot:
 
     def reorder(self, rows: np.ndarray) -> None:
         """Makes row i hold what row `rows[i]` held."""
-        self._reorder(Tensor(self.source(rows).astype(np.int32)))
+        source = Tensor(self.source(rows).astype(np.int32))
+        if not is_parallel():
+            self._reorder(source)
+            return
+        # every device holds whole rows of its heads, so each reorders its own; a graph would have to span all stages
+        for cache in self.caches:
+            for parameter in (cache.keys, cache.values):
+                F.assign(parameter, F.gather(parameter, source, 0))
 
 
 class ContiguousSlot(Slot):
@@ -195,12 +202,9 @@ class ShardedSlot(Slot):
         new, later = self.positions == at[:, None], self.positions > at[:, None]           # (B, S)
         return new.astype(np.float32)[:, None, :, None], (later * np.float32(MASKED))[:, None, None, :]
 
-    def reorder(self, rows: np.ndarray) -> None:
-        """As `Slot.reorder`, without a graph: every device holds whole rows, and a pipeline has no part in this."""
-        source = Tensor(rows.astype(np.int32))
-        for cache in self.caches:
-            for parameter in (cache.keys, cache.values):
-                F.assign(parameter, F.gather(parameter, source, 0))
+    def source(self, rows: np.ndarray) -> np.ndarray:
+        """See `Slot.source`."""
+        return rows
 
 
 def make_slot(config: IXC25Config, batch: int, positions: int) -> Slot:

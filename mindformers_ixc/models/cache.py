@@ -19,6 +19,7 @@ from mindformers_ixc import native
 from mindformers_ixc.config import IXC25Config
 from mindformers_ixc.models.attention import AttentionCore
 from mindformers_ixc.models.internlm2 import MASKED, MergeHeads, SplitHeads
+from mindformers_ixc.parallel.stages import is_parallel
 
 # Queries of a prompt that attend at once: long prompts need no L x L scores, and skip half of the work.
 CHUNK = 512
@@ -220,16 +221,34 @@ class PagedCache(nn.Cell):
         self.to_positions = P.Transpose()
         self.swap = P.Gather()
         self.halves = Tensor([1, 0], mstype.int32)
+        self.greater = P.Greater()
         self.slice = P.Slice()
         self.mul = P.Mul()
         self.add = P.Add()
         self.cast = P.Cast()
         self.reshape = P.Reshape()
+        if is_parallel():
+            self.shard(config.parallel_config)
+
+    def shard(self, parallel_config) -> None:
+        """Cuts key/value heads and with them the blocks; rows and positions are whole on every device."""
+        tp = parallel_config.model_parallel
+        heads = (1, tp, 1, 1)
+        self.manager.shard(parallel_config)
+        self.flash.flash_attention.shard((heads, heads, heads, (1, 1)))      # its own method wants masks by sample
+        self.split.shard(1, tp)
+        self.merge.shard(1, tp)
+        self.greater.shard(((1, 1), (1, 1)))
+        self.to_positions.shard((heads,))
+        self.swap.shard(((1, tp, 1, 1, 1), (1,)))
+        self.slice.shard((heads,))
+        self.mul.shard((heads, (1, 1, 1, 1)))
+        self.add.shard((heads, heads))
 
     def prefill_mask(self, length):
         """What `prefill` of every layer takes as `mask`: uint8 `(L, L)`, 1 where a position must not be seen."""
         positions = F.arange(length)
-        return self.cast(F.greater(self.reshape(positions, (1, length)), self.reshape(positions, (length, 1))),
+        return self.cast(self.greater(self.reshape(positions, (1, length)), self.reshape(positions, (length, 1))),
                          mstype.uint8)
 
     def decode_mask(self, *_):

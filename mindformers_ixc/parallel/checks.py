@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mindformers_ixc.checkpoint.model_config import read_config
 from mindformers_ixc.config import ConfigError, IXC25Config
 from mindformers_ixc.parallel.cuts import allowed_degrees, check_degree, check_stages
+from mindformers_ixc.parallel.inference import inference_layout
 from mindformers_ixc.parallel.stages import stages_of_layers
 
 DEGREES = ("data_parallel", "model_parallel", "pipeline_stage", "micro_batch_num")
@@ -62,13 +64,14 @@ def layout_of(fields: dict) -> Layout:
     return Layout(**values)
 
 
-def check_layout(config: IXC25Config, layout: Layout, devices: int | None = None) -> None:
+def check_layout(config: IXC25Config, layout: Layout, devices: int | None = None, replicas: bool = True) -> None:
     """Refuses a layout that a model or a cluster cannot have.
 
     Args:
         config: sizes of the model.
         layout: of the run.
         devices: of the cluster; not compared if unknown.
+        replicas: whether data parallel is to be among the suggestions.
 
     Raises:
         ConfigError: naming the values found and those that work.
@@ -91,7 +94,7 @@ def check_layout(config: IXC25Config, layout: Layout, devices: int | None = None
     if devices is not None and layout.devices != devices:
         raise ConfigError(
             f"{layout} are {layout.devices} devices, but there are {devices}. The degrees that fill them: "
-            f"{_suggestions(config, devices)}.")
+            f"{_suggestions(config, devices, replicas)}.")
 
 
 def check_run(fields: dict, devices: int | None = None) -> None:
@@ -124,16 +127,29 @@ def check_run(fields: dict, devices: int | None = None) -> None:
     if isinstance(mode, bool) or mode not in (*GRAPH_MODES, *DATA_MODES):
         raise ConfigError(f"parallel.parallel_mode is {mode!r}; the choices are 0 (data parallel), 1 (semi-auto "
                           "parallel), 2 (auto parallel, here the same as 1) and 3 (hybrid, here the same as 0).")
-    trains = fields.get("run_mode") != "predict"
+    if fields.get("run_mode") == "predict":
+        _check_inference(fields, mode, layout, devices)
+        return
     if mode in DATA_MODES:
-        _check_data_mode(parallel, layout, devices, trains)
+        _check_data_mode(parallel, layout, devices)
         return
     sequence = bool((fields.get("parallel_config") or {}).get("use_seq_parallel"))
     sizes = {key: value for key, value in section.items() if key != "type"}
     config = IXC25Config(**{**sizes, "parallel_config": {"use_seq_parallel": sequence}})
     check_layout(config, layout, devices)
-    if trains:
-        _check_batches(fields, parallel, layout)
+    _check_batches(fields, parallel, layout)
+
+
+def _check_inference(fields: dict, mode, layout: Layout, devices: int) -> None:
+    """Checks a run that answers; the model is that of the directory."""
+    if mode in DATA_MODES:
+        raise ConfigError(f"parallel.parallel_mode is {mode!r}, in which every device would have a whole model and "
+                          "give the same answers; set it to 1 (semi-auto parallel).")
+    section = fields["model"]["model_config"]
+    parallel_config = inference_layout(layout)
+    placed = {key: section[key] for key in ("vision_parallel", "offset") if key in section}
+    config = read_config(fields["load_checkpoint"], parallel_config=parallel_config, **placed)
+    check_layout(config, replace(layout, micro_batch_num=layout.pipeline_stage), devices, replicas=False)
 
 
 def _devices_here() -> int:
@@ -145,14 +161,14 @@ def _devices_here() -> int:
                       "to False.")
 
 
-def _check_data_mode(parallel: dict, layout: Layout, devices: int, trains: bool) -> None:
+def _check_data_mode(parallel: dict, layout: Layout, devices: int) -> None:
     """Checks a run in which every device has a whole model; MindFormers takes no notice of the layout then."""
     if layout.model_parallel * layout.pipeline_stage > 1 or layout.data_parallel != devices:
         raise ConfigError(
             f"parallel.parallel_mode is {parallel['parallel_mode']!r}, in which each of the {devices} devices trains a "
             f"whole model on samples of its own, but parallel_config has {layout}; set data_parallel to {devices} and "
             "the others to 1, or parallel_mode to 1 (semi-auto parallel).")
-    if trains and not parallel["gradients_mean"]:
+    if not parallel["gradients_mean"]:
         raise ConfigError(
             f"parallel.gradients_mean is False, so in parallel_mode {parallel['parallel_mode']!r} the gradients would "
             f"be {devices} times those of the batch; set it to True.")
@@ -221,6 +237,6 @@ def _is_allowed(config: IXC25Config, layout: Layout) -> bool:
     return True
 
 
-def _suggestions(config: IXC25Config, devices: int) -> str:
-    shown = [str(layout) for layout in layouts_for(config, devices)]
+def _suggestions(config: IXC25Config, devices: int, replicas: bool) -> str:
+    shown = [str(layout) for layout in layouts_for(config, devices) if replicas or layout.data_parallel == 1]
     return "; ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "") if shown else "none"

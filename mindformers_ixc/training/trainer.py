@@ -9,7 +9,7 @@ from pathlib import Path
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
-from mindformers.tools.utils import get_output_root_path
+from mindformers.tools.utils import get_output_root_path, get_real_rank
 from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
 
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
@@ -23,6 +23,7 @@ from mindformers_ixc.generation.public import check_mode, known_options
 from mindformers_ixc.generation.sampling import GenerationOptions
 from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
 from mindformers_ixc.models.preference import REPORT_SIZE, IXC25ForPreference
+from mindformers_ixc.parallel.inference import inference_layout, share_results
 from mindformers_ixc.parallel.stages import is_parallel, reports_loss
 from mindformers_ixc.training.checkpoints import use_safe_checkpoints
 from mindformers_ixc.training.evaluation import Evaluation
@@ -35,7 +36,7 @@ PREDICT_BATCH_SIZE = 4
 
 # Fields of the YAML's model section that run_mode predict takes; everything else comes from the model directory.
 INFERENCE_FIELDS = ("use_past", "block_size", "num_blocks", "compute_dtype", "param_init_type",
-                    "layernorm_compute_type", "softmax_compute_type")
+                    "layernorm_compute_type", "softmax_compute_type", "vision_parallel", "offset")
 
 
 def check_sections_agree(config) -> None:
@@ -247,9 +248,13 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         folder = get_output_root_path()
         section = dict(config.model.model_config) if config.model else {}
         fields = {key: section[key] for key in INFERENCE_FIELDS if key in section}
+        if is_parallel():
+            share_results()
+            fields["parallel_config"] = inference_layout(config.parallel_config)
         answers = predict(lambda: Assistant.from_directory(config.load_checkpoint, **fields),
                           read_requests(input_data), folder, run, size, mode, options)
         failed = sum("error" in answer for answer in answers)
         note = f" {failed} of {len(answers)} requests failed; their lines have an 'error'." if failed else ""
-        print(f"The answers are in {folder}/predictions.jsonl.{note}", file=sys.stderr, flush=True)
+        if get_real_rank() == 0:
+            print(f"The answers are in {folder}/predictions.jsonl.{note}", file=sys.stderr, flush=True)
         return answers

@@ -1,0 +1,70 @@
+"""Inference in a parallel layout: which layouts there are, and what of the weights a rank loads."""
+from __future__ import annotations
+
+import mindspore as ms
+from mindformers.tools.utils import get_real_rank
+
+from mindformers_ixc.checkpoint.names import layer_of
+from mindformers_ixc.config import ConfigError, IXC25Config
+from mindformers_ixc.parallel.cuts import cut_axis
+from mindformers_ixc.parallel.stages import stages_of_layers
+
+
+def inference_layout(degrees) -> dict:
+    """The `parallel_config` of a model that answers, from that of a run.
+
+    Args:
+        degrees: has `data_parallel`, `model_parallel` and `pipeline_stage`.
+
+    Raises:
+        ConfigError: for data parallel, which has no meaning here.
+    """
+    replicas = degrees.data_parallel
+    if replicas != 1:
+        raise ConfigError(
+            f"parallel_config.data_parallel is {replicas}, but in run_mode predict all devices answer the same "
+            "requests together; set it to 1, and split the request file over several runs to use more devices.")
+    # a decoded position cannot be cut, so the positions between the linears are whole, whatever training does
+    return {"data_parallel": 1, "model_parallel": degrees.model_parallel,
+            "pipeline_stage": degrees.pipeline_stage, "vocab_emb_dp": False, "use_seq_parallel": False}
+
+
+def share_results() -> None:
+    """Lets every rank have what the last pipeline stage computes: each of them chooses the next token."""
+    ms.set_auto_parallel_context(pipeline_result_broadcast=True)
+
+
+def stage_of_parameter(name: str, config: IXC25Config) -> int:
+    """Pipeline stage that uses a parameter.
+
+    Args:
+        name: public parameter name.
+        config: sizes, offset and number of stages.
+    """
+    stages, layer = config.parallel_config.pipeline_stage, layer_of(name)
+    if layer is not None:
+        return stages_of_layers(config, stages)[layer]
+    return stages - 1 if name.startswith(("model.norm.", "output.")) else 0
+
+
+def own_slices(name: str, shape: tuple[int, ...], config: IXC25Config) -> tuple[slice, ...] | None:
+    """What of a parameter this rank uses; `None` for one of another stage.
+
+    Ranks of a stage are in a row; data parallel is 1.
+
+    Args:
+        name: public parameter name.
+        shape: of the whole parameter.
+        config: sizes and layout.
+    """
+    degree, axis = config.parallel_config.model_parallel, cut_axis(name)
+    stage, device = divmod(get_real_rank(), degree)
+    if stage_of_parameter(name, config) != stage:
+        return None
+    if name.startswith("vit.") and config.vision_parallel != "heads":
+        axis = None
+    whole = [slice(0, size) for size in shape]
+    if axis is not None:
+        size = shape[axis] // degree
+        whole[axis] = slice(device * size, device * size + size)
+    return tuple(whole)
