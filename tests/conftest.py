@@ -25,6 +25,14 @@ def graph_mode_on_cpu():
     ms.set_device("CPU")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def same_weights():
+    """Models that tests build without weights of their own get the same ones in every run."""
+    import mindspore as ms
+
+    ms.set_seed(20240703)
+
+
 @pytest.fixture(scope="session")
 def goldens() -> Path:
     """Folder of reference outputs of the public model."""

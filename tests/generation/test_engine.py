@@ -10,6 +10,7 @@ from parity_device import sample_of
 
 from mindformers_ixc import native
 from mindformers_ixc.checkpoint.model_directory import load_model
+from mindformers_ixc.generation import slots
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.engine import bucket
 from mindformers_ixc.generation.sampling import GenerationOptions
@@ -104,6 +105,19 @@ def test_reordering_rows_moves_their_past(model):
     logits = decoder.step(np.array([7, 7]))
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
     np.testing.assert_allclose(logits[0], whole_logits(model, extended(samples[1], [7])), atol=2e-5)
+
+
+def test_caches_that_can_be_cut_hold_the_same(model, monkeypatch):
+    samples, found = [prompt(model, 9, 1, 0), prompt(model, 20, 0, 1)], []
+    for slot in (slots.ContiguousSlot, slots.ShardedSlot):
+        monkeypatch.setattr(slots, "ContiguousSlot", slot)
+        decoder = Assistant(model, None).engine.decoder(samples, NEW)
+        assert isinstance(decoder.slot, slot)
+        steps = [decoder.prefill(), decoder.step(np.array([5, 6]))]
+        decoder.reorder(np.array([1, 1]))
+        found.append(np.stack([*steps, decoder.step(np.array([7, 7])), decoder.step(np.array([8, 9]))]))
+    np.testing.assert_allclose(found[1], found[0], atol=2e-5)
+    np.testing.assert_allclose(found[1][2][0], found[1][2][1], atol=1e-6)
 
 
 def test_nothing_is_compiled_while_decoding_or_for_a_second_request(model, monkeypatch):

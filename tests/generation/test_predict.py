@@ -7,6 +7,7 @@ import pytest
 
 from mindformers_ixc.data.conversations import DataError
 from mindformers_ixc.data.requests import read_requests
+from mindformers_ixc.generation import predict as predicting
 from mindformers_ixc.generation.predict import predict
 
 LINES = ['{"query": "a"}', '{"query": "b", "images": "gone.png"}', "{not json", '{"query": "c", "colour": 1}', "",
@@ -95,3 +96,20 @@ def test_an_empty_file_is_an_error(tmp_path):
     (tmp_path / "none.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match="holds no requests"):
         read_requests(tmp_path / "none.jsonl")
+
+
+def test_of_parallel_processes_one_writes_and_all_know_the_answers(tmp_path, requests, monkeypatch):
+    monkeypatch.setattr(predicting, "get_real_rank", lambda: 1)
+    assert answers(go(Answering(), requests, tmp_path)) == ["A", None, None, None, "D", "E"]
+    assert not list(tmp_path.glob("predictions*"))
+    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt):
+        go(Answering(1), requests, tmp_path)
+    with open(tmp_path / "predictions.part.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"half')
+    left = (tmp_path / "predictions.part.jsonl").read_bytes()
+    monkeypatch.setattr(predicting, "get_real_rank", lambda: 1)
+    answering = Answering()
+    assert answers(go(answering, requests, tmp_path)) == ["A", None, None, None, "D", "E"]
+    assert answering.batches == [["d", "e"]]          # what is there already is not asked again
+    assert (tmp_path / "predictions.part.jsonl").read_bytes() == left

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mindformers_ixc.config import ConfigError, IXC25Config
-from mindformers_ixc.generation.slots import ContiguousSlot, PagedSlot
+from mindformers_ixc.generation.slots import ContiguousSlot, PagedSlot, ShardedSlot
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,9 +73,22 @@ class TestPaged:
             PagedSlot(config(compute_dtype=mstype.float32), 1, 8)
 
 
-def test_ascends_graphs_compile_with_its_fused_cells():
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "compile_ascend.py"], capture_output=True, text=True,
-                          timeout=300)
+def test_sharded_places():
+    slot = ShardedSlot(config(), 2, 4)
+    where, mask = slot.places(np.array([2, 0]))
+    assert where.shape == (2, 1, 4, 1)
+    assert where[:, 0, :, 0].tolist() == [[0, 0, 1, 0], [1, 0, 0, 0]]
+    assert mask.shape == (2, 1, 1, 4)
+    assert (mask[:, 0, 0] < -1e8).tolist() == [[False, False, False, True], [False, True, True, True]]
+    assert mask[0, 0, 0, 2] == 0
+    assert slot.source(np.array([1, 1])).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("layout", [[], ["--tensor", "2"], ["--tensor", "2", "--stages", "2", "--rank", "2"]],
+                         ids=["alone", "tp2", "second stage of two, tp2"])
+def test_ascends_graphs_compile_with_its_fused_cells(layout):
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "compile_ascend.py", *layout], capture_output=True,
+                          text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "caches: PagedSlot" in done.stdout
     assert "all fused operations are there" in done.stdout

@@ -46,6 +46,9 @@ REFUSED = [
     ({"parallel_config.expert_parallel": 2}, 2, "parallel_config.expert_parallel is 2, .* the only choice is 1"),
     ({"parallel_config.seq_split_num": 2}, 2, "parallel_config.seq_split_num is 2, .* the only choice is 1"),
     ({"micro_batch_interleave_num": 2}, 2, "^micro_batch_interleave_num is 2, .* the only choice is 1"),
+    # answering
+    ({"run_mode": "predict", "parallel_config.data_parallel": 2}, 2, "data_parallel is 2, but in run_mode predict all"),
+    ({"run_mode": "predict", "parallel.parallel_mode": 0}, 2, "is 0, in which every device would have a whole model"),
     # modes
     ({"parallel.parallel_mode": 4, "parallel_config.data_parallel": 2}, 2, r"parallel_mode is 4; the choices are 0 "),
     ({"parallel.parallel_mode": "STAND_ALONE", "parallel_config.data_parallel": 2}, 2, "is 'STAND_ALONE'; the choices"),
@@ -145,11 +148,19 @@ def test_every_launcher_is_understood(monkeypatch, nothing_starts, name):
     ({"parallel.parallel_mode": 3, "parallel.gradients_mean": True, "parallel_config.data_parallel": 4}, 4),
     ({"parallel_config.data_parallel": 2, "parallel.full_batch": False,
       "parallel.dataset_strategy": [[2, 1]] * 7}, 2),
-    ({"run_mode": "predict", "parallel.gradients_mean": True, "parallel_config.data_parallel": 2}, 2),
-    ({"run_mode": "predict", "parallel.parallel_mode": 0, "parallel_config.data_parallel": 2}, 2),
     ({"parallel": None, "parallel_config.data_parallel": 2}, 2)])
 def test_what_works_is_let_through(options, devices):
     check_run(fields_of(options), devices)
+
+
+def test_a_run_that_answers_is_held_against_the_model_of_its_directory(goldens):
+    fields = {"run_mode": "predict", "load_checkpoint": str(goldens / "t1")}       # 2 layers, 2 key/value groups
+    for layout in ({"model_parallel": 2}, {"pipeline_stage": 2, "micro_batch_num": 1}):
+        check_run(fields_of({**fields, **{f"parallel_config.{key}": value for key, value in layout.items()}}), 2)
+    with pytest.raises(ConfigError, match=r"but there are 4. The degrees that fill them: dp 1 x tp 2 x pp 2\.$"):
+        check_run(fields_of({**fields, "parallel_config.model_parallel": 2}), 4)
+    with pytest.raises(ConfigError, match=r"Tensor parallel 4 does not divide .*2 key/value groups"):
+        check_run(fields_of({**fields, "parallel_config.model_parallel": 4}), 4)
 
 
 def test_a_run_without_use_parallel_or_of_another_model_is_not_looked_at():
