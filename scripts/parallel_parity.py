@@ -160,7 +160,7 @@ def check_layouts(out: Path, names: list[str], epochs: int) -> int:
         good = loss <= BAR and not weight > BAR
         failed += not good
         shown = "" if np.isnan(weight) else f"{weight:.1e}"
-        print(f"{name:12} {steps:5} {loss:15.1e} {shown:>18} {time.perf_counter() - began:8.0f} "
+        print(f"{name:14} {steps:5} {loss:15.1e} {shown:>18} {time.perf_counter() - began:8.0f} "
               f"{'ok' if good else 'MISSED'}", flush=True)
     return failed
 
@@ -190,7 +190,7 @@ def check_resume(out: Path, epochs: int) -> int:
     expected = rows_of(out / "single")
     loss = max(abs(rows[row["step"]]["loss"] - row["loss"]) / row["loss"] for row in expected)
     good = loss <= BAR and all(rows[row["step"]]["samples"] == row["samples"] for row in expected)
-    print(f"{'resume':12} {len(rows):5} {loss:15.1e} {'':>18} {time.perf_counter() - began:8.0f} "
+    print(f"{'resume':14} {len(rows):5} {loss:15.1e} {'':>18} {time.perf_counter() - began:8.0f} "
           f"{'ok' if good else 'MISSED'}", flush=True)
     return int(not good)
 
@@ -209,7 +209,7 @@ def check_preferences(out: Path) -> int:
         ours, theirs = (rows_of(out / f"dpo_{one}") for one in (name, "single"))
         worst = max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(ours, theirs) for key in ("loss", "grad_norm"))
         failed += not worst <= BAR
-        print(f"{'dpo ' + name:12} {len(ours):5} {worst:15.1e} {'':>18} {time.perf_counter() - began:8.0f} "
+        print(f"{'dpo ' + name:14} {len(ours):5} {worst:15.1e} {'':>18} {time.perf_counter() - began:8.0f} "
               f"{'ok' if worst <= BAR else 'MISSED'}", flush=True)
     return failed
 
@@ -243,7 +243,7 @@ def check_inference(out: Path) -> int:
         worst = np.abs(ours["logits"] - alone["logits"]).max() / np.abs(alone["logits"]).max()
         same = all(np.array_equal(ours[key], alone[key]) for key in ("greedy", "beams", "file"))
         failed += not (worst <= BAR and same)
-        print(f"{'answers ' + name:14} {ANSWER_STEPS:3} {worst:15.1e} {'ids equal' if same else 'IDS DIFFER':>18} "
+        print(f"{'answers ' + name:14} {ANSWER_STEPS:5} {worst:15.1e} {'ids equal' if same else 'IDS DIFFER':>18} "
               f"{time.perf_counter() - began:8.0f} {'ok' if worst <= BAR and same else 'MISSED'}", flush=True)
     return failed
 
@@ -265,7 +265,7 @@ def main() -> int:
         trains = set(arguments.layouts) & {*LAYOUTS, "resume"}
         if trains and not (out / "single" / "model").is_dir():
             run(Layout(), out / "single", {**options_of(Layout(), epochs, 1000), "load_checkpoint": out / "start"})
-        print(f"{'layout':12} {'steps':>5} {'loss, relative':>15} {'weights, relative':>18} {'seconds':>8}")
+        print(f"{'layout':14} {'steps':>5} {'loss, relative':>15} {'weights, relative':>18} {'seconds':>8}")
         failed = check_layouts(out, [name for name in arguments.layouts if name in LAYOUTS], epochs)
         if "resume" in arguments.layouts:
             failed += check_resume(out, epochs)

@@ -16,6 +16,7 @@ from mindformers_ixc.models.cache import ContiguousCache, NativeCache, PagedCach
 from mindformers_ixc.models.device import on_ascend
 from mindformers_ixc.models.internlm2 import MASKED
 from mindformers_ixc.models.sharded_cache import ShardedCache
+from mindformers_ixc.parallel.inference import own_layers
 from mindformers_ixc.parallel.stages import is_parallel
 
 
@@ -63,6 +64,7 @@ class Slot:
 
     Args:
         caches: one a layer.
+        config: of the model.
 
     Attributes:
         graphs: prefill and decode graph of each mode used so far.
@@ -71,9 +73,10 @@ class Slot:
 
     query_scale = 1.0
 
-    def __init__(self, caches: nn.CellList):
+    def __init__(self, caches: nn.CellList, config: IXC25Config):
         self.caches, self.graphs = caches, {}
-        self._reorder = ReorderGraph(caches)
+        self._reorder = None if is_parallel() else ReorderGraph(caches)
+        self._own = own_layers(config) if is_parallel() else []
 
     def start(self, lengths: np.ndarray, positions: int) -> np.ndarray:
         """Begins with prompts of `lengths` `(B,)` padded to `positions`; the places their keys and values go to."""
@@ -90,12 +93,12 @@ class Slot:
     def reorder(self, rows: np.ndarray) -> None:
         """Makes row i hold what row `rows[i]` held."""
         source = Tensor(self.source(rows).astype(np.int32))
-        if not is_parallel():
+        if self._reorder is not None:
             self._reorder(source)
             return
         # every device holds whole rows of its heads, so each reorders its own; a graph would have to span all stages
-        for cache in self.caches:
-            for parameter in (cache.keys, cache.values):
+        for layer in self._own:
+            for parameter in (self.caches[layer].keys, self.caches[layer].values):
                 F.assign(parameter, F.gather(parameter, source, 0))
 
 
@@ -110,7 +113,8 @@ class ContiguousSlot(Slot):
 
     def __init__(self, config: IXC25Config, batch: int, positions: int):
         cache = NativeCache if native.available(config.compute_dtype, config.softmax_compute_type) else ContiguousCache
-        super().__init__(nn.CellList([cache(config, batch, positions) for _ in range(config.num_hidden_layers)]))
+        layers = range(config.num_hidden_layers)
+        super().__init__(nn.CellList([cache(config, batch, positions) for _ in layers]), config)
         self.kv, self.entries = config.num_key_value_heads, np.arange(batch * config.num_key_value_heads)
         self.query_scale = config.head_size ** -0.5
 
@@ -150,7 +154,7 @@ class PagedSlot(Slot):
             raise ConfigError(f"num_blocks is {blocks}, but {batch} row(s) of up to {positions} positions take "
                               f"{batch * self.blocks_a_row} blocks of block_size {size}; raise num_blocks or ask for "
                               "less at once.")
-        super().__init__(nn.CellList([PagedCache(config) for _ in range(config.num_hidden_layers)]))
+        super().__init__(nn.CellList([PagedCache(config) for _ in range(config.num_hidden_layers)]), config)
         self.tables = BlockTables(blocks, size, self.blocks_a_row * size)
         self.batch, self.blocks = batch, blocks
 
@@ -190,7 +194,8 @@ class ShardedSlot(Slot):
     """
 
     def __init__(self, config: IXC25Config, batch: int, positions: int):
-        super().__init__(nn.CellList([ShardedCache(config, batch, positions) for _ in range(config.num_hidden_layers)]))
+        layers = range(config.num_hidden_layers)
+        super().__init__(nn.CellList([ShardedCache(config, batch, positions) for _ in layers]), config)
         self.positions, self.query_scale = np.arange(positions), config.head_size ** -0.5
 
     def start(self, lengths: np.ndarray, positions: int) -> np.ndarray:

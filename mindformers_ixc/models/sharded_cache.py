@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
-import numpy as np
 from mindspore import Parameter, Tensor, nn
+from mindspore.common.initializer import initializer
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
@@ -29,9 +29,10 @@ class ShardedCache(nn.Cell):
         self.batch, self.positions = batch, positions
         self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
         self.dtype, self.softmax_dtype = config.compute_dtype, config.softmax_compute_type
-        zeros = np.zeros((batch, self.kv, positions, self.size), mstype.dtype_to_nptype(config.compute_dtype))
-        self.keys = Parameter(Tensor(zeros), name="key_cache", requires_grad=False)
-        self.values = Parameter(Tensor(zeros), name="value_cache", requires_grad=False)
+        # an initializer, so that a device makes its slice of its own stage's only
+        zeros = initializer("zeros", (batch, self.kv, positions, self.size), config.compute_dtype)
+        self.keys = Parameter(zeros, name="key_cache", requires_grad=False)
+        self.values = Parameter(zeros, name="value_cache", requires_grad=False)
         self.split, self.merge = SplitHeads(config), MergeHeads(config)
         self.core = AttentionCore(self.size, config.softmax_compute_type)
         self.causal_mask = CausalMask(config, additive=True)

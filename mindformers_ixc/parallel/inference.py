@@ -47,6 +47,13 @@ def stage_of_parameter(name: str, config: IXC25Config) -> int:
     return stages - 1 if name.startswith(("model.norm.", "output.")) else 0
 
 
+def own_layers(config: IXC25Config) -> list[int]:
+    """Decoder layers of this rank's pipeline stage."""
+    stage = get_real_rank() // config.parallel_config.model_parallel
+    stages = stages_of_layers(config, config.parallel_config.pipeline_stage)
+    return [layer for layer, place in enumerate(stages) if place == stage]
+
+
 def own_slices(name: str, shape: tuple[int, ...], config: IXC25Config) -> tuple[slice, ...] | None:
     """What of a parameter this rank uses; `None` for one of another stage.
 

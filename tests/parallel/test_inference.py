@@ -13,7 +13,7 @@ from mindformers_ixc.checkpoint.writing import Options, expected_layouts
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.parallel import inference
 from mindformers_ixc.parallel.checks import Layout
-from mindformers_ixc.parallel.inference import inference_layout, own_slices
+from mindformers_ixc.parallel.inference import inference_layout, own_layers, own_slices
 
 
 def config(tensor: int, stages: int, **fields) -> IXC25Config:
@@ -46,6 +46,7 @@ def test_a_replicated_tower_is_whole_and_an_offset_moves_layers(monkeypatch):
     monkeypatch.setattr(inference, "get_real_rank", lambda: 2)
     norms = [own_slices(f"model.layers.{layer}.ffn_norm.weight", (4096,), sizes) for layer in (12, 13)]
     assert norms == [None, (slice(0, 4096),)]
+    assert own_layers(sizes) == list(range(13, 32))
 
 
 def test_replicas_have_no_meaning():
