@@ -18,36 +18,39 @@ from pathlib import Path
 import numpy as np
 
 STEPS = 6
+STARTED = "PARALLEL_ANSWERS"         # told to ranks, which would otherwise start others
 
 
-def launch(model: Path, picture: Path, tensor: int, stages: int, result: Path) -> None:
-    """Starts the ranks of a layout and waits for them.
+def run_ranks(count: int, folder: Path, script: Path, *arguments) -> None:
+    """Runs a script under msrun, with a mailbox of its own; with a single rank, alone.
 
     Raises:
-        RuntimeError: with the ends of their logs when one fails.
+        RuntimeError: with the ends of the ranks' logs when one fails.
     """
     from mindformers_ixc.parallel import cpu
 
-    count = tensor * stages
-    arguments = [str(Path(__file__).resolve()), *map(str, (model, picture, tensor, stages, result))]
+    words, environment = [str(script), *map(str, arguments)], {**os.environ, STARTED: "1"}
+    command = [sys.executable, *words]
+    if count > 1:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port = server.getsockname()[1]
+        # msrun starts the first `python` of the path
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment.update(cpu.preload_environment(), PATH=path, CPU_PARALLEL_TIMEOUT_S="120",
+                           CPU_PARALLEL_MAILBOX=str(folder / "mailbox"))
+        command = [str(Path(sys.executable).with_name("msrun")), "--worker_num", str(count), "--local_worker_num",
+                   str(count), "--master_port", str(port), "--log_dir", str(folder / "log"), "--join", "True", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    if done.returncode:
+        logs = [log.read_text(errors="replace")[-2000:] for log in sorted((folder / "log").glob("worker_*.log"))]
+        raise RuntimeError("\n".join(logs or [done.stderr[-3000:]]))
+
+
+def launch(model: Path, picture: Path, tensor: int, stages: int, result: Path) -> None:
+    """Starts the ranks of a layout and waits for them."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = dict(os.environ)
-        command = [sys.executable, *arguments]
-        if count > 1:
-            with socket.socket() as server:
-                server.bind(("127.0.0.1", 0))
-                port = server.getsockname()[1]
-            # msrun starts the first `python` of the path
-            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-            environment.update(cpu.preload_environment(), PATH=path, CPU_PARALLEL_TIMEOUT_S="120",
-                               CPU_PARALLEL_MAILBOX=str(Path(folder) / "mailbox"))
-            command = [str(Path(sys.executable).with_name("msrun")), "--worker_num", str(count), "--local_worker_num",
-                       str(count), "--master_port", str(port), "--log_dir", folder, "--join", "True", *arguments]
-        done = subprocess.run(command, env={**environment, "PARALLEL_ANSWERS": "1"}, capture_output=True, text=True,
-                              check=False, timeout=600)
-        if done.returncode:
-            logs = [log.read_text(errors="replace")[-2000:] for log in sorted(Path(folder).glob("worker_*.log"))]
-            raise RuntimeError("\n".join(logs or [done.stderr[-3000:]]))
+        run_ranks(tensor * stages, Path(folder), Path(__file__).resolve(), model, picture, tensor, stages, result)
 
 
 def join_ranks(stages: int) -> int:
@@ -86,7 +89,7 @@ def answer(model: str, picture: str, layout: dict) -> dict[str, np.ndarray]:
 
 def main(model: str, picture: str, tensor: str, stages: str, result: str) -> None:
     """One rank, or the start of all."""
-    if "PARALLEL_ANSWERS" not in os.environ:
+    if STARTED not in os.environ:
         launch(Path(model), Path(picture), int(tensor), int(stages), Path(result))
         return
     import mindspore as ms

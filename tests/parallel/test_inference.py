@@ -1,10 +1,13 @@
 """Inference in parallel layouts: what a rank loads, and answers over processes against those of one."""
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import parallel_answers
 import pytest
-from parallel_parity import write_start
+from parallel_parity import Layout as Run
+from parallel_parity import predict, write_start
 
 from mindformers_ixc import ConfigError, IXC25Config
 from mindformers_ixc.checkpoint.names import parameter_table
@@ -82,3 +85,13 @@ def test_answers_equal_the_single_process(start, tmp_path, tensor, stages):
     np.testing.assert_allclose(found["logits"], alone["logits"], atol=1e-5 * np.abs(alone["logits"]).max(), rtol=0)
     np.testing.assert_array_equal(found["greedy"], alone["greedy"])
     np.testing.assert_array_equal(found["beams"], alone["beams"])
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_file_of_the_single_process(start, tmp_path):
+    pictures = [str(demo_path(f"images/{name}.jpg")) for name in ("astronaut", "cameraman")]
+    alone = predict(Run(), tmp_path / "alone", start[0], pictures)
+    assert predict(Run(tp=2), tmp_path / "two", start[0], pictures) == alone
+    assert not list((tmp_path / "two").glob("predictions.part*"))
+    answers = [json.loads(line) for line in alone.decode().splitlines()]
+    assert ["error" in answer for answer in answers] == [False, False, True, False]

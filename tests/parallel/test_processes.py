@@ -1,8 +1,6 @@
 """Real tensor parallel over processes, from the slices `convert` writes: logits, and a few steps of training."""
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mindspore import Tensor
+from parallel_answers import run_ranks
 
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.checkpoint.model_directory import load_model, read_config
-from mindformers_ixc.parallel import cpu
 
 HERE = Path(__file__).parent
 LENGTH = 24
@@ -30,34 +28,13 @@ def batch(config) -> dict[str, np.ndarray]:
             "vision_index": rng.integers(0, rows, (2, LENGTH)).astype(np.int32) * mask, "image_mask": mask}
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def run_ranks(count: int, folder: Path, script: str, *arguments) -> None:
-    """Runs a worker script under msrun, with a mailbox of its own."""
-    mailbox = folder / "mailbox"
-    # msrun starts the first `python` of the path
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, **cpu.preload_environment(), "CPU_PARALLEL_MAILBOX": str(mailbox),
-                   "CPU_PARALLEL_TIMEOUT_S": "120", "PATH": path}
-    command = [str(Path(sys.executable).with_name("msrun")), "--worker_num", str(count), "--local_worker_num",
-               str(count), "--master_port", str(free_port()), "--log_dir", str(folder / "log"), "--join", "True",
-               str(HERE / script), *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
-    logs = "\n".join(log.read_text(errors="replace")[-2000:] for log in sorted((folder / "log").glob("worker_*.log")))
-    assert result.returncode == 0, logs
-
-
 @pytest.mark.slow
 def test_logits_equal_the_single_process(tmp_path, goldens):
     convert(goldens / "t1", tmp_path / "cut", tensor_parallel=2, mode="write")
     model = load_model(goldens / "t1", seq_length=LENGTH, max_tiles=3, adapter_mode="write")
     arrays = batch(model.config)
     np.savez(tmp_path / "inputs.npz", **arrays)
-    run_ranks(2, tmp_path, "rank_logits.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "logits.npy")
+    run_ranks(2, tmp_path, HERE / "rank_logits.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "logits.npy")
     expected = model(Tensor(arrays["input_ids"]), None,
                      *(Tensor(arrays[name]) for name in ("pixel_values", "vision_index", "image_mask"))).asnumpy()
     found = np.load(tmp_path / "logits.npy")
@@ -72,7 +49,7 @@ def test_losses_of_training_equal_the_single_process(tmp_path, goldens):
     arrays = batch(read_config(goldens / "t1"))
     labels = np.where(arrays["image_mask"] == 1, -100, np.roll(arrays["input_ids"], -1, axis=1)).astype(np.int32)
     np.savez(tmp_path / "inputs.npz", labels=labels, **arrays)
-    run_ranks(2, tmp_path, "train_steps.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "two.npy")
+    run_ranks(2, tmp_path, HERE / "train_steps.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "two.npy")
     subprocess.run([sys.executable, str(HERE / "train_steps.py"), str(goldens / "t1"), str(tmp_path / "inputs.npz"),
                     str(tmp_path / "one.npy")], check=True, capture_output=True)
     one, two = np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy")
