@@ -58,16 +58,15 @@ def load_weights(model: PreTrainedModel, directory: str | os.PathLike) -> None:
         if tensor.shape != tuple(parameter.shape):
             raise CheckpointError(f"{directory} holds {name} with shape {tensor.shape}, the configuration asks for "
                                   f"{tuple(parameter.shape)}.")
-    for name, parameter in wanted.items():
-        tensor, slices = source.tensors[name], None
-        if is_parallel():
-            slices = own_slices(name, tensor.shape, model.config)
-            if slices is None:
-                continue
-            tensor = PartOfTensor(tensor, slices)
+    parts = {name: source.tensors[name] for name in wanted}
+    if is_parallel():
+        own = own_slices({name: tensor.shape for name, tensor in parts.items()}, model.config)
+        parts = {name: PartOfTensor(parts[name], slices) for name, slices in own.items()}
+    for name, tensor in parts.items():
+        parameter = wanted[name]
         # the parameter takes the array's own memory over
-        parameter.set_data(Tensor.from_numpy(read_as(tensor, FORMATS[parameter.dtype])), slices is not None)
-        parameter.sliced = slices is not None       # or the compiler would cut it again
+        parameter.set_data(Tensor.from_numpy(read_as(tensor, FORMATS[parameter.dtype])), is_parallel())
+        parameter.sliced = is_parallel()            # or the compiler would cut it again
 
 
 def read_as(tensor: LazyTensor, dtype: str) -> np.ndarray:

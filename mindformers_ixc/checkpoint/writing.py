@@ -11,14 +11,14 @@ from mindformers_ixc.checkpoint.dtypes import weight_format
 from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.layouts import Layout, Strategy, names_in, write_strategies
 from mindformers_ixc.checkpoint.model_config import write_config
-from mindformers_ixc.checkpoint.names import Entry, base_name, layer_of, parameter_table, part_of
+from mindformers_ixc.checkpoint.names import Entry, base_name, parameter_table, part_of
 from mindformers_ixc.checkpoint.sources import CONFIG_FILE, INDEX_FILES, SUFFIXES, Source
 from mindformers_ixc.checkpoint.streaming import Item, Output, WorkFolder, is_file_target, write_items
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.config import IXC25Config
 from mindformers_ixc.parallel.compile_layout import MODES, LayoutError, compile_layouts
 from mindformers_ixc.parallel.cuts import cut_axis
-from mindformers_ixc.parallel.stages import layer_stages
+from mindformers_ixc.parallel.stages import layer_stages, stage_of_parameter
 
 # Bytes of a shard at most, unless it is one tensor; Hugging Face's default.
 SHARD_BYTES = 5 * 10**9
@@ -192,10 +192,8 @@ def expected_layouts(config: IXC25Config, options: Options) -> dict[str, tuple[L
     for name, entry in parameter_table(config).items():
         in_graph = entry.part in used if entry.part.startswith("task_lora") else ".post_layernorm." not in name
         axis = cut_axis(name) if in_graph else None
-        layer, is_last = layer_of(name), name.startswith(("model.norm.", "output."))
-        stage = stages[layer] if layer is not None else (options.pipeline_stages - 1 if is_last else 0)
         tensor_map = tuple(0 if i == axis else -1 for i in range(len(entry.shape)))
-        layouts[name] = Layout((options.tensor_parallel,), tensor_map), stage
+        layouts[name] = Layout((options.tensor_parallel,), tensor_map), stage_of_parameter(name, stages)
     return layouts
 
 

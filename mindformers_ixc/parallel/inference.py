@@ -4,10 +4,9 @@ from __future__ import annotations
 import mindspore as ms
 from mindformers.tools.utils import get_real_rank
 
-from mindformers_ixc.checkpoint.names import layer_of
 from mindformers_ixc.config import ConfigError, IXC25Config
 from mindformers_ixc.parallel.cuts import cut_axis
-from mindformers_ixc.parallel.stages import stages_of_layers
+from mindformers_ixc.parallel.stages import stage_of_parameter, stages_of_layers
 
 
 def inference_layout(degrees) -> dict:
@@ -34,19 +33,6 @@ def share_results() -> None:
     ms.set_auto_parallel_context(pipeline_result_broadcast=True)
 
 
-def stage_of_parameter(name: str, config: IXC25Config) -> int:
-    """Pipeline stage that uses a parameter.
-
-    Args:
-        name: public parameter name.
-        config: sizes, offset and number of stages.
-    """
-    stages, layer = config.parallel_config.pipeline_stage, layer_of(name)
-    if layer is not None:
-        return stages_of_layers(config, stages)[layer]
-    return stages - 1 if name.startswith(("model.norm.", "output.")) else 0
-
-
 def own_layers(config: IXC25Config) -> list[int]:
     """Decoder layers of this rank's pipeline stage."""
     stage = get_real_rank() // config.parallel_config.model_parallel
@@ -54,24 +40,24 @@ def own_layers(config: IXC25Config) -> list[int]:
     return [layer for layer, place in enumerate(stages) if place == stage]
 
 
-def own_slices(name: str, shape: tuple[int, ...], config: IXC25Config) -> tuple[slice, ...] | None:
-    """What of a parameter this rank uses; `None` for one of another stage.
+def own_slices(shapes: dict[str, tuple[int, ...]], config: IXC25Config) -> dict[str, tuple[slice, ...]]:
+    """What this rank uses of the parameters of its stage.
 
     Ranks of a stage are in a row; data parallel is 1.
 
     Args:
-        name: public parameter name.
-        shape: of the whole parameter.
+        shapes: of whole parameters, by public name.
         config: sizes and layout.
     """
-    degree, axis = config.parallel_config.model_parallel, cut_axis(name)
-    stage, device = divmod(get_real_rank(), degree)
-    if stage_of_parameter(name, config) != stage:
-        return None
-    if name.startswith("vit.") and config.vision_parallel != "heads":
-        axis = None
-    whole = [slice(0, size) for size in shape]
-    if axis is not None:
-        size = shape[axis] // degree
-        whole[axis] = slice(device * size, device * size + size)
-    return tuple(whole)
+    layout, found = config.parallel_config, {}
+    own_stage, device = divmod(get_real_rank(), layout.model_parallel)
+    stages = stages_of_layers(config, layout.pipeline_stage)
+    for name, shape in shapes.items():
+        if stage_of_parameter(name, stages) != own_stage:
+            continue
+        slices, axis = [slice(0, size) for size in shape], cut_axis(name)
+        if axis is not None and not (name.startswith("vit.") and config.vision_parallel != "heads"):
+            size = shape[axis] // layout.model_parallel
+            slices[axis] = slice(device * size, device * size + size)
+        found[name] = tuple(slices)
+    return found

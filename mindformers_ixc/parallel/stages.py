@@ -6,7 +6,7 @@ import numpy as np
 from mindformers.tools.utils import get_real_group_size, get_real_rank
 from mindspore import lazy_inline
 
-from mindformers_ixc.checkpoint.names import linear_shapes
+from mindformers_ixc.checkpoint.names import layer_of, linear_shapes
 from mindformers_ixc.config import MODE_ADAPTERS, ConfigError, IXC25Config
 from mindformers_ixc.parallel.cuts import check_stages
 
@@ -76,6 +76,19 @@ def stages_of_layers(config: IXC25Config, stages: int) -> list[int]:
         counts[stage] += 1
         work[stage] += layer
     return np.repeat(np.arange(stages), counts).tolist()
+
+
+def stage_of_parameter(name: str, layer_stages: list[int]) -> int:
+    """Pipeline stage that uses a parameter.
+
+    Args:
+        name: public parameter name.
+        layer_stages: stage of each decoder layer; the last layer's is the last.
+    """
+    layer = layer_of(name)
+    if layer is not None:
+        return layer_stages[layer]
+    return layer_stages[-1] if name.startswith(("model.norm.", "output.")) else 0
 
 
 def work_of_sample(config: IXC25Config) -> tuple[float, float, float]:

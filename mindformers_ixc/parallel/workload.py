@@ -15,7 +15,7 @@ from mindformers_ixc.config import MODE_ADAPTERS, ConfigError, IXC25Config
 from mindformers_ixc.models.recompute import recomputed_layers
 from mindformers_ixc.parallel.checks import ABSENT_DEGREES, DEGREES, Layout, check_global_batch, check_layout, layout_of
 from mindformers_ixc.parallel.cuts import cut_axis
-from mindformers_ixc.parallel.stages import stages_of_layers
+from mindformers_ixc.parallel.stages import stage_of_parameter, stages_of_layers
 
 # Bytes of a number, by MindSpore's name of its dtype.
 DTYPE_BYTES = {"Float32": 4, "BFloat16": 2, "Float16": 2}
@@ -269,7 +269,6 @@ def local_parameters(workload: Workload) -> list[list[LocalParameter]]:
     tensor, ranks = layout.model_parallel, layout.data_parallel * layout.model_parallel
     item_bytes = dtype_bytes(config.param_init_type)
     unused = {f"task_lora.{task}" for task in config.task_lora_ranks if task not in workload.adapters}
-    stages, last = workload.layer_stages, layout.pipeline_stage - 1
     found: list[list[LocalParameter]] = [[] for _ in range(layout.pipeline_stage)]
     for entry, axis, layer in workload.table.entries:
         if entry.part in unused or entry.name.startswith(_NEVER_COMPUTED):
@@ -281,8 +280,7 @@ def local_parameters(workload: Workload) -> list[list[LocalParameter]]:
         replicas = ranks // tensor if axis is not None else ranks
         trained = workload.trains(entry.part)
         shards = workload.sharding.shards(entry, local, item_bytes, replicas) if trained else 1
-        stage = stages[layer] if layer is not None else \
-            last if entry.name in ("model.norm.weight", "output.weight") else 0
+        stage = stage_of_parameter(entry.name, workload.layer_stages)
         found[stage].append(LocalParameter(
             entry.name, entry.part, entry.shape, (local[0] // shards, *local[1:]), shards,
             shards * (tensor if axis is not None else 1), replicas, trained, item_bytes, stage, layer))

@@ -28,13 +28,13 @@ def test_ranks_load_what_convert_would_give_them(monkeypatch, tensor, stages):
     sizes, found = config(tensor, stages), {}
     for rank in range(tensor * stages):
         monkeypatch.setattr(inference, "get_real_rank", lambda rank=rank: rank)
-        found[rank] = {name: own_slices(name, entry.shape, sizes) for name, entry in parameter_table(sizes).items()}
+        found[rank] = own_slices({name: entry.shape for name, entry in parameter_table(sizes).items()}, sizes)
     expected = expected_layouts(sizes, Options(tensor_parallel=tensor, pipeline_stages=stages, mode="all"))
     for name, entry in parameter_table(sizes).items():
         layout, stage = expected[name]
         for rank, slices in found.items():
             if rank // tensor != stage:
-                assert slices[name] is None
+                assert name not in slices
             else:
                 assert slices[name] == layout.slices(entry.shape, rank % tensor)
 
@@ -42,13 +42,14 @@ def test_ranks_load_what_convert_would_give_them(monkeypatch, tensor, stages):
 def test_a_replicated_tower_is_whole_and_an_offset_moves_layers(monkeypatch):
     monkeypatch.setattr(inference, "get_real_rank", lambda: 3)
     tower = "vit.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
-    assert own_slices(tower, (4096, 1024), config(4, 1, vision_parallel="replicated")) == (slice(0, 4096),
-                                                                                           slice(0, 1024))
-    assert own_slices(tower, (4096, 1024), config(4, 1)) == (slice(3072, 4096), slice(0, 1024))
+    shapes = {tower: (4096, 1024)}
+    replicated = own_slices(shapes, config(4, 1, vision_parallel="replicated"))
+    assert replicated == {tower: (slice(0, 4096), slice(0, 1024))}
+    assert own_slices(shapes, config(4, 1)) == {tower: (slice(3072, 4096), slice(0, 1024))}
     sizes = config(2, 2, offset=[-3, 3])
     monkeypatch.setattr(inference, "get_real_rank", lambda: 2)
-    norms = [own_slices(f"model.layers.{layer}.ffn_norm.weight", (4096,), sizes) for layer in (12, 13)]
-    assert norms == [None, (slice(0, 4096),)]
+    norms = {f"model.layers.{layer}.ffn_norm.weight": (4096,) for layer in (12, 13)}
+    assert own_slices(norms, sizes) == {"model.layers.13.ffn_norm.weight": (slice(0, 4096),)}
     assert own_layers(sizes) == list(range(13, 32))
 
 
