@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import time
+from collections import Counter
 
 os.environ["MS_SIMULATION_LEVEL"] = "0"   # read while MindSpore is imported
 
@@ -23,6 +23,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore.common.api import _cell_graph_executor
+from mindspore.train.mind_ir_pb2 import ModelProto
 
 import mindformers_ixc  # noqa: F401 - registers the model
 from mindformers_ixc.checkpoint.model_directory import read_config
@@ -31,9 +32,13 @@ from mindformers_ixc.generation.engine import InferenceEngine, bucket
 from mindformers_ixc.models.device import assume_device
 from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
 from mindformers_ixc.parallel import cpu
+from mindformers_ixc.parallel.checks import Layout
+from mindformers_ixc.parallel.inference import inference_layout, share_results
 
 NEEDED = {"prefill": {"FlashAttentionScore", "ReshapeAndCache", "RmsNorm"},
           "decode": {"PagedAttention", "ReshapeAndCache", "RmsNorm"}}
+
+MESSAGES = ("AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "Broadcast", "Send", "Receive")
 
 PRELOADED = "COMPILE_ASCEND_PRELOADED"
 
@@ -70,22 +75,27 @@ def join_cluster(tensor: int, stages: int, rank: int) -> dict:
     ms.set_device("CPU")
     cpu.simulate(rank, tensor * stages)
     ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", device_num=tensor * stages, global_rank=rank,
-                                 full_batch=True, pipeline_stages=stages, pipeline_result_broadcast=stages > 1)
-    return {"parallel_config": {"data_parallel": 1, "model_parallel": tensor, "pipeline_stage": stages,
-                                "vocab_emb_dp": False}}
+                                 full_batch=True, pipeline_stages=stages)
+    share_results()
+    return {"parallel_config": inference_layout(Layout(1, tensor, stages))}
 
 
-def operations(graph, *inputs, phase: str) -> set[str]:
-    """Compiles a graph and names the primitives in it."""
+def operations(graph, *inputs, phase: str) -> Counter:
+    """Compiles a graph and counts the primitives in it; shows what a rank sends."""
     start = time.perf_counter()
     _cell_graph_executor.compile(graph, *inputs, phase=phase, do_convert=False)
     proto = _cell_graph_executor._graph_executor.get_func_graph_proto(graph.current_phase, "mind_ir", True)
-    found = {name.decode() for name in re.findall(rb"[A-Z][A-Za-z]+", proto)}
-    print(f"{phase}: compiled in {time.perf_counter() - start:.1f} s", flush=True)
+    model = ModelProto()
+    model.ParseFromString(proto)
+    nodes = (node for part in (model.graph, *model.functions) for node in part.node)
+    # "REF::AllReduce:29" is an AllReduce
+    found = Counter(node.op_type.split("::")[-1].split(":")[0] for node in nodes)
+    messages = ", ".join(f"{found[name]} {name}" for name in MESSAGES if found[name]) or "none"
+    print(f"{phase}: compiled in {time.perf_counter() - start:.1f} s; messages: {messages}", flush=True)
     return found
 
 
-def compile_graphs(model, prompt: int, new: int, batch: int = 2) -> dict[str, set[str]]:
+def compile_graphs(model, prompt: int, new: int, batch: int = 2) -> dict[str, Counter]:
     """Primitives of the prefill and decode graph of a batch."""
     config, positions = model.config, bucket(prompt)
     slot = InferenceEngine(model).slot(batch, bucket(prompt + new), "base")
@@ -117,7 +127,8 @@ def main() -> int:
         model = IXC25ForCausalLM(config)
         model.set_train(False)
         found = compile_graphs(model, arguments.prompt, arguments.new)
-    missing = {phase: sorted(needed - found[phase]) for phase, needed in NEEDED.items() if needed - found[phase]}
+    missing = {phase: sorted(needed - found[phase].keys()) for phase, needed in NEEDED.items()
+               if needed - found[phase].keys()}
     print(f"missing: {missing}" if missing else "all fused operations are there")
     return 1 if missing else 0
 

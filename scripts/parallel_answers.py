@@ -94,13 +94,15 @@ def main(model: str, picture: str, tensor: str, stages: str, result: str) -> Non
         return
     import mindspore as ms
 
+    from mindformers_ixc.parallel.checks import Layout
+    from mindformers_ixc.parallel.inference import inference_layout
+
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("CPU")
     rank, layout = 0, {}
     if int(tensor) * int(stages) > 1:
         rank = join_ranks(int(stages))
-        layout = {"data_parallel": 1, "model_parallel": int(tensor), "pipeline_stage": int(stages),
-                  "vocab_emb_dp": False}
+        layout = inference_layout(Layout(1, int(tensor), int(stages)))
     found = answer(model, picture, layout)
     if rank == 0:
         np.savez(result, **found)

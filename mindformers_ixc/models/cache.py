@@ -199,6 +199,53 @@ class NativeCache(ContiguousCache):
         return self.attention(qkv, cos, sin, where, self.keys, self.values)
 
 
+class TokenHeads(nn.Cell):
+    """Rotated query and key heads, and value heads, of one more token a row, for caches cut by key/value heads.
+
+    Args:
+        config: sizes and dtype.
+    """
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
+        self.dtype = config.compute_dtype
+        self.halves = Tensor([1, 0], mstype.int32)
+        self.swap = P.Gather()
+        self.slice = P.Slice()
+        self.mul = P.Mul()
+        self.add = P.Add()
+        self.cast = P.Cast()
+        self.reshape = P.Reshape()
+
+    def construct(self, qkv, cos, sin):
+        """Splits.
+
+        Args:
+            qkv: `(B, KV * (G+2) * d)`.
+            cos: `(B, 1, G+2, d)`, see `decode_tables`.
+            sin: like `cos`.
+
+        Returns:
+            Query `(B, KV, G, d)`, key and value `(B, KV, 1, d)`.
+        """
+        b, kv, g, d = qkv.shape[0], self.kv, self.groups, self.size
+        halves = self.swap(self.reshape(qkv, (b, kv, g + 2, 2, d // 2)), self.halves, 3)    # (B, KV, G+2, 2, d/2)
+        shape = (b, kv, g + 2, d)
+        turned = self.mul(self.reshape(halves, shape), self.cast(sin, self.dtype))
+        x = self.add(self.mul(self.reshape(qkv, shape), self.cast(cos, self.dtype)), turned)
+        return (self.slice(x, (0, 0, 0, 0), (b, kv, g, d)), self.slice(x, (0, 0, g, 0), (b, kv, 1, d)),
+                self.slice(x, (0, 0, g + 1, 0), (b, kv, 1, d)))
+
+    def shard(self, tp: int) -> None:
+        """Cuts key/value heads."""
+        heads = (1, tp, 1, 1)
+        self.swap.shard(((1, tp, 1, 1, 1), (1,)))
+        self.slice.shard((heads,))
+        self.mul.shard((heads, (1, 1, 1, 1)))
+        self.add.shard((heads, heads))
+
+
 class PagedCache(nn.Cell):
     """One layer's keys and values in blocks, with Ascend's kernels: flash attention for prompts, paged for tokens.
 
@@ -217,14 +264,9 @@ class PagedCache(nn.Cell):
         self.keys, self.values = self.manager.key_cache, self.manager.value_cache
         # sparse_mode 0: the mask says it all; BNSD is the layout the split gives
         self.flash = FlashAttention(self.heads, scale_value=self.size ** -0.5, next_tokens=0, input_layout="BNSD")
-        self.split, self.merge = SplitHeads(config), MergeHeads(config)
+        self.split, self.merge, self.token_heads = SplitHeads(config), MergeHeads(config), TokenHeads(config)
         self.to_positions = P.Transpose()
-        self.swap = P.Gather()
-        self.halves = Tensor([1, 0], mstype.int32)
         self.greater = P.Greater()
-        self.slice = P.Slice()
-        self.mul = P.Mul()
-        self.add = P.Add()
         self.cast = P.Cast()
         self.reshape = P.Reshape()
         if is_parallel():
@@ -238,12 +280,9 @@ class PagedCache(nn.Cell):
         self.flash.flash_attention.shard((heads, heads, heads, (1, 1)))      # its own method wants masks by sample
         self.split.shard(1, tp)
         self.merge.shard(1, tp)
+        self.token_heads.shard(tp)
         self.greater.shard(((1, 1), (1, 1)))
         self.to_positions.shard((heads,))
-        self.swap.shard(((1, tp, 1, 1, 1), (1,)))
-        self.slice.shard((heads,))
-        self.mul.shard((heads, (1, 1, 1, 1)))
-        self.add.shard((heads, heads))
 
     def prefill_mask(self, length):
         """What `prefill` of every layer takes as `mask`: uint8 `(L, L)`, 1 where a position must not be seen."""
@@ -281,16 +320,11 @@ class PagedCache(nn.Cell):
         Returns:
             Tensor `(B, H*d)`.
         """
-        b, kv, g, d = qkv.shape[0], self.kv, self.groups, self.size
-        halves = self.swap(self.reshape(qkv, (b, kv, g + 2, 2, d // 2)), self.halves, 3)    # (B, KV, G+2, 2, d/2)
-        shape = (b, kv, g + 2, d)
-        turned = self.mul(self.reshape(halves, shape), self.cast(sin, self.dtype))
-        x = self.add(self.mul(self.reshape(qkv, shape), self.cast(cos, self.dtype)), turned)
-        query = self.reshape(self.slice(x, (0, 0, 0, 0), (b, kv, g, d)), (b, 1, kv * g * d))
-        key = self.reshape(self.slice(x, (0, 0, g, 0), (b, kv, 1, d)), (b, 1, kv * d))
-        value = self.reshape(self.slice(x, (0, 0, g + 1, 0), (b, kv, 1, d)), (b, 1, kv * d))
-        query = F.depend(query, self.manager(key, value, slots))
-        return self.reshape(self.manager.paged_attn(query, lengths, block_tables), (b, kv * g * d))
+        b, width = qkv.shape[0], self.kv * self.size
+        query, key, value = self.token_heads(qkv, cos, sin)
+        written = self.manager(self.reshape(key, (b, 1, width)), self.reshape(value, (b, 1, width)), slots)
+        query = F.depend(self.reshape(query, (b, 1, self.groups * width)), written)
+        return self.reshape(self.manager.paged_attn(query, lengths, block_tables), (b, self.groups * width))
 
 
 def decode_tables(cos: np.ndarray, sin: np.ndarray, groups: int, scale: float) -> tuple[np.ndarray, np.ndarray]:

@@ -1,14 +1,14 @@
 """A contiguous key/value cache that tensor parallel cuts by key/value heads."""
 from __future__ import annotations
 
-import mindspore.common.dtype as mstype
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, nn
 from mindspore.common.initializer import initializer
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.config import IXC25Config
 from mindformers_ixc.models.attention import AttentionCore
+from mindformers_ixc.models.cache import TokenHeads
 from mindformers_ixc.models.internlm2 import CausalMask, MergeHeads, SplitHeads
 
 
@@ -33,17 +33,14 @@ class ShardedCache(nn.Cell):
         zeros = initializer("zeros", (batch, self.kv, positions, self.size), config.compute_dtype)
         self.keys = Parameter(zeros, name="key_cache", requires_grad=False)
         self.values = Parameter(zeros, name="value_cache", requires_grad=False)
-        self.split, self.merge = SplitHeads(config), MergeHeads(config)
+        self.split, self.merge, self.token_heads = SplitHeads(config), MergeHeads(config), TokenHeads(config)
         self.core = AttentionCore(self.size, config.softmax_compute_type)
         self.causal_mask = CausalMask(config, additive=True)
-        self.halves = Tensor([1, 0], mstype.int32)
-        self.real, self.rotate, self.turn, self.place = P.Mul(), P.Mul(), P.Mul(), P.Mul()
+        self.real, self.place = P.Mul(), P.Mul()
         self.join = P.Concat(2)
         self.assign = P.Assign()
         self.append = P.AssignAdd()
-        self.swap = P.Gather()
-        self.slice = P.StridedSlice()
-        self.add, self.add_mask = P.Add(), P.Add()
+        self.add_mask = P.Add()
         self.cast = P.Cast()
         self.reshape = P.Reshape()
         self.scores = P.BatchMatMul(transpose_b=True)
@@ -58,13 +55,12 @@ class ShardedCache(nn.Cell):
         self.merge.shard(1, tp)
         self.core.shard(1, tp)
         self.causal_mask.shard(1)
-        self.swap.shard(((1, tp, 1, 1, 1), (1,)))
-        self.slice.shard((heads,))
+        self.token_heads.shard(tp)
         self.softmax.shard((heads,))
         self.place.shard((whole, heads))
-        for primitive in (self.real, self.rotate, self.turn, self.add_mask):
+        for primitive in (self.real, self.add_mask):
             primitive.shard((heads, whole))
-        for primitive in (self.join, self.assign, self.append, self.add, self.scores, self.weighted_sum):
+        for primitive in (self.join, self.assign, self.append, self.scores, self.weighted_sum):
             primitive.shard((heads, heads))
 
     def prefill_mask(self, length):
@@ -104,19 +100,11 @@ class ShardedCache(nn.Cell):
         Returns:
             Tensor `(B, H*d)`.
         """
-        b, kv, g, d = self.batch, self.kv, self.groups, self.size
-        halves = self.swap(self.reshape(qkv, (b, kv, g + 2, 2, d // 2)), self.halves, 3)    # (B, KV, G+2, 2, d/2)
-        shape = (b, kv, g + 2, d)
-        turned = self.turn(self.reshape(halves, shape), self.cast(sin, self.dtype))
-        x = self.add(self.rotate(self.reshape(qkv, shape), self.cast(cos, self.dtype)), turned)
-        steps = (1, 1, 1, 1)
-        query = self.slice(x, (0, 0, 0, 0), (b, kv, g, d), steps)                           # (B, KV, G, d)
-        key = self.slice(x, (0, 0, g, 0), (b, kv, g + 1, d), steps)                         # (B, KV, 1, d)
-        value = self.slice(x, (0, 0, g + 1, 0), shape, steps)                               # (B, KV, 1, d)
+        query, key, value = self.token_heads(qkv, cos, sin)
         where = self.cast(where, self.dtype)
         keys = self.append(self.keys, self.place(where, key))                               # (B, KV, S, d)
         values = self.append(self.values, self.place(where, value))
         scores = self.add_mask(self.cast(self.scores(query, keys), self.softmax_dtype),
                                self.cast(mask, self.softmax_dtype))                         # (B, KV, G, S)
         weights = self.cast(self.softmax(scores), self.dtype)
-        return self.reshape(self.weighted_sum(weights, values), (b, kv * g * d))
+        return self.reshape(self.weighted_sum(weights, values), (self.batch, self.kv * self.groups * self.size))

@@ -1,6 +1,7 @@
 """The host's side of the caches, and Ascend's graphs compiled without a device."""
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,11 +85,18 @@ def test_sharded_places():
     assert slot.source(np.array([1, 1])).tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("layout", [[], ["--tensor", "2"], ["--tensor", "2", "--stages", "2", "--rank", "2"]],
-                         ids=["alone", "tp2", "second stage of two, tp2"])
-def test_ascends_graphs_compile_with_its_fused_cells(layout):
+@pytest.mark.parametrize(("layout", "prefill", "decode"), [
+    ([], "none", "none"),
+    # sums of the embedding, and of two linears a layer and of their pairs for image positions; the logits
+    (["--tensor", "2"], "9 AllReduce, 1 AllGather", "5 AllReduce, 1 AllGather"),
+    # a layer; the last stage's logits, gathered, go to the other as a sum with zeros
+    (["--tensor", "2", "--stages", "2", "--rank", "2"], "5 AllReduce, 1 AllGather, 1 Receive",
+     "3 AllReduce, 1 AllGather, 1 Receive")], ids=["alone", "tp2", "second stage of two, tp2"])
+def test_ascends_graphs_compile_with_its_fused_cells(layout, prefill, decode):
     done = subprocess.run([sys.executable, ROOT / "scripts" / "compile_ascend.py", *layout], capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "caches: PagedSlot" in done.stdout
+    messages = dict(re.findall(r"(prefill|decode): .*; messages: (.*)", done.stdout))
+    assert messages == {"prefill": prefill, "decode": decode}
     assert "all fused operations are there" in done.stdout
