@@ -38,8 +38,8 @@ def parse() -> argparse.Namespace:
 
 def make(folder: Path, layers: int, with_torch: bool) -> None:
     """Writes the random checkpoint; runs in a process of its own, because it holds a shard in memory."""
-    from mindformers_ixc.checkpoint.names import parameter_table
-    from mindformers_ixc.config import IXC25Config
+    from mindformers_ixc.models.configuration import IXC25Config
+    from mindformers_ixc.parameters import parameter_table
 
     config = IXC25Config(num_hidden_layers=layers)
     table = list(parameter_table(config).values())
@@ -75,7 +75,7 @@ def write_shard(tensors: dict[str, np.ndarray], path: Path, with_torch: bool) ->
         torch.save({name: torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
                     for name, bits in tensors.items()}, path)
         return
-    from mindformers_ixc.checkpoint.streaming import TensorFile
+    from mindformers_ixc.checkpoint.tensor_file import TensorFile
 
     file = TensorFile(path, [(name, "BF16", bits.shape) for name, bits in tensors.items()])
     file.open()

@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
 
 def medium_config():
     """The model both sides run."""
-    from mindformers_ixc.config import IXC25Config
+    from mindformers_ixc.models.configuration import IXC25Config
 
     # MLP widths and LoRA ranks keep the 7B model's proportions (3.5 x and 4 x the width, width / 16)
     return IXC25Config(vocab_size=8192, hidden_size=512, intermediate_size=1792, num_hidden_layers=6,
@@ -44,7 +44,7 @@ def medium_model():
     import numpy as np
     from mindspore import Tensor
 
-    from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
+    from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 
     model = IXC25ForCausalLM(medium_config())
     rng = np.random.default_rng(0)

@@ -48,7 +48,7 @@ def rows_of(folder: Path, name: str) -> list[dict]:
 
 def changed_parts(before: Path, after: Path) -> set[str]:
     """Parts of which at least one bit differs between two model directories."""
-    from mindformers_ixc.checkpoint.names import part_of
+    from mindformers_ixc.parameters import part_of
 
     old, new = (load_file(folder / "model" / "model.safetensors") for folder in (before, after))
     assert old.keys() == new.keys()
@@ -58,8 +58,8 @@ def changed_parts(before: Path, after: Path) -> set[str]:
 def questions(name: str):
     """Questions of one of the stages' files."""
     from mindformers_ixc.data.conversations import load_conversations
-    from mindformers_ixc.data.questions import questions_of
     from mindformers_ixc.demo import demo_path
+    from mindformers_ixc.generation.questions import questions_of
 
     return questions_of(load_conversations(str(demo_path(f"stages/{name}.json"))))
 
@@ -86,9 +86,9 @@ def same_logits(before: Path, after: Path, mode: str, name: str) -> bool:
     """Whether two models give the same bits in a mode, on pictures and questions of a file."""
     from mindspore import Tensor
 
-    from mindformers_ixc.checkpoint.model_directory import load_model
     from mindformers_ixc.data.batch import BATCH_COLUMNS
     from mindformers_ixc.generation.assistant import Assistant
+    from mindformers_ixc.generation.loading import load_model
 
     processor = Assistant.from_directory(before / "model").processor
     samples = [processor.encode_chat(**question.request(None)) for question in questions(name)[:8]]

@@ -43,9 +43,9 @@ def main() -> int:
     from torch_training import TorchTrainer
 
     from mindformers_ixc.checkpoint.model_directory import save_model_directory
-    from mindformers_ixc.config import IXC25Config
     from mindformers_ixc.data.batch import BATCH_COLUMNS
-    from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
+    from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
+    from mindformers_ixc.models.configuration import IXC25Config
 
     fields = yaml.safe_load(CONFIG.read_text())
     data = {**fields["train_dataset"], "input_columns": list(BATCH_COLUMNS)}

@@ -1,27 +1,36 @@
 """InternLM-XComposer-2.5 for MindFormers.
 
-Importing this package registers the model, its configuration, tokenizer, processors, dataset, trainer, step wrappers,
-PET types and the `multimodal_chat` pipeline with MindFormers' registry and its Auto classes.
+Importing this package imports neither MindSpore nor MindFormers. As soon as MindFormers is imported, before or after,
+everything is registered with it: model, configuration, tokenizer, processors, datasets, trainer, step cells, PET types
+and the `multimodal_chat` pipeline (`mindformers_ixc.registration`). The names below are imported when they are used.
 """
-from mindformers_ixc import collector
+from __future__ import annotations
 
-# isort: split
-from mindformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
+import gc
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
 
-from mindformers_ixc.config import ConfigError, IXC25Config, IXC25VisionConfig
-from mindformers_ixc.data.dataset import IXC25SFTDataset
-from mindformers_ixc.data.preferences import IXC25PreferenceDataset
-from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
-from mindformers_ixc.models.preference import IXC25ForPreference
-from mindformers_ixc.models.vision import IXC25VisionModel
-from mindformers_ixc.pet import register_pet_types
-from mindformers_ixc.pipelines import register_pipeline
-from mindformers_ixc.processing import register_processing
-from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
-from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
-from mindformers_ixc.processing.video import IXC25VideoProcessor
-from mindformers_ixc.training.trainer import IXC25Trainer
 from mindformers_ixc.version import __version__
+
+if TYPE_CHECKING:
+    from mindformers_ixc.errors import ConfigError
+    from mindformers_ixc.registration import (
+        InternLM2Tokenizer,
+        IXC25Config,
+        IXC25ForCausalLM,
+        IXC25ForPreference,
+        IXC25ImageProcessor,
+        IXC25PreferenceDataset,
+        IXC25Processor,
+        IXC25SFTDataset,
+        IXC25Trainer,
+        IXC25VideoProcessor,
+        IXC25VisionConfig,
+        IXC25VisionModel,
+    )
 
 __all__ = [
     "ConfigError",
@@ -40,17 +49,55 @@ __all__ = [
     "__version__",
 ]
 
-
-def _register_auto_classes() -> None:
-    for config_class in (IXC25Config, IXC25VisionConfig):
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModelForCausalLM.register(IXC25Config, IXC25ForCausalLM, exist_ok=True)
-    AutoModel.register(IXC25Config, IXC25ForCausalLM, exist_ok=True)
-    AutoModel.register(IXC25VisionConfig, IXC25VisionModel, exist_ok=True)
-    register_processing(IXC25Config)
-    register_pet_types()
-    register_pipeline()
+_REGISTRATION = f"{__name__}.registration"
 
 
-_register_auto_classes()
-collector.resume()
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = f"{__name__}.errors" if name == "ConfigError" else _REGISTRATION
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _AfterMindFormers(importlib.abc.MetaPathFinder):
+    """Registers everything when the import of MindFormers has ended.
+
+    Modules of this package that need MindFormers are in packages whose `__init__` imports it first; so none of them is
+    half imported when registration imports it.
+    """
+
+    def find_spec(self, fullname, path, target=None):
+        """See `importlib.abc.MetaPathFinder`; finds `mindformers` as it would be found without this class."""
+        if fullname != "mindformers":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def exec_module(module) -> None:
+            # the import makes very many objects that all stay alive: walking them again and again, and once more when
+            # the process ends, takes a quarter of its time and finds nothing
+            was_enabled = gc.isenabled()
+            gc.disable()
+            try:
+                run(module)
+                importlib.import_module(_REGISTRATION)
+                gc.freeze()
+            finally:
+                if was_enabled:
+                    gc.enable()
+
+        spec.loader.exec_module = exec_module        # type: ignore[method-assign]
+        return spec
+
+
+if "mindformers" in sys.modules:
+    importlib.import_module(_REGISTRATION)
+else:
+    sys.meta_path.insert(0, _AfterMindFormers())

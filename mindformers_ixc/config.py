@@ -1,62 +1,242 @@
-"""Configuration of IXC2.5: every size the model has, read from and written to the public `config.json`.
+"""Configuration of IXC2.5: one table of fields, and the classes that hold, check and write them.
 
-`IXC25Config` uses the field names of the public repository (`hidden_size`, `num_hidden_layers`, ...), so a public
-`config.json` and the `model_config` section of a YAML file are the same vocabulary. MindFormers' own names for the
-same things (`num_layers`, `num_heads`, `n_kv_heads`) work as aliases. Sizes that the public file leaves out, because
-its code hard-codes them (the vision tower, the LoRA ranks), default to the values of the 7B model.
+A field is written once, in `FIELDS` or `VISION_FIELDS`: its default, whether it belongs in the public `config.json`, and
+one line of help. The signature of a YAML's `model_config`, `to_public_dict` and the tables of docs/yaml.md are made of
+these tables. Fields have the names of the public repository (`hidden_size`, `num_hidden_layers`, ...), so a public
+`config.json` and a YAML's section are the same vocabulary; MindFormers' names for the same things are in `ALIASES`.
+Sizes that the public file leaves out, because its code hard-codes them, default to the values of the 7B model.
+
+`ModelConfig` needs neither MindSpore nor MindFormers. `mindformers_ixc.models.configuration` has what MindFormers
+registers, `IXC25Config`: the same class as one of MindFormers' configurations.
 """
 from __future__ import annotations
 
-from typing import Any
+import copy
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import mindspore.common.dtype as mstype
-from mindformers.models.configuration_utils import PretrainedConfig
-from mindformers.models.utils import convert_mstype
-from mindformers.modules.transformer import TransformerOpParallelConfig
-from mindformers.modules.transformer.transformer import default_transformer_config
-from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindformers_ixc.errors import CheckpointError, ConfigError
 
-# Ranks of the three task LoRAs in the released checkpoint (arXiv 2407.03320: article LoRAs 256, webpage LoRA 512).
-TASK_LORA_RANKS = {"sft": 256, "dpo": 256, "web": 512}
+CONFIG_FILE = "config.json"
 
-# Which task LoRAs act in which mode of the public model (`infer_mode`).
-MODE_ADAPTERS = {"base": (), "write": ("sft", "dpo"), "web": ("web",)}
 
-# Runtime fields of this plugin and of MindFormers: they describe a run, not the weights, and stay out of config.json.
-RUNTIME_FIELDS = (
-    "batch_size", "seq_length", "max_tiles", "compute_dtype", "param_init_type", "layernorm_compute_type",
-    "softmax_compute_type", "parallel_config", "checkpoint_name_or_path", "pretrained_model_dir", "pet_config",
-    "mindformers_version", "is_sample_acceleration", "quantization_config", "quantization", "is_encoder_decoder",
-    "tokenizer_class", "moe_config", "dataset_config", "calculate_per_token_loss", "type", "disable_lazy_inline",
-    "use_flash_attention", "apply_rope_fusion", "fused_norm", "vision_parallel", "offset", "adapter_mode", "packing",
-    "num_sources", "preference", "use_past", "block_size",
-    "num_blocks", "name_or_path", "_name_or_path", "_commit_hash",
-)
+class TaskLoRA(NamedTuple):
+    """A low-rank pair of the released checkpoint that acts on all positions.
 
+    Attributes:
+        rank: of the pair.
+        mode: of the public model (`infer_mode`) in which it acts.
+    """
+
+    rank: int
+    mode: str
+
+
+# The one table of task LoRAs, in the order in which they act: a further one is a line here (arXiv 2407.03320: article
+# LoRAs of rank 256, webpage LoRA of rank 512).
+TASK_LORAS = {"sft": TaskLoRA(256, "write"), "dpo": TaskLoRA(256, "write"), "web": TaskLoRA(512, "web")}
+
+TASK_LORA_RANKS = {task: pair.rank for task, pair in TASK_LORAS.items()}
+
+# Which task LoRAs act in which mode; in `base` none does.
+MODE_ADAPTERS: dict[str, tuple[str, ...]] = {
+    "base": (), **{mode: tuple(task for task, pair in TASK_LORAS.items() if pair.mode == mode)
+                   for mode in dict.fromkeys(pair.mode for pair in TASK_LORAS.values())}}
+
+# Modes of a layout: those above, and `all`, in which every pair is cut.
+ALL_MODES = {"all": tuple(TASK_LORAS), **MODE_ADAPTERS}
+
+# Formats of products and weights, by MindSpore's names in small letters.
+DTYPES = ("float32", "float16", "bfloat16")
+
+DTYPE_FIELDS = ("compute_dtype", "param_init_type", "layernorm_compute_type", "softmax_compute_type")
 
 # What tensor parallel may do with the vision tower.
 VISION_PARALLEL = ("heads", "replicated")
 
+# Ascend's FlashAttentionScore takes lengths that are multiples of this, and a causal mask in a compressed form of this
+# side, whatever the length (MindSpore's documentation of the operator, sparse_mode 2).
+FLASH_LENGTH_MULTIPLE = 16
+COMPRESSED_MASK = 2048
 
-class ConfigError(ValueError):
-    """A configuration value that is unknown or contradicts another one."""
+
+class Field(NamedTuple):
+    """One field of a configuration.
+
+    Attributes:
+        default: its value when nobody gives one. A value must be of the default's type, if that is a plain one.
+        help: one line for docs/yaml.md and messages.
+        public: whether it describes the weights and belongs in `config.json`; the others describe a run.
+        shown: the default as docs/yaml.md prints it, where that is not the value.
+    """
+
+    default: Any
+    help: str
+    public: bool = True
+    shown: str | None = None
 
 
-@MindFormerRegister.register(MindFormerModuleType.CONFIG)
-class IXC25VisionConfig(PretrainedConfig):
+VISION_FIELDS = {
+    "image_size": Field(560, "side of a square tile in pixels; a multiple of twice `patch_size`"),
+    "patch_size": Field(14, "side of a patch in pixels"),
+    "hidden_size": Field(1024, "width of the tower; a multiple of `num_attention_heads`"),
+    "num_hidden_layers": Field(24, "encoder layers"),
+    "num_attention_heads": Field(16, "heads of each layer"),
+    "intermediate_size": Field(4096, "width of the MLP"),
+    "hidden_act": Field("quick_gelu", "only `quick_gelu`, which CLIP was trained with"),
+    "layer_norm_eps": Field(1e-5, "epsilon of every LayerNorm"),
+}
+
+FIELDS = {
+    "vocab_size": Field(92544, "pieces of the tokenizer"),
+    "hidden_size": Field(4096, "width of the language model; a multiple of `num_attention_heads`"),
+    "intermediate_size": Field(14336, "width of the SwiGLU MLP"),
+    "num_hidden_layers": Field(32, "decoder layers"),
+    "num_attention_heads": Field(32, "query heads"),
+    "num_key_value_heads": Field(8, "key/value heads (grouped-query attention); divide `num_attention_heads`"),
+    "hidden_act": Field("silu", "only `silu`"),
+    "max_position_embeddings": Field(24576, "trained length; dynamic NTK starts beyond it"),
+    "rms_norm_eps": Field(1e-5, "epsilon of every RMSNorm"),
+    "rope_theta": Field(1000000.0, "base of the rotary embedding"),
+    "rope_scaling": Field(None, "`{type: dynamic, factor: f}`, or none"),
+    "bias": Field(False, "only False: the public linears have none"),
+    "tie_word_embeddings": Field(False, "only False: the public head is untied"),
+    "initializer_range": Field(0.02, "standard deviation of freshly drawn weights"),
+    "bos_token_id": Field(1, "id of `<s>`"),
+    "eos_token_id": Field(2, "id of `</s>`"),
+    "pad_token_id": Field(2, "id of padding; its embedding gets no gradient"),
+    "vision_config": Field(None, "sizes of the tower (`type: IXC25VisionConfig`)", shown="ViT-L/14 at 560"),
+    "plora_rank": Field(256, "rank of Partial LoRA; 0 builds none"),
+    "plora_alpha": Field(256, "its alpha; the scale is alpha / rank"),
+    "plora_dropout": Field(0.05, "dropout on the input of Partial LoRA in training"),
+    "task_lora_ranks": Field(None, "rank of each task LoRA pair present, by name; `{}` builds none",
+                             shown=", ".join(f"{task} {rank}" for task, rank in TASK_LORA_RANKS.items())),
+    "hd_num": Field(None, "tiles of the dynamic partition the model was trained with; chat's default from then on"),
+    "seq_length": Field(4096, "positions of a training sample (static shape of the graph)", False),
+    "max_tiles": Field(19, "tiles of a training sample, global views included (static shape of the graph)", False),
+    "batch_size": Field(1, "samples of a micro batch", False),
+    "compute_dtype": Field("float32", "dtype of products, as in MindFormers' models", False),
+    "param_init_type": Field("float32", "dtype the parameters are kept in", False),
+    "layernorm_compute_type": Field("float32", "dtype of RMSNorm and LayerNorm", False),
+    "softmax_compute_type": Field("float32", "dtype of the attention softmax", False),
+    "adapter_mode": Field("base", f"task LoRAs in use while training: {', '.join(f'`{mode}`' for mode in MODE_ADAPTERS)}",
+                          False),
+    "packing": Field(False, "training sequences hold several conversations (as `train_dataset.packing`)", False),
+    "num_sources": Field(1, "sources that losses are reported for, when batches name them; the trainer sets it", False),
+    "preference": Field(None, "with `arch.type: IXC25ForPreference`: `task` (the pair that trains), `loss` (`sigmoid`, "
+                        "`ipo`), `beta`, `label_smoothing`", False, "dpo, sigmoid, 0.1, 0"),
+    "use_past": Field(False, "paged and flash attention while decoding on Ascend; must be False in training", False,
+                      "False (chat, eval and predict: True)"),
+    "block_size": Field(16, "positions of a block of the paged cache (MindFormers' default)", False),
+    "num_blocks": Field(1024, "blocks of the paged cache, shared by the rows of a batch", False),
+    "use_flash_attention": Field(False, "train with Ascend's fused attention (float16 or bfloat16); other devices "
+                                 "compose it", False),
+    "apply_rope_fusion": Field(False, "train with Ascend's fused rotary embedding", False),
+    "fused_norm": Field(True, "take Ascend's fused RMSNorm", False),
+    "vision_parallel": Field("heads", "the tower under tensor parallel: cut by `heads`, or `replicated`", False),
+    "offset": Field(None, "layers more or fewer of each pipeline stage, as in MindFormers; `auto` balances their work",
+                    False, "0"),
+    "loss_form": Field("mean", "what training returns: the `mean` over labelled positions, `sums` of losses and labelled "
+                       "positions, or `sources`, the mean and those sums by source; the trainer sets it", False),
+    "calculate_per_token_loss": Field(False, "MindFormers' name for `loss_form: sums`, which several micro batches of a "
+                                      "parallel step need", False),
+    "disable_lazy_inline": Field(False, "compile every micro batch by itself; by default Ascend's graphs share one",
+                                 False),
+    "parallel_config": Field(None, "MindFormers' parallel configuration; `run` fills it in", False, ""),
+}
+
+# Forms of the training loss.
+LOSS_FORMS = ("mean", "sums", "sources")
+
+# MindFormers' names for fields.
+ALIASES = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
+
+# What MindFormers' own base class keeps in a configuration or its trainer puts there; never in `config.json`.
+FRAMEWORK_FIELDS = (
+    "checkpoint_name_or_path", "pretrained_model_dir", "pet_config", "mindformers_version", "is_sample_acceleration",
+    "quantization_config", "quantization", "is_encoder_decoder", "tokenizer_class", "moe_config", "dataset_config",
+    "type", "name_or_path", "_name_or_path", "_commit_hash")
+
+# What a model directory names as the class of its weights.
+ARCHITECTURES = ["InternLMXComposer2ForCausalLM"]
+
+
+@dataclass(frozen=True)
+class RecomputeOptions:
+    """MindFormers' `recompute_config`, with its defaults.
+
+    Attributes:
+        recompute: decoder layers that keep only their inputs: true, false, a number or one number a stage.
+        select_recompute: the same of attention cores and gates.
+        mp_comm_recompute: whether sums over tensor-parallel devices are done again.
+        parallel_optimizer_comm_recompute: whether weights that optimizer parallel cuts are gathered again.
+        recompute_slice_activation: whether the kept inputs are cut over tensor-parallel devices.
+    """
+
+    recompute: Any = False
+    select_recompute: Any = False
+    mp_comm_recompute: bool = True
+    parallel_optimizer_comm_recompute: bool = False
+    recompute_slice_activation: bool = False
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """What of MindFormers' `parallel_config` the model's cells and plans read, with MindFormers' defaults.
+
+    Attributes:
+        data_parallel: replicas that take different samples.
+        model_parallel: tensor-parallel devices.
+        pipeline_stage: stages.
+        micro_batch_num: micro batches of a pipelined step.
+        vocab_emb_dp: keep the embedding whole on every device.
+        use_seq_parallel: cut positions between the linears over the tensor-parallel devices.
+        recompute: see `RecomputeOptions`.
+    """
+
+    data_parallel: int = 1
+    model_parallel: int = 1
+    pipeline_stage: int = 1
+    micro_batch_num: int = 1
+    vocab_emb_dp: bool = True
+    use_seq_parallel: bool = False
+    recompute: RecomputeOptions = RecomputeOptions()
+
+    @classmethod
+    def of(cls, section: Mapping | None, recompute: Mapping | None = None) -> ParallelOptions:
+        """Those of a YAML's `parallel_config` and `recompute_config`; keys that nothing here reads are left out."""
+        known = {field.name for field in fields(cls)} - {"recompute"}
+        given = {key: value for key, value in (section or {}).items() if key in known}
+        own = {field.name for field in fields(RecomputeOptions)}
+        options = {key: value for key, value in (recompute or {}).items() if key in own}
+        return cls(**given, recompute=RecomputeOptions(**options))
+
+
+def _assign(config, table: dict[str, Field], given: dict[str, Any]) -> None:
+    """Sets every field of a table from what is given, or to its default; further names become attributes too."""
+    for name, field in table.items():
+        value = given.pop(name, field.default)
+        value = field.default if value is None else value
+        setattr(config, name, copy.deepcopy(value) if isinstance(value, (dict, list)) else value)
+    for name, value in given.items():
+        setattr(config, name, value)
+
+
+def _public(config, table: dict[str, Field]) -> dict[str, Any]:
+    """The public fields that have a value, and what the file they were read from held beside them."""
+    names = [name for name, field in table.items() if field.public] + list(getattr(config, "_kept", ()))
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+class VisionConfig:
     """Sizes of the CLIP vision tower. Defaults: CLIP ViT-L/14 with positions interpolated to 560 x 560 pixels.
 
     Args:
-        image_size: side of a square tile in pixels (public tile side 560); a multiple of twice `patch_size`, since
-            2 x 2 patches merge into one token.
-        patch_size: side of a patch in pixels (ViT-L/14).
-        hidden_size: width of the tower; must divide by `num_attention_heads`.
-        num_hidden_layers: encoder layers.
-        num_attention_heads: heads of each layer.
-        intermediate_size: width of the MLP.
-        hidden_act: only `quick_gelu`, which CLIP was trained with.
-        layer_norm_eps: epsilon of every LayerNorm (CLIP's 1e-5).
-        **kwargs: fields of the public file that this model does not use (kept, and written back).
+        **given: fields of `VISION_FIELDS`; others are kept as attributes.
 
     Raises:
         ConfigError: for sizes that do not divide or an activation the tower does not have.
@@ -64,33 +244,41 @@ class IXC25VisionConfig(PretrainedConfig):
 
     model_type = "clip_vision_model"
 
-    def __init__(self, image_size: int = 560, patch_size: int = 14, hidden_size: int = 1024,
-                 num_hidden_layers: int = 24, num_attention_heads: int = 16, intermediate_size: int = 4096,
-                 hidden_act: str = "quick_gelu", layer_norm_eps: float = 1e-5, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.hidden_act = hidden_act
-        self.layer_norm_eps = layer_norm_eps
-        if image_size % (2 * patch_size):
-            raise ConfigError(
-                f"vision_config.image_size is {image_size}, which is not a multiple of {2 * patch_size} (2 x 2 patches "
-                f"of {patch_size} pixels merge into one token); choose a multiple of {2 * patch_size}.")
-        if hidden_size % num_attention_heads:
-            raise ConfigError(
-                f"vision_config.hidden_size {hidden_size} does not divide by vision_config.num_attention_heads "
-                f"{num_attention_heads}.")
-        if hidden_act != "quick_gelu":
-            raise ConfigError(f"vision_config.hidden_act is '{hidden_act}'; the only choice is 'quick_gelu'.")
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: str
+    layer_norm_eps: float
+
+    def __init__(self, **given: Any):
+        _assign(self, VISION_FIELDS, given)
+        if self.image_size % (2 * self.patch_size):
+            unit = 2 * self.patch_size
+            raise ConfigError(f"vision_config.image_size is {self.image_size}, which is not a multiple of {unit} (2 x 2 "
+                              f"patches of {self.patch_size} pixels merge into one token); choose a multiple of {unit}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(f"vision_config.hidden_size {self.hidden_size} does not divide by "
+                              f"vision_config.num_attention_heads {self.num_attention_heads}.")
+        if self.hidden_act != "quick_gelu":
+            raise ConfigError(f"vision_config.hidden_act is '{self.hidden_act}'; the only choice is 'quick_gelu'.")
 
     @property
     def patches_per_side(self) -> int:
         """Patches along a side of a tile (40 at 560 pixels)."""
         return self.image_size // self.patch_size
+
+    @property
+    def positions(self) -> int:
+        """Positions of a tile in the tower, class token included (1601 at 560 pixels)."""
+        return self.patches_per_side ** 2 + 1
+
+    @property
+    def padded_positions(self) -> int:
+        """Positions of a tile as Ascend's fused attention takes them."""
+        return -(-self.positions // FLASH_LENGTH_MULTIPLE) * FLASH_LENGTH_MULTIPLE
 
     @property
     def tokens_per_side(self) -> int:
@@ -102,134 +290,95 @@ class IXC25VisionConfig(PretrainedConfig):
         """Merged tokens of a tile (400 at 560 pixels)."""
         return self.tokens_per_side ** 2
 
+    def to_public_dict(self) -> dict[str, Any]:
+        """The section `vision_config` of a `config.json`."""
+        return {**_public(self, VISION_FIELDS), "model_type": self.model_type}
 
-@MindFormerRegister.register(MindFormerModuleType.CONFIG)
-class IXC25Config(PretrainedConfig):
+
+class ModelConfig:
     """Configuration of IXC2.5, with the defaults of the 7B model.
 
     Args:
-        vocab_size: pieces of the tokenizer (public 92544).
-        hidden_size: width of the language model; must divide by `num_attention_heads`.
-        intermediate_size: width of the SwiGLU MLP.
-        num_hidden_layers: decoder layers.
-        num_attention_heads: query heads.
-        num_key_value_heads: key/value heads (grouped-query attention); must divide `num_attention_heads`.
-        hidden_act: only `silu`.
-        max_position_embeddings: trained length; dynamic NTK starts beyond it (public 24576).
-        rms_norm_eps: epsilon of every RMSNorm.
-        rope_theta: base of the rotary embedding.
-        rope_scaling: `None` or `{"type": "dynamic", "factor": f}`.
-        bias: only `False`: the public linears have none.
-        tie_word_embeddings: only `False`: the public head is untied.
-        initializer_range: standard deviation of freshly drawn weights.
-        vision_config: an `IXC25VisionConfig` or the dict to make one.
-        plora_rank: rank of Partial LoRA (public code 256).
-        plora_alpha: its alpha; the scale is alpha / rank (public 256, so 1).
-        plora_dropout: dropout on the input of Partial LoRA in training (public 0.05).
-        task_lora_ranks: rank of each task LoRA pair present, by name (`sft`, `dpo`, `web`); `{}` builds none.
-        seq_length: positions of a training sample (static graph shape).
-        max_tiles: tiles of a training sample, global views included (static graph shape).
-        batch_size: samples of a micro batch.
-        compute_dtype: dtype of matrix products, by name (`float32`, `float16`, `bfloat16`).
-        param_init_type: dtype the parameters are kept in.
-        layernorm_compute_type: dtype of RMSNorm and LayerNorm.
-        softmax_compute_type: dtype of the attention softmax.
-        adapter_mode: task LoRAs in use while training: `base`, `write` or `web`.
-        packing: whether training sequences hold several conversations (as `train_dataset.packing`).
-        num_sources: sources that losses are reported for, when the batches name them; the trainer sets it.
-        use_past: on Ascend, decode with MindFormers' paged and flash attention instead of the contiguous cache; must be
-            False in training (MindFormers checks it).
-        block_size: positions of a block of the paged cache (MindFormers' default 16).
-        num_blocks: blocks of the paged cache, shared by the rows of a batch (MindFormers' default 1024).
-        use_flash_attention: on Ascend, train with its fused attention (float16 or bfloat16); other devices have none
-            and compose it, whatever this says.
-        apply_rope_fusion: on Ascend, train with its fused rotary embedding.
-        fused_norm: on Ascend, take its fused RMSNorm.
-        vision_parallel: how tensor parallel treats the vision tower: cut by `heads`, or `replicated`, whole on every
-            device of a tensor-parallel group.
-        offset: decoder layers that pipeline stages have more or fewer than an even share, as in MindFormers (one
-            number a stage, summing to what the even share leaves over); `auto` balances the stages by their work.
-        calculate_per_token_loss: return the sum of losses and the number of labelled positions instead of their
-            quotient, as MindFormers' key of this name; the trainer sets it where a step has several micro batches.
-        disable_lazy_inline: compile every micro batch by itself, as MindFormers' key of this name; by default Ascend's
-            graphs share one.
-        parallel_config: MindFormers' parallel configuration.
-        **kwargs: other fields of the public file or of MindFormers; kept as attributes.
+        **given: fields of `FIELDS`, MindFormers' `ALIASES` of them (which win), and others, kept as attributes.
 
     Raises:
         ConfigError: for a value that is not available or sizes that contradict each other.
     """
 
     model_type = "internlmxcomposer2"
-    attribute_map = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
-                     "n_kv_heads": "num_key_value_heads"}
+    vision_class: type[VisionConfig] = VisionConfig
 
-    def __init__(self, vocab_size: int = 92544, hidden_size: int = 4096, intermediate_size: int = 14336,
-                 num_hidden_layers: int = 32, num_attention_heads: int = 32, num_key_value_heads: int = 8,
-                 hidden_act: str = "silu", max_position_embeddings: int = 24576, rms_norm_eps: float = 1e-5,
-                 rope_theta: float = 1000000.0, rope_scaling: dict | None = None, bias: bool = False,
-                 tie_word_embeddings: bool = False, initializer_range: float = 0.02,
-                 bos_token_id: int = 1, eos_token_id: int = 2, pad_token_id: int = 2,
-                 vision_config: IXC25VisionConfig | dict | None = None,
-                 plora_rank: int = 256, plora_alpha: int = 256, plora_dropout: float = 0.05,
-                 task_lora_ranks: dict[str, int] | None = None,
-                 seq_length: int = 4096, max_tiles: int = 19, batch_size: int = 1,
-                 compute_dtype: str = "float32", param_init_type: str = "float32",
-                 layernorm_compute_type: str = "float32", softmax_compute_type: str = "float32",
-                 adapter_mode: str = "base", packing: bool = False,
-                 num_sources: int = 1, use_past: bool = False, block_size: int = 16, num_blocks: int = 1024,
-                 use_flash_attention: bool = False, apply_rope_fusion: bool = False, fused_norm: bool = True,
-                 vision_parallel: str = "heads", offset: int | list[int] | str | None = None,
-                 calculate_per_token_loss: bool = False, disable_lazy_inline: bool = False,
-                 parallel_config: dict | TransformerOpParallelConfig = default_transformer_config, **kwargs: Any):
-        kwargs = {self.attribute_map.get(key, key): value for key, value in kwargs.items()}
-        super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
-        if isinstance(parallel_config, dict):
-            parallel_config = TransformerOpParallelConfig(**parallel_config)
-        self.parallel_config = parallel_config
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = kwargs.get("num_hidden_layers", num_hidden_layers)
-        self.num_attention_heads = kwargs.get("num_attention_heads", num_attention_heads)
-        self.num_key_value_heads = kwargs.get("num_key_value_heads", num_key_value_heads)
-        self.hidden_act = hidden_act
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps = float(rms_norm_eps)
-        self.rope_theta = float(rope_theta)
-        self.rope_scaling = dict(rope_scaling) if rope_scaling else None
-        self.bias = bias
-        self.tie_word_embeddings = tie_word_embeddings
-        self.initializer_range = initializer_range
-        self.vision_config = self._vision_config(vision_config)
-        self.plora_rank = plora_rank
-        self.plora_alpha = plora_alpha
-        self.plora_dropout = plora_dropout
-        self.task_lora_ranks = dict(TASK_LORA_RANKS if task_lora_ranks is None else task_lora_ranks)
-        self.seq_length = seq_length
-        self.max_tiles = max_tiles
-        self.batch_size = batch_size
-        self.compute_dtype = convert_mstype(compute_dtype)
-        self.param_init_type = convert_mstype(param_init_type)
-        self.layernorm_compute_type = convert_mstype(layernorm_compute_type)
-        self.softmax_compute_type = convert_mstype(softmax_compute_type)
-        self.adapter_mode = adapter_mode
-        self.packing = packing
-        self.num_sources = num_sources
-        self.use_past, self.block_size, self.num_blocks = use_past, block_size, num_blocks
-        self.use_flash_attention, self.apply_rope_fusion = use_flash_attention, apply_rope_fusion
-        self.fused_norm = fused_norm
-        self.vision_parallel, self.offset = vision_parallel, 0 if offset is None else offset
-        self.calculate_per_token_loss, self.disable_lazy_inline = calculate_per_token_loss, disable_lazy_inline
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    hidden_act: str
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None
+    bias: bool
+    tie_word_embeddings: bool
+    initializer_range: float
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    vision_config: VisionConfig
+    plora_rank: int
+    plora_alpha: int
+    plora_dropout: float
+    task_lora_ranks: dict[str, int]
+    hd_num: int | None
+    seq_length: int
+    max_tiles: int
+    batch_size: int
+    compute_dtype: Any
+    param_init_type: Any
+    layernorm_compute_type: Any
+    softmax_compute_type: Any
+    adapter_mode: str
+    packing: bool
+    num_sources: int
+    preference: dict | None
+    use_past: bool
+    block_size: int
+    num_blocks: int
+    use_flash_attention: bool
+    apply_rope_fusion: bool
+    fused_norm: bool
+    vision_parallel: str
+    offset: Any
+    loss_form: str
+    calculate_per_token_loss: bool
+    disable_lazy_inline: bool
+    parallel_config: Any
+
+    def __init__(self, **given: Any):
+        own = {name: value for name, value in given.items() if name not in ALIASES}
+        own.update({ALIASES[name]: value for name, value in given.items() if name in ALIASES})
+        no_pairs = own.get("task_lora_ranks") is None
+        _assign(self, FIELDS, own)
+        self.rms_norm_eps, self.rope_theta = float(self.rms_norm_eps), float(self.rope_theta)
+        self.rope_scaling = dict(self.rope_scaling) if self.rope_scaling else None
+        self.vision_config = self._vision(self.vision_config)
+        self.task_lora_ranks = dict(TASK_LORA_RANKS if no_pairs else self.task_lora_ranks)
+        self.offset = 0 if self.offset is None else self.offset
+        if self.calculate_per_token_loss:
+            self.loss_form = "sums"
+        for name in DTYPE_FIELDS:
+            setattr(self, name, _dtype(name, getattr(self, name)))
+        if self.parallel_config is None or isinstance(self.parallel_config, Mapping):
+            self.parallel_config = ParallelOptions.of(self.parallel_config)
         self._check()
         self._check_parallel()
 
-    @staticmethod
-    def _vision_config(value: IXC25VisionConfig | dict | None) -> IXC25VisionConfig:
-        if isinstance(value, IXC25VisionConfig):
+    def _vision(self, value: VisionConfig | Mapping | None) -> VisionConfig:
+        if isinstance(value, VisionConfig):
             return value
-        fields = {key: item for key, item in dict(value or {}).items() if key not in ("type", "model_type")}
-        return IXC25VisionConfig(**fields)
+        return self.vision_class(**{key: item for key, item in dict(value or {}).items()
+                                    if key not in ("type", "model_type")})
 
     def _check(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -246,21 +395,23 @@ class IXC25Config(PretrainedConfig):
         if self.rope_scaling is not None and self.rope_scaling.get("type") != "dynamic":
             raise ConfigError(f"rope_scaling.type is '{self.rope_scaling.get('type')}'; the only choice is 'dynamic' "
                               "(or no rope_scaling at all).")
-        unknown = sorted(set(self.task_lora_ranks) - set(TASK_LORA_RANKS))
+        unknown = sorted(set(self.task_lora_ranks) - set(TASK_LORAS))
         if unknown:
-            raise ConfigError(f"task_lora_ranks names {unknown}; the choices are {sorted(TASK_LORA_RANKS)}.")
+            raise ConfigError(f"task_lora_ranks names {unknown}; the choices are {sorted(TASK_LORAS)}.")
         if self.adapter_mode not in MODE_ADAPTERS:
             raise ConfigError(f"adapter_mode is '{self.adapter_mode}'; the choices are {sorted(MODE_ADAPTERS)}.")
         missing = [name for name in MODE_ADAPTERS[self.adapter_mode] if name not in self.task_lora_ranks]
         if missing:
             raise ConfigError(f"adapter_mode '{self.adapter_mode}' needs the task LoRA pairs {missing}, but "
                               f"task_lora_ranks has only {sorted(self.task_lora_ranks)}.")
+        if self.loss_form not in LOSS_FORMS:
+            raise ConfigError(f"loss_form is '{self.loss_form}'; the choices are {', '.join(LOSS_FORMS)}.")
 
     def _check_parallel(self) -> None:
-        if self.use_flash_attention and self.compute_dtype not in (mstype.float16, mstype.bfloat16):
+        if self.use_flash_attention and self.compute_dtype not in ("float16", "bfloat16"):
             raise ConfigError(f"use_flash_attention is True, but Ascend's fused attention takes float16 and bfloat16 "
-                              f"only and compute_dtype is {str(self.compute_dtype).lower()}; set compute_dtype to "
-                              "bfloat16 or use_flash_attention to False.")
+                              f"only and compute_dtype is {self.compute_dtype}; set compute_dtype to bfloat16 or "
+                              "use_flash_attention to False.")
         if self.vision_parallel not in VISION_PARALLEL:
             raise ConfigError(f"vision_parallel is '{self.vision_parallel}'; the choices are "
                               f"{', '.join(VISION_PARALLEL)}.")
@@ -292,12 +443,91 @@ class IXC25Config(PretrainedConfig):
         """The fields that belong in a model directory's `config.json`, under their public names.
 
         Returns:
-            JSON-serialisable dict. Fields of a run (lengths, dtypes, parallel layout) are left out.
+            JSON-serialisable dict: the public fields of `FIELDS` that have a value, and what the file held beside them
+            if `read_config` made this configuration.
         """
-        fields = {key: value for key, value in self.to_dict().items()
-                  if key not in RUNTIME_FIELDS and not key.startswith("_")}
-        vision = {key: value for key, value in self.vision_config.to_dict().items()
-                  if key not in RUNTIME_FIELDS and not key.startswith("_") and value is not None}
-        fields.update(vision_config=vision, model_type=self.model_type,
-                      architectures=["InternLMXComposer2ForCausalLM"])
-        return {key: value for key, value in fields.items() if value is not None}
+        return {**_public(self, FIELDS), "vision_config": self.vision_config.to_public_dict(),
+                "model_type": self.model_type, "architectures": list(ARCHITECTURES)}
+
+
+def _dtype(name: str, value) -> str:
+    """A dtype's name from a name or MindSpore's type."""
+    found = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(str(value).lower(), str(value).lower())
+    if found not in DTYPES:
+        raise ConfigError(f"{name} is {value!r}; the choices are {', '.join(DTYPES)}.")
+    return found
+
+
+def recomputed_layers(choice, layers: int, key: str) -> int:
+    """How many decoder layers a value of the YAML's `recompute_config` stands for.
+
+    Args:
+        choice: true (all), false (none), a number or a list of numbers (one a pipeline stage, added up).
+        layers: of the model.
+        key: of the YAML, for the message.
+
+    Raises:
+        ConfigError: for another value, or more layers than there are.
+    """
+    if isinstance(choice, bool):
+        return layers if choice else 0
+    numbers = choice if isinstance(choice, (list, tuple)) else [choice]
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers) \
+            or sum(numbers) > layers:
+        raise ConfigError(f"recompute_config.{key} is {choice!r}; it takes true, false or how many of the {layers} "
+                          "decoder layers (a list has one number a pipeline stage).")
+    return sum(numbers)
+
+
+def read_fields(path: str | os.PathLike) -> dict[str, Any]:
+    """Content of a model directory's `config.json`.
+
+    Args:
+        path: the directory, or the file itself.
+
+    Raises:
+        CheckpointError: when the file is missing, is not JSON or describes another model.
+    """
+    file = Path(path)
+    file = file / CONFIG_FILE if file.suffix != ".json" else file
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist; a model directory holds it beside the tokenizer and "
+                              "the weights.")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}).") from error
+    if not isinstance(found, dict) or found.get("model_type") != ModelConfig.model_type:
+        model = found.get("model_type") if isinstance(found, dict) else type(found).__name__
+        raise CheckpointError(f"{file} has model_type '{model}', expected '{ModelConfig.model_type}'.")
+    return found
+
+
+def read_config(path: str | os.PathLike, config_class: type = ModelConfig, **overrides: Any) -> Any:
+    """The configuration of a model directory.
+
+    Args:
+        path: the directory, or its `config.json`.
+        config_class: `ModelConfig`, or MindFormers' `IXC25Config`.
+        **overrides: fields of a run (`seq_length`, `compute_dtype`, ...).
+
+    Returns:
+        A `config_class`; `to_public_dict` gives back what the file holds, fields this package does not know included.
+
+    Raises:
+        CheckpointError: see `read_fields`.
+    """
+    found = read_fields(path)
+    del found["model_type"]
+    config = config_class(**{**found, **overrides})
+    config._kept = _unknown(found, FIELDS)
+    vision = found.get("vision_config")
+    if isinstance(vision, dict):
+        config.vision_config._kept = _unknown(vision, VISION_FIELDS)
+    return config
+
+
+def _unknown(found: Mapping, table: dict[str, Field]) -> tuple[str, ...]:
+    """Names in a file that a table does not have and MindFormers does not take for its own."""
+    return tuple(name for name in found if name not in table and name not in ALIASES
+                 and name not in (*FRAMEWORK_FIELDS, "architectures", "model_type") and not name.startswith("_"))

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.convert import convert
-from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.models.configuration import ModelConfig
 
-MODELS = ("ixc25", IXC25Config.model_type)
+MODELS = ("ixc25", ModelConfig.model_type)
 
 
 def convert_pt_to_ms(input_path: str, output_path: str, dtype=None, **kwargs) -> bool:

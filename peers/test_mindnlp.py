@@ -7,7 +7,7 @@ import torch
 from mindspore import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from mindformers_ixc.config import IXC25VisionConfig
+from mindformers_ixc.models.configuration import IXC25VisionConfig
 from mindformers_ixc.models.vision import IXC25VisionModel
 
 # The tower of the 7B model.

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from mindspore import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from mindformers_ixc.config import IXC25Config, IXC25VisionConfig
-from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
+from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
+from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
 from mindformers_ixc.models.vision import IXC25VisionModel
 
 # Every drawn configuration compiles a graph: a few seconds each.

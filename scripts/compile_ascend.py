@@ -26,14 +26,13 @@ from mindspore.common.api import _cell_graph_executor
 from mindspore.train.mind_ir_pb2 import ModelProto
 
 import mindformers_ixc  # noqa: F401 - registers the model
-from mindformers_ixc.checkpoint.model_directory import read_config
-from mindformers_ixc.config import IXC25Config
+from mindformers_ixc import cpu_cluster as cpu
+from mindformers_ixc.config import read_config
+from mindformers_ixc.device import assume_device, share_results
+from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.engine import InferenceEngine, bucket
-from mindformers_ixc.models.device import assume_device
-from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
-from mindformers_ixc.parallel import cpu
-from mindformers_ixc.parallel.checks import Layout
-from mindformers_ixc.parallel.inference import inference_layout, share_results
+from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.parallel.degrees import Degrees, inference_layout
 
 NEEDED = {"prefill": {"FlashAttentionScore", "ReshapeAndCache", "RmsNorm"},
           "decode": {"PagedAttention", "ReshapeAndCache", "RmsNorm"}}
@@ -77,7 +76,7 @@ def join_cluster(tensor: int, stages: int, rank: int) -> dict:
     ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", device_num=tensor * stages, global_rank=rank,
                                  full_batch=True, pipeline_stages=stages)
     share_results()
-    return {"parallel_config": inference_layout(Layout(1, tensor, stages))}
+    return {"parallel_config": inference_layout(Degrees(1, tensor, stages))}
 
 
 def operations(graph, *inputs, phase: str) -> Counter:

@@ -24,10 +24,10 @@ import numpy as np
 
 from mindformers_ixc.checkpoint import streaming
 from mindformers_ixc.checkpoint.convert import convert
-from mindformers_ixc.checkpoint.names import parameter_table
 from mindformers_ixc.checkpoint.sources import open_source
-from mindformers_ixc.checkpoint.streaming import TensorFile
-from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.checkpoint.tensor_file import TensorFile
+from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.parameters import parameter_table
 
 
 def parse() -> argparse.Namespace:

@@ -27,7 +27,7 @@ def run_ranks(count: int, folder: Path, script: Path, *arguments) -> None:
     Raises:
         RuntimeError: with the ends of the ranks' logs when one fails.
     """
-    from mindformers_ixc.parallel import cpu
+    from mindformers_ixc import cpu_cluster as cpu
 
     words, environment = [str(script), *map(str, arguments)], {**os.environ, STARTED: "1"}
     command = [sys.executable, *words]
@@ -58,8 +58,8 @@ def join_ranks(stages: int) -> int:
     import mindspore as ms
     from mindspore.communication import get_group_size, get_rank, init
 
-    from mindformers_ixc.parallel import cpu
-    from mindformers_ixc.parallel.inference import share_results
+    from mindformers_ixc import cpu_cluster as cpu
+    from mindformers_ixc.device import share_results
 
     init()
     cpu.install()
@@ -72,7 +72,7 @@ def join_ranks(stages: int) -> int:
 def answer(model: str, picture: str, layout: dict) -> dict[str, np.ndarray]:
     """Logits `(STEPS, 2, V)` and ids of both questions."""
     from mindformers_ixc.generation.assistant import Assistant
-    from mindformers_ixc.generation.sampling import GenerationOptions
+    from mindformers_ixc.generation.options import GenerationOptions
 
     assistant = Assistant.from_directory(model, **({"parallel_config": layout} if layout else {}))
     questions = [{"query": "What does the picture show?", "images": [picture], "hd_num": 2}, {"query": "Who are you?"}]
@@ -94,15 +94,14 @@ def main(model: str, picture: str, tensor: str, stages: str, result: str) -> Non
         return
     import mindspore as ms
 
-    from mindformers_ixc.parallel.checks import Layout
-    from mindformers_ixc.parallel.inference import inference_layout
+    from mindformers_ixc.parallel.degrees import Degrees, inference_layout
 
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("CPU")
     rank, layout = 0, {}
     if int(tensor) * int(stages) > 1:
         rank = join_ranks(int(stages))
-        layout = inference_layout(Layout(1, int(tensor), int(stages)))
+        layout = inference_layout(Degrees(1, int(tensor), int(stages)))
     found = answer(model, picture, layout)
     if rank == 0:
         np.savez(result, **found)

@@ -127,8 +127,8 @@ def rows_of(out: Path) -> list[dict]:
 def weights_of(out: Path) -> dict[str, np.ndarray]:
     """Weights of a run's last checkpoint, joined from its ranks."""
     from mindformers_ixc.checkpoint.model_directory import read_as
-    from mindformers_ixc.checkpoint.names import part_of
     from mindformers_ixc.checkpoint.sources import open_source
+    from mindformers_ixc.parameters import part_of
 
     source = open_source(out / "model" if (out / "model").is_dir() else out)
     return {name: read_as(tensor, "F32") for name, tensor in source.tensors.items() if part_of(name)}

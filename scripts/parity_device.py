@@ -13,10 +13,10 @@ from mindspore import Tensor, nn
 from mindspore.ops import functional as F
 from parity_rows import Row, row
 
-from mindformers_ixc.checkpoint.model_directory import load_model, read_config
-from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc.config import MODE_ADAPTERS, read_config
 from mindformers_ixc.generation.assistant import Assistant
-from mindformers_ixc.generation.sampling import GenerationOptions
+from mindformers_ixc.generation.loading import load_model
+from mindformers_ixc.generation.options import GenerationOptions
 from mindformers_ixc.models.rotary import rotary_tables
 from mindformers_ixc.processing.image import Grid, bicubic_resize, image_to_tiles, image_token_rows
 from mindformers_ixc.processing.processor import EncodedSample

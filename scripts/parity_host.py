@@ -21,9 +21,8 @@ from mindformers_ixc.processing.image import (
     partition_image,
     plan_partition,
 )
-from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
 from mindformers_ixc.processing.prompt import mask_labels
-from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
+from mindformers_ixc.registration import InternLM2Tokenizer, IXC25ImageProcessor, IXC25Processor
 
 # Public token ids of the reference labels: end of turn and </s>.
 END_OF_TURN_ID, EOS_ID = 92542, 2

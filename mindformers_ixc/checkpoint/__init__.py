@@ -1,1 +1,1 @@
-"""Checkpoints: model directories in the public layout."""
+"""Checkpoint files in and out: any container and layout read, converted, merged, inspected and written whole."""

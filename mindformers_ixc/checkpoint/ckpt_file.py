@@ -10,14 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.dtypes import MINDSPORE
-from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.checkpoint.protobuf import BYTES, VARINT, encode_field, encode_varint
 from mindformers_ixc.checkpoint.tensors import MappedTensor, Stretch
+from mindformers_ixc.errors import CheckpointError
 
 # Bytes of a tensor in one value at most (SLICE_SIZE of mindspore.train.serialization).
 SLICE = 512 * 2**20
 
 _FORMATS = {name: dtype for dtype, name in MINDSPORE.items()}
-_VARINT, _BYTES = 0, 2                       # protobuf wire types
 _VALUE, _TAG, _TENSOR, _DIMS, _TYPE, _CONTENT = 1, 1, 2, 1, 2, 3     # field numbers of checkpoint.proto
 
 
@@ -44,9 +44,9 @@ class _Reader:
         while self.file.tell() < end:
             key = self.varint()
             number, wire = key >> 3, key & 7
-            if wire == _VARINT:
+            if wire == VARINT:
                 yield number, self.varint()
-            elif wire == _BYTES:
+            elif wire == BYTES:
                 length = self.varint()
                 begin = self.file.tell()
                 if begin + length > self.size:
@@ -111,22 +111,15 @@ def _read_value(reader: _Reader, begin: int, length: int) -> tuple[str, str, tup
     return name, _FORMATS[dtype], tuple(shape), Stretch(reader.path, *content)
 
 
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _field(number: int, wire: int, value: int) -> bytes:
-    return _varint(number << 3 | wire) + _varint(value)
-
-
 def slice_prefix(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> bytes:
     """The bytes in front of a slice of `nbytes` of a tensor of `shape`."""
     kind, tag = MINDSPORE[dtype].encode(), name.encode()
-    tensor = b"".join(_field(_DIMS, _VARINT, size) for size in shape)
-    tensor += _field(_TYPE, _BYTES, len(kind)) + kind + _field(_CONTENT, _BYTES, nbytes)
-    value = _field(_TAG, _BYTES, len(tag)) + tag + _field(_TENSOR, _BYTES, len(tensor) + nbytes) + tensor
-    return _field(_VALUE, _BYTES, len(value) + nbytes) + value
+    tensor = b"".join(encode_field(_DIMS, size) for size in shape)
+    tensor += encode_field(_TYPE, kind) + _head(_CONTENT, nbytes)
+    value = encode_field(_TAG, tag) + _head(_TENSOR, len(tensor) + nbytes) + tensor
+    return _head(_VALUE, len(value) + nbytes) + value
+
+
+def _head(number: int, length: int) -> bytes:
+    """What stands in front of a field of so many bytes."""
+    return encode_varint(number << 3 | BYTES) + encode_varint(length)

@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.dtypes import FLOATING
-from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.model_config import config_of
-from mindformers_ixc.checkpoint.names import BUFFERS, Entry, base_name, parameter_table, part_of
-from mindformers_ixc.checkpoint.sources import Source, open_source
+from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
-from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.parallel.cuts import check_degree, check_stages
+from mindformers_ixc.parameters import BUFFERS, Entry, base_name, parameter_table, part_of
 
 
 def convert(source: str | Path, target: str | Path, *, to: str | None = None, format: str = "safetensors",
@@ -35,7 +35,7 @@ def convert(source: str | Path, target: str | Path, *, to: str | None = None, fo
         tensor_parallel: devices of a pipeline stage.
         pipeline_stages: pipeline stages.
         dtype: `float32`, `bfloat16` or `float16`; by default each tensor keeps its own.
-        mode: task LoRAs in the graph the layout is compiled for: `all`, `base`, `write` or `web`.
+        mode: task LoRAs in the graph the layout is for: `all`, `base`, `write` or `web`.
         drop: task LoRAs to leave out (`sft`, `dpo`, `web`).
         config: `config.json` or its directory, if the source has none beside it.
         strategy: strategy file or folder of the source's ranks, if it is not in the usual place.
@@ -66,7 +66,7 @@ def convert(source: str | Path, target: str | Path, *, to: str | None = None, fo
     return Path(target)
 
 
-def drop_task_loras(config: IXC25Config, drop: Iterable[str]) -> IXC25Config:
+def drop_task_loras(config: ModelConfig, drop: Iterable[str]) -> ModelConfig:
     """The configuration without some task LoRAs.
 
     Raises:
@@ -80,7 +80,7 @@ def drop_task_loras(config: IXC25Config, drop: Iterable[str]) -> IXC25Config:
     return config
 
 
-def select_tensors(source: Source, config: IXC25Config, options: Options) -> dict[str, LazyTensor]:
+def select_tensors(source: OpenedCheckpoint, config: ModelConfig, options: Options) -> dict[str, LazyTensor]:
     """The source's tensors that go into the target, checked against the configuration.
 
     Raises:
@@ -110,7 +110,7 @@ def select_tensors(source: Source, config: IXC25Config, options: Options) -> dic
     return chosen
 
 
-def _hint(source: Source, table: dict[str, Entry], missing: list[str]) -> str:
+def _hint(source: OpenedCheckpoint, table: dict[str, Entry], missing: list[str]) -> str:
     """What to do with what a parallel run saved: nothing but the parameters of its graph."""
     outside = [name for name in missing
                if table[name].part.startswith("task_lora") or ".post_layernorm." in name]
@@ -120,7 +120,7 @@ def _hint(source: Source, table: dict[str, Entry], missing: list[str]) -> str:
             f"BASE DST --attach {source.path}.")
 
 
-def check_tensor(source: Source, name: str, tensor: LazyTensor, shape: tuple[int, ...]) -> None:
+def check_tensor(source: OpenedCheckpoint, name: str, tensor: LazyTensor, shape: tuple[int, ...]) -> None:
     """Refuses a tensor of another shape or one that is not of floating point.
 
     Raises:

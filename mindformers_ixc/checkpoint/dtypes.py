@@ -4,24 +4,65 @@ NumPy has no bfloat16, so arrays of it are held as `uint16` and every array trav
 """
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.errors import CheckpointError
 
-# NumPy's type for the bytes of each safetensors format.
-STORAGE = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
-           "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
-# MindSpore's names in .ckpt files.
-MINDSPORE = {"F64": "Float64", "F32": "Float32", "F16": "Float16", "BF16": "BFloat16", "I64": "Int64", "I32": "Int32",
-             "I16": "Int16", "I8": "Int8", "U8": "UInt8", "BOOL": "Bool"}
-# The formats weights are kept in, by the names users and YAML files know; MindFormers' short ones too.
-WEIGHTS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
+class Format(NamedTuple):
+    """A number format under the names that everybody has for it.
+
+    Attributes:
+        name: safetensors', by which this package names formats.
+        label: what users, YAML files, PyTorch and NumPy write.
+        mindspore: MindSpore's, in .ckpt files and of its types.
+        graph: MindSpore's graph format's (mind_ir.proto).
+        storage: NumPy's type for the bytes.
+    """
+
+    name: str
+    label: str
+    mindspore: str
+    graph: str
+    storage: type
+
+
+# The one table of formats.
+FORMATS = (
+    Format("F64", "float64", "Float64", "DOUBLE", np.float64), Format("F32", "float32", "Float32", "FLOAT", np.float32),
+    Format("F16", "float16", "Float16", "FLOAT16", np.float16),
+    Format("BF16", "bfloat16", "BFloat16", "BFLOAT16", np.uint16),
+    Format("I64", "int64", "Int64", "INT64", np.int64), Format("I32", "int32", "Int32", "INT32", np.int32),
+    Format("I16", "int16", "Int16", "INT16", np.int16), Format("I8", "int8", "Int8", "INT8", np.int8),
+    Format("U8", "uint8", "UInt8", "UINT8", np.uint8), Format("BOOL", "bool", "Bool", "BOOL", np.bool_),
+)
 FLOATING = ("F64", "F32", "F16", "BF16")
+
+STORAGE = {entry.name: entry.storage for entry in FORMATS}
+LABELS = {entry.name: entry.label for entry in FORMATS}
+MINDSPORE = {entry.name: entry.mindspore for entry in FORMATS}
+
+_BY_ANY_NAME = {name: entry.name for entry in FORMATS for name in entry[:4]}
+
+# The formats weights are kept in, by the names users and YAML files know; MindFormers' short ones too.
+WEIGHTS = {**{LABELS[name]: name for name in FLOATING if name != "F64"}, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
+
+def format_of(dtype) -> str | None:
+    """Format of MindSpore's or PyTorch's type, or of any name in the table; `None` if it has none."""
+    return _BY_ANY_NAME.get(str(dtype).removeprefix("torch."))
 
 
 def item_size(dtype: str) -> int:
-    """Bytes of a number."""
+    """Bytes of a number of a format."""
     return np.dtype(STORAGE[dtype]).itemsize
+
+
+def dtype_bytes(dtype) -> int:
+    """Bytes of a number of MindSpore's type, or of any name in the table."""
+    return item_size(_BY_ANY_NAME[str(dtype)])
 
 
 def weight_format(name: str) -> str:
@@ -68,7 +109,7 @@ def from_float32(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(STORAGE[dtype], copy=False)
 
 
-def convert(array: np.ndarray, source: str, target: str) -> np.ndarray:
+def convert_dtype(array: np.ndarray, source: str, target: str) -> np.ndarray:
     """An array in another floating format; the same array where nothing changes."""
     if source == target:
         return array

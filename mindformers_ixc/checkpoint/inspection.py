@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_ixc.checkpoint.errors import CheckpointError
-from mindformers_ixc.checkpoint.model_config import read_config
-from mindformers_ixc.checkpoint.names import BUFFERS, PARTS, base_name, parameter_table, part_of
-from mindformers_ixc.checkpoint.sources import Source, open_source, read_file
+from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source, read_file
 from mindformers_ixc.checkpoint.tensors import JoinedTensor
 from mindformers_ixc.checkpoint.writing import RANK_INDEX
+from mindformers_ixc.config import read_config
+from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.parameters import BUFFERS, PARTS, base_name, parameter_table, part_of
 
 
 @dataclass
@@ -166,7 +166,7 @@ def _part(name: str) -> str:
     return part_of(name) or "other"
 
 
-def _compare(report: Report, source: Source, config: Path) -> None:
+def _compare(report: Report, source: OpenedCheckpoint, config: Path) -> None:
     table = parameter_table(read_config(config))
     report.missing = [name for name in table if name not in source.tensors]
     for name, tensor in source.tensors.items():
@@ -178,7 +178,7 @@ def _compare(report: Report, source: Source, config: Path) -> None:
             report.wrong_shapes.append((name, tensor.shape, table[name].shape))
 
 
-def _verify(report: Report, source: Source) -> None:
+def _verify(report: Report, source: OpenedCheckpoint) -> None:
     expected = [(name, source.tensors[name], digest) for name, digest in source.checksums.items()]
     index = source.directory / RANK_INDEX
     if source.kind == "ranks" and index.is_file():

@@ -13,13 +13,13 @@ import numpy as np
 
 from mindformers_ixc.checkpoint.convert import check_tensor, select_tensors
 from mindformers_ixc.checkpoint.dtypes import to_float32
-from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.model_config import config_of
-from mindformers_ixc.checkpoint.names import PARTS, base_name, parameter_table, part_of
-from mindformers_ixc.checkpoint.sources import Source, open_source
+from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
-from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.parameters import PARTS, base_name, parameter_table, part_of
 
 # How trained LoRAs are named: by PEFT (with or without the adapter's name) and by MindFormers (MindPet).
 _LORA_NAMES = (re.compile(r"(?:base_model\.model\.)?(?P<linear>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$"),
@@ -124,7 +124,7 @@ def merge(source: str | Path, target: str | Path, *, attach: str | Path | None =
     options = Options(to=to, dtype=dtype, shard_bytes=shard_bytes,
                       format="ckpt" if Path(target).suffix == ".ckpt" else "safetensors")
     options.check()
-    check_parts(fold, extract)
+    check_merge_names(fold, extract)
     model = config_of(opened, config)
     tensors = {name: tensor for name, tensor in select_tensors(opened, model, options).items() if part_of(name)}
     further = []
@@ -146,7 +146,7 @@ def merge(source: str | Path, target: str | Path, *, attach: str | Path | None =
     return Path(target)
 
 
-def check_parts(fold: tuple[str, ...], extract: tuple[str, ...]) -> None:
+def check_merge_names(fold: tuple[str, ...], extract: tuple[str, ...]) -> None:
     """Refuses names that are no task LoRA or no part, and Partial LoRA with the reason.
 
     Raises:
@@ -164,8 +164,8 @@ def check_parts(fold: tuple[str, ...], extract: tuple[str, ...]) -> None:
             raise CheckpointError(f"'{name}' is no part; the choices are {', '.join(PARTS)}.")
 
 
-def fold_tasks(tensors: dict[str, LazyTensor], config: IXC25Config,
-               tasks: tuple[str, ...]) -> tuple[IXC25Config, dict[str, LazyTensor]]:
+def fold_tasks(tensors: dict[str, LazyTensor], config: ModelConfig,
+               tasks: tuple[str, ...]) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """Folds task LoRAs, which act on all positions with scale 1, into their linears.
 
     Raises:
@@ -189,7 +189,7 @@ def fold_tasks(tensors: dict[str, LazyTensor], config: IXC25Config,
     return config, folded
 
 
-def open_adapter(path: str | Path) -> Source:
+def open_adapter(path: str | Path) -> OpenedCheckpoint:
     """Opens a trained LoRA: a PEFT directory, MindFormers' checkpoint, or a file."""
     path = Path(path)
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
@@ -198,7 +198,7 @@ def open_adapter(path: str | Path) -> Source:
     return open_source(path)
 
 
-def fold_lora(tensors: dict[str, LazyTensor], adapter: Source, alpha: float | None) -> dict[str, LazyTensor]:
+def fold_lora(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint, alpha: float | None) -> dict[str, LazyTensor]:
     """Folds a trained LoRA into the linears it was trained on.
 
     Raises:
@@ -227,7 +227,7 @@ def fold_lora(tensors: dict[str, LazyTensor], adapter: Source, alpha: float | No
     return result
 
 
-def _scale(adapter: Source, fields: dict, first: LazyTensor, alpha: float | None) -> float:
+def _scale(adapter: OpenedCheckpoint, fields: dict, first: LazyTensor, alpha: float | None) -> float:
     """Alpha over rank, or over its root where PEFT's `use_rslora` says so (arXiv 2312.03732)."""
     alpha = fields.get("lora_alpha") if alpha is None else alpha
     if alpha is None:
@@ -237,8 +237,8 @@ def _scale(adapter: Source, fields: dict, first: LazyTensor, alpha: float | None
     return alpha / rank ** 0.5 if fields.get("use_rslora") else alpha / rank
 
 
-def attach_parts(tensors: dict[str, LazyTensor], adapter: Source,
-                 config: IXC25Config) -> tuple[IXC25Config, dict[str, LazyTensor]]:
+def attach_parts(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint,
+                 config: ModelConfig) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """Puts the tensors of some parts in place of the model's, or beside them; optimizer states are left out.
 
     A parallel run saves only what its graph uses: without the task LoRAs of other modes it is such a part of a model.
@@ -264,7 +264,7 @@ def attach_parts(tensors: dict[str, LazyTensor], adapter: Source,
     return config, {name: merged[name] for name in table}
 
 
-def average_tensors(tensors: dict[str, LazyTensor], first: Source, others: list[Source], config: IXC25Config,
+def average_tensors(tensors: dict[str, LazyTensor], first: OpenedCheckpoint, others: list[OpenedCheckpoint], config: ModelConfig,
                     ema: float | None) -> dict[str, LazyTensor]:
     """Mean of checkpoints of one model.
 

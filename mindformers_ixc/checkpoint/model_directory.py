@@ -7,33 +7,27 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
-import mindspore.common.dtype as mstype
 import numpy as np
-from mindformers.models.modeling_utils import PreTrainedModel
 from mindspore import Tensor, nn
 from mindspore.common import np_dtype
 
-from mindformers_ixc.checkpoint.dtypes import STORAGE, convert
-from mindformers_ixc.checkpoint.errors import CheckpointError
-from mindformers_ixc.checkpoint.model_config import read_config
-from mindformers_ixc.checkpoint.sources import CONFIG_FILE, open_source
-from mindformers_ixc.checkpoint.streaming import TensorFile
+from mindformers_ixc.checkpoint.dtypes import STORAGE, convert_dtype, format_of
+from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.checkpoint.tensors import LazyTensor, PartOfTensor
-from mindformers_ixc.parallel.inference import own_slices
-from mindformers_ixc.parallel.stages import is_parallel
-
-__all__ = ["CheckpointError", "load_model", "load_weights", "read_config", "save_model_directory"]
+from mindformers_ixc.config import CONFIG_FILE
+from mindformers_ixc.device import is_parallel, rank
+from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.files import whole_folder
+from mindformers_ixc.parallel.slices import slices_of_rank
+from mindformers_ixc.processing.tokenizer import Tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 
-FORMATS = {mstype.float32: "F32", mstype.bfloat16: "BF16", mstype.float16: "F16"}
 
-
-def load_weights(model: PreTrainedModel, directory: str | os.PathLike) -> None:
+def load_weights(model: nn.Cell, directory: str | os.PathLike) -> None:
     """Loads a checkpoint's weights into a model, a few rows of one tensor at a time.
 
     In a parallel layout each rank takes its own slices of the parameters of its own stage.
@@ -60,12 +54,12 @@ def load_weights(model: PreTrainedModel, directory: str | os.PathLike) -> None:
                                   f"{tuple(parameter.shape)}.")
     parts = {name: source.tensors[name] for name in wanted}
     if is_parallel():
-        own = own_slices({name: tensor.shape for name, tensor in parts.items()}, model.config)
+        own = slices_of_rank({name: tensor.shape for name, tensor in parts.items()}, model.config, rank())
         parts = {name: PartOfTensor(parts[name], slices) for name, slices in own.items()}
     for name, tensor in parts.items():
         parameter = wanted[name]
         # the parameter takes the array's own memory over
-        parameter.set_data(Tensor.from_numpy(read_as(tensor, FORMATS[parameter.dtype])), is_parallel())
+        parameter.set_data(Tensor.from_numpy(read_as(tensor, format_of(parameter.dtype))), is_parallel())
         parameter.sliced = is_parallel()            # or the compiler would cut it again
 
 
@@ -73,7 +67,7 @@ def read_as(tensor: LazyTensor, dtype: str) -> np.ndarray:
     """A tensor in memory of its own, in a format MindSpore's arrays have."""
     value = np.empty(tensor.shape, STORAGE[dtype])
     for begin, piece in tensor.pieces():
-        piece = convert(piece, tensor.dtype, dtype)
+        piece = convert_dtype(piece, tensor.dtype, dtype)
         if tensor.shape:
             value[begin:begin + len(piece)] = piece
         else:
@@ -81,27 +75,7 @@ def read_as(tensor: LazyTensor, dtype: str) -> np.ndarray:
     return value.view(np_dtype.bfloat16) if dtype == "BF16" else value
 
 
-def load_model(directory: str | os.PathLike, **overrides):
-    """Builds the model of a directory and loads its weights, ready for inference.
-
-    Args:
-        directory: the model directory.
-        **overrides: runtime fields of `IXC25Config`.
-
-    Returns:
-        `IXC25ForCausalLM` in evaluation mode.
-    """
-    from mindformers_ixc.models.ixc25 import IXC25ForCausalLM  # builds graphs: only when a model is wanted
-
-    config = read_config(directory, **overrides)
-    with nn.no_init_parameters():    # the weights come from the files: drawing them first takes time and memory
-        model = IXC25ForCausalLM(config)
-    load_weights(model, directory)
-    model.set_train(False)
-    return model
-
-
-def save_model_directory(model: PreTrainedModel, target: str | os.PathLike,
+def save_model_directory(model: nn.Cell, target: str | os.PathLike,
                          tokenizer_file: str | os.PathLike | None = None, hd_num: int | None = None,
                          parameters: list[str] | None = None) -> None:
     """Writes a model directory, replacing an older one at the same place.
@@ -113,35 +87,24 @@ def save_model_directory(model: PreTrainedModel, target: str | os.PathLike,
         hd_num: tiles of the dynamic partition the model was trained with; the processor's default from then on.
         parameters: names of what to write (what `mindformers merge --attach` takes); by default everything.
     """
-    from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
-
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with whole_folder(target) as folder:
         config = model.config.to_public_dict()
         config["torch_dtype"] = str(next(iter(model.get_parameters())).dtype).lower()
         if hd_num is not None:
             config["hd_num"] = hd_num
-        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer_file is not None:
-            InternLM2Tokenizer(str(tokenizer_file)).save_pretrained(str(temporary))
-        _write_weights(model, temporary / WEIGHTS_FILE, parameters)
-        temporary.chmod(0o755)             # it comes into being for its owner only
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            Tokenizer(str(tokenizer_file)).save_pretrained(str(folder))
+        _write_weights(model, folder / WEIGHTS_FILE, parameters)
 
 
-def _write_weights(model: PreTrainedModel, path: Path, names: list[str] | None) -> None:
+def _write_weights(model: nn.Cell, path: Path, names: list[str] | None) -> None:
     parameters = [parameter for parameter in model.get_parameters() if names is None or parameter.name in set(names)]
-    file = TensorFile(path, [(p.name, FORMATS[p.dtype], tuple(p.shape)) for p in parameters])
+    file = TensorFile(path, [(p.name, format_of(p.dtype), tuple(p.shape)) for p in parameters])
     try:
         file.open()
         for parameter in parameters:
             value = parameter.asnumpy()
-            file.write(parameter.name, 0, value.view(np.uint16) if FORMATS[parameter.dtype] == "BF16" else value)
+            file.write(parameter.name, 0, value.view(np.uint16) if format_of(parameter.dtype) == "BF16" else value)
     finally:
         file.close()

@@ -11,8 +11,8 @@ import math
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.dtypes import STORAGE, item_size
-from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.tensors import MappedTensor, Stretch
+from mindformers_ixc.errors import CheckpointError
 
 # The format's own limit for the JSON part (safetensors specification).
 MAX_HEADER = 100_000_000

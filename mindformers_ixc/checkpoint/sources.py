@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mindformers_ixc.checkpoint import ckpt_file, safetensors_file, torch_file
-from mindformers_ixc.checkpoint.errors import CheckpointError
-from mindformers_ixc.checkpoint.layouts import Strategy, covers, read_strategy
+from mindformers_ixc.checkpoint.layouts import Strategy, covers
+from mindformers_ixc.checkpoint.strategy_file import read_strategy
 from mindformers_ixc.checkpoint.tensors import JoinedTensor, LazyTensor
+from mindformers_ixc.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 # Index files by preference, all `{"weight_map": {name: file}}`; the last is MindSpore's, which may be the bare map.
@@ -22,7 +23,7 @@ _STEP = re.compile(r"-(\d+)_(\d+)\.\w+$")
 
 
 @dataclass
-class Source:
+class OpenedCheckpoint:
     """An opened checkpoint.
 
     Attributes:
@@ -55,7 +56,7 @@ class Source:
         return None
 
 
-def open_source(path: str | Path, strategy: str | Path | None = None) -> Source:
+def open_source(path: str | Path, strategy: str | Path | None = None) -> OpenedCheckpoint:
     """Opens a checkpoint; nothing but headers is read.
 
     Args:
@@ -68,7 +69,7 @@ def open_source(path: str | Path, strategy: str | Path | None = None) -> Source:
     path = Path(path)
     if path.is_file():
         tensors = read_file(path)
-        return Source(path, "mindspore" if path.suffix == ".ckpt" else "public", tensors, [path])
+        return OpenedCheckpoint(path, "mindspore" if path.suffix == ".ckpt" else "public", tensors, [path])
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist.")
     for name in INDEX_FILES:
@@ -77,7 +78,7 @@ def open_source(path: str | Path, strategy: str | Path | None = None) -> Source:
     for name in SINGLE_FILES:
         if (path / name).is_file():
             kind = "mindspore" if name.endswith(".ckpt") else "public"
-            return Source(path, kind, read_file(path / name), [path / name])
+            return OpenedCheckpoint(path, kind, read_file(path / name), [path / name])
     for folder in (path, path / "checkpoint"):
         if any(folder.glob("rank_[0-9]*/*")):
             return _open_ranks(path, folder, strategy)
@@ -85,7 +86,7 @@ def open_source(path: str | Path, strategy: str | Path | None = None) -> Source:
     if not files:
         raise CheckpointError(f"{path} holds no checkpoint: neither {', '.join((*INDEX_FILES, *SINGLE_FILES))} nor "
                               "rank_N folders nor other weight files.")
-    return Source(path, "mindspore", _merge_files(files), files)
+    return OpenedCheckpoint(path, "mindspore", _merge_files(files), files)
 
 
 def read_file(path: Path) -> dict[str, LazyTensor]:
@@ -112,7 +113,7 @@ def _merge_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _open_index(path: Path, index: Path) -> Source:
+def _open_index(path: Path, index: Path) -> OpenedCheckpoint:
     try:
         fields = json.loads(index.read_text(encoding="utf-8"))
         weight_map = fields.get("weight_map", fields)
@@ -129,10 +130,10 @@ def _open_index(path: Path, index: Path) -> Source:
         raise CheckpointError(f"{index} names {len(absent)} parameters that its files do not hold (first: "
                               f"{absent[:3]}); the index belongs to other files.")
     kind = "mindspore" if index.name == INDEX_FILES[2] else "public"
-    return Source(path, kind, tensors, files, checksums=fields.get("checksums", {}))
+    return OpenedCheckpoint(path, kind, tensors, files, checksums=fields.get("checksums", {}))
 
 
-def _open_ranks(path: Path, folder: Path, strategy: str | Path | None) -> Source:
+def _open_ranks(path: Path, folder: Path, strategy: str | Path | None) -> OpenedCheckpoint:
     places = [Path(strategy)] if strategy else [path / "strategy", folder.parent / "strategy", folder / "strategy"]
     place = next((place for place in places if place.exists()), None)
     if place is None:
@@ -143,7 +144,7 @@ def _open_ranks(path: Path, folder: Path, strategy: str | Path | None) -> Source
     parts = [read_file(file) for file in files]
     names = list(dict.fromkeys(name for part in parts for name in part))
     tensors = {name: _join(name, parts, layouts, folder) for name in names}
-    return Source(path, "ranks", tensors, files, layouts)
+    return OpenedCheckpoint(path, "ranks", tensors, files, layouts)
 
 
 def _rank_files(folder: Path, ranks: int) -> list[Path]:

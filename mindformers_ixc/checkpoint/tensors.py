@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_ixc.checkpoint.dtypes import STORAGE, item_size
-from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.errors import CheckpointError
 
 # Bytes of a tensor that are in memory at once.
 PIECE = 64 * 2**20

@@ -9,9 +9,9 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
-from mindformers_ixc.checkpoint.dtypes import STORAGE
-from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.checkpoint.dtypes import STORAGE, format_of
 from mindformers_ixc.checkpoint.tensors import ArrayTensor, LazyTensor, MappedTensor, Stretch
+from mindformers_ixc.errors import CheckpointError
 
 
 def _torch():
@@ -41,14 +41,12 @@ def read_tensors(path: Path) -> dict[str, LazyTensor]:
                               "or truncated, copy it again.") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no dict of tensors; save the model's state_dict.")
-    formats = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
-               torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-               torch.bool: "BOOL"}
+    formats = {name: format_of(value.dtype) for name, value in state.items()}
     for name, value in state.items():
-        if value.dtype not in formats:
+        if formats[name] is None:
             raise CheckpointError(f"{path} holds {name} as {value.dtype}, which no weight of this model is.")
     mappings = _mappings(path) if is_mapped else []
-    return {name: _locate(value, formats[value.dtype], path, mappings) for name, value in state.items()}
+    return {name: _locate(value, formats[name], path, mappings) for name, value in state.items()}
 
 
 def _load(torch, path: Path) -> tuple[object, bool]:

@@ -3,22 +3,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.dtypes import weight_format
-from mindformers_ixc.checkpoint.errors import CheckpointError
-from mindformers_ixc.checkpoint.layouts import Layout, Strategy, names_in, write_strategies
+from mindformers_ixc.checkpoint.layouts import Layout
 from mindformers_ixc.checkpoint.model_config import write_config
-from mindformers_ixc.checkpoint.names import Entry, base_name, parameter_table, part_of
-from mindformers_ixc.checkpoint.sources import CONFIG_FILE, INDEX_FILES, SUFFIXES, Source
+from mindformers_ixc.checkpoint.sources import INDEX_FILES, SUFFIXES, OpenedCheckpoint
+from mindformers_ixc.checkpoint.strategy_file import write_strategies
 from mindformers_ixc.checkpoint.streaming import Item, Output, WorkFolder, is_file_target, write_items
 from mindformers_ixc.checkpoint.tensors import LazyTensor
-from mindformers_ixc.config import IXC25Config
-from mindformers_ixc.parallel.compile_layout import MODES, LayoutError, compile_layouts
-from mindformers_ixc.parallel.cuts import cut_axis
-from mindformers_ixc.parallel.stages import layer_stages, stage_of_parameter
+from mindformers_ixc.config import ALL_MODES, CONFIG_FILE, ModelConfig
+from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.parallel.slices import placement
+from mindformers_ixc.parallel.stages import layer_stages
+from mindformers_ixc.parameters import base_name, parameter_table, part_of
 
 # Bytes of a shard at most, unless it is one tensor; Hugging Face's default.
 SHARD_BYTES = 5 * 10**9
@@ -40,7 +39,7 @@ class Options:
         tensor_parallel: devices of a stage; with more than one in all, rank folders are written.
         pipeline_stages: stages.
         dtype: format of the weights, `None` keeps each tensor's.
-        mode: task LoRAs in the graph the layout is compiled for, see `parallel.compile_layout.MODES`.
+        mode: task LoRAs in the graph the layout is compiled for, see `config.ALL_MODES`.
         drop: task LoRAs to leave out.
         shard_bytes: size of a file at most.
     """
@@ -65,7 +64,7 @@ class Options:
         Raises:
             CheckpointError: naming value and choices.
         """
-        for name, choices in (("to", ("ms", "hf")), ("format", ("safetensors", "ckpt")), ("mode", tuple(MODES))):
+        for name, choices in (("to", ("ms", "hf")), ("format", ("safetensors", "ckpt")), ("mode", tuple(ALL_MODES))):
             if getattr(self, name) not in choices:
                 raise CheckpointError(f"{name} is '{getattr(self, name)}'; the choices are {', '.join(choices)}.")
         if self.dtype is not None:
@@ -77,7 +76,7 @@ class Options:
                                   "to --to ms.")
 
 
-def write_checkpoint(tensors: dict[str, LazyTensor], config: IXC25Config, source: Source, target: Path,
+def write_checkpoint(tensors: dict[str, LazyTensor], config: ModelConfig, source: OpenedCheckpoint, target: Path,
                      options: Options, overwrite: bool = False, job: dict | None = None) -> None:
     """Writes tensors as a checkpoint, with configuration, tokenizer, index and, for ranks, strategies.
 
@@ -116,7 +115,7 @@ def write_checkpoint(tensors: dict[str, LazyTensor], config: IXC25Config, source
         work.publish()
 
 
-def check_target(source: Source, target: Path, options: Options) -> None:
+def check_target(source: OpenedCheckpoint, target: Path, options: Options) -> None:
     """Refuses a target that is the source or inside it, or a file where a directory is needed.
 
     Raises:
@@ -185,39 +184,36 @@ def _place_whole(items: list[Item], target: Path, options: Options) -> None:
             item.outputs = [replace(item.outputs[0], file=name)]
 
 
-def expected_layouts(config: IXC25Config, options: Options) -> dict[str, tuple[Layout, int]]:
-    """Layout and stage of every parameter, from the table of cuts; what the graph does not use is whole everywhere."""
-    used = {f"task_lora.{task}" for task in MODES[options.mode]}
-    stages, layouts = layer_stages(config.num_hidden_layers, options.pipeline_stages), {}
+def expected_layouts(config: ModelConfig, tensor_parallel: int, pipeline_stages: int,
+                     mode: str = "all") -> dict[str, tuple[Layout, int]]:
+    """Layout and stage of every parameter, by the one rule of `parallel.slices`.
+
+    Args:
+        config: sizes of the model.
+        tensor_parallel: devices of a stage.
+        pipeline_stages: stages.
+        mode: task LoRAs in the graph, a key of `config.ALL_MODES`.
+    """
+    stages, layouts = layer_stages(config.num_hidden_layers, pipeline_stages), {}
     for name, entry in parameter_table(config).items():
-        in_graph = entry.part in used if entry.part.startswith("task_lora") else ".post_layernorm." not in name
-        axis = cut_axis(name) if in_graph else None
-        tensor_map = tuple(0 if i == axis else -1 for i in range(len(entry.shape)))
-        layouts[name] = Layout((options.tensor_parallel,), tensor_map), stage_of_parameter(name, stages)
+        place = placement(name, config, stages, ALL_MODES[mode])
+        cut = place.axis if tensor_parallel > 1 else None
+        tensor_map = tuple(0 if axis == cut else -1 for axis in range(len(entry.shape)))
+        layouts[name] = Layout((tensor_parallel,), tensor_map), place.stage
     return layouts
 
 
-def _write_ranks(work: WorkFolder, items: list[Item], config: IXC25Config, options: Options,
+def _write_ranks(work: WorkFolder, items: list[Item], config: ModelConfig, options: Options,
                  title: str) -> dict[str, dict[str, str]]:
-    """Cuts by the table while MindSpore's compiler works the layout out for itself; both must agree in the end.
-
-    Raises:
-        LayoutError: when they do not; nothing has been published then.
-    """
-    expected = expected_layouts(config, options)
+    """Cuts the tensors over ranks and writes the strategies that say so."""
+    expected = expected_layouts(config, options.tensor_parallel, options.pipeline_stages, options.mode)
     for item in items:
         item.outputs = _rank_outputs(item, expected.get(base_name(item.name)), options)
-    with ThreadPoolExecutor(max_workers=1) as compiler:
-        compiled = compiler.submit(compile_layouts, config, options.tensor_parallel, options.pipeline_stages,
-                                   options.mode, work.path / "layout")
-        sums = write_items(work, items, title)
-        files = compiled.result()
-    in_graph = {name for file in files for name in names_in(file)}
-    whole = {name: (len(layout.tensor_map), stage) for name, (layout, stage) in expected.items()
-             if name not in in_graph}
+    sums = write_items(work, items, title)
+    stages = layer_stages(config.num_hidden_layers, options.pipeline_stages)
+    in_graph = {name for name in expected if placement(name, config, stages, ALL_MODES[options.mode]).in_graph}
     states = {item.name: base_name(item.name) for item in items if base_name(item.name) != item.name}
-    strategy = write_strategies(work.output / "strategy", files, whole, states)
-    check_layouts(strategy, expected, parameter_table(config))
+    write_strategies(work.output / "strategy", expected, in_graph, options.pipeline_stages, states)
     return sums
 
 
@@ -233,22 +229,8 @@ def _rank_outputs(item: Item, expected: tuple[Layout, int] | None, options: Opti
     return outputs
 
 
-def check_layouts(strategy: Strategy, expected: dict[str, tuple[Layout, int]], table: dict[str, Entry]) -> None:
-    """What was compiled must be what was cut, device by device.
-
-    Raises:
-        LayoutError: naming the parameter.
-    """
-    for name, (layout, stage) in expected.items():
-        compiled, shape = strategy.layouts[name], table[name].shape
-        if strategy.stages[name] != [stage] or compiled.devices != layout.devices or any(
-                compiled.slices(shape, device) != layout.slices(shape, device) for device in range(layout.devices)):
-            raise LayoutError(f"{name} was compiled as {compiled} on stage {strategy.stages[name]}, the table of cuts "
-                              f"says {layout} on stage {stage}.")
-
-
-def _write_side_files(work: WorkFolder, items: list[Item], sums: dict[str, dict[str, str]], config: IXC25Config,
-                      source: Source, options: Options) -> None:
+def _write_side_files(work: WorkFolder, items: list[Item], sums: dict[str, dict[str, str]], config: ModelConfig,
+                      source: OpenedCheckpoint, options: Options) -> None:
     """Configuration, tokenizer and the like, and the index with the checksums."""
     for file in sorted(source.directory.iterdir()):
         if file.is_file() and file.suffix in SIDE_SUFFIXES and file.name not in (*INDEX_FILES, RANK_INDEX, CONFIG_FILE):

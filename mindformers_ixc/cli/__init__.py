@@ -1,1 +1,1 @@
-"""The work behind the subcommands of `mindformers`; their arguments are in `mindformers_ixc_cli`."""
+"""What each subcommand of `mindformers` does; their arguments are in `mindformers_ixc_cli`."""

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.convert import convert as convert_checkpoint
-from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.inspection import inspect as inspect_checkpoint
 from mindformers_ixc.checkpoint.merge import merge as merge_checkpoint
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES
+from mindformers_ixc.errors import CheckpointError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import argparse
 
-from mindformers_ixc.data.conversations import DataError
 from mindformers_ixc.data.converters import convert_dataset
+from mindformers_ixc.errors import DataError
 
 
 def data(arguments: argparse.Namespace) -> int:
@@ -21,7 +21,7 @@ def data(arguments: argparse.Namespace) -> int:
 def reference(arguments: argparse.Namespace) -> int:
     """Runs `mindformers reference` and prints the number of pairs."""
     from mindformers_ixc.cli.inference import prepare_device
-    from mindformers_ixc.data.reference import add_reference_logps
+    from mindformers_ixc.training.reference import add_reference_logps
 
     prepare_device(arguments)
     count = add_reference_logps(arguments.pairs, arguments.target, arguments.model, arguments.mode, arguments.hd_num,

@@ -7,7 +7,7 @@ import json
 from tqdm import tqdm
 
 from mindformers_ixc.cli.inference import generation_options, load_assistant
-from mindformers_ixc.data.questions import Question, questions_of, shuffle_images
+from mindformers_ixc.generation.questions import Question, questions_of, shuffle_images
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

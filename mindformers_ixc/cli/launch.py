@@ -27,8 +27,9 @@ import psutil
 
 from mindformers_ixc.cli.run import merged_fields
 from mindformers_ixc.cli.run_config import check_fields
-from mindformers_ixc.config import ConfigError
-from mindformers_ixc.parallel.checks import check_run, layout_of
+from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.parallel.checks import check_run
+from mindformers_ixc.parallel.degrees import degrees_of
 
 POLL_S = 0.2
 # Seconds that msrun and its scheduler get to end by themselves once a rank has ended with an error.
@@ -91,7 +92,7 @@ def launch(arguments: argparse.Namespace) -> int:
     # pipeline stages: the loss is known to the last one, and its first rank reports it
     reporter = 0
     if fields.get("run_mode") != "predict":
-        reporter = arguments.devices - arguments.devices // layout_of(fields).pipeline_stage
+        reporter = arguments.devices - arguments.devices // degrees_of(fields).pipeline_stage
     try:
         with _stopped_by_signals(), tempfile.TemporaryDirectory() as scratch:
             environment = _environment()
@@ -159,7 +160,7 @@ def _environment() -> dict[str, str]:
 
 
 def _cpu_environment(mailbox: Path) -> dict[str, str]:
-    from mindformers_ixc.parallel import cpu
+    from mindformers_ixc import cpu_cluster as cpu
 
     return {**cpu.preload_environment(), "CPU_PARALLEL_MAILBOX": str(mailbox)}
 

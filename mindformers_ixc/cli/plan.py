@@ -11,14 +11,13 @@ from pathlib import Path
 
 import mindformers_ixc  # noqa: F401 - importing it registers the model
 from mindformers_ixc.cli.run_config import apply_overrides, check_fields, parse_overrides, read_yaml
-from mindformers_ixc.config import ConfigError
-from mindformers_ixc.parallel.checks import DEGREES
-from mindformers_ixc.parallel.compile_layout import LayoutError
-from mindformers_ixc.parallel.cost import Assumptions
-from mindformers_ixc.parallel.plan import Plan, make_plan
-from mindformers_ixc.parallel.plan_text import plan_text, search_text
-from mindformers_ixc.parallel.search import Candidate, Search, search
-from mindformers_ixc.parallel.workload import Workload, place, read_workload
+from mindformers_ixc.errors import ConfigError, LayoutError
+from mindformers_ixc.parallel.degrees import DEGREES
+from mindformers_ixc.planning.cost import Assumptions
+from mindformers_ixc.planning.plan import Plan, make_plan
+from mindformers_ixc.planning.search import Candidate, Search, search
+from mindformers_ixc.planning.text import plan_text, search_text
+from mindformers_ixc.planning.workload import Workload, place, read_workload
 
 # Of a device, unless an option or the YAML's context.max_device_memory says otherwise.
 DEVICE_MEMORY = "64GB"

@@ -9,7 +9,7 @@ import os
 import statistics
 from pathlib import Path
 
-from mindformers_ixc.config import ConfigError
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.training.log import METRICS_FILE, read_metrics
 
 EVALUATIONS_FILE = "evaluations.jsonl"

@@ -85,8 +85,8 @@ def _run_trainer(fields: dict) -> None:
     # frozen parameters have slices too, and MindFormers loads what the strategy file names
     ms.set_auto_parallel_context(strategy_ckpt_config={"only_trainable_params": False})
     if config.use_parallel and config.context.device_target == "CPU":
-        from mindformers_ixc.parallel import cpu
-        from mindformers_ixc.parallel.cpu.loading import load_on_cpu
+        from mindformers_ixc import cpu_cluster as cpu
+        from mindformers_ixc.cpu_cluster.loading import load_on_cpu
 
         cpu.install()
         load_on_cpu()

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from pathlib import Path
 
 import yaml
 
-from mindformers_ixc.config import RUNTIME_FIELDS, ConfigError, IXC25Config, IXC25VisionConfig
-from mindformers_ixc.data.dataset import check_dataset_section
+from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, VISION_FIELDS, Field
+from mindformers_ixc.data.sections import check_dataset_section
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.training.evaluation import evaluation_options
 from mindformers_ixc.training.parts import check_parts, check_rates
 
@@ -18,7 +18,7 @@ RUN_MODES = ("train", "finetune", "predict")
 OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation")
 
 # Short forms that MindFormers' launcher script has, and the keys they stand for.
-ALIASES = {
+SHORT_FORMS = {
     "epochs": "runner_config.epochs", "batch_size": "runner_config.batch_size",
     "sink_mode": "runner_config.sink_mode",
     "gradient_accumulation_steps": "runner_config.gradient_accumulation_steps",
@@ -44,7 +44,7 @@ def parse_overrides(words: list[str]) -> dict[str, object]:
             if not words or words[0].startswith("--"):
                 raise ConfigError(f"--{name} has no value; write --{name} VALUE.")
             text = words.pop(0)
-        overrides[ALIASES.get(name, name)] = read_value(text)
+        overrides[SHORT_FORMS.get(name, name)] = read_value(text)
     return overrides
 
 
@@ -190,10 +190,10 @@ def _check_model(fields: dict, source: str) -> None:
     config = model["model_config"]
     if config.get("type") != "IXC25Config":
         return   # another model of MindFormers: its own business
-    _check_signature(config, IXC25Config, source, "model.model_config.")
+    _check_signature(config, FIELDS, source, "model.model_config.")
     if isinstance(config.get("vision_config"), dict):
         config["vision_config"].setdefault("type", "IXC25VisionConfig")
-        _check_signature(config["vision_config"], IXC25VisionConfig, source, "model.model_config.vision_config.")
+        _check_signature(config["vision_config"], VISION_FIELDS, source, "model.model_config.vision_config.")
 
 
 def _check_parts(fields: dict, source: str) -> None:
@@ -217,12 +217,10 @@ def _check_parts(fields: dict, source: str) -> None:
             raise ConfigError(f"{source}: part_learning_rates needs an lr_schedule, whose rate its factors multiply.")
 
 
-def _check_signature(section: dict, cls: type, source: str, prefix: str) -> None:
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.name not in ("self", "kwargs")}
-    _check_keys(section, [*defaults, *cls.attribute_map, *RUNTIME_FIELDS, "architectures", "auto_register"], source,
-                prefix)
-    _check_types(section, defaults, source, prefix)
+def _check_signature(section: dict, table: dict[str, Field], source: str, prefix: str) -> None:
+    known = [*table, *ALIASES, *FRAMEWORK_FIELDS, "architectures", "auto_register"]
+    _check_keys(section, known, source, prefix)
+    _check_types(section, {name: field.default for name, field in table.items()}, source, prefix)
 
 
 def _check_keys(section: dict, known, source: str, prefix: str) -> None:

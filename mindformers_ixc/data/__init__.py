@@ -1,1 +1,1 @@
-"""Host code: conversation files to batches of fixed shapes."""
+"""Training data from files to rows of fixed shapes: sources, the plan of an epoch, rows; host code without MindSpore."""

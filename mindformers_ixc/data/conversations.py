@@ -5,7 +5,6 @@ fine-tuning scripts or of LLaVA. A list file names sources and how many thousand
 """
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -15,8 +14,10 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from mindformers_ixc.errors import DataError, VideoError
+from mindformers_ixc.files import read_json_list
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
-from mindformers_ixc.processing.video import VideoError, board_size, is_video
+from mindformers_ixc.processing.video import board_size, is_video
 from mindformers_ixc.resources import resolve_path
 
 ROLES = {"human": "user", "user": "user", "bot": "assistant", "gpt": "assistant", "assistant": "assistant",
@@ -33,10 +34,6 @@ LISTED_ERRORS = 10
 
 # Scans below this many samples finish before a progress bar would be read.
 PROGRESS_FROM = 1000
-
-
-class DataError(ValueError):
-    """Training data that cannot be used; the message names file, sample and field."""
 
 
 @dataclass
@@ -79,17 +76,7 @@ def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike 
         DataError: listing what is wrong with which samples.
         FileNotFoundError: when the file is missing.
     """
-    file = resolve_path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"The data file {path} does not exist.")
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{path} must hold a JSON list of samples, found {type(rows).__name__}.")
-    if not rows:
-        raise DataError(f"{path} holds no samples.")
+    rows, file = read_json_list(path, "sample"), resolve_path(path)
     rows = [_ask(row, caption_prompts, f"{seed} {path} {index}") for index, row in enumerate(rows)]
     return parse_rows(rows, str(path), file, image_folder)
 

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mindformers_ixc.data.conversations import ROLES, DataError
+from mindformers_ixc.data.conversations import ROLES
+from mindformers_ixc.errors import DataError
 
 # OCR-VQA numbers its splits.
 OCR_VQA_SPLITS = {1: "train", 2: "validation", 3: "test"}

@@ -4,13 +4,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from mindformers_ixc.data.conversations import DataError
-from mindformers_ixc.data.sampling import Source, plan_epoch, plan_mixture
+from mindformers_ixc.data.sampling import MixtureSource, plan_epoch, plan_mixture
+from mindformers_ixc.errors import DataError
 
 MIXTURE_KEYS = ("weights", "temperature", "samples_per_epoch")
 
 # What makes the plan of an epoch from (global batch size, epoch).
-Plan = Callable[[int, int], "list[list[int]]"]
+EpochPlanner = Callable[[int, int], "list[list[int]]"]
 
 
 def mixture_weights(sizes: dict[str, int], section: dict) -> dict[str, float]:
@@ -62,8 +62,8 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def make_plan(sources: Sequence[str], multimodal: Sequence[bool], names: Sequence[str], section: dict | None,
-              seed: int, shuffle: bool, drop_remainder: bool) -> Plan:
+def make_epoch_planner(sources: Sequence[str], multimodal: Sequence[bool], names: Sequence[str], section: dict | None,
+              seed: int, shuffle: bool, drop_remainder: bool) -> EpochPlanner:
     """The plan of a run.
 
     Args:
@@ -88,7 +88,7 @@ def make_plan(sources: Sequence[str], multimodal: Sequence[bool], names: Sequenc
         for kind, wanted in enumerate((True, False)):
             chosen = [i for i in indices if multimodal[i] == wanted]
             if chosen:   # a source of both kinds shares its weight between them by number
-                parts.append(Source(kind, weights[name] * len(chosen) / len(indices), chosen))
+                parts.append(MixtureSource(kind, weights[name] * len(chosen) / len(indices), chosen))
     return partial(_mixture, parts, seed, section.get("samples_per_epoch") or len(sources))
 
 

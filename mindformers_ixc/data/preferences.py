@@ -5,21 +5,15 @@ A source is a JSON list of `{"id", "prompt", "image", "chosen", "rejected"}`; wh
 """
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
-from mindformers.dataset.base_dataset import BaseDataset
-from mindformers.tools.logger import logger
-from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
-from mindformers_ixc.data.batch import BATCH_COLUMNS
-from mindformers_ixc.data.conversations import Conversation, DataError, parse_rows, raise_errors, read_image_sizes
-from mindformers_ixc.data.dataset import MAX_BAD_SHARE, ConversationTable, batched, fit_pairs, make_processor
-from mindformers_ixc.data.mixture import make_plan
-from mindformers_ixc.processing.image import HD_NUM_TRAINING
+from mindformers_ixc.data.conversations import Conversation, parse_rows, raise_errors
+from mindformers_ixc.data.rows import ConversationTable
+from mindformers_ixc.errors import DataError
+from mindformers_ixc.files import read_json_list
 from mindformers_ixc.resources import resolve_path
 
 REFERENCE_COLUMN = "reference_logps"
@@ -75,15 +69,7 @@ def load_preferences(path, image_folder=None) -> list[tuple[Conversation, Conver
         DataError: listing what is wrong with which samples.
         FileNotFoundError: when the file is missing.
     """
-    file = resolve_path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"The data file {path} does not exist.")
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path} must hold a JSON list with at least one pair.")
+    rows, file = read_json_list(path, "pair"), resolve_path(path)
     errors, sides = [], ([], [])
     for index, row in enumerate(rows):
         try:
@@ -118,46 +104,3 @@ def check_pair(row, where: str) -> None:
                                   and all(isinstance(x, (int, float)) and math.isfinite(x) for x in logps)):
         raise DataError(f"{where}, field {REFERENCE_COLUMN}: must be two numbers (chosen, rejected), found "
                         f"{logps!r:.60}.")
-
-
-@MindFormerRegister.register(MindFormerModuleType.DATASET)
-class IXC25PreferenceDataset(BaseDataset):
-    """Preference pairs as MindFormers' `train_dataset_task` builds them; the section is that of `IXC25SFTDataset`."""
-
-    def __new__(cls, dataset_config: dict | None = None, **kwargs):
-        """Builds the dataset; see `IXC25SFTDataset`.
-
-        Raises:
-            DataError: for unusable data.
-        """
-        config = cls.check_dataset_config(dataset_config, locals())
-        cls.init_dataset_config(config)
-        loader, seed = config.data_loader, config.seed or 0
-        files = loader.dataset_dir if isinstance(loader.dataset_dir, (list, tuple)) else [loader.dataset_dir]
-        pairs = [pair for path in files for pair in load_preferences(path, loader.image_folder)]
-        read_image_sizes([chosen for chosen, _, _ in pairs])
-        columns = list(config.input_columns or BATCH_COLUMNS)
-        if REFERENCE_COLUMN in columns and any(logps is None for _, _, logps in pairs):
-            raise DataError(f"train_dataset.input_columns has {REFERENCE_COLUMN}, but not every pair has that field; "
-                            "leave the column out, and the model without the pair is the reference.")
-        processor, hd_num = make_processor(config), config.hd_num or HD_NUM_TRAINING
-        pairs = [(chosen, replace(rejected, sizes=chosen.sizes), logps) for chosen, rejected, logps in pairs]
-        shapes = (config.seq_length, config.max_tiles, hd_num)
-        fitting = [pair for pair in pairs if all(fit_pairs(processor, side, *shapes)[0] for side in pair[:2])]
-        if len(fitting) < len(pairs):
-            longest = max(processor.conversation_length(side.turns, side.sizes, hd_num)[0]
-                          for pair in pairs for side in pair[:2])
-            message = (f"{len(pairs) - len(fitting)} of {len(pairs)} pairs do not fit seq_length {config.seq_length} "
-                       f"and max_tiles {config.max_tiles} (the longest has {longest} positions)")
-            if not fitting:
-                raise DataError(f"{message}, so nothing is left to train on; raise them.")
-            logger.warning(f"{message} and are left out.")
-        chosen, rejected, logps = zip(*fitting)
-        share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
-        table = PreferenceTable(processor, chosen, rejected, logps, seq_length=config.seq_length,
-                                max_tiles=config.max_tiles, hd_num=hd_num, max_bad_share=share, columns=columns,
-                                seed=seed)
-        multimodal = [table.is_multimodal(i) for i in range(len(table))]
-        plan = make_plan([sample.source for sample in chosen], multimodal, table.source_names, None, seed,
-                         loader.get("shuffle", True), config.get("drop_remainder", True))
-        return batched(cls, table, plan, config)

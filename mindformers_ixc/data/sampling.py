@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore.dataset import Sampler
 
 # Steps of this size through [0, 1) leave gaps as even as they can be, for any number of steps (the golden ratio).
 GOLDEN_STEP = (5 ** 0.5 - 1) / 2
@@ -70,7 +69,7 @@ def spread(weights: Sequence[float], start: int, stop: int) -> np.ndarray:
 
 
 @dataclass
-class Source:
+class MixtureSource:
     """One source of a weighted mixture: sample indices that all are of one kind."""
 
     kind: int
@@ -78,7 +77,7 @@ class Source:
     indices: list[int]
 
 
-def plan_mixture(sources: Sequence[Source], batch_size: int, seed: int, epoch: int, batches: int) -> list[list[int]]:
+def plan_mixture(sources: Sequence[MixtureSource], batch_size: int, seed: int, epoch: int, batches: int) -> list[list[int]]:
     """Batches of one epoch in which each source has its share.
 
     Every batch is of one kind; kinds and, within a kind, sources follow one another as `spread` says. A source is gone
@@ -125,8 +124,8 @@ def _pass_after_pass(indices: Sequence[int], seed: str, start: int, count: int) 
     return drawn[skip:skip + count]
 
 
-class PlanSampler(Sampler):
-    """Gives MindSpore one epoch's samples of one data-parallel rank; each iteration is the next epoch.
+class PlanSampler:
+    """Gives one epoch's samples of one data-parallel rank; each iteration is the next epoch.
 
     What it gives is `place * count + index`, so that whoever reads a sample also knows its place in the run.
 
@@ -143,7 +142,10 @@ class PlanSampler(Sampler):
         self.rank, self.ranks = shard
         self.epoch = self.skip = 0
         self.epoch_size = len(plan(batch_size * self.ranks, 0)) * batch_size * self.ranks
-        super().__init__(num_samples=len(self.indices(0)))
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return self.epoch_size // self.ranks
 
     def indices(self, epoch: int) -> list[int]:
         """This rank's sample indices of an epoch."""

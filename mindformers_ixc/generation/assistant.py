@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from mindformers_ixc.config import MODE_ADAPTERS, ConfigError
+from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc.device import is_parallel
+from mindformers_ixc.errors import ConfigError, GenerationError
 from mindformers_ixc.generation.engine import InferenceEngine
-from mindformers_ixc.generation.sampling import GenerationError, GenerationOptions
+from mindformers_ixc.generation.loading import load_model
+from mindformers_ixc.generation.options import GenerationOptions
 from mindformers_ixc.generation.search import beam_search, decode_steps, greedy_or_sample
 from mindformers_ixc.generation.text import TextStream
-from mindformers_ixc.parallel.stages import is_parallel
-from mindformers_ixc.processing.processor import EncodedSample, IXC25Processor
+from mindformers_ixc.processing.processor import EncodedSample, Processor
 from mindformers_ixc.processing.prompt import END_OF_TURN
 
 
@@ -28,7 +30,7 @@ class Assistant:
         ConfigError: when the tokenizer has more pieces than the model.
     """
 
-    def __init__(self, model, processor: IXC25Processor | None):
+    def __init__(self, model, processor: Processor | None):
         pieces = 0 if processor is None else len(processor.tokenizer)
         if pieces > model.config.vocab_size:
             raise ConfigError(f"The tokenizer has {pieces} pieces, more than the model's vocab_size "
@@ -45,11 +47,8 @@ class Assistant:
             directory: the model directory.
             **overrides: runtime fields of `IXC25Config`; `use_past` is True unless it says otherwise.
         """
-        # not above: it imports the model, which imports this
-        from mindformers_ixc.checkpoint.model_directory import load_model
-
         model = load_model(directory, **{"use_past": True, **overrides})
-        return cls(model, IXC25Processor.from_pretrained(str(directory)))
+        return cls(model, Processor.from_directory(directory))
 
     @property
     def stop_token_ids(self) -> tuple[int, int]:
@@ -148,7 +147,7 @@ class Assistant:
         """Answers questions as one batch.
 
         Args:
-            questions: arguments of `IXC25Processor.encode_chat` for each question (`query`, `images`, `history`, ...).
+            questions: arguments of `Processor.encode_chat` for each question (`query`, `images`, `history`, ...).
             mode: task LoRAs in use.
             **options: fields of `GenerationOptions`.
 

@@ -13,6 +13,7 @@ from mindspore import Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
+from mindformers_ixc.generation.caches import decode_tables
 from mindformers_ixc.generation.cells import (
     Embedding,
     Head,
@@ -24,7 +25,6 @@ from mindformers_ixc.generation.cells import (
     wrapped,
 )
 from mindformers_ixc.generation.slots import InferenceGraph, Slot, make_slot
-from mindformers_ixc.models.cache import decode_tables
 from mindformers_ixc.models.rotary import rotary_base, rotary_tables
 from mindformers_ixc.processing.processor import EncodedSample
 

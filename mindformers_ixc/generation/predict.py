@@ -5,13 +5,12 @@ import json
 import os
 from pathlib import Path
 
-from mindformers.tools.utils import get_real_rank
 from mindspore.mint.distributed import barrier
 from tqdm import tqdm
 
-from mindformers_ixc.data.conversations import DataError
-from mindformers_ixc.data.requests import Request
-from mindformers_ixc.parallel.stages import is_parallel
+from mindformers_ixc.device import is_parallel, rank
+from mindformers_ixc.errors import DataError
+from mindformers_ixc.generation.requests import Request
 
 
 class Predictions:
@@ -123,7 +122,7 @@ def predict(assistant, requests: list[Request], folder: str | os.PathLike, run: 
     Raises:
         DataError: as `Predictions`.
     """
-    writes = get_real_rank() == 0
+    writes = rank() == 0
     predictions = Predictions(folder, requests, run, writes)
     if is_parallel():
         barrier()       # all must have read what is there before one of them writes

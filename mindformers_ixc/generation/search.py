@@ -13,9 +13,9 @@ from typing import Optional, Protocol
 
 import numpy as np
 
+from mindformers_ixc.errors import GenerationError
+from mindformers_ixc.generation.options import GenerationOptions
 from mindformers_ixc.generation.sampling import (
-    GenerationError,
-    GenerationOptions,
     apply_repetition_penalty,
     highest,
     log_softmax,

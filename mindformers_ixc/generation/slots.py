@@ -10,14 +10,14 @@ from mindspore import Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
-from mindformers_ixc import native
-from mindformers_ixc.config import ConfigError, IXC25Config
-from mindformers_ixc.models.cache import ContiguousCache, NativeCache, PagedCache
-from mindformers_ixc.models.device import on_ascend
+from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.device import is_parallel, on_ascend, rank
+from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, PagedCache
+from mindformers_ixc.generation.sharded_cache import ShardedCache
 from mindformers_ixc.models.internlm2 import MASKED
-from mindformers_ixc.models.sharded_cache import ShardedCache
-from mindformers_ixc.parallel.inference import own_layers
-from mindformers_ixc.parallel.stages import is_parallel
+from mindformers_ixc.native import kernels
+from mindformers_ixc.parallel.slices import layers_of_rank
 
 
 class InferenceGraph(nn.Cell):
@@ -73,10 +73,10 @@ class Slot:
 
     query_scale = 1.0
 
-    def __init__(self, caches: nn.CellList, config: IXC25Config):
+    def __init__(self, caches: nn.CellList, config: ModelConfig):
         self.caches, self.graphs = caches, {}
         self._reorder = None if is_parallel() else ReorderGraph(caches)
-        self._own = own_layers(config) if is_parallel() else []
+        self._own = layers_of_rank(config, rank()) if is_parallel() else []
 
     def start(self, lengths: np.ndarray, positions: int) -> np.ndarray:
         """Begins with prompts of `lengths` `(B,)` padded to `positions`; the places their keys and values go to."""
@@ -111,8 +111,8 @@ class ContiguousSlot(Slot):
         positions: positions of each row.
     """
 
-    def __init__(self, config: IXC25Config, batch: int, positions: int):
-        cache = NativeCache if native.available(config.compute_dtype, config.softmax_compute_type) else ContiguousCache
+    def __init__(self, config: ModelConfig, batch: int, positions: int):
+        cache = NativeCache if kernels.available(config.compute_dtype, config.softmax_compute_type) else ContiguousCache
         layers = range(config.num_hidden_layers)
         super().__init__(nn.CellList([cache(config, batch, positions) for _ in layers]), config)
         self.kv, self.entries = config.num_key_value_heads, np.arange(batch * config.num_key_value_heads)
@@ -144,7 +144,7 @@ class PagedSlot(Slot):
         ConfigError: for float32, which the kernels do not take, or fewer blocks than the rows may need.
     """
 
-    def __init__(self, config: IXC25Config, batch: int, positions: int):
+    def __init__(self, config: ModelConfig, batch: int, positions: int):
         if config.compute_dtype == mstype.float32:
             raise ConfigError("compute_dtype is float32; paged and flash attention take float16 or bfloat16. Choose "
                               "one of them, or use_past: False for attention that takes all.")
@@ -193,7 +193,7 @@ class ShardedSlot(Slot):
         positions: positions of each row.
     """
 
-    def __init__(self, config: IXC25Config, batch: int, positions: int):
+    def __init__(self, config: ModelConfig, batch: int, positions: int):
         layers = range(config.num_hidden_layers)
         super().__init__(nn.CellList([ShardedCache(config, batch, positions) for _ in layers]), config)
         self.positions, self.query_scale = np.arange(positions), config.head_size ** -0.5
@@ -212,7 +212,7 @@ class ShardedSlot(Slot):
         return rows
 
 
-def make_slot(config: IXC25Config, batch: int, positions: int) -> Slot:
+def make_slot(config: ModelConfig, batch: int, positions: int) -> Slot:
     """Paged caches on Ascend with `use_past`, contiguous ones everywhere else."""
     if config.use_past and on_ascend():
         return PagedSlot(config, batch, positions)

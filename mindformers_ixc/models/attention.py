@@ -7,15 +7,9 @@ from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
-from mindformers_ixc.config import IXC25Config
-from mindformers_ixc.models.device import on_ascend
-
-# Side of the causal mask that the kernel takes in its compressed form, whatever the length (MindSpore's documentation
-# of FlashAttentionScore, sparse_mode 2).
-COMPRESSED_MASK = 2048
-
-# FlashAttentionScore takes lengths that are multiples of this (its documentation).
-LENGTH_MULTIPLE = 16
+from mindformers_ixc.config import COMPRESSED_MASK, VisionConfig
+from mindformers_ixc.device import on_ascend
+from mindformers_ixc.models.configuration import IXC25Config
 
 
 def uses_flash_attention(config) -> bool:
@@ -128,14 +122,9 @@ def decoder_attention(config: IXC25Config) -> nn.Cell:
     return AttentionCore(config.head_size, config.softmax_compute_type)
 
 
-def padded_length(positions: int) -> int:
-    """Positions of a tile as the fused kernel takes them."""
-    return -(-positions // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-
-
-def padding_mask(positions: int) -> Tensor:
-    """Hides the positions a tile was padded with, uint8 `(1, 1, L, L)`, L as `padded_length` has it."""
-    length = padded_length(positions)
+def padding_mask(vision: VisionConfig) -> Tensor:
+    """Hides the positions a tile was padded with, uint8 `(1, 1, L, L)`, L `padded_positions`."""
+    positions, length = vision.positions, vision.padded_positions
     mask = np.zeros((1, 1, length, length), np.uint8)
     mask[..., positions:] = 1
     return Tensor(mask)

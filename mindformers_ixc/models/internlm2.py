@@ -8,11 +8,11 @@ from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 from mindspore.ops.auto_generate import RotaryPositionEmbedding
 
-from mindformers_ixc import native
-from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.device import on_ascend
 from mindformers_ixc.models.attention import compressed_causal_mask, decoder_attention, uses_flash_attention
-from mindformers_ixc.models.device import on_ascend
+from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.layers import PartialLoRALinear, RMSNorm
+from mindformers_ixc.native import kernels
 from mindformers_ixc.parallel.cuts import CUTS
 
 # Added to attention scores that must not be seen. Finite, so that a row with nothing to see is not NaN; exp() of it is
@@ -236,9 +236,9 @@ class FeedForward(nn.Cell):
         self.sigmoid = P.Sigmoid()
         self.silu = P.Mul()
         self.gate = P.Mul()
-        self.is_native = native.available(config.compute_dtype)
+        self.is_native = kernels.available(config.compute_dtype)
         if self.is_native:
-            self.swiglu = native.kernel("swiglu")
+            self.swiglu = kernels.kernel("swiglu")
 
     def construct(self, x, image_mask, adapters, noise=None):
         """Maps `(B*L, D)` to `(B*L, D)`."""

@@ -8,63 +8,30 @@ Parameters carry the public checkpoint's names, so a checkpoint needs no renamin
 """
 from __future__ import annotations
 
-import inspect
-
 import mindspore.common.dtype as mstype
-import numpy as np
 from mindformers.models.modeling_utils import PreTrainedModel
-from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
-from mindformers_ixc.checkpoint.names import part_of
-from mindformers_ixc.config import MODE_ADAPTERS, IXC25Config
-from mindformers_ixc.generation.public import PublicInterface
-from mindformers_ixc.models.device import on_ascend
+from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc.device import is_parallel, on_ascend
+from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.models.dropout import PositionNoise
 from mindformers_ixc.models.internlm2 import Choose, InternLM2Model
 from mindformers_ixc.models.layers import Linear
 from mindformers_ixc.models.loss import IGNORE_INDEX, next_token_loss, token_losses
+from mindformers_ixc.models.placement import set_pipeline_stages, share_graph
 from mindformers_ixc.models.recompute import apply_recompute
 from mindformers_ixc.models.rotary import rotary_tables
 from mindformers_ixc.models.vision import VisionMerge, VisionProjector, VisionTower
 from mindformers_ixc.parallel.cuts import CUTS, check_degree
-from mindformers_ixc.parallel.stages import is_parallel, set_pipeline_stages, share_graph
+from mindformers_ixc.parameters import part_of
 
 
-class PositionNoise(nn.Cell):
-    """Seeds of every position's dropout from one of each sample: hashes in 32-bit integers that wrap around.
-
-    Args:
-        length: positions L of a training sample.
-    """
-
-    def __init__(self, length: int):
-        super().__init__()
-        steps = (np.arange(length, dtype=np.int64) * 0x9E3779B + 1).astype(np.int32).astype(np.int64) * 0x2C1B3C7
-        self.steps = Tensor(steps.astype(np.int32)[None])                             # (1, L)
-        self.column = P.ExpandDims()
-        self.scatter, self.twice = P.Mul(), P.Mul()
-        self.spread, self.odd = P.Add(), P.Add()
-        self.reshape = P.Reshape()
-
-    def construct(self, noise_seed):
-        """Maps int32 `(B,)` to int32 `(B*L, 1)`."""
-        noise = self.spread(self.scatter(self.column(noise_seed, 1), 0x85EBCA7), self.steps)   # (B, L)
-        return self.reshape(self.odd(self.twice(noise, 2), 1), (-1, 1))
-
-    def shard(self, dp: int) -> None:
-        """Cuts samples."""
-        self.column.shard(((dp,),))
-        self.spread.shard(((dp, 1), (1, 1)))
-        for primitive in (self.scatter, self.twice, self.odd):
-            primitive.shard(((dp, 1), ()))
-
-
-@MindFormerRegister.register(MindFormerModuleType.MODELS)
-class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
-    """IXC2.5 with a language-modelling head.
+class IXC25Model(PreTrainedModel):
+    """The network: tower, projector, language model, head and training loss. It answers nothing and opens no file.
 
     Args:
         config: all sizes, dtypes and the adapter mode used in training.
@@ -91,7 +58,7 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         self.token_losses = token_losses(config)
         self.noise = PositionNoise(config.seq_length)
         self.gather_angles = P.Gather()
-        self.num_sources = config.num_sources
+        self.loss_form, self.num_sources = config.loss_form, config.num_sources
         self.one, self.zero = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
         self.adapters = MODE_ADAPTERS[config.adapter_mode]
         self._freeze_unused_adapters()
@@ -133,36 +100,6 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         self.model.shard(dp, tp, parallel_config.vocab_emb_dp, tp > 1 and parallel_config.use_seq_parallel)
         self.output.shard(dp, tp)
         set_pipeline_stages(self, parallel_config)
-
-    @classmethod
-    def from_pretrained_experimental_mode(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """What `AutoModel.from_pretrained` calls for a directory; MindFormers' own looks for .ckpt files only.
-
-        Args:
-            pretrained_model_name_or_path: model directory in the public layout.
-            *model_args: as in MindFormers; unused.
-            config: configuration to use instead of the directory's.
-            **kwargs: runtime fields of `IXC25Config`; hub options are ignored, nothing is ever downloaded.
-
-        Returns:
-            The model in evaluation mode.
-        """
-        from mindformers_ixc.checkpoint.model_directory import load_weights, read_config
-
-        if config is None:
-            fields = inspect.signature(IXC25Config.__init__).parameters
-            overrides = {key: value for key, value in kwargs.items() if key in fields}
-            config = read_config(pretrained_model_name_or_path, **overrides)
-        model = cls(config)
-        load_weights(model, pretrained_model_name_or_path)
-        model.set_train(False)
-        return model
-
-    def save_pretrained(self, save_directory, save_name: str = "mindspore_model", **kwargs) -> None:
-        """Writes `config.json` and `model.safetensors` in the public layout; the other arguments are ignored."""
-        from mindformers_ixc.checkpoint.model_directory import save_model_directory
-
-        save_model_directory(self, save_directory)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters MindFormers gives no weight decay beside vectors and biases: the separators, which are vectors."""
@@ -222,9 +159,23 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
         noise = None if noise_seed is None else self.noise(noise_seed)
         return self.model(x, mask, cos, sin, adapters, (b, length), segment_ids, noise)
 
-    def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None,
-                  position_ids=None, segment_ids=None, noise_seed=None, source=None):
-        """Training loss, or logits when `labels` is `None`.
+    def flat_logits(self, input_ids, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
+                    segment_ids=None, noise_seed=None):
+        """float32 logits `(B*L, V)`; arguments as in `training_loss`."""
+        table = None if pixel_values is None else self.vision_table(pixel_values)
+        x = self.hidden_states(input_ids, table, vision_index, image_mask, position_ids, segment_ids, noise_seed,
+                               self.adapters)
+        return self.cast(self.output(x), mstype.float32)                              # (B*L, V)
+
+    def logits(self, input_ids, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
+               segment_ids=None, noise_seed=None):
+        """float32 logits `(B, L, V)`; arguments as in `training_loss`."""
+        flat = self.flat_logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ids, noise_seed)
+        return self.reshape(flat, (input_ids.shape[0], input_ids.shape[1], -1))
+
+    def training_loss(self, input_ids, labels, pixel_values=None, vision_index=None, image_mask=None,
+                      position_ids=None, segment_ids=None, noise_seed=None, source=None):
+        """The loss of a batch (`mindformers_ixc.data.batch`) in the form that `config.loss_form` says.
 
         Args:
             input_ids: int32 `(B, L)`; the padding id at image positions and in the padding on the right.
@@ -235,27 +186,44 @@ class IXC25ForCausalLM(PublicInterface, PreTrainedModel):
             position_ids: int32 `(B, L)`, for packed samples.
             segment_ids: int32 `(B, L)`, for packed samples.
             noise_seed: int32 `(B,)`, for dropout that resumes exactly.
-            source: int32 `(B,)`, number of each sample's source; asks for the losses of samples as well.
+            source: int32 `(B,)`, number of each sample's source; the form `sources` needs it, the others ignore it.
 
         Returns:
-            Scalar loss (float32, mean over labelled positions) or logits `(B, L, V)` in float32. With
-            `config.calculate_per_token_loss` the sum of losses and the number of labelled positions. With `source`, the
-            loss and float32 `(2, S)`: of each of `config.num_sources` sources the sum of losses and the number of
-            labelled positions.
+            `mean`: float32 scalar, the mean over labelled positions. `sums`: the sum of losses and the number of
+            labelled positions, float32 scalars. `sources`: the mean, and float32 `(2, R)`, of each of the R
+            `config.num_sources` sources the sum of losses and the number of labelled positions.
         """
-        b, length = input_ids.shape
-        table = None if pixel_values is None else self.vision_table(pixel_values)
-        x = self.hidden_states(input_ids, table, vision_index, image_mask, position_ids, segment_ids, noise_seed,
-                               self.adapters)
-        logits = self.cast(self.output(x), mstype.float32)                            # (B*L, V)
-        if labels is None:
-            return self.reshape(logits, (b, length, -1))
+        logits = self.flat_logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ids,
+                                  noise_seed)
         targets = self.reshape(labels, (-1,))
-        if source is None:
+        if self.loss_form != "sources":
             return self.loss(logits, targets)
-        losses = self.reshape(self.token_losses(logits, targets), (b, length))        # (B, L)
+        losses = self.reshape(self.token_losses(logits, targets), labels.shape)       # (B, L)
         counts = self.cast(self.not_equal(labels, IGNORE_INDEX), mstype.float32)
         sums = F.stack((losses.sum(axis=1), counts.sum(axis=1)))                      # (2, B)
         loss = sums[0].sum() / F.maximum(sums[1].sum(), 1.0)
-        members = F.one_hot(source, self.num_sources, self.one, self.zero)            # (B, S)
+        members = F.one_hot(source, self.num_sources, self.one, self.zero)            # (B, R)
         return loss, F.stop_gradient(F.matmul(sums, members))
+
+    def construct(self, input_ids, labels, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
+                  segment_ids=None, noise_seed=None, source=None):
+        """See `training_loss`."""
+        return self.training_loss(input_ids, labels, pixel_values, vision_index, image_mask, position_ids, segment_ids,
+                                  noise_seed, source)
+
+
+class LogitsGraph(nn.Cell):
+    """`IXC25Model.logits` as a graph of its own: a method that is no `construct` would run operator by operator.
+
+    Args:
+        model: the network.
+    """
+
+    def __init__(self, model: IXC25Model):
+        super().__init__(auto_prefix=False)
+        self.model = model
+
+    def construct(self, input_ids, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
+                  segment_ids=None):
+        """float32 logits `(B, L, V)`; arguments as in `IXC25Model.training_loss`."""
+        return self.model.logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ids)

@@ -15,24 +15,15 @@ positions, so a linear cut by columns scatters its sums instead of keeping them 
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
-import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P
 
-from mindformers_ixc import native
-from mindformers_ixc.config import IXC25Config
-from mindformers_ixc.models.device import on_ascend
-from mindformers_ixc.parallel.cuts import COLUMNS, ROWS
-
-
-def product_strategy(cut: int | None, dp: int, tp: int) -> tuple:
-    """Strategy of a product `(N, in) x (out, in)` whose weight is cut along an axis, or whole (`None`)."""
-    if cut == ROWS:
-        return (dp, 1), (tp, 1)
-    if cut == COLUMNS:
-        return (dp, tp), (1, tp)
-    return (dp, 1), (1, 1)
+from mindformers_ixc.device import on_ascend
+from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.models.dropout import SeededDropout
+from mindformers_ixc.native import kernels
+from mindformers_ixc.parallel.cuts import COLUMNS, ROWS, product_strategy
 
 
 class Linear(nn.Cell):
@@ -61,9 +52,9 @@ class Linear(nn.Cell):
         self.matmul = P.MatMul(transpose_b=True)
         self.cast = P.Cast()
         self.dtype = compute_dtype
-        self.is_native = native.available(param_dtype, compute_dtype)
+        self.is_native = kernels.available(param_dtype, compute_dtype)
         if self.is_native:
-            self.native = native.kernel("linear", lambda x, weight: (x[0], weight[0]))
+            self.native = kernels.kernel("linear", lambda x, weight: (x[0], weight[0]))
 
     def construct(self, x):
         """Maps `(N, in_features)` to `(N, out_features)` in the compute dtype."""
@@ -74,7 +65,7 @@ class Linear(nn.Cell):
 
     def infer(self, x):
         """The same without gradients (and, for few positions on the CPU, faster)."""
-        if self.is_native and not self.has_bias and x.shape[0] <= native.FEW_ROWS:
+        if self.is_native and not self.has_bias and x.shape[0] <= kernels.FEW_ROWS:
             return self.native(x, self.weight)
         return self.construct(x)
 
@@ -119,9 +110,9 @@ class RMSNorm(nn.Cell):
         self.scale = P.Mul()
         self.is_fused = fused and on_ascend()
         self.rms_norm = P.RmsNorm(eps)
-        self.is_native = native.available(param_dtype, norm_dtype)
+        self.is_native = kernels.available(param_dtype, norm_dtype)
         if self.is_native:
-            self.native, self.eps_value = native.kernel("rms_norm"), Tensor([eps], mstype.float32)
+            self.native, self.eps_value = kernels.kernel("rms_norm"), Tensor([eps], mstype.float32)
 
     def construct(self, x):
         """Normalises `(N, size)`."""
@@ -166,9 +157,9 @@ class LayerNorm(nn.Cell):
         self.layer_norm = P.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
         self.cast = P.Cast()
         self.dtype = norm_dtype
-        self.is_native = native.available(param_dtype, norm_dtype)
+        self.is_native = kernels.available(param_dtype, norm_dtype)
         if self.is_native:
-            self.native, self.eps_value = native.kernel("layer_norm"), Tensor([eps], mstype.float32)
+            self.native, self.eps_value = kernels.kernel("layer_norm"), Tensor([eps], mstype.float32)
 
     def construct(self, x):
         """Normalises the last axis of `x`."""
@@ -185,61 +176,6 @@ class LayerNorm(nn.Cell):
     def shard(self, dp: int) -> None:
         """Cuts positions; the width is whole on every device."""
         self.layer_norm.shard(((dp, 1), (1,), (1,)))
-
-
-class SeededDropout(nn.Cell):
-    """Dropout, with noise of the device's generator or from seeds.
-
-    The generator's state is in no checkpoint, so a run that is to resume exactly gives seeds: the noise is then a hash
-    of a position's seed and the feature, in 32-bit integers that wrap around (multiply, shift and fold, multiply).
-
-    Args:
-        p: share of the features that is zeroed.
-        features: width of the input.
-        salt: number that sets this cell's noise apart from that of others with the same seeds.
-    """
-
-    def __init__(self, p: float, features: int, salt: int = 0):
-        super().__init__()
-        self.generated = nn.Dropout(p=p)
-        columns = np.random.RandomState((features, salt)).randint(-2 ** 31, 2 ** 31 - 1, (1, features))
-        self.columns = Tensor(columns, mstype.int32)                                    # (1, F)
-        self.spread, self.fold = P.BitwiseXor(), P.BitwiseXor()
-        self.shift, self.half = P.RightShift(), Tensor([[15]], mstype.int32)
-        self.mix, self.mix_again, self.keep, self.scale = P.Mul(), P.Mul(), P.Mul(), P.Mul()
-        self.compare = P.GreaterEqual()
-        self.cast = P.Cast()
-        self.set_rate(p)
-
-    def set_rate(self, p: float) -> None:
-        """Changes the share; only before the graph is compiled."""
-        self.rate = float(p)
-        self.generated.p = self.rate
-        self.generated.dropout.keep_prob = 1.0 - self.rate
-        self.limit = int(self.rate * 2 ** 32) - 2 ** 31
-        self.factor = 1.0 / (1.0 - self.rate)
-
-    def construct(self, x, noise):
-        """Drops features of `(N, F)`; `noise` is int32 `(N, 1)`, `None` for the device's generator."""
-        if self.rate == 0.0 or not self.training:
-            return x
-        if noise is None:
-            return self.generated(x)
-        bits = self.mix(self.spread(noise, self.columns), 0x2C1B3C6D)                   # (N, F)
-        bits = self.mix_again(self.fold(bits, self.shift(bits, self.half)), 0x297A2D39)
-        kept = self.cast(self.compare(bits, self.limit), x.dtype)
-        return self.scale(self.keep(x, kept), self.factor)
-
-    def shard(self, dp: int, tp: int) -> None:
-        """Cuts positions by `dp` and features by `tp`."""
-        cut = (dp, tp)
-        self.generated.dropout.shard((cut,))
-        self.spread.shard(((dp, 1), (1, tp)))
-        self.shift.shard((cut, (1, 1)))
-        for primitive in (self.fold, self.keep):
-            primitive.shard((cut, cut))
-        for primitive in (self.mix, self.mix_again, self.compare, self.scale):
-            primitive.shard((cut, ()))
 
 
 class PartialLoRALinear(nn.Cell):
@@ -276,9 +212,9 @@ class PartialLoRALinear(nn.Cell):
         self.mask = P.Mul()
         self.scale = P.Mul()
         self.add = P.Add()
-        self.is_native = native.available(*self.dtypes.values())
+        self.is_native = kernels.available(*self.dtypes.values())
         if self.is_native:
-            self.native = native.kernel("linear", lambda x, weight: (x[0], weight[0]))
+            self.native = kernels.kernel("linear", lambda x, weight: (x[0], weight[0]))
 
     def _pair(self, rank: int) -> tuple[Linear, Linear]:
         """The two sides of a low-rank pair that starts without effect, cut as the linear is."""
@@ -306,7 +242,7 @@ class PartialLoRALinear(nn.Cell):
 
     def infer(self, x, image_mask, adapters):
         """The same without gradients (and, for few positions on the CPU, faster)."""
-        if self.is_native and image_mask is None and x.shape[0] <= native.FEW_ROWS:
+        if self.is_native and image_mask is None and x.shape[0] <= kernels.FEW_ROWS:
             return self._with_adapters(x, self.native(x, self.weight), adapters)
         return self.construct(x, image_mask, adapters)
 

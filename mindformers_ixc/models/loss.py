@@ -14,8 +14,8 @@ from mindspore import Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
-from mindformers_ixc.config import IXC25Config
-from mindformers_ixc.parallel.stages import is_parallel
+from mindformers_ixc.device import is_parallel
+from mindformers_ixc.models.configuration import IXC25Config
 
 # Labels with this value carry no loss (the convention of PyTorch's cross entropy, which the public code relies on).
 IGNORE_INDEX = -100

@@ -15,9 +15,10 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
-from mindformers_ixc.config import ConfigError, IXC25Config
-from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
-from mindformers_ixc.parallel.stages import is_parallel
+from mindformers_ixc.device import is_parallel
+from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.models.ixc25 import IXC25Model
 
 LOSSES = ("sigmoid", "ipo")
 DEFAULTS = {"task": "dpo", "loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0}
@@ -112,8 +113,8 @@ class PreferenceLoss(nn.Cell):
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS)
-class IXC25ForPreference(IXC25ForCausalLM):
-    """IXC2.5 that learns from preferred answers; the same parameters as `IXC25ForCausalLM`.
+class IXC25ForPreference(IXC25Model):
+    """IXC2.5 that learns from preferred answers; the same parameters as `IXC25Model`.
 
     Args:
         config: `adapter_mode` must use the task that trains (`write` for `dpo`); `preference` has the options.
@@ -124,7 +125,7 @@ class IXC25ForPreference(IXC25ForCausalLM):
 
     def __init__(self, config: IXC25Config):
         super().__init__(config)
-        options = preference_options(getattr(config, "preference", None))
+        options = preference_options(config.preference)
         if options["task"] not in self.adapters:
             raise ConfigError(f"model_config.preference.task is '{options['task']}', which adapter_mode "
                               f"'{config.adapter_mode}' does not use ({', '.join(self.adapters) or 'it uses none'}).")

@@ -1,33 +1,12 @@
 """Which cells compute their activations again in the backward pass, by MindFormers' `recompute_config`."""
 from __future__ import annotations
 
-from mindformers_ixc.config import ConfigError
-from mindformers_ixc.parallel.stages import is_parallel
+from mindformers_ixc.config import recomputed_layers
+from mindformers_ixc.device import is_parallel
 
 # Keys of MindFormers' `recompute_config` that MindSpore's `Cell.recompute` takes in parallel runs: whether sums over
 # tensor-parallel devices, or the gathering of parameters that optimizer parallel cuts, are done again as well.
 COMMUNICATION_KEYS = ("mp_comm_recompute", "parallel_optimizer_comm_recompute", "recompute_slice_activation")
-
-
-def recomputed_layers(choice, layers: int, key: str) -> int:
-    """How many decoder layers a value of the YAML stands for.
-
-    Args:
-        choice: true (all), false (none), a number or a list of numbers (one a pipeline stage, added up).
-        layers: of the model.
-        key: of the YAML, for the message.
-
-    Raises:
-        ConfigError: for another value, or more layers than there are.
-    """
-    if isinstance(choice, bool):
-        return layers if choice else 0
-    numbers = choice if isinstance(choice, (list, tuple)) else [choice]
-    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers) \
-            or sum(numbers) > layers:
-        raise ConfigError(f"recompute_config.{key} is {choice!r}; it takes true, false or how many of the {layers} "
-                          "decoder layers (a list has one number a pipeline stage).")
-    return sum(numbers)
 
 
 def apply_recompute(model, section) -> None:

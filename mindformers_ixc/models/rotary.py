@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.models.configuration import IXC25Config
 
 
 def rotary_base(config: IXC25Config, length: int) -> float:

@@ -13,16 +13,10 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P
 
-from mindformers_ixc import native
-from mindformers_ixc.config import IXC25Config, IXC25VisionConfig
-from mindformers_ixc.models.attention import (
-    AttentionCore,
-    FlashAttentionCore,
-    padded_length,
-    padding_mask,
-    uses_flash_attention,
-)
+from mindformers_ixc.models.attention import AttentionCore, FlashAttentionCore, padding_mask, uses_flash_attention
+from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
 from mindformers_ixc.models.layers import LayerNorm, Linear
+from mindformers_ixc.native import kernels
 from mindformers_ixc.parallel.cuts import CUTS, ROWS
 
 
@@ -38,7 +32,7 @@ class VisionEmbeddings(nn.Cell):
         self.grid, self.patch, self.width = config.patches_per_side, patch, width
         self.class_embedding = Parameter(initializer(Normal(0.02), (width,), param_dtype), name="class_embedding")
         self.patch_embedding = PatchConvolution(width, patch, param_dtype)
-        self.position_embedding = PositionTable(self.grid ** 2 + 1, width, param_dtype)
+        self.position_embedding = PositionTable(config.positions, width, param_dtype)
         self.dtype = compute_dtype
         self.cast = P.Cast()
         self.reshape = P.Reshape()
@@ -118,7 +112,7 @@ class VisionAttention(nn.Cell):
         config: sizes.
         dtypes: of parameters and products.
         softmax_dtype: of the softmax.
-        flash: take Ascend's fused kernel; positions are then padded to `padded_length`.
+        flash: take Ascend's fused kernel; positions are then padded to `padded_positions`.
     """
 
     def __init__(self, config: IXC25VisionConfig, dtypes: dict, softmax_dtype, flash: bool):
@@ -137,9 +131,9 @@ class VisionAttention(nn.Cell):
         self.transpose = P.Transpose()
         self.to_positions = P.Transpose()
         self.scale, self.one = Tensor([self.head_size ** -0.5], mstype.float32), Tensor([1.0], mstype.float32)
-        if native.available():
-            heads, length, size = self.heads, config.patches_per_side ** 2 + 1, self.head_size
-            self.to_heads = native.kernel("bias_heads", lambda x, *_: (x[0] // length, heads, length, size))
+        if kernels.available():
+            heads, length, size = self.heads, config.positions, self.head_size
+            self.to_heads = kernels.kernel("bias_heads", lambda x, *_: (x[0] // length, heads, length, size))
 
     def construct(self, x, n, length, mask):
         """Maps `(N*L, C)` to `(N*L, C)`; `n` tiles of `length` positions, `mask` as the core takes it."""
@@ -207,9 +201,9 @@ class VisionLayer(nn.Cell):
         self.mlp = VisionMLP(config, dtypes)
         self.layer_norm2 = LayerNorm(*norm)
         self.add = P.Add()
-        self.is_native = native.available(norm_dtype, softmax_dtype, *dtypes.values())
+        self.is_native = kernels.available(norm_dtype, softmax_dtype, *dtypes.values())
         if self.is_native:
-            self.quick_gelu, self.bias_residual = native.kernel("bias_quick_gelu"), native.kernel("bias_residual")
+            self.quick_gelu, self.bias_residual = kernels.kernel("bias_quick_gelu"), kernels.kernel("bias_residual")
 
     def construct(self, x, n, length, mask):
         """Maps `(N*L, C)` to `(N*L, C)`; arguments as in `VisionAttention.construct`."""
@@ -277,10 +271,10 @@ class IXC25VisionModel(PreTrainedModel):
         self.post_layernorm = LayerNorm(*norm)
         for parameter in self.post_layernorm.get_parameters():
             parameter.requires_grad = False
-        self.positions, self.width = vision.patches_per_side ** 2 + 1, vision.hidden_size
+        self.positions, self.width = vision.positions, vision.hidden_size
         self.padded, self.mask = self.positions, None
         if self.is_flash:
-            self.padded, self.mask = padded_length(self.positions), padding_mask(self.positions)
+            self.padded, self.mask = vision.padded_positions, padding_mask(vision)
             self.zeros = Tensor(np.zeros((1, self.padded - self.positions, self.width)), dtypes["compute_dtype"])
         self.repeat, self.pad = P.Tile(), P.Concat(1)
         self.reshape = P.Reshape()

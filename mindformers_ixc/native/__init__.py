@@ -1,7 +1,7 @@
-"""Fused kernels for inference on the CPU, used where the package was installed with a C compiler at hand.
+"""The shared library of C kernels, built where the package was installed with a C compiler at hand.
 
-Without them everything works the same through MindSpore's own operations, more slowly. They have no gradients: only
-the inference graphs (`mindformers_ixc.generation`) use them, training never does.
+Without it everything works the same through MindSpore's, Pillow's and NumPy's own operations, more slowly. `kernels` are
+operations for inference graphs on the CPU, `images` resizes and cuts images.
 """
 from __future__ import annotations
 
@@ -9,44 +9,17 @@ import functools
 import os
 from pathlib import Path
 
-import mindspore as ms
-import mindspore.common.dtype as mstype
-from mindspore import ops
-
-from mindformers_ixc.models.device import on_ascend
-from mindformers_ixc.parallel.stages import is_parallel
-
-# Set to 0 to do without the kernels, for instance to compare.
+# Set to 0 to do without the library, for instance to compare.
 SWITCH = "MINDFORMERS_IXC_NATIVE"
-
-# Positions up to which the kernel `linear` is taken instead of MindSpore's product.
-FEW_ROWS = 8
 
 
 @functools.cache
 def library() -> str | None:
-    """Path of the compiled kernels, or `None` if the installation has none."""
+    """Path of the library, or `None` if the installation has none."""
     found = sorted(Path(__file__).parent.glob("_kernels*.so"))
     return str(found[0]) if found else None
 
 
-def available(*dtypes) -> bool:
-    """Whether the kernels can take the place of MindSpore's for a computation in `dtypes` on the current device.
-
-    The parallel compiler cannot cut them.
-    """
-    return (os.environ.get(SWITCH, "1") != "0" and library() is not None
-            and ms.get_context("device_target") == "CPU" and not on_ascend() and not is_parallel()
-            and all(dtype == mstype.float32 for dtype in dtypes))
-
-
-def kernel(name: str, shape=lambda x, *_: x, outputs: int = 1) -> ops.Custom:
-    """An operation for use in a graph.
-
-    Args:
-        name: function in kernels.c.
-        shape: the outputs' shapes from the inputs' shapes; by default one output of the first input's.
-        outputs: number of outputs, all of them float32.
-    """
-    dtype = mstype.float32 if outputs == 1 else (mstype.float32,) * outputs
-    return ops.Custom(f"{library()}:{name}", out_shape=shape, out_dtype=dtype, func_type="aot")
+def is_switched_on() -> bool:
+    """Whether the library is there and not switched off."""
+    return os.environ.get(SWITCH, "1") != "0" and library() is not None

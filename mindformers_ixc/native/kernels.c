@@ -332,7 +332,7 @@ KERNEL(prefill_heads) {
     return 0;
 }
 
-/* ---- Pictures, called from Python through ctypes (`mindformers_ixc.native.pictures`). ---- */
+/* ---- Pictures, called from Python through ctypes (`mindformers_ixc.native.images`). ---- */
 
 /* Fixed-point weights of a resampled axis: for output i, `count[i]` inputs from `first[i]` on, `width` weights apart.
  * The numbers are those of Pillow's bilinear filter, so that pixels come out equal to the last bit: a triangle as wide

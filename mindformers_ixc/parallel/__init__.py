@@ -1,1 +1,1 @@
-"""How the model is cut over devices, and what proves it without any: cuts, stages, device-free compilation."""
+"""How the model is cut over devices, as numbers and names: cuts, stages, slices, degrees, checks of a YAML's layout."""

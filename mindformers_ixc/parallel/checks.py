@@ -2,15 +2,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from mindformers_ixc.checkpoint.model_config import read_config
-from mindformers_ixc.config import ConfigError, IXC25Config
+from mindformers_ixc.config import ModelConfig, read_config
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.parallel.cuts import allowed_degrees, check_degree, check_stages
-from mindformers_ixc.parallel.inference import inference_layout
+from mindformers_ixc.parallel.degrees import Degrees, degrees_of, inference_layout
 from mindformers_ixc.parallel.stages import stages_of_layers
-
-DEGREES = ("data_parallel", "model_parallel", "pipeline_stage", "micro_batch_num")
 
 # MindFormers' `parallel.parallel_mode`, by number and by name: those in which its compiler cuts the graph, and those in
 # which every device has a whole model and only gradients travel.
@@ -25,46 +23,7 @@ ABSENT_DEGREES = {"context_parallel": "parallel_config.", "expert_parallel": "pa
 SIZE_VARIABLES = ("MS_WORKER_NUM", "RANK_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a step is spread over devices.
-
-    Attributes:
-        data_parallel: replicas that take different samples.
-        model_parallel: tensor-parallel devices of a replica's stage.
-        pipeline_stage: stages.
-        micro_batch_num: micro batches of a pipelined step.
-    """
-
-    data_parallel: int = 1
-    model_parallel: int = 1
-    pipeline_stage: int = 1
-    micro_batch_num: int = 1
-
-    @property
-    def devices(self) -> int:
-        """Devices it takes."""
-        return self.data_parallel * self.model_parallel * self.pipeline_stage
-
-    def __str__(self) -> str:
-        return f"dp {self.data_parallel} x tp {self.model_parallel} x pp {self.pipeline_stage}"
-
-
-def layout_of(fields: dict) -> Layout:
-    """The layout of a YAML's `parallel_config`.
-
-    Raises:
-        ConfigError: for a degree that is no positive number.
-    """
-    section = fields.get("parallel_config") or {}
-    values = {name: 1 if section.get(name) is None else section[name] for name in DEGREES}
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"parallel_config.{name} is {value!r}; it must be a whole number of at least 1.")
-    return Layout(**values)
-
-
-def check_layout(config: IXC25Config, layout: Layout, devices: int | None = None, replicas: bool = True) -> None:
+def check_layout(config: ModelConfig, layout: Degrees, devices: int | None = None, replicas: bool = True) -> None:
     """Refuses a layout that a model or a cluster cannot have.
 
     Args:
@@ -115,7 +74,7 @@ def check_run(fields: dict, devices: int | None = None) -> None:
     if devices == 1:
         raise ConfigError("use_parallel is True, but there is a single device; run it with `mindformers run "
                           "--use_parallel False`, or give `mindformers launch` more devices.")
-    layout = layout_of(fields)
+    layout = degrees_of(fields)
     for name, where in ABSENT_DEGREES.items():
         value = ((fields.get("parallel_config") or {}) if where else fields).get(name)
         if value not in (None, 1):
@@ -135,12 +94,12 @@ def check_run(fields: dict, devices: int | None = None) -> None:
         return
     sequence = bool((fields.get("parallel_config") or {}).get("use_seq_parallel"))
     sizes = {key: value for key, value in section.items() if key != "type"}
-    config = IXC25Config(**{**sizes, "parallel_config": {"use_seq_parallel": sequence}})
+    config = ModelConfig(**{**sizes, "parallel_config": {"use_seq_parallel": sequence}})
     check_layout(config, layout, devices)
     _check_batches(fields, parallel, layout)
 
 
-def _check_inference(fields: dict, mode, layout: Layout, devices: int) -> None:
+def _check_inference(fields: dict, mode, layout: Degrees, devices: int) -> None:
     """Checks a run that answers; the model is that of the directory."""
     if mode in DATA_MODES:
         raise ConfigError(f"parallel.parallel_mode is {mode!r}, in which every device would have a whole model and "
@@ -161,7 +120,7 @@ def _devices_here() -> int:
                       "to False.")
 
 
-def _check_data_mode(parallel: dict, layout: Layout, devices: int) -> None:
+def _check_data_mode(parallel: dict, layout: Degrees, devices: int) -> None:
     """Checks a run in which every device has a whole model; MindFormers takes no notice of the layout then."""
     if layout.model_parallel * layout.pipeline_stage > 1 or layout.data_parallel != devices:
         raise ConfigError(
@@ -174,7 +133,7 @@ def _check_data_mode(parallel: dict, layout: Layout, devices: int) -> None:
             f"be {devices} times those of the batch; set it to True.")
 
 
-def _check_batches(fields: dict, parallel: dict, layout: Layout) -> None:
+def _check_batches(fields: dict, parallel: dict, layout: Degrees) -> None:
     """Checks how batches are read and averaged in a run whose graph is cut."""
     if parallel["gradients_mean"]:
         # measured: half the gradient norm with dp 2, three quarters with tp 2
@@ -203,7 +162,7 @@ def _check_batches(fields: dict, parallel: dict, layout: Layout) -> None:
                           f"{len(columns)} columns; give one list for each.")
 
 
-def check_global_batch(layout: Layout, global_batch: int) -> None:
+def check_global_batch(layout: Degrees, global_batch: int) -> None:
     """Refuses a global batch that replicas and micro batches do not divide.
 
     Raises:
@@ -217,7 +176,7 @@ def check_global_batch(layout: Layout, global_batch: int) -> None:
                           f"{layout.micro_batch_num} micro batches each; choose a multiple of {parts}, such as {near}.")
 
 
-def layouts_for(config: IXC25Config, devices: int) -> list[Layout]:
+def layouts_for(config: ModelConfig, devices: int) -> list[Degrees]:
     """Every allowed layout that fills a number of devices, tensor parallel first; micro batches as many as stages."""
     found = []
     for tensor in reversed(allowed_degrees(config)):
@@ -225,11 +184,11 @@ def layouts_for(config: IXC25Config, devices: int) -> list[Layout]:
             continue
         for stages in range(1, min(devices // tensor, config.num_hidden_layers) + 1):
             if devices // tensor % stages == 0:
-                found.append(Layout(devices // tensor // stages, tensor, stages, stages))
+                found.append(Degrees(devices // tensor // stages, tensor, stages, stages))
     return [layout for layout in found if _is_allowed(config, layout)]
 
 
-def _is_allowed(config: IXC25Config, layout: Layout) -> bool:
+def _is_allowed(config: ModelConfig, layout: Degrees) -> bool:
     try:
         check_layout(config, layout)     # an offset or the length of a sequence may exclude some
     except ConfigError:
@@ -237,6 +196,6 @@ def _is_allowed(config: IXC25Config, layout: Layout) -> bool:
     return True
 
 
-def _suggestions(config: IXC25Config, devices: int, replicas: bool) -> str:
+def _suggestions(config: ModelConfig, devices: int, replicas: bool) -> str:
     shown = [str(layout) for layout in layouts_for(config, devices) if replicas or layout.data_parallel == 1]
     return "; ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "") if shown else "none"

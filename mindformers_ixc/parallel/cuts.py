@@ -7,10 +7,12 @@ norms, separators, positions and the patch convolution.
 """
 from __future__ import annotations
 
+import functools
 import math
 import re
 
-from mindformers_ixc.config import ConfigError, IXC25Config
+from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.errors import ConfigError
 
 ROWS, COLUMNS = 0, 1     # the axis of the weight (out, in) that is cut
 
@@ -37,6 +39,7 @@ _FIRST_OF_PAIR = re.compile(r"(Plora|lora_\w+)_A\.weight$")
 _SECOND_OF_PAIR = re.compile(r"(Plora|lora_\w+)_B\.weight$")
 
 
+@functools.cache
 def cut_axis(name: str) -> int | None:
     """The axis along which tensor parallel cuts a parameter, `None` for a parameter that is whole on every device.
 
@@ -59,7 +62,16 @@ def cut_axis(name: str) -> int | None:
     return axis
 
 
-def allowed_degrees(config: IXC25Config) -> list[int]:
+def product_strategy(cut: int | None, dp: int, tp: int) -> tuple:
+    """Strategy of a product `(N, in) x (out, in)` whose weight is cut along an axis, or whole (`None`)."""
+    if cut == ROWS:
+        return (dp, 1), (tp, 1)
+    if cut == COLUMNS:
+        return (dp, tp), (1, tp)
+    return (dp, 1), (1, 1)
+
+
+def allowed_degrees(config: ModelConfig) -> list[int]:
     """Tensor-parallel degrees that divide everything that is cut, ascending.
 
     Whole key/value groups, and whole vision heads unless the tower is replicated, must go to one device; vocabulary and
@@ -72,7 +84,7 @@ def allowed_degrees(config: IXC25Config) -> list[int]:
     return [degree for degree in range(1, common + 1) if common % degree == 0]
 
 
-def check_degree(config: IXC25Config, degree: int) -> None:
+def check_degree(config: ModelConfig, degree: int) -> None:
     """Refuses a tensor-parallel degree that would cut a key/value group or a head.
 
     Raises:
@@ -87,7 +99,7 @@ def check_degree(config: IXC25Config, degree: int) -> None:
             f"and {config.intermediate_size}); the degrees that do are {', '.join(map(str, allowed))}.")
 
 
-def check_stages(config: IXC25Config, stages: int) -> None:
+def check_stages(config: ModelConfig, stages: int) -> None:
     """Refuses a number of pipeline stages that the layers do not fill.
 
     Raises:

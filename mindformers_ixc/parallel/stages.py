@@ -1,35 +1,11 @@
 """Which pipeline stage computes what: the vision side and the embedding first, head and loss last, layers between."""
 from __future__ import annotations
 
-import mindspore as ms
 import numpy as np
-from mindformers.tools.utils import get_real_group_size, get_real_rank
-from mindspore import lazy_inline
 
-from mindformers_ixc.checkpoint.names import layer_of, linear_shapes
-from mindformers_ixc.config import MODE_ADAPTERS, ConfigError, IXC25Config
-from mindformers_ixc.parallel.cuts import check_stages
-
-
-def is_parallel() -> bool:
-    """Whether graphs are made by MindSpore's parallel compiler."""
-    return ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
-
-
-def reports_loss() -> bool:
-    """Whether this process is the one that writes down what a step gave: the first rank of the last stage."""
-    if not is_parallel():
-        return get_real_rank() == 0      # replicas of data parallel mode are all alike
-    size, stages = get_real_group_size(), ms.get_auto_parallel_context("pipeline_stages") or 1
-    return get_real_rank() == size - size // stages
-
-
-def has_loss() -> bool:
-    """Whether this process's pipeline stage computes the loss."""
-    if not is_parallel():
-        return True
-    size, stages = get_real_group_size(), ms.get_auto_parallel_context("pipeline_stages") or 1
-    return get_real_rank() >= size - size // stages
+from mindformers_ixc.config import MODE_ADAPTERS, ModelConfig
+from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.parameters import layer_of, linear_shapes
 
 
 def layer_stages(layers: int, stages: int, offset=0) -> list[int]:
@@ -56,7 +32,7 @@ def layer_stages(layers: int, stages: int, offset=0) -> list[int]:
     return np.repeat(np.arange(stages), counts).tolist()
 
 
-def stages_of_layers(config: IXC25Config, stages: int) -> list[int]:
+def stages_of_layers(config: ModelConfig, stages: int) -> list[int]:
     """Stage of each decoder layer of a configuration, by its `offset`; `auto` balances the work.
 
     Raises:
@@ -91,7 +67,7 @@ def stage_of_parameter(name: str, layer_stages: list[int]) -> int:
     return layer_stages[-1] if name.startswith(("model.norm.", "output.")) else 0
 
 
-def work_of_sample(config: IXC25Config) -> tuple[float, float, float]:
+def work_of_sample(config: ModelConfig) -> tuple[float, float, float]:
     """Multiplications of a forward pass over one training sample: vision side, one decoder layer, head."""
     vision, length, width = config.vision_config, config.seq_length, config.hidden_size
     patches = config.max_tiles * (vision.patches_per_side ** 2 + 1)
@@ -104,35 +80,3 @@ def work_of_sample(config: IXC25Config) -> tuple[float, float, float]:
     layer = length * sum(rows * columns + ranks * (rows + columns) for rows, columns in linears)
     layer += 2 * length * length * width / 2                       # scores and weighted sum, half of them masked
     return tower + projector, layer, length * width * config.vocab_size
-
-
-def share_graph(cell) -> None:
-    """Lets the compiler keep one graph of a cell for all micro batches (MindSpore's lazy inline, Ascend only).
-
-    The decorator is made for `__init__`; whether a cell wants it is known only when it has been built.
-    """
-    @lazy_inline
-    def __init__(self):
-        """Nothing is left to do."""
-
-    __init__(cell)
-
-
-def set_pipeline_stages(model, parallel_config) -> None:
-    """Gives every cell of the model its `pipeline_stage`; with one stage there is nothing to do.
-
-    Raises:
-        ConfigError: for more stages than layers.
-    """
-    stages = parallel_config.pipeline_stage
-    if stages == 1:
-        return
-    check_stages(model.config, stages)
-    for cell in (model.vit, model.vision_merge, model.vision_proj, model.choose, model.model.tok_embeddings,
-                 model.noise):
-        cell.pipeline_stage = 0
-    layers = model.model.layers
-    for layer, stage in zip(layers, stages_of_layers(model.config, stages)):
-        layer.pipeline_stage = stage
-    for cell in (model.model.norm, model.output, model.loss):
-        cell.pipeline_stage = stages - 1

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mindformers_ixc.native import pictures
+from mindformers_ixc.errors import ImageError
+from mindformers_ixc.native import images
 
 # CLIP's pixel statistics (public preprocessor of CLIP ViT-L/14).
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -32,10 +33,6 @@ WHITE = 255
 
 # PyTorch's bicubic kernel, which the global view must match.
 BICUBIC_A = -0.75
-
-
-class ImageError(ValueError):
-    """A picture that cannot be read or cannot be partitioned."""
 
 
 class Grid(NamedTuple):
@@ -153,8 +150,8 @@ def resize_image(image: Image.Image, size: tuple[int, int], out: np.ndarray | No
         uint8 `(height, width, 3)`.
     """
     out = np.empty((size[1], size[0], 3), np.uint8) if out is None else out
-    if pictures.available():
-        pictures.resize(np.asarray(image), out)
+    if images.available():
+        images.resize(np.asarray(image), out)
     else:
         out[:] = np.asarray(image.resize(size, Image.BILINEAR))
     return out
@@ -223,10 +220,10 @@ def image_to_tiles(image: Image.Image | np.ndarray, tile_size: int) -> np.ndarra
     Returns:
         float32 `(1 + rows * columns, 3, S, S)`, normalised: the global view, then the tiles row by row.
     """
-    if pictures.available():
+    if images.available():
         pixels = np.asarray(image)
         taps = [_bicubic_taps(length, tile_size) for length in pixels.shape[:2]]
-        return pictures.tiles(pixels, tile_size, _normalised_values(), taps)
+        return images.tiles(pixels, tile_size, _normalised_values(), taps)
     planes = normalise(np.asarray(image))
     rows, columns = planes.shape[1] // tile_size, planes.shape[2] // tile_size
     tiles = np.empty((1 + rows * columns, 3, tile_size, tile_size), np.float32)

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER, PromptError
+from mindformers_ixc.errors import PromptError
+from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
 
 
 def read_messages(messages: Sequence[dict]) -> dict:

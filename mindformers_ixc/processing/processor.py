@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from mindformers.models.image_processing_utils import BaseImageProcessor
-from mindformers.models.processing_utils import ProcessorMixin
-from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
+from mindformers_ixc.config import CONFIG_FILE
+from mindformers_ixc.errors import PromptError
 from mindformers_ixc.processing.image import (
     HD_NUM_SEVERAL,
     HD_NUM_SINGLE,
@@ -28,7 +27,6 @@ from mindformers_ixc.processing.prompt import (
     ANSWER_PREFIX,
     END_OF_TURN,
     IGNORE_INDEX,
-    PromptError,
     chat_text,
     mask_labels,
     shift_labels,
@@ -36,7 +34,7 @@ from mindformers_ixc.processing.prompt import (
     training_text,
     turn,
 )
-from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer, InternLMXComposer2Tokenizer
+from mindformers_ixc.processing.tokenizer import SentencePieceText, Tokenizer
 from mindformers_ixc.processing.video import BoardSize, board_grid, is_video, load_video
 
 # Transforms of a picture that training may use.
@@ -54,6 +52,8 @@ class EncodedSample:
         grids: tiles of each picture.
         pixel_values: float32 `(t, 3, S, S)`: for each picture its global view, then its tiles.
         tokens_per_side: tokens along a side of a tile.
+        table_index: int32 `(n,)`, row of a vision table of t tiles for each image position, where that is given and not
+            worked out from the grids.
     """
 
     input_ids: np.ndarray
@@ -62,14 +62,20 @@ class EncodedSample:
     grids: list[Grid]
     pixel_values: np.ndarray
     tokens_per_side: int
+    table_index: np.ndarray | None = None
 
     @property
     def tiles(self) -> int:
-        """Tiles of all pictures, global views included."""
-        return sum(grid.tiles + 1 for grid in self.grids)
+        """Tiles of all images, global views included."""
+        return len(self.pixel_values)
 
     def vision_index(self, max_tiles: int) -> np.ndarray:
         """Row of the vision table for each position, int32 `(n,)`; 0 at text positions."""
+        if self.table_index is not None:     # the separators' rows move with the table's end
+            tokens = self.tokens_per_side ** 2
+            end = len(self.pixel_values) * tokens
+            moved = self.table_index - end + max_tiles * tokens
+            return np.where(self.table_index >= end, moved, self.table_index).astype(np.int32)
         index, first, rows = np.zeros(len(self.input_ids), np.int32), 0, []
         for grid in self.grids:
             rows.append(image_token_rows(grid, first, self.tokens_per_side, max_tiles))
@@ -111,8 +117,7 @@ class EncodedSample:
         }
 
 
-@MindFormerRegister.register(MindFormerModuleType.PROCESSOR)
-class IXC25ImageProcessor(BaseImageProcessor):
+class ImageProcessor:
     """Pictures to tiles.
 
     Args:
@@ -128,13 +133,9 @@ class IXC25ImageProcessor(BaseImageProcessor):
         PromptError: for sizes that do not divide or an unknown transform.
     """
 
-    model_input_names = ["pixel_values"]
-
     def __init__(self, image_size: int = 560, patch_size: int = 14, hd_num: int = HD_NUM_SINGLE,
                  hd_num_several: int | None = None, hd_num_training: int = HD_NUM_TRAINING,
-                 training_transform: str = "training", **kwargs):
-        super().__init__(image_size=image_size, patch_size=patch_size, hd_num=hd_num, hd_num_several=hd_num_several,
-                         hd_num_training=hd_num_training, training_transform=training_transform, **kwargs)
+                 training_transform: str = "training"):
         if training_transform not in TRANSFORMS:
             raise PromptError(f"image_transform is {training_transform!r}; the choices are {', '.join(TRANSFORMS)}.")
         if image_size % (2 * patch_size):
@@ -146,7 +147,7 @@ class IXC25ImageProcessor(BaseImageProcessor):
         self.tokens_per_side = image_size // (2 * patch_size)
 
     @classmethod
-    def from_config(cls, fields: dict) -> IXC25ImageProcessor:
+    def from_config(cls, fields: dict) -> ImageProcessor:
         """The image processor of a model, from the fields of its config.json.
 
         `hd_num` is there when this package has trained the model; the public file leaves it to the code.
@@ -154,6 +155,18 @@ class IXC25ImageProcessor(BaseImageProcessor):
         vision = fields.get("vision_config") or {}
         options = {key: vision[key] for key in ("image_size", "patch_size") if key in vision}
         return cls(**options, **({"hd_num": fields["hd_num"]} if "hd_num" in fields else {}))
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike) -> ImageProcessor:
+        """The image processor of a model directory, from its config.json.
+
+        Raises:
+            FileNotFoundError: when there is none.
+        """
+        path = Path(directory) / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; a model directory holds config.json and the tokenizer.")
+        return cls.from_config(json.loads(path.read_text(encoding="utf-8")))
 
     def hd_num_for(self, count: int, hd_num: int | None = None) -> int:
         """Tiles a picture may take when `count` pictures come together; `hd_num` overrides the single-picture value."""
@@ -198,8 +211,7 @@ class IXC25ImageProcessor(BaseImageProcessor):
         return image_token_count(grid, self.tokens_per_side)
 
 
-@MindFormerRegister.register(MindFormerModuleType.PROCESSOR)
-class IXC25Processor(ProcessorMixin):
+class Processor:
     """Text and pictures to samples.
 
     Args:
@@ -207,40 +219,25 @@ class IXC25Processor(ProcessorMixin):
         tokenizer: turns text into ids.
     """
 
-    attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "IXC25ImageProcessor"
-    tokenizer_class = "InternLM2Tokenizer"
-
-    def __init__(self, image_processor: IXC25ImageProcessor | None = None, tokenizer: InternLM2Tokenizer | None = None,
-                 **kwargs):
-        # MindFormers' own check knows only classes inside its package; these two are checked here
-        if not isinstance(tokenizer, InternLM2Tokenizer):
+    def __init__(self, image_processor: ImageProcessor | None = None, tokenizer: SentencePieceText | None = None):
+        if not isinstance(tokenizer, SentencePieceText):
             raise TypeError(f"tokenizer must be an InternLM2Tokenizer, found {type(tokenizer).__name__}.")
-        image_processor = image_processor or IXC25ImageProcessor()
-        if not isinstance(image_processor, IXC25ImageProcessor):
+        image_processor = image_processor or ImageProcessor()
+        if not isinstance(image_processor, ImageProcessor):
             raise TypeError(f"image_processor must be an IXC25ImageProcessor, found {type(image_processor).__name__}.")
-        self.config = {"image_processor": image_processor, "tokenizer": tokenizer, **kwargs}
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.end_of_turn_id = tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self.pad_token_id = tokenizer.pad_token_id
         self.prefix_length = len(tokenizer.encode_text(ANSWER_PREFIX))
 
     @classmethod
-    def from_pretrained(cls, yaml_name_or_path, **kwargs) -> IXC25Processor:
-        """Builds the processor of a model directory from its config.json and tokenizer.model."""
-        directory = Path(yaml_name_or_path)
-        path = directory / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; a model directory holds config.json and the tokenizer.")
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        # the class under the public name: MindFormers warns when tokenizer_config.json names another one
-        tokenizer = InternLMXComposer2Tokenizer.from_pretrained(str(directory))
-        return cls(IXC25ImageProcessor.from_config(fields), tokenizer)
+    def from_directory(cls, directory: str | os.PathLike) -> Processor:
+        """The processor of a model directory, from its config.json and tokenizer.model.
 
-    def save_pretrained(self, save_directory=None, save_name: str = "mindspore_model", **kwargs) -> None:
-        """Writes the tokenizer's files; the image processor's sizes are in the model's config.json."""
-        os.makedirs(save_directory, exist_ok=True)
-        self.tokenizer.save_pretrained(str(save_directory))
+        Raises:
+            FileNotFoundError: when one of the two is missing.
+        """
+        return cls(ImageProcessor.from_directory(directory), Tokenizer.from_directory(directory))
 
     def __call__(self, text_input: str | None = None, image_input=None, **kwargs) -> dict[str, np.ndarray]:
         """Encodes one chat prompt; see `encode_chat` for the further arguments.

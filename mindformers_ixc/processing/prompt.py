@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mindformers_ixc.errors import PromptError
+
 IMAGE_PLACEHOLDER = "<ImageHere>"
 START_OF_TURN = "[UNUSED_TOKEN_146]"
 END_OF_TURN = "[UNUSED_TOKEN_145]"
@@ -14,10 +16,6 @@ IGNORE_INDEX = -100
 
 # What stands between a question's end of turn and its answer; its tokens carry no loss.
 ANSWER_PREFIX = f"\n{START_OF_TURN}assistant\n"
-
-
-class PromptError(ValueError):
-    """Text and pictures that do not fit together."""
 
 
 def turn(role: str, text: str) -> str:

@@ -1,18 +1,19 @@
-"""The SentencePiece tokenizer of InternLM2, as a MindFormers tokenizer.
+"""The SentencePiece tokenizer of InternLM2.
 
-Only `<unk>`, `<s>` and `</s>` are special; `[UNUSED_TOKEN_k]`, which mark turns, are ordinary user-defined pieces. Ids
+`SentencePieceText` is what MindFormers' tokenizer of this model (`registration.InternLM2Tokenizer`) and the `Tokenizer`
+here, which needs no MindFormers, have in common. Only `<unk>`, `<s>` and `</s>` are special; `[UNUSED_TOKEN_k]`, which mark turns, are ordinary user-defined pieces. Ids
 are always looked up by piece, so any SentencePiece model with these pieces works.
 """
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
-from mindformers.models.tokenization_utils import PreTrainedTokenizer
-from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ixc.resources import resolve_path
 
@@ -22,33 +23,38 @@ VOCAB_FILES_NAMES = {"vocab_file": "tokenizer.model"}
 PUBLIC_CLASS_NAME = "InternLMXComposer2Tokenizer"
 
 
-@MindFormerRegister.register(MindFormerModuleType.TOKENIZER)
-class InternLM2Tokenizer(PreTrainedTokenizer):
-    """SentencePiece tokenizer of InternLM2 and IXC2.5.
+class SentencePieceText:
+    """Text to ids and back by a SentencePiece model whose special tokens are pieces of it.
 
-    Args:
-        vocab_file: SentencePiece model, a path or `pkg:package/file`.
-        unk_token: piece of unknown characters.
-        bos_token: piece that begins a text.
-        eos_token: piece that ends a text.
-        pad_token: piece that pads; the public model pads with `</s>`.
+    A class with this one as its base has `convert_tokens_to_ids`, `tokenize`, `decode` and the special tokens.
+
+    Attributes:
+        vocab_file: path of the SentencePiece model.
+        sp_model: the model.
         add_bos_token: whether `<s>` is put in front when special tokens are asked for.
         add_eos_token: whether `</s>` is put at the end then.
-        sp_model_kwargs: options of `sentencepiece.SentencePieceProcessor`.
-        **kwargs: of MindFormers' tokenizer base.
-
-    Raises:
-        FileNotFoundError: when `vocab_file` is missing.
-        ValueError: when it is no SentencePiece model.
     """
 
-    vocab_files_names = VOCAB_FILES_NAMES
-    model_input_names = ["input_ids", "attention_mask"]
-    _support_list = []
+    vocab_file: str
+    sp_model: sentencepiece.SentencePieceProcessor
+    add_bos_token: bool
+    add_eos_token: bool
+    unk_token: str
+    bos_token: str
+    eos_token: str
+    pad_token: str
 
-    def __init__(self, vocab_file: str, unk_token: str = "<unk>", bos_token: str = "<s>", eos_token: str = "</s>",
-                 pad_token: str = "</s>", add_bos_token: bool = True, add_eos_token: bool = False,
-                 sp_model_kwargs: dict | None = None, **kwargs):
+    def load(self, vocab_file: str, sp_model_kwargs: dict | None = None) -> None:
+        """Reads the SentencePiece model.
+
+        Args:
+            vocab_file: a path or `pkg:package/file`.
+            sp_model_kwargs: options of `sentencepiece.SentencePieceProcessor`.
+
+        Raises:
+            FileNotFoundError: when the file is missing.
+            ValueError: when it is no SentencePiece model.
+        """
         path = resolve_path(vocab_file)
         if not path.is_file():
             raise FileNotFoundError(f"The tokenizer file {vocab_file} does not exist.")
@@ -58,25 +64,11 @@ class InternLM2Tokenizer(PreTrainedTokenizer):
             self.sp_model.Load(self.vocab_file)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is no SentencePiece model, or it is damaged.") from error
-        self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
-        kwargs.setdefault("clean_up_tokenization_spaces", False)
-        super().__init__(unk_token=unk_token, bos_token=bos_token, eos_token=eos_token, pad_token=pad_token,
-                         add_bos_token=add_bos_token, add_eos_token=add_eos_token, **kwargs)
 
     @property
     def vocab_size(self) -> int:
         """Number of pieces."""
         return self.sp_model.get_piece_size()
-
-    def __len__(self) -> int:
-        """Number of ids; the special tokens are pieces of the model, not added to it."""
-        return max([self.vocab_size, *(index + 1 for index in self.added_tokens_decoder)])
-
-    def get_vocab(self) -> dict[str, int]:
-        """All pieces with their ids."""
-        vocab = {self.sp_model.IdToPiece(i): i for i in range(self.vocab_size)}
-        vocab.update(self.added_tokens_encoder)
-        return vocab
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
@@ -106,22 +98,6 @@ class InternLM2Tokenizer(PreTrainedTokenizer):
                 pieces.append(token)
                 after_special = False
         return text + self.sp_model.decode(pieces)
-
-    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
-        """Adds `<s>` and `</s>` as configured; a second text follows the first directly."""
-        ids = ([self.bos_token_id] if self.add_bos_token else []) + list(token_ids_0) + list(token_ids_1 or [])
-        return ids + ([self.eos_token_id] if self.add_eos_token else [])
-
-    def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False):
-        """1 for `<s>` and `</s>` added by `build_inputs_with_special_tokens`, else 0."""
-        if already_has_special_tokens:
-            return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
-        middle = [0] * (len(token_ids_0) + len(token_ids_1 or []))
-        return [1] * self.add_bos_token + middle + [1] * self.add_eos_token
-
-    def create_token_type_ids_from_sequences(self, token_ids_0, token_ids_1=None):
-        """Zeros: the model has no token types."""
-        return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
 
     def save_pretrained(self, save_directory: str, save_name: str = "", file_format: str = "json",
                         save_json: bool = True, **kwargs) -> None:
@@ -157,6 +133,93 @@ class InternLM2Tokenizer(PreTrainedTokenizer):
         return (str(target),)
 
 
-@MindFormerRegister.register(MindFormerModuleType.TOKENIZER)
-class InternLMXComposer2Tokenizer(InternLM2Tokenizer):
-    """The same tokenizer under the name of the public `tokenizer_config.json`."""
+class Tokenizer(SentencePieceText):
+    """The tokenizer of a model, without MindFormers; ids and texts are those of `registration.InternLM2Tokenizer`.
+
+    Args:
+        vocab_file: SentencePiece model, a path or `pkg:package/file`.
+        unk_token: piece of unknown characters.
+        bos_token: piece that begins a text.
+        eos_token: piece that ends a text.
+        pad_token: piece that pads; the public model pads with `</s>`.
+        add_bos_token: kept for `save_pretrained`, as the next.
+        add_eos_token: see `SentencePieceText`.
+
+    Raises:
+        FileNotFoundError: when `vocab_file` is missing.
+        ValueError: when it is no SentencePiece model.
+    """
+
+    def __init__(self, vocab_file: str, unk_token: str = "<unk>", bos_token: str = "<s>", eos_token: str = "</s>",
+                 pad_token: str = "</s>", add_bos_token: bool = True, add_eos_token: bool = False):
+        self.load(vocab_file)
+        self.unk_token, self.bos_token, self.eos_token, self.pad_token = unk_token, bos_token, eos_token, pad_token
+        self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
+        self._special = dict.fromkeys((unk_token, bos_token, eos_token, pad_token))
+        # the longest first, so that none is taken for the beginning of another
+        pieces = sorted(self._special, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, pieces)) + ")")
+        self.special_ids = {self._convert_token_to_id(token) for token in self._special}
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike) -> Tokenizer:
+        """The tokenizer of a model directory, by its `tokenizer.model` and, where there is one, `tokenizer_config.json`.
+
+        Raises:
+            FileNotFoundError: when the directory has no `tokenizer.model`.
+            ValueError: when one of the two is damaged.
+        """
+        settings, options = Path(directory) / "tokenizer_config.json", {}
+        if settings.is_file():
+            fields = json.loads(settings.read_text(encoding="utf-8"))
+            names = ("unk_token", "bos_token", "eos_token", "pad_token")
+            options = {name: _content(fields[name]) for name in names if fields.get(name)}
+            options.update({name: fields[name] for name in ("add_bos_token", "add_eos_token") if name in fields})
+        return cls(str(Path(directory) / VOCAB_FILES_NAMES["vocab_file"]), **options)
+
+    @property
+    def bos_token_id(self) -> int:
+        """Id of `<s>`."""
+        return self._convert_token_to_id(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int:
+        """Id of `</s>`."""
+        return self._convert_token_to_id(self.eos_token)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id of padding."""
+        return self._convert_token_to_id(self.pad_token)
+
+    def __len__(self) -> int:
+        """Number of ids."""
+        return self.vocab_size
+
+    def tokenize(self, text: str) -> list[str]:
+        """Pieces of a text; special tokens written out in it are pieces of their own."""
+        pieces: list[str] = []
+        for part in self._split.split(text):
+            if part in self._special:
+                pieces.append(part)
+            elif part:
+                pieces += self._tokenize(part)
+        return pieces
+
+    def convert_tokens_to_ids(self, tokens):
+        """The id of a piece, or those of a list of pieces."""
+        if isinstance(tokens, str):
+            return self._convert_token_to_id(tokens)
+        return [self._convert_token_to_id(token) for token in tokens]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text of ids."""
+        kept = [int(index) for index in ids]
+        if skip_special_tokens:
+            kept = [index for index in kept if index not in self.special_ids]
+        return self.convert_tokens_to_string([self._convert_id_to_token(index) for index in kept]) if kept else ""
+
+
+def _content(token) -> str:
+    """Text of a special token, which Hugging Face's files may describe by a mapping."""
+    return token["content"] if isinstance(token, dict) else token

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from mindformers.models.image_processing_utils import BaseImageProcessor
-from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from PIL import Image, ImageDraw, ImageFont
 
+from mindformers_ixc.errors import VideoError
 from mindformers_ixc.processing.image import Grid, image_to_tiles
 
 # Public video loading: at most this many frames, one a second.
@@ -34,10 +33,6 @@ SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 def is_video(source) -> bool:
     """Whether a picture's source names a video file."""
     return isinstance(source, (str, os.PathLike)) and os.fspath(source).lower().endswith(SUFFIXES)
-
-
-class VideoError(ValueError):
-    """A video that cannot be read, or frames that cannot be put on a board."""
 
 
 def sample_frames(frame_count: int, fps: float, limit: int = FRAME_LIMIT) -> list[int]:
@@ -299,8 +294,7 @@ def load_video(source: str | os.PathLike, tile_size: int = 560, limit: int = FRA
     return fit_board(board, tile_size)
 
 
-@MindFormerRegister.register(MindFormerModuleType.PROCESSOR)
-class IXC25VideoProcessor(BaseImageProcessor):
+class VideoProcessor:
     """Videos to tiles.
 
     Args:
@@ -311,16 +305,13 @@ class IXC25VideoProcessor(BaseImageProcessor):
         VideoError: when a size is below 1.
     """
 
-    model_input_names = ["pixel_values"]
-
-    def __init__(self, image_size: int = 560, frame_limit: int = FRAME_LIMIT, **kwargs):
-        super().__init__(image_size=image_size, frame_limit=frame_limit, **kwargs)
+    def __init__(self, image_size: int = 560, frame_limit: int = FRAME_LIMIT):
         for name, value in (("image_size", image_size), ("frame_limit", frame_limit)):
             if value < 1:
                 raise VideoError(f"{name} of IXC25VideoProcessor is {value}; it must be at least 1.")
         self.image_size, self.frame_limit = image_size, frame_limit
 
-    def preprocess(self, images: str | os.PathLike, **kwargs) -> tuple[np.ndarray, Grid]:
+    def preprocess(self, images: str | os.PathLike) -> tuple[np.ndarray, Grid]:
         """Tiles of a video.
 
         Args:

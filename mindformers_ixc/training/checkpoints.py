@@ -7,18 +7,20 @@ once it is whole and on the disk, and older ones go afterwards.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 from pathlib import Path
 
 from mindformers.core.callback.callback import CheckpointMonitor
-from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
-from mindformers_ixc.config import ConfigError
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.training.log import not_finite
 from mindformers_ixc.training.relayout import joined, write_counters
+
+logger = logging.getLogger(__name__)
 
 # What a resumed run must share with the one it goes on with; the rest (callbacks, folders, workers) may change.
 SAME_SECTIONS = ("seed", "train_dataset", "train_parts", "part_learning_rates", "model", "optimizer", "lr_schedule",

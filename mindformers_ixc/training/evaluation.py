@@ -2,21 +2,24 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
-from mindformers.tools.logger import logger
 from mindformers.tools.utils import get_output_root_path
 from mindspore import Tensor
 from mindspore.train.callback import Callback
 
-from mindformers_ixc.config import ConfigError
 from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.data.conversations import load_sources, read_image_sizes
-from mindformers_ixc.data.dataset import fit_samples, make_processor
-from mindformers_ixc.data.questions import questions_of
+from mindformers_ixc.data.fitting import fit_samples
+from mindformers_ixc.data.rows import make_processor
+from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.generation.questions import questions_of
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.training.scores import SCORES, score_answers
+
+logger = logging.getLogger(__name__)
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 

@@ -10,17 +10,14 @@ from pathlib import Path
 import numpy as np
 from mindspore.train.callback import Callback
 
-from mindformers_ixc.parallel.stages import has_loss, reports_loss
+from mindformers_ixc.device import has_loss, reports_loss
+from mindformers_ixc.errors import TrainingError
 
 METRICS_FILE = "metrics.jsonl"
 
 # Rewards and the like of a preference step, in the order of its report (`training.preference`).
 PREFERENCE_METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen",
                       "logp_rejected")
-
-
-class TrainingError(ValueError):
-    """A run that must not go on; the message says at which step, with which samples, and what to do."""
 
 
 class TrainingLog(Callback):

@@ -5,8 +5,8 @@ import math
 import re
 from collections.abc import Iterable
 
-from mindformers_ixc.checkpoint.names import PARTS, part_of
-from mindformers_ixc.config import ConfigError
+from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.parameters import PARTS, part_of
 
 # Options of a part in the YAML's `part_learning_rates`.
 RATE_OPTIONS = ("factor", "layer_decay")
@@ -47,7 +47,7 @@ def train_only(model, parts: Iterable[str]) -> None:
     """Freezes everything but some parts.
 
     Args:
-        model: `IXC25ForCausalLM`.
+        model: `IXC25Model`.
         parts: what trains.
 
     Raises:
@@ -102,7 +102,7 @@ def rate_factors(model, section: dict) -> dict[float, list[str]]:
     """Trained parameters whose learning rate differs from the schedule's, by factor, largest first.
 
     Args:
-        model: `IXC25ForCausalLM`, frozen as it will train.
+        model: `IXC25Model`, frozen as it will train.
         section: `part_learning_rates`. `factor` multiplies a part's rate; with `layer_decay` d, a parameter of the
             vision tower k steps below its top has d ** k in addition (arXiv 2106.08254, as the recipe of IXC2.5 uses
             it).
@@ -126,7 +126,7 @@ def grouped_schedule(model, schedule: dict, section: dict) -> dict:
     """MindFormers' `grouped_lr_schedule` for parts with rates of their own.
 
     Args:
-        model: `IXC25ForCausalLM`, frozen as it will train.
+        model: `IXC25Model`, frozen as it will train.
         schedule: the YAML's `lr_schedule`; its rates are what the factors multiply.
         section: the YAML's `part_learning_rates`.
     """

@@ -14,11 +14,11 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mindformers_ixc.checkpoint.names import part_of
-from mindformers_ixc.checkpoint.sources import Source, open_source
-from mindformers_ixc.checkpoint.streaming import TensorFile
+from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
+from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.checkpoint.tensors import LazyTensor
-from mindformers_ixc.config import ConfigError
+from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.parameters import part_of
 
 # What MindFormers writes into a checkpoint beside the parameters, and looks for in this file of a folder.
 COUNTERS = ("epoch_num", "step_num", "loss_scale", "global_batch_size", "global_step")
@@ -88,7 +88,7 @@ def _wait_for(target: Path) -> Path:
     return target
 
 
-def _write(source: Source, path: Path, start: str | None) -> None:
+def _write(source: OpenedCheckpoint, path: Path, start: str | None) -> None:
     tensors: dict[str, LazyTensor] = {name: tensor for name, tensor in source.tensors.items() if name not in COUNTERS}
     tensors.update(_unused(source, start))
     file = TensorFile(path, [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
@@ -102,7 +102,7 @@ def _write(source: Source, path: Path, start: str | None) -> None:
         file.close()
 
 
-def _unused(source: Source, start: str | None) -> dict[str, LazyTensor]:
+def _unused(source: OpenedCheckpoint, start: str | None) -> dict[str, LazyTensor]:
     """Parameters of the model that a parallel run's graph does not use, from where the run began."""
     if not start or not Path(start).exists():
         return {}

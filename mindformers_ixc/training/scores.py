@@ -4,7 +4,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from mindformers_ixc.config import ConfigError
+from mindformers_ixc.errors import ConfigError
 
 SCORES = ("exact_match", "anls", "cider")
 

@@ -1,35 +1,35 @@
 """The trainer: MindFormers' causal-language-modelling trainer, plus what a vision-language model needs around it."""
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 from pathlib import Path
 
 from mindformers.models.build_tokenizer import build_tokenizer
-from mindformers.tools.logger import logger
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
-from mindformers.tools.utils import get_output_root_path, get_real_rank
+from mindformers.tools.utils import get_output_root_path
 from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
 
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
-from mindformers_ixc.checkpoint.names import part_of
-from mindformers_ixc.config import ConfigError
-from mindformers_ixc.data.conversations import DataError
-from mindformers_ixc.data.requests import read_requests
+from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
+from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.options import GenerationOptions, check_mode, known_options
 from mindformers_ixc.generation.predict import predict
-from mindformers_ixc.generation.public import check_mode, known_options
-from mindformers_ixc.generation.sampling import GenerationOptions
-from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
+from mindformers_ixc.generation.requests import read_requests
+from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.preference import REPORT_SIZE, IXC25ForPreference
-from mindformers_ixc.parallel.inference import inference_layout, share_results
-from mindformers_ixc.parallel.stages import is_parallel, reports_loss
+from mindformers_ixc.parallel.degrees import inference_layout
+from mindformers_ixc.parameters import part_of
 from mindformers_ixc.training.checkpoints import use_safe_checkpoints
 from mindformers_ixc.training.evaluation import Evaluation
 from mindformers_ixc.training.log import TrainingLog
 from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, stop_dropout, train_only
 from mindformers_ixc.training.wrapper import averaged_weights, portable_wrapper
+
+logger = logging.getLogger(__name__)
 
 # Requests answered at once by run_mode predict, unless the YAML's predict_batch_size says otherwise.
 PREDICT_BATCH_SIZE = 4
@@ -100,7 +100,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         network = super().create_network(default_args=default_args)
         # a PET model holds the model it trains
         model = getattr(network, "network", network)
-        if isinstance(model, IXC25ForCausalLM) and self.config.run_mode != "predict":
+        if isinstance(model, IXC25Model) and self.config.run_mode != "predict":
             if self.config.get("train_parts") is not None:
                 train_only(model, self.config.train_parts)
             if not any(part_of(parameter.name) == "partial_lora" for parameter in model.trainable_params()):
@@ -195,7 +195,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         if not reports_loss():
             return
         folder, model = get_output_root_path(), getattr(self.real_model, "network", self.real_model)
-        if not isinstance(model, IXC25ForCausalLM):
+        if not isinstance(model, IXC25Model):
             return
         parts = sorted({part_of(parameter.name) for parameter in model.trainable_params()})
         if self.config.get("train_parts") is not None or self.config.model.model_config.get("pet_config"):
@@ -227,7 +227,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
         Args:
             config: the run's configuration; `load_checkpoint` must be a model directory.
-            input_data: JSON-lines file of requests, see `mindformers_ixc.data.requests`.
+            input_data: JSON-lines file of requests, see `mindformers_ixc.generation.requests`.
             network: as in MindFormers; unused, the directory says what the model is.
             tokenizer: as in MindFormers; unused.
             **kwargs: ignored.
@@ -255,6 +255,6 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
                           read_requests(input_data), folder, run, size, mode, options)
         failed = sum("error" in answer for answer in answers)
         note = f" {failed} of {len(answers)} requests failed; their lines have an 'error'." if failed else ""
-        if get_real_rank() == 0:
+        if rank() == 0:
             print(f"The answers are in {folder}/predictions.jsonl.{note}", file=sys.stderr, flush=True)
         return answers

@@ -14,9 +14,10 @@ from random_model import make, random_arrays, save
 
 from mindformers_ixc.checkpoint import streaming
 from mindformers_ixc.checkpoint.convert import convert
-from mindformers_ixc.checkpoint.errors import CheckpointError
-from mindformers_ixc.checkpoint.model_directory import load_model, read_config
 from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.config import read_config
+from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.generation.loading import load_model
 
 
 @pytest.fixture

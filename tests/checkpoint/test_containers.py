@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from mindformers_ixc.checkpoint.tensor_file import TensorFile
 
 from mindformers_ixc.checkpoint import streaming
 from mindformers_ixc.checkpoint.dtypes import MINDSPORE, STORAGE, from_float32
-from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.safetensors_file import read_header
 from mindformers_ixc.checkpoint.sources import read_file
-from mindformers_ixc.checkpoint.streaming import TensorFile
+from mindformers_ixc.errors import CheckpointError
 
 
 def some_tensors() -> dict[str, np.ndarray]:

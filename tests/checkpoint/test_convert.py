@@ -14,12 +14,12 @@ from random_model import make, random_arrays, save
 from mindformers_ixc import ConfigError
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.checkpoint.dtypes import from_float32
-from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.inspection import inspect
 from mindformers_ixc.checkpoint.layouts import Layout
-from mindformers_ixc.checkpoint.model_directory import read_config
 from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.config import read_config
 from mindformers_ixc.convert_weight import main as convert_weight
+from mindformers_ixc.errors import CheckpointError
 
 
 def content(path, strategy=None) -> dict:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from mindformers_ixc.checkpoint.dtypes import convert, from_float32, to_float32, weight_format
-from mindformers_ixc.checkpoint.errors import CheckpointError
+from mindformers_ixc.errors import CheckpointError
 
 ANY_BITS = arrays.arrays(np.uint32, st.integers(1, 64), elements=st.integers(0, 2**32 - 1))
 

@@ -10,9 +10,9 @@ from random_model import make
 
 import mindformers_ixc_cli
 from mindformers_ixc.checkpoint.convert import convert
-from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.inspection import inspect
 from mindformers_ixc.cli import checkpoints
+from mindformers_ixc.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,11 @@ from random_model import make, random_arrays, save
 
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.checkpoint.dtypes import from_float32, to_float32
-from mindformers_ixc.checkpoint.errors import CheckpointError
 from mindformers_ixc.checkpoint.merge import merge
-from mindformers_ixc.checkpoint.model_directory import load_model, read_config
 from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.config import read_config
+from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.generation.loading import load_model
 
 WO = "model.layers.1.attention.wo"
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mindformers_ixc import IXC25Config, IXC25ForCausalLM
-from mindformers_ixc.checkpoint.model_directory import load_model, save_model_directory
+from mindformers_ixc.checkpoint.model_directory import save_model_directory
+from mindformers_ixc.generation.loading import load_model
 
 SIZES = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
          "num_key_value_heads": 1, "plora_rank": 2, "task_lora_ranks": {},

@@ -16,7 +16,7 @@ import pytest
 
 import mindformers_ixc_cli
 from mindformers_ixc.cli import launch as launching
-from mindformers_ixc.config import ConfigError
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.training.log import read_metrics
 
 TINY = Path(__file__).parents[2] / "yaml_configs" / "ixc25_sft_tiny.yaml"

@@ -11,7 +11,7 @@ from argparse import Namespace
 import pytest
 
 from mindformers_ixc.cli.report import draw, report
-from mindformers_ixc.config import ConfigError
+from mindformers_ixc.errors import ConfigError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 BASIC = {"loss", "learning_rate", "grad_norm", "throughput"}

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 import mindformers_ixc  # noqa: F401
 from mindformers_ixc.cli.run_config import apply_overrides, check_fields, parse_overrides, read_value, read_yaml
-from mindformers_ixc.config import ConfigError
-from mindformers_ixc.data.conversations import DataError
+from mindformers_ixc.errors import ConfigError, DataError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "yaml_configs").glob("*.yaml"))
 TINY = Path(__file__).parents[2] / "yaml_configs" / "ixc25_sft_tiny.yaml"

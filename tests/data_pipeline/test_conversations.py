@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mindformers_ixc.data.conversations import (
-    DataError,
     load_conversations,
     load_sources,
     read_image_sizes,
     read_list_file,
     resample,
 )
+from mindformers_ixc.errors import DataError
 
 
 def talk(*texts, roles=("human", "bot")):

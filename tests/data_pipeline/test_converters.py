@@ -9,8 +9,9 @@ from PIL import Image
 
 import mindformers_ixc_cli
 from mindformers_ixc.cli.data import data as data_command
-from mindformers_ixc.data.conversations import CAPTION_PROMPTS, DataError, load_conversations
+from mindformers_ixc.data.conversations import CAPTION_PROMPTS, load_conversations
 from mindformers_ixc.data.converters import CONVERTERS, convert_dataset
+from mindformers_ixc.errors import DataError
 
 # Small files with every field the published ones have.
 COCO = {"info": {"year": 2017}, "licenses": [{"id": 1, "name": "x", "url": "y"}],

@@ -10,11 +10,12 @@ from mindformers.tools.register import MindFormerConfig
 from PIL import Image
 
 import mindformers_ixc  # noqa: F401
-from mindformers_ixc.data.conversations import Conversation, DataError
-from mindformers_ixc.data.dataset import ConversationTable, fit_samples
+from mindformers_ixc.data.conversations import Conversation
+from mindformers_ixc.data.fitting import fit_samples
+from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.demo import demo_path
-from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
-from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
+from mindformers_ixc.errors import DataError
+from mindformers_ixc.registration import InternLM2Tokenizer, IXC25ImageProcessor, IXC25Processor
 
 TOKENIZER = str(demo_path("tokenizer.model"))
 PROCESSOR = IXC25Processor(IXC25ImageProcessor(56), InternLM2Tokenizer(TOKENIZER))

@@ -10,12 +10,11 @@ from mindformers.tools.register import MindFormerConfig
 from PIL import Image
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS
-from mindformers_ixc.data.conversations import DataError
 from mindformers_ixc.data.preferences import REFERENCE_COLUMN, PreferenceTable, load_preferences
 from mindformers_ixc.demo import demo_path
-from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
+from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.prompt import END_OF_TURN, START_OF_TURN, training_text, turn
-from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
+from mindformers_ixc.registration import InternLM2Tokenizer, IXC25ImageProcessor, IXC25Processor
 
 TOKENIZER = InternLM2Tokenizer(str(demo_path("tokenizer.model")))
 PROCESSOR = IXC25Processor(IXC25ImageProcessor(56), TOKENIZER)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindformers_ixc.data.conversations import DataError
-from mindformers_ixc.data.mixture import make_plan, mixture_weights
-from mindformers_ixc.data.sampling import PlanSampler, Source, plan_epoch, plan_mixture, spread
+from mindformers_ixc.data.mixture import make_epoch_planner, mixture_weights
+from mindformers_ixc.data.sampling import MixtureSource, PlanSampler, plan_epoch, plan_mixture, spread
+from mindformers_ixc.errors import DataError
 
 
 @st.composite
@@ -97,8 +97,8 @@ def test_every_stretch_of_a_mixture_has_its_shares(shares, start, length):
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(1, 4), st.integers(1, 9))
 def test_no_sample_of_a_mixture_is_forgotten_or_favoured(first, second, text, size, batches):
-    sources = [Source(0, 2.0, list(range(first))), Source(0, 1.0, list(range(20, 20 + second))),
-               Source(1, 1.0, list(range(50, 50 + text)))]
+    sources = [MixtureSource(0, 2.0, list(range(first))), MixtureSource(0, 1.0, list(range(20, 20 + second))),
+               MixtureSource(1, 1.0, list(range(50, 50 + text)))]
     seen = Counter()
     for epoch in range(6):
         plan = plan_mixture(sources, size, 3, epoch, batches)
@@ -132,7 +132,7 @@ def test_unusable_mixtures_are_refused(sizes, section, message):
 
 
 def test_a_mixture_counts_its_epoch_in_samples():
-    plan = make_plan(["a"] * 8 + ["b"] * 4, [True] * 8 + [False] * 4, ["a", "b"],
+    plan = make_epoch_planner(["a"] * 8 + ["b"] * 4, [True] * 8 + [False] * 4, ["a", "b"],
                      {"weights": [1, 1], "samples_per_epoch": 40}, 0, True, True)
     batches = plan(4, 0)
     assert len(batches) == 10

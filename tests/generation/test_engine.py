@@ -9,12 +9,12 @@ from mindspore import Tensor
 from parity_device import sample_of
 
 from mindformers_ixc import native
-from mindformers_ixc.checkpoint.model_directory import load_model
+from mindformers_ixc.generation import caches as cache
 from mindformers_ixc.generation import slots
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.engine import bucket
-from mindformers_ixc.generation.sampling import GenerationOptions
-from mindformers_ixc.models import cache
+from mindformers_ixc.generation.loading import load_model
+from mindformers_ixc.generation.options import GenerationOptions
 from mindformers_ixc.processing.processor import EncodedSample
 
 NEW = 6

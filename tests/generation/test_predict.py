@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from mindformers_ixc.data.conversations import DataError
-from mindformers_ixc.data.requests import read_requests
+from mindformers_ixc.errors import DataError
 from mindformers_ixc.generation import predict as predicting
 from mindformers_ixc.generation.predict import predict
+from mindformers_ixc.generation.requests import read_requests
 
 LINES = ['{"query": "a"}', '{"query": "b", "images": "gone.png"}', "{not json", '{"query": "c", "colour": 1}', "",
          '{"messages": [{"role": "user", "content": "d"}]}', '{"query": "e"}']

@@ -9,12 +9,11 @@ from mindformers import TextIteratorStreamer
 from PIL import Image
 
 from mindformers_ixc import InternLM2Tokenizer, IXC25Config, IXC25ForCausalLM, IXC25ImageProcessor, IXC25Processor
-from mindformers_ixc.config import ConfigError
 from mindformers_ixc.demo import demo_path
+from mindformers_ixc.errors import ConfigError, GenerationError, PromptError
 from mindformers_ixc.generation.assistant import Assistant
-from mindformers_ixc.generation.public import META_INSTRUCTION, html_of
-from mindformers_ixc.generation.sampling import GenerationError
-from mindformers_ixc.processing.prompt import PromptError
+from mindformers_ixc.generation.causal_lm import META_INSTRUCTION
+from mindformers_ixc.generation.webpage import html_of
 
 RED, BLUE = (Image.new("RGB", (56, 56), colour) for colour in ((200, 10, 10), (9, 90, 200)))
 
@@ -183,7 +182,7 @@ class TestGenerate:
         length = encoded["input_ids"].shape[1]
         assert (found[:, :length] == encoded["input_ids"]).all()
         sample = processor.encode_chat("<ImageHere>What?", [BLUE])
-        from mindformers_ixc.generation.sampling import GenerationOptions
+        from mindformers_ixc.generation.options import GenerationOptions
 
         options = GenerationOptions(max_new_tokens=6, stop_token_ids=(2,))
         assert found[0, length:].tolist() == Assistant(model, None).generate([sample], options)[0]

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from mindformers_ixc.errors import GenerationError
+from mindformers_ixc.generation.options import GenerationOptions
 from mindformers_ixc.generation.sampling import (
-    GenerationError,
-    GenerationOptions,
     apply_repetition_penalty,
     apply_temperature,
     highest,

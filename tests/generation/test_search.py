@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import GOLDENS, TASK_LORAS, ReferenceDecoder, ReferenceModel
 
-from mindformers_ixc.generation.sampling import GenerationError, GenerationOptions, log_softmax
+from mindformers_ixc.errors import GenerationError
+from mindformers_ixc.generation.options import GenerationOptions
+from mindformers_ixc.generation.sampling import log_softmax
 from mindformers_ixc.generation.search import Hypotheses, beam_search, greedy_or_sample
 
 quick = settings(deadline=None, max_examples=40)

@@ -10,8 +10,9 @@ import mindspore.common.dtype as mstype
 import numpy as np
 import pytest
 
-from mindformers_ixc.config import ConfigError, IXC25Config
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.generation.slots import ContiguousSlot, PagedSlot, ShardedSlot
+from mindformers_ixc.models.configuration import IXC25Config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.generation.text import UNFINISHED, TextStream
-from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
+from mindformers_ixc.registration import InternLM2Tokenizer
 
 TOKENIZER = InternLM2Tokenizer(str(demo_path("tokenizer.model")))
 # the demo tokenizer knows few characters: all others are bytes of their own, the hard case of a stream; special tokens

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindformers_ixc.models.attention import compressed_causal_mask, padded_length, padding_mask
-from mindformers_ixc.models.device import assume_device, on_ascend
+from mindformers_ixc.config import padded_length
+from mindformers_ixc.device import assume_device, on_ascend
+from mindformers_ixc.models.attention import compressed_causal_mask, padding_mask
 
 SCRIPT = Path(__file__).with_name("ascend_primitives.py")
 SIZES = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1,

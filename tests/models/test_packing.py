@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from mindformers_ixc.config import IXC25Config
 from mindformers_ixc.data.batch import BATCH_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.packing import join_samples, pack_samples
 from mindformers_ixc.demo import demo_path
-from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
-from mindformers_ixc.models.layers import SeededDropout
-from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
-from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
+from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
+from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.models.dropout import SeededDropout
+from mindformers_ixc.registration import InternLM2Tokenizer, IXC25ImageProcessor, IXC25Processor
 
 SMALL = {"vocab_size": 1024, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "plora_rank": 4, "plora_alpha": 4,

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from mindformers_ixc.checkpoint.model_directory import load_weights, read_config
-from mindformers_ixc.checkpoint.names import part_of
-from mindformers_ixc.config import ConfigError, IXC25Config
-from mindformers_ixc.models.ixc25 import IXC25ForCausalLM
+from mindformers_ixc.checkpoint.model_directory import load_weights
+from mindformers_ixc.config import read_config
+from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
+from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.preference import DEFAULTS, IXC25ForPreference, PreferenceLoss, preference_options
+from mindformers_ixc.parameters import part_of
 
 SIZE = 56                  # of a tile of the reference model, which has 4 tokens
 BETA = 0.1

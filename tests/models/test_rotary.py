@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mindformers_ixc.config import IXC25Config
+from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.rotary import rotary_base, rotary_tables
 
 CONFIG = IXC25Config(vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,

@@ -8,10 +8,10 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 from mindformers_ixc import native
-from mindformers_ixc.checkpoint.model_directory import load_model
 from mindformers_ixc.generation.assistant import Assistant
-from mindformers_ixc.generation.sampling import GenerationOptions
-from mindformers_ixc.models.cache import decode_tables
+from mindformers_ixc.generation.caches import decode_tables
+from mindformers_ixc.generation.loading import load_model
+from mindformers_ixc.generation.options import GenerationOptions
 from mindformers_ixc.models.rotary import rotary_tables
 from mindformers_ixc.processing.processor import EncodedSample
 
@@ -105,7 +105,7 @@ class TestCache:
     batch, heads, groups, size, positions = 2, 2, 3, 8, 9
 
     def tables(self, config_positions: int):
-        from mindformers_ixc.config import IXC25Config
+        from mindformers_ixc.models.configuration import IXC25Config
 
         config = IXC25Config(vocab_size=8, hidden_size=48, num_attention_heads=6, num_key_value_heads=2,
                              intermediate_size=8, num_hidden_layers=1, task_lora_ranks={})

@@ -12,16 +12,8 @@ from mindformers_ixc import ConfigError, IXC25Config
 from mindformers_ixc.cli import launch as launching
 from mindformers_ixc.cli import run as running
 from mindformers_ixc.cli.run_config import apply_overrides, read_yaml
-from mindformers_ixc.parallel.checks import (
-    DEGREES,
-    SIZE_VARIABLES,
-    Layout,
-    check_global_batch,
-    check_layout,
-    check_run,
-    layout_of,
-    layouts_for,
-)
+from mindformers_ixc.parallel.checks import SIZE_VARIABLES, check_global_batch, check_layout, check_run, layouts_for
+from mindformers_ixc.parallel.degrees import DEGREES, Degrees, degrees_of
 
 YAMLS = Path(__file__).parents[2] / "yaml_configs"
 TINY = YAMLS / "ixc25_sft_tiny.yaml"
@@ -173,40 +165,40 @@ def test_a_run_without_use_parallel_or_of_another_model_is_not_looked_at():
 @pytest.mark.parametrize("path", sorted(YAMLS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_yaml_fits_the_devices_it_names(path):
     fields = read_yaml(path)
-    check_run(fields, layout_of(fields).devices)
+    check_run(fields, degrees_of(fields).devices)
 
 
 def test_no_sequence_is_shorter_than_tensor_parallel():
     config = IXC25Config(seq_length=3, parallel_config={"use_seq_parallel": True})
     with pytest.raises(ConfigError, match="choose a multiple of 8, such as 8, or"):
-        check_layout(config, Layout(model_parallel=8))
-    check_layout(IXC25Config(seq_length=3), Layout(model_parallel=8))
+        check_layout(config, Degrees(model_parallel=8))
+    check_layout(IXC25Config(seq_length=3), Degrees(model_parallel=8))
 
 
 def test_offsets_that_do_not_place_every_layer_are_refused():
     config = IXC25Config(offset=[1, 0])
     with pytest.raises(ConfigError, match=r"offset \[1, 0\] gives the 2 pipeline stages 17, 16 layers"):
-        check_layout(config, Layout(pipeline_stage=2, micro_batch_num=2))
-    check_layout(config, Layout())          # without stages nothing is placed
+        check_layout(config, Degrees(pipeline_stage=2, micro_batch_num=2))
+    check_layout(config, Degrees())          # without stages nothing is placed
 
 
 @pytest.mark.parametrize("name", DEGREES)
 @pytest.mark.parametrize("value", [0, -1, 2.0, "2", True, [2]])
 def test_a_degree_is_a_positive_whole_number(name, value):
     with pytest.raises(ConfigError, match=f"parallel_config.{name} is .*; it must be a whole number of at least 1"):
-        layout_of({"parallel_config": {name: value}})
+        degrees_of({"parallel_config": {name: value}})
 
 
 def test_a_degree_that_is_not_given_is_one():
-    assert layout_of({}) == layout_of({"parallel_config": {"model_parallel": None}}) == Layout()
-    assert layout_of({"parallel_config": {"data_parallel": 2, "pipeline_stage": 3}}) == Layout(2, 1, 3)
+    assert degrees_of({}) == degrees_of({"parallel_config": {"model_parallel": None}}) == Degrees()
+    assert degrees_of({"parallel_config": {"data_parallel": 2, "pipeline_stage": 3}}) == Degrees(2, 1, 3)
 
 
 @given(st.integers(1, 64))
 def test_layouts_fill_the_devices_and_are_allowed(devices):
     found = layouts_for(PUBLIC, devices)
     assert len(set(found)) == len(found)
-    assert Layout(devices, 1, 1, 1) in found
+    assert Degrees(devices, 1, 1, 1) in found
     for layout in found:
         assert layout.devices == devices
         check_layout(PUBLIC, layout, devices)
@@ -220,23 +212,23 @@ def test_layouts_that_an_offset_or_a_length_excludes_are_not_found():
 
 @given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 40), st.integers(0, 8))
 def test_every_layout_that_is_allowed_is_found(data, tensor, stages, more):
-    layout = Layout(data, tensor, stages, stages + more)
+    layout = Degrees(data, tensor, stages, stages + more)
     try:
         check_layout(PUBLIC, layout, layout.devices)
     except ConfigError:
         assert tensor not in (1, 2, 4, 8) or stages > PUBLIC.num_hidden_layers
         return
-    assert Layout(data, tensor, stages, stages) in layouts_for(PUBLIC, layout.devices)
+    assert Degrees(data, tensor, stages, stages) in layouts_for(PUBLIC, layout.devices)
 
 
 def test_a_message_shows_a_few_layouts_and_how_many_more():
     with pytest.raises(ConfigError, match=r"dp 1 x tp 8 x pp 8; .* and \d+ more\.$"):
-        check_layout(PUBLIC, Layout(), 64)
+        check_layout(PUBLIC, Degrees(), 64)
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 200))
 def test_a_global_batch_divides_or_is_refused_with_its_neighbours(data, micro, batch):
-    layout, parts = Layout(data, 1, micro, micro), data * micro
+    layout, parts = Degrees(data, 1, micro, micro), data * micro
     if batch % parts == 0:
         check_global_batch(layout, batch)
         return

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mindformers_ixc import ConfigError, IXC25Config
-from mindformers_ixc.checkpoint.names import parameter_table
 from mindformers_ixc.parallel.cuts import COLUMNS, ROWS, allowed_degrees, check_degree, check_stages, cut_axis
 from mindformers_ixc.parallel.stages import layer_stages, stages_of_layers, work_of_sample
+from mindformers_ixc.parameters import parameter_table
 
 LAYER = "model.layers.3"
 

@@ -11,9 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mindformers_ixc.errors import ImageError
 from mindformers_ixc.processing.image import (
     Grid,
-    ImageError,
     bicubic_resize,
     image_to_tiles,
     image_token_count,

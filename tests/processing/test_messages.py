@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import pytest
 
+from mindformers_ixc.errors import PromptError
 from mindformers_ixc.processing.messages import read_messages
-from mindformers_ixc.processing.prompt import PromptError
 
 
 def user(*parts):

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mindformers_ixc.demo import demo_path
+from mindformers_ixc.errors import PromptError
 from mindformers_ixc.processing.image import Grid, image_token_rows
-from mindformers_ixc.processing.processor import IXC25ImageProcessor, IXC25Processor
-from mindformers_ixc.processing.prompt import PromptError, training_text
-from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer
+from mindformers_ixc.processing.prompt import training_text
 from mindformers_ixc.processing.video import board_size
+from mindformers_ixc.registration import InternLM2Tokenizer, IXC25ImageProcessor, IXC25Processor
 
 TOKENIZER = InternLM2Tokenizer(str(demo_path("tokenizer.model")))
 PROCESSOR = IXC25Processor(IXC25ImageProcessor(56, hd_num=4, hd_num_training=4), TOKENIZER)

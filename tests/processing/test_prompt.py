@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mindformers_ixc.errors import PromptError
 from mindformers_ixc.processing.prompt import (
     END_OF_TURN,
     START_OF_TURN,
-    PromptError,
     chat_text,
     mask_labels,
     shift_labels,

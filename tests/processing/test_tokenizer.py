@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindformers_ixc.demo import demo_path
-from mindformers_ixc.processing.tokenizer import InternLM2Tokenizer, InternLMXComposer2Tokenizer
+from mindformers_ixc.registration import InternLM2Tokenizer, InternLMXComposer2Tokenizer
 
 
 @pytest.fixture(scope="module")

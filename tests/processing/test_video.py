@@ -13,16 +13,10 @@ from hypothesis import strategies as st
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from PIL import Image
 
+from mindformers_ixc.errors import VideoError
 from mindformers_ixc.processing.image import image_to_tiles
-from mindformers_ixc.processing.video import (
-    IXC25VideoProcessor,
-    VideoError,
-    fit_board,
-    frames_to_board,
-    load_video,
-    read_frames,
-    sample_frames,
-)
+from mindformers_ixc.processing.video import fit_board, frames_to_board, load_video, read_frames, sample_frames
+from mindformers_ixc.registration import IXC25VideoProcessor
 
 OPTIONS = settings(deadline=None, max_examples=60)
 RED, BLUE, BLACK, WHITE = (255, 0, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mindformers_ixc.cli.run_config import apply_overrides, read_yaml
-from mindformers_ixc.config import ConfigError
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.training.checkpoints import (
     RECORD,
     check_same_run,

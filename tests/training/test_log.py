@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
-from mindformers_ixc.training.log import METRICS_FILE, PREFERENCE_METRICS, TrainingError, TrainingLog, read_metrics
+from mindformers_ixc.errors import TrainingError
+from mindformers_ixc.training.log import METRICS_FILE, PREFERENCE_METRICS, TrainingLog, read_metrics
 
 SAMPLES = 6       # of the data set; batches of two, so that an epoch has three steps
 

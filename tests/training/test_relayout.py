@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mindformers_ixc.checkpoint.convert import convert
-from mindformers_ixc.config import ConfigError
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.training import relayout
 from mindformers_ixc.training.relayout import COUNTERS_FILE, MAP_FILE, joined
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindformers_ixc.config import ConfigError
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.training.evaluation import DEFAULTS, evaluation_options
 from mindformers_ixc.training.scores import anls, cider, exact_match, score_answers
 

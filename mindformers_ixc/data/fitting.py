@@ -1,0 +1,97 @@
+"""Which conversations fit the fixed shapes: measured once, cut between whole question-answer pairs, the rest told."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from mindformers_ixc.data.conversations import PROGRESS_FROM, Conversation
+from mindformers_ixc.errors import DataError
+from mindformers_ixc.processing.processor import Processor
+from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
+
+logger = logging.getLogger(__name__)
+
+
+class Fitted(NamedTuple):
+    """A conversation that fits.
+
+    Attributes:
+        sample: the conversation, perhaps cut.
+        positions: it takes.
+        tiles: it takes, global views included.
+    """
+
+    sample: Conversation
+    positions: int
+    tiles: int
+
+
+def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_tiles: int,
+              hd_num: int) -> tuple[int, tuple[int, int]]:
+    """How many question-answer pairs of a conversation fit, counted from its start.
+
+    Args:
+        processor: counts positions and tiles.
+        sample: conversation with known picture sizes.
+        seq_length: positions at most.
+        max_tiles: tiles at most.
+        hd_num: tiles of a picture at most.
+
+    Returns:
+        Number of pairs, and (positions, tiles) of the whole conversation if all fit, else of the first pair that does
+        not fit with everything before it.
+    """
+    system = 1 if sample.turns[0][0] == "system" else 0
+    pairs = (len(sample.turns) - system) // 2
+    for count in range(pairs, 0, -1):
+        part = first_pairs(sample, count)
+        needed = processor.conversation_length(part.turns, part.sizes, hd_num, sample.where)
+        if needed[0] <= seq_length and needed[1] <= max_tiles:
+            return count, needed
+        shortest = needed
+    return 0, shortest
+
+
+def first_pairs(sample: Conversation, pairs: int) -> Conversation:
+    """The first question-answer pairs of a conversation with the pictures that belong to them."""
+    system = 1 if sample.turns[0][0] == "system" else 0
+    turns = sample.turns[:system + 2 * pairs]
+    places = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
+    if not any(IMAGE_PLACEHOLDER in text for _, text in sample.turns):
+        places = len(sample.images)
+    return Conversation(sample.source, sample.index, sample.id, turns, sample.images[:places], sample.sizes[:places])
+
+
+def fit_samples(processor: Processor, samples: Sequence[Conversation], seq_length: int, max_tiles: int,
+                hd_num: int) -> list[Fitted]:
+    """Cuts conversations to the fixed shapes, only between whole pairs, and reports what was lost.
+
+    Raises:
+        DataError: when nothing fits, with the lengths that would.
+    """
+    kept, cut, dropped, needs = [], 0, 0, []
+    for sample in tqdm(samples, desc="measuring samples", unit="sample", disable=len(samples) < PROGRESS_FROM):
+        pairs, needed = fit_pairs(processor, sample, seq_length, max_tiles, hd_num)
+        if pairs == 0:
+            dropped += 1
+            needs.append(needed)
+            continue
+        part = first_pairs(sample, pairs)
+        cut += len(part.turns) < len(sample.turns)
+        kept.append(Fitted(part, *needed))
+    if needs:
+        fits = (f"the shortest dropped sample's first question and answer need {min(n for n, _ in needs)} positions "
+                f"and {min(t for _, t in needs)} tiles, the longest {max(n for n, _ in needs)} and "
+                f"{max(t for _, t in needs)}")
+        if not kept:
+            raise DataError(f"None of the {len(samples)} samples fits seq_length {seq_length} and max_tiles "
+                            f"{max_tiles}: {fits}. Raise them or lower hd_num (now {hd_num}).")
+        logger.warning(f"{dropped} of {len(samples)} samples do not fit seq_length {seq_length} and max_tiles "
+                       f"{max_tiles} and are left out: {fits}.")
+    if cut:
+        logger.warning(f"{cut} of {len(samples)} conversations are cut between whole turns to fit seq_length "
+                       f"{seq_length} and max_tiles {max_tiles}.")
+    return kept

@@ -1,0 +1,74 @@
+"""The device that graphs are made for, and this process's part in a parallel run; nothing else asks MindSpore."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mindspore as ms
+from mindspore.communication import management
+
+_assumed: str | None = None
+
+
+def on_ascend() -> bool:
+    """Whether graphs are made for Ascend's kernels."""
+    return (_assumed or ms.get_context("device_target")) == "Ascend"
+
+
+@contextmanager
+def assume_device(name: str) -> Iterator[None]:
+    """Lets cells that are built meanwhile be those of a device that is not there, to compile its graphs without it.
+
+    Args:
+        name: MindSpore's name of the device, such as `Ascend`.
+    """
+    global _assumed
+    before, _assumed = _assumed, name
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def rank() -> int:
+    """Number of this process; by the launcher's variable as long as MindSpore's communication is not set up."""
+    try:
+        return management.get_rank()
+    except RuntimeError:
+        return int(os.environ.get("RANK_ID", "0"))
+
+
+def group_size() -> int:
+    """Number of processes, asked for like `rank`."""
+    try:
+        return management.get_group_size()
+    except RuntimeError:
+        return int(os.environ.get("RANK_SIZE", "1"))
+
+
+def is_parallel() -> bool:
+    """Whether graphs are made by MindSpore's parallel compiler."""
+    return ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
+
+
+def _first_of_last_stage() -> int:
+    size, stages = group_size(), ms.get_auto_parallel_context("pipeline_stages") or 1
+    return size - size // stages
+
+
+def reports_loss() -> bool:
+    """Whether this process is the one that records what a step gave: the first rank of the last stage."""
+    if not is_parallel():
+        return rank() == 0      # replicas of data parallel mode are all alike
+    return rank() == _first_of_last_stage()
+
+
+def has_loss() -> bool:
+    """Whether this process's pipeline stage computes the loss."""
+    return not is_parallel() or rank() >= _first_of_last_stage()
+
+
+def share_results() -> None:
+    """Lets every rank have what the last pipeline stage computes: each of them chooses the next token."""
+    ms.set_auto_parallel_context(pipeline_result_broadcast=True)

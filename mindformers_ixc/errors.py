@@ -1,0 +1,45 @@
+"""Every error of this package: each is a sentence that says what was found, where, and what to do."""
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A configuration value that is unknown or contradicts another one."""
+
+
+class DataError(ValueError):
+    """Training data that cannot be used; the message names file, sample and field."""
+
+
+class PromptError(ValueError):
+    """Text and images that do not fit together."""
+
+
+class ImageError(ValueError):
+    """An image that cannot be read or cannot be partitioned."""
+
+
+class VideoError(ValueError):
+    """A video that cannot be read, or frames that cannot be put on a board."""
+
+
+class GenerationError(ValueError):
+    """A decoding option outside its range, or scores that nothing can be decoded from."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is incomplete, damaged or of another model, or a target that cannot be written."""
+
+
+class TrainingError(ValueError):
+    """A run that must not go on; the message says at which step, with which samples, and what to do."""
+
+
+class LayoutError(ValueError):
+    """A graph that does not compile for a layout, or compiles to other slices than the table of cuts says.
+
+    It is a defect of the model's strategies, not of the input.
+    """
+
+
+class BuildError(OSError):
+    """Libraries that cannot be built here; the message says what is missing."""

@@ -1,0 +1,83 @@
+"""Files and folders that are whole or not there, however a process ends, and JSON lists read with good messages."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mindformers_ixc.errors import DataError
+from mindformers_ixc.resources import resolve_path
+
+
+@contextmanager
+def whole_file(target: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
+    """A path beside a target to write to; it takes the target's name when the block ends well, else it is removed.
+
+    Args:
+        target: the file to be made; an older one is replaced.
+        sync: wait until the content is on the disk before the rename.
+    """
+    target = Path(target)
+    partial = target.with_name(f".{os.getpid()}.{target.name}")      # the suffix stays: some writers go by it
+    try:
+        yield partial
+        if sync:
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(target: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file so that it is whole or not there; text as UTF-8."""
+    with whole_file(target) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """A folder beside a target to fill; it takes the target's name when the block ends well, else it is removed.
+
+    Args:
+        target: the folder to be made, its parents too; an older one is replaced.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)             # it comes into being for its owner only
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json_list(path: str | os.PathLike, item: str) -> list:
+    """Content of a JSON file that must hold a list with at least one item.
+
+    Args:
+        path: the file; `pkg:` paths work.
+        item: what the list holds, for the messages (`sample`).
+
+    Raises:
+        FileNotFoundError: when the file is missing.
+        DataError: when it is no JSON, no list or empty.
+    """
+    file = resolve_path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"The data file {path} does not exist.")
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(rows, list) or not rows:
+        found = "an empty one" if rows == [] else type(rows).__name__
+        raise DataError(f"{path} must hold a JSON list with at least one {item}, found {found}.")
+    return rows

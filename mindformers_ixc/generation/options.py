@@ -1,0 +1,136 @@
+"""Decoding options: what there is, what each may be, and Hugging Face's names for them."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+import numpy as np
+
+from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc.errors import ConfigError, GenerationError
+
+
+def _whole(value, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def _number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# What every option must be: a test and the words that follow "it must be" when the test fails.
+_RULES = {
+    "max_new_tokens": (lambda value: _whole(value, 1), "a whole number, at least 1"),
+    "do_sample": (lambda value: isinstance(value, (bool, np.bool_)), "True or False"),
+    "temperature": (lambda value: _number(value) and value > 0, "a number above 0"),
+    "top_k": (lambda value: _whole(value, 0), "a whole number, at least 0 (0: no limit)"),
+    "top_p": (lambda value: _number(value) and 0 <= value <= 1, "a number from 0 to 1 (1: no limit)"),
+    "repetition_penalty": (lambda value: _number(value) and value > 0, "a number above 0 (1: no penalty)"),
+    "num_beams": (lambda value: _whole(value, 1), "a whole number, at least 1 (1: no beam search)"),
+    "length_penalty": (_number, "a finite number"),
+    "early_stopping": (lambda value: isinstance(value, bool) or value == "never", "True, False or 'never'"),
+    "stop_token_ids": (lambda value: all(_whole(i, 0) for i in value), "token ids, whole numbers of at least 0"),
+    "stop_strings": (lambda value: all(isinstance(s, str) and s for s in value), "texts that are not empty"),
+    "seed": (lambda value: value is None or _whole(value, 0), "a whole number, at least 0, or None"),
+}
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How an answer is decoded.
+
+    Attributes:
+        max_new_tokens: new tokens at most, at least 1 (public chat default 1024).
+        do_sample: sample instead of taking the likeliest token.
+        temperature: divides the scores before sampling, above 0.
+        top_k: only the k likeliest tokens are sampled; 0 is no limit (Hugging Face's implicit default is 50).
+        top_p: only the likeliest tokens that together reach this probability are sampled, 0 to 1; 0 leaves one token.
+        repetition_penalty: divides positive and multiplies negative scores of tokens already generated, above 0. It
+            acts on logits in greedy decoding and sampling, on log-probabilities in beam search, and never on the
+            prompt's tokens, because the public code hands the prompt over as embeddings.
+        num_beams: beams; 1 is no beam search.
+        length_penalty: a finished beam's score is divided by its length to this power.
+        early_stopping: when beam search ends: True as soon as `num_beams` beams have ended, False when no running beam
+            can be expected to get better, "never" when none can at all.
+        stop_token_ids: ids that end an answer; the first also stands for the end of every finished beam.
+        stop_strings: texts that end an answer. Ids alone do not show them: the caller, who has the tokenizer, passes a
+            test of ids to the search functions and cuts the text.
+        seed: of sampling. An answer depends on its prompt and the seed, not on its place in a batch.
+
+    Raises:
+        GenerationError: for a value of the wrong type or outside its range; names the option.
+    """
+
+    max_new_tokens: int = 1024
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self):
+        for name, single in (("stop_token_ids", Integral), ("stop_strings", str)):
+            value = getattr(self, name)
+            if isinstance(value, single):
+                object.__setattr__(self, name, (value,))
+            elif isinstance(value, Sequence):
+                object.__setattr__(self, name, tuple(value))
+            else:
+                raise GenerationError(f"{name} is {value!r}; it must be a list or a tuple.")
+        for name, (good, wanted) in _RULES.items():
+            if not good(getattr(self, name)):
+                raise GenerationError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+
+    @property
+    def tokens_kept(self) -> int:
+        """Tokens that top-k and top-p leave each row at least.
+
+        A beam must be able to go on however likely all of its stop ids are, so beam sampling keeps one token more than
+        there are stop ids, and two without any.
+        """
+        return max(2, 1 + len(self.stop_token_ids)) if self.num_beams > 1 else 1
+
+
+def check_mode(name: str, mode: str) -> None:
+    """Raises `ConfigError` unless `mode`, the value of the argument `name`, is one of the model's modes."""
+    if mode not in MODE_ADAPTERS:
+        raise ConfigError(f"{name} is {mode!r}; the choices are {', '.join(MODE_ADAPTERS)}.")
+
+
+def known_options(options: dict) -> dict:
+    """The options, if all of them are known.
+
+    Raises:
+        GenerationError: naming the unknown ones.
+    """
+    unknown = sorted(set(options) - set(GenerationOptions.__dataclass_fields__))
+    if unknown:
+        raise GenerationError(f"Unknown option(s) {', '.join(unknown)}; the choices are "
+                              f"{', '.join(sorted(GenerationOptions.__dataclass_fields__))}.")
+    return options
+
+
+def hugging_face_options(generation_config, options: dict, length: int, config) -> GenerationOptions:
+    """Options under Hugging Face's names as `GenerationOptions`; `length` is the prompts'."""
+    given = generation_config or {}
+    given = dict(given if isinstance(given, dict) else given.to_dict())
+    fields = set(GenerationOptions.__dataclass_fields__) | {"max_length", "eos_token_id"}
+    given = {key: value for key, value in given.items() if key in fields and value is not None}
+    given.update(options)
+    stops = given.pop("eos_token_id", config.eos_token_id)
+    total = given.pop("max_length", None)
+    if total is not None and "max_new_tokens" not in given:
+        if total <= length:
+            raise GenerationError(f"max_length is {total}, which the prompt of {length} positions fills; raise it or "
+                                  "use max_new_tokens.")
+        given["max_new_tokens"] = total - length
+    stops = tuple(stops) if isinstance(stops, (list, tuple)) else (stops,)
+    return GenerationOptions(**{"stop_token_ids": stops, **known_options(given)})

@@ -1,0 +1,112 @@
+"""`pipeline("multimodal_chat")`: questions about pictures through MindFormers' pipeline interface."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mindformers.pipeline.base_pipeline import Pipeline
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+
+from mindformers_ixc.errors import PromptError
+from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.processing.messages import read_messages
+from mindformers_ixc.processing.processor import ImageProcessor, Processor
+
+TASK = "multimodal_chat"
+
+# Arguments of a call that go to the prompt; everything else is a decoding option.
+PROMPT_ARGUMENTS = ("history", "meta_instruction", "hd_num")
+
+
+@MindFormerRegister.register(MindFormerModuleType.PIPELINE, alias=TASK)
+class MultimodalChatPipeline(Pipeline):
+    """Chats about pictures.
+
+    A request is a dict with `query`, `images` (a list, optional) and `history` (optional), a plain question, or a list
+    of messages (`[{"role": "user", "content": [{"type": "image", "image": ...}, {"type": "text", "text": ...}]}]`).
+    Several requests come as a list or a generator; one that fails gives `{"error": sentence}` in its place.
+
+    Args:
+        model: `IXC25ForCausalLM`.
+        tokenizer: its tokenizer; not needed when `processor` is given.
+        image_processor: its image processor; by default one of the sizes in the model's configuration.
+        processor: its `Processor`; by default one made of the two before.
+        **kwargs: options of every call (`mode`, `max_new_tokens`, `num_beams`, ...) and MindFormers' own.
+
+    Examples:
+        >>> import mindformers_ixc
+        >>> from mindformers import pipeline
+        >>> chat = pipeline("multimodal_chat", model="out/model")
+        >>> chat({"query": "What is shown?", "images": ["photo.jpg"]})
+        [{'text_generation_text': 'a cat'}]
+    """
+
+    return_name = "text_generation"
+
+    def __init__(self, model, tokenizer=None, image_processor=None, processor=None, **kwargs):
+        if processor is None:
+            # MindFormers hands over the directory's tokenizer but knows no image processor for it
+            image_processor = image_processor or ImageProcessor.from_config(model.config.to_public_dict())
+            processor = Processor(image_processor=image_processor, tokenizer=tokenizer)
+        super().__init__(model, tokenizer=processor.tokenizer, image_processor=processor.image_processor, **kwargs)
+        model.set_train(False)
+        self.assistant = Assistant(model, processor)
+
+    def _sanitize_parameters(self, **parameters):
+        prompt = {key: parameters.pop(key) for key in PROMPT_ARGUMENTS if key in parameters}
+        known = ("mode", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
+                 "num_beams", "length_penalty", "early_stopping", "seed")
+        return prompt, {key: parameters[key] for key in known if key in parameters}, {}
+
+    def preprocess(self, inputs, **prompt):
+        """Turns a request into the arguments of `Processor.encode_chat`.
+
+        Raises:
+            PromptError: for a request that is none of the known forms.
+        """
+        if is_messages(inputs):
+            return {**prompt, **read_messages(inputs)}
+        if not isinstance(inputs, (str, dict)):
+            raise PromptError(f"A request must be a question, a dict or a list of messages, found "
+                              f"{type(inputs).__name__}.")
+        request = {"query": inputs} if isinstance(inputs, str) else dict(inputs)
+        if "query" not in request:
+            raise PromptError(f"A request needs the key 'query'; found only {sorted(request)}.")
+        images = request.get("images") or []
+        request["images"] = images if isinstance(images, (list, tuple)) else [images]
+        return {**prompt, **request}
+
+    def _forward(self, model_inputs, **options):
+        mode = options.pop("mode", "base")
+        return {"text": self.assistant.answer([model_inputs], mode, **options)[0]}
+
+    def postprocess(self, model_outputs, **_):
+        """Wraps the answer as MindFormers' text pipelines do."""
+        return [{f"{self.return_name}_text": model_outputs["text"]}]
+
+    def __call__(self, inputs, batch_size: int | None = None, **kwargs):
+        """Answers one request, a list or a generator of them; options as for the class.
+
+        Returns:
+            `[{"text_generation_text": answer}]`, one entry a request.
+        """
+        if is_messages(inputs):   # one request, though it is a list
+            return super().__call__([inputs], batch_size, **kwargs)
+        if isinstance(inputs, Iterator):
+            inputs = list(inputs)
+        return super().__call__(inputs, batch_size, **kwargs)
+
+    def run_multi(self, inputs, batch_size, preprocess_params, forward_params, postprocess_params):
+        """Answers a list of requests one by one; a bad one does not keep the others from being answered."""
+        outputs = []
+        for item in inputs:
+            try:
+                outputs += self.run_single(item, preprocess_params, forward_params, postprocess_params)
+            except (ValueError, OSError) as error:
+                outputs.append({"error": str(error)})
+        return outputs
+
+
+def is_messages(inputs) -> bool:
+    """Whether a request has the message form."""
+    return isinstance(inputs, (list, tuple)) and bool(inputs) and all(
+        isinstance(item, dict) and "role" in item for item in inputs)

@@ -1,0 +1,110 @@
+"""A contiguous key/value cache that tensor parallel cuts by key/value heads."""
+from __future__ import annotations
+
+from mindspore import Parameter, nn
+from mindspore.common.initializer import initializer
+from mindspore.ops import functional as F
+from mindspore.ops import operations as P
+
+from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.generation.caches import TokenHeads
+from mindformers_ixc.models.attention import AttentionCore
+from mindformers_ixc.models.internlm2 import CausalMask, MergeHeads, SplitHeads
+
+
+class ShardedCache(nn.Cell):
+    """One layer's keys and values, `(B, KV, S, d)` each, for graphs that the parallel compiler cuts.
+
+    The same as `mindformers_ixc.generation.caches.ContiguousCache`, of operators that can be cut over heads. A scatter
+    cannot be: new keys and values are multiplied by one-hot positions, which the host makes, and added.
+
+    Args:
+        config: sizes and dtypes, and the tensor-parallel degree.
+        batch: rows B.
+        positions: positions S of each.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, positions: int):
+        super().__init__()
+        self.batch, self.positions = batch, positions
+        self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
+        self.dtype, self.softmax_dtype = config.compute_dtype, config.softmax_compute_type
+        # an initializer, so that a device makes its slice of its own stage's only
+        zeros = initializer("zeros", (batch, self.kv, positions, self.size), config.compute_dtype)
+        self.keys = Parameter(zeros, name="key_cache", requires_grad=False)
+        self.values = Parameter(zeros, name="value_cache", requires_grad=False)
+        self.split, self.merge, self.token_heads = SplitHeads(config), MergeHeads(config), TokenHeads(config)
+        self.core = AttentionCore(self.size, config.softmax_compute_type)
+        self.causal_mask = CausalMask(config, additive=True)
+        self.real, self.place = P.Mul(), P.Mul()
+        self.join = P.Concat(2)
+        self.assign = P.Assign()
+        self.append = P.AssignAdd()
+        self.add_mask = P.Add()
+        self.cast = P.Cast()
+        self.reshape = P.Reshape()
+        self.scores = P.BatchMatMul(transpose_b=True)
+        self.softmax = P.Softmax(-1)
+        self.weighted_sum = P.BatchMatMul()
+        self.shard(config.parallel_config.model_parallel)
+
+    def shard(self, tp: int) -> None:
+        """Cuts key/value heads; rows and positions are whole on every device."""
+        heads, whole = (1, tp, 1, 1), (1, 1, 1, 1)
+        self.split.shard(1, tp)
+        self.merge.shard(1, tp)
+        self.core.shard(1, tp)
+        self.causal_mask.shard(1)
+        self.token_heads.shard(tp)
+        self.softmax.shard((heads,))
+        self.place.shard((whole, heads))
+        for primitive in (self.real, self.add_mask):
+            primitive.shard((heads, whole))
+        for primitive in (self.join, self.assign, self.append, self.scores, self.weighted_sum):
+            primitive.shard((heads, heads))
+
+    def prefill_mask(self, length):
+        """As `ContiguousCache.prefill_mask`: one mask, for all queries at once."""
+        return self.causal_mask(length)
+
+    def decode_mask(self, _, mask):
+        """As `ContiguousCache.decode_mask`; the host made it."""
+        return mask
+
+    def prefill(self, qkv, cos, sin, mask, where, shape):
+        """As `ContiguousCache.prefill`."""
+        query, key, value = self.split(qkv, cos, sin, shape)
+        real = self.cast(where, self.dtype)
+        key = F.depend(key, self._fill(self.keys, self.real(key, real), shape[1]))
+        value = F.depend(value, self._fill(self.values, self.real(value, real), shape[1]))
+        return self.merge(self.core(query, key, value, mask), shape)
+
+    def _fill(self, cache, new, length):
+        """Makes a cache hold `(B, KV, L, d)` and zeros after it."""
+        if length < self.positions:
+            rest = F.zeros((self.batch, self.kv, self.positions - length, self.size), self.dtype)
+            new = self.join((new, rest))                                                    # (B, KV, S, d)
+        return self.assign(cache, new)
+
+    def decode(self, qkv, cos, sin, mask, where, _):
+        """As `ContiguousCache.decode`, with other places.
+
+        Args:
+            qkv: `(B, KV * (G+2) * d)`.
+            cos: `(B, 1, G+2, d)`, see `mindformers_ixc.generation.caches.decode_tables`.
+            sin: like `cos`.
+            mask: additive, float32 `(B, 1, 1, S)`.
+            where: float32 `(B, 1, S, 1)`, 1 on the position of every row's new key.
+            _: the mask again, which is also a place.
+
+        Returns:
+            Tensor `(B, H*d)`.
+        """
+        query, key, value = self.token_heads(qkv, cos, sin)
+        where = self.cast(where, self.dtype)
+        keys = self.append(self.keys, self.place(where, key))                               # (B, KV, S, d)
+        values = self.append(self.values, self.place(where, value))
+        scores = self.add_mask(self.cast(self.scores(query, keys), self.softmax_dtype),
+                               self.cast(mask, self.softmax_dtype))                         # (B, KV, G, S)
+        weights = self.cast(self.softmax(scores), self.dtype)
+        return self.reshape(self.weighted_sum(weights, values), (self.batch, self.kv * self.groups * self.size))

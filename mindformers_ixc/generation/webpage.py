@@ -1,0 +1,56 @@
+"""Web pages: what they are made from, and how an answer becomes a file."""
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from mindformers_ixc.errors import PromptError
+
+RESUME_INSTRUCTION = "Build a personal web page (HTML) from the content of this resume:\n"
+SCREENSHOT_INSTRUCTION = "Write the HTML code of the web page in this picture, styled with Tailwind CSS."
+
+# The service that the model's pages fetch example pictures from has closed; this one takes the sizes the same way.
+_CLOSED_PICTURES = re.compile(r"https://source\.unsplash\.com/random/(\d+)x(\d+)/?(\?[^'\")\s]*)?")
+_OPEN_PICTURES = r"https://picsum.photos/\1/\2"
+
+
+def html_of(text: str) -> str:
+    """The page in an answer: without a Markdown fence around it, example pictures from a service that is open."""
+    fenced = re.search(r"```(?:html)?\s*\n(.*?)(?:\n```|\Z)", text, re.DOTALL)
+    return _CLOSED_PICTURES.sub(_OPEN_PICTURES, fenced[1] if fenced else text)
+
+
+def read_resume(path: str | os.PathLike) -> str:
+    """Text of a resume.
+
+    Raises:
+        PromptError: when the file is missing, empty or no text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"The resume {path} is not UTF-8 text ({error}); give a Markdown file.") from error
+    except OSError as error:
+        raise PromptError(f"The resume {path} cannot be read ({error.strerror}); give the path of a Markdown "
+                          "file.") from error
+    if not text.strip():
+        raise PromptError(f"The resume {path} is empty; give a Markdown file with text.")
+    return text
+
+
+def free_target(path: str | os.PathLike | None, overwrite: bool) -> Path | None:
+    """Where a page goes.
+
+    Raises:
+        FileExistsError: when the file exists and may not be overwritten.
+        FileNotFoundError: when its folder is missing.
+    """
+    if path is None:
+        return None
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already; choose another save_to, or set overwrite=True.")
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"The folder of save_to {path} does not exist; make it first.")
+    return path

@@ -1,0 +1,36 @@
+"""Fused kernels for inference on the CPU, as operations of MindSpore's graphs.
+
+They have no gradients: only the inference graphs (`mindformers_ixc.generation`) use them, training never does.
+"""
+from __future__ import annotations
+
+import mindspore as ms
+import mindspore.common.dtype as mstype
+from mindspore import ops
+
+from mindformers_ixc.device import is_parallel, on_ascend
+from mindformers_ixc.native import is_switched_on, library
+
+# Positions up to which the kernel `linear` is taken instead of MindSpore's product.
+FEW_ROWS = 8
+
+
+def available(*dtypes) -> bool:
+    """Whether the kernels can take the place of MindSpore's for a computation in `dtypes` on the current device.
+
+    The parallel compiler cannot cut them.
+    """
+    return (is_switched_on() and ms.get_context("device_target") == "CPU" and not on_ascend() and not is_parallel()
+            and all(dtype == mstype.float32 for dtype in dtypes))
+
+
+def kernel(name: str, shape=lambda x, *_: x, outputs: int = 1) -> ops.Custom:
+    """An operation for use in a graph.
+
+    Args:
+        name: function in kernels.c.
+        shape: the outputs' shapes from the inputs' shapes; by default one output of the first input's.
+        outputs: number of outputs, all of them float32.
+    """
+    dtype = mstype.float32 if outputs == 1 else (mstype.float32,) * outputs
+    return ops.Custom(f"{library()}:{name}", out_shape=shape, out_dtype=dtype, func_type="aot")

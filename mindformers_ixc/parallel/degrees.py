@@ -1,0 +1,66 @@
+"""Into how many parts a run's devices share the work: the degrees of a YAML's `parallel_config`."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mindformers_ixc.errors import ConfigError
+
+DEGREES = ("data_parallel", "model_parallel", "pipeline_stage", "micro_batch_num")
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How a step is spread over devices.
+
+    Attributes:
+        data_parallel: replicas that take different samples.
+        model_parallel: tensor-parallel devices of a replica's stage.
+        pipeline_stage: stages.
+        micro_batch_num: micro batches of a pipelined step.
+    """
+
+    data_parallel: int = 1
+    model_parallel: int = 1
+    pipeline_stage: int = 1
+    micro_batch_num: int = 1
+
+    @property
+    def devices(self) -> int:
+        """Devices it takes."""
+        return self.data_parallel * self.model_parallel * self.pipeline_stage
+
+    def __str__(self) -> str:
+        return f"dp {self.data_parallel} x tp {self.model_parallel} x pp {self.pipeline_stage}"
+
+
+def degrees_of(fields: dict) -> Degrees:
+    """The degrees of a YAML's `parallel_config`.
+
+    Raises:
+        ConfigError: for a degree that is no positive number.
+    """
+    section = fields.get("parallel_config") or {}
+    values = {name: 1 if section.get(name) is None else section[name] for name in DEGREES}
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"parallel_config.{name} is {value!r}; it must be a whole number of at least 1.")
+    return Degrees(**values)
+
+
+def inference_layout(degrees) -> dict:
+    """The `parallel_config` of a model that answers, from that of a run.
+
+    Args:
+        degrees: has `data_parallel`, `model_parallel` and `pipeline_stage`.
+
+    Raises:
+        ConfigError: for data parallel, which has no meaning here.
+    """
+    replicas = degrees.data_parallel
+    if replicas != 1:
+        raise ConfigError(
+            f"parallel_config.data_parallel is {replicas}, but in run_mode predict all devices answer the same "
+            "requests together; set it to 1, and split the request file over several runs to use more devices.")
+    # a decoded position cannot be cut, so the positions between the linears are whole, whatever training does
+    return {"data_parallel": 1, "model_parallel": degrees.model_parallel,
+            "pipeline_stage": degrees.pipeline_stage, "vocab_emb_dp": False, "use_seq_parallel": False}

@@ -1,0 +1,177 @@
+"""The training data as MindFormers and MindSpore take them: classes of the registry over `data`'s rows and plans."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mindformers.dataset.base_dataset import BaseDataset
+from mindformers.models.build_tokenizer import build_tokenizer
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindspore.dataset import GeneratorDataset, Sampler
+
+from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.conversations import CAPTION_PROMPTS, load_sources, read_image_sizes
+from mindformers_ixc.data.fitting import fit_pairs, fit_samples
+from mindformers_ixc.data.mixture import EpochPlanner, make_epoch_planner
+from mindformers_ixc.data.packing import pack_samples
+from mindformers_ixc.data.preferences import REFERENCE_COLUMN, PreferenceTable, load_preferences
+from mindformers_ixc.data.rows import MAX_BAD_SHARE, ConversationTable, make_processor
+from mindformers_ixc.data.sampling import PlanSampler
+from mindformers_ixc.errors import DataError
+from mindformers_ixc.processing.image import HD_NUM_TRAINING
+from mindformers_ixc.processing.processor import Processor
+
+logger = logging.getLogger(__name__)
+
+
+class MindSporeSampler(PlanSampler, Sampler):
+    """`PlanSampler` as one of MindSpore's samplers; arguments as there."""
+
+    def __init__(self, *arguments, **options):
+        PlanSampler.__init__(self, *arguments, **options)
+        Sampler.__init__(self, num_samples=len(self))
+
+
+def section_processor(config) -> Processor:
+    """The processor of a `train_dataset` section; its tokenizer may be any of MindFormers' registry."""
+    return make_processor(config, build_tokenizer(dict(config.tokenizer)))
+
+
+def batched(cls, table: ConversationTable, planner: EpochPlanner, config) -> GeneratorDataset:
+    """A MindSpore dataset of batches from a table and the plans of its epochs.
+
+    Args:
+        cls: MindFormers' dataset class, which knows this rank's share.
+        table: rows.
+        planner: plans of the epochs.
+        config: the `train_dataset` section.
+    """
+    rank, ranks = cls._generate_shard_info()
+    sampler = MindSporeSampler(planner, len(table), config.batch_size, (0, 1) if ranks is None else (rank, ranks))
+    dataset = GeneratorDataset(table, list(table.columns), sampler=sampler,
+                               num_parallel_workers=config.num_parallel_workers or 1,
+                               python_multiprocessing=bool(config.python_multiprocessing))
+    dataset = dataset.batch(config.batch_size, drop_remainder=True)
+    dataset = dataset.repeat(config.repeat) if (config.repeat or 1) > 1 else dataset
+    dataset.conversations, dataset.plan_sampler = table, sampler   # for reports
+    dataset.set_init_step = sampler.start_at   # MindSpore's own way cannot restart a Python sampler inside an epoch
+    return dataset
+
+
+@MindFormerRegister.register(MindFormerModuleType.DATASET_LOADER)
+class IXC25DataLoader:
+    """Reads and checks the samples of a `data_loader` section.
+
+    Args:
+        dataset_dir: `.json`, `.txt` list file, or a list of these.
+        image_folder: where relative image paths start.
+        shuffle: whether each epoch has an order of its own.
+        seed: of sampling and shuffling.
+        caption_prompts: questions for samples that are captions, one chosen at random for each.
+        mixture: weights of the sources (`mindformers_ixc.data.mixture`); without, an epoch has every sample once.
+    """
+
+    def __init__(self, dataset_dir, image_folder: str | None = None, shuffle: bool = True, seed: int = 0,
+                 caption_prompts: Sequence[str] = CAPTION_PROMPTS, mixture: dict | None = None):
+        self.shuffle, self.seed, self.mixture = shuffle, seed, mixture
+        if not caption_prompts or not all(isinstance(prompt, str) for prompt in caption_prompts):
+            raise DataError(f"train_dataset.data_loader.caption_prompts is {caption_prompts!r}, expected a list of "
+                            "questions.")
+        self.samples = load_sources(dataset_dir, image_folder, seed, caption_prompts)
+        read_image_sizes(self.samples)
+
+
+@MindFormerRegister.register(MindFormerModuleType.DATASET)
+class IXC25SFTDataset(BaseDataset):
+    """Supervised fine-tuning data as MindFormers' `train_dataset_task` builds it."""
+
+    def __new__(cls, dataset_config: dict | None = None, **kwargs):
+        """Builds the dataset.
+
+        Args:
+            dataset_config: the `train_dataset` section.
+            **kwargs: the same fields, when no section is given.
+
+        Returns:
+            `GeneratorDataset`, batched and repeated, with the columns of `mindformers_ixc.data.batch`.
+
+        Raises:
+            DataError: for unusable data. (Keys and types of the section are checked by `mindformers run`, before
+                MindFormers adds keys of its own to it.)
+        """
+        config = cls.check_dataset_config(dataset_config, locals())
+        cls.init_dataset_config(config)
+        table, planner = _conversation_table(config)
+        return batched(cls, table, planner, config)
+
+
+def _conversation_table(config) -> tuple[ConversationTable, EpochPlanner]:
+    options = {key: value for key, value in config.data_loader.items() if key != "type"}
+    mixture = dict(options.pop("mixture")) if options.get("mixture") else None
+    seed = config.seed or 0
+    loader = IXC25DataLoader(seed=seed, mixture=mixture, **options)
+    processor, hd_num = section_processor(config), config.hd_num or HD_NUM_TRAINING
+    fitted = fit_samples(processor, loader.samples, config.seq_length, config.max_tiles, hd_num)
+    samples, packs = [entry.sample for entry in fitted], None
+    names = list(dict.fromkeys(sample.source for sample in loader.samples))
+    if config.packing:
+        packs = pack_samples([(entry.positions, entry.tiles) for entry in fitted],
+                             [(sample.source, bool(sample.images)) for sample in samples], config.seq_length,
+                             config.max_tiles, seed)
+        logger.info(f"{len(samples)} samples are packed into {len(packs)} sequences.")
+    share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
+    table = ConversationTable(processor, samples, config.seq_length, config.max_tiles, hd_num, share, packs,
+                              list(config.input_columns or BATCH_COLUMNS), seed)
+    multimodal = [table.is_multimodal(i) for i in range(len(table))]
+    logger.info(f"{sum(multimodal)} multimodal and {len(table) - sum(multimodal)} text-only sequences.")
+    return table, make_epoch_planner([table.source_of(i) for i in range(len(table))], multimodal, names, mixture, seed,
+                                     loader.shuffle, config.get("drop_remainder", True))
+
+
+@MindFormerRegister.register(MindFormerModuleType.DATASET)
+class IXC25PreferenceDataset(BaseDataset):
+    """Preference pairs as MindFormers' `train_dataset_task` builds them; the section is that of `IXC25SFTDataset`."""
+
+    def __new__(cls, dataset_config: dict | None = None, **kwargs):
+        """Builds the dataset; see `IXC25SFTDataset`.
+
+        Raises:
+            DataError: for unusable data.
+        """
+        config = cls.check_dataset_config(dataset_config, locals())
+        cls.init_dataset_config(config)
+        table = _preference_table(config)
+        multimodal = [table.is_multimodal(i) for i in range(len(table))]
+        planner = make_epoch_planner([sample.source for sample in table.samples], multimodal, table.source_names, None,
+                                     table.seed, config.data_loader.get("shuffle", True),
+                                     config.get("drop_remainder", True))
+        return batched(cls, table, planner, config)
+
+
+def _preference_table(config) -> PreferenceTable:
+    loader, seed = config.data_loader, config.seed or 0
+    files = loader.dataset_dir if isinstance(loader.dataset_dir, (list, tuple)) else [loader.dataset_dir]
+    pairs = [pair for path in files for pair in load_preferences(path, loader.image_folder)]
+    read_image_sizes([chosen for chosen, _, _ in pairs])
+    columns = list(config.input_columns or BATCH_COLUMNS)
+    if REFERENCE_COLUMN in columns and any(logps is None for _, _, logps in pairs):
+        raise DataError(f"train_dataset.input_columns has {REFERENCE_COLUMN}, but not every pair has that field; "
+                        "leave the column out, and the model without the pair is the reference.")
+    processor, hd_num = section_processor(config), config.hd_num or HD_NUM_TRAINING
+    pairs = [(chosen, replace(rejected, sizes=chosen.sizes), logps) for chosen, rejected, logps in pairs]
+    shapes = (config.seq_length, config.max_tiles, hd_num)
+    # a pair is one question and answer: both sides are measured whole
+    measured = [[fit_pairs(processor, side, *shapes) for side in pair[:2]] for pair in pairs]
+    fitting = [pair for pair, sides in zip(pairs, measured) if all(count for count, _ in sides)]
+    if len(fitting) < len(pairs):
+        longest = max(positions for sides in measured for _, (positions, _) in sides)
+        message = (f"{len(pairs) - len(fitting)} of {len(pairs)} pairs do not fit seq_length {config.seq_length} "
+                   f"and max_tiles {config.max_tiles} (the longest has {longest} positions)")
+        if not fitting:
+            raise DataError(f"{message}, so nothing is left to train on; raise them.")
+        logger.warning(f"{message} and are left out.")
+    chosen, rejected, logps = zip(*fitting)
+    share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
+    return PreferenceTable(processor, chosen, rejected, logps, seq_length=config.seq_length,
+                           max_tiles=config.max_tiles, hd_num=hd_num, max_bad_share=share, columns=columns, seed=seed)

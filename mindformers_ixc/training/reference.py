@@ -1,0 +1,113 @@
+"""Log-probabilities of the reference model, computed once and kept with the preference pairs.
+
+A run that reads them (column `reference_logps`) does not compute the reference in every step, and the reference may be
+any model, not only the one that trains without its pair.
+"""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore.ops import operations as P
+from tqdm import tqdm
+
+from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.conversations import Conversation, read_image_sizes
+from mindformers_ixc.data.preferences import REFERENCE_COLUMN, load_preferences
+from mindformers_ixc.generation.loading import load_model
+from mindformers_ixc.models.loss import TokenLosses
+from mindformers_ixc.processing.processor import ImageProcessor, Processor
+from mindformers_ixc.resources import resolve_path
+
+
+class AnswerLogps(nn.Cell):
+    """Summed log-probability of the labelled positions of each sample.
+
+    Args:
+        model: `IXC25Model`.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.losses, self.reshape = model, TokenLosses(), P.Reshape()
+
+    def construct(self, input_ids, labels, pixel_values, vision_index, image_mask):
+        """float32 `(B,)` of the columns of a batch."""
+        logits = self.model(input_ids, None, pixel_values, vision_index, image_mask)          # (B, L, V)
+        losses = self.losses(self.reshape(logits, (-1, logits.shape[-1])), self.reshape(labels, (-1,)))
+        return -self.reshape(losses, labels.shape).sum(axis=1)
+
+
+def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "write", hd_num: int | None = None,
+                        image_transform: str = "training", image_folder: str | None = None,
+                        batch_size: int = 4) -> int:
+    """Writes a preference file again with `reference_logps` in every pair.
+
+    Args:
+        pairs_file: preference pairs, see `mindformers_ixc.data.preferences`.
+        target: file to write; in another folder than the pairs', its picture paths are absolute.
+        model: model directory of the reference.
+        mode: its task LoRAs in use; `write` is what a dpo run starts from, whose pair does nothing yet.
+        hd_num: tiles of a picture at most, as in the run to come; by default the model directory's, else 18.
+        image_transform: `training` or `inference`, as in the run to come.
+        image_folder: where relative picture paths start.
+        batch_size: answers at once.
+
+    Returns:
+        Number of pairs.
+
+    Raises:
+        DataError: for unusable pairs.
+    """
+    pairs = load_preferences(pairs_file, image_folder)
+    read_image_sizes([chosen for chosen, _, _ in pairs])
+    processor = _processor(model, image_transform)
+    answers = [answer for chosen, rejected, _ in pairs for answer in (chosen, replace(rejected, sizes=chosen.sizes))]
+    logps = _answer_logps(model, mode, processor, answers, hd_num, batch_size).reshape(-1, 2)
+    rows = json.loads(resolve_path(pairs_file).read_text(encoding="utf-8"))
+    moved = Path(target).resolve().parent != resolve_path(pairs_file).resolve().parent
+    for row, values, (chosen, _, _) in zip(rows, logps, pairs):
+        row[REFERENCE_COLUMN] = [float(value) for value in values]
+        if moved and chosen.images:
+            row["image"] = [str(Path(image).resolve()) for image in chosen.images]
+    temporary = Path(target).with_name(f".{Path(target).name}.new")
+    temporary.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n",
+                         encoding="utf-8")
+    os.replace(temporary, target)
+    return len(rows)
+
+
+def _processor(model: str, image_transform: str) -> Processor:
+    processor = Processor.from_directory(model)
+    images = processor.image_processor
+    return Processor(ImageProcessor(images.image_size, images.patch_size, hd_num=images.hd_num,
+                                              hd_num_training=images.hd_num_training,
+                                              training_transform=image_transform), processor.tokenizer)
+
+
+def _answer_logps(directory: str, mode: str, processor: Processor, answers: Sequence[Conversation],
+                  hd_num: int | None, batch_size: int) -> np.ndarray:
+    """Log-probability of each answer, float32 `(len(answers),)`; one shape for all, so one graph."""
+    hd_num = hd_num or _own_hd_num(directory) or processor.image_processor.hd_num_training
+    sizes = [processor.conversation_length(answer.turns, answer.sizes, hd_num) for answer in answers]
+    length, tiles = (max(size[i] for size in sizes) for i in (0, 1))
+    model = AnswerLogps(load_model(directory, adapter_mode=mode, seq_length=length, max_tiles=max(1, tiles)))
+    found: list[float] = []
+    for start in tqdm(range(0, len(answers), batch_size), desc="reference", unit="batch", disable=None):
+        batch = list(answers[start:start + batch_size])
+        padded = [processor.encode_conversation(sample.turns, sample.images, sample.where, hd_num)
+                  .pad(length, max(1, tiles), processor.pad_token_id) for sample in batch]
+        padded += [padded[-1]] * (batch_size - len(batch))
+        columns = [Tensor(np.stack([row[name] for row in padded])) for name in BATCH_COLUMNS]
+        found += model(*columns).asnumpy()[:len(batch)].tolist()
+    return np.array(found, np.float32)
+
+
+def _own_hd_num(directory: str) -> int | None:
+    """Tiles the model was trained with, where its directory says so."""
+    return json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("hd_num")

@@ -1,0 +1,58 @@
+"""Real tensor parallel over processes, from the slices `convert` writes: logits, and a few steps of training."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+from parallel_answers import run_ranks
+
+from mindformers_ixc.checkpoint.convert import convert
+from mindformers_ixc.config import read_config
+from mindformers_ixc.generation.loading import load_model
+
+HERE = Path(__file__).parent
+LENGTH = 24
+
+
+def batch(config) -> dict[str, np.ndarray]:
+    """Two samples with pictures, whose image positions take rows in no particular order."""
+    rng = np.random.default_rng(0)
+    side, rows = config.vision_config.image_size, 3 * config.vision_config.tokens_per_tile + 2
+    mask = np.zeros((2, LENGTH), np.int32)
+    mask[0, 2:12] = mask[1, 5:9] = 1
+    return {"input_ids": rng.integers(3, config.vocab_size, (2, LENGTH)).astype(np.int32) * (1 - mask) + 2 * mask,
+            "pixel_values": rng.standard_normal((2, 3, 3, side, side)).astype(np.float32),
+            "vision_index": rng.integers(0, rows, (2, LENGTH)).astype(np.int32) * mask, "image_mask": mask}
+
+
+@pytest.mark.slow
+def test_logits_equal_the_single_process(tmp_path, goldens):
+    convert(goldens / "t1", tmp_path / "cut", tensor_parallel=2, mode="write")
+    model = load_model(goldens / "t1", seq_length=LENGTH, max_tiles=3, adapter_mode="write")
+    arrays = batch(model.config)
+    np.savez(tmp_path / "inputs.npz", **arrays)
+    run_ranks(2, tmp_path, HERE / "rank_logits.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "logits.npy")
+    expected = model(Tensor(arrays["input_ids"]), None,
+                     *(Tensor(arrays[name]) for name in ("pixel_values", "vision_index", "image_mask"))).asnumpy()
+    found = np.load(tmp_path / "logits.npy")
+    assert found.shape == expected.shape
+    # sums over devices are taken in another order: float32's resolution of the largest logit
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.slow
+def test_losses_of_training_equal_the_single_process(tmp_path, goldens):
+    convert(goldens / "t1", tmp_path / "cut", tensor_parallel=2, mode="write")
+    arrays = batch(read_config(goldens / "t1"))
+    labels = np.where(arrays["image_mask"] == 1, -100, np.roll(arrays["input_ids"], -1, axis=1)).astype(np.int32)
+    np.savez(tmp_path / "inputs.npz", labels=labels, **arrays)
+    run_ranks(2, tmp_path, HERE / "train_steps.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "two.npy")
+    subprocess.run([sys.executable, str(HERE / "train_steps.py"), str(goldens / "t1"), str(tmp_path / "inputs.npz"),
+                    str(tmp_path / "one.npy")], check=True, capture_output=True)
+    one, two = np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy")
+    assert one[-1] < one[0] - 1          # it learns, so a wrong gradient would show
+    np.testing.assert_allclose(two, one, rtol=1e-5)
