@@ -272,12 +272,20 @@ def log_folder(arguments: argparse.Namespace) -> Path:
     return Path(cache) / "mindformers_ixc" / "log"
 
 
-def _yaml_output_dir(path: str) -> str | None:
+def _yaml_output_dir(path: str | Path, seen: tuple[Path, ...] = ()) -> str | None:
+    """`output_dir` of a YAML file or of its bases; importing the package, which could read it, writes logs already."""
     import yaml
 
+    path = Path(path).resolve()
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("output_dir")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path in seen or "output_dir" in fields:
+            return fields.get("output_dir")
+        bases = fields.get("base_config") or []
+        found = [_yaml_output_dir(path.parent / base, (*seen, path))
+                 for base in ([bases] if isinstance(bases, str) else bases)]
+        return next((folder for folder in reversed(found) if folder), None)   # a later base is on top of an earlier one
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError):
         return None   # the run itself reports what is wrong with the file
 
 

@@ -13,7 +13,7 @@ from mindformers_ixc.cli.run_config import apply_overrides, check_fields, parse_
 from mindformers_ixc.config import ConfigError
 from mindformers_ixc.data.conversations import DataError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "yaml_configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "yaml_configs").glob("*ixc25*.yaml"))   # not the bases, which lack data
 TINY = Path(__file__).parents[2] / "yaml_configs" / "ixc25_sft_tiny.yaml"
 
 
