@@ -1,12 +1,13 @@
 """The `mindformers` command: its arguments, and what must happen before MindFormers is imported.
 
-MindFormers logs to standard output and decides its log folder while it is imported, and importing anything of
-`mindformers_ixc` imports it. So this module stands outside the package: it reads the arguments, sends standard output
-to standard error (answers get a stream of their own), chooses the log folder and only then imports the work.
+MindFormers logs to standard output and decides its log folder while it is imported, which takes seconds. So this module
+reads the arguments, sends standard output to standard error (answers get a stream of their own), chooses the log folder,
+looks whether the files that were named are there, and only then imports the command's work.
 """
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import signal
@@ -15,6 +16,23 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
+
+from mindformers_ixc.cli.inputs import check_inputs
+from mindformers_ixc.cli.yaml_file import read_yaml
+from mindformers_ixc.config import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
+from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.parameters import PARTS
+
+# Module of mindformers_ixc.cli and function behind each command.
+COMMANDS = {
+    "run": ("run", "run"), "launch": ("launch", "launch"), "chat": ("chat", "chat"), "eval": ("evaluate", "evaluate"),
+    "convert": ("checkpoints", "run_convert"), "merge": ("checkpoints", "run_merge"),
+    "inspect": ("checkpoints", "run_inspect"), "data": ("data", "data"), "reference": ("data", "reference"),
+    "report": ("report", "report"), "plan": ("plan", "plan"),
+}
+
+# Commands that keep the libraries' logs off the terminal.
+QUIET = ("convert", "merge", "inspect", "data", "report", "plan")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -70,7 +88,7 @@ def _add_launch(commands) -> None:
 
 def _add_generation(parser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="model directory, such as OUT/model")
-    parser.add_argument("--mode", choices=["base", "write", "web"], default="base", help="task LoRAs in use")
+    parser.add_argument("--mode", choices=list(MODE_ADAPTERS), default="base", help="task LoRAs in use")
     parser.add_argument("--hd_num", type=int, metavar="N", help="tiles of the dynamic partition at most (default: the "
                         "model directory's, else 24, and 6 with several pictures)")
     parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="length of an answer at most")
@@ -137,9 +155,11 @@ def _add_convert(commands) -> None:
                          help="container of --to ms")
     convert.add_argument("--tp", type=int, default=1, metavar="N", help="tensor parallel: devices of a pipeline stage")
     convert.add_argument("--pp", type=int, default=1, metavar="M", help="pipeline stages")
-    convert.add_argument("--mode", choices=["all", "base", "write", "web"], default="all",
-                         help="task LoRAs in the graph the layout is compiled for; the others stay whole in every rank")
-    convert.add_argument("--drop", nargs="+", default=[], metavar="TASK", help="task LoRAs to leave out: sft, dpo, web")
+    convert.add_argument("--mode", choices=list(ALL_MODES), default="all",
+                         help="task LoRAs in the graph the layout is for; the others stay whole in every rank")
+    convert.add_argument("--check_layout", action="store_true", help="compile the graph without devices as well, and "
+                         "refuse if MindSpore's compiler cuts anything otherwise (needs g++)")
+    convert.add_argument("--drop", nargs="+", default=[], metavar="TASK", help=f"task LoRAs to leave out: {', '.join(TASK_LORAS)}")
     convert.add_argument("--strategy", metavar="PATH", help="strategy file or folder of SRC's ranks, if it is not in "
                          "the usual place")
 
@@ -160,9 +180,9 @@ def _add_merge(commands) -> None:
     merge.add_argument("--attach", metavar="SRC", help="tensors that replace SRC's, as --extract made them")
     merge.add_argument("--lora", metavar="SRC", help="trained LoRA (PEFT or MindFormers) to fold in")
     merge.add_argument("--alpha", type=float, metavar="X", help="its alpha, if it has no adapter_config.json")
-    merge.add_argument("--fold", nargs="+", default=[], metavar="TASK", help="task LoRAs to fold in: sft, dpo, web")
-    merge.add_argument("--extract", nargs="+", default=[], metavar="PART", help="keep these parts only: vision, "
-                       "projector, separators, partial_lora, task_lora.sft, task_lora.dpo, task_lora.web, language")
+    merge.add_argument("--fold", nargs="+", default=[], metavar="TASK", help=f"task LoRAs to fold in: {', '.join(TASK_LORAS)}")
+    merge.add_argument("--extract", nargs="+", default=[], metavar="PART", help="keep these parts only: "
+                       f"{', '.join(PARTS)}")
 
 
 def _add_inspect(commands) -> None:
@@ -201,7 +221,7 @@ def _add_reference(commands) -> None:
     reference.add_argument("pairs", metavar="FILE", help="preference pairs")
     reference.add_argument("target", metavar="TARGET", help="file to write")
     reference.add_argument("--model", required=True, metavar="DIR", help="model directory of the reference")
-    reference.add_argument("--mode", choices=["base", "write", "web"], default="write", help="task LoRAs in use "
+    reference.add_argument("--mode", choices=list(MODE_ADAPTERS), default="write", help="task LoRAs in use "
                            "(default: write)")
     reference.add_argument("--image_folder", metavar="DIR", help="where relative picture paths start")
     reference.add_argument("--hd_num", type=int, metavar="N", help="as in the run to come (default: the model "
@@ -273,11 +293,10 @@ def log_folder(arguments: argparse.Namespace) -> Path:
 
 
 def _yaml_output_dir(path: str) -> str | None:
-    import yaml
-
+    """`output_dir` of a YAML file or of its bases."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("output_dir")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        return read_yaml(path).get("output_dir")
+    except (OSError, UnicodeDecodeError, ConfigError, TypeError):
         return None   # the run itself reports what is wrong with the file
 
 
@@ -305,16 +324,20 @@ def main(argv: list[str] | None = None) -> int:
     if rest and arguments.command not in ("run", "launch", "plan"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
+    if arguments.command == "launch":
+        arguments.run_words = rest[1:] if rest[:1] == ["run"] else rest
+        arguments.run, arguments.run.rest = parser.parse_known_args(["run", *arguments.run_words])
     arguments.answers = claim_stdout()
     if arguments.command == "chat" and arguments.question is None:
         # before the libraries start their threads, which inherit this; a session lets Ctrl-C through when it may come
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ.setdefault("LOG_MF_PATH", str(log_folder(arguments).resolve()))
-    quiet = arguments.command in ("convert", "merge", "inspect", "data", "report", "plan")
-    if quiet or not getattr(arguments, "verbose", True):
+    if arguments.command in QUIET or not getattr(arguments, "verbose", True):
         quiet_libraries()
     try:
-        return _command(arguments.command)(arguments) or 0
+        check_inputs(arguments)
+        module, function = COMMANDS[arguments.command]
+        return getattr(importlib.import_module(f"mindformers_ixc.cli.{module}"), function)(arguments) or 0
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
@@ -326,35 +349,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.filename} cannot be used: {error.strerror}." if told else f"error: {error}",
               file=sys.stderr)
         return 1
-
-
-def _command(name: str):
-    if name == "run":
-        from mindformers_ixc.cli.run import run
-        return run
-    if name == "launch":
-        from mindformers_ixc.cli.launch import launch
-        return launch
-    if name == "chat":
-        from mindformers_ixc.cli.chat import chat
-        return chat
-    if name == "eval":
-        from mindformers_ixc.cli.evaluate import evaluate
-        return evaluate
-    if name == "plan":
-        from mindformers_ixc.cli.plan import plan
-        return plan
-    if name == "report":
-        from mindformers_ixc.cli.report import report
-        return report
-    if name == "data":
-        from mindformers_ixc.cli.data import data
-        return data
-    if name == "reference":
-        from mindformers_ixc.cli.data import reference
-        return reference
-    from mindformers_ixc.cli import checkpoints
-    return getattr(checkpoints, name)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import yaml
-
 CONFIG = Path(__file__).resolve().parent.parent / "yaml_configs" / "ixc25_sft_tiny.yaml"
 BAR = 1e-3
 
@@ -43,11 +41,12 @@ def main() -> int:
     from torch_training import TorchTrainer
 
     from mindformers_ixc.checkpoint.model_directory import save_model_directory
+    from mindformers_ixc.cli.yaml_file import read_yaml
     from mindformers_ixc.data.batch import BATCH_COLUMNS
     from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
     from mindformers_ixc.models.configuration import IXC25Config
 
-    fields = yaml.safe_load(CONFIG.read_text())
+    fields = read_yaml(CONFIG)
     data = {**fields["train_dataset"], "input_columns": list(BATCH_COLUMNS)}
     model_fields = {**fields["model"]["model_config"], "plora_dropout": 0.0}
     ms.set_context(mode=0)

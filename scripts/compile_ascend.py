@@ -26,8 +26,9 @@ from mindspore.common.api import _cell_graph_executor
 from mindspore.train.mind_ir_pb2 import ModelProto
 
 import mindformers_ixc  # noqa: F401 - registers the model
-from mindformers_ixc import cpu_cluster as cpu
 from mindformers_ixc.config import read_config
+from mindformers_ixc.cpu_cluster.build import preload_environment
+from mindformers_ixc.cpu_cluster.groups import simulate
 from mindformers_ixc.device import assume_device, share_results
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.engine import InferenceEngine, bucket
@@ -68,11 +69,11 @@ def join_cluster(tensor: int, stages: int, rank: int) -> dict:
     """
     if tensor * stages == 1:
         return {}
-    variables = cpu.preload_environment(simulated=True)
+    variables = preload_environment(simulated=True)
     if os.environ.get(PRELOADED) is None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **variables, PRELOADED: "1"})
     ms.set_device("CPU")
-    cpu.simulate(rank, tensor * stages)
+    simulate(rank, tensor * stages)
     ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", device_num=tensor * stages, global_rank=rank,
                                  full_batch=True, pipeline_stages=stages)
     share_results()

@@ -27,7 +27,7 @@ def run_ranks(count: int, folder: Path, script: Path, *arguments) -> None:
     Raises:
         RuntimeError: with the ends of the ranks' logs when one fails.
     """
-    from mindformers_ixc import cpu_cluster as cpu
+    from mindformers_ixc.cpu_cluster.build import preload_environment
 
     words, environment = [str(script), *map(str, arguments)], {**os.environ, STARTED: "1"}
     command = [sys.executable, *words]
@@ -37,7 +37,7 @@ def run_ranks(count: int, folder: Path, script: Path, *arguments) -> None:
             port = server.getsockname()[1]
         # msrun starts the first `python` of the path
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment.update(cpu.preload_environment(), PATH=path, CPU_PARALLEL_TIMEOUT_S="120",
+        environment.update(preload_environment(), PATH=path, CPU_PARALLEL_TIMEOUT_S="120",
                            CPU_PARALLEL_MAILBOX=str(folder / "mailbox"))
         command = [str(Path(sys.executable).with_name("msrun")), "--worker_num", str(count), "--local_worker_num",
                    str(count), "--master_port", str(port), "--log_dir", str(folder / "log"), "--join", "True", *words]
@@ -58,11 +58,11 @@ def join_ranks(stages: int) -> int:
     import mindspore as ms
     from mindspore.communication import get_group_size, get_rank, init
 
-    from mindformers_ixc import cpu_cluster as cpu
+    from mindformers_ixc.cpu_cluster.groups import install
     from mindformers_ixc.device import share_results
 
     init()
-    cpu.install()
+    install()
     ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", full_batch=True, device_num=get_group_size(),
                                  global_rank=get_rank(), pipeline_stages=stages)
     share_results()

@@ -69,7 +69,7 @@ def write_start(folder: Path, config: Path = CONFIG) -> None:
 
     from mindformers_ixc import IXC25Config, IXC25ForCausalLM
     from mindformers_ixc.checkpoint.model_directory import save_model_directory
-    from mindformers_ixc.cli.run_config import read_yaml
+    from mindformers_ixc.cli.yaml_file import read_yaml
     from mindformers_ixc.demo import demo_path
 
     ms.set_seed(1)

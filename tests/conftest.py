@@ -13,7 +13,7 @@ os.environ.setdefault("GLOG_v", "3")
 os.environ.setdefault("LOG_MF_PATH", tempfile.mkdtemp(prefix="mindformers_ixc_log_"))
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent / "scripts"), str(HERE)]
+sys.path[:0] = [str(HERE.parent / "scripts"), str(HERE / "helpers")]
 
 
 @pytest.fixture(scope="session", autouse=True)

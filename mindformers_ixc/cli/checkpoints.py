@@ -6,9 +6,9 @@ import re
 import sys
 from pathlib import Path
 
-from mindformers_ixc.checkpoint.convert import convert as convert_checkpoint
-from mindformers_ixc.checkpoint.inspection import inspect as inspect_checkpoint
-from mindformers_ixc.checkpoint.merge import merge as merge_checkpoint
+from mindformers_ixc.checkpoint.convert import convert
+from mindformers_ixc.checkpoint.inspection import inspect
+from mindformers_ixc.checkpoint.merge import merge
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES
 from mindformers_ixc.errors import CheckpointError
 
@@ -33,9 +33,9 @@ def read_size(text: str | None) -> int:
     return size
 
 
-def convert(arguments: argparse.Namespace) -> int:
+def run_convert(arguments: argparse.Namespace) -> int:
     """Runs `mindformers convert` and prints the target."""
-    target = convert_checkpoint(
+    target = convert(
         arguments.source, arguments.target, to=arguments.to, format=arguments.format, tensor_parallel=arguments.tp,
         pipeline_stages=arguments.pp, dtype=arguments.dtype, mode=arguments.mode, drop=arguments.drop,
         config=arguments.config, strategy=arguments.strategy, shard_bytes=read_size(arguments.max_shard_size),
@@ -43,9 +43,9 @@ def convert(arguments: argparse.Namespace) -> int:
     return _finish(arguments, target)
 
 
-def merge(arguments: argparse.Namespace) -> int:
+def run_merge(arguments: argparse.Namespace) -> int:
     """Runs `mindformers merge` and prints the target."""
-    target = merge_checkpoint(
+    target = merge(
         arguments.source, arguments.target, attach=arguments.attach, lora=arguments.lora, alpha=arguments.alpha,
         fold=arguments.fold, extract=arguments.extract, average=arguments.average, ema=arguments.ema, to=arguments.to,
         dtype=arguments.dtype, config=arguments.config, shard_bytes=read_size(arguments.max_shard_size),
@@ -59,9 +59,9 @@ def _finish(arguments: argparse.Namespace, target: Path) -> int:
     return 0
 
 
-def inspect(arguments: argparse.Namespace) -> int:
+def run_inspect(arguments: argparse.Namespace) -> int:
     """Runs `mindformers inspect`; 1 when a checksum differs or ranks disagree."""
-    report = inspect_checkpoint(arguments.source, arguments.config, arguments.strategy, arguments.verify,
+    report = inspect(arguments.source, arguments.config, arguments.strategy, arguments.verify,
                                 arguments.tensors)
     print(report.to_json() if arguments.json else report.to_text(), file=arguments.answers)
     return 1 if report.damaged or report.differing else 0

@@ -10,7 +10,8 @@ from dataclasses import fields as fields_of
 from pathlib import Path
 
 import mindformers_ixc  # noqa: F401 - importing it registers the model
-from mindformers_ixc.cli.run_config import apply_overrides, check_fields, parse_overrides, read_yaml
+from mindformers_ixc.cli.run_config import check_fields
+from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml, tie_data_section
 from mindformers_ixc.errors import ConfigError, LayoutError
 from mindformers_ixc.parallel.degrees import DEGREES
 from mindformers_ixc.planning.cost import Assumptions
@@ -57,8 +58,7 @@ def plan(arguments: argparse.Namespace) -> int:
     """
     fields = read_yaml(arguments.config)
     apply_overrides(fields, parse_overrides(arguments.rest))
-    if isinstance(fields.get("train_dataset_task"), dict) and "train_dataset" in fields:
-        fields["train_dataset_task"]["dataset_config"] = fields["train_dataset"]
+    tie_data_section(fields)
     check_fields(fields, arguments.config)
     memory, assumptions = _device_memory(arguments, fields), _assumptions(arguments)
     workload = read_workload(fields)

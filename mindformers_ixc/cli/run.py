@@ -9,9 +9,14 @@ from pathlib import Path
 
 import mindspore as ms
 import yaml
+from mindformers.core.context import build_context
+from mindformers.tools.register import MindFormerConfig
+from mindformers.trainer import Trainer
 
-import mindformers_ixc  # noqa: F401 - importing it registers the model
-from mindformers_ixc.cli.run_config import apply_overrides, check_fields, parse_overrides, read_yaml
+from mindformers_ixc.cli.run_config import check_fields
+from mindformers_ixc.cli.yaml_file import merged_fields
+from mindformers_ixc.cpu_cluster.groups import install
+from mindformers_ixc.cpu_cluster.loading import load_on_cpu
 from mindformers_ixc.parallel.checks import check_run
 from mindformers_ixc.training.checkpoints import prepare_resume, record_run
 
@@ -45,24 +50,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def merged_fields(arguments: argparse.Namespace) -> dict:
-    """The YAML file's fields with everything the command line says on top."""
-    fields = read_yaml(arguments.config)
-    overrides = parse_overrides(arguments.rest)
-    for name in ("run_mode", "output_dir", "load_checkpoint"):
-        if getattr(arguments, name) is not None:
-            overrides[name] = getattr(arguments, name)
-    if arguments.use_parallel is not None:
-        overrides["use_parallel"] = yaml.safe_load(arguments.use_parallel)
-    if arguments.predict_data is not None:
-        overrides["input_data"] = arguments.predict_data
-    apply_overrides(fields, overrides)
-    # MindFormers reads the data section through this reference; a YAML anchor no longer ties them once it is overridden
-    if isinstance(fields.get("train_dataset_task"), dict) and "train_dataset" in fields:
-        fields["train_dataset_task"]["dataset_config"] = fields["train_dataset"]
-    return fields
-
-
 def _use_register_path(path: str) -> None:
     """What MindFormers' launcher does with --register_path: its auto_register reads the variable."""
     if not Path(path).is_dir():
@@ -72,10 +59,6 @@ def _use_register_path(path: str) -> None:
 
 
 def _run_trainer(fields: dict) -> None:
-    from mindformers.core.context import build_context
-    from mindformers.tools.register import MindFormerConfig
-    from mindformers.trainer import Trainer
-
     # MindFormers fills in its defaults only when it reads a file itself
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as merged:
         yaml.safe_dump(fields, merged)
@@ -85,10 +68,7 @@ def _run_trainer(fields: dict) -> None:
     # frozen parameters have slices too, and MindFormers loads what the strategy file names
     ms.set_auto_parallel_context(strategy_ckpt_config={"only_trainable_params": False})
     if config.use_parallel and config.context.device_target == "CPU":
-        from mindformers_ixc import cpu_cluster as cpu
-        from mindformers_ixc.cpu_cluster.loading import load_on_cpu
-
-        cpu.install()
+        install()
         load_on_cpu()
     trainer = Trainer(config)
     if config.run_mode == "predict":

@@ -1,10 +1,10 @@
-"""Reads a run's YAML file, applies overrides from the command line and checks every key before anything starts."""
+"""Checks every key and value of a run's YAML before anything starts."""
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 
-import yaml
+from mindformers.tools.register import MindFormerRegister
+from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
 
 from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, VISION_FIELDS, Field
 from mindformers_ixc.data.sections import check_dataset_section
@@ -17,105 +17,6 @@ RUN_MODES = ("train", "finetune", "predict")
 # Top-level keys of this package beside MindFormers' own.
 OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation")
 
-# Short forms that MindFormers' launcher script has, and the keys they stand for.
-SHORT_FORMS = {
-    "epochs": "runner_config.epochs", "batch_size": "runner_config.batch_size",
-    "sink_mode": "runner_config.sink_mode",
-    "gradient_accumulation_steps": "runner_config.gradient_accumulation_steps",
-    "device_target": "context.device_target", "device_id": "context.device_id", "mode": "context.mode",
-    "train_dataset_dir": "train_dataset.data_loader.dataset_dir", "predict_data": "input_data",
-}
-
-
-def parse_overrides(words: list[str]) -> dict[str, object]:
-    """Turns `--a.b 3 --c=x` into `{"a.b": 3, "c": "x"}`; values are read as YAML.
-
-    Raises:
-        ConfigError: for a word that is no option or an option without a value.
-    """
-    overrides, words = {}, list(words)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f"'{word}' is neither an option nor the value of one; options look like "
-                              "--runner_config.epochs 3.")
-        name, equals, text = word[2:].partition("=")
-        if not equals:
-            if not words or words[0].startswith("--"):
-                raise ConfigError(f"--{name} has no value; write --{name} VALUE.")
-            text = words.pop(0)
-        overrides[SHORT_FORMS.get(name, name)] = read_value(text)
-    return overrides
-
-
-def read_value(text: str) -> object:
-    """A command-line value as YAML reads it, with `1e-4` (which YAML 1.1 takes for text) as a number."""
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def apply_overrides(fields: dict, overrides: dict[str, object]) -> None:
-    """Sets dotted keys in a nested dict, in place.
-
-    Raises:
-        ConfigError: when a part of a key is there but is no section.
-    """
-    for key, value in overrides.items():
-        section, parts = fields, key.split(".")
-        for i, part in enumerate(parts[:-1]):
-            if section.get(part) is None:
-                section[part] = {}
-            section = section[part]
-            if not isinstance(section, dict):
-                raise ConfigError(f"--{key}: '{'.'.join(parts[:i + 1])}' is not a section of the YAML file.")
-        section[parts[-1]] = value
-
-
-def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
-    """Reads a YAML file that must hold a mapping; one that names another as `base_config` changes that one.
-
-    The rule is MindFormers'.
-
-    Args:
-        path: the file.
-        seen: files that led to this one.
-
-    Raises:
-        ConfigError: for a missing file, invalid YAML, another top level, or files that are each other's base.
-    """
-    path = Path(path)
-    if not path.is_file():
-        named = f" that {seen[-1]} names as base_config" if seen else ""
-        raise ConfigError(f"The configuration file {path}{named} does not exist.")
-    if path.resolve() in seen:
-        raise ConfigError(f"{path} is its own base_config (by way of {seen[-1]}); take one of the two out.")
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, found {type(fields).__name__}.")
-    bases = fields.pop("base_config", None) or []
-    merged: dict = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged.update(read_yaml(path.parent / base, (*seen, path.resolve())))
-    return _merged(merged, fields)
-
-
-def _merged(base: dict, changes: dict) -> dict:
-    """A mapping with another one's values on top; sections of both are merged, everything else is replaced."""
-    both = dict(base)
-    for key, value in changes.items():
-        inner = both.get(key)
-        both[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return both
-
-
 def check_fields(fields: dict, source: str) -> None:
     """Checks every key and the type of every plain value of a run's fields.
 
@@ -126,8 +27,6 @@ def check_fields(fields: dict, source: str) -> None:
     Raises:
         ConfigError: one sentence naming the key, the value and the choices.
     """
-    from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
-
     general = CONFIG_NAME_TO_CLASS["general_config"]
     sections = [name for name in CONFIG_NAME_TO_CLASS if name != "general_config"]
     _check_keys(fields, [*general.keys(), *sections, *OWN_SECTIONS], source, "")
@@ -157,8 +56,6 @@ def check_fields(fields: dict, source: str) -> None:
 
 
 def _check_typed_sections(fields: dict, source: str) -> None:
-    from mindformers.tools.register import MindFormerRegister
-
     kinds = {"trainer": "trainer", "optimizer": "optimizer", "lr_schedule": "lr", "runner_wrapper": "wrapper",
              "train_dataset_task": "dataset"}
     entries = [(name, fields.get(name), kind) for name, kind in kinds.items()]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,17 @@ def test_missing_files_end_in_one_sentence(tmp_path, words, message):
     assert last.startswith("error: ")
     assert message in last
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "output"])
+
+
+def test_the_log_folder_is_in_the_output_that_the_yaml_or_its_base_names(tmp_path):
+    from mindformers_ixc_cli import log_folder
+
+    (tmp_path / "base.yaml").write_text("output_dir: there\n")
+    (tmp_path / "own.yaml").write_text("base_config: base.yaml\nseed: 1\n")
+    (tmp_path / "top.yaml").write_text("base_config: [circle.yaml, own.yaml]\n")
+    (tmp_path / "circle.yaml").write_text("base_config: circle.yaml\n")
+    (tmp_path / "other.yaml").write_text("base_config: own.yaml\noutput_dir: here\n")
+    folders = {name: str(log_folder(Namespace(command="run", output_dir=None, config=tmp_path / f"{name}.yaml")))
+               for name in ("base", "own", "top", "circle", "other", "gone")}
+    assert folders == {"base": "there/log", "own": "there/log", "top": "there/log", "circle": "output/log",
+                       "other": "here/log", "gone": "output/log"}

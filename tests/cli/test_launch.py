@@ -20,7 +20,7 @@ from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.training.log import read_metrics
 
 TINY = Path(__file__).parents[2] / "yaml_configs" / "ixc25_sft_tiny.yaml"
-FAKE = Path(__file__).with_name("fake_msrun.py")
+FAKE = Path(__file__).parents[1] / "helpers" / "fake_msrun.py"
 TENSOR_PARALLEL = {"run_mode": "finetune", "parallel.parallel_mode": 1, "parallel.full_batch": True,
                    "parallel.gradients_mean": False, "parallel_config.model_parallel": 2,
                    "parallel_config.vocab_emb_dp": False, "model.model_config.plora_dropout": 0.0,

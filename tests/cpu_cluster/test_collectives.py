@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 from collectives_rank import DAMAGES, DTYPES, GROUPS, KINDS, OPERATIONS, has, name_of, operations, values
 
-from mindformers_ixc import cpu_cluster as cpu
 from mindformers_ixc.cpu_cluster import mailbox as mailboxes
+from mindformers_ixc.cpu_cluster.build import build, preload_environment
+from mindformers_ixc.cpu_cluster.groups import install
 
-WORKER = Path(__file__).with_name("collectives_rank.py")
+WORKER = Path(worker.__file__)
 NOTICED_S = 12.0       # MindSpore itself takes 3 until it raises, and the machine may be busy; the timeout is 60
 WORLD = "mccl_world_group"
 JOB_FOLDERS = "mindspore_cpu_parallel_*"
@@ -38,7 +39,7 @@ def free_port() -> int:
 def environment(mailbox: Path) -> dict[str, str]:
     # msrun starts the first `python` of the path
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, **cpu.preload_environment(), "CPU_PARALLEL_MAILBOX": str(mailbox),
+    return {**os.environ, **preload_environment(), "CPU_PARALLEL_MAILBOX": str(mailbox),
             "CPU_PARALLEL_TIMEOUT_S": "60", "PATH": path}
 
 
@@ -281,7 +282,7 @@ def test_jobs_leave_nothing_behind(mailbox, finished_jobs):
 def library() -> ctypes.CDLL:
     import mindspore  # noqa: F401 - its libraries must be loaded before ours
 
-    return ctypes.CDLL(str(cpu.build("collectives")))
+    return ctypes.CDLL(str(build("collectives")))
 
 
 def holds_lock(path: Path) -> int:
@@ -421,4 +422,4 @@ def test_a_rank_says_that_it_ends_when_all_is_sent(tmp_path, monkeypatch):
 def test_a_process_that_was_not_prepared_is_refused(monkeypatch):
     monkeypatch.setenv("LD_PRELOAD", "")
     with pytest.raises(RuntimeError, match="not started with the variables of preload_environment"):
-        cpu.install()
+        install()

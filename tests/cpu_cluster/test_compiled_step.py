@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from mindformers_ixc import cpu_cluster as cpu
 from mindformers_ixc.config import read_config
+from mindformers_ixc.cpu_cluster.build import preload_environment
 
-SCRIPT = Path(__file__).with_name("compiled_step.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "compiled_step.py"
 
 
 @pytest.fixture(scope="module")
 def compiled(goldens, tmp_path_factory):
     """What the compiler made of the web mode's train step for data parallel 2 x tensor parallel 2."""
     folder = tmp_path_factory.mktemp("graphs")
-    environment = {**os.environ, **cpu.preload_environment(simulated=True)}
+    environment = {**os.environ, **preload_environment(simulated=True)}
     result = subprocess.run([sys.executable, str(SCRIPT), str(goldens / "t1"), str(folder)], env=environment,
                             capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

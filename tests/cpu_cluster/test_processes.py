@@ -14,7 +14,7 @@ from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.config import read_config
 from mindformers_ixc.generation.loading import load_model
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 LENGTH = 24
 
 
@@ -35,7 +35,7 @@ def test_logits_equal_the_single_process(tmp_path, goldens):
     model = load_model(goldens / "t1", seq_length=LENGTH, max_tiles=3, adapter_mode="write")
     arrays = batch(model.config)
     np.savez(tmp_path / "inputs.npz", **arrays)
-    run_ranks(2, tmp_path, HERE / "rank_logits.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "logits.npy")
+    run_ranks(2, tmp_path, HELPERS / "rank_logits.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "logits.npy")
     expected = model(Tensor(arrays["input_ids"]), None,
                      *(Tensor(arrays[name]) for name in ("pixel_values", "vision_index", "image_mask"))).asnumpy()
     found = np.load(tmp_path / "logits.npy")
@@ -50,8 +50,8 @@ def test_losses_of_training_equal_the_single_process(tmp_path, goldens):
     arrays = batch(read_config(goldens / "t1"))
     labels = np.where(arrays["image_mask"] == 1, -100, np.roll(arrays["input_ids"], -1, axis=1)).astype(np.int32)
     np.savez(tmp_path / "inputs.npz", labels=labels, **arrays)
-    run_ranks(2, tmp_path, HERE / "train_steps.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "two.npy")
-    subprocess.run([sys.executable, str(HERE / "train_steps.py"), str(goldens / "t1"), str(tmp_path / "inputs.npz"),
+    run_ranks(2, tmp_path, HELPERS / "train_steps.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "two.npy")
+    subprocess.run([sys.executable, str(HELPERS / "train_steps.py"), str(goldens / "t1"), str(tmp_path / "inputs.npz"),
                     str(tmp_path / "one.npy")], check=True, capture_output=True)
     one, two = np.load(tmp_path / "one.npy"), np.load(tmp_path / "two.npy")
     assert one[-1] < one[0] - 1          # it learns, so a wrong gradient would show

@@ -312,9 +312,9 @@ def main(mode: str, folder: str, jobs: str) -> None:
     package = types.ModuleType("mindformers_ixc")
     package.__path__ = importlib.util.find_spec("mindformers_ixc").submodule_search_locations
     sys.modules["mindformers_ixc"] = package
-    from mindformers_ixc import cpu_cluster as cpu
+    from mindformers_ixc.cpu_cluster.groups import install
 
-    cpu.install()
+    install()
     if mode == "die":
         die(Path(folder), get_rank())
     else:

@@ -17,8 +17,8 @@ from mindspore import Tensor, nn
 from mindspore.common.api import _cell_graph_executor
 from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
 
-from mindformers_ixc import cpu_cluster as cpu
 from mindformers_ixc.config import read_config
+from mindformers_ixc.cpu_cluster.groups import simulate
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.training.wrapper import IXC25TrainOneStepCell
 
@@ -26,7 +26,7 @@ from mindformers_ixc.training.wrapper import IXC25TrainOneStepCell
 def main(directory: str, folder: str) -> None:
     ms.set_context(mode=ms.GRAPH_MODE, max_call_depth=10000, save_graphs=2, save_graphs_path=folder)
     ms.set_device("CPU")
-    cpu.simulate(0, 4)
+    simulate(0, 4)
     ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", device_num=4, global_rank=0, full_batch=True)
     config = read_config(directory, seq_length=16, max_tiles=2, adapter_mode="web", parallel_config={
         "data_parallel": 2, "model_parallel": 2, "vocab_emb_dp": False})

@@ -4,8 +4,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import yaml
-
+from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.parallel.degrees import Degrees
 from mindformers_ixc.planning.workload import LocalParameter, Workload, local_parameters, place, read_workload
 
@@ -20,7 +19,7 @@ PLAIN = {"parallel_config__data_parallel": 1, "parallel_config__model_parallel":
 
 def recipe(name: str, **overrides) -> dict:
     """Fields of a recipe with some replaced; `a__b=1` is `a.b: 1`. What recipes may choose otherwise is `PLAIN`."""
-    fields = yaml.safe_load((RECIPES / f"ixc25_{name}.yaml").read_text(encoding="utf-8"))
+    fields = read_yaml(RECIPES / f"ixc25_{name}.yaml")
     for key, value in {**({} if name.endswith("_tiny") else PLAIN), **overrides}.items():
         section, *parts = fields, *key.split("__")
         for part in parts[:-1]:

@@ -12,8 +12,8 @@ import numpy as np
 from mindspore import Tensor
 from mindspore.communication import get_group_size, get_rank, init
 
-from mindformers_ixc import cpu_cluster as cpu
 from mindformers_ixc.config import read_config
+from mindformers_ixc.cpu_cluster.groups import install
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 
 
@@ -21,7 +21,7 @@ def main(checkpoint: Path, inputs: Path, result: Path) -> None:
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("CPU")
     init()
-    cpu.install()
+    install()
     rank, size = get_rank(), get_group_size()
     ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", full_batch=True, device_num=size, global_rank=rank)
     arrays = np.load(inputs)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-GOLDENS = Path(__file__).parent / "data" / "goldens"
+GOLDENS = Path(__file__).parents[1] / "data" / "goldens"
 
 # Task LoRA pairs in use in each mode of the public model (`infer_mode`).
 TASK_LORAS = {"base": (), "write": ("sft", "dpo"), "web": ("web",)}

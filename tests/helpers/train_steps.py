@@ -16,9 +16,9 @@ from mindformers.core.optim import AdamW
 from mindspore import Tensor
 from mindspore.communication import get_group_size, get_rank, init
 
-from mindformers_ixc import cpu_cluster as cpu
 from mindformers_ixc.checkpoint.model_directory import load_weights
 from mindformers_ixc.config import read_config
+from mindformers_ixc.cpu_cluster.groups import install
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.training.wrapper import IXC25TrainOneStepCell
 
@@ -32,7 +32,7 @@ def start() -> tuple[int, int]:
     if "MS_WORKER_NUM" not in os.environ:
         return 0, 1
     init()
-    cpu.install()
+    install()
     ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", full_batch=True, device_num=get_group_size(),
                                  global_rank=get_rank())
     return get_rank(), get_group_size()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mindformers_ixc.cli.run_config import apply_overrides, read_yaml
+from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.training.checkpoints import (
     RECORD,

@@ -9,7 +9,8 @@ from mindformers.tools.register import MindFormerConfig
 from mindspore import Tensor
 
 from mindformers_ixc import ConfigError, IXC25Config, IXC25ForCausalLM, IXC25Trainer
-from mindformers_ixc.cli.run_config import check_fields, read_yaml
+from mindformers_ixc.cli.run_config import check_fields
+from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.parameters import part_of
 from mindformers_ixc.training.parts import parts_table, rate_factors, rates_table, train_only
 

@@ -2,20 +2,16 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import random_model
 from safetensors.numpy import load_file, save_file
 
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.training import relayout
 from mindformers_ixc.training.relayout import COUNTERS_FILE, MAP_FILE, joined
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
-import random_model
 
 COUNTERS = {"epoch_num": 3, "step_num": 17, "loss_scale": 1.0, "global_batch_size": 8, "global_step": 41}
 
