@@ -307,6 +307,27 @@ def quiet_libraries() -> None:
     logging.getLogger().addHandler(logging.NullHandler())
 
 
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command line.
+
+    Args:
+        argv: words without the program's name; by default the process's.
+
+    Returns:
+        `command` (`None` without one) and its arguments. `rest` has words that are none of them: overrides of `run` and
+        `plan`. Those of `launch` are `run_words`, parsed once more as `run`'s in `run`.
+    """
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command not in ("run", "launch", "plan"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    if arguments.command == "launch":
+        arguments.run_words = rest[1:] if rest[:1] == ["run"] else rest
+        arguments.run, arguments.run.rest = parser.parse_known_args(["run", *arguments.run_words])
+    return arguments
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the `mindformers` command.
 
@@ -316,17 +337,10 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit code: 0, or 1 after an error in the input, whose sentence is the last line on standard error.
     """
-    parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments = parse(argv)
     if arguments.command is None:
-        parser.print_help()
+        build_parser().print_help()
         return 2
-    if rest and arguments.command not in ("run", "launch", "plan"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.rest = rest
-    if arguments.command == "launch":
-        arguments.run_words = rest[1:] if rest[:1] == ["run"] else rest
-        arguments.run, arguments.run.rest = parser.parse_known_args(["run", *arguments.run_words])
     arguments.answers = claim_stdout()
     if arguments.command == "chat" and arguments.question is None:
         # before the libraries start their threads, which inherit this; a session lets Ctrl-C through when it may come

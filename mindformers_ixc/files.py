@@ -78,6 +78,6 @@ def read_json_list(path: str | os.PathLike, item: str) -> list:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(rows, list) or not rows:
-        found = "an empty one" if rows == [] else type(rows).__name__
+        found = f"no {item}s" if rows == [] else type(rows).__name__
         raise DataError(f"{path} must hold a JSON list with at least one {item}, found {found}.")
     return rows

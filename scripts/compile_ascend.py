@@ -120,7 +120,7 @@ def main() -> int:
     dtypes = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16", "use_past": True,
               **join_cluster(arguments.tensor, arguments.stages, arguments.rank)}
     if arguments.config:
-        config = read_config(arguments.config, **dtypes)
+        config = read_config(arguments.config, IXC25Config, **dtypes)
     else:
         config = IXC25Config(**dtypes, **({} if arguments.public else TINY))
     with assume_device("Ascend"), nn.no_init_parameters():

@@ -15,6 +15,7 @@ from parity_rows import Row, row
 
 from mindformers_ixc.config import MODE_ADAPTERS, read_config
 from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions
 from mindformers_ixc.models.rotary import rotary_tables
@@ -136,7 +137,7 @@ def whole_model_logits(folder: Path, reference, mode: str) -> np.ndarray:
     """Logits `(L, V)` from ids and pixels, through the model's own `construct`."""
     ids = reference[f"{mode}_ids"]
     tiles = 1 + tiles_of(reference[f"{mode}_image"][0], read_config(folder).vision_config.image_size)[1].tiles
-    model = load_model(folder, seq_length=len(ids), max_tiles=tiles, adapter_mode=mode)
+    model = load_model(folder, IXC25ForCausalLM, seq_length=len(ids), max_tiles=tiles, adapter_mode=mode)
     sample = sample_of(ids, reference[f"{mode}_image"][0], model.config)
     batch = sample.pad(len(ids), tiles, model.config.pad_token_id)
     columns = (batch["input_ids"], None, batch["pixel_values"], batch["vision_index"], batch["image_mask"])

@@ -12,7 +12,7 @@ from mindformers_ixc.parameters import PARTS, base_name, layer_of, parameter_tab
 
 
 def test_the_table_is_what_the_cells_have(goldens):
-    config = read_config(goldens / "t1")
+    config = read_config(goldens / "t1", IXC25Config)
     model = IXC25ForCausalLM(config)
     found = {parameter.name: tuple(parameter.shape) for parameter in model.get_parameters()}
     assert {entry.name: entry.shape for entry in parameter_table(config).values()} == found

@@ -52,8 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _use_register_path(path: str) -> None:
     """What MindFormers' launcher does with --register_path: its auto_register reads the variable."""
-    if not Path(path).is_dir():
-        raise NotADirectoryError(f"--register_path {path} is not a folder.")
     os.environ["REGISTER_PATH"] = str(Path(path).resolve())
     sys.path.append(os.environ["REGISTER_PATH"])
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from mindformers_ixc.checkpoint.tensor_file import TensorFile
 
-from mindformers_ixc.checkpoint import streaming
+from mindformers_ixc.checkpoint import tensor_file
 from mindformers_ixc.checkpoint.dtypes import MINDSPORE, STORAGE, from_float32
 from mindformers_ixc.checkpoint.safetensors_file import read_header
 from mindformers_ixc.checkpoint.sources import read_file
+from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.errors import CheckpointError
 
 
@@ -81,7 +81,7 @@ def test_an_unknown_format_is_refused(tmp_path):
 
 
 def test_mindspore_reads_the_ckpt_that_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "SLICE", 1000)      # the matrix goes into a dozen values
+    monkeypatch.setattr(tensor_file, "SLICE", 1000)      # the matrix goes into a dozen values
     tensors = {name: value for name, value in some_tensors().items() if value.size}
     write(tmp_path / "x.ckpt", tensors)
     found = ms.load_checkpoint(str(tmp_path / "x.ckpt"))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mindformers_ixc.checkpoint.dtypes import convert, from_float32, to_float32, weight_format
+from mindformers_ixc.checkpoint.dtypes import convert_dtype, from_float32, to_float32, weight_format
 from mindformers_ixc.errors import CheckpointError
 
 ANY_BITS = arrays.arrays(np.uint32, st.integers(1, 64), elements=st.integers(0, 2**32 - 1))
@@ -33,17 +33,17 @@ def test_every_bfloat16_comes_back():
 
 @given(arrays.arrays(np.float32, 20, elements=st.floats(-60000, 60000, width=32)))
 def test_float16_rounds_as_numpy_does(values):
-    np.testing.assert_array_equal(convert(values, "F32", "F16"), values.astype(np.float16))
+    np.testing.assert_array_equal(convert_dtype(values, "F32", "F16"), values.astype(np.float16))
 
 
 def test_bfloat16_beyond_float16_is_refused_with_its_size():
     big = from_float32(np.array([1.0, -131072.0], np.float32), "BF16")
     with pytest.raises(CheckpointError, match=r"1 values are beyond float16's range \(largest magnitude 131072"):
-        convert(big, "BF16", "F16")
+        convert_dtype(big, "BF16", "F16")
 
 
 def test_infinity_stays_infinity():
-    assert np.isinf(convert(np.array([np.inf], np.float32), "F32", "F16")).all()
+    assert np.isinf(convert_dtype(np.array([np.inf], np.float32), "F32", "F16")).all()
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", "BF16"), ("float32", "F32"), ("fp16", "F16")])

@@ -62,7 +62,7 @@ def test_a_changed_byte_is_found(model, tmp_path):
     assert report.damaged == ["output.weight"] and report.verified > 100
     arguments = argparse.Namespace(source=str(tmp_path / "ms"), config=None, strategy=None, verify=True, tensors=False,
                                    json=False, answers=io.StringIO())
-    assert checkpoints.inspect(arguments) == 1
+    assert checkpoints.run_inspect(arguments) == 1
     assert "checksums compared, 1 differ: output.weight" in arguments.answers.getvalue()
 
 
@@ -85,7 +85,7 @@ def test_commands_run_and_print_their_target(model, tmp_path):
                   ["merge", str(tmp_path / "ms"), str(tmp_path / "web"), "--fold", "web"]):
         arguments = mindformers_ixc_cli.build_parser().parse_args(words)
         arguments.answers = io.StringIO()
-        assert getattr(checkpoints, words[0])(arguments) == 0
+        assert getattr(checkpoints, f"run_{words[0]}")(arguments) == 0
         assert arguments.answers.getvalue() == f"{words[2]}\n"
     assert inspect(tmp_path / "web").missing == []
 

@@ -66,5 +66,5 @@ def test_the_log_folder_is_in_the_output_that_the_yaml_or_its_base_names(tmp_pat
     (tmp_path / "other.yaml").write_text("base_config: own.yaml\noutput_dir: here\n")
     folders = {name: str(log_folder(Namespace(command="run", output_dir=None, config=tmp_path / f"{name}.yaml")))
                for name in ("base", "own", "top", "circle", "other", "gone")}
-    assert folders == {"base": "there/log", "own": "there/log", "top": "there/log", "circle": "output/log",
+    assert folders == {"base": "there/log", "own": "there/log", "top": "output/log", "circle": "output/log",
                        "other": "here/log", "gone": "output/log"}

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 import mindformers_ixc_cli
+from mindformers_ixc.cli import job
 from mindformers_ixc.cli import launch as launching
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.training.log import read_metrics
@@ -37,9 +38,8 @@ def words_of(options: dict) -> list[str]:
 
 
 def arguments_of(*words) -> argparse.Namespace:
-    arguments, rest = mindformers_ixc_cli.build_parser().parse_known_args(["launch", *map(str, words)])
-    arguments.rest = rest
-    return arguments
+    words = ["launch", *map(str, words)]
+    return mindformers_ixc_cli.parse(words if "--config" in words else [*words, "--config", "none.yaml"])
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -134,7 +134,7 @@ def test_an_error_that_was_dealt_with_is_no_reason(fake, capsys):
 
 
 def test_an_old_error_is_no_reason(fake, capsys, monkeypatch):
-    monkeypatch.setattr(launching, "LINGER_S", 0.3)
+    monkeypatch.setattr(job, "LINGER_S", 0.3)
     assert fake({"1": [["log", traceback("ValueError: old")], ["sleep", 30]], "0": [["sleep", 1], ["exit", 3]]}) == 1
     assert last_line(capsys).startswith("error: Rank 0 ended with code 3 without telling an error, so all ranks")
 
@@ -158,7 +158,7 @@ def test_the_rank_that_died_first_is_named_though_msrun_names_another(fake, caps
 
 
 def test_a_scheduler_that_does_not_end_is_ended(fake, capsys, monkeypatch):
-    monkeypatch.setattr(launching, "GRACE_S", 0.5)
+    monkeypatch.setattr(job, "GRACE_S", 0.5)
     began = time.monotonic()
     assert fake({"0": [["sleep", 0.5], ["log", "error: Too bad\n"], ["exit", 1]], "scheduler": [["sleep", 60]]}) == 1
     assert time.monotonic() - began < 10
@@ -167,7 +167,7 @@ def test_a_scheduler_that_does_not_end_is_ended(fake, capsys, monkeypatch):
 
 @pytest.mark.parametrize("other", [["sleep", 60], ["exit", 4]])
 def test_a_rank_that_ends_before_it_is_known_ends_the_run(fake, capsys, monkeypatch, other):
-    monkeypatch.setattr(launching, "GRACE_S", 0.5)
+    monkeypatch.setattr(job, "GRACE_S", 0.5)
     began = time.monotonic()
     assert fake({"0": [other], "1": [["exit", 4]], "scheduler": [["sleep", 15]]}) == 1
     assert time.monotonic() - began < 10
@@ -175,7 +175,7 @@ def test_a_rank_that_ends_before_it_is_known_ends_the_run(fake, capsys, monkeypa
 
 
 def test_a_scheduler_that_dies_ends_the_ranks(fake, capsys, monkeypatch):
-    monkeypatch.setattr(launching, "GRACE_S", 0.5)
+    monkeypatch.setattr(job, "GRACE_S", 0.5)
     assert fake({"0": [["sleep", 60]], "1": [["sleep", 60]],
                  "scheduler": [["sleep", 0.5], ["log", traceback("RuntimeError: the port is taken")],
                                ["exit", 1]]}) == 1
@@ -189,7 +189,7 @@ def test_an_error_of_all_processes_is_that_of_a_rank(fake, capsys):
 
 
 def test_a_rank_that_told_its_error_and_does_not_end_is_ended(fake, capsys, monkeypatch):
-    monkeypatch.setattr(launching, "STUCK_S", 0.5)
+    monkeypatch.setattr(job, "STUCK_S", 0.5)
     assert fake({"0": [["sleep", 60]], "1": [["log", "error: Stuck.\n"], ["sleep", 60]]}) == 1
     assert last_line(capsys).startswith("error: Rank 1 failed first: Stuck. ")
 

@@ -12,6 +12,7 @@ from parallel_answers import run_ranks
 
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.config import read_config
+from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.loading import load_model
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -32,7 +33,7 @@ def batch(config) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 def test_logits_equal_the_single_process(tmp_path, goldens):
     convert(goldens / "t1", tmp_path / "cut", tensor_parallel=2, mode="write")
-    model = load_model(goldens / "t1", seq_length=LENGTH, max_tiles=3, adapter_mode="write")
+    model = load_model(goldens / "t1", IXC25ForCausalLM, seq_length=LENGTH, max_tiles=3, adapter_mode="write")
     arrays = batch(model.config)
     np.savez(tmp_path / "inputs.npz", **arrays)
     run_ranks(2, tmp_path, HELPERS / "rank_logits.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "logits.npy")

@@ -86,7 +86,7 @@ def test_long_conversations_are_cut_between_pairs():
     whole = PROCESSOR.conversation_length(sample.turns, sample.sizes, 1)
     for length in range(30, whole[0] + 1, 5):
         try:
-            part = fit_samples(PROCESSOR, [sample], length, 9, 1)[0]
+            part = fit_samples(PROCESSOR, [sample], length, 9, 1)[0].sample
         except DataError:
             continue
         assert len(part.turns) % 2 == 0
@@ -100,7 +100,7 @@ def test_long_conversations_are_cut_between_pairs():
 
 
 def test_tiles_cut_too():
-    assert len(fit_samples(PROCESSOR, [conversation(4, images=4)], 500, 4, 1)[0].images) == 2
+    assert len(fit_samples(PROCESSOR, [conversation(4, images=4)], 500, 4, 1)[0].sample.images) == 2
 
 
 def test_when_nothing_fits_the_length_that_would_is_said():

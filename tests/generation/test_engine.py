@@ -12,6 +12,7 @@ from mindformers_ixc import native
 from mindformers_ixc.generation import caches as cache
 from mindformers_ixc.generation import slots
 from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.engine import bucket
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions
@@ -31,7 +32,7 @@ def test_buckets_hold_what_they_are_for_and_waste_a_third_at_most(length):
 
 @pytest.fixture(scope="module")
 def model(goldens):
-    return load_model(goldens / "t1", seq_length=64, max_tiles=6)
+    return load_model(goldens / "t1", IXC25ForCausalLM, seq_length=64, max_tiles=6)
 
 
 def prompt(model, length: int, images: int, seed: int) -> EncodedSample:
@@ -79,7 +80,7 @@ def test_cached_steps_equal_the_whole_sequence(model):
 def test_long_prompts_go_in_chunks(goldens, monkeypatch, kernels):
     monkeypatch.setenv(native.SWITCH, kernels)
     monkeypatch.setattr(cache, "CHUNK", 48)      # of the bucket's 128 positions: chunks of 48, 48 and 32
-    model = load_model(goldens / "t1", seq_length=64, max_tiles=6)
+    model = load_model(goldens / "t1", IXC25ForCausalLM, seq_length=64, max_tiles=6)
     samples = [prompt(model, 5, 2, 0), prompt(model, 60, 0, 1)]
     decoder = Assistant(model, None).engine.decoder(samples, NEW)
     logits = decoder.prefill()

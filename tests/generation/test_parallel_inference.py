@@ -6,7 +6,7 @@ import json
 import numpy as np
 import parallel_answers
 import pytest
-from parallel_parity import Degrees as Run
+from parallel_parity import Layout as Run
 from parallel_parity import predict, write_start
 
 from mindformers_ixc import ConfigError, IXC25Config

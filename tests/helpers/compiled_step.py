@@ -20,6 +20,7 @@ from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
 from mindformers_ixc.config import read_config
 from mindformers_ixc.cpu_cluster.groups import simulate
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
+from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.training.wrapper import IXC25TrainOneStepCell
 
 
@@ -28,7 +29,7 @@ def main(directory: str, folder: str) -> None:
     ms.set_device("CPU")
     simulate(0, 4)
     ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", device_num=4, global_rank=0, full_batch=True)
-    config = read_config(directory, seq_length=16, max_tiles=2, adapter_mode="web", parallel_config={
+    config = read_config(directory, IXC25Config, seq_length=16, max_tiles=2, adapter_mode="web", parallel_config={
         "data_parallel": 2, "model_parallel": 2, "vocab_emb_dp": False})
     with nn.no_init_parameters():
         model = IXC25ForCausalLM(config)

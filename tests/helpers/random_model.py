@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from mindformers_ixc.checkpoint.tensor_file import TensorFile
 
 from mindformers_ixc import IXC25Config
+from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.parameters import parameter_table
 
 # Four key/value groups and four vision heads, so that tensor parallel 4 divides; four layers for pipelines.

@@ -20,6 +20,7 @@ from mindformers_ixc.checkpoint.model_directory import load_weights
 from mindformers_ixc.config import read_config
 from mindformers_ixc.cpu_cluster.groups import install
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
+from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.training.wrapper import IXC25TrainOneStepCell
 
 STEPS = 6
@@ -41,7 +42,7 @@ def start() -> tuple[int, int]:
 def main(checkpoint: Path, inputs: Path, result: Path) -> None:
     rank, ranks = start()
     arrays = np.load(inputs)
-    config = read_config(checkpoint, seq_length=arrays["input_ids"].shape[1], max_tiles=arrays["pixel_values"].shape[1],
+    config = read_config(checkpoint, IXC25Config, seq_length=arrays["input_ids"].shape[1], max_tiles=arrays["pixel_values"].shape[1],
                          adapter_mode="write", plora_dropout=0.0,
                          parallel_config={"data_parallel": 1, "model_parallel": ranks, "vocab_emb_dp": False})
     model = IXC25ForCausalLM(config)

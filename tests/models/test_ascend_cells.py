@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindformers_ixc.config import padded_length
+from mindformers_ixc.config import VisionConfig
 from mindformers_ixc.device import assume_device, on_ascend
 from mindformers_ixc.models.attention import compressed_causal_mask, padding_mask
 
@@ -54,8 +54,8 @@ def test_what_is_not_asked_for_is_composed():
 
 
 def test_masks_of_the_fused_kernel():
-    assert padded_length(1601) == 1616 and padded_length(1600) == 1600
-    hidden = padding_mask(17).asnumpy()
+    assert VisionConfig().padded_positions == 1616 and VisionConfig(image_size=28).padded_positions == 16
+    hidden = padding_mask(VisionConfig(image_size=56)).asnumpy()
     assert hidden.shape == (1, 1, 32, 32) and hidden.dtype == np.uint8
     assert not hidden[..., :17].any() and hidden[..., 17:].all()
     causal = compressed_causal_mask().asnumpy()

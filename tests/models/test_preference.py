@@ -79,7 +79,7 @@ def test_loss_and_rewards_of_the_reference_outputs(goldens):
 
 
 def model_of(goldens, cls=IXC25ForPreference, length: int = 19, **fields):
-    config = read_config(goldens / "t1", adapter_mode="write", seq_length=length, max_tiles=1, **fields)
+    config = read_config(goldens / "t1", IXC25Config, adapter_mode="write", seq_length=length, max_tiles=1, **fields)
     model = cls(config)
     load_weights(model, goldens / "t1")
     model.set_train(False)

@@ -7,11 +7,11 @@ import pytest
 from mindformers.modules.transformer import TransformerRecomputeConfig
 from mindspore import Tensor
 
+from mindformers_ixc.config import recomputed_layers
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.recompute import apply_recompute
-from mindformers_ixc.parallel.stages import recomputed_layers
 
 LENGTH, LAYERS = 12, 2
 

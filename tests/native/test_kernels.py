@@ -13,6 +13,7 @@ from mindformers_ixc.generation.caches import decode_tables
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions
 from mindformers_ixc.models.rotary import rotary_tables
+from mindformers_ixc.native import kernels
 from mindformers_ixc.processing.processor import EncodedSample
 
 # without a compiler the package has no kernels, and says so in its README
@@ -37,7 +38,7 @@ class Call(nn.Cell):
 
 
 def run(name: str, *inputs, **options):
-    found = Call(native.kernel(name, **options))(*[Tensor(value) for value in inputs])
+    found = Call(kernels.kernel(name, **options))(*[Tensor(value) for value in inputs])
     return [item.asnumpy() for item in found] if isinstance(found, tuple) else found.asnumpy()
 
 
@@ -47,7 +48,7 @@ def sigmoid(x):
 
 def test_the_installation_built_the_kernels():
     assert native.library() is not None, "there is a C compiler, but the package was installed without its kernels"
-    assert native.available()
+    assert kernels.available()
 
 
 @pytest.mark.parametrize("width", [1, 7, 64, 130])
@@ -123,7 +124,7 @@ class TestCache:
         real = (np.arange(length) < np.array([[5], [3]])).astype(np.int32)[:, None, :, None]
         keys, values_ = (Parameter(Tensor(values(4, self.positions, self.size)), name=name) for name in "kv")
         heads = (self.batch, self.heads, length, self.size)
-        split = native.kernel("prefill_heads", lambda *_: ((2, 2, 3, length, 8), heads, heads), outputs=3)
+        split = kernels.kernel("prefill_heads", lambda *_: ((2, 2, 3, length, 8), heads, heads), outputs=3)
 
         class Fill(nn.Cell):
             def __init__(self):
@@ -155,7 +156,7 @@ class TestCache:
         where = np.array([[0, 4], [1, 4], [2, 6], [3, 6]], np.int32)
         before = [values(4, self.positions, self.size) for _ in "kv"]
         keys, values_ = (Parameter(Tensor(array), name=name) for array, name in zip(before, "kv"))
-        attention = native.kernel("decode_attention", lambda *_: (self.batch, self.heads * self.groups * self.size))
+        attention = kernels.kernel("decode_attention", lambda *_: (self.batch, self.heads * self.groups * self.size))
 
         class Decode(nn.Cell):
             def __init__(self):
@@ -179,7 +180,7 @@ class TestCache:
             np.testing.assert_allclose(found[entry], expected, atol=2e-6)
 
     def test_a_place_outside_the_cache_is_an_error(self):
-        attention = native.kernel("decode_attention", lambda *_: (1, 8))
+        attention = kernels.kernel("decode_attention", lambda *_: (1, 8))
         cache = values(1, 4, 8)
         inputs = (values(1, 24), values(1, 1, 3, 8), values(1, 1, 3, 8), np.array([[0, 4]], np.int32), cache, cache)
         with pytest.raises(RuntimeError):

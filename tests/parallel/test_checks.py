@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import mindformers_ixc_cli
 from mindformers_ixc import ConfigError, IXC25Config
+from mindformers_ixc.cli import job
 from mindformers_ixc.cli import launch as launching
 from mindformers_ixc.cli import run as running
 from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml
@@ -79,11 +80,9 @@ def fields_of(options: dict) -> dict:
 
 
 def arguments_of(command: str, out: Path, options: dict, *words):
-    arguments, rest = mindformers_ixc_cli.build_parser().parse_known_args(
+    return mindformers_ixc_cli.parse(
         [command, *words, "--config", str(TINY), "--output_dir", str(out),
          *(word for key, value in options.items() for word in (f"--{key}", str(value)))])
-    arguments.rest = rest
-    return arguments
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def nothing_starts(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("something was started")
 
-    monkeypatch.setattr(launching.subprocess, "Popen", refuse)
+    monkeypatch.setattr(job.subprocess, "Popen", refuse)
     monkeypatch.setattr(running, "_run_trainer", refuse)
     for name in SIZE_VARIABLES:
         monkeypatch.delenv(name, raising=False)

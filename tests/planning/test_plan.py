@@ -13,6 +13,7 @@ import mindformers_ixc_cli
 from mindformers_ixc import ConfigError
 from mindformers_ixc.cli import plan as plan_command
 from mindformers_ixc.cli.plan import read_memory
+from mindformers_ixc.cpu_cluster import simulated
 from mindformers_ixc.errors import LayoutError
 from mindformers_ixc.parallel.degrees import Degrees
 from mindformers_ixc.planning import plan as plan_module
@@ -173,9 +174,9 @@ def test_a_graph_that_does_not_compile_is_a_sentence(monkeypatch, sharded, tmp_p
     trace = ("[ERROR] PARALLEL(1,2,python):2026-01-01-00:00:00.0 [mindspore/ccsrc/x.cc:12] ParallelInit] Size 4 is too "
              "much.\nTraceback (most recent call last):\n  File x\nRuntimeError: Parallel init failed\n\n"
              "----\n- C++ Call Stack: (For framework developers)\n----\nx.cc:97 ParallelInit\n")
-    monkeypatch.setattr(plan_module.subprocess, "run",
+    monkeypatch.setattr(simulated.subprocess, "run",
                         lambda *_, **__: subprocess.CompletedProcess([], 1, "", trace))
-    monkeypatch.setattr(plan_module, "preload_environment", lambda simulated: {})
+    monkeypatch.setattr(simulated, "preload_environment", lambda simulated: {})
     placed, fields = sharded
     with pytest.raises(LayoutError) as error:
         plan_module.compile_stage(fields, placed, 1, tmp_path)
@@ -283,8 +284,8 @@ def test_the_job_has_the_layout(monkeypatch, sharded, tmp_path):
         (tmp_path / "stage_1.json").write_text("{}")
         return subprocess.CompletedProcess([], 0, "", "")
 
-    monkeypatch.setattr(plan_module.subprocess, "run", record)
-    monkeypatch.setattr(plan_module, "preload_environment", lambda simulated: {})
+    monkeypatch.setattr(simulated.subprocess, "run", record)
+    monkeypatch.setattr(simulated, "preload_environment", lambda simulated: {})
     placed, fields = sharded
     before = yaml.safe_dump(fields)
     plan_module.compile_stage(fields, placed, 1, tmp_path)
