@@ -20,8 +20,9 @@ FREE_MODULES = (
     "config", "parameters", "errors", "files", "resources", "sections", "version",
     "native", "native.images",
     *(f"checkpoint.{name}" for name in (
-        "ckpt_file", "convert", "dtypes", "inspection", "layouts", "merge", "model_config", "protobuf", "safetensors_file",
-        "sources", "strategy_file", "streaming", "tensor_file", "tensors", "torch_file", "writing")),
+        "ckpt_file", "convert", "dtypes", "inspection", "layouts", "merge", "model_config", "protobuf",
+        "safetensors_file", "sources", "strategy_file", "streaming", "tensor_file", "tensors", "torch_file",
+        "writing")),
     *(f"planning.{name}" for name in (
         "workload", "memory", "cost", "search", "plan", "text", "few_layers", "check_layout")),
     "cpu_cluster", "cpu_cluster.build", "cpu_cluster.mailbox", "cpu_cluster.simulated",

@@ -152,8 +152,8 @@ def _strategy_items(name: str, degree: int, stage: int, stages: int) -> Iterator
 
 
 def _operators(name: str, degree: int, stages: int) -> Iterator[tuple[str, tuple[tuple[int, ...], ...]]]:
-    """The operator of the model's graph that reads a parameter first, with its strategy; a LayerNorm's bias has none."""
-    if name == "plora_glb_GN" and stages == 1:       # one sample: there is nothing to repeat, it goes into Concat as it is
+    """The operator of the graph that reads a parameter first, with its strategy; a LayerNorm's bias has none."""
+    if name == "plora_glb_GN" and stages == 1:       # of one sample nothing is repeated: it goes into Concat as it is
         yield "MakeTuple", ((1, 1, 1),) * 3
         return
     for pattern, operator, axes in _WHOLE_OPERATORS:
