@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_ixc.errors import CheckpointError, ConfigError
+from mindformers_ixc.sections import check_keys, check_value, one_of
 
 CONFIG_FILE = "config.json"
 
@@ -395,26 +396,20 @@ class ModelConfig:
         if self.rope_scaling is not None and self.rope_scaling.get("type") != "dynamic":
             raise ConfigError(f"rope_scaling.type is '{self.rope_scaling.get('type')}'; the only choice is 'dynamic' "
                               "(or no rope_scaling at all).")
-        unknown = sorted(set(self.task_lora_ranks) - set(TASK_LORAS))
-        if unknown:
-            raise ConfigError(f"task_lora_ranks names {unknown}; the choices are {sorted(TASK_LORAS)}.")
-        if self.adapter_mode not in MODE_ADAPTERS:
-            raise ConfigError(f"adapter_mode is '{self.adapter_mode}'; the choices are {sorted(MODE_ADAPTERS)}.")
+        check_keys(self.task_lora_ranks, TASK_LORAS, "task_lora_ranks")
+        check_value("adapter_mode", self.adapter_mode, one_of(MODE_ADAPTERS))
         missing = [name for name in MODE_ADAPTERS[self.adapter_mode] if name not in self.task_lora_ranks]
         if missing:
             raise ConfigError(f"adapter_mode '{self.adapter_mode}' needs the task LoRA pairs {missing}, but "
                               f"task_lora_ranks has only {sorted(self.task_lora_ranks)}.")
-        if self.loss_form not in LOSS_FORMS:
-            raise ConfigError(f"loss_form is '{self.loss_form}'; the choices are {', '.join(LOSS_FORMS)}.")
+        check_value("loss_form", self.loss_form, one_of(LOSS_FORMS))
 
     def _check_parallel(self) -> None:
         if self.use_flash_attention and self.compute_dtype not in ("float16", "bfloat16"):
             raise ConfigError(f"use_flash_attention is True, but Ascend's fused attention takes float16 and bfloat16 "
                               f"only and compute_dtype is {self.compute_dtype}; set compute_dtype to bfloat16 or "
                               "use_flash_attention to False.")
-        if self.vision_parallel not in VISION_PARALLEL:
-            raise ConfigError(f"vision_parallel is '{self.vision_parallel}'; the choices are "
-                              f"{', '.join(VISION_PARALLEL)}.")
+        check_value("vision_parallel", self.vision_parallel, one_of(VISION_PARALLEL))
         if isinstance(self.offset, str) and self.offset != "auto":
             raise ConfigError(f"offset is '{self.offset}'; it takes 0, a list with one number a pipeline stage, or "
                               "auto.")
