@@ -52,6 +52,7 @@ class MultimodalChatPipeline(Pipeline):
             # MindFormers hands over the directory's tokenizer but knows no image processor for it
             image_processor = image_processor or ImageProcessor.from_config(model.config.to_public_dict())
             processor = Processor(image_processor=image_processor, tokenizer=tokenizer)
+        kwargs.pop("audio_processor", None)      # MindFormers hands one over to every pipeline
         super().__init__(model, tokenizer=processor.tokenizer, image_processor=processor.image_processor, **kwargs)
         model.set_train(False)
         self.assistant = Assistant(model, processor)
