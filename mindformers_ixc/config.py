@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_ixc.errors import CheckpointError, ConfigError
+from mindformers_ixc.sections import check_keys, check_value, one_of
 
 CONFIG_FILE = "config.json"
 
@@ -143,8 +144,8 @@ FIELDS = {
     "loss_form": Field("mean", "what training returns: the `mean` over labelled positions, `sums` of losses and "
                        "labelled positions, or `sources`, the mean and those sums by source; the trainer sets it",
                        False),
-    "calculate_per_token_loss": Field(False, "MindFormers' name for `loss_form: sums`, which several micro batches of a "
-                                      "parallel step need", False),
+    "calculate_per_token_loss": Field(False, "MindFormers' name for `loss_form: sums`, which several micro batches of "
+                                      "a parallel step need", False),
     "disable_lazy_inline": Field(False, "compile every micro batch by itself; by default Ascend's graphs share one",
                                  False),
     "parallel_config": Field(None, "MindFormers' parallel configuration; `run` fills it in", False, ""),
@@ -397,26 +398,20 @@ class ModelConfig:
         if self.rope_scaling is not None and self.rope_scaling.get("type") != "dynamic":
             raise ConfigError(f"rope_scaling.type is '{self.rope_scaling.get('type')}'; the only choice is 'dynamic' "
                               "(or no rope_scaling at all).")
-        unknown = sorted(set(self.task_lora_ranks) - set(TASK_LORAS))
-        if unknown:
-            raise ConfigError(f"task_lora_ranks names {unknown}; the choices are {sorted(TASK_LORAS)}.")
-        if self.adapter_mode not in MODE_ADAPTERS:
-            raise ConfigError(f"adapter_mode is '{self.adapter_mode}'; the choices are {sorted(MODE_ADAPTERS)}.")
+        check_keys(self.task_lora_ranks, TASK_LORAS, "task_lora_ranks")
+        check_value("adapter_mode", self.adapter_mode, one_of(MODE_ADAPTERS))
         missing = [name for name in MODE_ADAPTERS[self.adapter_mode] if name not in self.task_lora_ranks]
         if missing:
             raise ConfigError(f"adapter_mode '{self.adapter_mode}' needs the task LoRA pairs {missing}, but "
                               f"task_lora_ranks has only {sorted(self.task_lora_ranks)}.")
-        if self.loss_form not in LOSS_FORMS:
-            raise ConfigError(f"loss_form is '{self.loss_form}'; the choices are {', '.join(LOSS_FORMS)}.")
+        check_value("loss_form", self.loss_form, one_of(LOSS_FORMS))
 
     def _check_parallel(self) -> None:
         if self.use_flash_attention and self.compute_dtype not in ("float16", "bfloat16"):
             raise ConfigError(f"use_flash_attention is True, but Ascend's fused attention takes float16 and bfloat16 "
                               f"only and compute_dtype is {self.compute_dtype}; set compute_dtype to bfloat16 or "
                               "use_flash_attention to False.")
-        if self.vision_parallel not in VISION_PARALLEL:
-            raise ConfigError(f"vision_parallel is '{self.vision_parallel}'; the choices are "
-                              f"{', '.join(VISION_PARALLEL)}.")
+        check_value("vision_parallel", self.vision_parallel, one_of(VISION_PARALLEL))
         if isinstance(self.offset, str) and self.offset != "auto":
             raise ConfigError(f"offset is '{self.offset}'; it takes 0, a list with one number a pipeline stage, or "
                               "auto.")

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +17,19 @@ from mindformers_ixc.resources import resolve_path
 def whole_file(target: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
     """A path beside a target to write to; it takes the target's name when the block ends well, else it is removed.
 
+    As with an ordinary `open`, an older file's permissions stay, a new one gets the process's usual ones, and through a
+    link its target is written.
+
     Args:
         target: the file to be made; an older one is replaced.
         sync: wait until the content is on the disk before the rename.
     """
-    target = Path(target)
-    partial = target.with_name(f".{os.getpid()}.{target.name}")      # the suffix stays: some writers go by it
+    target = Path(os.path.realpath(target))
+    partial = _beside(target)
     try:
         yield partial
+        if target.exists():
+            shutil.copymode(target, partial)
         if sync:
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
@@ -39,6 +44,11 @@ def write_whole(target: str | os.PathLike, content: str | bytes) -> None:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def _beside(target: Path) -> Path:
+    """A name of its own, also among processes on other servers; the suffix stays, since some writers go by it."""
+    return target.with_name(f".{secrets.token_hex(6)}.{target.name}")
+
+
 @contextmanager
 def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     """A folder beside a target to fill; it takes the target's name when the block ends well, else it is removed.
@@ -48,10 +58,10 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    temporary = _beside(target)
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)             # it comes into being for its owner only
         if target.exists():
             shutil.rmtree(target)
         os.replace(temporary, target)

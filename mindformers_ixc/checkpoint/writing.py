@@ -18,6 +18,7 @@ from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.parallel.slices import placement
 from mindformers_ixc.parallel.stages import layer_stages
 from mindformers_ixc.parameters import base_name, parameter_table, part_of
+from mindformers_ixc.sections import check_value, one_of
 
 # Bytes of a shard at most, unless it is one tensor; Hugging Face's default.
 SHARD_BYTES = 5 * 10**9
@@ -65,8 +66,7 @@ class Options:
             CheckpointError: naming value and choices.
         """
         for name, choices in (("to", ("ms", "hf")), ("format", ("safetensors", "ckpt")), ("mode", tuple(ALL_MODES))):
-            if getattr(self, name) not in choices:
-                raise CheckpointError(f"{name} is '{getattr(self, name)}'; the choices are {', '.join(choices)}.")
+            check_value(name, getattr(self, name), one_of(choices), CheckpointError)
         if self.dtype is not None:
             weight_format(self.dtype)
         if self.tensor_parallel < 1 or self.pipeline_stages < 1:

@@ -7,7 +7,9 @@ import json
 from tqdm import tqdm
 
 from mindformers_ixc.cli.inference import generation_options, load_assistant
+from mindformers_ixc.data.batch import full_batches
 from mindformers_ixc.data.conversations import load_conversations
+from mindformers_ixc.files import write_whole
 from mindformers_ixc.generation.questions import Question, questions_of, shuffle_images
 
 
@@ -21,14 +23,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.shuffle_images:
         shuffle_images(questions)
     assistant = load_assistant(arguments)
-    answers = []
-    size = arguments.batch_size
-    for start in tqdm(range(0, len(questions), size), desc="answering", unit="batch", disable=None):
-        batch = questions[start:start + size]
-        padded = batch + [batch[-1]] * (size - len(batch))   # one batch size, one graph
-        replies = assistant.answer([question.request(arguments.hd_num) for question in padded], arguments.mode,
+    answers, size = [], arguments.batch_size
+    for batch, real in tqdm(full_batches(questions, size), total=-(-len(questions) // size), desc="answering",
+                            unit="batch", disable=None):
+        replies = assistant.answer([question.request(arguments.hd_num) for question in batch], arguments.mode,
                                    **generation_options(arguments))
-        answers += replies[:len(batch)]
+        answers += replies[:real]
     _write_predictions(arguments.predictions, questions, answers)
     right = sum(answer == question.expected.strip() for question, answer in zip(questions, answers))
     print(f"exact match: {100 * right / len(questions):.1f} % ({right} of {len(questions)})", file=arguments.answers)
@@ -38,8 +38,6 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def _write_predictions(path: str | None, questions: list[Question], answers: list[str]) -> None:
     if path is None:
         return
-    with open(path, "w", encoding="utf-8") as file:
-        for question, answer in zip(questions, answers):
-            row = {"id": question.sample, "question": question.query, "images": [str(i) for i in question.images],
-                   "expected": question.expected, "answer": answer}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    rows = [{"id": question.sample, "question": question.query, "images": [str(i) for i in question.images],
+             "expected": question.expected, "answer": answer} for question, answer in zip(questions, answers)]
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

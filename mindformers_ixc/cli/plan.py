@@ -11,13 +11,14 @@ from pathlib import Path
 
 from mindformers_ixc.cli.run_config import check_fields
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml, tie_data_section
-from mindformers_ixc.errors import ConfigError, LayoutError
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.parallel.degrees import DEGREES
 from mindformers_ixc.planning.cost import Assumptions
 from mindformers_ixc.planning.plan import Plan, make_plan
 from mindformers_ixc.planning.search import Candidate, Search, search
 from mindformers_ixc.planning.text import plan_text, search_text
 from mindformers_ixc.planning.workload import Workload, place, read_workload
+from mindformers_ixc.sections import check_value, whole
 
 # Of a device, unless an option or the YAML's context.max_device_memory says otherwise.
 DEVICE_MEMORY = "64GB"
@@ -54,6 +55,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: for a wrong key, value or layout; nothing has been compiled then.
+        LayoutError: when a graph does not compile.
     """
     fields = read_yaml(arguments.config)
     apply_overrides(fields, parse_overrides(arguments.rest))
@@ -71,25 +73,13 @@ def plan(arguments: argparse.Namespace) -> int:
         workload = place(workload, arguments.devices, _degrees(arguments), arguments.global_batch)
     made = None
     if workload is not None and not (found and arguments.no_compile):
-        made = _make(arguments, fields, workload, memory, assumptions)
-        if made is None:
-            return 1
+        made = make_plan(fields, workload, memory, assumptions, not arguments.no_compile,
+                         lambda line: print(line, file=sys.stderr, flush=True), arguments.every_layer)
         if not arguments.json:
             print(("\nThe first of them:\n" if found else "") + plan_text(name, made), file=arguments.answers)
     if arguments.json:
         print(json.dumps(_as_json(found, made), indent=1), file=arguments.answers)
     return 0 if workload is not None and (made is None or made.fits) else 1
-
-
-def _make(arguments: argparse.Namespace, fields: dict, workload: Workload, memory: int,
-          assumptions: Assumptions) -> Plan | None:
-    """The plan, or `None` if it does not compile, which has been said then."""
-    try:
-        return make_plan(fields, workload, memory, assumptions, not arguments.no_compile,
-                         lambda line: print(line, file=sys.stderr, flush=True), arguments.every_layer)
-    except LayoutError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return None
 
 
 def _device_memory(arguments: argparse.Namespace, fields: dict) -> int:
@@ -117,8 +107,7 @@ def _search(arguments: argparse.Namespace, workload: Workload, memory: int, assu
     given = [f"--{name}" for name, value in _degrees(arguments).items() if value is not None]
     if given:
         raise ConfigError(f"--search tries all degrees, so {' and '.join(given)} cannot be given with it.")
-    if arguments.top < 1:
-        raise ConfigError(f"--top is {arguments.top}; it must be 1 at least.")
+    check_value("--top", arguments.top, whole(1))
     return search(workload, arguments.devices, arguments.global_batch or workload.global_batch, memory, assumptions)
 
 

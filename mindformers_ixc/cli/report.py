@@ -5,11 +5,11 @@ import argparse
 import base64
 import html
 import io
-import os
 import statistics
 from pathlib import Path
 
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.files import write_whole
 from mindformers_ixc.training.log import METRICS_FILE, read_metrics
 
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -47,12 +47,12 @@ def report(arguments: argparse.Namespace) -> int:
     pictures = draw(rows, evaluations)
     (folder / "report").mkdir(exist_ok=True)
     for name, _, data in pictures:
-        _write(folder / "report" / f"{name}.png", data)
+        write_whole(folder / "report" / f"{name}.png", data)
     body = _table(rows, evaluations)
     for _, title, data in pictures:
         body += f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
     page = PAGE.format(title=html.escape(folder.resolve().name), body=body)
-    _write(folder / "report.html", page.encode())
+    write_whole(folder / "report.html", page)
     print(folder / "report.html", file=arguments.answers)
     return 0
 
@@ -119,8 +119,3 @@ def _table(rows: list[dict], evaluations: list[dict]) -> str:
                   if key != "step"})
     return "<table>" + "".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in facts.items()) + "</table>"
 
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 from mindformers_ixc.errors import BuildError
+from mindformers_ixc.files import whole_file
 
 _HERE = Path(__file__).resolve().parent
 
@@ -63,15 +64,14 @@ def _compile(name: str, options: list[str], library: Path) -> None:
         raise BuildError("Compiling the model's parallel layout without devices needs the C++ compiler g++, which is "
                          "not installed; install your system's g++ package.")
     library.parent.mkdir(parents=True, exist_ok=True)
-    partial = library.with_suffix(f".{os.getpid()}")     # two processes may build at once; each moves a whole file
-    command = [compiler, "-O1", "-fPIC", "-shared", "-std=c++17", "-w", "-D_GLIBCXX_USE_CXX11_ABI=0",
-               str(_HERE / f"{name}.cc"), "-o", str(partial), *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        partial.unlink(missing_ok=True)
-        first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[:300])
-        raise BuildError(f"g++ could not build {_HERE / name}.cc against the headers of {_mindspore_root()}: {first}")
-    partial.replace(library)
+    with whole_file(library) as partial:        # two processes may build at once
+        command = [compiler, "-O1", "-fPIC", "-shared", "-std=c++17", "-w", "-D_GLIBCXX_USE_CXX11_ABI=0",
+                   str(_HERE / f"{name}.cc"), "-o", str(partial), *options]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[:300])
+            raise BuildError(f"g++ could not build {_HERE / name}.cc against the headers of {_mindspore_root()}: "
+                             f"{first}")
 
 
 def preload_environment(simulated: bool = False) -> dict[str, str]:

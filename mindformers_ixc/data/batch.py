@@ -30,6 +30,29 @@ answer first, one set of pictures for both, and where they were computed before
 | reference_logps | float32 | (B, 2) | log-probability of either answer under the reference model |
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
 BATCH_COLUMNS = ("input_ids", "labels", "pixel_values", "vision_index", "image_mask")
 PACKING_COLUMNS = ("position_ids", "segment_ids")
 EXTRA_COLUMNS = (*PACKING_COLUMNS, "noise_seed", "source")
+
+
+def full_batches(items: Iterable, size: int,
+                 pad: Callable[[Any], Any] = lambda last: last) -> Iterator[tuple[list, int]]:
+    """Batches of one size, so that one graph computes all of them.
+
+    Args:
+        items: taken one batch after another.
+        size: items of a batch.
+        pad: makes what the last batch is filled up with from its last item; by default that item.
+
+    Yields:
+        A batch, and how many of its items are real; the others stand behind them.
+    """
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch + [pad(batch[-1])] * (size - len(batch)), len(batch)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mindformers_ixc.data.conversations import ROLES
 from mindformers_ixc.errors import DataError
+from mindformers_ixc.files import write_whole
 
 # OCR-VQA numbers its splits.
 OCR_VQA_SPLITS = {1: "train", 2: "validation", 3: "test"}
@@ -126,10 +127,7 @@ def convert_dataset(kind: str, files: list[str | os.PathLike], target: str | os.
         for sample in samples:
             if "image" in sample:
                 sample["image"] = os.path.join(images, sample["image"])
-    target = Path(target)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(json.dumps(samples, ensure_ascii=False, indent=1), encoding="utf-8")
-    partial.replace(target)
+    write_whole(target, json.dumps(samples, ensure_ascii=False, indent=1))
     return len(samples)
 
 

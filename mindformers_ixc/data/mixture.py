@@ -6,8 +6,11 @@ from functools import partial
 
 from mindformers_ixc.data.sampling import MixtureSource, plan_epoch, plan_mixture
 from mindformers_ixc.errors import DataError
+from mindformers_ixc.sections import above_0, check_section, is_number, of_type, whole
 
-MIXTURE_KEYS = ("weights", "temperature", "samples_per_epoch")
+# Keys of the section `mixture` of a data_loader.
+MIXTURE_RULES = {"weights": of_type(list, dict), "temperature": above_0(),
+                 "samples_per_epoch": whole(0, " (0: as many as there are)")}
 
 # What makes the plan of an epoch from (global batch size, epoch).
 EpochPlanner = Callable[[int, int], "list[list[int]]"]
@@ -24,18 +27,12 @@ def mixture_weights(sizes: dict[str, int], section: dict) -> dict[str, float]:
     Raises:
         DataError: for unknown keys, weights that fit no source, are missing or are not above 0, or an empty source.
     """
-    unknown = [key for key in section if key not in MIXTURE_KEYS]
-    if unknown:
-        raise DataError(f"Unknown key train_dataset.data_loader.mixture.{unknown[0]}; the choices are "
-                        f"{', '.join(MIXTURE_KEYS)}.")
+    check_section(section, MIXTURE_RULES, "train_dataset.data_loader.mixture", DataError)
     weights, temperature = section.get("weights"), section.get("temperature")
     if (weights is None) == (temperature is None):
         raise DataError("train_dataset.data_loader.mixture needs either weights or a temperature; without a mixture "
                         "every sample is seen once an epoch.")
     if weights is None:
-        if not _is_number(temperature) or temperature <= 0:
-            raise DataError(f"train_dataset.data_loader.mixture.temperature is {temperature!r}, expected a number "
-                            "above 0.")
         weights = {name: size ** (1 / temperature) for name, size in sizes.items()}
     elif isinstance(weights, dict):
         if set(weights) != set(sizes):
@@ -52,14 +49,10 @@ def mixture_weights(sizes: dict[str, int], section: dict) -> dict[str, float]:
         if size == 0:
             raise DataError(f"The source {name} has no samples left; raise seq_length or max_tiles, or take it out of "
                             "the mixture.")
-        if not _is_number(weights[name]) or not weights[name] > 0:
+        if not is_number(weights[name]) or not weights[name] > 0:
             raise DataError(f"The weight of the source {name} is {weights[name]!r}, so none of its samples would ever "
                             "be seen; give it a weight above 0 or leave the source out.")
     return weights
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def make_epoch_planner(sources: Sequence[str], multimodal: Sequence[bool], names: Sequence[str], section: dict | None,

@@ -1,29 +1,35 @@
-"""The YAML section `train_dataset`: its keys, and the type each must have."""
+"""The YAML section `train_dataset`: its keys, and what each must be."""
 from __future__ import annotations
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COLUMNS
+from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.errors import DataError
+from mindformers_ixc.sections import check_section, of_type
 
-# Keys of the `train_dataset` section and the type each must have; MindFormers' own ones come last.
-DATASET_KEYS = {
-    "data_loader": dict, "tokenizer": dict, "seq_length": int, "max_tiles": int, "hd_num": int,
-    "image_transform": str, "image_size": int,
-    "patch_size": int, "max_bad_share": float, "input_columns": list, "batch_size": int, "drop_remainder": bool,
-    "num_parallel_workers": int, "python_multiprocessing": bool, "repeat": int, "seed": int, "prefetch_size": int,
-    "numa_enable": bool, "packing": bool, "construct_args_key": list,
+# Keys of the `train_dataset` section; MindFormers' own ones come last.
+DATASET_RULES = {
+    "data_loader": of_type(dict, required=True), "tokenizer": of_type(dict, required=True),
+    "seq_length": of_type(int, required=True), "max_tiles": of_type(int, required=True), "hd_num": of_type(int),
+    "image_transform": of_type(str), "image_size": of_type(int), "patch_size": of_type(int),
+    "max_bad_share": of_type(float), "packing": of_type(bool), "seed": of_type(int), "input_columns": of_type(list),
+    "batch_size": of_type(int, required=True), "drop_remainder": of_type(bool), "num_parallel_workers": of_type(int),
+    "python_multiprocessing": of_type(bool), "repeat": of_type(int), "prefetch_size": of_type(int),
+    "numa_enable": of_type(bool), "construct_args_key": of_type(list),
 }
-LOADER_KEYS = {"type": str, "dataset_dir": (str, list), "image_folder": str, "shuffle": bool, "caption_prompts": list,
-               "mixture": dict}
+LOADER_RULES = {"type": of_type(str), "dataset_dir": of_type(str, list), "image_folder": of_type(str),
+                "shuffle": of_type(bool), "caption_prompts": of_type(list), "mixture": of_type(dict)}
 
 
 def check_dataset_section(section: dict) -> None:
-    """Checks keys and types of a `train_dataset` section as the user wrote it.
+    """Checks keys and values of a `train_dataset` section as the user wrote it.
 
     Raises:
         DataError: naming the key, its value and the choices.
     """
-    _check_section(section, DATASET_KEYS, "train_dataset")
-    _check_section(section["data_loader"], LOADER_KEYS, "train_dataset.data_loader")
+    check_section(section, DATASET_RULES, "train_dataset", DataError)
+    loader = section["data_loader"]
+    check_section(loader, LOADER_RULES, "train_dataset.data_loader", DataError)
+    check_section(loader.get("mixture") or {}, MIXTURE_RULES, "train_dataset.data_loader.mixture", DataError)
     columns = section.get("input_columns") or list(BATCH_COLUMNS)
     unknown = [name for name in columns if name not in (*BATCH_COLUMNS, *EXTRA_COLUMNS, "reference_logps")]
     missing = [name for name in BATCH_COLUMNS if name not in columns]
@@ -34,23 +40,3 @@ def check_dataset_section(section: dict) -> None:
     if bool(section.get("packing")) != all(name in columns for name in PACKING_COLUMNS):
         raise DataError(f"train_dataset.packing is {section.get('packing')!r}; with packing, and only then, "
                         f"input_columns has {' and '.join(PACKING_COLUMNS)}.")
-
-
-def _check_section(section: dict, keys: dict[str, type], where: str) -> None:
-    """Checks keys and types of a section.
-
-    Raises:
-        DataError: naming the key, its value and the choices.
-    """
-    for key, value in section.items():
-        if key not in keys:
-            raise DataError(f"Unknown key {where}.{key} (value {value!r}); the choices are {', '.join(sorted(keys))}.")
-        wanted = keys[key]
-        wanted = (int, float) if wanted is float else wanted
-        if value is not None and (not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))):
-            name = getattr(wanted, "__name__", "text or a list" if wanted == (str, list) else "number")
-            raise DataError(f"{where}.{key} is {value!r}, expected {name}.")
-    required = [key for key in ("data_loader", "tokenizer", "seq_length", "max_tiles", "batch_size") if key in keys]
-    missing = [key for key in required if section.get(key) is None]
-    if missing:
-        raise DataError(f"{where} lacks {', '.join(missing)}.")

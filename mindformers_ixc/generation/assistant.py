@@ -12,7 +12,7 @@ from mindformers_ixc.device import is_parallel
 from mindformers_ixc.errors import ConfigError, GenerationError
 from mindformers_ixc.generation.engine import InferenceEngine
 from mindformers_ixc.generation.loading import load_model
-from mindformers_ixc.generation.options import GenerationOptions
+from mindformers_ixc.generation.options import GenerationOptions, check_mode, known_options
 from mindformers_ixc.generation.search import beam_search, decode_steps, greedy_or_sample
 from mindformers_ixc.generation.text import TextStream
 from mindformers_ixc.processing.processor import EncodedSample, Processor
@@ -110,8 +110,7 @@ class Assistant:
 
     def _decoder(self, samples: Sequence[EncodedSample], options: GenerationOptions, mode: str):
         """A decoder, and the options with no more new tokens than the model has positions left."""
-        if mode not in MODE_ADAPTERS:
-            raise ConfigError(f"mode is '{mode}'; the choices are {', '.join(MODE_ADAPTERS)}.")
+        check_mode("mode", mode)
         missing = [task for task in MODE_ADAPTERS[mode] if task not in self.model.config.task_lora_ranks]
         if missing:
             raise ConfigError(f"mode '{mode}' needs the task LoRAs {missing}, which this model does not have; use mode "
@@ -141,7 +140,7 @@ class Assistant:
         return ("".join(stream.push(token) for token in ids) + stream.flush()).strip()
 
     def _options(self, options: dict) -> GenerationOptions:
-        return GenerationOptions(**{"stop_token_ids": self.stop_token_ids, **options})
+        return GenerationOptions(**{"stop_token_ids": self.stop_token_ids, **known_options(options)})
 
     def answer(self, questions: Sequence[dict], mode: str = "base", **options) -> list[str]:
         """Answers questions as one batch.

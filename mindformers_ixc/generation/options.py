@@ -1,39 +1,30 @@
 """Decoding options: what there is, what each may be, and Hugging Face's names for them."""
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 
 import numpy as np
 
 from mindformers_ixc.config import MODE_ADAPTERS
-from mindformers_ixc.errors import ConfigError, GenerationError
+from mindformers_ixc.errors import GenerationError
+from mindformers_ixc.sections import Rule, above_0, check_keys, check_value, is_number, is_whole, one_of, whole
 
-
-def _whole(value, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
-
-
-def _number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-# What every option must be: a test and the words that follow "it must be" when the test fails.
-_RULES = {
-    "max_new_tokens": (lambda value: _whole(value, 1), "a whole number, at least 1"),
-    "do_sample": (lambda value: isinstance(value, (bool, np.bool_)), "True or False"),
-    "temperature": (lambda value: _number(value) and value > 0, "a number above 0"),
-    "top_k": (lambda value: _whole(value, 0), "a whole number, at least 0 (0: no limit)"),
-    "top_p": (lambda value: _number(value) and 0 <= value <= 1, "a number from 0 to 1 (1: no limit)"),
-    "repetition_penalty": (lambda value: _number(value) and value > 0, "a number above 0 (1: no penalty)"),
-    "num_beams": (lambda value: _whole(value, 1), "a whole number, at least 1 (1: no beam search)"),
-    "length_penalty": (_number, "a finite number"),
-    "early_stopping": (lambda value: isinstance(value, bool) or value == "never", "True, False or 'never'"),
-    "stop_token_ids": (lambda value: all(_whole(i, 0) for i in value), "token ids, whole numbers of at least 0"),
-    "stop_strings": (lambda value: all(isinstance(s, str) and s for s in value), "texts that are not empty"),
-    "seed": (lambda value: value is None or _whole(value, 0), "a whole number, at least 0, or None"),
+# What every option must be.
+RULES = {
+    "max_new_tokens": whole(1),
+    "do_sample": Rule(lambda value: isinstance(value, (bool, np.bool_)), "True or False"),
+    "temperature": above_0(),
+    "top_k": whole(0, " (0: no limit)"),
+    "top_p": Rule(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1 (1: no limit)"),
+    "repetition_penalty": above_0(" (1: no penalty)"),
+    "num_beams": whole(1, " (1: no beam search)"),
+    "length_penalty": Rule(is_number, "a finite number"),
+    "early_stopping": Rule(lambda value: isinstance(value, bool) or value == "never", "True, False or 'never'"),
+    "stop_token_ids": Rule(lambda value: all(is_whole(i, 0) for i in value), "token ids, whole numbers of at least 0"),
+    "stop_strings": Rule(lambda value: all(isinstance(s, str) and s for s in value), "texts that are not empty"),
+    "seed": Rule(lambda value: value is None or is_whole(value, 0), "a whole number of at least 0, or None"),
 }
 
 
@@ -85,9 +76,8 @@ class GenerationOptions:
                 object.__setattr__(self, name, tuple(value))
             else:
                 raise GenerationError(f"{name} is {value!r}; it must be a list or a tuple.")
-        for name, (good, wanted) in _RULES.items():
-            if not good(getattr(self, name)):
-                raise GenerationError(f"{name} is {getattr(self, name)!r}; it must be {wanted}.")
+        for name, rule in RULES.items():
+            check_value(name, getattr(self, name), rule, GenerationError)
 
     @property
     def tokens_kept(self) -> int:
@@ -101,20 +91,16 @@ class GenerationOptions:
 
 def check_mode(name: str, mode: str) -> None:
     """Raises `ConfigError` unless `mode`, the value of the argument `name`, is one of the model's modes."""
-    if mode not in MODE_ADAPTERS:
-        raise ConfigError(f"{name} is {mode!r}; the choices are {', '.join(MODE_ADAPTERS)}.")
+    check_value(name, mode, one_of(MODE_ADAPTERS))
 
 
-def known_options(options: dict) -> dict:
-    """The options, if all of them are known.
+def known_options(options: dict, others: Iterable[str] = ()) -> dict:
+    """The options, if each is a field of `GenerationOptions` or among some others.
 
     Raises:
-        GenerationError: naming the unknown ones.
+        GenerationError: naming an unknown one.
     """
-    unknown = sorted(set(options) - set(GenerationOptions.__dataclass_fields__))
-    if unknown:
-        raise GenerationError(f"Unknown option(s) {', '.join(unknown)}; the choices are "
-                              f"{', '.join(sorted(GenerationOptions.__dataclass_fields__))}.")
+    check_keys(options, [*RULES, *others], error=GenerationError, noun="option")
     return options
 
 

@@ -8,6 +8,7 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ixc.errors import PromptError
 from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.options import known_options
 from mindformers_ixc.processing.messages import read_messages
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
 
@@ -30,7 +31,11 @@ class MultimodalChatPipeline(Pipeline):
         tokenizer: its tokenizer; not needed when `processor` is given.
         image_processor: its image processor; by default one of the sizes in the model's configuration.
         processor: its `Processor`; by default one made of the two before.
-        **kwargs: options of every call (`mode`, `max_new_tokens`, `num_beams`, ...) and MindFormers' own.
+        **kwargs: options of every call (`mode`, those of `PROMPT_ARGUMENTS`, fields of `GenerationOptions`) and
+            MindFormers' own (`batch_size`, ...).
+
+    Raises:
+        GenerationError: for an unknown option, here and in calls; naming it and the choices.
 
     Examples:
         >>> import mindformers_ixc
@@ -47,15 +52,15 @@ class MultimodalChatPipeline(Pipeline):
             # MindFormers hands over the directory's tokenizer but knows no image processor for it
             image_processor = image_processor or ImageProcessor.from_config(model.config.to_public_dict())
             processor = Processor(image_processor=image_processor, tokenizer=tokenizer)
+        kwargs.pop("audio_processor", None)      # MindFormers hands one over to every pipeline
         super().__init__(model, tokenizer=processor.tokenizer, image_processor=processor.image_processor, **kwargs)
         model.set_train(False)
         self.assistant = Assistant(model, processor)
 
     def _sanitize_parameters(self, **parameters):
         prompt = {key: parameters.pop(key) for key in PROMPT_ARGUMENTS if key in parameters}
-        known = ("mode", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
-                 "num_beams", "length_penalty", "early_stopping", "seed")
-        return prompt, {key: parameters[key] for key in known if key in parameters}, {}
+        parameters.pop("batch_size", None)          # MindFormers' own, which it takes after this
+        return prompt, known_options(parameters, ("mode", *PROMPT_ARGUMENTS)), {}
 
     def preprocess(self, inputs, **prompt):
         """Turns a request into the arguments of `Processor.encode_chat`.

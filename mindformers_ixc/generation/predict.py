@@ -8,8 +8,10 @@ from pathlib import Path
 from mindspore.mint.distributed import barrier
 from tqdm import tqdm
 
+from mindformers_ixc.data.batch import full_batches
 from mindformers_ixc.device import is_parallel, rank
 from mindformers_ixc.errors import DataError
+from mindformers_ixc.files import write_whole
 from mindformers_ixc.generation.requests import Request
 
 
@@ -41,7 +43,7 @@ class Predictions:
         if present is not None:
             self.done = self._earlier(present)
         elif writes and not self.run_file.exists():
-            self.run_file.write_text(json.dumps(self.run, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            write_whole(self.run_file, json.dumps(self.run, ensure_ascii=False, indent=1) + "\n")
 
     def _earlier(self, path: Path) -> list[dict]:
         advice = "choose another output_dir, or delete the file to begin anew."
@@ -96,8 +98,7 @@ def answer_batch(assistant, requests: list[Request], size: int, mode: str, optio
             except (ValueError, TypeError, OSError) as error:
                 results[i] = {"error": str(error)}
     if samples:
-        rows = list(samples.values())
-        rows += [rows[-1]] * (size - len(rows))       # one batch size, one graph
+        rows, _ = next(full_batches(samples.values(), size))
         for i, text in zip(samples, assistant.answer_samples(rows, mode, **options)):
             results[i] = {"answer": text}
     return results

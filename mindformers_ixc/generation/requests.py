@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mindformers_ixc.errors import DataError, PromptError
 from mindformers_ixc.processing.messages import read_messages
 from mindformers_ixc.resources import resolve_path
+from mindformers_ixc.sections import check_keys
 
 REQUEST_KEYS = ("query", "images", "history", "meta_instruction", "hd_num")
 
@@ -68,8 +69,6 @@ def _question(value, where: str) -> dict:
             raise PromptError(f"{where}: {error}") from error
     if not isinstance(value, dict) or not isinstance(value.get("query"), str):
         raise DataError(f"{where}: a request needs the key 'query' with a text, or 'messages' with a list.")
-    unknown = sorted(set(value) - set(REQUEST_KEYS))
-    if unknown:
-        raise DataError(f"{where}: unknown keys {unknown}; the choices are {', '.join(REQUEST_KEYS)}.")
+    check_keys(value, REQUEST_KEYS, error=DataError, source=where)
     images = value.get("images") or []
     return {**value, "images": [images] if isinstance(images, str) else images}

@@ -19,9 +19,11 @@ from mindformers_ixc.device import is_parallel
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.sections import above_0, check_section, of_type, one_of
 
 LOSSES = ("sigmoid", "ipo")
 DEFAULTS = {"task": "dpo", "loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0}
+RULES = {"task": of_type(str), "loss": one_of(LOSSES), "beta": above_0(), "label_smoothing": of_type(float)}
 
 # Entries of the report of a step; the last is the number of pairs that the others are sums over.
 REPORT_SIZE = 7
@@ -34,15 +36,8 @@ def preference_options(section: dict | None) -> dict:
     Raises:
         ConfigError: for an unknown option or value.
     """
-    section = dict(section or {})
-    for key in section:
-        if key not in DEFAULTS:
-            raise ConfigError(f"model_config.preference.{key} is unknown; the choices are {', '.join(DEFAULTS)}.")
-    options = {**DEFAULTS, **section}
-    if options["loss"] not in LOSSES:
-        raise ConfigError(f"model_config.preference.loss is {options['loss']!r}; the choices are {', '.join(LOSSES)}.")
-    if not options["beta"] > 0:
-        raise ConfigError(f"model_config.preference.beta is {options['beta']!r}; it must be above 0.")
+    check_section(section or {}, RULES, "model_config.preference")
+    options = {**DEFAULTS, **{key: value for key, value in (section or {}).items() if value is not None}}
     if not 0 <= options["label_smoothing"] < 0.5 or (options["loss"] == "ipo" and options["label_smoothing"]):
         raise ConfigError(f"model_config.preference.label_smoothing is {options['label_smoothing']!r}; the sigmoid "
                           "loss takes 0 up to 0.5, ipo takes none.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.sections import check_values, whole
 
 DEGREES = ("data_parallel", "model_parallel", "pipeline_stage", "micro_batch_num")
 
@@ -40,11 +41,8 @@ def degrees_of(fields: dict) -> Degrees:
         ConfigError: for a degree that is no positive number.
     """
     section = fields.get("parallel_config") or {}
-    values = {name: 1 if section.get(name) is None else section[name] for name in DEGREES}
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"parallel_config.{name} is {value!r}; it must be a whole number of at least 1.")
-    return Degrees(**values)
+    check_values(section, dict.fromkeys(DEGREES, whole(1)), "parallel_config")
+    return Degrees(**{name: section[name] for name in DEGREES if section.get(name) is not None})
 
 
 def inference_layout(degrees) -> dict:

@@ -5,7 +5,6 @@ device, with the slices that conversion and parallel loading go by.
 """
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.layouts import Layout, Strategy
@@ -14,6 +13,7 @@ from mindformers_ixc.checkpoint.writing import expected_layouts
 from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.cpu_cluster.simulated import run_rank
 from mindformers_ixc.errors import LayoutError
+from mindformers_ixc.files import whole_file
 from mindformers_ixc.parallel.cuts import check_degree, check_stages
 from mindformers_ixc.parameters import parameter_table
 
@@ -67,14 +67,12 @@ def compile_layouts(config: ModelConfig, tensor_parallel: int, pipeline_stages: 
         files.append(target)
         if target.exists():
             continue
-        # a name of its own: the compiler of a killed run may still be at work here
-        partial = (folder / f".{os.getpid()}.{target.name}").resolve()
-        job = {"config": config.to_public_dict(), "tensor_parallel": tensor_parallel, "stage": stage,
-               "pipeline_stages": pipeline_stages, "mode": mode, "target": str(partial)}
-        run_rank("mindformers_ixc.planning.forward_graph", job, folder,
-                 f"The graph of stage {stage} did not compile for tensor parallel {tensor_parallel} and "
-                 f"{pipeline_stages} stages")
-        partial.replace(target)
+        with whole_file(target) as partial:
+            job = {"config": config.to_public_dict(), "tensor_parallel": tensor_parallel, "stage": stage,
+                   "pipeline_stages": pipeline_stages, "mode": mode, "target": str(partial)}
+            run_rank("mindformers_ixc.planning.forward_graph", job, folder,
+                     f"The graph of stage {stage} did not compile for tensor parallel {tensor_parallel} and "
+                     f"{pipeline_stages} stages")
     return files
 
 

@@ -10,6 +10,7 @@ from mindformers_ixc.parallel.degrees import Degrees
 from mindformers_ixc.planning.cost import Assumptions, StepTime, step_time
 from mindformers_ixc.planning.memory import StageMemory, stage_memory
 from mindformers_ixc.planning.workload import LocalParameter, Workload, local_parameters, refusal
+from mindformers_ixc.sections import check_value, whole
 
 GIB = 2 ** 30
 
@@ -82,8 +83,7 @@ def search(workload: Workload, devices: int, global_batch: int, device_memory: i
         ConfigError: for a number that is not above 0.
     """
     for name, value in (("devices", devices), ("global_batch", global_batch)):
-        if value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be a whole number of at least 1.")
+        check_value(f"--{name}", value, whole(1))
     refused = _refused_degrees(workload, devices)
     fitting, too_large, tried = [], {}, 0
     for degrees in layouts_for(workload.config, devices):

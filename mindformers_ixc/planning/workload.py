@@ -16,6 +16,7 @@ from mindformers_ixc.parallel.degrees import DEGREES, Degrees, degrees_of
 from mindformers_ixc.parallel.slices import placement
 from mindformers_ixc.parallel.stages import stages_of_layers
 from mindformers_ixc.parameters import Entry, layer_of, parameter_table
+from mindformers_ixc.sections import check_value, whole
 
 # Parameters MindSpore does not shard over replicas because they are small, KiB (its documented default).
 SHARD_THRESHOLD_KIB = 64
@@ -327,8 +328,8 @@ def place(workload: Workload, devices: int, options: dict[str, int | None] | Non
     """
     options = {key: value for key, value in (options or {}).items() if value is not None}
     for name, value in [*options.items(), ("global_batch", global_batch), ("devices", devices)]:
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be a whole number of at least 1.")
+        if value is not None:
+            check_value(f"--{name}", value, whole(1))
     layout = replace(workload.layout, **options)
     if options.keys() & {"model_parallel", "pipeline_stage"} and "data_parallel" not in options:
         layout = replace(layout, data_parallel=max(1, devices // (layout.model_parallel * layout.pipeline_stage)))

@@ -36,6 +36,7 @@ from mindformers_ixc.processing.prompt import (
 )
 from mindformers_ixc.processing.tokenizer import SentencePieceText, Tokenizer
 from mindformers_ixc.processing.video import BoardSize, board_grid, is_video, load_video
+from mindformers_ixc.sections import check_value, one_of
 
 # Transforms of a picture that training may use.
 TRANSFORMS = ("training", "inference")
@@ -136,8 +137,7 @@ class ImageProcessor:
     def __init__(self, image_size: int = 560, patch_size: int = 14, hd_num: int = HD_NUM_SINGLE,
                  hd_num_several: int | None = None, hd_num_training: int = HD_NUM_TRAINING,
                  training_transform: str = "training"):
-        if training_transform not in TRANSFORMS:
-            raise PromptError(f"image_transform is {training_transform!r}; the choices are {', '.join(TRANSFORMS)}.")
+        check_value("image_transform", training_transform, one_of(TRANSFORMS), PromptError)
         if image_size % (2 * patch_size):
             raise PromptError(f"image_size {image_size} is not a multiple of {2 * patch_size}, twice the patch size.")
         self.image_size, self.patch_size = image_size, patch_size

@@ -17,6 +17,7 @@ from mindformers.core.callback.callback import CheckpointMonitor
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.files import write_whole
 from mindformers_ixc.training.log import not_finite
 from mindformers_ixc.training.relayout import joined, write_counters
 
@@ -160,9 +161,7 @@ def record_run(fields: dict) -> None:
     """Writes down what a later resume is compared with."""
     path = Path(fields["output_dir"]) / RECORD
     record = {**_comparable(fields), "layout": layout_record(fields), "start": _start_of(fields, path)}
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1, sort_keys=True, default=str), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(record, indent=1, sort_keys=True, default=str))
 
 
 def _start_of(fields: dict, own: Path) -> str | None:

@@ -10,39 +10,41 @@ from mindformers.tools.utils import get_output_root_path
 from mindspore import Tensor
 from mindspore.train.callback import Callback
 
-from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
 from mindformers_ixc.data.conversations import load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import fit_samples
-from mindformers_ixc.data.rows import make_processor
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.files import write_whole
 from mindformers_ixc.generation.questions import questions_of
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
+from mindformers_ixc.sections import check_names, check_section, of_type, one_of, whole
+from mindformers_ixc.training.datasets import section_processor
 from mindformers_ixc.training.scores import SCORES, score_answers
 
 logger = logging.getLogger(__name__)
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 
+# Metrics of the loss (with every sample's own pictures, and with another's); the others need answers.
+LOSSES = ("loss", "shuffled_loss")
+
 DEFAULTS = {"dataset_dir": None, "image_folder": None, "every": 0, "metrics": ["loss"], "batch_size": 4,
             "max_new_tokens": 64, "max_samples": None, "mode": "base", "keep_best": None}
-
-# Metrics that need answers, and the ones of the loss (with every sample's own pictures, and with another's).
-LOSSES = ("loss", "shuffled_loss")
+RULES = {"dataset_dir": of_type(str, list), "image_folder": of_type(str), "every": whole(0, " (0: at the end only)"),
+         "metrics": of_type(list), "batch_size": whole(1), "max_new_tokens": whole(1), "max_samples": whole(1),
+         "mode": one_of(MODE_ADAPTERS), "keep_best": of_type(str)}
 
 
 def evaluation_options(section: dict) -> dict:
     """Options of the YAML's `evaluation` with their defaults.
 
     Raises:
-        ConfigError: for an unknown key, metric or a best one that is not measured.
+        ConfigError: for an unknown key or metric, a wrong value, or a best metric that is not measured.
     """
-    for key in section:
-        if key not in DEFAULTS:
-            raise ConfigError(f"evaluation.{key} is unknown; the choices are {', '.join(DEFAULTS)}.")
-    options = {**DEFAULTS, **section}
-    for metric in options["metrics"]:
-        if metric not in (*LOSSES, *SCORES):
-            raise ConfigError(f"evaluation.metrics has {metric!r}; the choices are {', '.join((*LOSSES, *SCORES))}.")
+    check_section(section, RULES, "evaluation")
+    options = {**DEFAULTS, **{key: value for key, value in section.items() if value is not None}}
+    check_names("evaluation.metrics", options["metrics"], (*LOSSES, *SCORES))
     if options["keep_best"] is not None and options["keep_best"] not in options["metrics"]:
         raise ConfigError(f"evaluation.keep_best is {options['keep_best']!r}, which evaluation.metrics does not name.")
     if not options["dataset_dir"]:
@@ -51,7 +53,7 @@ def evaluation_options(section: dict) -> dict:
 
 
 class HeldOut:
-    """Held-out conversations, encoded once.
+    """Held-out conversations, measured once and encoded anew for every measurement: their pictures take much memory.
 
     Args:
         data: the `train_dataset` section: shapes and tokenizer.
@@ -59,12 +61,12 @@ class HeldOut:
     """
 
     def __init__(self, data, options: dict):
-        self.processor, self.options = make_processor(data), options
+        self.processor, self.options = section_processor(data), options
         hd_num = data.hd_num or HD_NUM_TRAINING
         samples = load_sources(options["dataset_dir"], options["image_folder"])
         read_image_sizes(samples)
-        self.samples = fit_samples(self.processor, samples, data.seq_length, data.max_tiles,
-                                   hd_num)[:options["max_samples"]]
+        fitted = fit_samples(self.processor, samples, data.seq_length, data.max_tiles, hd_num)
+        self.samples = [entry.sample for entry in fitted[:options["max_samples"]]]
         self.shape = (data.seq_length, data.max_tiles, hd_num)
 
     def rows(self, shuffled: bool):
@@ -83,12 +85,8 @@ class HeldOut:
     def loss(self, model, shuffled: bool = False) -> float:
         """Mean loss over labelled positions."""
         total = count = 0.0
-        rows, size = list(self.rows(shuffled)), self.options["batch_size"]
-        for start in range(0, len(rows), size):
-            batch = rows[start:start + size]
+        for batch, _ in full_batches(self.rows(shuffled), self.options["batch_size"], _without_labels):
             labelled = sum(int((row["labels"] != -100).sum()) for row in batch)
-            blank = {**batch[0], "labels": np.full_like(batch[0]["labels"], -100)}
-            batch = batch + [blank] * (size - len(batch))        # one batch size, one graph
             columns = [Tensor(np.stack([row[name] for row in batch])) for name in BATCH_COLUMNS]
             total += float(model(*columns).asnumpy()) * labelled
             count += labelled
@@ -96,14 +94,16 @@ class HeldOut:
 
     def answers(self, assistant) -> tuple[list[str], list[str]]:
         """Answers to every question, and what was expected."""
-        questions, size, found = questions_of(self.samples), self.options["batch_size"], []
-        for start in range(0, len(questions), size):
-            batch = questions[start:start + size]
-            padded = batch + [batch[-1]] * (size - len(batch))
-            replies = assistant.answer([question.request(None) for question in padded], self.options["mode"],
+        questions, found = questions_of(self.samples), []
+        for batch, real in full_batches(questions, self.options["batch_size"]):
+            replies = assistant.answer([question.request(None) for question in batch], self.options["mode"],
                                        max_new_tokens=self.options["max_new_tokens"])
-            found += replies[:len(batch)]
+            found += replies[:real]
         return found, [question.expected.strip() for question in questions]
+
+
+def _without_labels(row: dict) -> dict:
+    return {**row, "labels": np.full_like(row["labels"], -100)}
 
 
 def _after(samples: list, sample) -> list:
@@ -160,7 +160,7 @@ class Evaluation(Callback):
         model.set_train(True)
         before = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
         rows = [old for old in before if old["step"] < step] + [row]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         logger.info("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
         self._keep_best(rows)
 

@@ -12,6 +12,7 @@ from mindspore.train.callback import Callback
 
 from mindformers_ixc.device import has_loss, reports_loss
 from mindformers_ixc.errors import TrainingError
+from mindformers_ixc.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -63,8 +64,7 @@ class TrainingLog(Callback):
             return
         rows = read_metrics(self.path) if self.start else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= self.start)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self.start))
 
     def _start_average(self, wrapper) -> None:
         """The moving average starts from the weights that were loaded, which MindFormers does after making it."""

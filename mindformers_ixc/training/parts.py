@@ -7,9 +7,12 @@ from collections.abc import Iterable
 
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.parameters import PARTS, part_of
+from mindformers_ixc.sections import Rule, above_0, check_keys, check_names, check_section, check_value
 
-# Options of a part in the YAML's `part_learning_rates`.
-RATE_OPTIONS = ("factor", "layer_decay")
+# The YAML's `part_learning_rates`, and what stands in it for a part.
+PART_RULES = {"factor": above_0(), "layer_decay": above_0()}
+RATE_RULES = dict.fromkeys(PARTS, Rule(lambda options: isinstance(options, dict) and bool(options),
+                                       f"a section with {' and '.join(PART_RULES)}"))
 
 _VISION_LAYER = re.compile(r"vit\..*\.encoder\.layers\.(\d+)\.")
 
@@ -20,9 +23,7 @@ def check_parts(parts: Iterable[str]) -> None:
     Raises:
         ConfigError: naming the choices.
     """
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        raise ConfigError(f"train_parts names {', '.join(map(repr, unknown))}; the parts are {', '.join(PARTS)}.")
+    check_names("train_parts", parts, PARTS)
 
 
 def check_rates(section: dict) -> None:
@@ -31,14 +32,13 @@ def check_rates(section: dict) -> None:
     Raises:
         ConfigError: naming key, value and choices.
     """
+    check_section(section, RATE_RULES, "part_learning_rates")
     for part, options in section.items():
-        if part not in PARTS:
-            raise ConfigError(f"part_learning_rates.{part} is no part; the choices are {', '.join(PARTS)}.")
-        if not isinstance(options, dict) or not options or set(options) - set(RATE_OPTIONS):
-            raise ConfigError(f"part_learning_rates.{part} is {options!r}; it takes {' and '.join(RATE_OPTIONS)}.")
+        where = f"part_learning_rates.{part}"
+        check_value(where, options, RATE_RULES[part])          # null has no meaning here
+        check_keys(options, PART_RULES, where)
         for name, value in options.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ConfigError(f"part_learning_rates.{part}.{name} is {value!r}, expected a number above 0.")
+            check_value(f"{where}.{name}", value, PART_RULES[name])
         if "layer_decay" in options and part != "vision":
             raise ConfigError(f"part_learning_rates.{part}.layer_decay: only the vision tower's rate decays by layer.")
 

@@ -6,7 +6,6 @@ any model, not only the one that trains without its pair.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,11 @@ from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 from tqdm import tqdm
 
-from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.config import read_fields
+from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
 from mindformers_ixc.data.conversations import Conversation, read_image_sizes
 from mindformers_ixc.data.preferences import REFERENCE_COLUMN, load_preferences
+from mindformers_ixc.files import read_json_list, write_whole
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.models.loss import TokenLosses
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
@@ -69,16 +70,13 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
     processor = _processor(model, image_transform)
     answers = [answer for chosen, rejected, _ in pairs for answer in (chosen, replace(rejected, sizes=chosen.sizes))]
     logps = _answer_logps(model, mode, processor, answers, hd_num, batch_size).reshape(-1, 2)
-    rows = json.loads(resolve_path(pairs_file).read_text(encoding="utf-8"))
+    rows = read_json_list(pairs_file, "pair")
     moved = Path(target).resolve().parent != resolve_path(pairs_file).resolve().parent
     for row, values, (chosen, _, _) in zip(rows, logps, pairs):
         row[REFERENCE_COLUMN] = [float(value) for value in values]
         if moved and chosen.images:
             row["image"] = [str(Path(image).resolve()) for image in chosen.images]
-    temporary = Path(target).with_name(f".{Path(target).name}.new")
-    temporary.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n",
-                         encoding="utf-8")
-    os.replace(temporary, target)
+    write_whole(target, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
     return len(rows)
 
 
@@ -98,16 +96,15 @@ def _answer_logps(directory: str, mode: str, processor: Processor, answers: Sequ
     length, tiles = (max(size[i] for size in sizes) for i in (0, 1))
     model = AnswerLogps(load_model(directory, adapter_mode=mode, seq_length=length, max_tiles=max(1, tiles)))
     found: list[float] = []
-    for start in tqdm(range(0, len(answers), batch_size), desc="reference", unit="batch", disable=None):
-        batch = list(answers[start:start + batch_size])
-        padded = [processor.encode_conversation(sample.turns, sample.images, sample.where, hd_num)
-                  .pad(length, max(1, tiles), processor.pad_token_id) for sample in batch]
-        padded += [padded[-1]] * (batch_size - len(batch))
-        columns = [Tensor(np.stack([row[name] for row in padded])) for name in BATCH_COLUMNS]
-        found += model(*columns).asnumpy()[:len(batch)].tolist()
+    rows = (processor.encode_conversation(sample.turns, sample.images, sample.where, hd_num)
+            .pad(length, max(1, tiles), processor.pad_token_id) for sample in answers)
+    for batch, real in tqdm(full_batches(rows, batch_size), total=-(-len(answers) // batch_size), desc="reference",
+                            unit="batch", disable=None):
+        columns = [Tensor(np.stack([row[name] for row in batch])) for name in BATCH_COLUMNS]
+        found += model(*columns).asnumpy()[:real].tolist()
     return np.array(found, np.float32)
 
 
 def _own_hd_num(directory: str) -> int | None:
     """Tiles the model was trained with, where its directory says so."""
-    return json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("hd_num")
+    return read_fields(directory).get("hd_num")

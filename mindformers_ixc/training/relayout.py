@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.files import whole_folder
 from mindformers_ixc.parameters import part_of
 
 # What MindFormers writes into a checkpoint beside the parameters, and looks for in this file of a folder.
@@ -57,18 +57,12 @@ def joined(run: Path, folder: Path, start: str | None) -> Path:
         return target
     if int(os.environ.get("RANK_ID") or 0) > 0:
         return _wait_for(target)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
+    for old in folder.glob("*"):
         shutil.rmtree(old, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".joining-", dir=folder))
-    try:
-        _write(source, temporary / WHOLE_FILE, start)
-        _write_map(temporary)
-        write_counters(temporary, source.files[0])
-        temporary.chmod(0o755)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(target) as unfinished:
+        _write(source, unfinished / WHOLE_FILE, start)
+        _write_map(unfinished)
+        write_counters(unfinished, source.files[0])
     return target
 
 

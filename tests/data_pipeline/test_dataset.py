@@ -135,3 +135,23 @@ def test_too_many_damaged_pictures_stop_the_run(tmp_path):
     table = damaged_table(tmp_path, 4, 0.3)
     with pytest.raises(DataError, match="3 of 7 samples have damaged pictures"):
         table[0]
+
+
+def test_every_text_is_tokenised_once_for_measuring(source, monkeypatch):
+    rows = json.loads(source.read_text())
+    for row in rows:
+        row["conversations"][0]["value"] += f" number {row['id']}"       # every text is another
+    source.write_text(json.dumps(rows))
+    texts, encode = [], InternLM2Tokenizer.encode_text
+    monkeypatch.setattr(InternLM2Tokenizer, "encode_text",
+                        lambda self, text, *rest: texts.append(text) or encode(self, text, *rest))
+    columns = ["input_ids", "labels", "pixel_values", "vision_index", "image_mask", "position_ids", "segment_ids"]
+    data = dataset(source, packing=True, input_columns=columns, python_multiprocessing=False)
+    prefix = len(texts) - len([text for text in texts if "number" in text])
+    measured = [text for text in texts if "number" in text]
+    assert len(measured) == len(set(measured)) == len(rows)
+    assert prefix <= 2 * len(rows) + 5          # what stands in front of a picture, and the processor's own marks
+    table, texts[:] = data.conversations, []
+    for i in range(len(table)):
+        table[i]
+    assert sorted(text for text in texts if "number" in text) == sorted(measured)      # and once for encoding

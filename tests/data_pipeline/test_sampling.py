@@ -123,7 +123,7 @@ def test_a_temperature_flattens_the_weights():
     ({"a": 3, "b": 2}, {"weights": [1]}, "has 1 weights for 2 sources"),
     ({"a": 3, "b": 2}, {"weights": {"a": 1, "c": 1}}, "names? every source and no other; 'b'"),
     ({"a": 3}, {"weights": [1], "temperature": 1}, "either weights or a temperature"),
-    ({"a": 3}, {"temperature": 0}, "temperature is 0, expected a number above 0"),
+    ({"a": 3}, {"temperature": 0}, "temperature is 0; it must be a number above 0"),
     ({"a": 3}, {"temperatur": 1}, "Unknown key train_dataset.data_loader.mixture.temperatur"),
 ])
 def test_unusable_mixtures_are_refused(sizes, section, message):

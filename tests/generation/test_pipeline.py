@@ -93,3 +93,36 @@ def test_bad_options_are_named(chat, option, words):
 def test_a_prompt_longer_than_the_model_is_an_error(chat):
     with pytest.raises(ValueError, match=r"positions; this model takes 24576"):
         chat("word " * 30000)
+
+
+@pytest.mark.parametrize(("option", "words"), [
+    ({"max_tokens": 3}, r"Unknown option max_tokens \(value 3\); did you mean max_new_tokens\?"),
+    ({"colour": "red"}, r"Unknown option colour \(value 'red'\); the choices are do_sample, .*hd_num, .*mode, .*top_p"),
+    ({"streamer": None}, r"Unknown option streamer")])
+def test_unknown_options_are_refused_in_a_call_and_when_it_is_made(chat, option, words):
+    with pytest.raises(ValueError, match=words):
+        chat("a", **option)
+    with pytest.raises(ValueError, match=words):
+        chat(["a", "b"], **option)
+    with pytest.raises(ValueError, match=words):
+        pipeline("multimodal_chat", model=chat.model, processor=chat.assistant.processor,
+                 tokenizer=chat.tokenizer, image_processor=chat.image_processor, **option)
+
+
+def test_every_known_option_and_mindformers_own_are_taken(chat):
+    options = {"mode": "web", "hd_num": 4, "meta_instruction": "Be brief.", "history": [("a", "b")],
+               "max_new_tokens": 2, "do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "num_beams": 1,
+               "repetition_penalty": 1.1, "length_penalty": 1.0, "early_stopping": False, "stop_strings": ["x"],
+               "stop_token_ids": [2], "seed": 1}
+    made = pipeline("multimodal_chat", model=chat.model, processor=chat.assistant.processor, tokenizer=chat.tokenizer,
+                    image_processor=chat.image_processor, batch_size=1, **options)
+    assert made.batch_size == 1
+    assert made("Tell me") == made(["Tell me"], batch_size=1) == chat("Tell me", batch_size=1, **options)
+
+
+def test_stop_strings_end_an_answer(chat):
+    whole = chat("Tell me", max_new_tokens=8)[0]["text_generation_text"]
+    assert len(whole) > 2
+    stop = whole[2]
+    assert chat("Tell me", max_new_tokens=8, stop_strings=[stop])[0]["text_generation_text"] == \
+        whole[:whole.index(stop)].strip()

@@ -52,7 +52,7 @@ def test_every_line_has_its_answer_or_its_error_in_order(tmp_path, requests):
     assert answers(rows) == ["A", None, None, None, "D", "E"]
     assert "gone.png" in rows[1]["error"]
     assert "requests.jsonl, line 3: not valid JSON" in rows[2]["error"]
-    assert "line 4: unknown keys ['colour']" in rows[3]["error"]
+    assert "line 4: unknown key colour (value " in rows[3]["error"]
     assert rows[2]["request"] == "{not json"
     assert {len(batch) for batch in answering.batches} == {2}     # one batch size, one graph
     written = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
@@ -99,7 +99,7 @@ def test_an_empty_file_is_an_error(tmp_path):
 
 
 def test_of_parallel_processes_one_writes_and_all_know_the_answers(tmp_path, requests, monkeypatch):
-    monkeypatch.setattr(predicting, "get_real_rank", lambda: 1)
+    monkeypatch.setattr(predicting, "rank", lambda: 1)
     assert answers(go(Answering(), requests, tmp_path)) == ["A", None, None, None, "D", "E"]
     assert not list(tmp_path.glob("predictions*"))
     monkeypatch.undo()
@@ -108,7 +108,7 @@ def test_of_parallel_processes_one_writes_and_all_know_the_answers(tmp_path, req
     with open(tmp_path / "predictions.part.jsonl", "a", encoding="utf-8") as file:
         file.write('{"half')
     left = (tmp_path / "predictions.part.jsonl").read_bytes()
-    monkeypatch.setattr(predicting, "get_real_rank", lambda: 1)
+    monkeypatch.setattr(predicting, "rank", lambda: 1)
     answering = Answering()
     assert answers(go(answering, requests, tmp_path)) == ["A", None, None, None, "D", "E"]
     assert answering.batches == [["d", "e"]]          # what is there already is not asked again

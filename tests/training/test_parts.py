@@ -49,7 +49,7 @@ def test_a_task_lora_trains_in_its_mode_only():
         train_only(small(), ["task_lora.web"])
 
 
-@pytest.mark.parametrize(("parts", "words"), [(["head"], "'head'; the parts are vision, projector"),
+@pytest.mark.parametrize(("parts", "words"), [(["head"], "'head'; the choices are vision, projector"),
                                               ([], "nothing would train"), (["task_lora.sft"], "of which nothing is")])
 def test_parts_that_name_nothing(parts, words):
     with pytest.raises(ConfigError, match=words):
@@ -118,12 +118,15 @@ def test_the_table_of_rates():
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"train_parts": ["vision", "brain"]}, "'brain'; the parts are"), ({"train_parts": "vision"}, "expected a list"),
-    ({"part_learning_rates": {"brain": {"factor": 1}}}, "is no part"),
-    ({"part_learning_rates": {"language": 0.2}}, "takes factor and layer_decay"),
+    ({"train_parts": ["vision", "brain"]}, "'brain'; the choices are"), ({"train_parts": "vision"}, "a list of parts"),
+    ({"part_learning_rates": {"brain": {"factor": 1}}}, "Unknown key part_learning_rates.brain"),
+    ({"part_learning_rates": {"language": 0.2}}, "a section with factor and layer_decay"),
     ({"part_learning_rates": {"language": {"factor": 0}}}, "a number above 0"),
     ({"part_learning_rates": {"language": {"layer_decay": 0.9}}}, "only the vision tower"),
-    ({"part_learning_rates": {"vision": {"decay": 0.9}}}, "takes factor and layer_decay"),
+    ({"part_learning_rates": {"vision": {"decay": 0.9}}},
+     "Unknown key part_learning_rates.vision.decay .* the choices are factor, layer_decay"),
+    ({"part_learning_rates": {"vision": {"factor": None}}}, "vision.factor is None; it must be a number above 0"),
+    ({"part_learning_rates": {"vision": None}}, "vision is None; it must be a section"),
     ({"part_learning_rates": RATES, "lr_schedule": None}, "needs an lr_schedule")])
 def test_wrong_sections_are_refused_before_anything_starts(changes, words):
     from pathlib import Path

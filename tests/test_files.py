@@ -1,0 +1,134 @@
+"""Files and folders that are whole or not there: writers that fail or are killed, permissions, links, older targets."""
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mindformers_ixc.errors import DataError
+from mindformers_ixc.files import read_json_list, whole_file, whole_folder, write_whole
+
+IN_ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@IN_ONE_FOLDER
+@given(st.text(st.characters(codec="utf-8")) | st.binary(), st.none() | st.binary())
+def test_content_arrives_as_it_is_over_an_older_one(tmp_path, content, older):
+    target = tmp_path / "a.txt"
+    target.unlink(missing_ok=True)
+    if older is not None:
+        target.write_bytes(older)
+    write_whole(target, content)
+    assert target.read_bytes() == (content.encode() if isinstance(content, str) else content)
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@IN_ONE_FOLDER
+@given(st.integers(0, 20), st.booleans(), st.booleans())
+def test_a_writer_that_raises_leaves_what_was_there(tmp_path, written, there, sync):
+    target = tmp_path / "a.bin"
+    target.unlink(missing_ok=True)
+    if there:
+        target.write_bytes(b"old")
+    with pytest.raises(KeyError), whole_file(target, sync) as partial:
+        if written:
+            partial.write_bytes(b"x" * written)
+        raise KeyError
+    assert os.listdir(tmp_path) == (["a.bin"] if there else [])
+    assert not there or target.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_an_ordinary_open(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        (tmp_path / "plain").write_text("a")
+        (tmp_path / "plain_folder").mkdir()
+        write_whole(tmp_path / "whole", "a")
+        with whole_folder(tmp_path / "whole_folder"):
+            pass
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "whole") == mode(tmp_path / "plain")
+    assert mode(tmp_path / "whole_folder") == mode(tmp_path / "plain_folder")
+
+
+@pytest.mark.parametrize("permissions", [0o600, 0o664, 0o755])
+def test_an_older_file_keeps_its_permissions(tmp_path, permissions):
+    target = tmp_path / "a"
+    target.write_text("old")
+    target.chmod(permissions)
+    write_whole(target, "new")
+    assert (target.read_text(), mode(target)) == ("new", permissions)
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other" / "a")
+    write_whole(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "other" / "a").read_text() == "new"
+    assert os.listdir(tmp_path / "other") == ["a"]
+
+
+def test_the_unfinished_file_keeps_the_suffix_and_lies_beside(tmp_path):
+    with whole_file(tmp_path / "a.safetensors") as partial:
+        assert partial.suffix == ".safetensors" and partial.parent.samefile(tmp_path)
+        partial.write_bytes(b"")
+
+
+def test_a_folder_replaces_an_older_one(tmp_path):
+    target = tmp_path / "new" / "model"
+    for name in ("first", "second"):
+        with whole_folder(target) as folder:
+            (folder / name).write_text(name)
+        assert os.listdir(target) == [name]
+    with pytest.raises(KeyError), whole_folder(target) as folder:
+        (folder / "third").write_text("")
+        raise KeyError
+    assert os.listdir(target) == ["second"]
+    assert os.listdir(target.parent) == ["model"]
+
+
+@pytest.mark.parametrize("what", ["whole_file", "whole_folder"])
+def test_a_killed_writer_leaves_the_older_target(tmp_path, what):
+    target = tmp_path / "a"
+    write_whole(target, "old")
+    code = f"""
+        import os, signal
+        from mindformers_ixc.files import {what}
+        with {what}({str(target)!r}) as partial:
+            (partial / "x" if partial.is_dir() else partial).write_text("new")
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert target.read_text() == "old"
+    assert all(name.startswith(".") for name in os.listdir(tmp_path) if name != "a")
+    write_whole(target, "new")
+    assert target.read_text() == "new"
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "is not valid JSON"), ("[]", "at least one pair, found no pairs"),
+                                             ("{}", "a JSON list with at least one pair, found dict")])
+def test_lists_that_are_none_are_refused(tmp_path, text, words):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_json_list(tmp_path / "a.json", "pair")
+    with pytest.raises(FileNotFoundError, match=r"b\.json does not exist"):
+        read_json_list(tmp_path / "b.json", "pair")
+
+
+def test_lists_are_read(tmp_path):
+    (tmp_path / "a.json").write_text('[1, "\u00e9"]', encoding="utf-8")
+    assert read_json_list(tmp_path / "a.json", "pair") == [1, "\u00e9"]
