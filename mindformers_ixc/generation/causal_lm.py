@@ -287,7 +287,7 @@ class IXC25ForCausalLM(IXC25Model):
 
         Args:
             input_ids: int `(L,)` or `(B, L)`.
-            pixel_values: float32 `(B, t, 3, S, S)`, tiles of each prompt.
+            pixel_values: float32 `(B, t, 3, P, P)`, tiles of each prompt.
             image_mask: int `(B, L)`, 1 on image positions.
             vision_index: int `(B, L)`, row of each prompt's vision table of t tiles for each image position.
             attention_mask: int `(B, L)`, 0 on padding; by default everything is real.

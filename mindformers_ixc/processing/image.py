@@ -158,7 +158,7 @@ def resize_image(image: Image.Image, size: tuple[int, int], out: np.ndarray | No
 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:
-    """uint8 `(H, W, 3)` to normalised float32 `(3, H, W)`."""
+    """uint8 `(height, width, 3)` to normalised float32 `(3, height, width)`."""
     scale = (1.0 / (255.0 * np.array(IMAGE_STD))).astype(np.float32)
     shift = (-np.array(IMAGE_MEAN) / np.array(IMAGE_STD)).astype(np.float32)
     planes = np.empty((3, *pixels.shape[:2]), np.float32)
@@ -192,7 +192,7 @@ def bicubic_resize(pixels: np.ndarray, size: int) -> np.ndarray:
     """Bicubic resize as PyTorch does it (a = -0.75, corners not aligned, no antialiasing, edges repeated).
 
     Args:
-        pixels: float32 `(3, H, W)`.
+        pixels: float32 `(3, height, width)`.
         size: side of the result.
 
     Returns:
@@ -214,11 +214,11 @@ def image_to_tiles(image: Image.Image | np.ndarray, tile_size: int) -> np.ndarra
     """Cuts a padded picture into its global view and its local tiles.
 
     Args:
-        image: RGB picture or uint8 `(H, W, 3)` whose sides are multiples of `tile_size`.
-        tile_size: side S of a tile.
+        image: RGB picture or uint8 `(height, width, 3)` whose sides are multiples of `tile_size`.
+        tile_size: side P of a tile.
 
     Returns:
-        float32 `(1 + rows * columns, 3, S, S)`, normalised: the global view, then the tiles row by row.
+        float32 `(1 + rows * columns, 3, P, P)`, normalised: the global view, then the tiles row by row.
     """
     if images.available():
         pixels = np.asarray(image)
@@ -228,7 +228,7 @@ def image_to_tiles(image: Image.Image | np.ndarray, tile_size: int) -> np.ndarra
     rows, columns = planes.shape[1] // tile_size, planes.shape[2] // tile_size
     tiles = np.empty((1 + rows * columns, 3, tile_size, tile_size), np.float32)
     tiles[0] = bicubic_resize(planes, tile_size)
-    local = planes.reshape(3, rows, tile_size, columns, tile_size).transpose(1, 3, 0, 2, 4)   # (h, w, 3, S, S)
+    local = planes.reshape(3, rows, tile_size, columns, tile_size).transpose(1, 3, 0, 2, 4)   # (rows, columns, 3, P, P)
     tiles[1:].reshape(rows, columns, 3, tile_size, tile_size)[:] = local
     return tiles
 
@@ -260,8 +260,8 @@ def image_token_rows(grid: Grid, first_tile: int, tokens_per_side: int, max_tile
         return np.concatenate([tokens, np.full((len(tokens), 1), sub_gn)], axis=1).reshape(-1)
 
     rows = (first_tile + np.arange(1 + grid.tiles))[:, None, None] * side * side \
-        + np.arange(side * side).reshape(1, side, side)                                   # (1 + tiles, g, g)
-    local = rows[1:].reshape(grid.rows, grid.columns, side, side).transpose(0, 2, 1, 3)   # (h, g, w, g)
+        + np.arange(side * side).reshape(1, side, side)                                   # (1 + tiles, k, k)
+    local = rows[1:].reshape(grid.rows, grid.columns, side, side).transpose(0, 2, 1, 3)   # (rows, k, columns, k)
     local = local.reshape(grid.rows * side, grid.columns * side)
     pieces = [with_separators(rows[0]), np.array([sub_gn + 1]), with_separators(local)]
     return np.concatenate(pieces).astype(np.int32)
@@ -271,7 +271,8 @@ def load_image(source, where: str = "") -> Image.Image:
     """Reads a picture as RGB. EXIF orientation is not applied, as in the public code.
 
     Args:
-        source: path, bytes of an image file, PIL image or uint8 array `(H, W)`, `(H, W, 3)` or `(H, W, 4)`.
+        source: path, bytes of an image file, PIL image or uint8 array `(height, width)` with an axis of 3 or
+            4 channels or none.
         where: what the picture belongs to, for the messages (`train.json, sample 3, field image`).
 
     Returns:

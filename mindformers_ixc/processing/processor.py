@@ -50,7 +50,7 @@ class EncodedSample:
         labels: int32 `(n,)`, not shifted, -100 where there is no loss.
         image_mask: int32 `(n,)`, 1 on image positions.
         grids: tiles of each picture.
-        pixel_values: float32 `(t, 3, S, S)`: for each picture its global view, then its tiles.
+        pixel_values: float32 `(t, 3, P, P)`: for each picture its global view, then its tiles.
         tokens_per_side: tokens along a side of a tile.
         table_index: int32 `(n,)`, row of a vision table of t tiles for each image position, where that is given and not
             worked out from the grids.
@@ -121,8 +121,8 @@ class ImageProcessor:
     """Pictures to tiles.
 
     Args:
-        image_size: side S of a tile in pixels (public 560).
-        patch_size: side of a ViT patch (public 14); S / (2 * patch_size) tokens lie along a side of a tile.
+        image_size: side P of a tile in pixels (public 560).
+        patch_size: side of a ViT patch (public 14); P / (2 * patch_size) tokens lie along a side of a tile.
         hd_num: tiles of a single picture at most in inference (public 24).
         hd_num_several: tiles of each picture when there are several (public 6).
         hd_num_training: tiles of a picture at most in training (public 18).
@@ -185,7 +185,7 @@ class ImageProcessor:
             where: what the pictures belong to, for messages.
 
         Returns:
-            float32 `(t, 3, S, S)` and the list of grids.
+            float32 `(t, 3, P, P)` and the list of grids.
         """
         if not isinstance(images, (list, tuple)):
             images = [images]
@@ -243,7 +243,7 @@ class Processor:
         """Encodes one chat prompt; see `encode_chat` for the further arguments.
 
         Returns:
-            `input_ids`, `image_mask`, `vision_index` of shape `(1, n)` and `pixel_values` `(1, t, 3, S, S)`.
+            `input_ids`, `image_mask`, `vision_index` of shape `(1, n)` and `pixel_values` `(1, t, 3, P, P)`.
         """
         images = [] if image_input is None else image_input
         sample = self.encode_chat(text_input or "", images if isinstance(images, (list, tuple)) else [images], **kwargs)

@@ -125,7 +125,7 @@ def _open_video(path: Path):
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
-    """A decoded frame uint8 `(H, W, C)` as an RGB picture."""
+    """A decoded frame uint8 `(height, width, channels)` as an RGB picture."""
     height, width = pixels.shape[:2]
     # of narrow videos decord2 3.4 (aarch64) shows the padding at the end of each row of bytes as a fourth channel, and
     # its get_batch fails on them
@@ -223,7 +223,7 @@ def fit_board(board: Image.Image, tile_size: int = 560) -> Image.Image:
 
     Args:
         board: RGB picture.
-        tile_size: side S of a tile in pixels (public 560).
+        tile_size: side P of a tile in pixels (public 560).
 
     Returns:
         RGB picture of (S, h * S) or (w * S, S) pixels; the padding is at the bottom or at the right.
@@ -298,7 +298,7 @@ class VideoProcessor:
     """Videos to tiles.
 
     Args:
-        image_size: side S of a tile in pixels (public 560).
+        image_size: side P of a tile in pixels (public 560).
         frame_limit: frames at most (public 32).
 
     Raises:
@@ -318,7 +318,7 @@ class VideoProcessor:
             images: path of the video file (named as MindFormers' base class names it).
 
         Returns:
-            float32 `(1 + rows * columns, 3, S, S)`, normalised, global view first, and the grid of the others.
+            float32 `(1 + rows * columns, 3, P, P)`, normalised, global view first, and the grid of the others.
 
         Raises:
             VideoError: when the file cannot be read.

@@ -10,8 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mindformers_ixc.native import SWITCH
-from mindformers_ixc.native import images
+from mindformers_ixc.native import SWITCH, images
 from mindformers_ixc.processing.image import image_to_tiles, partition_image, plan_partition
 
 # without a compiler the package has no such functions, and takes Pillow and NumPy
