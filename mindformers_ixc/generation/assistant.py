@@ -63,7 +63,7 @@ class Assistant:
         Args:
             samples: encoded prompts, answered as one batch.
             options: decoding options, stop ids included.
-            mode: task LoRAs in use, `base`, `write` or `web`.
+            mode: task LoRAs in use, a key of `config.MODE_ADAPTERS`.
             streamer: gets a single prompt's new ids as they come, without the stop id: MindFormers' streamer interface,
                 `put(ids)` (the first time an empty prompt) and `end()`.
 

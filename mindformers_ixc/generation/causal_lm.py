@@ -127,7 +127,7 @@ class IXC25ForCausalLM(IXC25Model):
             temperature: of sampling.
             top_p: of sampling.
             repetition_penalty: 1 is none.
-            infer_mode: task LoRAs in use: `base`, `write` or `web`.
+            infer_mode: task LoRAs in use, a key of `config.MODE_ADAPTERS`.
             use_meta: begin with the system turn `meta_instruction`.
             meta_instruction: text of the system turn.
             **kwargs: further fields of `GenerationOptions` (`top_k`, `seed`, `length_penalty`, ...).

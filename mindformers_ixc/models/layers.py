@@ -248,12 +248,8 @@ class PartialLoRALinear(nn.Cell):
 
     def _with_adapters(self, x, y, adapters):
         """Adds what the task LoRAs in use make of `x` to `y`."""
-        if "sft" in adapters:
-            y = self.add(y, self.lora_sft_B(self.lora_sft_A(x)))
-        if "dpo" in adapters:
-            y = self.add(y, self.lora_dpo_B(self.lora_dpo_A(x)))
-        if "web" in adapters:
-            y = self.add(y, self.lora_web_B(self.lora_web_A(x)))
+        for task in adapters:       # unrolled by the compiler
+            y = self.add(y, getattr(self, "lora_" + task + "_B")(getattr(self, "lora_" + task + "_A")(x)))
         if self.has_lora:
             side = self.mindpet_delta_lora_a(self.lora_dropout(x))                            # (N, r)
             y = self.add(y, self.mindpet_delta_lora_b(self.mul_lora_scale(side, self.lora_scale)))

@@ -55,7 +55,7 @@ class TaskLoRAPetConfig(PartialLoRAPetConfig):
     """YAML `pet_config` of type `task_lora`: `task` names the pair, the other fields are those of `partial_lora`.
 
     Args:
-        task: `sft`, `dpo` or `web`.
+        task: a key of `config.TASK_LORAS`.
         **kwargs: see `PartialLoRAPetConfig`.
     """
 
