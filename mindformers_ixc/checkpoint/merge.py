@@ -268,8 +268,8 @@ def attach_parts(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint,
     return config, {name: merged[name] for name in table}
 
 
-def average_tensors(tensors: dict[str, LazyTensor], first: OpenedCheckpoint, others: list[OpenedCheckpoint], config: ModelConfig,
-                    ema: float | None) -> dict[str, LazyTensor]:
+def average_tensors(tensors: dict[str, LazyTensor], first: OpenedCheckpoint, others: list[OpenedCheckpoint],
+                    config: ModelConfig, ema: float | None) -> dict[str, LazyTensor]:
     """Mean of checkpoints of one model.
 
     Raises:

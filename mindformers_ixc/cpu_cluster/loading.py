@@ -10,7 +10,7 @@ import logging
 logger = logging.getLogger(__name__)
 
 
-def compile_step(model, dataset, *_, do_eval: bool = False, do_predict: bool = False, **__) -> None:
+def compile_on_first_batch(model, dataset, *_, do_eval: bool = False, do_predict: bool = False, **__) -> None:
     """Stands in for `mindformers.checkpoint.utils.compile_model`: compiles the step on the first batch.
 
     Args:
@@ -30,9 +30,9 @@ def compile_step(model, dataset, *_, do_eval: bool = False, do_predict: bool = F
 
 
 def load_on_cpu() -> None:
-    """Puts `compile_step` where MindFormers looks for its own; there is no hook."""
+    """Puts `compile_on_first_batch` where MindFormers looks for its own; there is no hook."""
     from mindformers.trainer import utils as trainer_utils
     from mindformers.utils import load_checkpoint_utils
 
     for module in (trainer_utils, load_checkpoint_utils):
-        module.compile_model = compile_step
+        module.compile_model = compile_on_first_batch

@@ -11,8 +11,8 @@ With B samples, L = `seq_length` positions, T = `max_tiles` tiles of P x P pixel
 | vision_index | int32 | (B, L) | row of the vision table each image position takes; 0 elsewhere |
 | image_mask | int32 | (B, L) | 1 on image positions |
 
-Of each picture the global view comes first, then its tiles row by row. The vision table of a sample has T * k * k + 2 rows:
-those of its tiles in order, then sub_GN, then glb_GN.
+Of each image the global view comes first, then its tiles row by row. The vision table of a sample has T * k * k + 2
+rows: those of its tiles in order, then sub_GN, then glb_GN.
 
 Columns that a run asks for in `input_columns`:
 
@@ -24,7 +24,7 @@ Columns that a run asks for in `input_columns`:
 | source | int32 | (B,) | number of the source, for losses by source |
 
 Preference pairs (`IXC25PreferenceDataset`) have input_ids, labels, vision_index and image_mask as (B, 2, L), the chosen
-answer first, one set of pictures for both, and where they were computed before
+answer first, one set of images for both, and where they were computed before
 
 | column | type | shape | holds |
 |---|---|---|---|

@@ -190,13 +190,13 @@ class NativeCache(ContiguousCache):
         return None
 
     def prefill(self, qkv, cos, sin, mask, where, shape):
-        """See `ContiguousCache.prefill`."""
+        """As `ContiguousCache.prefill`, by one kernel that splits, rotates and fills."""
         # the kernel writes the caches in place
         query, key, value = self.split_and_fill(qkv, cos, sin, where, self.query_scale, self.keys, self.values)
         return self.merge(self._attend(query, key, value, mask, shape[1]), shape)
 
     def decode(self, qkv, cos, sin, mask, where, _):
-        """See `ContiguousCache.decode`."""
+        """As `ContiguousCache.decode`, by one kernel that rotates, appends and attends."""
         return self.attention(qkv, cos, sin, where, self.keys, self.values)
 
 
@@ -220,7 +220,7 @@ class TokenHeads(nn.Cell):
         self.reshape = P.Reshape()
 
     def construct(self, qkv, cos, sin):
-        """Splits.
+        """Rotates the consolidated product of one token a row and takes it apart.
 
         Args:
             qkv: `(B, KV * (G+2) * d)`.

@@ -72,7 +72,7 @@ class ShardedCache(nn.Cell):
         return mask
 
     def prefill(self, qkv, cos, sin, mask, where, shape):
-        """As `ContiguousCache.prefill`."""
+        """As `ContiguousCache.prefill`, over key/value heads of which a device has its share."""
         query, key, value = self.split(qkv, cos, sin, shape)
         real = self.cast(where, self.dtype)
         key = F.depend(key, self._fill(self.keys, self.mul_real(key, real), shape[1]))

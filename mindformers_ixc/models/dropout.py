@@ -5,8 +5,8 @@ for each layer, and `SeededDropout` one number for each feature, which decides w
 is arithmetic on 32-bit integers that wrap around, in operators that MindSpore has on every device.
 
 The multipliers below are odd, so that a product by one of them maps no two integers to one. They have the digits of
-well-known hash constants, some shortened so that they are positive as int32. They must stay what they are: a run resumes
-exactly only with the multipliers it began with.
+well-known hash constants, some shortened so that they are positive as int32. They must stay what they are: a run
+resumes exactly only with the multipliers it began with.
 """
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class PositionNoise(nn.Cell):
         return self.reshape(self.add_one(self.mul_two(noise, 2), 1), (-1, 1))
 
     def shard(self, dp: int) -> None:
-        """Cuts samples."""
+        """Cuts samples by `dp`; a sample's positions are whole on every device."""
         self.to_column.shard(((dp,),))
         self.add_offsets.shard(((dp, 1), (1, 1)))
         for primitive in (self.mul_seed, self.mul_two, self.add_one):

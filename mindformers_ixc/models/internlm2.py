@@ -42,7 +42,7 @@ class Choose(nn.Cell):
         return self.add(self.mul_x(x, keep), self.mul_y(y, self.sub_from_one(1.0, keep)))
 
     def shard(self, dp: int) -> None:
-        """Cuts samples."""
+        """Cuts samples by `dp`; their positions and the width are whole on every device."""
         rows = (dp, 1, 1)
         self.expand_dims.shard(((dp, 1),))
         self.sub_from_one.shard(((), rows))
@@ -145,7 +145,7 @@ class SplitHeads(nn.Cell):
         self.to_heads = P.Transpose()
 
     def construct(self, qkv, cos, sin, shape):
-        """Splits.
+        """Takes the product of `wqkv` apart and rotates queries and keys.
 
         Args:
             qkv: `(B*L, KV * (G+2) * d)`.
@@ -189,7 +189,7 @@ class MergeHeads(nn.Cell):
         self.reshape = P.Reshape()
 
     def construct(self, y, shape):
-        """Merges; `shape` is `(B, L)`, a compile-time constant."""
+        """Brings heads together again; `shape` is `(B, L)`, a compile-time constant."""
         y = self.to_positions(y, (0, 3, 1, 2, 4))                                            # (B, L, KV, G, d)
         return self.reshape(y, (shape[0] * shape[1], self.width))                            # (B*L, H*d)
 
@@ -213,7 +213,7 @@ class Attention(nn.Cell):
         self.merge = MergeHeads(config)
 
     def construct(self, x, image_mask, cos, sin, mask, adapters, shape, noise=None):
-        """Attends over the whole sequence; see `DecoderLayer.construct`."""
+        """Attention over the whole sequence; arguments as in `DecoderLayer.construct`."""
         query, key, value = self.split(self.wqkv(x, image_mask, adapters, noise), cos, sin, shape)
         return self.wo(self.merge(self.core(query, key, value, mask), shape), image_mask, adapters, noise)
 
@@ -281,7 +281,7 @@ class DecoderLayer(nn.Cell):
         self.sequence = False
 
     def construct(self, x, image_mask, cos, sin, mask, adapters, shape, noise=None):
-        """Transforms flattened positions.
+        """Attention and feed-forward, each normalised before and added to its input.
 
         Args:
             x: `(B*L, D)`.
@@ -348,7 +348,7 @@ class CausalMask(nn.Cell):
             self.compressed = compressed_causal_mask()
 
     def construct(self, length, segments=None):
-        """Builds the mask.
+        """The mask of a sequence length, for one conversation a row or several.
 
         Args:
             length: positions L, a compile-time constant.

@@ -146,7 +146,7 @@ class IXC25Model(PreTrainedModel):
 
     def hidden_states(self, input_ids, table=None, vision_index=None, image_mask=None, position_ids=None,
                       segment_ids=None, noise_seed=None, adapters=()):
-        """Output of the last norm, `(B*L, D)`, with pictures from a vision table `(B, T*k*k + 2, D)`."""
+        """Output of the last norm, `(B*L, D)`, with images from a vision table `(B, T*k*k + 2, D)`."""
         b, length = input_ids.shape
         mask = None
         if table is None:
@@ -170,7 +170,8 @@ class IXC25Model(PreTrainedModel):
     def logits(self, input_ids, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
                segment_ids=None, noise_seed=None):
         """float32 logits `(B, L, V)`; arguments as in `training_loss`."""
-        flat = self.flat_logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ids, noise_seed)
+        flat = self.flat_logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ids,
+                                noise_seed)
         return self.reshape(flat, (input_ids.shape[0], input_ids.shape[1], -1))
 
     def training_loss(self, input_ids, labels, pixel_values=None, vision_index=None, image_mask=None,
@@ -207,7 +208,7 @@ class IXC25Model(PreTrainedModel):
 
     def construct(self, input_ids, labels, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
                   segment_ids=None, noise_seed=None, source=None):
-        """See `training_loss`."""
+        """The graph of training: `training_loss`."""
         return self.training_loss(input_ids, labels, pixel_values, vision_index, image_mask, position_ids, segment_ids,
                                   noise_seed, source)
 

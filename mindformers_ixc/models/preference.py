@@ -4,7 +4,7 @@
     sigmoid:  -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)        (arXiv 2305.18290, label smoothing s)
     ipo:      (h - 1 / (2 beta))^2                                          (arXiv 2310.12036)
 
-So no second model is in memory, and pictures are encoded once for all four passes.
+So no second model is in memory, and images are encoded once for all four passes.
 """
 from __future__ import annotations
 

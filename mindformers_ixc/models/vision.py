@@ -1,6 +1,6 @@
 """The vision side: CLIP tower over tiles, 2 x 2 merge, separators and projector, ending in the vision table.
 
-The device never sees a picture's size. It turns `max_tiles` tiles into a table of rows; the host has already decided
+The device never sees an image's size. It turns `max_tiles` tiles into a table of rows; the host has already decided
 which row each image position of the sequence takes (`mindformers_ixc.processing`).
 """
 from __future__ import annotations
@@ -84,27 +84,19 @@ class VisionEmbeddings(nn.Cell):
 
 
 class PatchConvolution(nn.Cell):
-    """Holds the kernel of the patch convolution, `(C, 3, p, p)`."""
+    """Holds the kernel of the patch convolution, `(C, 3, p, p)`; `VisionEmbeddings` computes with it."""
 
     def __init__(self, width: int, patch: int, param_dtype):
         super().__init__()
         self.weight = Parameter(initializer(Normal(0.02), (width, 3, patch, patch), param_dtype), name="weight")
 
-    def construct(self):
-        """Returns the kernel."""
-        return self.weight
-
 
 class PositionTable(nn.Cell):
-    """Holds the learned positions, `(1 + g*g, C)`."""
+    """Holds the learned positions, `(1 + g*g, C)`; `VisionEmbeddings` adds them."""
 
     def __init__(self, positions: int, width: int, param_dtype):
         super().__init__()
         self.weight = Parameter(initializer(Normal(0.02), (positions, width), param_dtype), name="weight")
-
-    def construct(self):
-        """Returns the table."""
-        return self.weight
 
 
 class VisionAttention(nn.Cell):
@@ -283,7 +275,7 @@ class IXC25VisionModel(PreTrainedModel):
         self.strided_slice = P.StridedSlice()
 
     def construct(self, pixels, infer=False):
-        """Encodes tiles.
+        """Features of the patches of each tile.
 
         Args:
             pixels: `(N, 3, P, P)` normalised tiles.
@@ -393,7 +385,7 @@ class VisionMerge(nn.Cell):
         self.concat = P.Concat(1)
 
     def construct(self, features, sub_gn, glb_gn, batch):
-        """Merges.
+        """Merges patches 2 x 2 and puts the separators behind the tiles of each sample.
 
         Args:
             features: `(B*T, g*g, C)` of all tiles.

@@ -26,7 +26,7 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 DEFAULTS = {"dataset_dir": None, "image_folder": None, "every": 0, "metrics": ["loss"], "batch_size": 4,
             "max_new_tokens": 64, "max_samples": None, "mode": "base", "keep_best": None}
 
-# Metrics that need answers, and the ones of the loss (with every sample's own pictures, and with another's).
+# Metrics that need answers, and the ones of the loss (with every sample's own images, and with another's).
 LOSSES = ("loss", "shuffled_loss")
 
 
@@ -68,7 +68,7 @@ class HeldOut:
         self.shape = (data.seq_length, data.max_tiles, hd_num)
 
     def rows(self, shuffled: bool):
-        """Columns of every sample, one after another; `shuffled` gives each the pictures of a later one."""
+        """Columns of every sample, one after another; `shuffled` gives each the images of a later one."""
         length, tiles, hd_num = self.shape
         with_images = [sample for sample in self.samples if sample.images]
         for sample in self.samples:

@@ -106,7 +106,7 @@ class _LowRankModel(PreTrainedModel):
             json.dump(dict(self.config.pet_config), file, indent=2)
 
     def construct(self, *inputs, **kwargs):
-        """Runs the model."""
+        """What the wrapped model gives for the same arguments."""
         return self.network(*inputs, **kwargs)
 
 
