@@ -64,8 +64,8 @@ def check_run(fields: dict, devices: int | None = None) -> None:
         devices: of the cluster; by default what the launcher that started this process says.
 
     Raises:
-        ConfigError: see `check_possible`; also for a mode, a degree or a way to read batches that does not go with them,
-            and for a process that is alone.
+        ConfigError: see `check_possible`; also for a mode, a degree or a way to read batches that does not go with
+            them, and for a process that is alone.
     """
     section = (fields.get("model") or {}).get("model_config") or {}
     if section.get("type") != "IXC25Config" or not fields.get("use_parallel"):
