@@ -1,8 +1,8 @@
 """The `mindformers` command: its arguments, and what must happen before MindFormers is imported.
 
 MindFormers logs to standard output and decides its log folder while it is imported, which takes seconds. So this module
-reads the arguments, sends standard output to standard error (answers get a stream of their own), chooses the log folder,
-looks whether the files that were named are there, and only then imports the command's work.
+reads the arguments, sends standard output to standard error (answers get a stream of their own), chooses the log
+folder, looks whether the files that were named are there, and only then imports the command's work.
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mindformers_ixc.parameters import PARTS
 COMMANDS = {
     "run": ("run", "run"), "launch": ("launch", "launch"), "chat": ("chat", "chat"), "eval": ("evaluate", "evaluate"),
     "convert": ("checkpoints", "run_convert"), "merge": ("checkpoints", "run_merge"),
-    "inspect": ("checkpoints", "run_inspect"), "data": ("data", "data"), "reference": ("data", "reference"),
+    "inspect": ("checkpoints", "run_inspect"), "data": ("data", "data"), "reference": ("reference", "reference"),
     "report": ("report", "report"), "plan": ("plan", "plan"),
 }
 
@@ -159,7 +159,8 @@ def _add_convert(commands) -> None:
                          help="task LoRAs in the graph the layout is for; the others stay whole in every rank")
     convert.add_argument("--check_layout", action="store_true", help="compile the graph without devices as well, and "
                          "refuse if MindSpore's compiler cuts anything otherwise (needs g++)")
-    convert.add_argument("--drop", nargs="+", default=[], metavar="TASK", help=f"task LoRAs to leave out: {', '.join(TASK_LORAS)}")
+    convert.add_argument("--drop", nargs="+", default=[], metavar="TASK",
+                         help=f"task LoRAs to leave out: {', '.join(TASK_LORAS)}")
     convert.add_argument("--strategy", metavar="PATH", help="strategy file or folder of SRC's ranks, if it is not in "
                          "the usual place")
 
@@ -180,7 +181,8 @@ def _add_merge(commands) -> None:
     merge.add_argument("--attach", metavar="SRC", help="tensors that replace SRC's, as --extract made them")
     merge.add_argument("--lora", metavar="SRC", help="trained LoRA (PEFT or MindFormers) to fold in")
     merge.add_argument("--alpha", type=float, metavar="X", help="its alpha, if it has no adapter_config.json")
-    merge.add_argument("--fold", nargs="+", default=[], metavar="TASK", help=f"task LoRAs to fold in: {', '.join(TASK_LORAS)}")
+    merge.add_argument("--fold", nargs="+", default=[], metavar="TASK",
+                       help=f"task LoRAs to fold in: {', '.join(TASK_LORAS)}")
     merge.add_argument("--extract", nargs="+", default=[], metavar="PART", help="keep these parts only: "
                        f"{', '.join(PARTS)}")
 

@@ -98,7 +98,8 @@ def same_logits(before: Path, after: Path, mode: str, name: str) -> bool:
     columns = {column: Tensor(np.stack([row[column] for row in padded])) for column in BATCH_COLUMNS}
     found = []
     for folder in (before, after):
-        model = load_model(folder / "model", IXC25ForCausalLM, adapter_mode=mode, seq_length=shape[0], max_tiles=shape[1])
+        model = load_model(folder / "model", IXC25ForCausalLM, adapter_mode=mode, seq_length=shape[0],
+                           max_tiles=shape[1])
         found.append(model(columns["input_ids"], None, columns["pixel_values"], columns["vision_index"],
                            columns["image_mask"]).asnumpy())
     return found[0].tobytes() == found[1].tobytes()

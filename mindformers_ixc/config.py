@@ -1,8 +1,8 @@
 """Configuration of IXC2.5: one table of fields, and the classes that hold, check and write them.
 
-A field is written once, in `FIELDS` or `VISION_FIELDS`: its default, whether it belongs in the public `config.json`, and
-one line of help. The signature of a YAML's `model_config`, `to_public_dict` and the tables of docs/yaml.md are made of
-these tables. Fields have the names of the public repository (`hidden_size`, `num_hidden_layers`, ...), so a public
+A field is written once, in `FIELDS` or `VISION_FIELDS`: its default, whether it belongs in the public `config.json`,
+and one line of help. The signature of a YAML's `model_config`, `to_public_dict` and the tables of docs/yaml.md are made
+of these tables. Fields have the names of the public repository (`hidden_size`, `num_hidden_layers`, ...), so a public
 `config.json` and a YAML's section are the same vocabulary; MindFormers' names for the same things are in `ALIASES`.
 Sizes that the public file leaves out, because its code hard-codes them, default to the values of the 7B model.
 
@@ -124,10 +124,10 @@ FIELDS = {
     "param_init_type": Field("float32", "dtype the parameters are kept in", False),
     "layernorm_compute_type": Field("float32", "dtype of RMSNorm and LayerNorm", False),
     "softmax_compute_type": Field("float32", "dtype of the attention softmax", False),
-    "adapter_mode": Field("base", f"task LoRAs in use while training: {', '.join(f'`{mode}`' for mode in MODE_ADAPTERS)}",
-                          False),
+    "adapter_mode": Field("base", "task LoRAs in use while training: "
+                          + ", ".join(f"`{mode}`" for mode in MODE_ADAPTERS), False),
     "packing": Field(False, "training sequences hold several conversations (as `train_dataset.packing`)", False),
-    "num_sources": Field(1, "sources that losses are reported for, when batches name them; the trainer sets it", False),
+    "num_sources": Field(1, "sources that losses are reported for (`loss_form: sources`); set by the trainer", False),
     "preference": Field(None, "with `arch.type: IXC25ForPreference`: `task` (the pair that trains), `loss` (`sigmoid`, "
                         "`ipo`), `beta`, `label_smoothing`", False, "dpo, sigmoid, 0.1, 0"),
     "use_past": Field(False, "paged and flash attention while decoding on Ascend; must be False in training", False,
@@ -141,10 +141,11 @@ FIELDS = {
     "vision_parallel": Field("heads", "the tower under tensor parallel: cut by `heads`, or `replicated`", False),
     "offset": Field(None, "layers more or fewer of each pipeline stage, as in MindFormers; `auto` balances their work",
                     False, "0"),
-    "loss_form": Field("mean", "what training returns: the `mean` over labelled positions, `sums` of losses and labelled "
-                       "positions, or `sources`, the mean and those sums by source; the trainer sets it", False),
-    "calculate_per_token_loss": Field(False, "MindFormers' name for `loss_form: sums`, which several micro batches of a "
-                                      "parallel step need", False),
+    "loss_form": Field("mean", "what training returns: the `mean` over labelled positions, `sums` of losses and "
+                       "labelled positions, or `sources`, the mean and those sums by source; the trainer sets it",
+                       False),
+    "calculate_per_token_loss": Field(False, "MindFormers' name for `loss_form: sums`, which several micro batches of "
+                                      "a parallel step need", False),
     "disable_lazy_inline": Field(False, "compile every micro batch by itself; by default Ascend's graphs share one",
                                  False),
     "parallel_config": Field(None, "MindFormers' parallel configuration; `run` fills it in", False, ""),
@@ -258,8 +259,9 @@ class VisionConfig:
         _assign(self, VISION_FIELDS, given)
         if self.image_size % (2 * self.patch_size):
             unit = 2 * self.patch_size
-            raise ConfigError(f"vision_config.image_size is {self.image_size}, which is not a multiple of {unit} (2 x 2 "
-                              f"patches of {self.patch_size} pixels merge into one token); choose a multiple of {unit}.")
+            raise ConfigError(
+                f"vision_config.image_size is {self.image_size}, which is not a multiple of {unit} (2 x 2 patches of "
+                f"{self.patch_size} pixels merge into one token); choose a multiple of {unit}.")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(f"vision_config.hidden_size {self.hidden_size} does not divide by "
                               f"vision_config.num_attention_heads {self.num_attention_heads}.")

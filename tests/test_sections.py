@@ -32,7 +32,8 @@ def test_a_good_section_passes_and_so_does_one_with_nulls():
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
-    ({"siz": 3}, "Unknown key part.siz (value 3); the choices are size, share, kind, name, files, shuffle, inner, rate."),
+    ({"siz": 3},
+     "Unknown key part.siz (value 3); the choices are size, share, kind, name, files, shuffle, inner, rate."),
     ({"size": 0}, "part.size is 0; it must be a whole number of at least 1."),
     ({"size": True}, "part.size is True; it must be a whole number of at least 1."),
     ({"size": 1.0}, "part.size is 1.0; it must be a whole number of at least 1."),

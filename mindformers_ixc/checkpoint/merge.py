@@ -129,7 +129,7 @@ def merge(source: str | Path, target: str | Path, *, attach: str | Path | None =
     tensors = {name: tensor for name, tensor in select_tensors(opened, model, options).items() if part_of(name)}
     further = []
     if others:
-        tensors = average_tensors(tensors, opened, others, model, ema)
+        tensors = average_tensors(tensors, others, model, ema)
     if attach:
         further.append(open_source(attach))
         model, tensors = attach_parts(tensors, further[-1], model)
@@ -264,7 +264,7 @@ def attach_parts(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint,
     return config, {name: merged[name] for name in table}
 
 
-def average_tensors(tensors: dict[str, LazyTensor], first: OpenedCheckpoint, others: list[OpenedCheckpoint], config: ModelConfig,
+def average_tensors(tensors: dict[str, LazyTensor], others: list[OpenedCheckpoint], config: ModelConfig,
                     ema: float | None) -> dict[str, LazyTensor]:
     """Mean of checkpoints of one model.
 

@@ -1,7 +1,7 @@
 """The few parts of the protobuf encoding that MindSpore's files need.
 
 Not the protobuf library: imported before MindSpore it makes MindSpore's import fail (its generated modules need the
-library's Python implementation, which MindSpore asks for only itself), and checkpoints are to be read without MindSpore.
+library's Python implementation, which MindSpore asks for itself), and checkpoints are to be read without MindSpore.
 """
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from mindformers_ixc.errors import CheckpointError
 
 def _torch():
     try:
-        import torch
+        import torch  # noqa: PLC0415 - optional
     except ImportError as error:
         raise CheckpointError('PyTorch is needed to read .bin files; install it with pip install '
                               '"mindformers_ixc[torch]", or take the checkpoint as safetensors.') from error

@@ -42,7 +42,7 @@ def line_history():
     if not sys.stdin.isatty():
         yield
         return
-    import readline  # importing it gives input() its editing
+    import readline  # noqa: PLC0415 - importing it gives input() its editing
 
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     path = Path(state) / "mindformers_ixc" / "chat_history"

@@ -4,13 +4,17 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import tempfile
 from pathlib import Path
 
-from mindformers_ixc.checkpoint.convert import convert
+from mindformers_ixc.checkpoint.convert import convert, drop_task_loras
 from mindformers_ixc.checkpoint.inspection import inspect
 from mindformers_ixc.checkpoint.merge import merge
+from mindformers_ixc.checkpoint.model_config import config_of
+from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES
 from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.planning.check_layout import check_layout
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -34,7 +38,13 @@ def read_size(text: str | None) -> int:
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
-    """Runs `mindformers convert` and prints the target."""
+    """Runs `mindformers convert` and prints the target; with `--check_layout` nothing is written before the check."""
+    if arguments.check_layout:
+        source = open_source(arguments.source, arguments.strategy)
+        config = drop_task_loras(config_of(source, arguments.config), arguments.drop)
+        with tempfile.TemporaryDirectory() as scratch:
+            check_layout(config, arguments.tp, arguments.pp, arguments.mode, Path(scratch))
+        print("MindSpore's compiler cuts every parameter as the table of cuts says.", file=sys.stderr, flush=True)
     target = convert(
         arguments.source, arguments.target, to=arguments.to, format=arguments.format, tensor_parallel=arguments.tp,
         pipeline_stages=arguments.pp, dtype=arguments.dtype, mode=arguments.mode, drop=arguments.drop,

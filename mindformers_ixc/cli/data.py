@@ -1,4 +1,4 @@
-"""`mindformers data` and `mindformers reference`: files to train on from other files."""
+"""`mindformers data`: published datasets to conversation files."""
 from __future__ import annotations
 
 import argparse
@@ -15,16 +15,4 @@ def data(arguments: argparse.Namespace) -> int:
     options = {"split": arguments.split} if arguments.split else {}
     count = convert_dataset(arguments.kind, files, target, arguments.images, **options)
     print(f"{count} samples in {target}", file=arguments.answers)
-    return 0
-
-
-def reference(arguments: argparse.Namespace) -> int:
-    """Runs `mindformers reference` and prints the number of pairs."""
-    from mindformers_ixc.cli.inference import prepare_device
-    from mindformers_ixc.training.reference import add_reference_logps
-
-    prepare_device(arguments)
-    count = add_reference_logps(arguments.pairs, arguments.target, arguments.model, arguments.mode, arguments.hd_num,
-                                arguments.image_transform, arguments.image_folder, arguments.batch_size)
-    print(f"{count} pairs in {arguments.target}", file=arguments.answers)
     return 0

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from mindformers_ixc.cli.inference import generation_options, load_assistant
 from mindformers_ixc.data.batch import full_batches
+from mindformers_ixc.data.conversations import load_conversations
 from mindformers_ixc.files import write_whole
 from mindformers_ixc.generation.questions import Question, questions_of, shuffle_images
 
@@ -18,8 +19,6 @@ def evaluate(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code.
     """
-    from mindformers_ixc.data.conversations import load_conversations
-
     questions = questions_of(load_conversations(arguments.data, image_folder=arguments.image_folder))
     if arguments.shuffle_images:
         shuffle_images(questions)

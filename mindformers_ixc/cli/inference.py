@@ -6,7 +6,6 @@ import logging
 
 import mindspore as ms
 
-import mindformers_ixc  # noqa: F401 - importing it registers the model
 from mindformers_ixc.generation.assistant import Assistant
 
 # Ascend's paged and flash attention take 16 bits; the released weights are bfloat16.

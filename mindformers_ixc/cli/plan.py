@@ -9,7 +9,6 @@ from dataclasses import asdict
 from dataclasses import fields as fields_of
 from pathlib import Path
 
-import mindformers_ixc  # noqa: F401 - importing it registers the model
 from mindformers_ixc.cli.run_config import check_fields
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml, tie_data_section
 from mindformers_ixc.errors import ConfigError

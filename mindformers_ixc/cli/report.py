@@ -85,8 +85,8 @@ def draw(rows: list[dict], evaluations: list[dict]) -> list[tuple[str, str, byte
 
 def _plot(lines: dict[str, list[tuple[float, float]]], title: str, logarithmic: bool) -> bytes:
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional
+        from matplotlib.figure import Figure  # noqa: PLC0415 - optional
     except ImportError as error:
         raise ConfigError("Reports need matplotlib; run `pip install 'mindformers_ixc[report]'`.") from error
     lines = {name: line for name, line in lines.items() if line}

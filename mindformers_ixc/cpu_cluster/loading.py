@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import logging
 
+from mindformers.trainer import utils as trainer_utils
+from mindformers.utils import load_checkpoint_utils
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,8 +34,5 @@ def compile_step(model, dataset, *_, do_eval: bool = False, do_predict: bool = F
 
 def load_on_cpu() -> None:
     """Puts `compile_step` where MindFormers looks for its own; there is no hook."""
-    from mindformers.trainer import utils as trainer_utils
-    from mindformers.utils import load_checkpoint_utils
-
     for module in (trainer_utils, load_checkpoint_utils):
         module.compile_model = compile_step

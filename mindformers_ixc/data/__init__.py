@@ -1,1 +1,1 @@
-"""Training data from files to rows of fixed shapes: sources, the plan of an epoch, rows; host code without MindSpore."""
+"""Training data from files to rows of fixed shapes: sources, an epoch's plan, rows; host code without MindSpore."""

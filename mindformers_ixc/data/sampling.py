@@ -77,7 +77,8 @@ class MixtureSource:
     indices: list[int]
 
 
-def plan_mixture(sources: Sequence[MixtureSource], batch_size: int, seed: int, epoch: int, batches: int) -> list[list[int]]:
+def plan_mixture(sources: Sequence[MixtureSource], batch_size: int, seed: int, epoch: int,
+                 batches: int) -> list[list[int]]:
     """Batches of one epoch in which each source has its share.
 
     Every batch is of one kind; kinds and, within a kind, sources follow one another as `spread` says. A source is gone

@@ -349,7 +349,8 @@ def sample_of(ids, row: int, attention_mask, pixels, image_mask, index, config) 
         raise PromptError(f"Prompt {row} is empty; a prompt needs at least one token.")
     if not all(given) or not image_mask[row].any():
         nothing = np.zeros((0, 3, vision.image_size, vision.image_size), np.float32)
-        return EncodedSample(ids, np.full_like(ids, IGNORE_INDEX), np.zeros_like(ids), [], nothing, vision.tokens_per_side)
+        return EncodedSample(ids, np.full_like(ids, IGNORE_INDEX), np.zeros_like(ids), [], nothing,
+                             vision.tokens_per_side)
     return EncodedSample(ids, np.full_like(ids, IGNORE_INDEX), image_mask[row][real].astype(np.int32), [], pixels[row],
                          vision.tokens_per_side, index[row][real])
 

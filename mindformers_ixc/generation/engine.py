@@ -229,7 +229,7 @@ class CachedDecoder:
         """`(L, D)` with the sample's image rows at its image positions and zeros elsewhere."""
         config = self.engine.config
         shape = (self.bucket, config.hidden_size)
-        if not sample.grids:
+        if not sample.image_mask.any():
             return Tensor(np.zeros(shape, mstype.dtype_to_nptype(config.compute_dtype)))
         rows = self.engine.encode_images(sample)
         where = np.flatnonzero(sample.image_mask).astype(np.int32)[:, None]

@@ -1,8 +1,8 @@
 """Dropout whose noise is a pure function of seeds, so that a run that resumes draws what it would have drawn.
 
-A sample has a seed (`noise_seed` of a batch). `PositionNoise` makes one of it for each position, `InternLM2Model` one for
-each layer, and `SeededDropout` one number for each feature, which decides whether that feature is kept. All of it is
-arithmetic on 32-bit integers that wrap around, in operators that MindSpore has on every device.
+A sample has a seed (`noise_seed` of a batch). `PositionNoise` makes one of it for each position, `InternLM2Model` one
+for each layer, and `SeededDropout` one number for each feature, which decides whether that feature is kept. All of it
+is arithmetic on 32-bit integers that wrap around, in operators that MindSpore has on every device.
 """
 from __future__ import annotations
 

@@ -170,7 +170,8 @@ class IXC25Model(PreTrainedModel):
     def logits(self, input_ids, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
                segment_ids=None, noise_seed=None):
         """float32 logits `(B, L, V)`; arguments as in `training_loss`."""
-        flat = self.flat_logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ids, noise_seed)
+        flat = self.flat_logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ids,
+                                noise_seed)
         return self.reshape(flat, (input_ids.shape[0], input_ids.shape[1], -1))
 
     def training_loss(self, input_ids, labels, pixel_values=None, vision_index=None, image_mask=None,

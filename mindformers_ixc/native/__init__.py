@@ -1,7 +1,7 @@
 """The shared library of C kernels, built where the package was installed with a C compiler at hand.
 
-Without it everything works the same through MindSpore's, Pillow's and NumPy's own operations, more slowly. `kernels` are
-operations for inference graphs on the CPU, `images` resizes and cuts images.
+Without it everything works the same through MindSpore's, Pillow's and NumPy's own operations, more slowly. `kernels`
+are operations for inference graphs on the CPU, `images` resizes and cuts images.
 """
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a training step takes on a cluster that need not be there: memory, messages and time, by formula and compiled."""
+"""What a training step takes on a cluster that need not be there: memory, messages, time, by formula and compiled."""

@@ -1,8 +1,9 @@
 """The SentencePiece tokenizer of InternLM2.
 
 `SentencePieceText` is what MindFormers' tokenizer of this model (`registration.InternLM2Tokenizer`) and the `Tokenizer`
-here, which needs no MindFormers, have in common. Only `<unk>`, `<s>` and `</s>` are special; `[UNUSED_TOKEN_k]`, which mark turns, are ordinary user-defined pieces. Ids
-are always looked up by piece, so any SentencePiece model with these pieces works.
+here, which needs no MindFormers, have in common. Only `<unk>`, `<s>` and `</s>` are special; `[UNUSED_TOKEN_k]`, which
+mark turns, are ordinary user-defined pieces. Ids are always looked up by piece, so any SentencePiece model with these
+pieces works.
 """
 from __future__ import annotations
 
@@ -163,7 +164,7 @@ class Tokenizer(SentencePieceText):
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike) -> Tokenizer:
-        """The tokenizer of a model directory, by its `tokenizer.model` and, where there is one, `tokenizer_config.json`.
+        """The tokenizer of a model directory: `tokenizer.model` and, where there is one, `tokenizer_config.json`.
 
         Raises:
             FileNotFoundError: when the directory has no `tokenizer.model`.

@@ -110,7 +110,7 @@ def _open_video(path: Path):
     """decord's reader with number of frames and frames a second."""
     try:
         # here, not above: only videos need the codecs, and loaded before MindSpore decord makes its import abort
-        import decord
+        import decord  # noqa: PLC0415
     except ImportError as error:
         raise VideoError(f"The video {path} needs the package decord, which cannot be imported ({error}); install it "
                          "with pip (decord2 on aarch64).") from error

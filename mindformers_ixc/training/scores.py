@@ -1,6 +1,7 @@
 """Scores of answers against what was expected."""
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Sequence
 
@@ -55,8 +56,6 @@ def _words(text: str) -> str:
 
 
 def _library(module: str, package: str):
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError as error:

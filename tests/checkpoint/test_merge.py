@@ -58,9 +58,9 @@ def test_a_folded_model_answers_as_its_mode(goldens, tmp_path, mode, tasks):
     reference = np.load(goldens / "t1" / "llm.npz")
     ids = reference[f"{mode}_ids"]
     text = ids[ids >= 0][None].astype(np.int32)
-    folded = LogitsGraph(load_model(tmp_path / "x", seq_length=text.shape[1]))(Tensor(text)).asnumpy()
-    paired = LogitsGraph(load_model(goldens / "t1", seq_length=text.shape[1], adapter_mode=mode))(Tensor(text)).asnumpy()
-    base = LogitsGraph(load_model(goldens / "t1", seq_length=text.shape[1]))(Tensor(text)).asnumpy()
+    folded, paired, base = (
+        LogitsGraph(load_model(folder, seq_length=text.shape[1], adapter_mode=own))(Tensor(text)).asnumpy()
+        for folder, own in ((tmp_path / "x", "base"), (goldens / "t1", mode), (goldens / "t1", "base")))
     np.testing.assert_allclose(folded, paired, atol=2e-5 * np.abs(paired).max(), rtol=0)
     assert np.abs(base - paired).max() > 1e-2 * np.abs(paired).max()
 

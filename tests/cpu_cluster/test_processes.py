@@ -36,7 +36,8 @@ def test_logits_equal_the_single_process(tmp_path, goldens):
     model = load_model(goldens / "t1", IXC25ForCausalLM, seq_length=LENGTH, max_tiles=3, adapter_mode="write")
     arrays = batch(model.config)
     np.savez(tmp_path / "inputs.npz", **arrays)
-    run_ranks(2, tmp_path, HELPERS / "rank_logits.py", tmp_path / "cut", tmp_path / "inputs.npz", tmp_path / "logits.npy")
+    run_ranks(2, tmp_path, HELPERS / "rank_logits.py", tmp_path / "cut", tmp_path / "inputs.npz",
+              tmp_path / "logits.npy")
     expected = model(Tensor(arrays["input_ids"]), None,
                      *(Tensor(arrays[name]) for name in ("pixel_values", "vision_index", "image_mask"))).asnumpy()
     found = np.load(tmp_path / "logits.npy")

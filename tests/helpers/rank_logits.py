@@ -26,7 +26,8 @@ def main(checkpoint: Path, inputs: Path, result: Path) -> None:
     rank, size = get_rank(), get_group_size()
     ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", full_batch=True, device_num=size, global_rank=rank)
     arrays = np.load(inputs)
-    config = read_config(checkpoint, IXC25Config, seq_length=arrays["input_ids"].shape[1], max_tiles=arrays["pixel_values"].shape[1],
+    config = read_config(checkpoint, IXC25Config, seq_length=arrays["input_ids"].shape[1],
+                         max_tiles=arrays["pixel_values"].shape[1],
                          adapter_mode="write", parallel_config={"data_parallel": 1, "model_parallel": size,
                                                                 "vocab_emb_dp": False})
     model = IXC25ForCausalLM(config)

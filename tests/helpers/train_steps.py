@@ -42,7 +42,8 @@ def start() -> tuple[int, int]:
 def main(checkpoint: Path, inputs: Path, result: Path) -> None:
     rank, ranks = start()
     arrays = np.load(inputs)
-    config = read_config(checkpoint, IXC25Config, seq_length=arrays["input_ids"].shape[1], max_tiles=arrays["pixel_values"].shape[1],
+    config = read_config(checkpoint, IXC25Config, seq_length=arrays["input_ids"].shape[1],
+                         max_tiles=arrays["pixel_values"].shape[1],
                          adapter_mode="write", plora_dropout=0.0,
                          parallel_config={"data_parallel": 1, "model_parallel": ranks, "vocab_emb_dp": False})
     model = IXC25ForCausalLM(config)

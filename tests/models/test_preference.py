@@ -165,7 +165,8 @@ def test_options_have_defaults():
 @pytest.mark.parametrize(("section", "words"), [
     ({"bta": 0.1}, r"Unknown key .*preference\.bta \(value 0\.1\); the choices are task, loss, beta, label_smoothing"),
     ({"loss": "hinge"}, r"preference\.loss is 'hinge'; the choices are sigmoid, ipo"),
-    ({"beta": 0}, r"preference\.beta is 0; it must be a number above 0"), ({"beta": -0.1}, r"preference\.beta is -0\.1"),
+    ({"beta": 0}, r"preference\.beta is 0; it must be a number above 0"),
+    ({"beta": -0.1}, r"preference\.beta is -0\.1"),
     ({"beta": float("nan")}, r"preference\.beta is nan"),
     ({"label_smoothing": 0.5}, r"label_smoothing is 0\.5; the sigmoid loss takes 0 up to 0\.5"),
     ({"label_smoothing": -0.1}, r"label_smoothing is -0\.1"),

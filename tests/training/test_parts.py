@@ -123,7 +123,8 @@ def test_the_table_of_rates():
     ({"part_learning_rates": {"language": 0.2}}, "a section with factor and layer_decay"),
     ({"part_learning_rates": {"language": {"factor": 0}}}, "a number above 0"),
     ({"part_learning_rates": {"language": {"layer_decay": 0.9}}}, "only the vision tower"),
-    ({"part_learning_rates": {"vision": {"decay": 0.9}}}, "Unknown key part_learning_rates.vision.decay .* the choices are factor, layer_decay"),
+    ({"part_learning_rates": {"vision": {"decay": 0.9}}},
+     "Unknown key part_learning_rates.vision.decay .* the choices are factor, layer_decay"),
     ({"part_learning_rates": {"vision": {"factor": None}}}, "vision.factor is None; it must be a number above 0"),
     ({"part_learning_rates": {"vision": None}}, "vision is None; it must be a section"),
     ({"part_learning_rates": RATES, "lr_schedule": None}, "needs an lr_schedule")])

@@ -1,0 +1,105 @@
+"""What imports neither MindSpore nor MindFormers, and that everything is registered all the same."""
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mindformers_ixc
+
+FRAMEWORKS = ("mindspore", "mindformers")
+
+# Host code: quick commands and child processes stand on it.
+FREE_PACKAGES = ("processing", "data", "parallel", "demo")
+FREE_MODULES = (
+    "config", "parameters", "errors", "files", "resources", "sections", "version",
+    "native", "native.images",
+    *(f"checkpoint.{name}" for name in (
+        "ckpt_file", "convert", "dtypes", "inspection", "layouts", "merge", "model_config", "protobuf",
+        "safetensors_file", "sources", "strategy_file", "streaming", "tensor_file", "tensors", "torch_file",
+        "writing")),
+    *(f"planning.{name}" for name in (
+        "workload", "memory", "cost", "search", "plan", "text", "few_layers", "check_layout")),
+    "cpu_cluster", "cpu_cluster.build", "cpu_cluster.mailbox", "cpu_cluster.simulated",
+    "cli", "cli.checkpoints", "cli.inputs", "cli.yaml_file",
+)
+
+
+def free_modules() -> list[str]:
+    root = Path(mindformers_ixc.__file__).parent
+    names = [name for package in FREE_PACKAGES
+             for name in (package, *(f"{package}.{module.name}" for module in pkgutil.iter_modules([root / package])))]
+    present = [name for name in FREE_MODULES if (root / f"{name.replace('.', '/')}.py").exists()
+               or (root / name.replace(".", "/") / "__init__.py").exists()]
+    return ["mindformers_ixc", "mindformers_ixc_cli", *(f"mindformers_ixc.{name}" for name in (*names, *present))]
+
+
+def python(program: str, *arguments: str) -> str:
+    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False,
+                            env={**os.environ, "GLOG_v": "3"})
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.strip().splitlines()[-1]
+
+
+def test_host_code_imports_no_framework():
+    program = ("import importlib, json, sys\n"
+               "guilty = {}\n"
+               "for name in sys.argv[1:]:\n"
+               "    importlib.import_module(name)\n"
+               f"    found = [f for f in {FRAMEWORKS!r} if f in sys.modules]\n"
+               "    if found:\n"
+               "        guilty[name] = found\n"
+               "        break\n"
+               "print(json.dumps(guilty))")
+    names = free_modules()
+    assert len(names) > 60
+    assert json.loads(python(program, *names)) == {}
+
+
+REGISTERED = ("from mindformers.tools.register import MindFormerRegister as r; from mindformers.pet.pet_model import "
+              "PET_TYPE_TO_MODEL_MAPPING as pet; print(all(r.is_exist(kind, name) for kind, name in (('models', "
+              "'IXC25ForCausalLM'), ('models', 'IXC25ForPreference'), ('config', 'IXC25Config'), ('tokenizer', "
+              "'InternLM2Tokenizer'), ('processor', 'IXC25Processor'), ('trainer', 'IXC25Trainer'), ('dataset', "
+              "'IXC25SFTDataset'), ('dataset', 'IXC25PreferenceDataset'), ('wrapper', 'IXC25TrainOneStepCell'), "
+              "('pipeline', 'multimodal_chat'))) and {'partial_lora', 'task_lora'} <= set(pet))")
+
+
+@pytest.mark.parametrize("first", [
+    "import mindformers_ixc, mindformers",
+    "import mindformers, mindformers_ixc",
+    "import mindformers_ixc; mindformers_ixc.IXC25Config",
+    "from mindformers_ixc.models.vision import IXC25VisionModel",
+    "from mindformers_ixc.training.wrapper import IXC25TrainOneStepCell",
+    "import mindspore, mindformers_ixc.generation.sampling",
+])
+def test_everything_is_registered_in_whatever_order(first):
+    assert python(f"{first}\n{REGISTERED}") == "True"
+
+
+def test_names_of_the_package():
+    assert set(mindformers_ixc.__all__) <= set(dir(mindformers_ixc))
+    assert all(getattr(mindformers_ixc, name) is not None for name in mindformers_ixc.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'IXC25Confg'"):
+        mindformers_ixc.IXC25Confg      # noqa: B018
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["run", "--config", "gone.yaml"], "The configuration file gone.yaml does not exist."),
+    (["launch", "-n", "2", "--config", "gone.yaml"], "The configuration file gone.yaml does not exist."),
+    (["chat", "--model", "gone", "hello"], "config.json does not exist"),
+    (["inspect", "gone"], "gone does not exist"),
+    (["convert", "gone", "there"], "gone does not exist")])
+def test_a_missing_file_is_said_before_anything_heavy_is_imported(tmp_path, words, sentence):
+    program = ("import sys, mindformers_ixc_cli\n"
+               "code = mindformers_ixc_cli.main(sys.argv[1:])\n"
+               f"heavy = [f for f in {FRAMEWORKS!r} if f in sys.modules]\n"
+               "print(code, heavy, file=sys.stderr)")
+    result = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True,
+                            check=False)
+    *_, error, state = result.stderr.strip().splitlines()
+    assert sentence in error and state == "1 []"
