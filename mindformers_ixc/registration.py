@@ -143,7 +143,7 @@ class IXC25VideoProcessor(VideoProcessor, BaseImageProcessor):
 
 @MindFormerRegister.register(MindFormerModuleType.PROCESSOR)
 class IXC25Processor(Processor, ProcessorMixin):
-    """`processing.processor.Processor` for MindFormers.
+    """`processing.processor.Processor` as one of MindFormers' processors.
 
     Args:
         image_processor: turns images into tiles.

@@ -11,9 +11,30 @@ import pytest
 # MindSpore and MindFormers read these while they are imported
 os.environ.setdefault("GLOG_v", "3")
 os.environ.setdefault("LOG_MF_PATH", tempfile.mkdtemp(prefix="mindformers_ixc_log_"))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # compiling is what takes the time, and one thread does it; more in each worker only get into each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "scripts"), str(HERE / "helpers")]
+
+# The files that take minutes, the longest first: begun last, one would keep a single worker busy at the end.
+LONGEST = ["training/test_end_to_end.py", "planning/test_plan_compiled.py", "training/test_interrupted.py",
+           "cpu_cluster/test_layouts.py", "cli/test_launch.py", "generation/test_parallel_inference.py",
+           "checkpoint/test_convert.py", "cpu_cluster/test_collectives.py", "cpu_cluster/test_processes.py",
+           "models/test_parity.py", "test_parity_script.py"]
+
+
+def pytest_configure(config):
+    """Workers take files in the order below, not those of most tests first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest run first."""
+    places = {HERE / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

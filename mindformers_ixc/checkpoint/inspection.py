@@ -36,7 +36,7 @@ class Part:
 
 @dataclass
 class Report:
-    """What `inspect` found.
+    """What `inspect` found in a checkpoint.
 
     Attributes:
         path: the checkpoint.

@@ -17,13 +17,16 @@ from mindformers_ixc.checkpoint.model_config import config_of
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
-from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.config import TASK_LORAS, ModelConfig
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.parameters import PARTS, base_name, parameter_table, part_of
 
 # How trained LoRAs are named: by PEFT (with or without the adapter's name) and by MindFormers (MindPet).
 _LORA_NAMES = (re.compile(r"(?:base_model\.model\.)?(?P<linear>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$"),
                re.compile(r"(?P<linear>.+)\.(?:mindpet|tk)_delta_lora_(?P<side>[ab])$"))
+
+# The first side of a task LoRA's pair, whose rows are its rank.
+_TASK_FIRST = re.compile(rf"\.lora_({'|'.join(TASK_LORAS)})_A\.weight$")
 
 
 class FoldedTensor(LazyTensor):
@@ -101,8 +104,8 @@ def merge(source: str | Path, target: str | Path, *, attach: str | Path | None =
         attach: checkpoint of some parts (what `extract` made) whose tensors replace the source's, or are added.
         lora: directory or file of a trained LoRA (PEFT or MindFormers) to fold in.
         alpha: its alpha, if there is no `adapter_config.json`.
-        fold: task LoRAs (`sft`, `dpo`, `web`) to fold in; they are gone afterwards.
-        extract: parts (`names.PARTS`) to keep, leaving out everything else.
+        fold: task LoRAs (`config.TASK_LORAS`) to fold in; they are gone afterwards.
+        extract: parts (`parameters.PARTS`) to keep, leaving out everything else.
         to: `ms` or `hf`; by default what the source is.
         dtype: format of the weights; by default each keeps its own.
         config: `config.json` or its directory, if the source has none beside it.
@@ -157,8 +160,9 @@ def check_merge_names(fold: tuple[str, ...], extract: tuple[str, ...]) -> None:
             raise CheckpointError("Partial LoRA cannot be folded: it acts on image positions only (y = W x on text, "
                                   "W x + s B A x on pictures), so no single matrix gives both. It stays beside the "
                                   "weight.")
-        if name not in ("sft", "dpo", "web"):
-            raise CheckpointError(f"'{name}' is no task LoRA; the choices are sft, dpo and web.")
+        if name not in TASK_LORAS:
+            *others, last = TASK_LORAS
+            raise CheckpointError(f"'{name}' is no task LoRA; the choices are {', '.join(others)} and {last}.")
     for name in extract:
         if name not in PARTS:
             raise CheckpointError(f"'{name}' is no part; the choices are {', '.join(PARTS)}.")
@@ -249,7 +253,7 @@ def attach_parts(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint,
     parts = {name: tensor for name, tensor in adapter.tensors.items()
              if part_of(name) is not None or (base_name(name) == name and len(tensor.shape) > 1)}
     for name, tensor in parts.items():
-        match = re.search(r"\.lora_(sft|dpo|web)_A\.weight$", name)
+        match = _TASK_FIRST.search(name)
         if match:
             config.task_lora_ranks = {**config.task_lora_ranks, match[1]: tensor.shape[0]}
     table = parameter_table(config)

@@ -24,7 +24,7 @@ _STEP = re.compile(r"-(\d+)_(\d+)\.\w+$")
 
 @dataclass
 class OpenedCheckpoint:
-    """An opened checkpoint.
+    """A checkpoint whose headers are read; its tensors are read when asked for.
 
     Attributes:
         path: what was opened.

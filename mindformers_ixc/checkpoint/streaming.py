@@ -47,7 +47,7 @@ class Output:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the region."""
+        """Shape of the region the rank holds."""
         return tuple(part.stop - part.start for part in self.region)
 
 

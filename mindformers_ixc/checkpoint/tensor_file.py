@@ -77,7 +77,7 @@ class TensorFile:
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Gives the file descriptor back; closing twice does no harm."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

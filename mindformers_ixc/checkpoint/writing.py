@@ -56,7 +56,7 @@ class Options:
 
     @property
     def ranks(self) -> int:
-        """Devices in all."""
+        """Devices of all pipeline stages together."""
         return self.tensor_parallel * self.pipeline_stages
 
     def check(self) -> None:

@@ -87,7 +87,7 @@ class Interrupts:
 
 
 class Session:
-    """An interactive conversation: keeps history and the pictures of all rounds."""
+    """An interactive conversation: keeps history and the images of all rounds."""
 
     def __init__(self, assistant, arguments: argparse.Namespace):
         self.assistant, self.arguments = assistant, arguments
@@ -113,7 +113,7 @@ class Session:
                     return 0
                 try:
                     self._line(line)
-                except (ValueError, OSError) as error:   # a bad picture must not end the conversation
+                except (ValueError, OSError) as error:   # a bad image must not end the conversation
                     print(f"error: {error}", file=sys.stderr)
 
     def _line(self, line: str) -> None:
@@ -136,7 +136,7 @@ class Session:
         images = self.images + self.waiting
         markers = text.count("<ImageHere>")
         if self.waiting and markers == 0:
-            # every picture needs its place once there is a history; pictures go before the question they came with
+            # every image needs its place once there is a history; images go before the question they came with
             text = "<ImageHere>" * len(self.waiting) + text
         query = {"query": text, "images": images, "history": self.history, "hd_num": self.arguments.hd_num,
                  "meta_instruction": self.arguments.meta_instruction}

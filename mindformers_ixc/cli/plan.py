@@ -45,7 +45,7 @@ def read_memory(text: str, option: str = "--device_memory") -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Runs `mindformers plan`.
+    """`mindformers plan`: prints whether a YAML fits a cluster, and how long its step takes.
 
     Args:
         arguments: of the `plan` subcommand; `rest` holds further words, taken as overrides.

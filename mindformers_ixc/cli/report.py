@@ -1,4 +1,4 @@
-"""`mindformers report`: what a run wrote down, as pictures and one page."""
+"""`mindformers report`: what a run wrote down, as charts and one page."""
 from __future__ import annotations
 
 import argparse
@@ -44,12 +44,12 @@ def report(arguments: argparse.Namespace) -> int:
     if not rows:
         raise ConfigError(f"{folder} has no {METRICS_FILE} with steps in it; name the --output_dir of a run.")
     evaluations = read_metrics(folder / EVALUATIONS_FILE)
-    pictures = draw(rows, evaluations)
+    charts = draw(rows, evaluations)
     (folder / "report").mkdir(exist_ok=True)
-    for name, _, data in pictures:
+    for name, _, data in charts:
         write_whole(folder / "report" / f"{name}.png", data)
     body = _table(rows, evaluations)
-    for _, title, data in pictures:
+    for _, title, data in charts:
         body += f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
     page = PAGE.format(title=html.escape(folder.resolve().name), body=body)
     write_whole(folder / "report.html", page)
@@ -64,23 +64,23 @@ def draw(rows: list[dict], evaluations: list[dict]) -> list[tuple[str, str, byte
         rows: of `metrics.jsonl`.
         evaluations: of `evaluations.jsonl`.
     """
-    pictures = []
+    charts = []
     for name, title, key, logarithmic in CURVES:
         lines = {"": [(row["step"], row[key]) for row in rows if row.get(key) is not None]}
         if name == "throughput":   # the first step compiles
             lines = {"": lines[""][1:]}
-        pictures.append((name, title, _plot(lines, title, logarithmic)))
+        charts.append((name, title, _plot(lines, title, logarithmic)))
     sources = dict.fromkeys(source for row in rows for source in row.get("sources", {}))
     by_source = {Path(source).name: [(row["step"], row["sources"][source]["loss"]) for row in rows
                                      if source in row.get("sources", {})] for source in sources}
-    pictures.append(("sources", "Loss by source", _plot(by_source, "Loss by source", False)))
+    charts.append(("sources", "Loss by source", _plot(by_source, "Loss by source", False)))
     names = dict.fromkeys(key for row in evaluations for key in row if key != "step")
     measured = {name: [(row["step"], row[name]) for row in evaluations if name in row] for name in names}
     losses = {name: line for name, line in measured.items() if name.endswith("loss")}
     scores = {name: line for name, line in measured.items() if name not in losses}
     for name, title, lines in (("evaluation_loss", "Held-out loss", losses), ("scores", "Held-out scores", scores)):
-        pictures.append((name, title, _plot(lines, title, False)))
-    return [picture for picture in pictures if picture[2]]
+        charts.append((name, title, _plot(lines, title, False)))
+    return [chart for chart in charts if chart[2]]
 
 
 def _plot(lines: dict[str, list[tuple[float, float]]], title: str, logarithmic: bool) -> bytes:

@@ -13,7 +13,7 @@ from mindformers.utils import load_checkpoint_utils
 logger = logging.getLogger(__name__)
 
 
-def compile_step(model, dataset, *_, do_eval: bool = False, do_predict: bool = False, **__) -> None:
+def compile_on_first_batch(model, dataset, *_, do_eval: bool = False, do_predict: bool = False, **__) -> None:
     """Stands in for `mindformers.checkpoint.utils.compile_model`: compiles the step on the first batch.
 
     Args:
@@ -33,6 +33,6 @@ def compile_step(model, dataset, *_, do_eval: bool = False, do_predict: bool = F
 
 
 def load_on_cpu() -> None:
-    """Puts `compile_step` where MindFormers looks for its own; there is no hook."""
+    """Puts `compile_on_first_batch` where MindFormers looks for its own; there is no hook."""
     for module in (trainer_utils, load_checkpoint_utils):
-        module.compile_model = compile_step
+        module.compile_model = compile_on_first_batch

@@ -1,17 +1,18 @@
 """What crosses from host to device: the columns of a batch, documented here and nowhere else.
 
-With B samples, L = `seq_length` positions, T = `max_tiles` tiles of S x S pixels and n tokens a tile:
+With B samples, L = `seq_length` positions, T = `max_tiles` tiles of P x P pixels and k x k tokens a tile (letters as in
+`mindformers_ixc.models`):
 
 | column | type | shape | holds |
 |---|---|---|---|
 | input_ids | int32 | (B, L) | token ids; the padding id at image positions and in the padding on the right |
 | labels | int32 | (B, L) | already shifted: the target of each position, -100 where there is no loss |
-| pixel_values | float32 | (B, T, 3, S, S) | normalised tiles, zeros after them |
+| pixel_values | float32 | (B, T, 3, P, P) | normalised tiles, zeros after them |
 | vision_index | int32 | (B, L) | row of the vision table each image position takes; 0 elsewhere |
 | image_mask | int32 | (B, L) | 1 on image positions |
 
-Of each picture the global view comes first, then its tiles row by row. The vision table of a sample has T * n + 2 rows:
-those of its tiles in order, then sub_GN, then glb_GN.
+Of each image the global view comes first, then its tiles row by row. The vision table of a sample has T * k * k + 2
+rows: those of its tiles in order, then sub_GN, then glb_GN.
 
 Columns that a run asks for in `input_columns`:
 
@@ -23,7 +24,7 @@ Columns that a run asks for in `input_columns`:
 | source | int32 | (B,) | number of the source, for losses by source |
 
 Preference pairs (`IXC25PreferenceDataset`) have input_ids, labels, vision_index and image_mask as (B, 2, L), the chosen
-answer first, one set of pictures for both, and where they were computed before
+answer first, one set of images for both, and where they were computed before
 
 | column | type | shape | holds |
 |---|---|---|---|

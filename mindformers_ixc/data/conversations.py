@@ -46,7 +46,7 @@ class Conversation:
         id: the file's own id.
         turns: (role, text), user and assistant in turn, after an optional system turn.
         images: paths in the order of their places.
-        sizes: (width, height) of each picture, filled in by the scan.
+        sizes: (width, height) of each image, filled in by the scan.
     """
 
     source: str
@@ -68,7 +68,7 @@ def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike 
 
     Args:
         path: JSON file; `pkg:` paths work.
-        image_folder: where relative picture paths start; by default the JSON's folder, then the working directory.
+        image_folder: where relative image paths start; by default the JSON's folder, then the working directory.
         caption_prompts: questions for samples that are captions.
         seed: of the choice among them.
 
@@ -88,7 +88,7 @@ def parse_rows(rows: Sequence, source: str, file: Path, image_folder: str | os.P
         rows: of the JSON.
         source: its name in messages.
         file: where it lies.
-        image_folder: where relative picture paths start.
+        image_folder: where relative image paths start.
 
     Raises:
         DataError: listing what is wrong with which samples.
@@ -169,7 +169,7 @@ def _read_turns(rows, where: str) -> list[tuple[str, str]]:
 
 
 def _unify_placeholders(turns: list[tuple[str, str]], images: int) -> list[tuple[str, str]]:
-    """LLaVA's `<image>` as `<ImageHere>`; its single leading picture takes the public form, in front of everything."""
+    """LLaVA's `<image>` as `<ImageHere>`; its single leading image takes the public form, in front of everything."""
     if images == 0 or any(IMAGE_PLACEHOLDER in text for _, text in turns):
         return turns
     if images == 1 and sum(text.count(LLAVA_PLACEHOLDER) for _, text in turns) == 1:
@@ -202,7 +202,7 @@ def load_sources(dataset_dir, image_folder: str | None = None, seed: int = 0,
 
     Args:
         dataset_dir: a `.json` source, a `.txt` list file (`<json> <thousands>` a line), or a list of these.
-        image_folder: where relative picture paths start.
+        image_folder: where relative image paths start.
         seed: of the choice among a source's samples when it is down-sampled, and among prompts.
         caption_prompts: questions for samples that are captions.
 
@@ -260,10 +260,10 @@ def resample(samples: Sequence, count: int, rng: random.Random) -> list:
 
 
 def read_image_sizes(samples: Sequence[Conversation]) -> None:
-    """Fills in the pictures' sizes from their headers.
+    """Fills in the images' sizes from their headers.
 
     Raises:
-        DataError: listing the pictures that Pillow cannot open.
+        DataError: listing the images that Pillow cannot open.
     """
     known: dict[Path, tuple[int, int]] = {}
     errors = []

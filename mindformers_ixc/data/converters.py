@@ -101,7 +101,7 @@ def convert_dataset(kind: str, files: list[str | os.PathLike], target: str | os.
         kind: key of `CONVERTERS`.
         files: the published files, in the order `CONVERTERS` names them.
         target: conversation file to be written.
-        images: folder that is put in front of picture names.
+        images: folder that is put in front of image names.
         **options: of the converter (`split` of OCR-VQA).
 
     Returns:

@@ -35,10 +35,10 @@ def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_t
 
     Args:
         processor: counts positions and tiles.
-        sample: conversation with known picture sizes.
+        sample: conversation with known image sizes.
         seq_length: positions at most.
         max_tiles: tiles at most.
-        hd_num: tiles of a picture at most.
+        hd_num: tiles of an image at most.
 
     Returns:
         Number of pairs, and (positions, tiles) of the whole conversation if all fit, else of the first pair that does
@@ -56,7 +56,7 @@ def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_t
 
 
 def first_pairs(sample: Conversation, pairs: int) -> Conversation:
-    """The first question-answer pairs of a conversation with the pictures that belong to them."""
+    """The first question-answer pairs of a conversation with the images that belong to them."""
     system = 1 if sample.turns[0][0] == "system" else 0
     turns = sample.turns[:system + 2 * pairs]
     places = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)

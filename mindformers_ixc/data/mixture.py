@@ -61,7 +61,7 @@ def make_epoch_planner(sources: Sequence[str], multimodal: Sequence[bool], names
 
     Args:
         sources: name of each sample's source.
-        multimodal: whether each sample has pictures.
+        multimodal: whether each sample has images.
         names: of all sources, in the YAML's order.
         section: `mixture` of the YAML; `None` means epochs in which every sample is seen once.
         seed: of the run.

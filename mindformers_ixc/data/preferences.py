@@ -1,4 +1,4 @@
-"""Preference pairs: a prompt with pictures, a chosen and a rejected answer.
+"""Preference pairs: a prompt with images, a chosen and a rejected answer.
 
 A source is a JSON list of `{"id", "prompt", "image", "chosen", "rejected"}`; where they were computed before,
 `reference_logps: [chosen, rejected]` holds log-probabilities of the reference model.
@@ -18,7 +18,7 @@ from mindformers_ixc.resources import resolve_path
 
 REFERENCE_COLUMN = "reference_logps"
 
-# Columns that both answers have; the pictures are shared.
+# Columns that both answers have; the images are shared.
 ANSWER_COLUMNS = ("input_ids", "labels", "vision_index", "image_mask")
 
 
@@ -40,12 +40,12 @@ class PreferenceTable(ConversationTable):
 
     def _encode(self, index: int, place: int) -> tuple[np.ndarray, ...]:
         pair = (self.samples[index], self.rejected[index])
-        pictures = self.processor.image_processor.preprocess(list(pair[0].images), self.hd_num, training=True,
-                                                             where=pair[0].where)
+        encoded_images = self.processor.image_processor.preprocess(list(pair[0].images), self.hd_num, training=True,
+                                                                   where=pair[0].where)
         padded = []
         for sample in pair:
             encoded = self.processor.encode_conversation(sample.turns, sample.images, sample.where, self.hd_num,
-                                                         pictures)
+                                                         encoded_images)
             # the answers are compared, not what ends every conversation alike
             padded.append(encoded.pad(self.seq_length, self.max_tiles, self.processor.pad_token_id))
         columns = {name: np.stack([row[name] for row in padded]) for name in ANSWER_COLUMNS}
@@ -56,11 +56,11 @@ class PreferenceTable(ConversationTable):
 
 
 def load_preferences(path, image_folder=None) -> list[tuple[Conversation, Conversation, tuple[float, float] | None]]:
-    """Reads one source.
+    """Reads the preference pairs of one JSON file.
 
     Args:
         path: JSON file; `pkg:` paths work.
-        image_folder: where relative picture paths start.
+        image_folder: where relative image paths start.
 
     Returns:
         (chosen, rejected, reference log-probabilities or `None`) of each pair.

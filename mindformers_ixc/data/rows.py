@@ -19,7 +19,7 @@ from mindformers_ixc.processing.tokenizer import SentencePieceText
 
 logger = logging.getLogger(__name__)
 
-# Share of samples whose pictures fail to decode above which a run stops: more than a stray damaged file.
+# Share of samples whose images fail to decode above which a run stops: more than a stray damaged file.
 MAX_BAD_SHARE = 0.01
 
 
@@ -39,7 +39,7 @@ class SharedFlags:
         return bool(self._flags[index])
 
     def set(self, index: int) -> None:
-        """Raises one flag."""
+        """Marks the row `index`, for all processes."""
         self._flags[index] = 1
 
     def count(self) -> int:
@@ -50,7 +50,7 @@ class SharedFlags:
 class ConversationTable:
     """Random access to encoded, padded samples; MindSpore's worker processes read from it.
 
-    A row is one conversation, or several packed into one sequence. A row with a picture that turns out to be damaged
+    A row is one conversation, or several packed into one sequence. A row with an image that turns out to be damaged
     only when it is decoded is replaced by the next row of the same kind.
 
     Args:
@@ -58,7 +58,7 @@ class ConversationTable:
         samples: conversations that fit.
         seq_length: positions of a row.
         max_tiles: tiles of a row.
-        hd_num: tiles of a picture at most.
+        hd_num: tiles of an image at most.
         max_bad_share: share of damaged rows above which reading stops.
         packs: indices of the samples of each row; by default every sample is a row.
         columns: what a row holds, of `mindformers_ixc.data.batch`.
@@ -103,7 +103,7 @@ class ConversationTable:
         return self._bad.count()
 
     def is_multimodal(self, index: int) -> bool:
-        """Whether a row has pictures."""
+        """Whether a row has images."""
         return bool(self.samples[self.packs[index][0]].images)
 
     def source_of(self, index: int) -> str:

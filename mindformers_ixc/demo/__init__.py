@@ -1,10 +1,10 @@
-"""Demo data shipped with the package: twelve pictures, questions about them, and a small tokenizer.
+"""Demo data shipped with the package: twelve images, questions about them, and a small tokenizer.
 
-``train.json`` holds single-turn questions, ``multi.json`` several turns, two pictures and text only,
+``train.json`` holds single-turn questions, ``multi.json`` several turns, two images and text only,
 ``data.txt`` lists both in the public ``<json> <thousands>`` format, ``tokenizer.model`` is a SentencePiece
-model of 1024 pieces with the public model's special tokens, and ``images/`` holds the pictures (origins and
+model of 1024 pieces with the public model's special tokens, and ``images/`` holds the images (origins and
 licences in ``README.md``). All but the README is written by ``scripts/make_demo.py``. An answer depends on
-the picture: the same questions are asked of all of them.
+the image: the same questions are asked of all of them.
 """
 
 from __future__ import annotations

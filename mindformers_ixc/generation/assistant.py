@@ -1,4 +1,4 @@
-"""A model with its processor: questions and pictures in, answers out."""
+"""A model with its processor: questions and images in, answers out."""
 from __future__ import annotations
 
 import os
@@ -20,7 +20,7 @@ from mindformers_ixc.processing.prompt import END_OF_TURN
 
 
 class Assistant:
-    """Answers questions about pictures.
+    """Answers questions about images.
 
     Args:
         model: `IXC25ForCausalLM`; it is put in evaluation mode.
@@ -58,12 +58,12 @@ class Assistant:
 
     def generate(self, samples: Sequence[EncodedSample], options: GenerationOptions, mode: str = "base",
                  streamer=None) -> list[list[int]]:
-        """Continues prompts.
+        """Continues a batch of prompts by the search that the options ask for.
 
         Args:
             samples: encoded prompts, answered as one batch.
             options: decoding options, stop ids included.
-            mode: task LoRAs in use, `base`, `write` or `web`.
+            mode: task LoRAs in use, a key of `config.MODE_ADAPTERS`.
             streamer: gets a single prompt's new ids as they come, without the stop id: MindFormers' streamer interface,
                 `put(ids)` (the first time an empty prompt) and `end()`.
 
@@ -172,7 +172,7 @@ class Assistant:
 
     def reply(self, question: dict, options: GenerationOptions, mode: str = "base", streamer=None,
               total: int | None = None) -> str:
-        """Answers one question.
+        """Answers one question; an answer that would not fit is cut, not refused.
 
         Args:
             question: as in `answer`.

@@ -44,14 +44,14 @@ class ContiguousCache(nn.Cell):
         self.split, self.merge = SplitHeads(config), MergeHeads(config)
         self.core = AttentionCore(self.size, config.softmax_compute_type)
         self.dtype, self.softmax_dtype = config.compute_dtype, config.softmax_compute_type
-        self.halves = Tensor([1, 0], mstype.int32)
+        self.half_order = Tensor([1, 0], mstype.int32)
         self.all_positions = Tensor(np.arange(positions, dtype=np.int32)[None, None, :])
         # in place on the CPU, unlike ScatterNdUpdate, which copies the whole cache there: unused positions are zero
-        self.append = P.ScatterNdAdd()
+        self.scatter_add = P.ScatterNdAdd()
         self.assign = P.Assign()
-        self.swap = P.Gather()
+        self.gather_halves = P.Gather()
         self.slice = P.Slice()
-        self.join = P.Concat(3)
+        self.concat = P.Concat(3)
         self.mul = P.Mul()
         self.add = P.Add()
         self.cast = P.Cast()
@@ -67,7 +67,7 @@ class ContiguousCache(nn.Cell):
             end = min(start + CHUNK, length)
             queries = self.reshape(F.arange(start, end), (end - start, 1))
             later = F.greater(self.reshape(F.arange(end), (1, end)), queries)
-            mask = self.mul(self.cast(later, self.softmax_dtype), MASKED)                   # (c, end)
+            mask = self.mul(self.cast(later, self.softmax_dtype), MASKED)                   # (c, S)
             masks += (self.reshape(mask, (1, 1, 1, end - start, end)),)
         return masks
 
@@ -111,10 +111,10 @@ class ContiguousCache(nn.Cell):
             seen = (b, kv, end, d)
             y = self._chunk(part, self.slice(key, (0, 0, 0, 0), seen), self.slice(value, (0, 0, 0, 0), seen), masks[i])
             done = (y, *done)
-        return self.join(done)                                                              # (B, KV, G, L, d)
+        return self.concat(done)                                                            # (B, KV, G, L, d)
 
     def _chunk(self, query, key, value, mask):
-        """Attention of the last c of S positions: `(B, KV, G, c, d)` over keys and values `(B, KV, S, d)`."""
+        """Attention of the last c of the S positions seen: `(B, KV, G, c, d)` over keys and values `(B, KV, S, d)`."""
         return self.core.attend(query, key, value, mask)
 
     def _fill(self, cache, new, length):
@@ -143,7 +143,8 @@ class ContiguousCache(nn.Cell):
             Tensor `(B, H*d)`.
         """
         rows, kv, g, d = self.batch * self.kv, self.kv, self.groups, self.size
-        halves = self.swap(self.reshape(qkv, (rows, g + 2, 2, d // 2)), self.halves, 2)     # (B*KV, G+2, 2, d/2)
+        halves = self.reshape(qkv, (rows, g + 2, 2, d // 2))                                # (B*KV, G+2, 2, d/2)
+        halves = self.gather_halves(halves, self.half_order, 2)
         shape = (self.batch, kv, g + 2, d)
         turned = self.mul(self.reshape(halves, shape), self.cast(sin, self.dtype))
         x = self.add(self.mul(self.reshape(qkv, shape), self.cast(cos, self.dtype)), turned)
@@ -151,8 +152,8 @@ class ContiguousCache(nn.Cell):
         query = self.slice(x, (0, 0, 0), (rows, g, d))                                      # (B*KV, G, d)
         key = self.reshape(self.slice(x, (0, g, 0), (rows, 1, d)), (rows, d))
         value = self.reshape(self.slice(x, (0, g + 1, 0), (rows, 1, d)), (rows, d))
-        keys = self.append(self.keys, where, key)                                            # (B*KV, S, d)
-        values = self.append(self.values, where, value)
+        keys = self.scatter_add(self.keys, where, key)                                       # (B*KV, S, d)
+        values = self.scatter_add(self.values, where, value)
         scores = self.add(self.cast(self.scores(query, keys), self.softmax_dtype), mask)    # (B*KV, G, S)
         weights = self.cast(self.softmax(scores), self.dtype)
         return self.reshape(self.weighted_sum(weights, values), (self.batch, kv * g * d))
@@ -189,13 +190,13 @@ class NativeCache(ContiguousCache):
         return None
 
     def prefill(self, qkv, cos, sin, mask, where, shape):
-        """See `ContiguousCache.prefill`."""
+        """As `ContiguousCache.prefill`, by one kernel that splits, rotates and fills."""
         # the kernel writes the caches in place
         query, key, value = self.split_and_fill(qkv, cos, sin, where, self.query_scale, self.keys, self.values)
         return self.merge(self._attend(query, key, value, mask, shape[1]), shape)
 
     def decode(self, qkv, cos, sin, mask, where, _):
-        """See `ContiguousCache.decode`."""
+        """As `ContiguousCache.decode`, by one kernel that rotates, appends and attends."""
         return self.attention(qkv, cos, sin, where, self.keys, self.values)
 
 
@@ -210,8 +211,8 @@ class TokenHeads(nn.Cell):
         super().__init__()
         self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
         self.dtype = config.compute_dtype
-        self.halves = Tensor([1, 0], mstype.int32)
-        self.swap = P.Gather()
+        self.half_order = Tensor([1, 0], mstype.int32)
+        self.gather_halves = P.Gather()
         self.slice = P.Slice()
         self.mul = P.Mul()
         self.add = P.Add()
@@ -219,7 +220,7 @@ class TokenHeads(nn.Cell):
         self.reshape = P.Reshape()
 
     def construct(self, qkv, cos, sin):
-        """Splits.
+        """Rotates the consolidated product of one token a row and takes it apart.
 
         Args:
             qkv: `(B, KV * (G+2) * d)`.
@@ -230,7 +231,8 @@ class TokenHeads(nn.Cell):
             Query `(B, KV, G, d)`, key and value `(B, KV, 1, d)`.
         """
         b, kv, g, d = qkv.shape[0], self.kv, self.groups, self.size
-        halves = self.swap(self.reshape(qkv, (b, kv, g + 2, 2, d // 2)), self.halves, 3)    # (B, KV, G+2, 2, d/2)
+        halves = self.reshape(qkv, (b, kv, g + 2, 2, d // 2))                               # (B, KV, G+2, 2, d/2)
+        halves = self.gather_halves(halves, self.half_order, 3)
         shape = (b, kv, g + 2, d)
         turned = self.mul(self.reshape(halves, shape), self.cast(sin, self.dtype))
         x = self.add(self.mul(self.reshape(qkv, shape), self.cast(cos, self.dtype)), turned)
@@ -240,7 +242,7 @@ class TokenHeads(nn.Cell):
     def shard(self, tp: int) -> None:
         """Cuts key/value heads."""
         heads = (1, tp, 1, 1)
-        self.swap.shard(((1, tp, 1, 1, 1), (1,)))
+        self.gather_halves.shard(((1, tp, 1, 1, 1), (1,)))
         self.slice.shard((heads,))
         self.mul.shard((heads, (1, 1, 1, 1)))
         self.add.shard((heads, heads))

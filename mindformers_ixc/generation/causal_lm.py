@@ -110,15 +110,15 @@ class IXC25ForCausalLM(IXC25Model):
              do_sample: bool = True, num_beams: int = 1, temperature: float = 1.0, top_p: float = 0.8,
              repetition_penalty: float = 1.005, infer_mode: str = "base", use_meta: bool = False,
              meta_instruction: str = META_INSTRUCTION, **kwargs) -> tuple[str, list[tuple[str, str]]]:
-        """Answers a question about pictures.
+        """Answers a question about images.
 
         Args:
             tokenizer: the model's tokenizer.
-            query: the question; `<ImageHere>` marks a picture's place, a single picture may go without.
-            image: pictures of the whole conversation, in the order of their places: paths (a video's too), bytes, PIL
-                pictures or uint8 arrays; a single one need not be in a list.
-            hd_num: tiles of a single picture at most; `None` is the model's own limit, 24 for the public model. Several
-                pictures take 6 tiles each (public rule).
+            query: the question; `<ImageHere>` marks an image's place, a single image may go without.
+            image: images of the whole conversation, in the order of their places: paths (a video's too), bytes, PIL
+                images or uint8 arrays; a single one need not be in a list.
+            hd_num: tiles of a single image at most; `None` is the model's own limit, 24 for the public model. Several
+                images take 6 tiles each (public rule).
             history: finished rounds (question, answer), as an earlier call returned them.
             streamer: MindFormers' or Hugging Face's streamer (`put`, `end`), which gets ids as they come.
             max_new_tokens: new tokens at most.
@@ -127,7 +127,7 @@ class IXC25ForCausalLM(IXC25Model):
             temperature: of sampling.
             top_p: of sampling.
             repetition_penalty: 1 is none.
-            infer_mode: task LoRAs in use: `base`, `write` or `web`.
+            infer_mode: task LoRAs in use, a key of `config.MODE_ADAPTERS`.
             use_meta: begin with the system turn `meta_instruction`.
             meta_instruction: text of the system turn.
             **kwargs: further fields of `GenerationOptions` (`top_k`, `seed`, `length_penalty`, ...).
@@ -136,7 +136,7 @@ class IXC25ForCausalLM(IXC25Model):
             The answer, and the history with this round appended.
 
         Raises:
-            PromptError: when pictures and their places differ in number, or nothing is asked.
+            PromptError: when images and their places differ in number, or nothing is asked.
             GenerationError: for an option outside its range, or a streamer together with beams.
             ConfigError: for an unknown `infer_mode`.
         """
@@ -158,7 +158,7 @@ class IXC25ForCausalLM(IXC25Model):
         """Writes an article (mode `write`: the sft and dpo LoRAs).
 
         Args:
-            inst: what to write; `<ImageHere>` marks a picture's place.
+            inst: what to write; `<ImageHere>` marks an image's place.
             image: as in `chat`.
             hd_num: as in `chat`.
             history: must be empty: articles know no rounds.
@@ -261,7 +261,7 @@ class IXC25ForCausalLM(IXC25Model):
             The page's HTML.
 
         Raises:
-            PromptError: without a picture.
+            PromptError: without an image.
         """
         if not image_list(image):
             raise PromptError("screen_2_webpage needs a screenshot; give it as image.")
@@ -283,11 +283,11 @@ class IXC25ForCausalLM(IXC25Model):
                  **kwargs) -> np.ndarray:
         """Continues token ids, with Hugging Face's semantics.
 
-        The first arguments are what `IXC25Processor` returns: `model.generate(**processor(text, picture))`.
+        The first arguments are what `IXC25Processor` returns: `model.generate(**processor(text, image))`.
 
         Args:
             input_ids: int `(L,)` or `(B, L)`.
-            pixel_values: float32 `(B, t, 3, S, S)`, tiles of each prompt.
+            pixel_values: float32 `(B, t, 3, P, P)`, tiles of each prompt.
             image_mask: int `(B, L)`, 1 on image positions.
             vision_index: int `(B, L)`, row of each prompt's vision table of t tiles for each image position.
             attention_mask: int `(B, L)`, 0 on padding; by default everything is real.
@@ -324,7 +324,7 @@ class IXC25ForCausalLM(IXC25Model):
 
 
 def image_list(image) -> list:
-    """Pictures as a list; `None` is none, and a single one may stand alone."""
+    """Images as a list; `None` is none, and a single one may stand alone."""
     if image is None:
         return []
     return list(image) if isinstance(image, (list, tuple)) else [image]

@@ -38,7 +38,7 @@ class VisionTable(StageCell):
         self.model = model
 
     def construct(self, pixel_values):
-        """Maps `(1, T, 3, S, S)` to `(1, T * tokens + 2, D)`."""
+        """Maps `(1, T, 3, P, P)` to `(1, T*k*k + 2, D)`."""
         return self.model.vision_table(pixel_values, True)
 
 
@@ -52,7 +52,7 @@ class Hop(StageCell):
         self.add.shard(((1, 1, 1), ()))
 
     def construct(self, x):
-        """Gives `x`, `(B, N, D)`, back."""
+        """Gives `x`, `(B, T*k*k + 2, D)`, back."""
         return self.add(x, 0)
 
 
@@ -68,7 +68,7 @@ class PassOn(nn.Cell):
         self.hops = nn.CellList([Hop(stage) for stage in range(0 if last is None else last + 1)], auto_prefix=False)
 
     def construct(self, x):
-        """Gives `x`, `(B, N, D)`, back."""
+        """Gives `x`, `(B, T*k*k + 2, D)`, back."""
         for hop in self.hops:
             x = hop(x)
         return x

@@ -56,7 +56,7 @@ class VisionGraph(InferenceGraph):
         self.passing = PassOn(stage_of(model.model.norm))
 
     def construct(self, pixel_values):
-        """Maps `(1, T, 3, S, S)` to the table `(1, T * tokens + 2, D)`."""
+        """Maps `(1, T, 3, P, P)` to the table `(1, T*k*k + 2, D)`."""
         return self.passing(self.table(pixel_values))
 
 
@@ -144,7 +144,7 @@ class InferenceEngine:
         self._tables: dict = {}
 
     def encode_images(self, sample: EncodedSample) -> Tensor:
-        """Image embeddings of a sample's image positions, `(n_image, D)`, in order of position."""
+        """Image embeddings of a sample's image positions, `(N, D)`, in order of position."""
         pixels, tokens = sample.pixel_values, self.config.vision_config.tokens_per_tile
         count, at_once = len(pixels), self.tiles_per_call
         padded = -(-count // at_once) * at_once

@@ -1,4 +1,4 @@
-"""`pipeline("multimodal_chat")`: questions about pictures through MindFormers' pipeline interface."""
+"""`pipeline("multimodal_chat")`: questions about images through MindFormers' pipeline interface."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ PROMPT_ARGUMENTS = ("history", "meta_instruction", "hd_num")
 
 @MindFormerRegister.register(MindFormerModuleType.PIPELINE, alias=TASK)
 class MultimodalChatPipeline(Pipeline):
-    """Chats about pictures.
+    """MindFormers' pipeline of the task `multimodal_chat`.
 
     A request is a dict with `query`, `images` (a list, optional) and `history` (optional), a plain question, or a list
     of messages (`[{"role": "user", "content": [{"type": "image", "image": ...}, {"type": "text", "text": ...}]}]`).

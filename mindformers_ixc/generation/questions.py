@@ -18,7 +18,7 @@ class Question:
     system: str = ""
 
     def request(self, hd_num: int | None) -> dict:
-        """Arguments of `IXC25Processor.encode_chat`."""
+        """The question as arguments of `IXC25Processor.encode_chat`."""
         return {"query": self.query, "images": self.images, "history": self.history, "hd_num": hd_num,
                 "meta_instruction": self.system}
 
@@ -30,7 +30,7 @@ def questions_of(samples) -> list[Question]:
         samples: conversations as `load_conversations` gives them.
 
     Returns:
-        Questions in file order; a question's pictures are those up to its round.
+        Questions in file order; a question's images are those up to its round.
     """
     questions = []
     for sample in samples:
@@ -40,16 +40,16 @@ def questions_of(samples) -> list[Question]:
         history, used = [], 0 if placed else len(sample.images)
         for (_, query), (_, expected) in zip(turns[0::2], turns[1::2]):
             used += query.count(IMAGE_PLACEHOLDER)
-            pictures = list(sample.images[:used])
-            questions.append(Question(str(sample.id), query, list(history), pictures, expected, system))
+            images = list(sample.images[:used])
+            questions.append(Question(str(sample.id), query, list(history), images, expected, system))
             history.append((query, expected))
     return questions
 
 
 def shuffle_images(questions: list[Question]) -> None:
-    """Gives every question the pictures of another one that has as many, none its own; in place.
+    """Gives every question the images of another one that has as many, none its own; in place.
 
-    The order is fixed: question i of a group takes the pictures of the first later question that shows other pictures.
+    The order is fixed: question i of a group takes the images of the first later question that shows other images.
     """
     groups: dict[int, list[Question]] = {}
     for question in questions:

@@ -110,11 +110,11 @@ def sample_rows(scores: np.ndarray, generators: Sequence[np.random.Generator]) -
     """Draws one index from each row by the row's own generator, one uniform number each.
 
     Args:
-        scores: `(R, N)`; minus infinity is never drawn.
+        scores: `(B, V)`; minus infinity is never drawn.
         generators: one a row, so that a row's draws do not depend on its neighbours.
 
     Returns:
-        int64 `(R,)`.
+        int64 `(B,)`.
     """
     drawn = []
     for row, generator in zip(scores, generators):

@@ -36,10 +36,10 @@ class ShardedCache(nn.Cell):
         self.split, self.merge, self.token_heads = SplitHeads(config), MergeHeads(config), TokenHeads(config)
         self.core = AttentionCore(self.size, config.softmax_compute_type)
         self.causal_mask = CausalMask(config, additive=True)
-        self.real, self.place = P.Mul(), P.Mul()
-        self.join = P.Concat(2)
+        self.mul_real, self.mul_place = P.Mul(), P.Mul()
+        self.concat = P.Concat(2)
         self.assign = P.Assign()
-        self.append = P.AssignAdd()
+        self.assign_add = P.AssignAdd()
         self.add_mask = P.Add()
         self.cast = P.Cast()
         self.reshape = P.Reshape()
@@ -57,10 +57,10 @@ class ShardedCache(nn.Cell):
         self.causal_mask.shard(1)
         self.token_heads.shard(tp)
         self.softmax.shard((heads,))
-        self.place.shard((whole, heads))
-        for primitive in (self.real, self.add_mask):
+        self.mul_place.shard((whole, heads))
+        for primitive in (self.mul_real, self.add_mask):
             primitive.shard((heads, whole))
-        for primitive in (self.join, self.assign, self.append, self.scores, self.weighted_sum):
+        for primitive in (self.concat, self.assign, self.assign_add, self.scores, self.weighted_sum):
             primitive.shard((heads, heads))
 
     def prefill_mask(self, length):
@@ -72,18 +72,18 @@ class ShardedCache(nn.Cell):
         return mask
 
     def prefill(self, qkv, cos, sin, mask, where, shape):
-        """As `ContiguousCache.prefill`."""
+        """As `ContiguousCache.prefill`, over key/value heads of which a device has its share."""
         query, key, value = self.split(qkv, cos, sin, shape)
         real = self.cast(where, self.dtype)
-        key = F.depend(key, self._fill(self.keys, self.real(key, real), shape[1]))
-        value = F.depend(value, self._fill(self.values, self.real(value, real), shape[1]))
+        key = F.depend(key, self._fill(self.keys, self.mul_real(key, real), shape[1]))
+        value = F.depend(value, self._fill(self.values, self.mul_real(value, real), shape[1]))
         return self.merge(self.core(query, key, value, mask), shape)
 
     def _fill(self, cache, new, length):
         """Makes a cache hold `(B, KV, L, d)` and zeros after it."""
         if length < self.positions:
             rest = F.zeros((self.batch, self.kv, self.positions - length, self.size), self.dtype)
-            new = self.join((new, rest))                                                    # (B, KV, S, d)
+            new = self.concat((new, rest))                                                  # (B, KV, S, d)
         return self.assign(cache, new)
 
     def decode(self, qkv, cos, sin, mask, where, _):
@@ -102,8 +102,8 @@ class ShardedCache(nn.Cell):
         """
         query, key, value = self.token_heads(qkv, cos, sin)
         where = self.cast(where, self.dtype)
-        keys = self.append(self.keys, self.place(where, key))                               # (B, KV, S, d)
-        values = self.append(self.values, self.place(where, value))
+        keys = self.assign_add(self.keys, self.mul_place(where, key))                       # (B, KV, S, d)
+        values = self.assign_add(self.values, self.mul_place(where, value))
         scores = self.add_mask(self.cast(self.scores(query, keys), self.softmax_dtype),
                                self.cast(mask, self.softmax_dtype))                         # (B, KV, G, S)
         weights = self.cast(self.softmax(scores), self.dtype)

@@ -128,7 +128,7 @@ class ContiguousSlot(Slot):
         return np.stack((self.entries, at), -1).astype(np.int32), at[:, None, None]
 
     def source(self, rows: np.ndarray) -> np.ndarray:
-        """See `Slot.source`."""
+        """See `Slot.source`; a row has an entry for each key/value head."""
         return (rows[:, None] * self.kv + np.arange(self.kv)).reshape(-1)
 
 
@@ -208,7 +208,7 @@ class ShardedSlot(Slot):
         return new.astype(np.float32)[:, None, :, None], (later * np.float32(MASKED))[:, None, None, :]
 
     def source(self, rows: np.ndarray) -> np.ndarray:
-        """See `Slot.source`."""
+        """See `Slot.source`; entries are rows."""
         return rows
 
 

@@ -10,15 +10,15 @@ from mindformers_ixc.errors import PromptError
 RESUME_INSTRUCTION = "Build a personal web page (HTML) from the content of this resume:\n"
 SCREENSHOT_INSTRUCTION = "Write the HTML code of the web page in this picture, styled with Tailwind CSS."
 
-# The service that the model's pages fetch example pictures from has closed; this one takes the sizes the same way.
-_CLOSED_PICTURES = re.compile(r"https://source\.unsplash\.com/random/(\d+)x(\d+)/?(\?[^'\")\s]*)?")
-_OPEN_PICTURES = r"https://picsum.photos/\1/\2"
+# The service that the model's pages fetch example images from has closed; this one takes the sizes the same way.
+_CLOSED_IMAGES = re.compile(r"https://source\.unsplash\.com/random/(\d+)x(\d+)/?(\?[^'\")\s]*)?")
+_OPEN_IMAGES = r"https://picsum.photos/\1/\2"
 
 
 def html_of(text: str) -> str:
-    """The page in an answer: without a Markdown fence around it, example pictures from a service that is open."""
+    """The page in an answer: without a Markdown fence around it, example images from a service that is open."""
     fenced = re.search(r"```(?:html)?\s*\n(.*?)(?:\n```|\Z)", text, re.DOTALL)
-    return _CLOSED_PICTURES.sub(_OPEN_PICTURES, fenced[1] if fenced else text)
+    return _CLOSED_IMAGES.sub(_OPEN_IMAGES, fenced[1] if fenced else text)
 
 
 def read_resume(path: str | os.PathLike) -> str:

@@ -40,7 +40,7 @@ class AttentionCore(nn.Cell):
         self.cast = P.Cast()
 
     def construct(self, query, key, value, mask):
-        """Attends.
+        """Scales the queries, then `attend`.
 
         Args:
             query: `(B, KV, G, L, d)`, G query heads for each of KV key/value heads.

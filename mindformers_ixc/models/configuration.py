@@ -22,7 +22,7 @@ class _Unkept:
     """MindFormers' dict of a configuration, without the note of which names came from a file."""
 
     def to_dict(self) -> dict[str, Any]:
-        """See MindFormers' `PretrainedConfig.to_dict`."""
+        """MindFormers' `PretrainedConfig.to_dict`, without the note of which names a file had."""
         found = super().to_dict()        # type: ignore[misc]
         found.pop("_kept", None)
         return found
@@ -30,7 +30,7 @@ class _Unkept:
 
 @MindFormerRegister.register(MindFormerModuleType.CONFIG)
 class IXC25VisionConfig(_Unkept, VisionConfig, PretrainedConfig):
-    """`VisionConfig` for MindFormers.
+    """`VisionConfig` as one of MindFormers' configurations.
 
     Args:
         **given: fields of `config.VISION_FIELDS` and MindFormers' own.

@@ -3,6 +3,10 @@
 A sample has a seed (`noise_seed` of a batch). `PositionNoise` makes one of it for each position, `InternLM2Model` one
 for each layer, and `SeededDropout` one number for each feature, which decides whether that feature is kept. All of it
 is arithmetic on 32-bit integers that wrap around, in operators that MindSpore has on every device.
+
+The multipliers below are odd, so that a product by one of them maps no two integers to one. They have the digits of
+well-known hash constants, some shortened so that they are positive as int32. They must stay what they are: a run
+resumes exactly only with the multipliers it began with.
 """
 from __future__ import annotations
 
@@ -10,6 +14,21 @@ import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
+
+# Of a position: the first 7 hexadecimal digits of 2^32 / golden ratio, 0x9E3779B9 (Knuth's multiplicative hashing), and
+# then FEATURE_MIX_FIRST rounded to 7 digits.
+POSITION_STEP, POSITION_MIX = 0x9E3779B, 0x2C1B3C7
+
+# Of a sample's seed: the first 7 digits of xxHash's second 32-bit prime, 0x85EBCA77, which are also what MurmurHash3's
+# multiplier 0x85EBCA6B is rounded to.
+SEED_MIX = 0x85EBCA7
+
+# Of a decoder layer, to which its number is added twice: the last 6 digits of xxHash's first 32-bit prime, 0x9E3779B1.
+LAYER_MIX = 0x3779B1
+
+# Of a feature: both multipliers and the shift of the 32-bit hash "prospector" (github.com/skeeto/hash-prospector, where
+# it is [15 2c1b3c6d 12 297a2d39 15]); of its three folds only one is done here, by its first shift.
+FEATURE_MIX_FIRST, FEATURE_MIX_SECOND, FEATURE_SHIFT = 0x2C1B3C6D, 0x297A2D39, 15
 
 
 class PositionNoise(nn.Cell):
@@ -21,23 +40,24 @@ class PositionNoise(nn.Cell):
 
     def __init__(self, length: int):
         super().__init__()
-        steps = (np.arange(length, dtype=np.int64) * 0x9E3779B + 1).astype(np.int32).astype(np.int64) * 0x2C1B3C7
-        self.steps = Tensor(steps.astype(np.int32)[None])                             # (1, L)
-        self.column = P.ExpandDims()
-        self.scatter, self.twice = P.Mul(), P.Mul()
-        self.spread, self.odd = P.Add(), P.Add()
+        steps = (np.arange(length, dtype=np.int64) * POSITION_STEP + 1).astype(np.int32).astype(np.int64)
+        self.offsets = Tensor((steps * POSITION_MIX).astype(np.int32)[None])          # (1, L)
+        self.to_column = P.ExpandDims()
+        self.mul_seed, self.mul_two = P.Mul(), P.Mul()
+        self.add_offsets, self.add_one = P.Add(), P.Add()
         self.reshape = P.Reshape()
 
     def construct(self, noise_seed):
         """Maps int32 `(B,)` to int32 `(B*L, 1)`."""
-        noise = self.spread(self.scatter(self.column(noise_seed, 1), 0x85EBCA7), self.steps)   # (B, L)
-        return self.reshape(self.odd(self.twice(noise, 2), 1), (-1, 1))
+        noise = self.mul_seed(self.to_column(noise_seed, 1), SEED_MIX)                # (B, 1)
+        noise = self.add_offsets(noise, self.offsets)                                 # (B, L)
+        return self.reshape(self.add_one(self.mul_two(noise, 2), 1), (-1, 1))
 
     def shard(self, dp: int) -> None:
-        """Cuts samples."""
-        self.column.shard(((dp,),))
-        self.spread.shard(((dp, 1), (1, 1)))
-        for primitive in (self.scatter, self.twice, self.odd):
+        """Cuts samples by `dp`; a sample's positions are whole on every device."""
+        self.to_column.shard(((dp,),))
+        self.add_offsets.shard(((dp, 1), (1, 1)))
+        for primitive in (self.mul_seed, self.mul_two, self.add_one):
             primitive.shard(((dp, 1), ()))
 
 
@@ -49,7 +69,7 @@ class SeededDropout(nn.Cell):
 
     Args:
         p: share of the features that is zeroed.
-        features: width of the input.
+        features: width F of the input.
         salt: number that sets this cell's noise apart from that of others with the same seeds.
     """
 
@@ -57,11 +77,11 @@ class SeededDropout(nn.Cell):
         super().__init__()
         self.generated = nn.Dropout(p=p)
         columns = np.random.RandomState((features, salt)).randint(-2 ** 31, 2 ** 31 - 1, (1, features))
-        self.columns = Tensor(columns, mstype.int32)                                    # (1, F)
-        self.spread, self.fold = P.BitwiseXor(), P.BitwiseXor()
-        self.shift, self.half = P.RightShift(), Tensor([[15]], mstype.int32)
-        self.mix, self.mix_again, self.keep, self.scale = P.Mul(), P.Mul(), P.Mul(), P.Mul()
-        self.compare = P.GreaterEqual()
+        self.columns = Tensor(columns, mstype.int32)                                     # (1, F)
+        self.xor_columns, self.xor_shifted = P.BitwiseXor(), P.BitwiseXor()
+        self.shift_right, self.shift = P.RightShift(), Tensor([[FEATURE_SHIFT]], mstype.int32)
+        self.mul_first, self.mul_second, self.mul_kept, self.mul_factor = P.Mul(), P.Mul(), P.Mul(), P.Mul()
+        self.greater_equal = P.GreaterEqual()
         self.cast = P.Cast()
         self.set_rate(p)
 
@@ -79,18 +99,18 @@ class SeededDropout(nn.Cell):
             return x
         if noise is None:
             return self.generated(x)
-        bits = self.mix(self.spread(noise, self.columns), 0x2C1B3C6D)                   # (N, F)
-        bits = self.mix_again(self.fold(bits, self.shift(bits, self.half)), 0x297A2D39)
-        kept = self.cast(self.compare(bits, self.limit), x.dtype)
-        return self.scale(self.keep(x, kept), self.factor)
+        bits = self.mul_first(self.xor_columns(noise, self.columns), FEATURE_MIX_FIRST)  # (N, F)
+        bits = self.mul_second(self.xor_shifted(bits, self.shift_right(bits, self.shift)), FEATURE_MIX_SECOND)
+        kept = self.cast(self.greater_equal(bits, self.limit), x.dtype)
+        return self.mul_factor(self.mul_kept(x, kept), self.factor)
 
     def shard(self, dp: int, tp: int) -> None:
         """Cuts positions by `dp` and features by `tp`."""
         cut = (dp, tp)
         self.generated.dropout.shard((cut,))
-        self.spread.shard(((dp, 1), (1, tp)))
-        self.shift.shard((cut, (1, 1)))
-        for primitive in (self.fold, self.keep):
+        self.xor_columns.shard(((dp, 1), (1, tp)))
+        self.shift_right.shard((cut, (1, 1)))
+        for primitive in (self.xor_shifted, self.mul_kept):
             primitive.shard((cut, cut))
-        for primitive in (self.mix, self.mix_again, self.compare, self.scale):
+        for primitive in (self.mul_first, self.mul_second, self.greater_equal, self.mul_factor):
             primitive.shard((cut, ()))

@@ -11,6 +11,7 @@ from mindspore.ops.auto_generate import RotaryPositionEmbedding
 from mindformers_ixc.device import on_ascend
 from mindformers_ixc.models.attention import compressed_causal_mask, decoder_attention, uses_flash_attention
 from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.models.dropout import LAYER_MIX
 from mindformers_ixc.models.layers import PartialLoRALinear, RMSNorm
 from mindformers_ixc.native import kernels
 from mindformers_ixc.parallel.cuts import CUTS
@@ -29,23 +30,23 @@ class Choose(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.expand = P.ExpandDims()
+        self.expand_dims = P.ExpandDims()
         self.cast = P.Cast()
-        self.take_x, self.take_y = P.Mul(), P.Mul()
+        self.mul_x, self.mul_y = P.Mul(), P.Mul()
         self.add = P.Add()
-        self.invert = P.Sub()
+        self.sub_from_one = P.Sub()
 
     def construct(self, condition, x, y):
         """Takes bool `(B, L)` and two `(B, L, D)`."""
-        keep = self.cast(self.expand(condition, 2), x.dtype)                          # (B, L, 1)
-        return self.add(self.take_x(x, keep), self.take_y(y, self.invert(1.0, keep)))
+        keep = self.cast(self.expand_dims(condition, 2), x.dtype)                     # (B, L, 1)
+        return self.add(self.mul_x(x, keep), self.mul_y(y, self.sub_from_one(1.0, keep)))
 
     def shard(self, dp: int) -> None:
-        """Cuts samples."""
+        """Cuts samples by `dp`; their positions and the width are whole on every device."""
         rows = (dp, 1, 1)
-        self.expand.shard(((dp, 1),))
-        self.invert.shard(((), rows))
-        for primitive in (self.take_x, self.take_y, self.add):
+        self.expand_dims.shard(((dp, 1),))
+        self.sub_from_one.shard(((), rows))
+        for primitive in (self.mul_x, self.mul_y, self.add):
             primitive.shard((rows, rows))
 
 
@@ -95,30 +96,30 @@ class RotaryEmbedding(nn.Cell):
         self.is_fused = config.apply_rope_fusion and on_ascend()
         self.rotate = RotaryPositionEmbedding()
         self.reshape = P.Reshape()
-        self.slice = P.StridedSlice()
+        self.strided_slice = P.StridedSlice()
         self.neg = P.Neg()
         self.concat = P.Concat(-1)
         self.mul = P.Mul()
         self.add = P.Add()
 
     def construct(self, x, cos, sin):
-        """Rotates `(B, L, KV, n, d)` by tables that broadcast to it, `(B or 1, L, 1, 1, d)`."""
-        b, length, kv, n, d = x.shape
+        """Rotates `(B, L, KV, G+1, d)` by tables that broadcast to it, `(B or 1, L, 1, 1, d)`."""
+        b, length, kv, heads, d = x.shape
         if self.is_fused:
             angles = (cos.shape[0], length, 1, d)
-            y = self.rotate(self.reshape(x, (b, length, kv * n, d)), self.reshape(cos, angles),
-                            self.reshape(sin, angles), 0)                                    # (B, L, KV*n, d)
-            return self.reshape(y, (b, length, kv, n, d))
+            y = self.rotate(self.reshape(x, (b, length, kv * heads, d)), self.reshape(cos, angles),
+                            self.reshape(sin, angles), 0)                                    # (B, L, KV*(G+1), d)
+            return self.reshape(y, (b, length, kv, heads, d))
         steps = (1, 1, 1, 1, 1)
-        low = self.slice(x, (0, 0, 0, 0, 0), (b, length, kv, n, self.half), steps)
-        high = self.slice(x, (0, 0, 0, 0, self.half), (b, length, kv, n, self.size), steps)
+        low = self.strided_slice(x, (0, 0, 0, 0, 0), (b, length, kv, heads, self.half), steps)
+        high = self.strided_slice(x, (0, 0, 0, 0, self.half), (b, length, kv, heads, self.size), steps)
         return self.add(self.mul(x, cos), self.mul(self.concat((self.neg(high), low)), sin))
 
     def shard(self, dp: int, tp: int, packed: bool = False) -> None:
         """Cuts samples and key/value groups; the tables are one for all samples unless those are packed."""
         heads, samples = (dp, 1, tp, 1, 1), dp if packed else 1
         self.rotate.shard(((dp, 1, tp, 1), (samples, 1, 1, 1), (samples, 1, 1, 1)))
-        self.slice.shard((heads,))
+        self.strided_slice.shard((heads,))
         self.neg.shard((heads,))
         self.concat.shard((heads, heads))
         self.mul.shard((heads, (samples, 1, 1, 1, 1)))
@@ -139,12 +140,12 @@ class SplitHeads(nn.Cell):
         self.dtype = config.compute_dtype
         self.cast = P.Cast()
         self.reshape = P.Reshape()
-        self.slice = P.StridedSlice()
+        self.strided_slice = P.StridedSlice()
         self.to_query = P.Transpose()
         self.to_heads = P.Transpose()
 
     def construct(self, qkv, cos, sin, shape):
-        """Splits.
+        """Takes the product of `wqkv` apart and rotates queries and keys.
 
         Args:
             qkv: `(B*L, KV * (G+2) * d)`.
@@ -160,20 +161,20 @@ class SplitHeads(nn.Cell):
         qkv = self.reshape(qkv, (b, length, kv, g + 2, d))                                   # (B, L, KV, G+2, d)
         steps = (1, 1, 1, 1, 1)
         # queries and key of a group turn by the same angles: rotate them together
-        qk = self.slice(qkv, (0, 0, 0, 0, 0), (b, length, kv, g + 1, d), steps)              # (B, L, KV, G+1, d)
+        qk = self.strided_slice(qkv, (0, 0, 0, 0, 0), (b, length, kv, g + 1, d), steps)      # (B, L, KV, G+1, d)
         qk = self.rotary(qk, self.cast(cos, self.dtype), self.cast(sin, self.dtype))
-        value = self.slice(qkv, (0, 0, 0, g + 1, 0), (b, length, kv, g + 2, d), steps)       # (B, L, KV, 1, d)
-        query = self.slice(qk, (0, 0, 0, 0, 0), (b, length, kv, g, d), steps)                # (B, L, KV, G, d)
-        key = self.slice(qk, (0, 0, 0, g, 0), (b, length, kv, g + 1, d), steps)              # (B, L, KV, 1, d)
+        value = self.strided_slice(qkv, (0, 0, 0, g + 1, 0), (b, length, kv, g + 2, d), steps)
+        query = self.strided_slice(qk, (0, 0, 0, 0, 0), (b, length, kv, g, d), steps)        # (B, L, KV, G, d)
+        key = self.strided_slice(qk, (0, 0, 0, g, 0), (b, length, kv, g + 1, d), steps)      # (B, L, KV, 1, d)
         query = self.to_query(query, (0, 2, 3, 1, 4))                                        # (B, KV, G, L, d)
         key = self.to_heads(self.reshape(key, (b, length, kv, d)), (0, 2, 1, 3))             # (B, KV, L, d)
-        value = self.to_heads(self.reshape(value, (b, length, kv, d)), (0, 2, 1, 3))         # (B, KV, L, d)
+        value = self.to_heads(self.reshape(value, (b, length, kv, d)), (0, 2, 1, 3))
         return query, key, value
 
     def shard(self, dp: int, tp: int) -> None:
         """Cuts samples and key/value groups."""
         self.rotary.shard(dp, tp, self.packed)
-        self.slice.shard(((dp, 1, tp, 1, 1),))
+        self.strided_slice.shard(((dp, 1, tp, 1, 1),))
         self.to_query.shard(((dp, 1, tp, 1, 1),))
         self.to_heads.shard(((dp, 1, tp, 1),))
 
@@ -188,7 +189,7 @@ class MergeHeads(nn.Cell):
         self.reshape = P.Reshape()
 
     def construct(self, y, shape):
-        """Merges; `shape` is `(B, L)`, a compile-time constant."""
+        """Brings heads together again; `shape` is `(B, L)`, a compile-time constant."""
         y = self.to_positions(y, (0, 3, 1, 2, 4))                                            # (B, L, KV, G, d)
         return self.reshape(y, (shape[0] * shape[1], self.width))                            # (B*L, H*d)
 
@@ -212,7 +213,7 @@ class Attention(nn.Cell):
         self.merge = MergeHeads(config)
 
     def construct(self, x, image_mask, cos, sin, mask, adapters, shape, noise=None):
-        """Attends over the whole sequence; see `DecoderLayer.construct`."""
+        """Attention over the whole sequence; arguments as in `DecoderLayer.construct`."""
         query, key, value = self.split(self.wqkv(x, image_mask, adapters, noise), cos, sin, shape)
         return self.wo(self.merge(self.core(query, key, value, mask), shape), image_mask, adapters, noise)
 
@@ -234,8 +235,8 @@ class FeedForward(nn.Cell):
         self.w3 = PartialLoRALinear(config.hidden_size, config.intermediate_size, config, CUTS["w3"], salt=3)
         self.w2 = PartialLoRALinear(config.intermediate_size, config.hidden_size, config, CUTS["w2"], salt=4)
         self.sigmoid = P.Sigmoid()
-        self.silu = P.Mul()
-        self.gate = P.Mul()
+        self.mul_sigmoid = P.Mul()
+        self.mul_gate = P.Mul()
         self.is_native = kernels.available(config.compute_dtype)
         if self.is_native:
             self.swiglu = kernels.kernel("swiglu")
@@ -243,7 +244,7 @@ class FeedForward(nn.Cell):
     def construct(self, x, image_mask, adapters, noise=None):
         """Maps `(B*L, D)` to `(B*L, D)`."""
         y = self.w1(x, image_mask, adapters, noise)
-        y = self.gate(self.silu(y, self.sigmoid(y)), self.w3(x, image_mask, adapters, noise))
+        y = self.mul_gate(self.mul_sigmoid(y, self.sigmoid(y)), self.w3(x, image_mask, adapters, noise))
         return self.w2(y, image_mask, adapters, noise)
 
     def infer(self, x, image_mask, adapters):
@@ -259,8 +260,8 @@ class FeedForward(nn.Cell):
             linear.shard(dp, tp, sequence)
         inner = (dp, tp)
         self.sigmoid.shard((inner,))
-        self.silu.shard((inner, inner))
-        self.gate.shard((inner, inner))
+        self.mul_sigmoid.shard((inner, inner))
+        self.mul_gate.shard((inner, inner))
 
 
 class DecoderLayer(nn.Cell):
@@ -276,11 +277,11 @@ class DecoderLayer(nn.Cell):
         self.ffn_norm = RMSNorm(*norm)
         self.add = P.Add()
         # with sequence parallel, where positions come together again: once for all that take them
-        self.gather_positions = P.Add().add_prim_attr("keep_alive", True)
+        self.add_zero = P.Add().add_prim_attr("keep_alive", True)
         self.sequence = False
 
     def construct(self, x, image_mask, cos, sin, mask, adapters, shape, noise=None):
-        """Transforms flattened positions.
+        """Attention and feed-forward, each normalised before and added to its input.
 
         Args:
             x: `(B*L, D)`.
@@ -301,7 +302,7 @@ class DecoderLayer(nn.Cell):
 
     def gathered(self, x):
         """`x` with all positions of a data-parallel share on every device."""
-        return self.gather_positions(x, 0) if self.sequence else x
+        return self.add_zero(x, 0) if self.sequence else x
 
     def project(self, x, image_mask, adapters):
         """Consolidated queries, keys and values `(B*L, KV * (G+2) * d)`, for attention with a cache."""
@@ -317,7 +318,7 @@ class DecoderLayer(nn.Cell):
         self.attention.shard(dp, tp, sequence)
         self.feed_forward.shard(dp, tp, sequence)
         self.sequence = sequence
-        self.gather_positions.shard(((dp, 1), ()))
+        self.add_zero.shard(((dp, 1), ()))
         rows = dp * tp if sequence else dp
         self.attention_norm.shard(rows)
         self.ffn_norm.shard(rows)
@@ -336,8 +337,8 @@ class CausalMask(nn.Cell):
         super().__init__()
         self.greater = P.Greater()
         self.not_equal = P.NotEqual()
-        self.either = P.LogicalOr()
-        self.rows, self.columns, self.every_sample = P.ExpandDims(), P.ExpandDims(), P.ExpandDims()
+        self.logical_or = P.LogicalOr()
+        self.to_rows, self.to_columns, self.to_samples = P.ExpandDims(), P.ExpandDims(), P.ExpandDims()
         self.cast = P.Cast()
         self.mul, self.mul_packed = P.Mul(), P.Mul()
         self.reshape = P.Reshape()
@@ -347,7 +348,7 @@ class CausalMask(nn.Cell):
             self.compressed = compressed_causal_mask()
 
     def construct(self, length, segments=None):
-        """Builds the mask.
+        """The mask of a sequence length, for one conversation a row or several.
 
         Args:
             length: positions L, a compile-time constant.
@@ -363,8 +364,8 @@ class CausalMask(nn.Cell):
         later = self.greater(self.reshape(positions, (1, length)), self.reshape(positions, (length, 1)))
         if segments is None:
             return self.reshape(self.mul(self.cast(later, self.dtype), MASKED), (1, 1, 1, length, length))
-        other = self.not_equal(self.rows(segments, 1), self.columns(segments, 2))                # (B, L, L)
-        hidden = self.either(self.every_sample(later, 0), other)
+        other = self.not_equal(self.to_rows(segments, 1), self.to_columns(segments, 2))          # (B, L, L)
+        hidden = self.logical_or(self.to_samples(later, 0), other)
         if self.is_flash:
             return self.reshape(self.cast(hidden, mstype.uint8), (segments.shape[0], 1, length, length))
         hidden = self.mul_packed(self.cast(hidden, self.dtype), MASKED)
@@ -374,11 +375,11 @@ class CausalMask(nn.Cell):
         """Every device makes the whole causal mask (cheaper than sending it) and that of its own packed samples."""
         self.greater.shard(((1, 1), (1, 1)))
         self.mul.shard(((1, 1), ()))
-        self.rows.shard(((dp, 1),))
-        self.columns.shard(((dp, 1),))
-        self.every_sample.shard(((1, 1),))
+        self.to_rows.shard(((dp, 1),))
+        self.to_columns.shard(((dp, 1),))
+        self.to_samples.shard(((1, 1),))
         self.not_equal.shard(((dp, 1, 1), (dp, 1, 1)))
-        self.either.shard(((1, 1, 1), (dp, 1, 1)))
+        self.logical_or.shard(((1, 1, 1), (dp, 1, 1)))
         self.mul_packed.shard(((dp, 1, 1), ()))
 
 
@@ -396,7 +397,7 @@ class InternLM2Model(nn.Cell):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.param_init_type,
                             config.layernorm_compute_type, config.fused_norm)
         self.causal_mask = CausalMask(config)
-        self.vary = P.Mul()
+        self.mul_noise = P.Mul()
 
     def construct(self, x, image_mask, cos, sin, adapters, shape, segments=None, noise=None):
         """Runs the layers over embeddings.
@@ -413,7 +414,7 @@ class InternLM2Model(nn.Cell):
         for number, layer in enumerate(self.layers):
             seeds = None
             if noise is not None:   # every layer has noise of its own
-                seeds = self.vary(noise, 2 * number + 0x3779B1)
+                seeds = self.mul_noise(noise, 2 * number + LAYER_MIX)
             x = layer(x, image_mask, cos, sin, mask, adapters, shape, seeds)
         return self.norm(x)
 
@@ -424,4 +425,4 @@ class InternLM2Model(nn.Cell):
             layer.shard(dp, tp, sequence)
         self.norm.shard(dp * tp if sequence else dp)
         self.causal_mask.shard(dp)
-        self.vary.shard(((dp, 1), ()))
+        self.mul_noise.shard(((dp, 1), ()))

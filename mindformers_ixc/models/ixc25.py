@@ -113,7 +113,7 @@ class IXC25Model(PreTrainedModel):
                 parameter.requires_grad = False
 
     def merged_rows(self, pixel_values, infer=False):
-        """Rows of the vision table before the projector, `(B, T * tokens + 2, 4C)`, of `(B, T, 3, S, S)` tiles.
+        """Rows of the vision table before the projector, `(B, T*k*k + 2, 4C)`, of `(B, T, 3, P, P)` tiles.
 
         `infer`, a compile-time constant, leaves gradients out.
         """
@@ -122,7 +122,7 @@ class IXC25Model(PreTrainedModel):
         return self.vision_merge(self.vit(pixels, infer), self.plora_sub_GN, self.plora_glb_GN, b)
 
     def vision_table(self, pixel_values, infer=False):
-        """The vision table `(B, T * tokens + 2, D)` of `(B, T, 3, S, S)` tiles; `infer` as in `merged_rows`."""
+        """The vision table `(B, T*k*k + 2, D)` of `(B, T, 3, P, P)` tiles; `infer` as in `merged_rows`."""
         rows = self.merged_rows(pixel_values, infer)
         b, count, merged = rows.shape
         return self.reshape(self.vision_proj(self.reshape(rows, (b * count, merged))), (b, count, -1))
@@ -146,7 +146,7 @@ class IXC25Model(PreTrainedModel):
 
     def hidden_states(self, input_ids, table=None, vision_index=None, image_mask=None, position_ids=None,
                       segment_ids=None, noise_seed=None, adapters=()):
-        """Output of the last norm, `(B*L, D)`, with pictures from a vision table `(B, rows, D)`."""
+        """Output of the last norm, `(B*L, D)`, with images from a vision table `(B, T*k*k + 2, D)`."""
         b, length = input_ids.shape
         mask = None
         if table is None:
@@ -181,7 +181,7 @@ class IXC25Model(PreTrainedModel):
         Args:
             input_ids: int32 `(B, L)`; the padding id at image positions and in the padding on the right.
             labels: int32 `(B, L)`, already shifted: the target of each position, -100 where there is none.
-            pixel_values: float32 `(B, T, 3, S, S)` normalised tiles; `None` for text only.
+            pixel_values: float32 `(B, T, 3, P, P)` normalised tiles; `None` for text only.
             vision_index: int32 `(B, L)`, row of the vision table each image position takes.
             image_mask: int32 `(B, L)`, 1 on image positions.
             position_ids: int32 `(B, L)`, for packed samples.
@@ -208,7 +208,7 @@ class IXC25Model(PreTrainedModel):
 
     def construct(self, input_ids, labels, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
                   segment_ids=None, noise_seed=None, source=None):
-        """See `training_loss`."""
+        """The graph of training: `training_loss`."""
         return self.training_loss(input_ids, labels, pixel_values, vision_index, image_mask, position_ids, segment_ids,
                                   noise_seed, source)
 

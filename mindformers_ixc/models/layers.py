@@ -4,7 +4,7 @@ This, `attention` and `cache` are the places that know about devices; the cells 
 no CPU kernel for the fused RMSNorm, for FlashAttention or for bfloat16 products, so these cells are composed of
 primitive operations. On Ascend RMSNorm is the fused one. On the CPU, inference (the methods called `infer`) goes
 through this package's own fused kernels where they are installed (`mindformers_ixc.native`).
-Every linear works on flattened positions `(N, features)`, because the CPU refuses a batched product with a broadcast
+Every linear works on flattened positions `(N, F)`, because the CPU refuses a batched product with a broadcast
 2-D right operand and because a 2-D product is what the parallel compiler cuts most simply.
 
 Every cell has a method `shard(dp, tp)`: it tells MindSpore's parallel compiler how its operators are cut over `dp`
@@ -30,8 +30,8 @@ class Linear(nn.Cell):
     """`y = x W^T (+ b)` on flattened positions.
 
     Args:
-        in_features: width of the input.
-        out_features: width of the output.
+        in_features: width F of the input.
+        out_features: width O of the output.
         has_bias: whether there is a bias.
         sigma: standard deviation of freshly drawn weights; 0 starts at zero.
         param_dtype: dtype the parameters are kept in.
@@ -57,7 +57,7 @@ class Linear(nn.Cell):
             self.native = kernels.kernel("linear", lambda x, weight: (x[0], weight[0]))
 
     def construct(self, x):
-        """Maps `(N, in_features)` to `(N, out_features)` in the compute dtype."""
+        """Maps `(N, F)` to `(N, O)` in the compute dtype."""
         y = self.product(x)
         if self.has_bias:
             y = self.bias_add(y, self.cast(self.bias, self.dtype))
@@ -107,7 +107,7 @@ class RMSNorm(nn.Cell):
         self.add = P.Add()
         self.rsqrt = P.Rsqrt()
         self.mul = P.Mul()
-        self.scale = P.Mul()
+        self.mul_weight = P.Mul()
         self.is_fused = fused and on_ascend()
         self.rms_norm = P.RmsNorm(eps)
         self.is_native = kernels.available(param_dtype, norm_dtype)
@@ -115,12 +115,12 @@ class RMSNorm(nn.Cell):
             self.native, self.eps_value = kernels.kernel("rms_norm"), Tensor([eps], mstype.float32)
 
     def construct(self, x):
-        """Normalises `(N, size)`."""
+        """Normalises the last axis of `(N, F)`."""
         y = self.cast(x, self.dtype)
         if self.is_fused:
             return self.cast(self.rms_norm(y, self.cast(self.weight, self.dtype))[0], x.dtype)
         y = self.mul(y, self.rsqrt(self.add(self.mean(self.square(y), -1), self.eps)))
-        return self.scale(self.cast(y, x.dtype), self.cast(self.weight, x.dtype))
+        return self.mul_weight(self.cast(y, x.dtype), self.cast(self.weight, x.dtype))
 
     def infer(self, x):
         """The same without gradients."""
@@ -135,7 +135,7 @@ class RMSNorm(nn.Cell):
             primitive.shard((rows,))
         self.add.shard((rows, ()))
         self.mul.shard((rows, rows))
-        self.scale.shard((rows, (1,)))
+        self.mul_weight.shard((rows, (1,)))
         if self.is_fused:
             self.rms_norm.shard((rows, (1,)))
 
@@ -186,8 +186,8 @@ class PartialLoRALinear(nn.Cell):
     shapes stay static.
 
     Args:
-        in_features: width of the input.
-        out_features: width of the output.
+        in_features: width F of the input.
+        out_features: width O of the output.
         config: ranks, scale, dropout and dtypes.
         cut: axis of the weight that tensor parallel cuts; the pairs are cut with it.
         salt: sets the dropout noise apart from that of the layer's other linears.
@@ -209,8 +209,8 @@ class PartialLoRALinear(nn.Cell):
         self.dtype = config.compute_dtype
         self.cast = P.Cast()
         self.matmul = P.MatMul(transpose_b=True)
-        self.mask = P.Mul()
-        self.scale = P.Mul()
+        self.mul_mask = P.Mul()
+        self.mul_scale = P.Mul()
         self.add = P.Add()
         self.is_native = kernels.available(*self.dtypes.values())
         if self.is_native:
@@ -238,7 +238,7 @@ class PartialLoRALinear(nn.Cell):
         """Gives the linear an ordinary LoRA pair on all positions, as MindFormers' PET type `lora` has it."""
         self.has_lora, self.lora_scale = True, alpha / rank
         self.mindpet_delta_lora_a, self.mindpet_delta_lora_b = self._pair(rank)
-        self.lora_dropout, self.scale_lora = nn.Dropout(p=dropout), P.Mul()
+        self.lora_dropout, self.mul_lora_scale = nn.Dropout(p=dropout), P.Mul()
 
     def infer(self, x, image_mask, adapters):
         """The same without gradients (and, for few positions on the CPU, faster)."""
@@ -248,41 +248,37 @@ class PartialLoRALinear(nn.Cell):
 
     def _with_adapters(self, x, y, adapters):
         """Adds what the task LoRAs in use make of `x` to `y`."""
-        if "sft" in adapters:
-            y = self.add(y, self.lora_sft_B(self.lora_sft_A(x)))
-        if "dpo" in adapters:
-            y = self.add(y, self.lora_dpo_B(self.lora_dpo_A(x)))
-        if "web" in adapters:
-            y = self.add(y, self.lora_web_B(self.lora_web_A(x)))
+        for task in adapters:       # unrolled by the compiler
+            y = self.add(y, getattr(self, "lora_" + task + "_B")(getattr(self, "lora_" + task + "_A")(x)))
         if self.has_lora:
-            side = self.scale_lora(self.mindpet_delta_lora_a(self.lora_dropout(x)), self.lora_scale)    # (N, rank)
-            y = self.add(y, self.mindpet_delta_lora_b(side))
+            side = self.mindpet_delta_lora_a(self.lora_dropout(x))                            # (N, r)
+            y = self.add(y, self.mindpet_delta_lora_b(self.mul_lora_scale(side, self.lora_scale)))
         return y
 
     def construct(self, x, image_mask, adapters, noise=None):
-        """Maps `(N, in_features)` to `(N, out_features)`.
+        """Maps `(N, F)` to `(N, O)`.
 
         Args:
-            x: `(N, in_features)`.
+            x: `(N, F)`.
             image_mask: `(N, 1)` in the compute dtype, 1 on image positions; `None` leaves Partial LoRA out of the
                 graph (decoding, where every position is text).
             adapters: names of the task LoRAs in use, a compile-time constant.
             noise: int32 `(N, 1)`, seeds of the dropout; `None` for the device's generator.
 
         Returns:
-            Tensor `(N, out_features)`.
+            Tensor `(N, O)`.
         """
         x = self.cast(x, self.dtype)
         y = self.matmul(x, self.cast(self.weight, self.dtype))
         if image_mask is not None and self.has_plora:
             # masked and scaled where it is narrowest: B has no bias, so B(m * s * a) = m * s * B(a)
-            side = self.Plora_A(self.plora_dropout(x, noise))                                 # (N, rank)
-            side = self.mask(side, self.scale(image_mask, self.plora_scale))
+            side = self.Plora_A(self.plora_dropout(x, noise))                                 # (N, r)
+            side = self.mul_mask(side, self.mul_scale(image_mask, self.plora_scale))
             y = self.add(y, self.Plora_B(side))
         return self._with_adapters(x, y, adapters)
 
     def shard(self, dp: int, tp: int, sequence: bool = False) -> None:
-        """Cuts the linear along its axis and each pair's outer side with it; sums over devices are `(N, rank)`-wide.
+        """Cuts the linear along its axis and each pair's outer side with it; sums over devices are `(N, r)`.
 
         With `sequence` parallel a linear cut by columns leaves every device its share of the positions.
         """
@@ -293,9 +289,9 @@ class PartialLoRALinear(nn.Cell):
             self.plora_dropout.shard(dp, tp if self.cut == COLUMNS else 1)
         if self.has_lora:
             self.lora_dropout.dropout.shard(((dp, tp if self.cut == COLUMNS else 1),))
-            self.scale_lora.shard(((rows, 1), ()))
-        self.scale.shard(((rows, 1), ()))
-        self.mask.shard(((rows, 1), (rows, 1)))
+            self.mul_lora_scale.shard(((rows, 1), ()))
+        self.mul_scale.shard(((rows, 1), ()))
+        self.mul_mask.shard(((rows, 1), (rows, 1)))
         outputs = (rows, tp if self.cut == ROWS else 1)
         self.add.shard((outputs, outputs))
         for _, cell in self.cells_and_names():

@@ -25,7 +25,7 @@ class FusedCrossEntropy(nn.Cell):
     """Mean cross entropy by the fused log-softmax and negative log-likelihood operators.
 
     Args:
-        classes: size V of the vocabulary.
+        classes: V.
     """
 
     def __init__(self, classes: int):
@@ -49,7 +49,7 @@ class TokenLosses(nn.Cell):
     def __init__(self):
         super().__init__()
         self.log_softmax = P.LogSoftmax(-1)
-        self.pick = P.GatherD()
+        self.gather_target = P.GatherD()
         self.not_equal = P.NotEqual()
         self.cast = P.Cast()
         self.reshape = P.Reshape()
@@ -58,7 +58,7 @@ class TokenLosses(nn.Cell):
         """Losses `(N,)` of float32 logits `(N, V)` and int32 labels `(N,)`."""
         labelled = self.not_equal(labels, IGNORE_INDEX)
         targets = self.reshape(labels * self.cast(labelled, mstype.int32), (-1, 1))   # (N, 1)
-        picked = self.reshape(self.pick(self.log_softmax(logits), 1, targets), (-1,))
+        picked = self.reshape(self.gather_target(self.log_softmax(logits), 1, targets), (-1,))
         return -picked * self.cast(labelled, mstype.float32)
 
 
@@ -72,18 +72,18 @@ class SummedCrossEntropy(nn.Cell):
     def __init__(self, config: IXC25Config):
         super().__init__()
         self.losses = token_losses(config)
-        self.not_equal, self.total, self.count = P.NotEqual(), P.ReduceSum(), P.ReduceSum()
+        self.not_equal, self.sum_losses, self.sum_labelled = P.NotEqual(), P.ReduceSum(), P.ReduceSum()
         self.cast = P.Cast()
         if is_parallel():
             dp = config.parallel_config.data_parallel
             self.not_equal.shard(((dp,), ()))
-            for primitive in (self.total, self.count):
+            for primitive in (self.sum_losses, self.sum_labelled):
                 primitive.shard(((dp,),))
 
     def construct(self, logits, labels):
         """Two float32 scalars of float32 logits `(N, V)` and int32 labels `(N,)`."""
         labelled = self.cast(self.not_equal(labels, IGNORE_INDEX), mstype.float32)
-        return self.total(self.losses(logits, labels)), self.count(labelled)
+        return self.sum_losses(self.losses(logits, labels)), self.sum_labelled(labelled)
 
 
 class ParallelCrossEntropy(nn.Cell):
@@ -123,17 +123,17 @@ class ParallelTokenLosses(nn.Cell):
         self.log_softmax, self.nll = cells._log_softmax, cells._nllloss
         self.not_equal = P.NotEqual().shard(((dp,), ()))
         self.cast = P.Cast()
-        self.mul, self.mask = P.Mul().shard(((dp,), (dp,))), P.Mul().shard(((dp,), (dp,)))
+        self.mul, self.mul_mask = P.Mul().shard(((dp,), (dp,))), P.Mul().shard(((dp,), (dp,)))
         # as in MindFormers' cell: whatever has to be moved is moved before those two, whose gradients are their own
-        self.hold = P.Add().shard(((dp, tp), ())).add_prim_attr("keep_alive", True)
-        self.hold_targets = P.Add().shard(((dp,), ())).add_prim_attr("keep_alive", True)
+        self.add_zero = P.Add().shard(((dp, tp), ())).add_prim_attr("keep_alive", True)
+        self.add_zero_targets = P.Add().shard(((dp,), ())).add_prim_attr("keep_alive", True)
 
     def construct(self, logits, labels):
         """Losses `(N,)` of float32 logits `(N, V)` and int32 labels `(N,)`."""
         labelled = self.not_equal(labels, IGNORE_INDEX)
-        targets = self.hold_targets(self.mul(labels, self.cast(labelled, mstype.int32)), 0)
-        losses = self.nll(*self.log_softmax(self.hold(logits, 0), targets))
-        return self.mask(losses, self.cast(labelled, mstype.float32))
+        targets = self.add_zero_targets(self.mul(labels, self.cast(labelled, mstype.int32)), 0)
+        losses = self.nll(*self.log_softmax(self.add_zero(logits, 0), targets))
+        return self.mul_mask(losses, self.cast(labelled, mstype.float32))
 
 
 def _degrees(config: IXC25Config) -> TransformerOpParallelConfig:

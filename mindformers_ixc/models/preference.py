@@ -4,7 +4,7 @@
     sigmoid:  -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)        (arXiv 2305.18290, label smoothing s)
     ipo:      (h - 1 / (2 beta))^2                                          (arXiv 2310.12036)
 
-So no second model is in memory, and pictures are encoded once for all four passes.
+So no second model is in memory, and images are encoded once for all four passes.
 """
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class PreferenceLoss(nn.Cell):
         super().__init__()
         self.is_ipo, self.beta, self.smoothing = loss == "ipo", beta, label_smoothing
         self.sub, self.add = P.Sub(), P.Add()
-        self.times, self.more, self.least = P.Mul(), P.Add(), P.Minimum()      # of a tensor and a number
-        self.column = P.StridedSlice()
+        self.mul_number, self.add_number, self.min_number = P.Mul(), P.Add(), P.Minimum()
+        self.strided_slice = P.StridedSlice()
         self.square, self.absolute, self.exp, self.log = P.Square(), P.Abs(), P.Exp(), P.Log()
         self.mean = P.ReduceMean()
 
@@ -68,15 +68,15 @@ class PreferenceLoss(nn.Cell):
         whole, number = (1, 1), ()
         for primitive in (self.sub, self.add):
             primitive.shard((whole, whole))
-        for primitive in (self.times, self.more, self.least):
+        for primitive in (self.mul_number, self.add_number, self.min_number):
             primitive.shard((whole, number))
-        for primitive in (self.column, self.square, self.absolute, self.exp, self.log, self.mean):
+        for primitive in (self.strided_slice, self.square, self.absolute, self.exp, self.log, self.mean):
             primitive.shard((whole,))
 
     def log_sigmoid(self, x):
         """Without overflow on either side, of `(B, 1)`."""
-        shrunk = self.exp(self.times(self.absolute(x), -1.0))
-        return self.sub(self.least(x, 0.0), self.log(self.more(shrunk, 1.0)))
+        shrunk = self.exp(self.mul_number(self.absolute(x), -1.0))
+        return self.sub(self.min_number(x, 0.0), self.log(self.add_number(shrunk, 1.0)))
 
     def construct(self, policy, reference):
         """Takes summed log-probabilities (chosen, rejected), float32 `(B, 2)` each.
@@ -86,17 +86,17 @@ class PreferenceLoss(nn.Cell):
             policy log-probabilities of chosen and rejected, and the number of pairs.
         """
         pairs, steps = policy.shape[0], (1, 1)
-        rewards = self.times(self.sub(policy, reference), self.beta)                   # (B, 2)
-        chosen = self.column(rewards, (0, 0), (pairs, 1), steps)                       # (B, 1)
-        rejected = self.column(rewards, (0, 1), (pairs, 2), steps)                     # (B, 1)
+        rewards = self.mul_number(self.sub(policy, reference), self.beta)              # (B, 2)
+        chosen = self.strided_slice(rewards, (0, 0), (pairs, 1), steps)                # (B, 1)
+        rejected = self.strided_slice(rewards, (0, 1), (pairs, 2), steps)              # (B, 1)
         margin = self.sub(chosen, rejected)                                            # (B, 1)
         if self.is_ipo:
-            loss = self.square(self.more(self.times(margin, 1.0 / self.beta), -1.0 / (2.0 * self.beta)))
+            loss = self.square(self.add_number(self.mul_number(margin, 1.0 / self.beta), -1.0 / (2.0 * self.beta)))
         else:
-            loss = self.times(self.log_sigmoid(margin), self.smoothing - 1.0)
+            loss = self.mul_number(self.log_sigmoid(margin), self.smoothing - 1.0)
             if self.smoothing:
-                wrong_way = self.log_sigmoid(self.times(margin, -1.0))
-                loss = self.add(loss, self.times(wrong_way, -self.smoothing))
+                wrong_way = self.log_sigmoid(self.mul_number(margin, -1.0))
+                loss = self.add(loss, self.mul_number(wrong_way, -self.smoothing))
         return self.mean(loss), F.stop_gradient(self.report(rewards, margin, policy))
 
     @staticmethod
@@ -130,17 +130,17 @@ class IXC25ForPreference(IXC25Model):
                               "data and tensor parallel.")
         self.without_task = tuple(name for name in self.adapters if name != options["task"])
         self.preference_loss = PreferenceLoss(options["loss"], options["beta"], options["label_smoothing"])
-        self.twice = P.Tile()
-        self.of_answer = P.ReduceSum()
+        self.tile_answers = P.Tile()
+        self.sum_positions = P.ReduceSum()
         # of two outputs the parallel compiler finds no loss, and would not divide the loss's gradient by the devices
         # that compute it alike; so there the report is put down instead of given out
         self.keeps_report = is_parallel()
-        self.whole = P.Mul()
+        self.mul_minus_one = P.Mul()
         if is_parallel():
             dp = config.parallel_config.data_parallel
-            self.twice.shard(((dp, 1, 1, 1),))
-            self.of_answer.shard(((dp, 1),))
-            self.whole.shard(((1,), ()))
+            self.tile_answers.shard(((dp, 1, 1, 1),))
+            self.sum_positions.shard(((dp, 1),))
+            self.mul_minus_one.shard(((1,), ()))
             self.preference_loss.shard()
             self.train_report = Parameter(Tensor(np.zeros(REPORT_SIZE, np.float32)), name=REPORT_NAME,
                                           requires_grad=False)
@@ -150,7 +150,7 @@ class IXC25ForPreference(IXC25Model):
         logits = self.cast(self.output(self.hidden_states(*rows, None, None, None, adapters)), mstype.float32)
         losses = self.token_losses(logits, self.reshape(labels, (-1,)))
         # from here on the numbers are few, and whole on every device
-        return self.whole(self.of_answer(self.reshape(losses, labels.shape), 1), -1.0)
+        return self.mul_minus_one(self.sum_positions(self.reshape(losses, labels.shape), 1), -1.0)
 
     def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None,
                   reference_logps=None):
@@ -161,10 +161,10 @@ class IXC25ForPreference(IXC25Model):
         b, _, length = input_ids.shape
         table = None
         if pixel_values is not None:
-            table = self.vision_table(pixel_values)                                   # (B, rows, D)
+            table = self.vision_table(pixel_values)                                   # (B, T*k*k + 2, D)
             rows, width = table.shape[1], table.shape[2]
-            table = self.twice(self.reshape(table, (b, 1, rows, width)), (1, 2, 1, 1))
-            table = self.reshape(table, (2 * b, rows, width))                         # (2B, rows, D)
+            table = self.tile_answers(self.reshape(table, (b, 1, rows, width)), (1, 2, 1, 1))
+            table = self.reshape(table, (2 * b, rows, width))                         # (2B, T*k*k + 2, D)
         shape = (2 * b, length)
         labels = self.reshape(labels, shape)
         inputs = (self.reshape(input_ids, shape), table, self.reshape(vision_index, shape),

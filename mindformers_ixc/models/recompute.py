@@ -31,7 +31,7 @@ def apply_recompute(model, section) -> None:
         layer.recompute(**communication)
     for layer in layers[whole:max(whole, selected)]:
         layer.attention.core.recompute()
-        for primitive in (layer.feed_forward.sigmoid, layer.feed_forward.silu, layer.feed_forward.gate):
+        for primitive in (layer.feed_forward.sigmoid, layer.feed_forward.mul_sigmoid, layer.feed_forward.mul_gate):
             primitive.recompute()
     if whole == len(layers):
         for layer in model.vit.vision_tower.vision_model.encoder.layers:

@@ -32,7 +32,7 @@ def rotary_tables(config: IXC25Config, length: int, ntk_length: int | None = Non
         ntk_length: length that sets the base; by default `length`.
 
     Returns:
-        Two float32 arrays `(length, head_size)`; both halves of the last axis hold the same angles.
+        Two float32 arrays `(L, d)`, L `length`; both halves of the last axis hold the same angles.
     """
     size = config.head_size
     base = rotary_base(config, length if ntk_length is None else ntk_length)

@@ -1,6 +1,6 @@
 """The vision side: CLIP tower over tiles, 2 x 2 merge, separators and projector, ending in the vision table.
 
-The device never sees a picture's size. It turns `max_tiles` tiles into a table of rows; the host has already decided
+The device never sees an image's size. It turns `max_tiles` tiles into a table of rows; the host has already decided
 which row each image position of the sequence takes (`mindformers_ixc.processing`).
 """
 from __future__ import annotations
@@ -36,73 +36,67 @@ class VisionEmbeddings(nn.Cell):
         self.dtype = compute_dtype
         self.cast = P.Cast()
         self.reshape = P.Reshape()
-        self.unfold = P.Transpose()
-        self.first_pixel, self.equal = P.StridedSlice(), P.Equal()
+        self.to_patches = P.Transpose()
+        self.strided_slice, self.equal = P.StridedSlice(), P.Equal()
         self.one_kernel = Tensor(np.ones((1, 1, 1, 1, 1)), compute_dtype)
-        self.as_kernel, self.as_row = P.Mul(), P.Mul()
+        self.mul_kernel, self.mul_class = P.Mul(), P.Mul()
         self.matmul = P.MatMul(transpose_b=True)
-        self.as_table = P.ExpandDims()
+        self.expand_dims = P.ExpandDims()
         self.concat = P.Concat(1)
         self.add = P.Add()
 
     def construct(self, pixels):
-        """Maps `(N, 3, S, S)` normalised pixels to `(N, 1 + grid * grid, C)`."""
+        """Maps `(N, 3, P, P)` normalised pixels to `(N, 1 + g*g, C)`."""
         n, g, p = pixels.shape[0], self.grid, self.patch
         x = self.reshape(pixels, (n, 3, g, p, g, p))                                  # (N, 3, g, p, g, p)
-        x = self.unfold(x, (0, 2, 4, 1, 3, 5))                                        # (N, g, g, 3, p, p)
+        x = self.to_patches(x, (0, 2, 4, 1, 3, 5))                                    # (N, g, g, 3, p, p)
         # 1 for each tile, made of the tiles: the compiler's accumulation looks for the micro batch at the first
         # operator with a parameter, which is the class token's
-        ones = self.first_pixel(x, (0, 0, 0, 0, 0, 0), (n, 1, 1, 1, 1, 1), (1, 1, 1, 1, 1, 1))
+        ones = self.strided_slice(x, (0, 0, 0, 0, 0, 0), (n, 1, 1, 1, 1, 1), (1, 1, 1, 1, 1, 1))
         ones = self.reshape(self.cast(self.equal(ones, ones), self.dtype), (n, 1, 1))
-        first = self.as_row(ones, self.cast(self.class_embedding, self.dtype))        # (N, 1, C)
+        first = self.mul_class(ones, self.cast(self.class_embedding, self.dtype))     # (N, 1, C)
         x = self.cast(self.reshape(x, (n * g * g, 3 * p * p)), self.dtype)            # (N*g*g, 3*p*p)
         # a parameter goes through an operator with a strategy before it is reshaped; with Reshape alone the parallel
         # compiler chooses a cut itself, with Transpose it forgets to sum the gradient over the copies. Here that is
         # a product with 1, of one axis more so that it is not left out: two reshapes in a row in a gradient (ExpandDims
         # has one) hide the end of the backward pass from the compiler's pipeline
-        kernel = self.as_kernel(self.one_kernel, self.cast(self.patch_embedding.weight, self.dtype))  # (1, C, 3, p, p)
+        kernel = self.cast(self.patch_embedding.weight, self.dtype)                   # (C, 3, p, p)
+        kernel = self.mul_kernel(self.one_kernel, kernel)                             # (1, C, 3, p, p)
         x = self.matmul(x, self.reshape(kernel, (self.width, 3 * p * p)))             # (N*g*g, C)
         x = self.reshape(x, (n, g * g, self.width))                                   # (N, g*g, C)
-        positions = self.as_table(self.cast(self.position_embedding.weight, self.dtype), 0)       # (1, 1 + g*g, C)
+        positions = self.cast(self.position_embedding.weight, self.dtype)             # (1 + g*g, C)
+        positions = self.expand_dims(positions, 0)                                    # (1, 1 + g*g, C)
         return self.add(self.concat((first, x)), positions)
 
     def shard(self, dp: int) -> None:
         """Cuts tiles: the patch convolution is too small to cut its width."""
         rows = (dp, 1, 1)
-        self.unfold.shard(((dp, 1, 1, 1, 1, 1),))
-        self.as_kernel.shard(((1, 1, 1, 1, 1), (1, 1, 1, 1)))
+        self.to_patches.shard(((dp, 1, 1, 1, 1, 1),))
+        self.mul_kernel.shard(((1, 1, 1, 1, 1), (1, 1, 1, 1)))
         pixels = (dp, 1, 1, 1, 1, 1)
-        self.first_pixel.shard((pixels,))
+        self.strided_slice.shard((pixels,))
         self.equal.shard((pixels, pixels))
-        self.as_row.shard((rows, (1,)))
-        self.as_table.shard(((1, 1),))
+        self.mul_class.shard((rows, (1,)))
+        self.expand_dims.shard(((1, 1),))
         self.matmul.shard(((dp, 1), (1, 1)))
         self.concat.shard((rows, rows))
         self.add.shard((rows, (1, 1, 1)))
 
 
 class PatchConvolution(nn.Cell):
-    """Holds the kernel of the patch convolution, `(C, 3, patch, patch)`."""
+    """Holds the kernel of the patch convolution, `(C, 3, p, p)`; `VisionEmbeddings` computes with it."""
 
     def __init__(self, width: int, patch: int, param_dtype):
         super().__init__()
         self.weight = Parameter(initializer(Normal(0.02), (width, 3, patch, patch), param_dtype), name="weight")
 
-    def construct(self):
-        """Returns the kernel."""
-        return self.weight
-
 
 class PositionTable(nn.Cell):
-    """Holds the learned positions, `(1 + patches, C)`."""
+    """Holds the learned positions, `(1 + g*g, C)`; `VisionEmbeddings` adds them."""
 
     def __init__(self, positions: int, width: int, param_dtype):
         super().__init__()
         self.weight = Parameter(initializer(Normal(0.02), (positions, width), param_dtype), name="weight")
-
-    def construct(self):
-        """Returns the table."""
-        return self.weight
 
 
 class VisionAttention(nn.Cell):
@@ -173,21 +167,21 @@ class VisionMLP(nn.Cell):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, has_bias=True, cut=CUTS["fc1"], **dtypes)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, has_bias=True, cut=CUTS["fc2"], **dtypes)
         self.sigmoid = P.Sigmoid()
-        self.slope = P.Mul()
-        self.gate = P.Mul()
+        self.mul_slope = P.Mul()
+        self.mul_gate = P.Mul()
 
     def construct(self, x):
         """Maps `(N*L, C)` to `(N*L, C)`."""
         y = self.fc1(x)
-        return self.fc2(self.gate(y, self.sigmoid(self.slope(y, 1.702))))
+        return self.fc2(self.mul_gate(y, self.sigmoid(self.mul_slope(y, 1.702))))
 
     def shard(self, dp: int, tp: int) -> None:
         """Cuts positions and the inner width."""
         self.fc1.shard(dp, tp)
         self.fc2.shard(dp, tp)
-        self.slope.shard(((dp, tp), ()))
+        self.mul_slope.shard(((dp, tp), ()))
         self.sigmoid.shard(((dp, tp),))
-        self.gate.shard(((dp, tp), (dp, tp)))
+        self.mul_gate.shard(((dp, tp), (dp, tp)))
 
 
 class VisionLayer(nn.Cell):
@@ -276,28 +270,29 @@ class IXC25VisionModel(PreTrainedModel):
         if self.is_flash:
             self.padded, self.mask = vision.padded_positions, padding_mask(vision)
             self.zeros = Tensor(np.zeros((1, self.padded - self.positions, self.width)), dtypes["compute_dtype"])
-        self.repeat, self.pad = P.Tile(), P.Concat(1)
+        self.tile_zeros, self.concat_zeros = P.Tile(), P.Concat(1)
         self.reshape = P.Reshape()
-        self.slice = P.StridedSlice()
+        self.strided_slice = P.StridedSlice()
 
     def construct(self, pixels, infer=False):
-        """Encodes tiles.
+        """Features of the patches of each tile.
 
         Args:
-            pixels: `(N, 3, S, S)` normalised tiles.
+            pixels: `(N, 3, P, P)` normalised tiles.
             infer: leave gradients out; a compile-time constant.
 
         Returns:
-            Tensor `(N, patches, C)` in the compute dtype.
+            Tensor `(N, g*g, C)` in the compute dtype.
         """
         n, length, width = pixels.shape[0], self.padded, self.width
-        x = self.embeddings(pixels)                                                   # (N, 1+g*g, C)
+        x = self.embeddings(pixels)                                                   # (N, 1 + g*g, C)
         if length > self.positions:
-            x = self.pad((x, self.repeat(self.zeros, (n, 1, 1))))                     # (N, L, C)
+            x = self.concat_zeros((x, self.tile_zeros(self.zeros, (n, 1, 1))))        # (N, L, C)
         x = self.reshape(x, (n * length, width))                                      # (N*L, C)
         x = self.encoder(self.pre_layrnorm(x), n, length, self.mask, infer)
         x = self.reshape(x, (n, length, width))                                       # (N, L, C)
-        return self.slice(x, (0, 1, 0), (n, self.positions, width), (1, 1, 1))        # (N, g*g, C)
+        end = (n, self.positions, width)
+        return self.strided_slice(x, (0, 1, 0), end, (1, 1, 1))                       # (N, g*g, C)
 
     def shard(self, dp: int, tp: int) -> None:
         """Cuts every operator; see `mindformers_ixc.models.layers`."""
@@ -306,9 +301,9 @@ class IXC25VisionModel(PreTrainedModel):
         for layer in self.encoder.layers:
             layer.shard(dp, tp)
         rows = (dp, 1, 1)
-        self.slice.shard((rows,))
-        self.repeat.shard(((1, 1, 1),))
-        self.pad.shard((rows, rows))
+        self.strided_slice.shard((rows,))
+        self.tile_zeros.shard(((1, 1, 1),))
+        self.concat_zeros.shard((rows, rows))
 
 
 class VisionTower(nn.Cell):
@@ -320,7 +315,7 @@ class VisionTower(nn.Cell):
         self.vision_tower.vision_model = IXC25VisionModel(config)
 
     def construct(self, pixels, infer=False):
-        """Maps `(N, 3, S, S)` to `(N, patches, C)`."""
+        """Maps `(N, 3, P, P)` to `(N, g*g, C)`."""
         return self.vision_tower.vision_model(pixels, infer)
 
     def shard(self, dp: int, tp: int) -> None:
@@ -333,17 +328,17 @@ class ExactGELU(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.scale, self.erf, self.shift, self.gate, self.half = P.Mul(), P.Erf(), P.Add(), P.Mul(), P.Mul()
+        self.mul_scale, self.erf, self.add_one, self.mul_x, self.mul_half = P.Mul(), P.Erf(), P.Add(), P.Mul(), P.Mul()
 
     def construct(self, x):
         """Maps `(N, C)` to `(N, C)`."""
-        return self.half(self.gate(x, self.shift(self.erf(self.scale(x, 0.5 ** 0.5)), 1.0)), 0.5)
+        return self.mul_half(self.mul_x(x, self.add_one(self.erf(self.mul_scale(x, 0.5 ** 0.5)), 1.0)), 0.5)
 
     def shard(self, dp: int, tp: int) -> None:
         """Cuts positions and width."""
         self.erf.shard(((dp, tp),))
-        self.gate.shard(((dp, tp), (dp, tp)))
-        for primitive in (self.scale, self.shift, self.half):
+        self.mul_x.shard(((dp, tp), (dp, tp)))
+        for primitive in (self.mul_scale, self.add_one, self.mul_half):
             primitive.shard(((dp, tp), ()))
 
 
@@ -385,32 +380,32 @@ class VisionMerge(nn.Cell):
         self.dtype = config.compute_dtype
         self.cast = P.Cast()
         self.reshape = P.Reshape()
-        self.merge = P.Transpose()
-        self.tile = P.Tile()
+        self.to_merged = P.Transpose()
+        self.tile_separator = P.Tile()
         self.concat = P.Concat(1)
 
     def construct(self, features, sub_gn, glb_gn, batch):
-        """Merges.
+        """Merges patches 2 x 2 and puts the separators behind the tiles of each sample.
 
         Args:
-            features: `(B*T, patches, C)` of all tiles.
+            features: `(B*T, g*g, C)` of all tiles.
             sub_gn: `(1, 1, 1, 4C)`, ends a row of tokens.
             glb_gn: `(1, 1, 4C)`, stands between global and local view.
             batch: B, a compile-time constant.
 
         Returns:
-            Tensor `(B, T * tokens + 2, 4C)`; the last two rows are sub_GN and glb_GN.
+            Tensor `(B, T*k*k + 2, 4C)`; the last two rows are sub_GN and glb_GN.
         """
         side, merged = self.side, 4 * self.width
-        x = self.reshape(features, (-1, side, 2, side, 2, self.width))                # (B*T, g, 2, g, 2, C)
-        x = self.reshape(self.merge(x, (0, 1, 3, 2, 4, 5)), (batch, -1, merged))      # (B, T*g*g, 4C)
-        sub = self.tile(self.reshape(self.cast(sub_gn, self.dtype), (1, 1, merged)), (batch, 1, 1))
-        glb = self.tile(self.reshape(self.cast(glb_gn, self.dtype), (1, 1, merged)), (batch, 1, 1))
-        return self.concat((x, sub, glb))                                             # (B, T*g*g + 2, 4C)
+        x = self.reshape(features, (-1, side, 2, side, 2, self.width))                # (B*T, k, 2, k, 2, C)
+        x = self.reshape(self.to_merged(x, (0, 1, 3, 2, 4, 5)), (batch, -1, merged))  # (B, T*k*k, 4C)
+        sub = self.tile_separator(self.reshape(self.cast(sub_gn, self.dtype), (1, 1, merged)), (batch, 1, 1))
+        glb = self.tile_separator(self.reshape(self.cast(glb_gn, self.dtype), (1, 1, merged)), (batch, 1, 1))
+        return self.concat((x, sub, glb))                                             # (B, T*k*k + 2, 4C)
 
     def shard(self, dp: int) -> None:
         """Cuts samples and their tiles."""
         rows = (dp, 1, 1)
-        self.merge.shard(((dp, 1, 1, 1, 1, 1),))
-        self.tile.shard(((1, 1, 1),))
+        self.to_merged.shard(((dp, 1, 1, 1, 1, 1),))
+        self.tile_separator.shard(((1, 1, 1),))
         self.concat.shard((rows, rows, rows))

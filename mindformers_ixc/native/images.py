@@ -1,4 +1,4 @@
-"""Resizing and cutting pictures in C, where the package was installed with a compiler at hand.
+"""Resizing and cutting images in C, where the package was installed with a compiler at hand.
 
 The functions give what Pillow and NumPy give (resizing to the last bit); without the library they are not used.
 """
@@ -21,14 +21,14 @@ def _functions():
     if library() is None:
         return None
     functions = ctypes.CDLL(library())
-    if not hasattr(functions, "resize_picture"):     # built from older sources
+    if not all(hasattr(functions, name) for name in ("resize_image", "cut_tiles", "shrink_image")):   # older sources
         return None
-    functions.resize_picture.argtypes = [_BYTES, ctypes.c_int, ctypes.c_int, _BYTES, ctypes.c_int, ctypes.c_int]
+    functions.resize_image.argtypes = [_BYTES, ctypes.c_int, ctypes.c_int, _BYTES, ctypes.c_int, ctypes.c_int]
     functions.cut_tiles.argtypes = [_BYTES, ctypes.c_int, ctypes.c_int, ctypes.c_int, _FLOATS, _FLOATS]
     functions.cut_tiles.restype = None
-    functions.shrink_picture.argtypes = [_BYTES, ctypes.c_int, ctypes.c_int, _INDICES, _FLOATS, _INDICES, _FLOATS,
+    functions.shrink_image.argtypes = [_BYTES, ctypes.c_int, ctypes.c_int, _INDICES, _FLOATS, _INDICES, _FLOATS,
                                          _FLOATS, _FLOATS]
-    functions.shrink_picture.restype = None
+    functions.shrink_image.restype = None
     return functions
 
 
@@ -38,38 +38,38 @@ def available() -> bool:
 
 
 def resize(pixels: np.ndarray, out: np.ndarray) -> None:
-    """Bilinear resize of uint8 `(H, W, 3)`, antialiased, equal to Pillow's.
+    """Bilinear resize of uint8 `(height, width, 3)`, antialiased, equal to Pillow's.
 
-    Rows are resized along their length first. So does Pillow, but for pictures whose height shrinks by more than twice
+    Rows are resized along their length first. So does Pillow, but for images whose height shrinks by more than twice
     what their width does (from Pillow 13 on), which partitions never ask for.
 
     Args:
-        pixels: the picture.
+        pixels: the image.
         out: uint8 `(height, width, 3)` for the result, rows without gaps.
 
     Raises:
-        MemoryError: when there is no room for the picture.
+        MemoryError: when there is no room for the image.
     """
     height, width = out.shape[:2]
     pixels = np.ascontiguousarray(pixels)
-    if _functions().resize_picture(pixels, pixels.shape[1], pixels.shape[0], out, width, height):
+    if _functions().resize_image(pixels, pixels.shape[1], pixels.shape[0], out, width, height):
         raise MemoryError(f"No memory to resize a picture to {width} x {height} pixels.")
 
 
 def tiles(pixels: np.ndarray, side: int, table: np.ndarray, taps) -> np.ndarray:
-    """Global view and tiles, float32 `(1 + rows * columns, 3, side, side)`.
+    """Global view and tiles, float32 `(1 + rows * columns, 3, P, P)`.
 
     Args:
-        pixels: uint8 `(rows * side, columns * side, 3)`.
-        side: of a tile.
+        pixels: uint8 `(rows * P, columns * P, 3)`.
+        side: P, of a tile.
         table: normalised value of each pixel value, float32 `(3, 256)`.
-        taps: indices and weights `(side, 4)` of the rows and of the columns of the global view.
+        taps: indices and weights `(P, 4)` of the rows and of the columns of the global view.
     """
     pixels = np.ascontiguousarray(pixels)
     rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
     result = np.empty((1 + rows * columns, 3, side, side), np.float32)
     (row_indices, row_weights), (column_indices, column_weights) = taps
-    _functions().shrink_picture(pixels, pixels.shape[1], side, np.ascontiguousarray(row_indices),
+    _functions().shrink_image(pixels, pixels.shape[1], side, np.ascontiguousarray(row_indices),
                                 np.ascontiguousarray(row_weights), np.ascontiguousarray(column_indices),
                                 np.ascontiguousarray(column_weights), table, result[0])
     _functions().cut_tiles(pixels, rows, columns, side, table, result[1:])

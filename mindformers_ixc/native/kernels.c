@@ -5,7 +5,9 @@
  * three to fifteen kernels. They are written for the compiler to vectorise. Only the largest have threads
  * (OpenMP, so OMP_NUM_THREADS counts).
  *
- * Every function has MindSpore's signature; `params` holds the inputs, then the outputs. 0 is success.
+ * Every function has MindSpore's signature; `params` holds the inputs, then the outputs. Shapes are written with the
+ * letters of `mindformers_ixc.models`; of a linear F are the input's features and O the output's. What a function
+ * returns is DONE or one of the two errors after it, which MindSpore raises with the number.
  */
 #include <math.h>
 #include <omp.h>
@@ -13,14 +15,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTORISED __attribute__((target_clones("avx512f", "avx2,fma", "default")))
-#else
-#define VECTORISED
-#endif
+#include "vectorised.h"
 
 /* Elements of a weight from which on it pays to share the work among threads. */
 #define MIN_SHARED 131072
+
+enum { DONE = 0, NO_MEMORY = 1, BAD_PLACE = 2 };    /* BAD_PLACE: outside the cache, or more queries than keys */
 
 #define KERNEL(name) \
     int name(int count, void **params, int *ndims, int64_t **shapes, const char **dtypes, void *stream, void *extra)
@@ -45,12 +45,12 @@ VECTORISED static void rms_norm_rows(const float *x, const float *weight, float 
     }
 }
 
-/* x (N, C), weight (C), eps (1) -> y (N, C) */
+/* x (N, F), weight (F), eps (1) -> y (N, F) */
 KERNEL(rms_norm) {
     UNUSED;
     rms_norm_rows(params[0], params[1], *(const float *)params[2], params[3], rows_of(ndims, shapes, 0),
                   width_of(ndims, shapes, 0));
-    return 0;
+    return DONE;
 }
 
 VECTORISED static void layer_norm_rows(const float *x, const float *weight, const float *bias, float eps, float *y,
@@ -65,12 +65,12 @@ VECTORISED static void layer_norm_rows(const float *x, const float *weight, cons
     }
 }
 
-/* x (N, C), weight (C), bias (C), eps (1) -> y (N, C) */
+/* x (N, F), weight (F), bias (F), eps (1) -> y (N, F) */
 KERNEL(layer_norm) {
     UNUSED;
     layer_norm_rows(params[0], params[1], params[2], *(const float *)params[3], params[4], rows_of(ndims, shapes, 0),
                     width_of(ndims, shapes, 0));
-    return 0;
+    return DONE;
 }
 
 /* x / (1 + exp(-slope * x)); the exponent is kept where exp() is finite, since -ffast-math knows no infinity */
@@ -83,12 +83,12 @@ VECTORISED static void swiglu_values(const float *gate, const float *x, float *y
     for (int64_t i = 0; i < count; ++i) y[i] = gated(gate[i], 1.0f) * x[i];
 }
 
-/* gate (N, C), x (N, C) -> silu(gate) * x (N, C) */
+/* gate (N, F), x (N, F) -> silu(gate) * x (N, F) */
 KERNEL(swiglu) {
     UNUSED;
     swiglu_values(params[0], params[1], params[2],
                   rows_of(ndims, shapes, 0) * width_of(ndims, shapes, 0));
-    return 0;
+    return DONE;
 }
 
 VECTORISED static void quick_gelu_rows(const float *x, const float *bias, float *y, int64_t rows, int64_t width) {
@@ -96,11 +96,11 @@ VECTORISED static void quick_gelu_rows(const float *x, const float *bias, float 
         for (int64_t i = 0; i < width; ++i) y[i] = gated(x[i] + bias[i], 1.702f);
 }
 
-/* x (N, C), bias (C) -> quick GELU of x + bias (N, C) */
+/* x (N, F), bias (F) -> quick GELU of x + bias (N, F) */
 KERNEL(bias_quick_gelu) {
     UNUSED;
     quick_gelu_rows(params[0], params[1], params[2], rows_of(ndims, shapes, 0), width_of(ndims, shapes, 0));
-    return 0;
+    return DONE;
 }
 
 VECTORISED static void bias_residual_rows(const float *x, const float *bias, const float *residual, float *y,
@@ -109,12 +109,12 @@ VECTORISED static void bias_residual_rows(const float *x, const float *bias, con
         for (int64_t i = 0; i < width; ++i) y[i] = x[i] + bias[i] + residual[i];
 }
 
-/* x (N, C), bias (C), residual (N, C) -> x + bias + residual (N, C) */
+/* x (N, F), bias (F), residual (N, F) -> x + bias + residual (N, F) */
 KERNEL(bias_residual) {
     UNUSED;
     bias_residual_rows(params[0], params[1], params[2], params[3], rows_of(ndims, shapes, 0),
                        width_of(ndims, shapes, 0));
-    return 0;
+    return DONE;
 }
 
 /* Sums of one row of a weight kept side by side, so that they need not wait for each other. */
@@ -144,7 +144,7 @@ VECTORISED static void linear_rows(const float *x, const float *weight, float *y
     }
 }
 
-/* x (N, C) for a small N, weight (O, C) -> x weight^T (N, O). MindSpore's product repacks the weight at every call, which
+/* x (N, F) for a small N, weight (O, F) -> x weight^T (N, O). MindSpore's product repacks the weight at every call, which
  * takes longer than the product itself when N is small. */
 KERNEL(linear) {
     UNUSED;
@@ -154,7 +154,7 @@ KERNEL(linear) {
     const int threads = in * out < MIN_SHARED ? 1 : omp_get_max_threads();
     if (threads == 1) {
         linear_rows(x, weight, y, rows, in, out, 0, out);
-        return 0;
+        return DONE;
     }
     const int64_t share = (out + 4 * threads - 1) / (4 * threads) * 4;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -162,7 +162,7 @@ KERNEL(linear) {
         const int64_t begin = part * share, end = begin + share < out ? begin + share : out;
         if (begin < end) linear_rows(x, weight, y, rows, in, out, begin, end);
     }
-    return 0;
+    return DONE;
 }
 
 VECTORISED static void bias_heads_values(const float *x, const float *bias, float scale, float *y, int64_t batch,
@@ -180,7 +180,7 @@ KERNEL(bias_heads) {
     UNUSED;
     const int64_t *out = shapes[3];
     bias_heads_values(params[0], params[1], *(const float *)params[2], params[3], out[0], out[1], out[2], out[3]);
-    return 0;
+    return DONE;
 }
 
 /* Rotates `rows` vectors by tables of the same shape, whose sine is negative in its first half. */
@@ -193,7 +193,7 @@ VECTORISED static void rotate(const float *x, const float *cos, const float *sin
     }
 }
 
-/* softmax(q K^T) V of one key/value head: q (G, d), keys and values (n, d), scratch (G, n), y (G, d) */
+/* softmax(q K^T) V of one key/value head: q (G, d), keys and values (L, d), scratch (G, L), y (G, d) */
 VECTORISED static void attend(const float *q, const float *keys, const float *values, float *scratch, float *y,
                               int64_t groups, int64_t length, int64_t size) {
     for (int64_t n = 0; n < length; ++n)
@@ -238,7 +238,7 @@ VECTORISED static void causal_softmax_rows(const float *scores, float *y, int64_
 KERNEL(causal_softmax) {
     UNUSED;
     const int64_t queries = shapes[0][ndims[0] - 2], keys = width_of(ndims, shapes, 0);
-    if (queries > keys) return 2;
+    if (queries > keys) return BAD_PLACE;
     const int64_t rows = rows_of(ndims, shapes, 0);
     const float *scores = params[0];
     float *y = params[1];
@@ -249,13 +249,13 @@ KERNEL(causal_softmax) {
         const int64_t begin = part * share, end = begin + share < rows ? begin + share : rows;
         if (begin < end) causal_softmax_rows(scores + begin * keys, y + begin * keys, end - begin, queries, keys);
     }
-    return 0;
+    return DONE;
 }
 
 /* Rotation, append to the cache and attention of one token a row.
  *
  * qkv (B, KV * (G+2) * d), cos and sin (B, 1, G+2, d), where (B*KV, 2) int32, keys and values (B*KV, S, d), both
- * written in place -> y (B, KV * G * d). A place outside the cache or a failed allocation is an error. */
+ * written in place -> y (B, KV * G * d). */
 KERNEL(decode_attention) {
     UNUSED;
     const float *qkv = params[0], *cos = params[1], *sin = params[2];
@@ -264,12 +264,12 @@ KERNEL(decode_attention) {
     const int64_t batch = shapes[1][0], rotated = shapes[1][2], size = shapes[1][3], groups = rotated - 2;
     const int64_t entries = shapes[4][0], positions = shapes[4][1], heads = entries / batch;
     float *turned = malloc(sizeof(float) * (size_t)(rotated * size + groups * positions));
-    if (turned == NULL) return 1;
+    if (turned == NULL) return NO_MEMORY;
     for (int64_t e = 0; e < entries; ++e) {
         const int64_t row = e / heads, at = where[2 * e + 1];
         if (where[2 * e] != e || at < 0 || at >= positions) {
             free(turned);
-            return 2;
+            return BAD_PLACE;
         }
         rotate(qkv + e * rotated * size, cos + row * rotated * size, sin + row * rotated * size, turned, rotated,
                size);
@@ -281,14 +281,10 @@ KERNEL(decode_attention) {
         attend(turned, head_keys, head_values, turned + rotated * size, y + e * groups * size, groups, at + 1, size);
     }
     free(turned);
-    return 0;
+    return DONE;
 }
 
-/* Splits a prompt's consolidated product into rotated, scaled queries and rotated keys and values, by heads, and fills
- * the cache with keys and values, zeros behind each prompt's end.
- *
- * qkv (B*L, KV * (G+2) * d), cos and sin (B, L, 1, 1, d), real (B, 1, L, 1) int32, scale (1), keys and values
- * (B*KV, S, d), both written in place -> queries (B, KV, G, L, d), keys and values (B, KV, L, d) */
+/* The work of `prefill_heads`; `shape` is that of the queries, `positions` the cache's S. */
 VECTORISED static void prefill_values(const float *qkv, const float *cos, const float *sin, const int32_t *real,
                                       float scale, float *cache_keys, float *cache_values, float *queries,
                                       float *keys, float *values, const int64_t *shape, int64_t positions) {
@@ -324,154 +320,15 @@ VECTORISED static void prefill_values(const float *qkv, const float *cos, const 
         }
 }
 
+/* Splits a prompt's consolidated product into rotated, scaled queries and rotated keys and values, by heads, and fills
+ * the cache with keys and values, zeros behind each prompt's end.
+ *
+ * qkv (B*L, KV * (G+2) * d), cos and sin (B, L, 1, 1, d), real (B, 1, L, 1) int32, scale (1), keys and values
+ * (B*KV, S, d), both written in place -> queries (B, KV, G, L, d), keys and values (B, KV, L, d) */
 KERNEL(prefill_heads) {
     UNUSED;
-    if (shapes[5][1] < shapes[7][3]) return 2; /* a prompt longer than its cache */
+    if (shapes[5][1] < shapes[7][3]) return BAD_PLACE; /* a prompt longer than its cache */
     prefill_values(params[0], params[1], params[2], params[3], *(const float *)params[4], params[5], params[6],
                    params[7], params[8], params[9], shapes[7], shapes[5][1]);
-    return 0;
-}
-
-/* ---- Pictures, called from Python through ctypes (`mindformers_ixc.native.images`). ---- */
-
-/* Fixed-point weights of a resampled axis: for output i, `count[i]` inputs from `first[i]` on, `width` weights apart.
- * The numbers are those of Pillow's bilinear filter, so that pixels come out equal to the last bit: a triangle as wide
- * as the scale, normalised in double precision, rounded to 22 binary digits. */
-#define DIGITS 22
-
-static int bilinear_weights(int in, int out, int **first, int **count, int **weights) {
-    const double scale = (double)in / out, stretch = scale < 1.0 ? 1.0 : scale;
-    const int width = (int)ceil(stretch) * 2 + 1;
-    *first = malloc(out * sizeof(int));
-    *count = malloc(out * sizeof(int));
-    *weights = calloc((size_t)out * width, sizeof(int));
-    double *taps = malloc(width * sizeof(double));
-    if (!*first || !*count || !*weights || !taps) return 0;
-    for (int i = 0; i < out; ++i) {
-        const double centre = (i + 0.5) * scale;
-        int low = (int)(centre - stretch + 0.5), high = (int)(centre + stretch + 0.5);
-        if (low < 0) low = 0;
-        if (high > in) high = in;
-        double total = 0.0;
-        for (int j = 0; j < high - low; ++j) {
-            const double distance = fabs((j + low - centre + 0.5) * (1.0 / stretch));
-            taps[j] = distance < 1.0 ? 1.0 - distance : 0.0;
-            total += taps[j];
-        }
-        (*first)[i] = low;
-        (*count)[i] = high - low;
-        for (int j = 0; j < high - low; ++j)
-            (*weights)[(size_t)i * width + j] = (int)(0.5 + (total != 0.0 ? taps[j] / total : taps[j]) * (1 << DIGITS));
-    }
-    free(taps);
-    return width;
-}
-
-static inline uint8_t rounded(int sum) {
-    const int value = sum >> DIGITS;
-    return value < 0 ? 0 : value > 255 ? 255 : value;
-}
-
-static void resize_row(const uint8_t *in, uint8_t *out, int out_width, const int *first, const int *count,
-                       const int *weights, int width) {
-    for (int i = 0; i < out_width; ++i, weights += width) {
-        const uint8_t *pixel = in + 3 * first[i];
-        int r = 1 << (DIGITS - 1), g = r, b = r;
-        for (int j = 0; j < count[i]; ++j, pixel += 3) {
-            r += pixel[0] * weights[j];
-            g += pixel[1] * weights[j];
-            b += pixel[2] * weights[j];
-        }
-        *out++ = rounded(r);
-        *out++ = rounded(g);
-        *out++ = rounded(b);
-    }
-}
-
-VECTORISED static void mix_rows(const uint8_t *in, int64_t bytes, const int *weights, int count, int *sums,
-                                uint8_t *out) {
-    if (count == 2) {      /* enlarging: nearly all rows */
-        const uint8_t *next = in + bytes;
-        const int a = weights[0], b = weights[1];
-        for (int64_t i = 0; i < bytes; ++i) {
-            const int value = ((1 << (DIGITS - 1)) + in[i] * a + next[i] * b) >> DIGITS;
-            out[i] = value > 255 ? 255 : value;
-        }
-        return;
-    }
-    for (int64_t i = 0; i < bytes; ++i) sums[i] = 1 << (DIGITS - 1);
-    for (int j = 0; j < count; ++j, in += bytes)
-        for (int64_t i = 0; i < bytes; ++i) sums[i] += in[i] * weights[j];
-    for (int64_t i = 0; i < bytes; ++i) {
-        const int value = sums[i] >> DIGITS;
-        out[i] = value > 255 ? 255 : value;
-    }
-}
-
-/* uint8 (height, width, 3) -> uint8 (out_height, out_width, 3), rows first along their length, as Pillow. */
-int resize_picture(const uint8_t *in, int width, int height, uint8_t *out, int out_width, int out_height) {
-    int *first[2] = {0}, *count[2] = {0}, *weights[2] = {0};
-    const int64_t bytes = 3 * (int64_t)out_width;
-    uint8_t *wide = malloc(bytes * height);
-    int *sums = malloc(bytes * sizeof(int)), status = 1;
-    const int across = bilinear_weights(width, out_width, &first[0], &count[0], &weights[0]);
-    const int down = bilinear_weights(height, out_height, &first[1], &count[1], &weights[1]);
-    if (wide && sums && across && down) {
-        for (int64_t y = 0; y < height; ++y)
-            if (width == out_width)
-                memcpy(wide + y * bytes, in + y * bytes, bytes);
-            else
-                resize_row(in + y * 3 * width, wide + y * bytes, out_width, first[0], count[0], weights[0], across);
-        for (int64_t y = 0; y < out_height; ++y)
-            if (height == out_height)
-                memcpy(out + y * bytes, wide + y * bytes, bytes);
-            else
-                mix_rows(wide + first[1][y] * bytes, bytes, weights[1] + (size_t)y * down, count[1][y], sums,
-                         out + y * bytes);
-        status = 0;
-    }
-    for (int i = 0; i < 2; ++i) {
-        free(first[i]);
-        free(count[i]);
-        free(weights[i]);
-    }
-    free(wide);
-    free(sums);
-    return status;
-}
-
-/* uint8 (rows * side, columns * side, 3) -> float32 (rows * columns, 3, side, side), by a table (3, 256). */
-void cut_tiles(const uint8_t *in, int rows, int columns, int side, const float *table, float *out) {
-    const int64_t width = 3 * (int64_t)columns * side, area = (int64_t)side * side;
-    for (int64_t y = 0; y < (int64_t)rows * side; ++y)
-        for (int column = 0; column < columns; ++column) {
-            const uint8_t *pixel = in + y * width + 3 * (int64_t)column * side;
-            float *red = out + ((y / side) * columns + column) * 3 * area + (y % side) * side;
-            float *green = red + area, *blue = green + area;
-            for (int x = 0; x < side; ++x, pixel += 3) {
-                red[x] = table[pixel[0]];
-                green[x] = table[256 + pixel[1]];
-                blue[x] = table[512 + pixel[2]];
-            }
-        }
-}
-
-/* Global view: uint8 (height, width, 3) -> float32 (3, side, side); four rows and four columns of each pixel, their
- * indices and weights (side, 4), after the table of normalised values. */
-void shrink_picture(const uint8_t *in, int width, int side, const int64_t *rows, const float *row_weights,
-                    const int64_t *columns, const float *column_weights, const float *table, float *out) {
-    const int64_t area = (int64_t)side * side;
-    for (int y = 0; y < side; ++y)
-        for (int x = 0; x < side; ++x) {
-            float sum[3] = {0.0f, 0.0f, 0.0f};
-            for (int j = 0; j < 4; ++j) {
-                float column[3] = {0.0f, 0.0f, 0.0f};
-                for (int i = 0; i < 4; ++i) {
-                    const uint8_t *pixel = in + 3 * (rows[4 * y + i] * width + columns[4 * x + j]);
-                    for (int c = 0; c < 3; ++c) column[c] += table[256 * c + pixel[c]] * row_weights[4 * y + i];
-                }
-                for (int c = 0; c < 3; ++c) sum[c] += column[c] * column_weights[4 * x + j];
-            }
-            for (int c = 0; c < 3; ++c) out[c * area + (int64_t)y * side + x] = sum[c];
-        }
+    return DONE;
 }

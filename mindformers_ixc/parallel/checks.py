@@ -23,7 +23,7 @@ ABSENT_DEGREES = {"context_parallel": "parallel_config.", "expert_parallel": "pa
 SIZE_VARIABLES = ("MS_WORKER_NUM", "RANK_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
-def check_layout(config: ModelConfig, layout: Degrees, devices: int | None = None, replicas: bool = True) -> None:
+def check_possible(config: ModelConfig, layout: Degrees, devices: int | None = None, replicas: bool = True) -> None:
     """Refuses a layout that a model or a cluster cannot have.
 
     Args:
@@ -64,8 +64,8 @@ def check_run(fields: dict, devices: int | None = None) -> None:
         devices: of the cluster; by default what the launcher that started this process says.
 
     Raises:
-        ConfigError: see `check_layout`; also for a mode, a degree or a way to read batches that does not go with them,
-            and for a process that is alone.
+        ConfigError: see `check_possible`; also for a mode, a degree or a way to read batches that does not go with
+            them, and for a process that is alone.
     """
     section = (fields.get("model") or {}).get("model_config") or {}
     if section.get("type") != "IXC25Config" or not fields.get("use_parallel"):
@@ -95,7 +95,7 @@ def check_run(fields: dict, devices: int | None = None) -> None:
     sequence = bool((fields.get("parallel_config") or {}).get("use_seq_parallel"))
     sizes = {key: value for key, value in section.items() if key != "type"}
     config = ModelConfig(**{**sizes, "parallel_config": {"use_seq_parallel": sequence}})
-    check_layout(config, layout, devices)
+    check_possible(config, layout, devices)
     _check_batches(fields, parallel, layout)
 
 
@@ -108,7 +108,7 @@ def _check_inference(fields: dict, mode, layout: Degrees, devices: int) -> None:
     parallel_config = inference_layout(layout)
     placed = {key: section[key] for key in ("vision_parallel", "offset") if key in section}
     config = read_config(fields["load_checkpoint"], parallel_config=parallel_config, **placed)
-    check_layout(config, replace(layout, micro_batch_num=layout.pipeline_stage), devices, replicas=False)
+    check_possible(config, replace(layout, micro_batch_num=layout.pipeline_stage), devices, replicas=False)
 
 
 def _devices_here() -> int:
@@ -190,7 +190,7 @@ def layouts_for(config: ModelConfig, devices: int) -> list[Degrees]:
 
 def _is_allowed(config: ModelConfig, layout: Degrees) -> bool:
     try:
-        check_layout(config, layout)     # an offset or the length of a sequence may exclude some
+        check_possible(config, layout)     # an offset or the length of a sequence may exclude some
     except ConfigError:
         return False
     return True

@@ -27,7 +27,7 @@ class Degrees:
 
     @property
     def devices(self) -> int:
-        """Devices it takes."""
+        """Devices that the layout takes: the product of its degrees."""
         return self.data_parallel * self.model_parallel * self.pipeline_stage
 
     def __str__(self) -> str:

@@ -94,7 +94,7 @@ class StageWork:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Forward and backward passes, recomputation and reference together."""
         return self.forward + self.backward + self.again + self.reference
 
 
@@ -145,7 +145,7 @@ def stage_work(workload: Workload, stage: int, parameters: list[LocalParameter])
             narrow += work
     attention, attention_back, attention_again = _attention_work(workload, stage)
     reference = forward + attention - narrow if workload.reference else 0.0
-    if workload.reference and stage == 0:      # pictures are encoded once
+    if workload.reference and stage == 0:      # images are encoded once
         reference -= _vision_work(workload, parameters)
     return StageWork(forward + attention, backward + attention_back, again + attention_again, reference)
 

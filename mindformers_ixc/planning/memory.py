@@ -50,7 +50,7 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of parameters, gradients, optimizer states and activations together."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 

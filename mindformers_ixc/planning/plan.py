@@ -36,7 +36,7 @@ _LARGE_BATCH = 0.1
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One pipeline stage.
+    """What one pipeline stage holds, sends and takes to compile.
 
     Attributes:
         stage: number.
@@ -122,7 +122,7 @@ class Plan:
 
 def make_plan(fields: dict, workload: Workload, device_memory: int, assumptions: Assumptions, compiled: bool = True,
               progress: Callable[[str], None] = lambda _: None, every_layer: bool = False) -> Plan:
-    """Plans a step.
+    """Memory, messages and time of a training step, stage by stage.
 
     Args:
         fields: of the YAML, overrides applied.

@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.parallel.checks import check_global_batch, check_layout, layouts_for
+from mindformers_ixc.parallel.checks import check_global_batch, check_possible, layouts_for
 from mindformers_ixc.parallel.cuts import check_degree
 from mindformers_ixc.parallel.degrees import Degrees
 from mindformers_ixc.planning.cost import Assumptions, StepTime, step_time
@@ -137,7 +137,7 @@ def _why_no_batch(degrees: Degrees, global_batch: int) -> str:
 def _cannot(workload: Workload) -> str | None:
     """Why a workload cannot run in its layout."""
     try:
-        check_layout(workload.config, workload.layout)
+        check_possible(workload.config, workload.layout)
     except ConfigError as error:
         return str(error)
     return refusal(workload)

@@ -22,7 +22,7 @@ LARGEST_TERMS, REFUSALS = 3, 14
 
 
 def plan_text(name: str, plan: Plan) -> str:
-    """A plan.
+    """A plan as the lines that `mindformers plan` prints.
 
     Args:
         name: of the YAML file.

@@ -11,7 +11,7 @@ from functools import cached_property
 from mindformers_ixc.checkpoint.dtypes import dtype_bytes
 from mindformers_ixc.config import MODE_ADAPTERS, ModelConfig, ParallelOptions, recomputed_layers
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.parallel.checks import ABSENT_DEGREES, check_global_batch, check_layout
+from mindformers_ixc.parallel.checks import ABSENT_DEGREES, check_global_batch, check_possible
 from mindformers_ixc.parallel.degrees import DEGREES, Degrees, degrees_of
 from mindformers_ixc.parallel.slices import placement
 from mindformers_ixc.parallel.stages import stages_of_layers
@@ -340,7 +340,7 @@ def place(workload: Workload, devices: int, options: dict[str, int | None] | Non
         layout = replace(layout, micro_batch_num=max(least, parts))
     if not global_batch and batch % (layout.data_parallel * layout.micro_batch_num):
         batch = layout.data_parallel * layout.micro_batch_num * workload.samples
-    check_layout(workload.config, layout, devices)
+    check_possible(workload.config, layout, devices)
     check_global_batch(layout, batch)
     placed = workload.with_layout(layout, batch // layout.data_parallel // layout.micro_batch_num)
     reason = refusal(placed)

@@ -1,7 +1,7 @@
-"""Pictures to tiles: dynamic image partition, global view, and the vision-table rows of the global-local format.
+"""Images to tiles: dynamic image partition, global view, and the vision-table rows of the global-local format.
 
-Everything whose shape depends on the picture is decided here, on the host. A picture is resized so that its tiles fill
-the budget `hd_num`, padded with white to whole tiles and cut; the picture shrunk to one tile is the global view.
+Everything whose shape depends on the image is decided here, on the host. An image is resized so that its tiles fill
+the budget `hd_num`, padded with white to whole tiles and cut; the image shrunk to one tile is the global view.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mindformers_ixc.native import images
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Tiles of one picture at most: the public inference default, what it becomes with several pictures, and the training
+# Tiles of one image at most: the public inference default, what it becomes with several images, and the training
 # default of the public fine-tuning scripts.
 HD_NUM_SINGLE = 24
 HD_NUM_SEVERAL = 6
@@ -36,7 +36,7 @@ BICUBIC_A = -0.75
 
 
 class Grid(NamedTuple):
-    """Tiles of a picture."""
+    """Tiles of an image."""
 
     rows: int
     columns: int
@@ -48,13 +48,13 @@ class Grid(NamedTuple):
 
 
 class Partition(NamedTuple):
-    """How one picture becomes whole tiles, in pixels of the upright picture.
+    """How one image becomes whole tiles, in pixels of the upright image.
 
     Attributes:
         resized: (width, height) after the resize.
         padded: (width, height) after the padding.
-        offset: (left, top) of the resized picture inside the padded one.
-        transposed: whether the picture was swapped along its diagonal meanwhile (portrait pictures).
+        offset: (left, top) of the resized image inside the padded one.
+        transposed: whether the image was swapped along its diagonal meanwhile (portrait images).
         grid: the tiles.
     """
 
@@ -66,17 +66,17 @@ class Partition(NamedTuple):
 
 
 def plan_partition(width: int, height: int, hd_num: int, tile_size: int = 560, training: bool = False) -> Partition:
-    """Plans the dynamic partition of a picture; no pixels are touched.
+    """Plans the dynamic partition of an image; no pixels are touched.
 
     Args:
-        width: of the picture, in pixels.
-        height: of the picture, in pixels.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
         hd_num: tiles at most.
         tile_size: side of a tile in pixels (public 560).
         training: the training transform (scaled by 1.5, padding split) instead of the inference one.
 
     Raises:
-        ImageError: when `hd_num` is below 1 or the picture is so elongated that nothing of it would be left.
+        ImageError: when `hd_num` is below 1 or the image is so elongated that nothing of it would be left.
     """
     if hd_num < 1:
         raise ImageError(f"hd_num is {hd_num}; it must be at least 1.")
@@ -106,16 +106,16 @@ def plan_partition(width: int, height: int, hd_num: int, tile_size: int = 560, t
 
 
 def partition_image(image: Image.Image, hd_num: int, tile_size: int = 560, training: bool = False) -> Image.Image:
-    """Resizes a picture and pads it with white to whole tiles.
+    """Resizes an image and pads it with white to whole tiles.
 
     Args:
-        image: picture of any mode.
+        image: image of any mode.
         hd_num: tiles at most.
         tile_size: side of a tile in pixels.
         training: the training transform instead of the inference one.
 
     Returns:
-        RGB picture whose sides are multiples of `tile_size`.
+        RGB image whose sides are multiples of `tile_size`.
     """
     return Image.fromarray(partition_pixels(image, hd_num, tile_size, training))
 
@@ -129,7 +129,7 @@ def partition_pixels(image: Image.Image, hd_num: int, tile_size: int = 560, trai
     board = np.empty((height, width, 3), np.uint8)
     inside = board[top:top + plan.resized[1], left:left + plan.resized[0]]
     if plan.transposed:
-        # resizing the swapped picture is what the public code does; bilinear sums differ in the last bit otherwise
+        # resizing the swapped image is what the public code does; bilinear sums differ in the last bit otherwise
         inside[:] = resize_image(image.transpose(Image.TRANSPOSE), plan.resized[::-1]).transpose(1, 0, 2)
     else:
         resize_image(image, plan.resized, inside)
@@ -139,10 +139,10 @@ def partition_pixels(image: Image.Image, hd_num: int, tile_size: int = 560, trai
 
 
 def resize_image(image: Image.Image, size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray:
-    """Bilinear resize of an RGB picture; the compiled one gives Pillow's pixels, sooner.
+    """Bilinear resize of an RGB image; the compiled one gives Pillow's pixels, sooner.
 
     Args:
-        image: RGB picture.
+        image: RGB image.
         size: (width, height).
         out: uint8 `(height, width, 3)` for the result, rows without gaps.
 
@@ -158,7 +158,7 @@ def resize_image(image: Image.Image, size: tuple[int, int], out: np.ndarray | No
 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:
-    """uint8 `(H, W, 3)` to normalised float32 `(3, H, W)`."""
+    """uint8 `(height, width, 3)` to normalised float32 `(3, height, width)`."""
     scale = (1.0 / (255.0 * np.array(IMAGE_STD))).astype(np.float32)
     shift = (-np.array(IMAGE_MEAN) / np.array(IMAGE_STD)).astype(np.float32)
     planes = np.empty((3, *pixels.shape[:2]), np.float32)
@@ -192,7 +192,7 @@ def bicubic_resize(pixels: np.ndarray, size: int) -> np.ndarray:
     """Bicubic resize as PyTorch does it (a = -0.75, corners not aligned, no antialiasing, edges repeated).
 
     Args:
-        pixels: float32 `(3, H, W)`.
+        pixels: float32 `(3, height, width)`.
         size: side of the result.
 
     Returns:
@@ -211,14 +211,14 @@ def bicubic_resize(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def image_to_tiles(image: Image.Image | np.ndarray, tile_size: int) -> np.ndarray:
-    """Cuts a padded picture into its global view and its local tiles.
+    """Cuts a padded image into its global view and its local tiles.
 
     Args:
-        image: RGB picture or uint8 `(H, W, 3)` whose sides are multiples of `tile_size`.
-        tile_size: side S of a tile.
+        image: RGB image or uint8 `(height, width, 3)` whose sides are multiples of `tile_size`.
+        tile_size: side P of a tile.
 
     Returns:
-        float32 `(1 + rows * columns, 3, S, S)`, normalised: the global view, then the tiles row by row.
+        float32 `(1 + rows * columns, 3, P, P)`, normalised: the global view, then the tiles row by row.
     """
     if images.available():
         pixels = np.asarray(image)
@@ -228,24 +228,24 @@ def image_to_tiles(image: Image.Image | np.ndarray, tile_size: int) -> np.ndarra
     rows, columns = planes.shape[1] // tile_size, planes.shape[2] // tile_size
     tiles = np.empty((1 + rows * columns, 3, tile_size, tile_size), np.float32)
     tiles[0] = bicubic_resize(planes, tile_size)
-    local = planes.reshape(3, rows, tile_size, columns, tile_size).transpose(1, 3, 0, 2, 4)   # (h, w, 3, S, S)
+    local = planes.reshape(3, rows, tile_size, columns, tile_size).transpose(1, 3, 0, 2, 4)   # (rows, columns, 3, P, P)
     tiles[1:].reshape(rows, columns, 3, tile_size, tile_size)[:] = local
     return tiles
 
 
 def image_token_count(grid: Grid, tokens_per_side: int) -> int:
-    """Positions a picture takes: tokens of all tiles and the global view, one separator a row, one in between."""
+    """Positions an image takes: tokens of all tiles and the global view, one separator a row, one in between."""
     return (grid.tiles + 1) * tokens_per_side ** 2 + 1 + (grid.rows + 1) * tokens_per_side
 
 
 def image_token_rows(grid: Grid, first_tile: int, tokens_per_side: int, max_tiles: int) -> np.ndarray:
-    """Vision-table row of each of a picture's positions, in the global-local order.
+    """Vision-table row of each of an image's positions, in the global-local order.
 
     Global view row by row, each row followed by sub_GN; one glb_GN; all tiles laid out as one grid of tokens, row by
     row, each row followed by sub_GN.
 
     Args:
-        grid: the picture's tiles.
+        grid: the image's tiles.
         first_tile: index of its global view among the sample's tiles.
         tokens_per_side: tokens along a side of a tile (public 20).
         max_tiles: tiles of the table; sub_GN and glb_GN are the two rows after them.
@@ -260,25 +260,26 @@ def image_token_rows(grid: Grid, first_tile: int, tokens_per_side: int, max_tile
         return np.concatenate([tokens, np.full((len(tokens), 1), sub_gn)], axis=1).reshape(-1)
 
     rows = (first_tile + np.arange(1 + grid.tiles))[:, None, None] * side * side \
-        + np.arange(side * side).reshape(1, side, side)                                   # (1 + tiles, g, g)
-    local = rows[1:].reshape(grid.rows, grid.columns, side, side).transpose(0, 2, 1, 3)   # (h, g, w, g)
+        + np.arange(side * side).reshape(1, side, side)                                   # (1 + tiles, k, k)
+    local = rows[1:].reshape(grid.rows, grid.columns, side, side).transpose(0, 2, 1, 3)   # (rows, k, columns, k)
     local = local.reshape(grid.rows * side, grid.columns * side)
     pieces = [with_separators(rows[0]), np.array([sub_gn + 1]), with_separators(local)]
     return np.concatenate(pieces).astype(np.int32)
 
 
 def load_image(source, where: str = "") -> Image.Image:
-    """Reads a picture as RGB. EXIF orientation is not applied, as in the public code.
+    """Reads an image as RGB. EXIF orientation is not applied, as in the public code.
 
     Args:
-        source: path, bytes of an image file, PIL image or uint8 array `(H, W)`, `(H, W, 3)` or `(H, W, 4)`.
-        where: what the picture belongs to, for the messages (`train.json, sample 3, field image`).
+        source: path, bytes of an image file, PIL image or uint8 array `(height, width)` with an axis of 3 or
+            4 channels or none.
+        where: what the image belongs to, for the messages (`train.json, sample 3, field image`).
 
     Returns:
-        RGB picture; of an animation the first frame. 16-bit greyscale is scaled to 8 bits, not clipped.
+        RGB image; of an animation the first frame. 16-bit greyscale is scaled to 8 bits, not clipped.
 
     Raises:
-        ImageError: for a missing, damaged or oversized picture or another type of source.
+        ImageError: for a missing, damaged or oversized image or another type of source.
     """
     prefix = f"{where}: " if where else ""
     if isinstance(source, Image.Image):

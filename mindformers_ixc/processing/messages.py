@@ -8,11 +8,11 @@ from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
 
 
 def read_messages(messages: Sequence[dict]) -> dict:
-    """Turns messages into query, pictures and history.
+    """Turns messages into query, images and history.
 
     Args:
         messages: `{"role": "user" | "assistant" | "system", "content": text or list}` in order, the last one from the
-            user. A content list holds `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`; pictures
+            user. A content list holds `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`; images
             stand where they are in the list.
 
     Returns:
@@ -26,9 +26,9 @@ def read_messages(messages: Sequence[dict]) -> dict:
         where = f"message {number}"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise PromptError(f"{where}: needs 'role' and 'content', found {message!r:.80}.")
-        text, pictures = _read_content(message["content"], where)
+        text, added = _read_content(message["content"], where)
         if message["role"] == "system":
-            if number or pictures:
+            if number or added:
                 raise PromptError(f"{where}: the system message comes first and holds text only.")
             system = text
             continue
@@ -37,7 +37,7 @@ def read_messages(messages: Sequence[dict]) -> dict:
             raise PromptError(f"{where}: expected one of the {expected}, found role {message['role']!r}; questions and "
                               "answers must alternate.")
         texts.append(text)
-        images += pictures
+        images += added
     if len(texts) % 2 == 0:
         raise PromptError("The last message must be the user's question.")
     return {"query": texts[-1], "images": images, "history": list(zip(texts[:-1:2], texts[1::2])),

@@ -1,4 +1,4 @@
-"""From text and pictures to the arrays of a sample: prompts for chat, labelled sequences for training."""
+"""From text and images to the arrays of a sample: prompts for chat, labelled sequences for training."""
 from __future__ import annotations
 
 import json
@@ -38,7 +38,7 @@ from mindformers_ixc.processing.tokenizer import SentencePieceText, Tokenizer
 from mindformers_ixc.processing.video import BoardSize, board_grid, is_video, load_video
 from mindformers_ixc.sections import check_value, one_of
 
-# Transforms of a picture that training may use.
+# Transforms of an image that training may use.
 TRANSFORMS = ("training", "inference")
 
 
@@ -50,8 +50,8 @@ class EncodedSample:
         input_ids: int32 `(n,)`; image positions hold the padding id.
         labels: int32 `(n,)`, not shifted, -100 where there is no loss.
         image_mask: int32 `(n,)`, 1 on image positions.
-        grids: tiles of each picture.
-        pixel_values: float32 `(t, 3, S, S)`: for each picture its global view, then its tiles.
+        grids: tiles of each image.
+        pixel_values: float32 `(t, 3, P, P)`: for each image its global view, then its tiles.
         tokens_per_side: tokens along a side of a tile.
         table_index: int32 `(n,)`, row of a vision table of t tiles for each image position, where that is given and not
             worked out from the grids.
@@ -119,14 +119,14 @@ class EncodedSample:
 
 
 class ImageProcessor:
-    """Pictures to tiles.
+    """Images and videos to tiles, by the limits of chat or of training.
 
     Args:
-        image_size: side S of a tile in pixels (public 560).
-        patch_size: side of a ViT patch (public 14); S / (2 * patch_size) tokens lie along a side of a tile.
-        hd_num: tiles of a single picture at most in inference (public 24).
-        hd_num_several: tiles of each picture when there are several (public 6).
-        hd_num_training: tiles of a picture at most in training (public 18).
+        image_size: side P of a tile in pixels (public 560).
+        patch_size: side of a ViT patch (public 14); P / (2 * patch_size) tokens lie along a side of a tile.
+        hd_num: tiles of a single image at most in inference (public 24).
+        hd_num_several: tiles of each image when there are several (public 6).
+        hd_num_training: tiles of an image at most in training (public 18).
         training_transform: which transform training uses: `training`, the public one (scaled by 1.5, white padding
             split between both sides), or `inference`, so that a model sees in training what it will be asked about.
 
@@ -169,23 +169,23 @@ class ImageProcessor:
         return cls.from_config(json.loads(path.read_text(encoding="utf-8")))
 
     def hd_num_for(self, count: int, hd_num: int | None = None) -> int:
-        """Tiles a picture may take when `count` pictures come together; `hd_num` overrides the single-picture value."""
+        """Tiles an image may take when `count` images come together; `hd_num` overrides the single-image value."""
         if count > 1:
             return self.hd_num_several
         return self.hd_num if hd_num is None else hd_num
 
     def preprocess(self, images, hd_num: int | None = None, training: bool = False, where: str = "", **kwargs):
-        """Tiles of pictures.
+        """Tiles of one sample's images, one image after the other.
 
         Args:
-            images: one picture or a list (path, bytes, PIL image or uint8 array each; a video's path stands for the
+            images: one image or a list (path, bytes, PIL image or uint8 array each; a video's path stands for the
                 board of its frames).
-            hd_num: tiles of a picture at most.
+            hd_num: tiles of an image at most.
             training: encode for training: `training_transform` and `hd_num_training`.
-            where: what the pictures belong to, for messages.
+            where: what the images belong to, for messages.
 
         Returns:
-            float32 `(t, 3, S, S)` and the list of grids.
+            float32 `(t, 3, P, P)` and the list of grids.
         """
         if not isinstance(images, (list, tuple)):
             images = [images]
@@ -207,15 +207,15 @@ class ImageProcessor:
         return tiles[0] if len(tiles) == 1 else np.concatenate(tiles), grids
 
     def token_count(self, grid: Grid) -> int:
-        """Positions a picture takes in the sequence."""
+        """Positions an image takes in the sequence."""
         return image_token_count(grid, self.tokens_per_side)
 
 
 class Processor:
-    """Text and pictures to samples.
+    """Text and images to samples.
 
     Args:
-        image_processor: turns pictures into tiles.
+        image_processor: turns images into tiles.
         tokenizer: turns text into ids.
     """
 
@@ -243,7 +243,7 @@ class Processor:
         """Encodes one chat prompt; see `encode_chat` for the further arguments.
 
         Returns:
-            `input_ids`, `image_mask`, `vision_index` of shape `(1, n)` and `pixel_values` `(1, t, 3, S, S)`.
+            `input_ids`, `image_mask`, `vision_index` of shape `(1, n)` and `pixel_values` `(1, t, 3, P, P)`.
         """
         images = [] if image_input is None else image_input
         sample = self.encode_chat(text_input or "", images if isinstance(images, (list, tuple)) else [images], **kwargs)
@@ -256,49 +256,50 @@ class Processor:
         """Encodes a chat prompt.
 
         Args:
-            query: the question; `<ImageHere>` marks a picture's place.
-            images: pictures of the whole conversation, in the order of their places.
+            query: the question; `<ImageHere>` marks an image's place.
+            images: images of the whole conversation, in the order of their places.
             history: finished rounds (question, answer).
             meta_instruction: system turn; empty for none.
-            hd_num: tiles of a single picture at most.
+            hd_num: tiles of a single image at most.
 
         Raises:
-            PromptError: when places and pictures differ in number, or there is nothing to ask.
-            ImageError: for a picture that cannot be read.
+            PromptError: when places and images differ in number, or there is nothing to ask.
+            ImageError: for an image that cannot be read.
         """
         images = list(images or [])
         if not query.strip() and not images:
             raise PromptError("The query is empty and there is no picture; ask something.")
         parts, in_front = split_at_placeholders(chat_text(query, history, meta_instruction), len(images))
         pixels, grids = self.image_processor.preprocess(images, hd_num)
-        # a single picture without a place stands behind <s> and in front of the first turn
+        # a single image without a place stands behind <s> and in front of the first turn
         parts = ["", *parts] if in_front else parts
         return self._assemble([(part, i == 0) for i, part in enumerate(parts)], False, pixels, grids)
 
     def encode_conversation(self, turns: Sequence[tuple[str, str]], images: Sequence = (), where: str = "",
                             hd_num: int | None = None,
-                            pictures: tuple[np.ndarray, list[Grid]] | None = None) -> EncodedSample:
+                            encoded_images: tuple[np.ndarray, list[Grid]] | None = None) -> EncodedSample:
         """Encodes a conversation for training.
 
-        As in the public code, a single picture without a place stands before `<s>` here. A leading system turn is
+        As in the public code, a single image without a place stands before `<s>` here. A leading system turn is
         tokenised with the rest but never carries loss (the public code would swap questions and answers).
 
         Args:
             turns: (role, text) from user and assistant in turn, after an optional system turn.
-            images: pictures in the order of their places.
+            images: images in the order of their places.
             where: what the conversation belongs to, for messages.
-            hd_num: tiles of a picture at most.
-            pictures: what the image processor gave for `images`, if that was asked before.
+            hd_num: tiles of an image at most.
+            encoded_images: what the image processor gave for `images`, if that was asked before.
 
         Raises:
-            PromptError: when places and pictures differ in number.
-            ImageError: for a picture that cannot be read.
+            PromptError: when places and images differ in number.
+            ImageError: for an image that cannot be read.
         """
         turns = list(turns)
         system = turn("system", turns.pop(0)[1].strip()) if turns and turns[0][0] == "system" else ""
         text = training_text(turns, self.tokenizer.eos_token)
         parts, in_front = split_at_placeholders(system + text, len(images), where)
-        pixels, grids = pictures or self.image_processor.preprocess(list(images), hd_num, training=True, where=where)
+        pixels, grids = encoded_images or self.image_processor.preprocess(list(images), hd_num, training=True,
+                                                                          where=where)
         sample = self._assemble([(part, i == 0) for i, part in enumerate(parts)], in_front, pixels, grids)
         ids = np.where(sample.image_mask == 1, IGNORE_INDEX, sample.input_ids)
         skip = 0
@@ -310,7 +311,7 @@ class Processor:
 
     def conversation_length(self, turns: Sequence[tuple[str, str]], image_sizes: Sequence[tuple[int, int]] = (),
                             hd_num: int | None = None, where: str = "") -> tuple[int, int]:
-        """Positions and tiles `encode_conversation` would give, from the sizes of pictures and videos."""
+        """Positions and tiles `encode_conversation` would give, from the sizes of images and videos."""
         turns = list(turns)
         system = turn("system", turns.pop(0)[1].strip()) if turns and turns[0][0] == "system" else ""
         text = system + training_text(turns, self.tokenizer.eos_token)
@@ -326,7 +327,7 @@ class Processor:
 
     def _assemble(self, parts: list[tuple[str, bool]], image_in_front: bool, pixels: np.ndarray,
                   grids: list[Grid]) -> EncodedSample:
-        """Joins text parts and pictures; a part's flag asks for `<s>` before it."""
+        """Joins text parts and images; a part's flag asks for `<s>` before it."""
         texts = [self.tokenizer.encode_text(part, bos) for part, bos in parts]
         spans = [[self.pad_token_id] * self.image_processor.token_count(grid) for grid in grids]
         texts = [[], *texts] if image_in_front else texts

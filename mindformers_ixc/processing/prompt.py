@@ -41,15 +41,15 @@ def split_at_placeholders(text: str, images: int, where: str = "") -> tuple[list
 
     Args:
         text: rendered prompt.
-        images: pictures that come with it.
+        images: images that come with it.
         where: what the prompt belongs to, for the message.
 
     Returns:
-        Parts, one more than there are pictures in the text, and whether the one picture has no placeholder (it then
+        Parts, one more than there are images in the text, and whether the one image has no placeholder (it then
         goes in front of the whole text).
 
     Raises:
-        PromptError: when placeholders and pictures differ in number.
+        PromptError: when placeholders and images differ in number.
     """
     parts = text.split(IMAGE_PLACEHOLDER)
     if len(parts) == 1 and images == 1:

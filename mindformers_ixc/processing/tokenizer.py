@@ -68,7 +68,7 @@ class SentencePieceText:
 
     @property
     def vocab_size(self) -> int:
-        """Number of pieces."""
+        """Pieces of the SentencePiece model, special ones included."""
         return self.sp_model.get_piece_size()
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
@@ -164,7 +164,7 @@ class Tokenizer(SentencePieceText):
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike) -> Tokenizer:
-        """The tokenizer of a model directory: `tokenizer.model` and, where there is one, `tokenizer_config.json`.
+        """The tokenizer of a model directory: `tokenizer.model`, and `tokenizer_config.json` where there is one.
 
         Raises:
             FileNotFoundError: when the directory has no `tokenizer.model`.
@@ -180,21 +180,21 @@ class Tokenizer(SentencePieceText):
 
     @property
     def bos_token_id(self) -> int:
-        """Id of `<s>`."""
+        """Id of `bos_token`, which begins a text."""
         return self._convert_token_to_id(self.bos_token)
 
     @property
     def eos_token_id(self) -> int:
-        """Id of `</s>`."""
+        """Id of `eos_token`, which ends a training text."""
         return self._convert_token_to_id(self.eos_token)
 
     @property
     def pad_token_id(self) -> int:
-        """Id of padding."""
+        """Id of `pad_token`, which image positions hold too."""
         return self._convert_token_to_id(self.pad_token)
 
     def __len__(self) -> int:
-        """Number of ids."""
+        """`vocab_size`: no token is added beside the pieces."""
         return self.vocab_size
 
     def tokenize(self, text: str) -> list[str]:
@@ -214,7 +214,7 @@ class Tokenizer(SentencePieceText):
         return [self._convert_token_to_id(token) for token in tokens]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of ids."""
+        """Text of token ids, special tokens written out unless they are to be skipped."""
         kept = [int(index) for index in ids]
         if skip_special_tokens:
             kept = [index for index in kept if index not in self.special_ids]

@@ -1,4 +1,4 @@
-"""Videos to one tall or wide picture: sampled frames, captioned and stacked, which then goes the way of any picture."""
+"""Videos to one tall or wide image: sampled frames, captioned and stacked, which then goes the way of any image."""
 from __future__ import annotations
 
 import math
@@ -26,12 +26,12 @@ LINE = 2
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
-# File names that are taken for videos where a picture could stand as well.
+# File names that are taken for videos where an image could stand as well.
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 
 
 def is_video(source) -> bool:
-    """Whether a picture's source names a video file."""
+    """Whether an image's source names a video file."""
     return isinstance(source, (str, os.PathLike)) and os.fspath(source).lower().endswith(SUFFIXES)
 
 
@@ -73,7 +73,7 @@ def read_frames(source: str | os.PathLike, limit: int = FRAME_LIMIT, indices: Se
         transform: applied to each frame as it is decoded, so that large frames need not all be held at once.
 
     Returns:
-        RGB pictures in the video's own size, or what `transform` made of them.
+        RGB images in the video's own size, or what `transform` made of them.
 
     Raises:
         VideoError: for a missing, empty, damaged or frameless file, frame numbers it does not have or a source that is
@@ -89,7 +89,7 @@ def read_frames(source: str | os.PathLike, limit: int = FRAME_LIMIT, indices: Se
     frames = []
     for number in numbers:
         try:
-            frame = _picture(reader[number].asnumpy())
+            frame = _rgb_frame(reader[number].asnumpy())
         except Exception as error:
             raise _undecodable(path, error) from error
         frames.append(frame if transform is None else transform(frame))
@@ -124,8 +124,8 @@ def _open_video(path: Path):
     return reader, count, fps
 
 
-def _picture(pixels: np.ndarray) -> Image.Image:
-    """A decoded frame uint8 `(H, W, C)` as an RGB picture."""
+def _rgb_frame(pixels: np.ndarray) -> Image.Image:
+    """A decoded frame uint8 `(height, width, channels)` as an RGB image."""
     height, width = pixels.shape[:2]
     # of narrow videos decord2 3.4 (aarch64) shows the padding at the end of each row of bytes as a fourth channel, and
     # its get_batch fails on them
@@ -151,7 +151,7 @@ def _undecodable(path: Path, error: Exception) -> VideoError:
 
 
 def frames_to_board(frames: Sequence[Image.Image]) -> Image.Image:
-    """Stacks frames into one white picture: landscape frames below, all others beside each other.
+    """Stacks frames into one white image: landscape frames below, all others beside each other.
 
     Every frame is resized to a long side of 1120 pixels and stands below its caption `<IMAGE i>`, counted from 0. The
     caption starts at the frame's left edge; a black line runs through the gap between neighbours.
@@ -160,8 +160,8 @@ def frames_to_board(frames: Sequence[Image.Image]) -> Image.Image:
         frames: frames of one size and any mode.
 
     Returns:
-        RGB picture of n frames resized to (w, h): (w, n * (40 + h + 10)) pixels for landscape frames, else
-        (n * (w + 10), 40 + h).
+        RGB image of the resized frames with their captions (40 pixels high) and gaps (10 pixels): of landscape frames
+        as wide as one and `frames * (40 + height + 10)` high, else `frames * (width + 10)` wide and `40 + height` high.
 
     Raises:
         VideoError: when there are no frames, their sizes differ or they are too elongated.
@@ -222,11 +222,11 @@ def fit_board(board: Image.Image, tile_size: int = 560) -> Image.Image:
     """Resizes a board to a short side of one tile and pads the long side with white to whole tiles.
 
     Args:
-        board: RGB picture.
-        tile_size: side S of a tile in pixels (public 560).
+        board: RGB image.
+        tile_size: side P of a tile in pixels (public 560).
 
     Returns:
-        RGB picture of (S, h * S) or (w * S, S) pixels; the padding is at the bottom or at the right.
+        RGB image, one tile wide and some high or the other way round; the padding is at the bottom or at the right.
     """
     tall = board.width < board.height
     # a tall board is resized lying on its side, as the public code does: Pillow rounds after the horizontal pass
@@ -268,7 +268,7 @@ def board_grid(size: BoardSize, tile_size: int = 560) -> Grid:
 
 
 def load_video(source: str | os.PathLike, tile_size: int = 560, limit: int = FRAME_LIMIT) -> Image.Image:
-    """A video as one picture of whole tiles, ready for `image_to_tiles`.
+    """A video as one image of whole tiles, ready for `image_to_tiles`.
 
     Args:
         source: path of the file.
@@ -276,7 +276,7 @@ def load_video(source: str | os.PathLike, tile_size: int = 560, limit: int = FRA
         limit: frames at most.
 
     Returns:
-        RGB picture; one side is `tile_size`, the other a multiple of it.
+        RGB image; one side is `tile_size`, the other a multiple of it.
 
     Raises:
         VideoError: when the file cannot be read or its frames are too elongated.
@@ -295,10 +295,10 @@ def load_video(source: str | os.PathLike, tile_size: int = 560, limit: int = FRA
 
 
 class VideoProcessor:
-    """Videos to tiles.
+    """Videos to the tiles of the board of their frames.
 
     Args:
-        image_size: side S of a tile in pixels (public 560).
+        image_size: side P of a tile in pixels (public 560).
         frame_limit: frames at most (public 32).
 
     Raises:
@@ -318,7 +318,7 @@ class VideoProcessor:
             images: path of the video file (named as MindFormers' base class names it).
 
         Returns:
-            float32 `(1 + rows * columns, 3, S, S)`, normalised, global view first, and the grid of the others.
+            float32 `(1 + rows * columns, 3, P, P)`, normalised, global view first, and the grid of the others.
 
         Raises:
             VideoError: when the file cannot be read.

@@ -87,7 +87,7 @@ class IXC25SFTDataset(BaseDataset):
     """Supervised fine-tuning data as MindFormers' `train_dataset_task` builds it."""
 
     def __new__(cls, dataset_config: dict | None = None, **kwargs):
-        """Builds the dataset.
+        """The dataset of a `train_dataset` section: what MindFormers builds it by.
 
         Args:
             dataset_config: the `train_dataset` section.

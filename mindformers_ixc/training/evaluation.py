@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 
-# Metrics of the loss (with every sample's own pictures, and with another's); the others need answers.
+# Metrics of the loss (with every sample's own images, and with another's); the others need answers.
 LOSSES = ("loss", "shuffled_loss")
 
 DEFAULTS = {"dataset_dir": None, "image_folder": None, "every": 0, "metrics": ["loss"], "batch_size": 4,
@@ -71,7 +71,7 @@ class HeldOut:
         self.shape = (data.seq_length, data.max_tiles, hd_num)
 
     def rows(self, shuffled: bool):
-        """Columns of every sample, one after another; `shuffled` gives each the pictures of a later one."""
+        """Columns of every sample, one after another; `shuffled` gives each the images of a later one."""
         length, tiles, hd_num = self.shape
         with_images = [sample for sample in self.samples if sample.images]
         for sample in self.samples:

@@ -76,11 +76,11 @@ class TrainingLog(Callback):
             self.average[weight.name] = average
 
     def on_train_step_begin(self, run_context) -> None:
-        """Starts the clock."""
+        """Notes when the step began, for its `seconds`."""
         self.began = time.perf_counter()
 
     def on_train_step_end(self, run_context) -> None:
-        """Writes the row.
+        """Writes the row of the step that has ended.
 
         Raises:
             TrainingError: when the loss or the gradients are not finite.

@@ -55,7 +55,7 @@ class TaskLoRAPetConfig(PartialLoRAPetConfig):
     """YAML `pet_config` of type `task_lora`: `task` names the pair, the other fields are those of `partial_lora`.
 
     Args:
-        task: `sft`, `dpo` or `web`.
+        task: a key of `config.TASK_LORAS`.
         **kwargs: see `PartialLoRAPetConfig`.
     """
 
@@ -106,7 +106,7 @@ class _LowRankModel(PreTrainedModel):
             json.dump(dict(self.config.pet_config), file, indent=2)
 
     def construct(self, *inputs, **kwargs):
-        """Runs the model."""
+        """What the wrapped model gives for the same arguments."""
         return self.network(*inputs, **kwargs)
 
 

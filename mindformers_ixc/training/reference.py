@@ -51,12 +51,12 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
 
     Args:
         pairs_file: preference pairs, see `mindformers_ixc.data.preferences`.
-        target: file to write; in another folder than the pairs', its picture paths are absolute.
+        target: file to write; in another folder than the pairs', its image paths are absolute.
         model: model directory of the reference.
         mode: its task LoRAs in use; `write` is what a dpo run starts from, whose pair does nothing yet.
-        hd_num: tiles of a picture at most, as in the run to come; by default the model directory's, else 18.
+        hd_num: tiles of an image at most, as in the run to come; by default the model directory's, else 18.
         image_transform: `training` or `inference`, as in the run to come.
-        image_folder: where relative picture paths start.
+        image_folder: where relative image paths start.
         batch_size: answers at once.
 
     Returns:

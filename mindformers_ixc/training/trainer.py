@@ -156,7 +156,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
         Raises:
             ConfigError: when data and model section of the YAML contradict each other.
-            DataError: when too many pictures turn out damaged.
+            DataError: when too many images turn out damaged.
             TrainingError: when a loss is not finite.
         """
         check_sections_agree(config)
@@ -208,13 +208,13 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             with averaged_weights(model, self._log.average):
                 self.save_directory("model_ema")
         target = os.path.join(folder, "model")
-        picture, question = "PICTURE", "QUESTION"
+        image, question = "PICTURE", "QUESTION"
         sample = next((s for s in (table.samples if table else []) if len(s.images) == 1), None)
         if sample is not None:
-            picture = sample.images[0]
+            image = sample.images[0]
             question = next(text for role, text in sample.turns if role == "user")
         print(f"The trained model is in {target}. Ask it about a picture:\n"
-              f'    mindformers chat --model {target} --image {picture} "{question}"', file=sys.stderr, flush=True)
+              f'    mindformers chat --model {target} --image {image} "{question}"', file=sys.stderr, flush=True)
 
     def save_directory(self, name: str, parameters: list[str] | None = None) -> None:
         """Writes a model directory below the run's folder, with all parameters or some."""

@@ -100,7 +100,8 @@ class Marked:
     (2, 1, "WW.", "...", False), (0, True, "...", "SSS", False), ([1, 2], 0, "WWW", "...", True)])
 def test_whole_layers_come_first_and_the_tower_with_all_of_them(whole, selected, layers, inner, tower):
     decoder = [Marked(attention=Marked(core=Marked()),
-                      feed_forward=Marked(sigmoid=Marked(), silu=Marked(), gate=Marked())) for _ in range(3)]
+                      feed_forward=Marked(sigmoid=Marked(), mul_sigmoid=Marked(), mul_gate=Marked()))
+               for _ in range(3)]
     encoder = Marked(layers=[Marked(), Marked()])
     model = Marked(model=Marked(layers=decoder), vit=Marked(
         vision_tower=Marked(vision_model=Marked(encoder=encoder))))

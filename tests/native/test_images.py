@@ -1,6 +1,7 @@
-"""The compiled picture functions: the pixels of Pillow, the tiles of NumPy."""
+"""The compiled image functions: the pixels of Pillow, the tiles of NumPy."""
 from __future__ import annotations
 
+import ctypes
 import shutil
 
 import numpy as np
@@ -9,8 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mindformers_ixc.native import SWITCH
-from mindformers_ixc.native import images as pictures
+from mindformers_ixc.native import SWITCH, images
 from mindformers_ixc.processing.image import image_to_tiles, partition_image, plan_partition
 
 # without a compiler the package has no such functions, and takes Pillow and NumPy
@@ -21,7 +21,7 @@ SIDES = st.integers(1, 90)
 
 def resized(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     out = np.empty((height, width, 3), np.uint8)
-    pictures.resize(pixels, out)
+    images.resize(pixels, out)
     return out
 
 
@@ -32,7 +32,7 @@ def noise(width: int, height: int, seed: int) -> np.ndarray:
 @settings(max_examples=200, deadline=None)
 @given(SIDES, SIDES, SIDES, SIDES, st.integers(0, 2**32 - 1))
 def test_resized_pixels_are_pillows(width, height, new_width, new_height, seed):
-    # there Pillow 13 takes the columns first, earlier ones do not; no partition shrinks a picture like that
+    # there Pillow 13 takes the columns first, earlier ones do not; no partition shrinks an image like that
     assume(height - new_height <= max(0, 2 * (width - new_width)))
     pixels = noise(width, height, seed)
     expected = Image.fromarray(pixels).resize((new_width, new_height), Image.BILINEAR)
@@ -53,7 +53,7 @@ def test_tiles_are_numpys(rows, columns, side, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, "0")
         expected = image_to_tiles(board, side)
-    assert pictures.available()
+    assert images.available()
     found = image_to_tiles(board, side)
     np.testing.assert_array_equal(found[1:], expected[1:])
     np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=2e-6)     # sums in another order
@@ -67,3 +67,11 @@ def test_partition_is_the_same_without_the_library(width, height, hd_num, traini
         patch.setenv(SWITCH, "0")
         expected = partition_image(image, hd_num, 28, training)
     np.testing.assert_array_equal(np.asarray(partition_image(image, hd_num, 28, training)), np.asarray(expected))
+
+
+def test_a_library_without_the_functions_counts_as_none(monkeypatch):
+    monkeypatch.setattr(images, "library", lambda: None)
+    assert images._functions.__wrapped__() is None
+    # an older build of the package; any library serves that has other functions
+    monkeypatch.setattr(images, "library", lambda: ctypes.pythonapi._name)
+    assert images._functions.__wrapped__() is None

@@ -13,7 +13,7 @@ from mindformers_ixc.cli import job
 from mindformers_ixc.cli import launch as launching
 from mindformers_ixc.cli import run as running
 from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml
-from mindformers_ixc.parallel.checks import SIZE_VARIABLES, check_global_batch, check_layout, check_run, layouts_for
+from mindformers_ixc.parallel.checks import SIZE_VARIABLES, check_global_batch, check_possible, check_run, layouts_for
 from mindformers_ixc.parallel.degrees import DEGREES, Degrees, degrees_of
 
 YAMLS = Path(__file__).parents[2] / "yaml_configs"
@@ -170,15 +170,15 @@ def test_every_shipped_yaml_fits_the_devices_it_names(path):
 def test_no_sequence_is_shorter_than_tensor_parallel():
     config = IXC25Config(seq_length=3, parallel_config={"use_seq_parallel": True})
     with pytest.raises(ConfigError, match="choose a multiple of 8, such as 8, or"):
-        check_layout(config, Degrees(model_parallel=8))
-    check_layout(IXC25Config(seq_length=3), Degrees(model_parallel=8))
+        check_possible(config, Degrees(model_parallel=8))
+    check_possible(IXC25Config(seq_length=3), Degrees(model_parallel=8))
 
 
 def test_offsets_that_do_not_place_every_layer_are_refused():
     config = IXC25Config(offset=[1, 0])
     with pytest.raises(ConfigError, match=r"offset \[1, 0\] gives the 2 pipeline stages 17, 16 layers"):
-        check_layout(config, Degrees(pipeline_stage=2, micro_batch_num=2))
-    check_layout(config, Degrees())          # without stages nothing is placed
+        check_possible(config, Degrees(pipeline_stage=2, micro_batch_num=2))
+    check_possible(config, Degrees())          # without stages nothing is placed
 
 
 @pytest.mark.parametrize("name", DEGREES)
@@ -200,7 +200,7 @@ def test_layouts_fill_the_devices_and_are_allowed(devices):
     assert Degrees(devices, 1, 1, 1) in found
     for layout in found:
         assert layout.devices == devices
-        check_layout(PUBLIC, layout, devices)
+        check_possible(PUBLIC, layout, devices)
 
 
 def test_layouts_that_an_offset_or_a_length_excludes_are_not_found():
@@ -213,7 +213,7 @@ def test_layouts_that_an_offset_or_a_length_excludes_are_not_found():
 def test_every_layout_that_is_allowed_is_found(data, tensor, stages, more):
     layout = Degrees(data, tensor, stages, stages + more)
     try:
-        check_layout(PUBLIC, layout, layout.devices)
+        check_possible(PUBLIC, layout, layout.devices)
     except ConfigError:
         assert tensor not in (1, 2, 4, 8) or stages > PUBLIC.num_hidden_layers
         return
@@ -222,7 +222,7 @@ def test_every_layout_that_is_allowed_is_found(data, tensor, stages, more):
 
 def test_a_message_shows_a_few_layouts_and_how_many_more():
     with pytest.raises(ConfigError, match=r"dp 1 x tp 8 x pp 8; .* and \d+ more\.$"):
-        check_layout(PUBLIC, Degrees(), 64)
+        check_possible(PUBLIC, Degrees(), 64)
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 200))
