@@ -16,6 +16,7 @@ from mindformers_ixc.data.conversations import load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import fit_samples
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import write_whole
+from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.questions import questions_of
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.sections import check_names, check_section, of_type, one_of, whole
@@ -165,8 +166,6 @@ class Evaluation(Callback):
         self._keep_best(rows)
 
     def _assistant(self, model):
-        from mindformers_ixc.generation.assistant import Assistant
-
         if not hasattr(self, "assistant"):
             self.assistant = Assistant(model, self.held_out.processor)
         return self.assistant

@@ -1,0 +1,71 @@
+"""Held-out samples: the loss does not depend on the batch size, every question gets its own answer."""
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mindformers.tools.register import MindFormerConfig
+from mindspore import Tensor
+
+from mindformers_ixc.data.batch import full_batches
+from mindformers_ixc.demo import demo_path
+from mindformers_ixc.training.evaluation import HeldOut, evaluation_options
+
+
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 5))
+def test_batches_are_of_one_size_and_lose_nothing(items, size):
+    batches = list(full_batches(iter(items), size))
+    assert all(len(batch) == size and 0 < real <= size for batch, real in batches)
+    assert [item for batch, real in batches for item in batch[:real]] == items
+    assert all(set(batch[real:]) <= {batch[real - 1]} for batch, real in batches)
+    assert all(batch[real:] == [-batch[real - 1]] * (size - real)
+               for batch, real in full_batches(items, size, lambda last: -last))
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [{"id": i, "conversations": [{"from": "human", "value": f"what is {i}?"},
+                                        {"from": "bot", "value": "x" * (i + 1)}]} for i in range(5)]
+    (tmp_path / "held_out.json").write_text(json.dumps(rows))
+    return MindFormerConfig(tokenizer={"type": "InternLM2Tokenizer", "vocab_file": str(demo_path("tokenizer.model"))},
+                            seq_length=96, max_tiles=2, hd_num=1, image_size=56, patch_size=14)
+
+
+def held_out(data, tmp_path, **options) -> HeldOut:
+    return HeldOut(data, evaluation_options({"dataset_dir": str(tmp_path / "held_out.json"), **options}))
+
+
+def mean_id(ids, labels, *_):
+    """A model whose loss of a position is the id there."""
+    ids, labels = ids.asnumpy(), labels.asnumpy()
+    return Tensor(np.float32(ids[labels != -100].mean()))
+
+
+def test_the_loss_is_the_mean_over_labelled_positions_for_any_batch_size(data, tmp_path):
+    shapes = []
+
+    def model(*columns):
+        shapes.append(columns[0].shape)
+        return mean_id(*columns)
+
+    losses = [held_out(data, tmp_path, batch_size=size).loss(model) for size in (1, 2, 3, 5, 8)]
+    assert losses == pytest.approx([losses[0]] * 5)
+    assert set(shapes) == {(size, 96) for size in (1, 2, 3, 5, 8)}
+
+
+def test_every_question_gets_its_answer(data, tmp_path):
+    sizes = []
+
+    def answer(requests, mode, max_new_tokens):
+        sizes.append(len(requests))
+        assert (mode, max_new_tokens) == ("base", 64)
+        return [request["query"] for request in requests]
+
+    found, expected = held_out(data, tmp_path, batch_size=2, max_samples=3).answers(SimpleNamespace(answer=answer))
+    assert found == ["what is 0?", "what is 1?", "what is 2?"]
+    assert expected == ["x", "xx", "xxx"]
+    assert sizes == [2, 2]
