@@ -99,7 +99,7 @@ def test_an_empty_file_is_an_error(tmp_path):
 
 
 def test_of_parallel_processes_one_writes_and_all_know_the_answers(tmp_path, requests, monkeypatch):
-    monkeypatch.setattr(predicting, "get_real_rank", lambda: 1)
+    monkeypatch.setattr(predicting, "rank", lambda: 1)
     assert answers(go(Answering(), requests, tmp_path)) == ["A", None, None, None, "D", "E"]
     assert not list(tmp_path.glob("predictions*"))
     monkeypatch.undo()
@@ -108,7 +108,7 @@ def test_of_parallel_processes_one_writes_and_all_know_the_answers(tmp_path, req
     with open(tmp_path / "predictions.part.jsonl", "a", encoding="utf-8") as file:
         file.write('{"half')
     left = (tmp_path / "predictions.part.jsonl").read_bytes()
-    monkeypatch.setattr(predicting, "get_real_rank", lambda: 1)
+    monkeypatch.setattr(predicting, "rank", lambda: 1)
     answering = Answering()
     assert answers(go(answering, requests, tmp_path)) == ["A", None, None, None, "D", "E"]
     assert answering.batches == [["d", "e"]]          # what is there already is not asked again

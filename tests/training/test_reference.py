@@ -15,7 +15,6 @@ from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.data.preferences import REFERENCE_COLUMN, load_preferences
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.training.reference import _processor, add_reference_logps
 
@@ -54,7 +53,8 @@ def expected_logp(directory, mode: str, answer) -> float:
     """Of one answer alone, in float64 from the logits."""
     sample = _processor(str(directory), "training").encode_conversation(answer.turns, answer.images, answer.where, 2)
     row = sample.pad(len(sample.input_ids), max(1, sample.tiles), 0)
-    model = load_model(directory, IXC25ForCausalLM, adapter_mode=mode, seq_length=len(sample.input_ids), max_tiles=max(1, sample.tiles))
+    model = load_model(directory, IXC25ForCausalLM, adapter_mode=mode, seq_length=len(sample.input_ids),
+                       max_tiles=max(1, sample.tiles))
     columns = {name: Tensor(row[name][None]) for name in BATCH_COLUMNS}
     logits = model(columns["input_ids"], None, columns["pixel_values"], columns["vision_index"],
                    columns["image_mask"]).asnumpy()[0].astype(np.float64)
