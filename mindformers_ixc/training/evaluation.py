@@ -14,11 +14,11 @@ from mindspore.train.callback import Callback
 from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.data.conversations import load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import fit_samples
-from mindformers_ixc.data.rows import make_processor
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.generation.questions import questions_of
 from mindformers_ixc.models.loss import FusedCrossEntropy
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
+from mindformers_ixc.training.datasets import section_processor
 from mindformers_ixc.training.scores import SCORES, score_answers
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class HeldOut:
     """
 
     def __init__(self, data, options: dict):
-        self.processor, self.options = make_processor(data), options
+        self.processor, self.options = section_processor(data), options
         hd_num = data.hd_num or HD_NUM_TRAINING
         samples = load_sources(options["dataset_dir"], options["image_folder"])
         read_image_sizes(samples)
