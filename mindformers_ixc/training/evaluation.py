@@ -82,8 +82,8 @@ class HeldOut:
         hd_num = data.hd_num or HD_NUM_TRAINING
         samples = load_sources(options["dataset_dir"], options["image_folder"])
         read_image_sizes(samples)
-        self.samples = fit_samples(self.processor, samples, data.seq_length, data.max_tiles,
-                                   hd_num)[:options["max_samples"]]
+        fitted = fit_samples(self.processor, samples, data.seq_length, data.max_tiles, hd_num)
+        self.samples = [entry.sample for entry in fitted[:options["max_samples"]]]
         self.shape = (data.seq_length, data.max_tiles, hd_num)
 
     def rows(self, shuffled: bool):

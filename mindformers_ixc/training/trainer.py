@@ -172,7 +172,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         if not isinstance(model, IXC25Model):
             return
         parts = sorted({part_of(parameter.name) for parameter in model.trainable_params()})
-        if self.config.get("train_parts") is not None or self.config.model.model_config.get("pet_config"):
+        if self.config.get("train_parts") is not None or model is not self.real_model:      # PET trains parts too
             names = [parameter.name for parameter in model.trainable_params()]
             self.save_directory("trained_parts", names)
             print(f"Of it, {', '.join(parts)} alone are in {folder}/trained_parts; put them on any checkpoint with\n"
