@@ -12,6 +12,10 @@ from pathlib import Path
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.resources import resolve_path
 
+# What a training run writes about itself, one JSON object a line: every step, every measurement on held-out data.
+METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+
 
 @contextmanager
 def whole_file(target: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
@@ -90,4 +94,17 @@ def read_json_list(path: str | os.PathLike, item: str) -> list:
     if not isinstance(rows, list) or not rows:
         found = f"no {item}s" if rows == [] else type(rows).__name__
         raise DataError(f"{path} must hold a JSON list with at least one {item}, found {found}.")
+    return rows
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict]:
+    """Rows of a `metrics.jsonl` or `evaluations.jsonl`; a last line cut short by a crash is left out."""
+    path, rows = Path(path), []
+    if not path.is_file():
+        return rows
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
     return rows

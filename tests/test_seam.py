@@ -26,7 +26,7 @@ FREE_MODULES = (
     *(f"planning.{name}" for name in (
         "workload", "memory", "cost", "search", "plan", "text", "few_layers", "check_layout")),
     "cpu_cluster", "cpu_cluster.build", "cpu_cluster.mailbox", "cpu_cluster.simulated",
-    "cli", "cli.checkpoints", "cli.inputs", "cli.yaml_file",
+    "cli", "cli.checkpoints", "cli.data", "cli.inputs", "cli.job", "cli.report", "cli.yaml_docs", "cli.yaml_file",
 )
 
 
@@ -34,9 +34,7 @@ def free_modules() -> list[str]:
     root = Path(mindformers_ixc.__file__).parent
     names = [name for package in FREE_PACKAGES
              for name in (package, *(f"{package}.{module.name}" for module in pkgutil.iter_modules([root / package])))]
-    present = [name for name in FREE_MODULES if (root / f"{name.replace('.', '/')}.py").exists()
-               or (root / name.replace(".", "/") / "__init__.py").exists()]
-    return ["mindformers_ixc", "mindformers_ixc_cli", *(f"mindformers_ixc.{name}" for name in (*names, *present))]
+    return ["mindformers_ixc", "mindformers_ixc_cli", *(f"mindformers_ixc.{name}" for name in (*names, *FREE_MODULES))]
 
 
 def python(program: str, *arguments: str) -> str:

@@ -9,10 +9,7 @@ import statistics
 from pathlib import Path
 
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.files import write_whole
-from mindformers_ixc.training.log import METRICS_FILE, read_metrics
-
-EVALUATIONS_FILE = "evaluations.jsonl"
+from mindformers_ixc.files import EVALUATIONS_FILE, METRICS_FILE, read_metrics, write_whole
 
 # Curves of a run that are there whenever their key is in its rows: file, title, key, logarithmic.
 CURVES = (("loss", "Loss", "loss", False), ("learning_rate", "Learning rate", "learning_rate", False),

@@ -16,7 +16,7 @@ from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
 from mindformers_ixc.data.conversations import load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import fit_samples
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.files import write_whole
+from mindformers_ixc.files import EVALUATIONS_FILE, write_whole
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.questions import questions_of
 from mindformers_ixc.models.loss import FusedCrossEntropy
@@ -26,8 +26,6 @@ from mindformers_ixc.training.datasets import section_processor
 from mindformers_ixc.training.scores import SCORES, score_answers
 
 logger = logging.getLogger(__name__)
-
-EVALUATIONS_FILE = "evaluations.jsonl"
 
 # Metrics of the loss (with every sample's own images, and with another's); the others need answers.
 LOSSES = ("loss", "shuffled_loss")

@@ -12,10 +12,8 @@ from mindspore.train.callback import Callback
 
 from mindformers_ixc.device import has_loss, reports_loss
 from mindformers_ixc.errors import TrainingError
-from mindformers_ixc.files import write_whole
+from mindformers_ixc.files import METRICS_FILE, read_metrics, write_whole
 from mindformers_ixc.models.preference import REPORT
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class TrainingLog(Callback):
@@ -133,16 +131,3 @@ def not_finite(outputs: tuple) -> str | None:
 
 def _number(value) -> float:
     return float(np.mean(value.asnumpy() if hasattr(value, "asnumpy") else value))
-
-
-def read_metrics(path: str | os.PathLike) -> list[dict]:
-    """Rows of a `metrics.jsonl`; a last line cut short by a crash is left out."""
-    path, rows = Path(path), []
-    if not path.is_file():
-        return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows

@@ -108,7 +108,7 @@ def plan_step(config) -> StepPlan:
                                   "are not accumulated in parallel runs; raise batch_size or data_parallel instead.")
             loss_form = "sums"
     own_cell = micro_batches > 1 or averages or report is not None
-    if own_cell and parallel and not preference:
+    if parallel and (averages or report == SOURCES):
         raise ConfigError("runner_wrapper.ema_decay and the column source work in stand-alone runs only.")
     return StepPlan(loss_form, report, micro_batches, own_cell,
                     None if preference or not own_cell else columns.index("labels"), parallel and preference)

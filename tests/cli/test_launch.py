@@ -18,7 +18,7 @@ import mindformers_ixc_cli
 from mindformers_ixc.cli import job
 from mindformers_ixc.cli import launch as launching
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.training.log import read_metrics
+from mindformers_ixc.files import read_metrics
 
 TINY = Path(__file__).parents[2] / "yaml_configs" / "ixc25_sft_tiny.yaml"
 FAKE = Path(__file__).parents[1] / "helpers" / "fake_msrun.py"

@@ -9,8 +9,9 @@ import pytest
 from mindspore import Parameter, Tensor
 
 from mindformers_ixc.errors import TrainingError
+from mindformers_ixc.files import METRICS_FILE, read_metrics
 from mindformers_ixc.models.preference import REPORT
-from mindformers_ixc.training.log import METRICS_FILE, TrainingLog, read_metrics
+from mindformers_ixc.training.log import TrainingLog
 from mindformers_ixc.training.step import StepPlan
 
 SAMPLES = 6       # of the data set; batches of two, so that an epoch has three steps
