@@ -113,6 +113,19 @@ class TestTinyRun:
         assert [row["text_generation_text"] for row in two] == ["Before the Launch", "Lunch for Two"]
 
 
+@pytest.mark.slow
+def test_a_pet_run_leaves_its_model_and_the_trained_parts(tmp_path):
+    pet = "{pet_type: lora, lora_rank: 2, lora_alpha: 4, lora_dropout: 0.0, target_modules: '.*wqkv'}"
+    evaluation = f"{{dataset_dir: {demo_path('train.json')}, metrics: [loss], max_samples: 4}}"
+    mindformers("run", "--config", ROOT / "yaml_configs" / "ixc25_sft_tiny.yaml", "--output_dir", "out", "--epochs", 1,
+                "--model.model_config.pet_config", pet, "--evaluation", evaluation, cwd=tmp_path)
+    parts, whole = (load_file(tmp_path / "out" / name / "model.safetensors") for name in ("trained_parts", "model"))
+    assert len(parts) == 2 * 4 and len(whole) > len(parts)
+    assert all("mindpet_delta_lora" in name for name in parts)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "evaluations.jsonl").read_text().splitlines()]
+    assert len(rows) == 1 and 0 < rows[0]["loss"] < 8
+
+
 BAD_DATA = [
     ('{"id": 1}', "JSON list"),
     ('[{"id": "a", "image": "gone.png", "conversations": [{"from": "human", "value": "q"}, '

@@ -39,9 +39,10 @@ def kill_after(process: subprocess.Popen, out: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path, micro_batches):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    epochs = ("--epochs", 1)
+    epochs = ("--epochs", 1, "--gradient_accumulation_steps", micro_batches, "--batch_size", 4 // micro_batches)
     code, errors = run("sft_tiny", whole, *epochs)
     assert code == 0, errors[-3000:]
     kill_after(start("sft_tiny", broken, *epochs), broken, 5)
@@ -53,6 +54,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path):
     assert code == 0, errors[-3000:]
     expected, found = (read_metrics(folder / "metrics.jsonl") for folder in (whole, broken))
     assert len(found) == len(expected) >= 10
+    assert all(row["tokens"] == sum(source["tokens"] for source in row["sources"].values()) > 0 for row in found)
     assert [[row[key] for key in COMPARED] for row in found] == [[row[key] for key in COMPARED] for row in expected]
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (broken, whole))
     assert all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
