@@ -43,7 +43,7 @@ class Report:
         kind: `public`, `mindspore` or `ranks`.
         files: that hold it.
         layout: ranks and pipeline stages, for `ranks`.
-        parts: by name, in the order of `names.PARTS`; then `optimizer states`, `buffers` and `other`.
+        parts: by name, in the order of `parameters.PARTS`; then `optimizer states`, `buffers` and `other`.
         missing: parameters of the configuration that are not there; `None` without a configuration.
         surplus: tensors that the configuration does not have.
         wrong_shapes: name, shape found and shape asked for.

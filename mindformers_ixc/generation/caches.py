@@ -240,7 +240,7 @@ class TokenHeads(nn.Cell):
                 self.slice(x, (0, 0, g + 1, 0), (b, kv, 1, d)))
 
     def shard(self, tp: int) -> None:
-        """Cuts key/value heads."""
+        """Cuts key/value heads by `tp`; rows are whole on every device."""
         heads = (1, tp, 1, 1)
         self.gather_halves.shard(((1, tp, 1, 1, 1), (1,)))
         self.slice.shard((heads,))

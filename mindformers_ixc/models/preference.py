@@ -25,8 +25,9 @@ LOSSES = ("sigmoid", "ipo")
 DEFAULTS = {"task": "dpo", "loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0}
 RULES = {"task": of_type(str), "loss": one_of(LOSSES), "beta": above_0(), "label_smoothing": of_type(float)}
 
-# Entries of the report of a step; the last is the number of pairs that the others are sums over.
-REPORT_SIZE = 7
+# Entries of the report of a step, in their order; the last is the number of pairs that the others are sums over.
+REPORT = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected",
+          "pairs")
 REPORT_NAME = "train_report"
 
 
@@ -82,8 +83,8 @@ class PreferenceLoss(nn.Cell):
         """Takes summed log-probabilities (chosen, rejected), float32 `(B, 2)` each.
 
         Returns:
-            Scalar loss and the report, float32 `(7,)`: sums of chosen and rejected rewards, margins, right orders,
-            policy log-probabilities of chosen and rejected, and the number of pairs.
+            Scalar loss and the report, float32, the entries of `REPORT`: sums of chosen and rejected rewards, margins,
+            right orders, policy log-probabilities of chosen and rejected, and the number of pairs.
         """
         pairs, steps = policy.shape[0], (1, 1)
         rewards = self.mul_number(self.sub(policy, reference), self.beta)              # (B, 2)
@@ -101,10 +102,12 @@ class PreferenceLoss(nn.Cell):
 
     @staticmethod
     def report(rewards, margin, policy):
-        """The report `(7,)`; see `construct`."""
+        """The report; see `construct`."""
         right = F.cast(margin > 0, mstype.float32)
-        return F.stack((rewards[:, 0].sum(), rewards[:, 1].sum(), margin.sum(), right.sum(), policy[:, 0].sum(),
-                        policy[:, 1].sum(), F.ones_like(margin).sum()))
+        sums = {"reward_chosen": rewards[:, 0].sum(), "reward_rejected": rewards[:, 1].sum(),
+                "reward_margin": margin.sum(), "reward_accuracy": right.sum(), "logp_chosen": policy[:, 0].sum(),
+                "logp_rejected": policy[:, 1].sum(), "pairs": F.ones_like(margin).sum()}
+        return F.stack([sums[name] for name in REPORT])
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS)
@@ -142,7 +145,7 @@ class IXC25ForPreference(IXC25Model):
             self.sum_positions.shard(((dp, 1),))
             self.mul_minus_one.shard(((1,), ()))
             self.preference_loss.shard()
-            self.train_report = Parameter(Tensor(np.zeros(REPORT_SIZE, np.float32)), name=REPORT_NAME,
+            self.train_report = Parameter(Tensor(np.zeros(len(REPORT), np.float32)), name=REPORT_NAME,
                                           requires_grad=False)
 
     def answer_logps(self, rows, labels, adapters):

@@ -61,7 +61,7 @@ class LocalParameter:
 
     Attributes:
         name: public name.
-        part: key of `checkpoint.names.PARTS`.
+        part: key of `parameters.PARTS`.
         shape: of the whole.
         local: of the slice, optimizer sharding included.
         optimizer_shards: into how many optimizer sharding cuts the slice of tensor parallel.

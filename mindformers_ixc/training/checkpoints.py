@@ -11,6 +11,8 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mindformers.core.callback.callback import CheckpointMonitor
@@ -29,6 +31,9 @@ SAME_SECTIONS = ("seed", "train_dataset", "train_parts", "part_learning_rates", 
 FREE_KEYS = {"num_parallel_workers", "python_multiprocessing", "prefetch_size", "numa_enable", "max_bad_share",
              "batch_size"}
 RECORD = "run_config.json"
+
+# MindFormers' name of the callback that writes checkpoints.
+MONITOR = "CheckpointMonitor"
 
 _NAME = re.compile(r"(?P<prefix>.+)_rank_(?P<rank>\d+)(_\d+)?-(?P<epoch>\d+)_(?P<step>\d+)\.(safetensors|ckpt)$")
 
@@ -75,12 +80,19 @@ class SafeCheckpointMonitor(CheckpointMonitor):
         super().end(run_context)
 
 
-def use_safe_checkpoints() -> None:
-    """Makes the YAML's `CheckpointMonitor` the safe one.
+@contextmanager
+def safe_checkpoints() -> Iterator[None]:
+    """Makes the YAML's `CheckpointMonitor` the safe one for a while.
 
-    MindFormers' trainer hands its settings to callbacks of that type's name only, so the name has to stay.
+    MindFormers' trainer hands its settings to callbacks of that type's name only, so the name has to stay; other
+    trainers of the process get MindFormers' own.
     """
-    MindFormerRegister.register_cls(SafeCheckpointMonitor, MindFormerModuleType.CALLBACK, alias="CheckpointMonitor")
+    before = MindFormerRegister.get_cls(MindFormerModuleType.CALLBACK, MONITOR)
+    MindFormerRegister.register_cls(SafeCheckpointMonitor, MindFormerModuleType.CALLBACK, alias=MONITOR)
+    try:
+        yield
+    finally:
+        MindFormerRegister.register_cls(before, MindFormerModuleType.CALLBACK, alias=MONITOR)
 
 
 def checkpoints_in(folder: str | os.PathLike) -> list[Path]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from mindformers.tools.utils import get_output_root_path
-from mindspore import Tensor
+from mindspore import Tensor, nn
+from mindspore.ops import operations as P
 from mindspore.train.callback import Callback
 
 from mindformers_ixc.config import MODE_ADAPTERS
@@ -18,6 +19,7 @@ from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import write_whole
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.questions import questions_of
+from mindformers_ixc.models.loss import FusedCrossEntropy
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.sections import check_names, check_section, of_type, one_of, whole
 from mindformers_ixc.training.datasets import section_processor
@@ -53,6 +55,23 @@ def evaluation_options(section: dict) -> dict:
     return options
 
 
+class MeanLoss(nn.Cell):
+    """The mean loss of a batch, in whatever form the model's own training loss is.
+
+    Args:
+        model: `IXC25Model`; its parameters keep their names.
+    """
+
+    def __init__(self, model):
+        super().__init__(auto_prefix=False)
+        self.model, self.loss, self.reshape = model, FusedCrossEntropy(model.config.vocab_size), P.Reshape()
+
+    def construct(self, input_ids, labels, pixel_values, vision_index, image_mask):
+        """float32 scalar of the columns of a batch."""
+        logits = self.model.flat_logits(input_ids, pixel_values, vision_index, image_mask)     # (B*L, V)
+        return self.loss(logits, self.reshape(labels, (-1,)))
+
+
 class HeldOut:
     """Held-out conversations, measured once and encoded anew for every measurement: their pictures take much memory.
 
@@ -83,13 +102,13 @@ class HeldOut:
             if len(encoded.input_ids) <= length and encoded.tiles <= tiles:
                 yield encoded.pad(length, tiles, self.processor.pad_token_id)
 
-    def loss(self, model, shuffled: bool = False) -> float:
-        """Mean loss over labelled positions."""
+    def loss(self, mean_loss: MeanLoss, shuffled: bool = False) -> float:
+        """Mean loss over labelled positions of all samples."""
         total = count = 0.0
         for batch, _ in full_batches(self.rows(shuffled), self.options["batch_size"], _without_labels):
             labelled = sum(int((row["labels"] != -100).sum()) for row in batch)
             columns = [Tensor(np.stack([row[name] for row in batch])) for name in BATCH_COLUMNS]
-            total += float(model(*columns).asnumpy()) * labelled
+            total += float(mean_loss(*columns).asnumpy()) * labelled
             count += labelled
         return total / max(count, 1.0)
 
@@ -129,6 +148,7 @@ class Evaluation(Callback):
         self.held_out = HeldOut(data, self.options)
         self.path = Path(get_output_root_path()) / EVALUATIONS_FILE
         self.measured = -1
+        self.mean_loss: MeanLoss | None = None
 
     def on_train_step_end(self, run_context) -> None:
         """Measures when it is time."""
@@ -148,13 +168,15 @@ class Evaluation(Callback):
 
     def _measure(self, step: int) -> None:
         self.measured = step
-        model = getattr(self.trainer.real_model, "network", self.trainer.real_model)
+        model = self.trainer.trained_model
         row, metrics = {"step": step}, self.options["metrics"]
         model.set_train(False)
+        if self.mean_loss is None:
+            self.mean_loss = MeanLoss(model)      # one cell, one graph
         if "loss" in metrics:
-            row["loss"] = self.held_out.loss(model)
+            row["loss"] = self.held_out.loss(self.mean_loss)
         if "shuffled_loss" in metrics:
-            row["shuffled_loss"] = self.held_out.loss(model, shuffled=True)
+            row["shuffled_loss"] = self.held_out.loss(self.mean_loss, shuffled=True)
         if any(metric in SCORES for metric in metrics):
             row.update(score_answers(*self.held_out.answers(self._assistant(model)),
                                      [metric for metric in metrics if metric in SCORES]))

@@ -13,12 +13,9 @@ from mindspore.train.callback import Callback
 from mindformers_ixc.device import has_loss, reports_loss
 from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import write_whole
+from mindformers_ixc.models.preference import REPORT
 
 METRICS_FILE = "metrics.jsonl"
-
-# Rewards and the like of a preference step, in the order of its report (`training.preference`).
-PREFERENCE_METRICS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen",
-                      "logp_rejected")
 
 
 class TrainingLog(Callback):
@@ -36,14 +33,15 @@ class TrainingLog(Callback):
         self.path = Path(folder) / METRICS_FILE
         self.average: dict = {}
 
-    def bind(self, dataset, trainer) -> None:
+    def bind(self, dataset, plan, trainer) -> None:
         """Tells what is known only once the data are there.
 
         Args:
-            dataset: as `mindformers_ixc.data.dataset.batched` made it.
-            trainer: gives the configuration and the kind of the report when the run starts.
+            dataset: as `mindformers_ixc.training.datasets.batched` made it.
+            plan: `StepPlan`; says what a step reports.
+            trainer: `IXC25Trainer`; gives the configuration and the model when the run starts.
         """
-        self.dataset, self.trainer = dataset, trainer
+        self.dataset, self.plan, self.trainer = dataset, plan, trainer
 
     def describe(self, step: int) -> str:
         """Names the samples of a step, counted from 0."""
@@ -54,8 +52,6 @@ class TrainingLog(Callback):
     def on_train_begin(self, run_context) -> None:
         """Drops rows of steps that will be done again."""
         self.start = self.trainer.config.runner_config.initial_step or 0
-        self.kind = self.trainer._report_kind()
-        self.sources = self.dataset.conversations.source_names
         self.batch_size = self.dataset.get_batch_size() * self.dataset.plan_sampler.ranks
         self.total = self.trainer.config.runner_config.epochs * self.dataset.get_dataset_size()
         self._start_average(run_context.original_args().train_network)
@@ -97,10 +93,10 @@ class TrainingLog(Callback):
             row["grad_norm"] = _number(norm)
         row["seconds"] = time.perf_counter() - self.began
         row["samples_per_second"] = self.batch_size / row["seconds"]
-        report = next((holder.train_report for holder in (parameters.train_network, self.trainer.real_model)
-                       if hasattr(holder, "train_report")), None)
-        if self.kind and report is not None:
-            row.update(self._report(report.asnumpy()))
+        if self.plan.report:
+            # a parallel run has no cell around the model that adds it up
+            holder = self.trainer.trained_model if self.plan.in_model else parameters.train_network
+            row.update(self._report(holder.train_report.asnumpy()))
         what = not_finite(parameters.net_outputs)
         if self.writes:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -113,11 +109,11 @@ class TrainingLog(Callback):
                                 "with resume_training.")
 
     def _report(self, report: np.ndarray) -> dict:
-        if self.kind == "preference":
+        if self.plan.report == "preference":
             values = report[:-1] / report[-1]
-            return dict(zip(PREFERENCE_METRICS, (float(value) for value in values)))
+            return dict(zip(REPORT, (float(value) for value in values)))
         by_source = {name: {"loss": float(total / count), "tokens": int(count)}
-                     for name, total, count in zip(self.sources, *report) if count}
+                     for name, total, count in zip(self.plan.sources, *report) if count}
         return {"sources": by_source, "tokens": int(report[1].sum())}
 
 

@@ -34,12 +34,12 @@ class AnswerLogps(nn.Cell):
     """
 
     def __init__(self, model):
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.model, self.losses, self.reshape = model, TokenLosses(), P.Reshape()
 
     def construct(self, input_ids, labels, pixel_values, vision_index, image_mask):
         """float32 `(B,)` of the columns of a batch."""
-        logits = self.model(input_ids, None, pixel_values, vision_index, image_mask)          # (B, L, V)
+        logits = self.model.logits(input_ids, pixel_values, vision_index, image_mask)         # (B, L, V)
         losses = self.losses(self.reshape(logits, (-1, logits.shape[-1])), self.reshape(labels, (-1,)))
         return -self.reshape(losses, labels.shape).sum(axis=1)
 

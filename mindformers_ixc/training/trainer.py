@@ -20,14 +20,14 @@ from mindformers_ixc.generation.options import GenerationOptions, check_mode, kn
 from mindformers_ixc.generation.predict import predict
 from mindformers_ixc.generation.requests import read_requests
 from mindformers_ixc.models.ixc25 import IXC25Model
-from mindformers_ixc.models.preference import REPORT_SIZE, IXC25ForPreference
 from mindformers_ixc.parallel.degrees import inference_layout
 from mindformers_ixc.parameters import part_of
-from mindformers_ixc.training.checkpoints import use_safe_checkpoints
+from mindformers_ixc.training.averaging import averaged_weights
+from mindformers_ixc.training.checkpoints import safe_checkpoints
 from mindformers_ixc.training.evaluation import Evaluation
 from mindformers_ixc.training.log import TrainingLog
 from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, stop_dropout, train_only
-from mindformers_ixc.training.wrapper import averaged_weights, portable_wrapper
+from mindformers_ixc.training.step import StepPlan, plan_step
 
 logger = logging.getLogger(__name__)
 
@@ -65,21 +65,6 @@ def check_sections_agree(config) -> None:
                           "own tokenizer.")
 
 
-def check_micro_batches(config) -> None:
-    """Lets several micro batches of a parallel step weigh as their labelled positions, in place.
-
-    Raises:
-        ConfigError: for preference pairs, whose report MindFormers' accumulating step does not take.
-    """
-    accumulated = config.runner_config.gradient_accumulation_steps or 1
-    if not is_parallel() or (accumulated == 1 and (config.parallel_config.pipeline_stage or 1) == 1):
-        return
-    if config.model.arch.type == "IXC25ForPreference":
-        raise ConfigError(f"runner_config.gradient_accumulation_steps is {accumulated}, but preference pairs are not "
-                          "accumulated in parallel runs; raise batch_size or data_parallel instead.")
-    config.calculate_per_token_loss = True
-
-
 @MindFormerRegister.register(MindFormerModuleType.TRAINER)
 class IXC25Trainer(CausalLanguageModelingTrainer):
     """Trains IXC2.5 from YAML and leaves a model directory behind; answers questions in run_mode predict.
@@ -88,18 +73,27 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         model_name: MindFormers' name for the recipe; only used in its logs.
     """
 
+    def __init__(self, model_name: str | None = None):
+        super().__init__(model_name)
+        self.plan = StepPlan()
+        self.log: TrainingLog | None = None
+
+    @property
+    def trained_model(self):
+        """The model itself, also inside the cells of MindFormers' PET."""
+        model = self.real_model
+        while not isinstance(model, IXC25Model) and hasattr(model, "network"):
+            model = model.network
+        return model
+
     def create_network(self, default_args=None):
         """Builds the network, freezes what `train_parts` leaves out and prints what trains.
 
         Raises:
             ConfigError: when `train_parts` names a part of which nothing can train.
         """
-        table = getattr(self.train_dataset, "conversations", None)
-        if self.config.run_mode != "predict" and table is not None:
-            self.config.model.model_config.num_sources = len(table.source_names)
         network = super().create_network(default_args=default_args)
-        # a PET model holds the model it trains
-        model = getattr(network, "network", network)
+        model = self.trained_model
         if isinstance(model, IXC25Model) and self.config.run_mode != "predict":
             if self.config.get("train_parts") is not None:
                 train_only(model, self.config.train_parts)
@@ -110,45 +104,29 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
     def create_optimizer_scheduler(self, network, model_params):
         """Builds the optimizer; `part_learning_rates` becomes MindFormers' `grouped_lr_schedule`."""
-        section = self.config.get("part_learning_rates")
+        section, model = self.config.get("part_learning_rates"), self.trained_model
         if section:
             schedule = dict(self.config.lr_schedule)
-            self.config.grouped_lr_schedule = MindFormerConfig(**grouped_schedule(self.real_model, schedule, section))
-            print(rates_table(self.real_model, schedule, section), file=sys.stderr, flush=True)
+            self.config.grouped_lr_schedule = MindFormerConfig(**grouped_schedule(model, schedule, section))
+            print(rates_table(model, schedule, section), file=sys.stderr, flush=True)
         return super().create_optimizer_scheduler(network, model_params)
 
     def create_model_wrapper(self, network, optimizer):
         """Builds the train-step cell: MindFormers' own, or this package's where it is not enough."""
-        section, columns = self.config.runner_wrapper, list(self.config.train_dataset.input_columns)
-        kind = self._report_kind()
-        if self._micro_batches > 1 or section.get("ema_decay") is not None or kind:
-            if is_parallel() and kind != "preference":
-                raise ConfigError("runner_wrapper.ema_decay and the column source work in stand-alone runs only.")
-            section.type = "IXC25TrainOneStepCell"
-            section.micro_batches = self._micro_batches
-            if kind == "preference" and not is_parallel():
-                section.report_shape = (REPORT_SIZE,)
-            elif kind != "preference":
-                section.labels_column = columns.index("labels")
-                section.report_shape = (2, len(self.train_dataset.conversations.source_names)) if kind else None
-        section.type = portable_wrapper(section.type)
+        section = self.config.runner_wrapper
+        for key, value in self.plan.cell(section.type).items():
+            section[key] = value
         return super().create_model_wrapper(network, optimizer)
 
-    def _report_kind(self) -> str | None:
-        """What the network reports beside its loss."""
-        if isinstance(self.real_model, IXC25ForPreference):
-            return "preference"
-        return "sources" if "source" in self.config.train_dataset.input_columns else None
-
     def create_train_dataset(self, default_args=None):
-        """Builds the dataset; batches are as large as all micro batches together."""
-        self.config.runner_config.batch_size *= self._micro_batches
-        self.global_batch_size = self.global_batch_size * self._micro_batches
+        """Builds the dataset; it says how many sources there are."""
         dataset = super().create_train_dataset(default_args)
         if dataset.get_dataset_size() == 0:
             raise DataError(f"train_dataset has fewer samples than a batch of {self.config.runner_config.batch_size}; "
                             "lower batch_size or gradient_accumulation_steps.")
-        self._log.bind(dataset, self)
+        self.plan = self.plan.with_sources(dataset.conversations.source_names)
+        self.config.model.model_config.num_sources = len(self.plan.sources)
+        self.log.bind(dataset, self.plan, self)
         return dataset
 
     def train(self, config=None, network=None, dataset=None, wrapper=None, optimizer=None, callbacks=None, **kwargs):
@@ -160,23 +138,19 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             TrainingError: when a loss is not finite.
         """
         check_sections_agree(config)
-        use_safe_checkpoints()
-        check_micro_batches(config)
-        # MindFormers accumulates in semi-auto parallel only and would silently not do it here
-        self._micro_batches = 1
-        if not is_parallel():
-            self._micro_batches = config.runner_config.gradient_accumulation_steps or 1
-            config.runner_config.gradient_accumulation_steps = 1
-        self._log = TrainingLog(get_output_root_path())
-        callbacks = [*(callbacks or []), self._log]
+        self.plan = plan_step(config)
+        self.plan.put_into(config)
+        self.log = TrainingLog(get_output_root_path())
+        callbacks = [*(callbacks or []), self.log]
         if config.get("evaluation"):
             if is_parallel():
                 raise ConfigError("evaluation works in stand-alone runs only; take the section out and evaluate the "
                                   "joined checkpoint (mindformers convert, mindformers eval).")
             callbacks.append(Evaluation(self, dict(config.evaluation), config.train_dataset))
         try:
-            super().train(config=config, network=network, dataset=dataset, wrapper=wrapper, optimizer=optimizer,
-                          callbacks=callbacks, **kwargs)
+            with safe_checkpoints():
+                super().train(config=config, network=network, dataset=dataset, wrapper=wrapper, optimizer=optimizer,
+                              callbacks=callbacks, **kwargs)
         except RuntimeError as error:
             # MindSpore wraps what a data worker raises into its own report of three call stacks
             sentence = re.search(r"^DataError: (.+?)$", str(error), re.MULTILINE)
@@ -194,18 +168,18 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             return
         if not reports_loss():
             return
-        folder, model = get_output_root_path(), getattr(self.real_model, "network", self.real_model)
+        folder, model = get_output_root_path(), self.trained_model
         if not isinstance(model, IXC25Model):
             return
         parts = sorted({part_of(parameter.name) for parameter in model.trainable_params()})
-        if self.config.get("train_parts") is not None or self.config.model.model_config.get("pet_config"):
+        if self.config.get("train_parts") is not None or model is not self.real_model:      # PET trains parts too
             names = [parameter.name for parameter in model.trainable_params()]
             self.save_directory("trained_parts", names)
             print(f"Of it, {', '.join(parts)} alone are in {folder}/trained_parts; put them on any checkpoint with\n"
                   f"    mindformers merge BASE TARGET --attach {folder}/trained_parts", file=sys.stderr, flush=True)
         self.save_directory("model")
-        if self._log.average:
-            with averaged_weights(model, self._log.average):
+        if self.log.average:
+            with averaged_weights(model, self.log.average):
                 self.save_directory("model_ema")
         target = os.path.join(folder, "model")
         image, question = "PICTURE", "QUESTION"
@@ -218,9 +192,9 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
     def save_directory(self, name: str, parameters: list[str] | None = None) -> None:
         """Writes a model directory below the run's folder, with all parameters or some."""
-        data, model = self.config.train_dataset, getattr(self.real_model, "network", self.real_model)
-        save_model_directory(model, os.path.join(get_output_root_path(), name), data.tokenizer.vocab_file, data.hd_num,
-                             parameters)
+        data = self.config.train_dataset
+        save_model_directory(self.trained_model, os.path.join(get_output_root_path(), name),
+                             data.tokenizer.vocab_file, data.hd_num, parameters)
 
     def predict(self, config=None, input_data=None, network=None, tokenizer=None, **kwargs):
         """Answers the questions of a JSON-lines file with the model directory `load_checkpoint`.

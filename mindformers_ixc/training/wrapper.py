@@ -6,8 +6,6 @@ clipping, grouped learning rates, the skipped update) is MindFormers' own.
 """
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import mindspore as ms
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -194,24 +192,3 @@ def portable_wrapper(name: str) -> str:
     if ms.get_context("device_target") == "Ascend":
         return name
     return PORTABLE_WRAPPERS.get(name, name)
-
-
-@contextmanager
-def averaged_weights(model, average: dict):
-    """Lets a model have the averaged weights for a while.
-
-    Args:
-        model: the model.
-        average: averaged parameters by the model's names.
-    """
-    own = {}
-    for parameter in model.get_parameters():
-        if parameter.name in average:
-            own[parameter.name] = parameter.asnumpy().copy()
-            parameter.set_data(Tensor(average[parameter.name].asnumpy().copy(), parameter.dtype))
-    try:
-        yield
-    finally:
-        for parameter in model.get_parameters():
-            if parameter.name in own:
-                parameter.set_data(Tensor(own[parameter.name], parameter.dtype))

@@ -11,9 +11,8 @@ from parallel_parity import predict, write_start
 
 from mindformers_ixc import ConfigError, IXC25Config
 from mindformers_ixc.checkpoint.tensors import ArrayTensor, PartOfTensor
-from mindformers_ixc.checkpoint.writing import Options, expected_layouts
+from mindformers_ixc.checkpoint.writing import expected_layouts
 from mindformers_ixc.demo import demo_path
-from mindformers_ixc.parallel import slices as inference
 from mindformers_ixc.parallel.degrees import Degrees, inference_layout
 from mindformers_ixc.parallel.slices import layers_of_rank, slices_of_rank
 from mindformers_ixc.parameters import parameter_table
@@ -24,12 +23,11 @@ def config(tensor: int, stages: int, **fields) -> IXC25Config:
 
 
 @pytest.mark.parametrize(("tensor", "stages"), [(1, 4), (4, 1), (2, 3)])
-def test_ranks_load_what_convert_would_give_them(monkeypatch, tensor, stages):
-    sizes, found = config(tensor, stages), {}
-    for rank in range(tensor * stages):
-        monkeypatch.setattr(inference, "get_real_rank", lambda rank=rank: rank)
-        found[rank] = slices_of_rank({name: entry.shape for name, entry in parameter_table(sizes).items()}, sizes)
-    expected = expected_layouts(sizes, Options(tensor_parallel=tensor, pipeline_stages=stages, mode="all"))
+def test_ranks_load_what_convert_would_give_them(tensor, stages):
+    sizes = config(tensor, stages)
+    shapes = {name: entry.shape for name, entry in parameter_table(sizes).items()}
+    found = {rank: slices_of_rank(shapes, sizes, rank) for rank in range(tensor * stages)}
+    expected = expected_layouts(sizes, tensor, stages)
     for name, entry in parameter_table(sizes).items():
         layout, stage = expected[name]
         for rank, slices in found.items():
@@ -39,18 +37,16 @@ def test_ranks_load_what_convert_would_give_them(monkeypatch, tensor, stages):
                 assert slices[name] == layout.slices(entry.shape, rank % tensor)
 
 
-def test_a_replicated_tower_is_whole_and_an_offset_moves_layers(monkeypatch):
-    monkeypatch.setattr(inference, "get_real_rank", lambda: 3)
+def test_a_replicated_tower_is_whole_and_an_offset_moves_layers():
     tower = "vit.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"
     shapes = {tower: (4096, 1024)}
-    replicated = slices_of_rank(shapes, config(4, 1, vision_parallel="replicated"))
+    replicated = slices_of_rank(shapes, config(4, 1, vision_parallel="replicated"), 3)
     assert replicated == {tower: (slice(0, 4096), slice(0, 1024))}
-    assert slices_of_rank(shapes, config(4, 1)) == {tower: (slice(3072, 4096), slice(0, 1024))}
+    assert slices_of_rank(shapes, config(4, 1), 3) == {tower: (slice(3072, 4096), slice(0, 1024))}
     sizes = config(2, 2, offset=[-3, 3])
-    monkeypatch.setattr(inference, "get_real_rank", lambda: 2)
     norms = {f"model.layers.{layer}.ffn_norm.weight": (4096,) for layer in (12, 13)}
-    assert slices_of_rank(norms, sizes) == {"model.layers.13.ffn_norm.weight": (slice(0, 4096),)}
-    assert layers_of_rank(sizes) == list(range(13, 32))
+    assert slices_of_rank(norms, sizes, 2) == {"model.layers.13.ffn_norm.weight": (slice(0, 4096),)}
+    assert layers_of_rank(sizes, 2) == list(range(13, 32))
 
 
 def test_replicas_have_no_meaning():

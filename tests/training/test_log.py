@@ -9,14 +9,16 @@ import pytest
 from mindspore import Parameter, Tensor
 
 from mindformers_ixc.errors import TrainingError
-from mindformers_ixc.training.log import METRICS_FILE, PREFERENCE_METRICS, TrainingLog, read_metrics
+from mindformers_ixc.models.preference import REPORT
+from mindformers_ixc.training.log import METRICS_FILE, TrainingLog, read_metrics
+from mindformers_ixc.training.step import StepPlan
 
 SAMPLES = 6       # of the data set; batches of two, so that an epoch has three steps
 
 
 def fake_dataset(batch_size: int = 2):
     plan = SimpleNamespace(ranks=1, batch=lambda step: [(step * batch_size + i) % SAMPLES for i in range(batch_size)])
-    table = SimpleNamespace(source_names=["text.json", "charts.json"], describe=lambda i: f"charts.json, sample {i}")
+    table = SimpleNamespace(describe=lambda i: f"charts.json, sample {i}")
     return SimpleNamespace(plan_sampler=plan, conversations=table, get_batch_size=lambda: batch_size,
                            get_dataset_size=lambda: SAMPLES // batch_size)
 
@@ -24,13 +26,12 @@ def fake_dataset(batch_size: int = 2):
 class FakeRun:
     """One run of MindSpore: its context, and steps with given outputs."""
 
-    def __init__(self, folder, kind=None, start: int = 0, epochs: int = 2, wrapper=None, batch_size: int = 2):
+    def __init__(self, folder, start: int = 0, epochs: int = 2, wrapper=None, batch_size: int = 2, **plan):
         self.log, self.stopped = TrainingLog(folder), False
         runner = SimpleNamespace(initial_step=start, epochs=epochs)
         self.model = SimpleNamespace()
-        trainer = SimpleNamespace(config=SimpleNamespace(runner_config=runner), _report_kind=lambda: kind,
-                                  real_model=self.model)
-        self.log.bind(fake_dataset(batch_size), trainer)
+        trainer = SimpleNamespace(config=SimpleNamespace(runner_config=runner), trained_model=self.model)
+        self.log.bind(fake_dataset(batch_size), StepPlan(**plan), trainer)
         self.wrapper = wrapper or SimpleNamespace()
         self.parameters = SimpleNamespace(train_network=self.wrapper, batch_num=3, cur_step_num=0,
                                           dataset_sink_mode=False)
@@ -140,7 +141,7 @@ def test_a_last_line_cut_short_is_left_out(tmp_path, text, steps):
 
 
 def test_sources_have_their_mean_losses_and_tokens(tmp_path):
-    run = FakeRun(tmp_path, kind="sources")
+    run = FakeRun(tmp_path, report="sources", sources=("text.json", "charts.json"))
     run.step(2.0, report=[[12.0, 30.0], [8, 10]])
     run.step(2.0, report=[[0.0, 9.0], [0, 6]])
     rows = read_metrics(tmp_path / METRICS_FILE)
@@ -151,11 +152,11 @@ def test_sources_have_their_mean_losses_and_tokens(tmp_path):
 
 @pytest.mark.parametrize("in_model", [False, True])
 def test_preferences_have_the_means_of_their_pairs(tmp_path, in_model):
-    run = FakeRun(tmp_path, kind="preference")
-    holder = run.model if in_model else run.wrapper     # a parallel run has no cell around the model that adds it up
+    run = FakeRun(tmp_path, report="preference", in_model=in_model)
+    holder = run.model if in_model else run.wrapper
     run.step(0.7, report=[2.0, -1.0, 3.0, 3.0, -40.0, -60.0, 4.0], holder=holder)
     row = read_metrics(tmp_path / METRICS_FILE)[0]
-    assert {name: row[name] for name in PREFERENCE_METRICS} == {
+    assert {name: row[name] for name in REPORT[:-1]} == {
         "reward_chosen": 0.5, "reward_rejected": -0.25, "reward_margin": 0.75, "reward_accuracy": 0.75,
         "logp_chosen": -10.0, "logp_rejected": -15.0}
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mindformers.models.build_model import build_network
+from mindformers.models.configuration_utils import PretrainedConfig
+from mindformers.models.modeling_utils import PreTrainedModel
+from mindformers.pet import get_pet_model
+from mindformers.pet.models.lora import LoraModel
 from mindformers.tools.register import MindFormerConfig
 from mindspore import Tensor, nn
 
 import mindformers_ixc  # noqa: F401
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.parameters import parameter_table
+from mindformers_ixc.training.pet import IXC25LoraModel
+from mindformers_ixc.training.trainer import IXC25Trainer
 
 MODEL = {"type": "IXC25Config", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "plora_rank": 4, "plora_alpha": 8, "seq_length": 8,
@@ -108,3 +115,46 @@ def test_mindformers_own_lora_trains_and_starts_without_effect(tmp_path, monkeyp
 def test_lora_on_nothing_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="matches no linear; they are named wqkv"):
         build(tmp_path, monkeypatch, pet_type="lora", target_modules="q_proj")
+
+
+class Attention(nn.Cell):
+    """A linear that MindFormers' LoRA knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.wq = nn.Dense(8, 8)
+
+    def construct(self, x):
+        return self.wq(x)
+
+
+class OtherModel(PreTrainedModel):
+    """A model of somebody else."""
+
+    config_class = PretrainedConfig
+    base_model_prefix = "other"
+
+    def __init__(self, config):
+        super().__init__(config, auto_prefix=True)
+        self.model = Attention()
+
+    def construct(self, x):
+        return self.model(x)
+
+
+def test_another_model_gets_exactly_mindformers_lora(tmp_path, monkeypatch):
+    monkeypatch.setattr("mindformers.pet.pet_model.get_output_root_path", lambda: str(tmp_path))
+    section = MindFormerConfig(pet_type="lora", lora_rank=2, lora_alpha=4, lora_dropout=0.0, target_modules=".*wq")
+    network = get_pet_model(OtherModel(PretrainedConfig()), section)
+    assert type(network.network) is LoraModel
+    assert {name.rpartition(".")[0] for name in trainable(network)} == {"model.wq"}
+    assert all("mindpet_delta_lora" in name for name in trainable(network))
+    ours = build(tmp_path, monkeypatch, pet_type="lora", lora_rank=2, lora_alpha=4, target_modules=".*wqkv")
+    assert type(ours.network) is IXC25LoraModel
+
+
+@pytest.mark.parametrize("pet", [{"pet_type": "partial_lora"}, {"pet_type": "lora", "target_modules": ".*wqkv"}])
+def test_the_trainer_knows_the_model_inside(tmp_path, monkeypatch, pet):
+    trainer = IXC25Trainer("common")
+    trainer.real_model = build(tmp_path, monkeypatch, **pet)
+    assert isinstance(trainer.trained_model, IXC25Model)

@@ -8,7 +8,8 @@ from mindformers.core.optim import AdamW
 from mindspore import Parameter, Tensor, nn
 from mindspore.ops import functional as F
 
-from mindformers_ixc.training.wrapper import AVERAGE_PREFIX, IXC25TrainOneStepCell, averaged_weights, portable_wrapper
+from mindformers_ixc.training.averaging import averaged_weights
+from mindformers_ixc.training.wrapper import AVERAGE_PREFIX, IXC25TrainOneStepCell, portable_wrapper
 
 WIDTH, LENGTH, RATE = 8, 6, 0.25
 START = np.linspace(-1.0, 1.0, WIDTH).astype(np.float32)

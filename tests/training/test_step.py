@@ -1,0 +1,150 @@
+"""What a step is made of, from the configuration alone, and what MindFormers is told of it before it starts."""
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
+from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
+
+from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml
+from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.models.preference import REPORT
+from mindformers_ixc.training import step as steps
+from mindformers_ixc.training.checkpoints import MONITOR, SafeCheckpointMonitor, safe_checkpoints
+from mindformers_ixc.training.step import StepPlan, plan_step
+from mindformers_ixc.training.trainer import IXC25Trainer
+
+YAMLS = Path(__file__).parents[2] / "yaml_configs"
+COLUMNS = ["input_ids", "labels", "pixel_values", "vision_index", "image_mask"]
+ACCUMULATED = {"runner_config.gradient_accumulation_steps": 3}
+PLAIN, SOURCES = ({"train_dataset.input_columns": columns} for columns in (COLUMNS, [*COLUMNS, "source"]))
+AVERAGED = {"runner_wrapper.ema_decay": 0.9}
+STAGES = {"parallel_config.pipeline_stage": 2}
+
+
+def config_of(*changes: dict, name: str = "sft") -> MindFormerConfig:
+    fields = read_yaml(YAMLS / f"ixc25_{name}_tiny.yaml")
+    for change in changes:
+        apply_overrides(fields, change)
+    return MindFormerConfig(**fields)
+
+
+@pytest.fixture
+def parallel(monkeypatch):
+    monkeypatch.setattr(steps, "is_parallel", lambda: True)
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ((PLAIN,), StepPlan()),
+    ((PLAIN, ACCUMULATED), StepPlan(micro_batches=3, own_cell=True, labels_column=1)),
+    ((PLAIN, AVERAGED), StepPlan(own_cell=True, labels_column=1)),
+    ((SOURCES,), StepPlan("sources", "sources", own_cell=True, labels_column=1)),
+    ((SOURCES, ACCUMULATED, AVERAGED), StepPlan("sources", "sources", 3, True, 1)),
+    (({"train_dataset.input_columns": ["labels", "input_ids", "source"]},),
+     StepPlan("sources", "sources", own_cell=True, labels_column=0)),
+    (({"train_dataset.input_columns": None},), StepPlan())])
+def test_a_stand_alone_step(changes, expected):
+    assert plan_step(config_of(*changes)) == expected
+
+
+def test_a_stand_alone_step_on_preferences_weighs_its_parts_the_same():
+    plan = plan_step(config_of(ACCUMULATED, name="dpo"))
+    assert plan == StepPlan(report="preference", micro_batches=3, own_cell=True)
+    assert plan.report_shape == (len(REPORT),)
+
+
+@pytest.mark.parametrize(("changes", "loss_form"), [((), "mean"), ((ACCUMULATED,), "sums"), ((STAGES,), "sums")])
+def test_micro_batches_of_a_parallel_step_are_mindformers(parallel, changes, loss_form):
+    assert plan_step(config_of(PLAIN, *changes)) == StepPlan(loss_form)
+
+
+def test_a_parallel_step_on_preferences_keeps_its_report_in_the_model(parallel):
+    plan = plan_step(config_of(name="dpo"))
+    assert plan == StepPlan(report="preference", own_cell=True, in_model=True)
+    assert plan.report_shape is None
+
+
+@pytest.mark.parametrize(("name", "changes", "words"), [
+    ("sft", (SOURCES,), r"ema_decay and the column source work in stand-alone runs only"),
+    ("sft", (PLAIN, AVERAGED), r"ema_decay and the column source work in stand-alone runs only"),
+    ("dpo", (ACCUMULATED,), r"gradient_accumulation_steps is 3, but preference pairs are not accumulated"),
+    ("dpo", (STAGES,), r"gradient_accumulation_steps is 1, but preference pairs are not accumulated")])
+def test_what_a_parallel_step_cannot_do_is_refused(parallel, name, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        plan_step(config_of(*changes, name=name))
+
+
+def test_a_plan_does_not_change_and_is_completed_by_the_data():
+    plan = plan_step(config_of(SOURCES))
+    with pytest.raises(FrozenInstanceError):
+        plan.micro_batches = 2
+    assert plan.sources == ()
+    complete = plan.with_sources(["text.json", "charts.json"])
+    assert complete.sources == ("text.json", "charts.json")
+    assert complete.report_shape == (2, 2)
+    assert complete.cell("MFTrainOneStepCell") == {"type": "IXC25TrainOneStepCell", "micro_batches": 1,
+                                                   "labels_column": 1, "report_shape": (2, 2)}
+
+
+def test_mindformers_cells_are_kept_where_they_do():
+    assert StepPlan().cell("MFTrainOneStepCell") == {"type": "IXC25TrainOneStepCell"}      # the CPU's
+    assert StepPlan("sums").cell("MFPipelineWithLossScaleCell") == {"type": "IXC25PipelineWithLossScaleCell"}
+    assert StepPlan().cell("SomethingElse") == {"type": "SomethingElse"}
+
+
+def test_a_stand_alone_batch_is_as_large_as_its_parts_together():
+    config = config_of(SOURCES, ACCUMULATED)
+    size = config.runner_config.batch_size
+    plan_step(config).put_into(config)
+    assert (config.runner_config.batch_size, config.runner_config.gradient_accumulation_steps) == (3 * size, 1)
+    assert config.model.model_config.loss_form == "sources"
+    assert not config.calculate_per_token_loss
+
+
+def test_a_parallel_batch_is_left_to_mindformers(parallel):
+    config = config_of(PLAIN, ACCUMULATED)
+    size = config.runner_config.batch_size
+    plan_step(config).put_into(config)
+    assert (config.runner_config.batch_size, config.runner_config.gradient_accumulation_steps) == (size, 3)
+    assert config.model.model_config.loss_form == "sums"
+    assert config.calculate_per_token_loss is True
+
+
+def monitor() -> type:
+    return MindFormerRegister.get_cls(MindFormerModuleType.CALLBACK, MONITOR)
+
+
+@pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])
+def test_during_a_run_all_is_decided_and_afterwards_mindformers_has_its_monitor_again(monkeypatch, tmp_path, error):
+    before, seen = monitor(), {}
+
+    def train(self, config, **_):
+        seen.update(monitor=monitor(), plan=self.plan, size=config.runner_config.batch_size)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(CausalLanguageModelingTrainer, "train", train)
+    monkeypatch.setattr("mindformers_ixc.training.trainer.get_output_root_path", lambda: str(tmp_path))
+    monkeypatch.setattr(IXC25Trainer, "_save_model", lambda *_: None)
+    trainer = IXC25Trainer("common")
+    if error is None:
+        trainer.train(config_of(SOURCES, ACCUMULATED))
+    else:
+        with pytest.raises(error):
+            trainer.train(config_of(SOURCES, ACCUMULATED))
+    assert seen == {"monitor": SafeCheckpointMonitor, "plan": StepPlan("sources", "sources", 3, True, 1), "size": 12}
+    assert monitor() is before
+    assert before.__module__.startswith("mindformers.")
+
+
+def test_another_trainers_yaml_gets_mindformers_monitor(tmp_path):
+    section = MindFormerConfig(type=MONITOR, prefix="t", directory=str(tmp_path))
+    with safe_checkpoints():
+        ours = MindFormerRegister.get_instance_from_cfg(section, MindFormerModuleType.CALLBACK)
+    theirs = MindFormerRegister.get_instance_from_cfg(MindFormerConfig(type=MONITOR, prefix="t",
+                                                                       directory=str(tmp_path)),
+                                                      MindFormerModuleType.CALLBACK)
+    assert type(ours) is SafeCheckpointMonitor
+    assert type(theirs).__name__ == MONITOR and type(theirs).__module__.startswith("mindformers.")
