@@ -236,6 +236,18 @@ def test_the_command_says_whether_it_fits(capfd):
     assert code == 1 and "It does not fit" in text
 
 
+def test_a_step_that_does_not_compile_ends_the_command_with_its_sentence(monkeypatch, capfd):
+    def refuse(*_):
+        raise LayoutError("The step of stage 0 did not compile for dp 2 x tp 4 x pp 1:\nSize 4 is too much.")
+
+    monkeypatch.setattr(plan_module, "compile_stage", refuse)
+    monkeypatch.setattr(mindformers_ixc_cli, "claim_stdout", io.StringIO)
+    monkeypatch.setattr(mindformers_ixc_cli, "quiet_libraries", lambda: None)
+    assert mindformers_ixc_cli.main(["plan", "--config", str(SFT), "--devices", "8"]) == 1
+    assert capfd.readouterr().err.splitlines()[-2:] == [
+        "error: The step of stage 0 did not compile for dp 2 x tp 4 x pp 1:", "Size 4 is too much."]
+
+
 def test_left_out_degrees_are_what_the_others_leave(capfd):
     words = ["--config", str(SFT), "--no_compile", "--json"]
     layout = json.loads(run(capfd, *words, "--devices", "16", "--model_parallel", "4")[1])["layout"]
