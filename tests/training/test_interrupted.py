@@ -39,10 +39,9 @@ def kill_after(process: subprocess.Popen, out: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path, micro_batches):
+def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    epochs = ("--epochs", 1, "--gradient_accumulation_steps", micro_batches, "--batch_size", 4 // micro_batches)
+    epochs = ("--epochs", 1)
     code, errors = run("sft_tiny", whole, *epochs)
     assert code == 0, errors[-3000:]
     kill_after(start("sft_tiny", broken, *epochs), broken, 5)
