@@ -131,7 +131,7 @@ def make_plan(fields: dict, workload: Workload, device_memory: int, assumptions:
         assumptions: of the machines.
         compiled: compile the graphs; otherwise everything is by formula.
         progress: is told what is being done.
-        every_layer: compile all layers; otherwise three of a kind, which the others are like (`plan_layers`).
+        every_layer: compile all layers; otherwise three of a kind, which the others are like (`few_layers`).
 
     Raises:
         BuildError: when the simulation of a cluster cannot be built here.
@@ -158,7 +158,7 @@ def make_plan(fields: dict, workload: Workload, device_memory: int, assumptions:
 
 
 def compile_stage(fields: dict, workload: Workload, stage: int, folder: Path, every_layer: bool = False) -> dict:
-    """What MindSpore's compiler makes of the step of a stage's first rank; see `plan_step`.
+    """What MindSpore's compiler makes of the step of a stage's first rank; see `step.compile_step`.
 
     Few micro batches are compiled, what they send is multiplied.
 
@@ -203,7 +203,7 @@ def read_stage(workload: Workload, stage: int, answer: dict) -> StagePlan:
     Args:
         workload: the step.
         stage: pipeline stage.
-        answer: of `plan_step`.
+        answer: of `step.compile_step`.
     """
     states = [entry for entry in answer["parameters"] if OPTIMIZER_STATE.match(entry["name"])]
     parameters = [_read_parameter(entry, stage) for entry in answer["parameters"] if part_of(entry["name"])]

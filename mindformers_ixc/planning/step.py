@@ -55,7 +55,7 @@ def compile_step(job: dict) -> dict:
     Args:
         job: `fields` of the YAML, `devices`, `rank`, and `micro_batches`, which must be as many as pipeline stages at
             least; more than one without a pipeline are accumulated. With `every_layer` all layers are compiled,
-            otherwise three of a kind, from which the plan is completed (`plan_layers`).
+            otherwise three of a kind, from which the plan is completed (`few_layers`).
 
     Returns:
         `parameters`: of the rank's graph, optimizer states and accumulated gradients under names of their own, each

@@ -1,6 +1,6 @@
 """What one training step is on a cluster: sizes, what trains, and the slice of every parameter on every stage.
 
-All of it follows from the YAML file; nothing is compiled. `plan_step` asks MindSpore's compiler the same question.
+All of it follows from the YAML file; nothing is compiled. `step.compile_step` asks MindSpore's compiler the same.
 """
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LocalParameter:
 
     Attributes:
         name: public name.
-        part: key of `checkpoint.names.PARTS`.
+        part: key of `parameters.PARTS`.
         shape: of the whole.
         local: of the slice, optimizer sharding included.
         optimizer_shards: into how many optimizer sharding cuts the slice of tensor parallel.
@@ -318,7 +318,7 @@ def place(workload: Workload, devices: int, options: dict[str, int | None] | Non
     Args:
         workload: of the YAML.
         devices: of the cluster.
-        options: degrees that replace the YAML's, by the names of `checks.DEGREES`. Without `data_parallel` it becomes
+        options: degrees that replace the YAML's, by the names of `degrees.DEGREES`. Without `data_parallel` it becomes
             what the other degrees leave, without `micro_batch_num` the number that keeps the samples of a micro batch.
         global_batch: samples of a step; by default the YAML's or, where that does not divide, as many as the layout
             makes of the YAML's micro batches.
