@@ -206,7 +206,8 @@ def read_stage(workload: Workload, stage: int, answer: dict) -> StagePlan:
         answer: of `step.compile_step`.
     """
     states = [entry for entry in answer["parameters"] if OPTIMIZER_STATE.match(entry["name"])]
-    parameters = [_read_parameter(entry, stage) for entry in answer["parameters"] if part_of(entry["name"])]
+    parameters = [_read_parameter(entry, part, stage) for entry in answer["parameters"]
+                  if (part := part_of(entry["name"]))]
     memory = stage_memory(workload, stage, parameters)
     gradients = [entry for entry in states if entry["name"].startswith("accu_grads.")]
     moments = [entry for entry in states if not entry["name"].startswith("accu_grads.")]
@@ -221,14 +222,14 @@ def _bytes(entries: list[dict]) -> int:
     return sum(math.prod(entry["local"]) * dtype_bytes(entry["dtype"]) for entry in entries)
 
 
-def _read_parameter(entry: dict, stage: int) -> LocalParameter:
+def _read_parameter(entry: dict, part: str, stage: int) -> LocalParameter:
     matrix, cuts = entry["device_matrix"], 1
     for axes in entry["tensor_map"]:
         for axis in axes if isinstance(axes, list) else [axes]:
             if axis >= 0:
                 cuts *= matrix[len(matrix) - 1 - axis]      # the compiler counts from the right
     shards = entry["optimizer_shards"]
-    return LocalParameter(entry["name"], part_of(entry["name"]), tuple(entry["shape"]), tuple(entry["local"]), shards,
+    return LocalParameter(entry["name"], part, tuple(entry["shape"]), tuple(entry["local"]), shards,
                           cuts * shards, math.prod(matrix) // cuts, entry["trained"], dtype_bytes(entry["dtype"]),
                           stage, layer_of(entry["name"]))
 
@@ -277,7 +278,8 @@ def check_slices(expected: list[list[LocalParameter]], stages: list[StagePlan]) 
         stages: as they were planned.
     """
     shapes = {parameter.name: parameter.shape for own in expected for parameter in own}
-    problems, seen = [], {}
+    problems: list[str] = []
+    seen: dict[str, int] = {}
     for stage in stages:
         for parameter in stage.parameters:
             name, whole = parameter.name, math.prod(shapes.get(parameter.name, parameter.shape))

@@ -326,15 +326,15 @@ def place(workload: Workload, devices: int, options: dict[str, int | None] | Non
     Raises:
         ConfigError: for a layout or a batch that cannot be.
     """
-    options = {key: value for key, value in (options or {}).items() if value is not None}
-    for name, value in [*options.items(), ("global_batch", global_batch), ("devices", devices)]:
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    for name, value in [*given.items(), ("global_batch", global_batch), ("devices", devices)]:
         if value is not None:
             check_value(f"--{name}", value, whole(1))
-    layout = replace(workload.layout, **options)
-    if options.keys() & {"model_parallel", "pipeline_stage"} and "data_parallel" not in options:
+    layout = replace(workload.layout, **given)
+    if given.keys() & {"model_parallel", "pipeline_stage"} and "data_parallel" not in given:
         layout = replace(layout, data_parallel=max(1, devices // (layout.model_parallel * layout.pipeline_stage)))
     batch = global_batch or workload.global_batch
-    if "micro_batch_num" not in options and (options or global_batch):
+    if "micro_batch_num" not in given and (given or global_batch):
         parts = 1 if workload.preference else batch // (layout.data_parallel * workload.samples)
         least = 1 if global_batch else layout.pipeline_stage
         layout = replace(layout, micro_batch_num=max(least, parts))
