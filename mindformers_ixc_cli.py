@@ -15,13 +15,17 @@ import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from mindformers_ixc.cli.inputs import check_inputs
 from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.config import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.parameters import PARTS
+
+if TYPE_CHECKING:
+    # what `add_subparsers` gives; argparse has no public name for it
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 # Module of mindformers_ixc.cli and function behind each command.
 COMMANDS = {
@@ -53,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_run(commands) -> None:
+def _add_run(commands: Commands) -> None:
     run = commands.add_parser(
         "run", formatter_class=Help, help="train, finetune or predict from a YAML file",
         description="Runs MindFormers' Trainer from a YAML file. Any key of the file can be overridden: "
@@ -70,7 +74,7 @@ def _add_run(commands) -> None:
     run.add_argument("--predict_data", metavar="FILE", help="questions for run_mode predict, one JSON object a line")
 
 
-def _add_launch(commands) -> None:
+def _add_launch(commands: Commands) -> None:
     launch = commands.add_parser(
         "launch", formatter_class=Help, help="a parallel run, one process a device",
         description="Starts `mindformers run --use_parallel True` once a device by MindSpore's msrun. Everything that "
@@ -86,7 +90,7 @@ def _add_launch(commands) -> None:
     launch.add_argument("--log_dir", metavar="DIR", help="of the ranks' logs (default: OUTPUT_DIR/rank_logs)")
 
 
-def _add_generation(parser) -> None:
+def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="model directory, such as OUT/model")
     parser.add_argument("--mode", choices=list(MODE_ADAPTERS), default="base", help="task LoRAs in use")
     parser.add_argument("--hd_num", type=int, metavar="N", help="tiles of the dynamic partition at most (default: the "
@@ -96,7 +100,7 @@ def _add_generation(parser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show the libraries' logs on standard error")
 
 
-def _add_chat(commands) -> None:
+def _add_chat(commands: Commands) -> None:
     chat = commands.add_parser(
         "chat", formatter_class=Help, help="ask about pictures, once or interactively",
         description="Prints the answer, and nothing else, on standard output. Without a question it is interactive.",
@@ -115,7 +119,7 @@ def _add_chat(commands) -> None:
     chat.add_argument("question", nargs="?", help="the question; left out: an interactive session")
 
 
-def _add_eval(commands) -> None:
+def _add_eval(commands: Commands) -> None:
     evaluate = commands.add_parser(
         "eval", formatter_class=Help, help="exact match over a conversation file",
         description="Answers every question of a conversation file and counts the answers that equal the file's. The "
@@ -131,7 +135,7 @@ def _add_eval(commands) -> None:
     evaluate.add_argument("--predictions", metavar="FILE", help="write question, answer and expectation as JSON lines")
 
 
-def _add_target(parser) -> None:
+def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="checkpoint: a public directory (safetensors or .bin), one file, "
                         "MindSpore's, or a run's rank folders")
     parser.add_argument("target", metavar="DST", help="directory to be made, or a .safetensors or .ckpt file")
@@ -142,7 +146,7 @@ def _add_target(parser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
 
 
-def _add_convert(commands) -> None:
+def _add_convert(commands: Commands) -> None:
     convert = commands.add_parser(
         "convert", formatter_class=Help, help="public checkpoints to MindSpore and back, cut for N devices and joined",
         description="Converts a checkpoint, a few rows of one tensor in memory at a time. Killed at any moment it "
@@ -165,7 +169,7 @@ def _add_convert(commands) -> None:
                          "the usual place")
 
 
-def _add_merge(commands) -> None:
+def _add_merge(commands: Commands) -> None:
     merge = commands.add_parser(
         "merge", formatter_class=Help, help="fold LoRAs into weights, extract and attach parts, average checkpoints",
         description="Changes weights in float32, rounded once. The steps asked for are done in this order: average, "
@@ -187,7 +191,7 @@ def _add_merge(commands) -> None:
                        f"{', '.join(PARTS)}")
 
 
-def _add_inspect(commands) -> None:
+def _add_inspect(commands: Commands) -> None:
     inspect = commands.add_parser(
         "inspect", formatter_class=Help, help="what is in a checkpoint",
         description="Prints parts, parameter counts, formats, and what is missing or surplus.",
@@ -201,7 +205,7 @@ def _add_inspect(commands) -> None:
     inspect.add_argument("--json", action="store_true", help="JSON instead of text")
 
 
-def _add_data(commands) -> None:
+def _add_data(commands: Commands) -> None:
     data = commands.add_parser(
         "data", formatter_class=Help, help="published datasets to conversation files",
         description="Converts a dataset as it is published to a conversation file and prints the number of samples.",
@@ -214,7 +218,7 @@ def _add_data(commands) -> None:
     data.add_argument("--split", choices=["train", "validation", "test"], help="of ocr_vqa (default: train)")
 
 
-def _add_reference(commands) -> None:
+def _add_reference(commands: Commands) -> None:
     reference = commands.add_parser(
         "reference", formatter_class=Help, help="log-probabilities of a reference model, for preference pairs",
         description="Writes a preference file again with `reference_logps` in every pair, so that a preference run "
@@ -235,7 +239,7 @@ def _add_reference(commands) -> None:
     reference.add_argument("--verbose", action="store_true", help="show the libraries' logs on standard error")
 
 
-def _add_report(commands) -> None:
+def _add_report(commands: Commands) -> None:
     draw = commands.add_parser(
         "report", formatter_class=Help, help="curves of a run as one HTML page and PNGs",
         description="Draws loss, learning rate, gradient norm, throughput, losses by source and evaluations of a run, "
@@ -244,7 +248,7 @@ def _add_report(commands) -> None:
     draw.add_argument("output", metavar="OUTPUT", help="--output_dir of the run")
 
 
-def _add_plan(commands) -> None:
+def _add_plan(commands: Commands) -> None:
     plan = commands.add_parser(
         "plan", formatter_class=Help, help="memory, messages and cuts of a step on a cluster that need not be there",
         description="Compiles the step of one rank of each pipeline stage, without devices, and prints what a device "
@@ -360,10 +364,11 @@ def main(argv: list[str] | None = None) -> int:
         # input errors are sentences of this package or of the system; a traceback would bury them
         if os.environ.get("MINDFORMERS_IXC_TRACEBACK"):
             raise
-        # the system's own errors name a file and a reason
-        told = isinstance(error, OSError) and error.filename and error.strerror
-        print(f"error: {error.filename} cannot be used: {error.strerror}." if told else f"error: {error}",
-              file=sys.stderr)
+        sentence = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            # the system's own errors name a file and a reason
+            sentence = f"{error.filename} cannot be used: {error.strerror}."
+        print(f"error: {sentence}", file=sys.stderr)
         return 1
 
 

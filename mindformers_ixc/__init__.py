@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Any
 from mindformers_ixc.version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
     from mindformers_ixc.errors import ConfigError
     from mindformers_ixc.registration import (
         InternLM2Tokenizer,
@@ -70,7 +74,8 @@ class _AfterMindFormers(importlib.abc.MetaPathFinder):
     half imported when registration imports it.
     """
 
-    def find_spec(self, fullname, path, target=None):
+    def find_spec(self, fullname: str, path: Sequence[str] | None,
+                  target: ModuleType | None = None) -> ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`; finds `mindformers` as it would be found without this class."""
         if fullname != "mindformers":
             return None
@@ -80,7 +85,7 @@ class _AfterMindFormers(importlib.abc.MetaPathFinder):
             return spec
         run = spec.loader.exec_module
 
-        def exec_module(module) -> None:
+        def exec_module(module: ModuleType) -> None:
             # the import makes very many objects that all stay alive: walking them again and again, and once more when
             # the process ends, takes a quarter of its time and finds nothing
             was_enabled = gc.isenabled()
@@ -93,6 +98,7 @@ class _AfterMindFormers(importlib.abc.MetaPathFinder):
                 if was_enabled:
                     gc.enable()
 
+        # on this one loader only; mypy takes any assignment to a method for a mistake
         spec.loader.exec_module = exec_module        # type: ignore[method-assign]
         return spec
 

@@ -218,7 +218,7 @@ class ParallelOptions:
         return cls(**given, recompute=RecomputeOptions(**options))
 
 
-def _assign(config, table: dict[str, Field], given: dict[str, Any]) -> None:
+def _assign(config: VisionConfig | ModelConfig, table: dict[str, Field], given: dict[str, Any]) -> None:
     """Sets every field of a table from what is given, or to its default; further names become attributes too."""
     for name, field in table.items():
         value = given.pop(name, field.default)
@@ -228,7 +228,7 @@ def _assign(config, table: dict[str, Field], given: dict[str, Any]) -> None:
         setattr(config, name, value)
 
 
-def _public(config, table: dict[str, Field]) -> dict[str, Any]:
+def _public(config: VisionConfig | ModelConfig, table: dict[str, Field]) -> dict[str, Any]:
     """The public fields that have a value, and what the file they were read from held beside them."""
     names = [name for name, field in table.items() if field.public] + list(getattr(config, "_kept", ()))
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
@@ -447,7 +447,7 @@ class ModelConfig:
                 "model_type": self.model_type, "architectures": list(ARCHITECTURES)}
 
 
-def _dtype(name: str, value) -> str:
+def _dtype(name: str, value: object) -> str:
     """A dtype's name from a name or MindSpore's type."""
     found = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(str(value).lower(), str(value).lower())
     if found not in DTYPES:
@@ -455,7 +455,7 @@ def _dtype(name: str, value) -> str:
     return found
 
 
-def recomputed_layers(choice, layers: int, key: str) -> int:
+def recomputed_layers(choice: Any, layers: int, key: str) -> int:
     """How many decoder layers a value of the YAML's `recompute_config` stands for.
 
     Args:

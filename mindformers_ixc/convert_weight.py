@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.models.configuration import ModelConfig
@@ -17,7 +18,7 @@ from mindformers_ixc.models.configuration import ModelConfig
 MODELS = ("ixc25", ModelConfig.model_type)
 
 
-def convert_pt_to_ms(input_path: str, output_path: str, dtype=None, **kwargs) -> bool:
+def convert_pt_to_ms(input_path: str, output_path: str, dtype: object = None, **kwargs: Any) -> bool:
     """Converts a public checkpoint to MindSpore.
 
     Args:
@@ -33,13 +34,13 @@ def convert_pt_to_ms(input_path: str, output_path: str, dtype=None, **kwargs) ->
     return True
 
 
-def convert_ms_to_pt(input_path: str, output_path: str, dtype=None, **kwargs) -> bool:
+def convert_ms_to_pt(input_path: str, output_path: str, dtype: object = None, **kwargs: Any) -> bool:
     """Converts a MindSpore checkpoint to the public layout; arguments as in `convert_pt_to_ms`."""
     convert(input_path, output_path, to="hf", dtype=_dtype_name(dtype), **kwargs)
     return True
 
 
-def _dtype_name(dtype) -> str | None:
+def _dtype_name(dtype: object) -> str | None:
     """Name of a type given as text or as MindSpore's."""
     return None if dtype is None else str(dtype).lower()
 

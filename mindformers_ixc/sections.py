@@ -31,12 +31,13 @@ class Rule:
     verb: str = "it must be"
 
 
-def is_whole(value, least: float = -math.inf) -> bool:
+def is_whole(value: object, least: float = -math.inf) -> bool:
     """Whether a value is a whole number, of at least `least`."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    # numbers.Integral promises < but not >=
+    return isinstance(value, Integral) and not isinstance(value, bool) and not value < least
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> bool:
     """Whether a value is a finite number."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -71,12 +72,12 @@ def of_type(*types: type, required: bool = False) -> Rule:
 ANYTHING = Rule(lambda value: True, "anything")
 
 
-def like(default) -> Rule:
+def like(default: object) -> Rule:
     """A value of the type that a default has; anything where that is no plain number and neither true nor false."""
     return next((of_type(one) for one in (bool, int, float) if isinstance(default, one)), ANYTHING)
 
 
-def hint(name, choices: Iterable) -> str:
+def hint(name: object, choices: Iterable) -> str:
     """What can be meant by a name that is none of some choices, for the end of a sentence."""
     choices = [str(choice) for choice in choices]
     close = difflib.get_close_matches(str(name), choices, n=3) if len(choices) > FEW else []
@@ -107,7 +108,7 @@ def check_keys(section: Mapping, known: Iterable[str], where: str = "", error: t
             raise error(f"{start} {noun} {_dotted(where, key)} (value {value!r}); {hint(key, known)}")
 
 
-def check_value(name: str, value, rule: Rule, error: type[Exception] = ConfigError, source: str = "") -> None:
+def check_value(name: str, value: object, rule: Rule, error: type[Exception] = ConfigError, source: str = "") -> None:
     """Refuses a value that is not what its rule wants.
 
     Raises:
@@ -144,7 +145,7 @@ def check_values(section: Mapping, rules: Mapping[str, Rule], where: str = "", e
         raise error(f"{source and source + ': '}{where} lacks {', '.join(missing)}.")
 
 
-def check_section(section, rules: Mapping[str, Rule], where: str = "", error: type[Exception] = ConfigError,
+def check_section(section: Any, rules: Mapping[str, Rule], where: str = "", error: type[Exception] = ConfigError,
                   source: str = "") -> None:
     """Refuses a section with a key that there is not, or in which a value is wrong or missing.
 
@@ -163,5 +164,5 @@ def check_section(section, rules: Mapping[str, Rule], where: str = "", error: ty
     check_values(section, rules, where, error, source)
 
 
-def _dotted(where: str, key) -> str:
+def _dotted(where: str, key: object) -> str:
     return f"{where}.{key}" if where else str(key)

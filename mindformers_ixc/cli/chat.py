@@ -6,9 +6,11 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from mindformers_ixc.cli.inference import generation_options, load_assistant
+from mindformers_ixc.generation.assistant import Assistant
 
 HELP = """Type a question and press Enter.
   /image PATH   add a picture to the next question
@@ -37,7 +39,7 @@ def chat(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def line_history():
+def line_history() -> Iterator[None]:
     """Line editing with the questions of earlier sessions, where there is a terminal."""
     if not sys.stdin.isatty():
         yield
@@ -69,7 +71,7 @@ class Interrupts:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.sigtimedwait({signal.SIGINT}, 0)         # one that came too late to stop anything
         self.allow()
 
@@ -89,7 +91,7 @@ class Interrupts:
 class Session:
     """An interactive conversation: keeps history and the images of all rounds."""
 
-    def __init__(self, assistant, arguments: argparse.Namespace):
+    def __init__(self, assistant: Assistant, arguments: argparse.Namespace):
         self.assistant, self.arguments = assistant, arguments
         self.history: list[tuple[str, str]] = []
         self.images: list[str] = []

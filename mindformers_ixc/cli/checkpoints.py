@@ -29,8 +29,8 @@ def read_size(text: str | None) -> int:
         return SHARD_BYTES
     match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
     try:
-        size = int(float(match[1]) * _UNITS[match[2].upper()])
-    except (TypeError, ValueError, KeyError):
+        size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    except (ValueError, KeyError):
         size = 0
     if size < 1:
         raise CheckpointError(f"--max_shard_size {text!r} is no size; write 5GB or 512MiB.")
@@ -71,7 +71,6 @@ def _finish(arguments: argparse.Namespace, target: Path) -> int:
 
 def run_inspect(arguments: argparse.Namespace) -> int:
     """Runs `mindformers inspect`; 1 when a checksum differs or ranks disagree."""
-    report = inspect(arguments.source, arguments.config, arguments.strategy, arguments.verify,
-                                arguments.tensors)
+    report = inspect(arguments.source, arguments.config, arguments.strategy, arguments.verify, arguments.tensors)
     print(report.to_json() if arguments.json else report.to_text(), file=arguments.answers)
     return 1 if report.damaged or report.differing else 0

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -56,7 +57,7 @@ class Stopped(BaseException):
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Raises `Stopped` where one of the signals arrives; further ones are ignored, so that nothing disturbs the end."""
-    def stop(number, _frame):
+    def stop(number: int, _frame: FrameType | None) -> None:
         for other in earlier:
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
@@ -210,25 +211,26 @@ class Job:
         print(f"{len(self.ranks)} ranks are starting; their logs are in {self.logs}.", file=sys.stderr, flush=True)
         try:
             with open(self.log, "wb") as output:
-                self.process = subprocess.Popen(self.command, env=self.environment, stdin=subprocess.DEVNULL,
-                                                stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-            while self.process.poll() is None and not self._hangs():
-                self._look()
+                self.process = process = subprocess.Popen(
+                    self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=output,
+                    stderr=subprocess.STDOUT, start_new_session=True)
+            while process.poll() is None and not self._hangs():
+                self._look(process.pid)
                 time.sleep(POLL_S)
         finally:
             self._end()
         self._read_logs()
-        if self.process.returncode == 0 and not any(rank.code for rank in self._watched()):
+        if process.returncode == 0 and not any(rank.code for rank in self._watched()):
             return 0
-        print(f"error: {self._reason()}", file=sys.stderr, flush=True)
+        print(f"error: {self._reason(process.returncode)}", file=sys.stderr, flush=True)
         return 1
 
     def _watched(self) -> list[WatchedRank]:
         return [*self.ranks.values(), self.scheduler]
 
-    def _look(self) -> None:
-        """Notes what has happened since the last time."""
-        self._find_processes()
+    def _look(self, msrun: int) -> None:
+        """Notes what has happened since the last time; `msrun` is its process's number."""
+        self._find_processes(msrun)
         for rank in self._watched():
             rank.look()
         self._read_logs()
@@ -248,12 +250,12 @@ class Job:
             if not known and self.unknown is None:
                 self.unknown = int(code), time.monotonic()
 
-    def _find_processes(self) -> None:
+    def _find_processes(self, msrun: int) -> None:
         """Notes which of msrun's children is which rank; their own children have the same variables."""
         if all(rank.process for rank in self._watched()):
             return
         try:
-            children = psutil.Process(self.process.pid).children()
+            children = psutil.Process(msrun).children()
         except psutil.Error:
             return
         for child in children:
@@ -272,7 +274,7 @@ class Job:
         now = time.monotonic()
         if self.unknown and now - self.unknown[1] > GRACE_S:
             return True
-        return any((rank.code and now - rank.ended_at > GRACE_S)
+        return any((rank.code and rank.ended_at is not None and now - rank.ended_at > GRACE_S)
                    or (rank.sentence and rank.certain and now - rank.told_at > STUCK_S) for rank in self._watched())
 
     def _end(self) -> None:
@@ -302,18 +304,18 @@ class Job:
                 continue
         return found
 
-    def _reason(self) -> str:
-        failed = [rank for rank in self._watched() if rank.failed_at is not None]
-        if self.unknown and not any(rank.sentence for rank in failed):
+    def _reason(self, code: int) -> str:
+        """Who failed first and why; `code` is msrun's exit code."""
+        failed = [(at, rank) for rank in self._watched() if (at := rank.failed_at) is not None]
+        if self.unknown and not any(rank.sentence for _, rank in failed):
             return (f"A rank ended with code {self.unknown[0]} as soon as it was started, so all ranks were ended. The "
                     f"logs are in {self.logs}.")
-        code = self.process.returncode
-        sure = [rank.failed_at for rank in failed if rank.code or rank.certain]
+        sure = [at for at, rank in failed if rank.code or rank.certain]
         if sure or code > 0:
             since = min(sure, default=0.0) - LINGER_S
-            failed = [rank for rank in failed if rank.code or rank.certain or rank.told_at > since]
+            failed = [(at, rank) for at, rank in failed if rank.code or rank.certain or rank.told_at > since]
             if failed:
-                return min(failed, key=lambda rank: (rank.failed_at, not rank.reported)).reason()
+                return min(failed, key=lambda pair: (pair[0], not pair[1].reported))[1].reason()
         how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with code {code}"
         told = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()
                 if re.match(r"(\w*Error|error): ", line)]

@@ -62,15 +62,16 @@ def plan(arguments: argparse.Namespace) -> int:
     tie_data_section(fields)
     check_fields(fields, arguments.config)
     memory, assumptions = _device_memory(arguments, fields), _assumptions(arguments)
-    workload = read_workload(fields)
+    asked = read_workload(fields)
+    workload: Workload | None
     name, found = Path(arguments.config).name, None
     if arguments.search:
-        found = _search(arguments, workload, memory, assumptions)
+        found = _search(arguments, asked, memory, assumptions)
         if not arguments.json:
             print(search_text(name, found, arguments.top), file=arguments.answers)
         workload = found.fitting[0].workload if found.fitting else None
     else:
-        workload = place(workload, arguments.devices, _degrees(arguments), arguments.global_batch)
+        workload = place(asked, arguments.devices, _degrees(arguments), arguments.global_batch)
     made = None
     if workload is not None and not (found and arguments.no_compile):
         made = make_plan(fields, workload, memory, assumptions, not arguments.no_compile,
@@ -111,14 +112,15 @@ def _search(arguments: argparse.Namespace, workload: Workload, memory: int, assu
     return search(workload, arguments.devices, arguments.global_batch or workload.global_batch, memory, assumptions)
 
 
-def _as_json(found: Search | None, made: Plan | None) -> dict:
+def _as_json(found: Search | None, made: Plan | None) -> dict | None:
+    planned = made.to_dict() if made else None
     if found is None:
-        return made.to_dict()
+        return planned
     return {"search": {"devices": found.devices, "global_batch": found.global_batch, "tried": found.tried,
                        "device_memory": found.device_memory,
                        "fitting": [_candidate(candidate) for candidate in found.fitting],
                        "refused": [asdict(entry) for entry in found.refused]},
-            "plan": made.to_dict() if made else None}
+            "plan": planned}
 
 
 def _candidate(candidate: Candidate) -> dict:

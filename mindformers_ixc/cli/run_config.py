@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from mindformers.tools.register import MindFormerRegister
 from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
+from mindformers.tools.register.template import Config as Template
 
 from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, VISION_FIELDS, Field
 from mindformers_ixc.data.sections import check_dataset_section
@@ -60,7 +61,7 @@ def check_fields(fields: dict, source: str) -> None:
         evaluation_options(fields["evaluation"])
 
 
-def _template_rules(template) -> dict[str, Rule]:
+def _template_rules(template: type[Template]) -> dict[str, Rule]:
     return {key: like(getattr(template, key)) for key in template.keys()}  # noqa: SIM118
 
 
@@ -80,7 +81,7 @@ def _check_typed_sections(fields: dict, source: str) -> None:
             _check_registered(section["type"], kind, MindFormerRegister.registry.get(kind, {}), source, where)
 
 
-def _check_registered(name, kind: str, registered: dict, source: str, where: str) -> None:
+def _check_registered(name: object, kind: str, registered: dict, source: str, where: str) -> None:
     if name not in registered:
         raise ConfigError(f"{source}: {where}.type is {name!r}, which is no registered {kind}; "
                           f"{hint(name, registered)}")

@@ -112,7 +112,7 @@ def raise_errors(errors: Sequence[str]) -> None:
         raise DataError("\n".join(errors[:LISTED_ERRORS]) + more)
 
 
-def _ask(row, prompts: Sequence[str], seed: str):
+def _ask(row: object, prompts: Sequence[str], seed: str) -> object:
     """A caption as the answer to one of the prompts; other samples as they are."""
     if not isinstance(row, dict) or "caption" not in row or "conversations" in row:
         return row
@@ -120,7 +120,7 @@ def _ask(row, prompts: Sequence[str], seed: str):
     return {**row, "conversations": [{"from": "human", "value": prompt}, {"from": "bot", "value": row["caption"]}]}
 
 
-def _read_sample(row, source: str, index: int, folders: list[Path]) -> Conversation:
+def _read_sample(row: object, source: str, index: int, folders: list[Path]) -> Conversation:
     where = f"{source}, sample {index}"
     if not isinstance(row, dict):
         raise DataError(f"{where}: a sample must be a mapping, found {type(row).__name__}.")
@@ -142,7 +142,7 @@ def _read_sample(row, source: str, index: int, folders: list[Path]) -> Conversat
     return Conversation(source, index, row.get("id"), turns, paths)
 
 
-def _read_turns(rows, where: str) -> list[tuple[str, str]]:
+def _read_turns(rows: object, where: str) -> list[tuple[str, str]]:
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{where}, field conversations: must be a list of turns, found {rows!r:.60}.")
     turns = []
@@ -196,8 +196,8 @@ def find_file(name: str, folders: Sequence[Path]) -> Path:
     raise FileNotFoundError(f"{name} does not exist (tried {', '.join(str(path) for path in tried)})")
 
 
-def load_sources(dataset_dir, image_folder: str | None = None, seed: int = 0,
-                 caption_prompts: Sequence[str] = CAPTION_PROMPTS) -> list[Conversation]:
+def load_sources(dataset_dir: str | os.PathLike | list[str] | tuple[str, ...] | None, image_folder: str | None = None,
+                 seed: int = 0, caption_prompts: Sequence[str] = CAPTION_PROMPTS) -> list[Conversation]:
     """Reads everything `dataset_dir` names.
 
     Args:

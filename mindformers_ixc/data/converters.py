@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mindformers_ixc.data.conversations import ROLES
 from mindformers_ixc.errors import DataError
@@ -19,7 +20,7 @@ from mindformers_ixc.files import write_whole
 OCR_VQA_SPLITS = {1: "train", 2: "validation", 3: "test"}
 
 
-def question_and_answer(identity, image: str | None, pairs: list[tuple[str, str]]) -> dict:
+def question_and_answer(identity: object, image: str | None, pairs: list[tuple[str, str]]) -> dict:
     """A conversation of questions and answers."""
     turns = [{"from": role, "value": text} for pair in pairs for role, text in zip(("human", "bot"), pair)]
     return {"id": identity, **({"image": image} if image else {}), "conversations": turns}
@@ -94,7 +95,7 @@ CONVERTERS: dict[str, tuple[Callable, tuple[str, ...]]] = {
 
 
 def convert_dataset(kind: str, files: list[str | os.PathLike], target: str | os.PathLike,
-                    images: str | os.PathLike | None = None, **options) -> int:
+                    images: str | os.PathLike | None = None, **options: str) -> int:
     """Converts a published dataset; an older target is replaced, whole.
 
     Args:
@@ -131,7 +132,7 @@ def convert_dataset(kind: str, files: list[str | os.PathLike], target: str | os.
     return len(samples)
 
 
-def _read(path: Path):
+def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from mindformers_ixc.data.sampling import MixtureSource, plan_epoch, plan_mixture
 from mindformers_ixc.errors import DataError
@@ -28,23 +29,24 @@ def mixture_weights(sizes: dict[str, int], section: dict) -> dict[str, float]:
         DataError: for unknown keys, weights that fit no source, are missing or are not above 0, or an empty source.
     """
     check_section(section, MIXTURE_RULES, "train_dataset.data_loader.mixture", DataError)
-    weights, temperature = section.get("weights"), section.get("temperature")
-    if (weights is None) == (temperature is None):
+    given: Any = section.get("weights")
+    temperature = section.get("temperature")
+    if (given is None) == (temperature is None):
         raise DataError("train_dataset.data_loader.mixture needs either weights or a temperature; without a mixture "
                         "every sample is seen once an epoch.")
-    if weights is None:
+    if temperature is not None:
         weights = {name: size ** (1 / temperature) for name, size in sizes.items()}
-    elif isinstance(weights, dict):
-        if set(weights) != set(sizes):
-            odd = sorted(set(weights) ^ set(sizes))
+    elif isinstance(given, dict):
+        if set(given) != set(sizes):
+            odd = sorted(set(given) ^ set(sizes))
             raise DataError(f"train_dataset.data_loader.mixture.weights must name every source and no other; "
                             f"{odd[0]!r} is not in both. The sources are {', '.join(sizes)}.")
-        weights = {name: weights[name] for name in sizes}
-    elif len(weights) != len(sizes):
-        raise DataError(f"train_dataset.data_loader.mixture.weights has {len(weights)} weights for {len(sizes)} "
+        weights = {name: given[name] for name in sizes}
+    elif len(given) != len(sizes):
+        raise DataError(f"train_dataset.data_loader.mixture.weights has {len(given)} weights for {len(sizes)} "
                         f"sources ({', '.join(sizes)}); give one for each.")
     else:
-        weights = dict(zip(sizes, weights))
+        weights = dict(zip(sizes, given))
     for name, size in sizes.items():
         if size == 0:
             raise DataError(f"The source {name} has no samples left; raise seq_length or max_tiles, or take it out of "
@@ -56,7 +58,7 @@ def mixture_weights(sizes: dict[str, int], section: dict) -> dict[str, float]:
 
 
 def make_epoch_planner(sources: Sequence[str], multimodal: Sequence[bool], names: Sequence[str], section: dict | None,
-              seed: int, shuffle: bool, drop_remainder: bool) -> EpochPlanner:
+                       seed: int, shuffle: bool, drop_remainder: bool) -> EpochPlanner:
     """The plan of a run.
 
     Args:
@@ -85,9 +87,10 @@ def make_epoch_planner(sources: Sequence[str], multimodal: Sequence[bool], names
     return partial(_mixture, parts, seed, section.get("samples_per_epoch") or len(sources))
 
 
-def _epoch(kinds, seed, shuffle, drop_remainder, batch_size, epoch):
+def _epoch(kinds: Sequence[Sequence[int]], seed: int, shuffle: bool, drop_remainder: bool, batch_size: int,
+           epoch: int) -> list[list[int]]:
     return plan_epoch(kinds, batch_size, seed, epoch, shuffle, drop_remainder)
 
 
-def _mixture(parts, seed, samples, batch_size, epoch):
+def _mixture(parts: Sequence[MixtureSource], seed: int, samples: int, batch_size: int, epoch: int) -> list[list[int]]:
     return plan_mixture(parts, batch_size, seed, epoch, max(1, samples // batch_size))

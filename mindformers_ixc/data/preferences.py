@@ -6,7 +6,9 @@ A source is a JSON list of `{"id", "prompt", "image", "chosen", "rejected"}`; wh
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from mindformers_ixc.data.conversations import Conversation, parse_rows, raise_e
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_json_list
+from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.resources import resolve_path
 
 REFERENCE_COLUMN = "reference_logps"
@@ -33,8 +36,8 @@ class PreferenceTable(ConversationTable):
         **options: of `ConversationTable`.
     """
 
-    def __init__(self, processor, chosen: Sequence[Conversation], rejected: Sequence[Conversation],
-                 logps: Sequence[tuple[float, float] | None], **options):
+    def __init__(self, processor: Processor, chosen: Sequence[Conversation], rejected: Sequence[Conversation],
+                 logps: Sequence[tuple[float, float] | None], **options: Any):
         super().__init__(processor, chosen, **options)
         self.rejected, self.logps = list(rejected), list(logps)
 
@@ -55,7 +58,8 @@ class PreferenceTable(ConversationTable):
         return tuple(columns[name] for name in self.columns)
 
 
-def load_preferences(path, image_folder=None) -> list[tuple[Conversation, Conversation, tuple[float, float] | None]]:
+def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | None = None) -> list[
+        tuple[Conversation, Conversation, tuple[float, float] | None]]:
     """Reads the preference pairs of one JSON file.
 
     Args:
@@ -70,7 +74,8 @@ def load_preferences(path, image_folder=None) -> list[tuple[Conversation, Conver
         FileNotFoundError: when the file is missing.
     """
     rows, file = read_json_list(path, "pair"), resolve_path(path)
-    errors, sides = [], ([], [])
+    errors: list[str] = []
+    sides: tuple[list[dict], list[dict]] = ([], [])
     for index, row in enumerate(rows):
         try:
             check_pair(row, f"{path}, sample {index}")
@@ -85,7 +90,7 @@ def load_preferences(path, image_folder=None) -> list[tuple[Conversation, Conver
     return list(zip(chosen, rejected, (row.get(REFERENCE_COLUMN) for row in rows)))
 
 
-def check_pair(row, where: str) -> None:
+def check_pair(row: object, where: str) -> None:
     """Checks the fields of a pair.
 
     Raises:

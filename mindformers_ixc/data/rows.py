@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import zlib
 from collections.abc import Sequence
+from typing import Protocol, Union
 
 import numpy as np
 
@@ -22,6 +23,9 @@ logger = logging.getLogger(__name__)
 # Share of samples whose images fail to decode above which a run stops: more than a stray damaged file.
 MAX_BAD_SHARE = 0.01
 
+# One column of a row.
+Column = Union[np.ndarray, np.int32]
+
 
 class SharedFlags:
     """One flag a sample, shared by all worker processes.
@@ -32,7 +36,7 @@ class SharedFlags:
     def __init__(self, count: int):
         self._flags = multiprocessing.Array("b", count)
 
-    def __deepcopy__(self, memo) -> SharedFlags:
+    def __deepcopy__(self, memo: dict) -> SharedFlags:
         return self
 
     def __getitem__(self, index: int) -> bool:
@@ -44,7 +48,7 @@ class SharedFlags:
 
     def count(self) -> int:
         """Number of raised flags."""
-        return sum(self._flags)
+        return sum(self._flags[:])
 
 
 class ConversationTable:
@@ -78,7 +82,7 @@ class ConversationTable:
     def __len__(self) -> int:
         return len(self.packs)
 
-    def __getitem__(self, code: int) -> tuple[np.ndarray, ...]:
+    def __getitem__(self, code: int) -> tuple[Column, ...]:
         """The row `code % len(self)`; `code // len(self)` is its place in the run (`PlanSampler`)."""
         place, index = divmod(int(code), len(self))
         kind, error = self.is_multimodal(index), None
@@ -114,15 +118,15 @@ class ConversationTable:
         """Names a row's samples in messages."""
         return " and ".join(self.samples[i].where for i in self.packs[index])
 
-    def _encode(self, index: int, place: int) -> tuple[np.ndarray, ...]:
+    def _encode(self, index: int, place: int) -> tuple[Column, ...]:
         members = [self.samples[i] for i in self.packs[index]]
         encoded = [self.processor.encode_conversation(sample.turns, sample.images, sample.where, self.hd_num)
                    for sample in members]
-        columns = join_samples(encoded, self.seq_length, self.max_tiles, self.processor.pad_token_id)
-        if not (columns["labels"] != IGNORE_INDEX).any():
+        joined = join_samples(encoded, self.seq_length, self.max_tiles, self.processor.pad_token_id)
+        if not (joined["labels"] != IGNORE_INDEX).any():
             raise DataError(f"{self.describe(index)}: nothing in it carries loss; its answers are empty.")
-        columns["noise_seed"] = noise_seed(self.seed, place)
-        columns["source"] = np.int32(self.source_names.index(members[0].source))
+        columns: dict[str, Column] = {**joined, "noise_seed": noise_seed(self.seed, place),
+                                      "source": np.int32(self.source_names.index(members[0].source))}
         return tuple(columns[name] for name in self.columns)
 
 
@@ -131,7 +135,16 @@ def noise_seed(seed: int, place: int) -> np.int32:
     return np.int32(zlib.crc32(f"{seed} {place}".encode()) & 0x7FFFFFFF)
 
 
-def make_processor(config, tokenizer: SentencePieceText) -> Processor:
+class ImageOptions(Protocol):
+    """What a `train_dataset` section says of images; `None` where it says nothing."""
+
+    hd_num: int | None
+    image_size: int | None
+    patch_size: int | None
+    image_transform: str | None
+
+
+def make_processor(config: ImageOptions, tokenizer: SentencePieceText) -> Processor:
     """The processor of a `train_dataset` section, with its tokenizer."""
     hd_num = config.hd_num or HD_NUM_TRAINING
     images = ImageProcessor(config.image_size or 560, config.patch_size or 14, hd_num_training=hd_num,

@@ -97,7 +97,7 @@ def plan_mixture(sources: Sequence[MixtureSource], batch_size: int, seed: int, e
     kinds = sorted({source.kind for source in sources})
     weights = [sum(source.weight for source in sources if source.kind == kind) for kind in kinds]
     chosen = spread(weights, 0, (epoch + 1) * batches)
-    plan: list[list[int] | None] = [None] * batches
+    plan: list[list[int]] = [[] for _ in range(batches)]       # every batch has a kind, so each of them is filled
     for number, kind in enumerate(kinds):
         members = [source for source in sources if source.kind == kind]
         before = int(np.sum(chosen[:epoch * batches] == number)) * batch_size
@@ -115,7 +115,8 @@ def plan_mixture(sources: Sequence[MixtureSource], batch_size: int, seed: int, e
 
 def _pass_after_pass(indices: Sequence[int], seed: str, start: int, count: int) -> list[int]:
     """Elements `start` to `start + count` of endlessly many shuffled passes over `indices`."""
-    drawn, number = [], start // len(indices)
+    drawn: list[int] = []
+    number = start // len(indices)
     skip = start % len(indices)
     while len(drawn) < skip + count:
         order = list(indices)

@@ -1,6 +1,8 @@
 """The YAML section `train_dataset`: its keys, and what each must be."""
 from __future__ import annotations
 
+from typing import Any
+
 from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.errors import DataError
@@ -20,7 +22,7 @@ LOADER_RULES = {"type": of_type(str), "dataset_dir": of_type(str, list), "image_
                 "shuffle": of_type(bool), "caption_prompts": of_type(list), "mixture": of_type(dict)}
 
 
-def check_dataset_section(section: dict) -> None:
+def check_dataset_section(section: Any) -> None:
     """Checks keys and values of a `train_dataset` section as the user wrote it.
 
     Raises:

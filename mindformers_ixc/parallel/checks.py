@@ -99,7 +99,7 @@ def check_run(fields: dict, devices: int | None = None) -> None:
     _check_batches(fields, parallel, layout)
 
 
-def _check_inference(fields: dict, mode, layout: Degrees, devices: int) -> None:
+def _check_inference(fields: dict, mode: int | str, layout: Degrees, devices: int) -> None:
     """Checks a run that answers; the model is that of the directory."""
     if mode in DATA_MODES:
         raise ConfigError(f"parallel.parallel_mode is {mode!r}, in which every device would have a whole model and "

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.sections import check_values, whole
@@ -45,11 +46,27 @@ def degrees_of(fields: dict) -> Degrees:
     return Degrees(**{name: section[name] for name in DEGREES if section.get(name) is not None})
 
 
-def inference_layout(degrees) -> dict:
+class HasDegrees(Protocol):
+    """What has the degrees of a layout: `Degrees`, or a model's parallel configuration."""
+
+    @property
+    def data_parallel(self) -> int:
+        """Replicas that take different samples."""
+
+    @property
+    def model_parallel(self) -> int:
+        """Tensor-parallel devices of a replica's stage."""
+
+    @property
+    def pipeline_stage(self) -> int:
+        """Stages."""
+
+
+def inference_layout(degrees: HasDegrees) -> dict:
     """The `parallel_config` of a model that answers, from that of a run.
 
     Args:
-        degrees: has `data_parallel`, `model_parallel` and `pipeline_stage`.
+        degrees: of the run.
 
     Raises:
         ConfigError: for data parallel, which has no meaning here.

@@ -1,6 +1,8 @@
 """Which pipeline stage computes what: the vision side and the embedding first, head and loss last, layers between."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mindformers_ixc.config import MODE_ADAPTERS, ModelConfig
@@ -8,7 +10,7 @@ from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.parameters import layer_of, linear_shapes
 
 
-def layer_stages(layers: int, stages: int, offset=0) -> list[int]:
+def layer_stages(layers: int, stages: int, offset: int | Sequence[int] = 0) -> list[int]:
     """Stage of each decoder layer.
 
     Args:
@@ -54,7 +56,7 @@ def stages_of_layers(config: ModelConfig, stages: int) -> list[int]:
     return np.repeat(np.arange(stages), counts).tolist()
 
 
-def stage_of_parameter(name: str, layer_stages: list[int]) -> int:
+def stage_of_parameter(name: str, layer_stages: Sequence[int]) -> int:
     """Pipeline stage that uses a parameter.
 
     Args:
@@ -77,6 +79,6 @@ def work_of_sample(config: ModelConfig) -> tuple[float, float, float]:
     projector = config.vision_rows * (4 * vision.hidden_size * width + width ** 2)
     linears = linear_shapes(config).values()
     ranks = config.plora_rank + sum(config.task_lora_ranks[task] for task in MODE_ADAPTERS[config.adapter_mode])
-    layer = length * sum(rows * columns + ranks * (rows + columns) for rows, columns in linears)
+    layer: float = length * sum(rows * columns + ranks * (rows + columns) for rows, columns in linears)
     layer += 2 * length * length * width / 2                       # scores and weighted sum, half of them masked
     return tower + projector, layer, length * width * config.vocab_size

@@ -4,7 +4,7 @@ Everything rests on `Assumptions`; nothing here has been measured. A plan is for
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -150,7 +150,7 @@ def stage_work(workload: Workload, stage: int, parameters: list[LocalParameter])
     return StageWork(forward + attention, backward + attention_back, again + attention_again, reference)
 
 
-def _positions(workload: Workload):
+def _positions(workload: Workload) -> Callable[[LocalParameter], int]:
     """Function that gives the rows of the product a parameter is used in."""
     config, vision = workload.config, workload.config.vision_config
     tiles, patches = workload.samples * config.max_tiles, vision.patches_per_side ** 2
@@ -334,7 +334,7 @@ class _Sums:
 def _pipeline_traffic(workload: Workload, stage: int) -> list[Traffic]:
     config, layout, rank = workload.config, workload.layout, workload.first_rank(stage)
     ranks = layout.data_parallel * layout.model_parallel
-    size = workload.positions * config.hidden_size * dtype_bytes(config.compute_dtype)
+    size: float = workload.positions * config.hidden_size * dtype_bytes(config.compute_dtype)
     size = workload.micro_batches * size / (layout.model_parallel if workload.sequence_parallel else 1)
     found = []
     for there, operators in ((rank + ranks, ("Send", "Receive")), (rank - ranks, ("Receive", "Send"))):

@@ -6,7 +6,7 @@ is in docs/scaling.md. All sizes are bytes of one device.
 """
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -104,7 +104,8 @@ def _backward_terms(workload: Workload, stage: int, parameters: list[LocalParame
     layers = [number for number, place in enumerate(workload.layer_stages) if place == stage]
     last = stage == workload.layout.pipeline_stage - 1
     in_flight = min(workload.micro_batches, workload.layout.pipeline_stage - stage)
-    terms, at_work = Counter({"inputs of the step": sizes.inputs()}), {}
+    terms: defaultdict[str, float] = defaultdict(int, {"inputs of the step": sizes.inputs()})
+    at_work: dict[str, float] = {}
     terms["gathered and cast weights"] = _copied_weights(workload, parameters)
     for number in layers:
         kept = sizes.kept_of_layer(number)
@@ -122,7 +123,7 @@ def _backward_terms(workload: Workload, stage: int, parameters: list[LocalParame
         at_work["logits and loss"] = sizes.logits()
         if workload.reference:
             terms["logits of the policy"] = 2 * 4 * sizes.logit_count
-    name = max(at_work, key=at_work.get)
+    name = max(at_work, key=at_work.__getitem__)
     terms[f"at work: {name}"] = at_work[name]
     return {name: int(size) for name, size in terms.items() if size}
 

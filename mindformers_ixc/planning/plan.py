@@ -131,7 +131,7 @@ def make_plan(fields: dict, workload: Workload, device_memory: int, assumptions:
         assumptions: of the machines.
         compiled: compile the graphs; otherwise everything is by formula.
         progress: is told what is being done.
-        every_layer: compile all layers; otherwise three of a kind, which the others are like (`plan_layers`).
+        every_layer: compile all layers; otherwise three of a kind, which the others are like (`few_layers`).
 
     Raises:
         BuildError: when the simulation of a cluster cannot be built here.
@@ -158,7 +158,7 @@ def make_plan(fields: dict, workload: Workload, device_memory: int, assumptions:
 
 
 def compile_stage(fields: dict, workload: Workload, stage: int, folder: Path, every_layer: bool = False) -> dict:
-    """What MindSpore's compiler makes of the step of a stage's first rank; see `plan_step`.
+    """What MindSpore's compiler makes of the step of a stage's first rank; see `step.compile_step`.
 
     Few micro batches are compiled, what they send is multiplied.
 
@@ -203,10 +203,11 @@ def read_stage(workload: Workload, stage: int, answer: dict) -> StagePlan:
     Args:
         workload: the step.
         stage: pipeline stage.
-        answer: of `plan_step`.
+        answer: of `step.compile_step`.
     """
     states = [entry for entry in answer["parameters"] if OPTIMIZER_STATE.match(entry["name"])]
-    parameters = [_read_parameter(entry, stage) for entry in answer["parameters"] if part_of(entry["name"])]
+    parameters = [_read_parameter(entry, part, stage) for entry in answer["parameters"]
+                  if (part := part_of(entry["name"]))]
     memory = stage_memory(workload, stage, parameters)
     gradients = [entry for entry in states if entry["name"].startswith("accu_grads.")]
     moments = [entry for entry in states if not entry["name"].startswith("accu_grads.")]
@@ -221,14 +222,14 @@ def _bytes(entries: list[dict]) -> int:
     return sum(math.prod(entry["local"]) * dtype_bytes(entry["dtype"]) for entry in entries)
 
 
-def _read_parameter(entry: dict, stage: int) -> LocalParameter:
+def _read_parameter(entry: dict, part: str, stage: int) -> LocalParameter:
     matrix, cuts = entry["device_matrix"], 1
     for axes in entry["tensor_map"]:
         for axis in axes if isinstance(axes, list) else [axes]:
             if axis >= 0:
                 cuts *= matrix[len(matrix) - 1 - axis]      # the compiler counts from the right
     shards = entry["optimizer_shards"]
-    return LocalParameter(entry["name"], part_of(entry["name"]), tuple(entry["shape"]), tuple(entry["local"]), shards,
+    return LocalParameter(entry["name"], part, tuple(entry["shape"]), tuple(entry["local"]), shards,
                           cuts * shards, math.prod(matrix) // cuts, entry["trained"], dtype_bytes(entry["dtype"]),
                           stage, layer_of(entry["name"]))
 
@@ -277,7 +278,8 @@ def check_slices(expected: list[list[LocalParameter]], stages: list[StagePlan]) 
         stages: as they were planned.
     """
     shapes = {parameter.name: parameter.shape for own in expected for parameter in own}
-    problems, seen = [], {}
+    problems: list[str] = []
+    seen: dict[str, int] = {}
     for stage in stages:
         for parameter in stage.parameters:
             name, whole = parameter.name, math.prod(shapes.get(parameter.name, parameter.shape))

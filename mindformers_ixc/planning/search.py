@@ -1,6 +1,7 @@
 """Tries every layout of a number of devices by formula and ranks those that fit by the time of a step."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mindformers_ixc.errors import ConfigError
@@ -85,7 +86,9 @@ def search(workload: Workload, devices: int, global_batch: int, device_memory: i
     for name, value in (("devices", devices), ("global_batch", global_batch)):
         check_value(f"--{name}", value, whole(1))
     refused = _refused_degrees(workload, devices)
-    fitting, too_large, tried = [], {}, 0
+    fitting: list[Candidate] = []
+    too_large: dict[str, list[Candidate]] = {}
+    tried = 0
     for degrees in layouts_for(workload.config, devices):
         layouts = list(_micro_batches(degrees, global_batch))
         if not layouts:
@@ -116,7 +119,7 @@ def judge(workload: Workload, parameters: list[list[LocalParameter]], assumption
     return Candidate(workload, fullest, of_stages[fullest], step_time(workload, assumptions, parameters))
 
 
-def _micro_batches(degrees: Degrees, global_batch: int):
+def _micro_batches(degrees: Degrees, global_batch: int) -> Iterator[Degrees]:
     """Layouts with every number of micro batches that divides, a multiple of the stages."""
     share, rest = divmod(global_batch, degrees.data_parallel)
     if rest:

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,11 +22,11 @@ from mindformers.core.lr import CosineWithWarmUpLR
 from mindformers.core.parallel_config import build_parallel_config
 from mindformers.tools.register import MindFormerConfig
 from mindformers.wrapper.wrapper import GradAccumulationCellWithTwoOutput, PipelineCellWithTwoOutput
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 from mindspore.common.api import _cell_graph_executor
 from mindspore.common.initializer import Zero
 from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
-from mindspore.train.mind_ir_pb2 import ModelProto, TensorProto
+from mindspore.train.mind_ir_pb2 import AttributeProto, ModelProto, NodeProto, PrimitiveProto, TensorProto
 
 from mindformers_ixc.checkpoint.dtypes import dtype_bytes
 from mindformers_ixc.cpu_cluster.groups import simulate
@@ -55,7 +55,7 @@ def compile_step(job: dict) -> dict:
     Args:
         job: `fields` of the YAML, `devices`, `rank`, and `micro_batches`, which must be as many as pipeline stages at
             least; more than one without a pipeline are accumulated. With `every_layer` all layers are compiled,
-            otherwise three of a kind, from which the plan is completed (`plan_layers`).
+            otherwise three of a kind, from which the plan is completed (`few_layers`).
 
     Returns:
         `parameters`: of the rank's graph, optimizer states and accumulated gradients under names of their own, each
@@ -65,8 +65,6 @@ def compile_step(job: dict) -> dict:
         `backward`, `layout_change`, `gradient`, `optimizer`, `pipeline`, `norm`), `per_step` (false: once a micro
         batch), `scope`. `groups`: ranks by name. `seconds`, `peak_bytes`: of the compilation.
     """
-
-
     fields, devices, rank, micro_batches = job["fields"], job["devices"], job["rank"], job["micro_batches"]
     began = time.perf_counter()
     config, shortened = _config(fields, micro_batches), None
@@ -105,10 +103,9 @@ def _context(fields: dict, devices: int, rank: int) -> dict:
     return context
 
 
-def _build(fields: dict, micro_batches: int):
+def _build(fields: dict, micro_batches: int) -> tuple[
+        IXC25Model, IXC25TrainOneStepCell | IXC25PipelineWithLossScaleCell, list[Tensor]]:
     """Model, step cell and inputs without memory."""
-
-
     with nn.no_init_parameters():
         model = (IXC25ForPreference if _is_preference(fields) else IXC25Model)(_config(fields, micro_batches))
         if fields.get("train_parts") is not None:
@@ -119,12 +116,13 @@ def _build(fields: dict, micro_batches: int):
         # MindFormers' AdamW holds the same two moments, but is a dozen operators a parameter, most of the whole graph
         optimizer = nn.AdamWeightDecay(model.trainable_params(), learning_rate=rate, weight_decay=0.1)
         network = _micro_batched(model, micro_batches)
-        clip = {"use_clip_grad": True, "max_grad_norm": 1.0}
+        step: IXC25TrainOneStepCell | IXC25PipelineWithLossScaleCell
         if micro_batches > 1:
             step = IXC25PipelineWithLossScaleCell(network, optimizer, micro_batch_num=micro_batches,
-                                                  calculate_per_token_loss=True, **clip)
+                                                  calculate_per_token_loss=True, use_clip_grad=True,
+                                                  max_grad_norm=1.0)
         else:
-            step = IXC25TrainOneStepCell(network, optimizer, **clip)
+            step = IXC25TrainOneStepCell(network, optimizer, use_clip_grad=True, max_grad_norm=1.0)
     step.set_train()
     return model, step, _inputs(fields, model.config, micro_batches)
 
@@ -133,9 +131,8 @@ def _is_preference(fields: dict) -> bool:
     return fields["model"]["arch"]["type"] == "IXC25ForPreference"
 
 
-def _config(fields: dict, micro_batches: int):
-
-
+def _config(fields: dict, micro_batches: int) -> IXC25Config:
+    """Configuration of the model in the YAML's layout."""
     section = {key: value for key, value in fields["model"]["model_config"].items() if key != "type"}
     built = MindFormerConfig(use_legacy=True, recompute_config=fields.get("recompute_config"),
                              parallel_config={**fields["parallel_config"], "micro_batch_num": micro_batches})
@@ -143,9 +140,8 @@ def _config(fields: dict, micro_batches: int):
     return IXC25Config(**section, parallel_config=built.parallel_config, calculate_per_token_loss=micro_batches > 1)
 
 
-def _micro_batched(model, micro_batches: int):
+def _micro_batched(model: IXC25Model, micro_batches: int) -> nn.Cell:
     """The network that MindFormers' trainer makes of a model."""
-
     network = model
     if model.config.parallel_config.pipeline_stage > 1:
         network = PipelineCellWithTwoOutput(network, micro_batches)
@@ -154,13 +150,12 @@ def _micro_batched(model, micro_batches: int):
     return _VirtualDatasetCell(network)
 
 
-def _inputs(fields: dict, config, micro_batches: int) -> list:
+def _inputs(fields: dict, config: IXC25Config, micro_batches: int) -> list[Tensor]:
     """A global batch as the data set gives it, without memory."""
-
     size = fields["runner_config"]["batch_size"] * config.parallel_config.data_parallel * micro_batches
     length, tiles, side = config.seq_length, config.max_tiles, config.vision_config.image_size
 
-    def empty(*shape, dtype=mstype.int32):
+    def empty(*shape: int, dtype: mstype.Type = mstype.int32) -> Tensor:
         return Tensor(shape=shape, dtype=dtype, init=Zero())
 
     texts = (size, 2, length) if _is_preference(fields) else (size, length)
@@ -171,7 +166,7 @@ def _inputs(fields: dict, config, micro_batches: int) -> list:
     return batch
 
 
-def _describe(parameter, layout, trained: bool, groups: dict, devices: int) -> dict:
+def _describe(parameter: Parameter, layout: Sequence, trained: bool, groups: dict, devices: int) -> dict:
     """A parameter's whole and local shape; optimizer sharding cuts its first axis once more."""
     local, group = list(layout[2]), layout[5] if len(layout) > 5 else ""
     shards = len(groups.get(group, range(devices))) if group else 1     # the world's group was not created
@@ -183,15 +178,14 @@ def _describe(parameter, layout, trained: bool, groups: dict, devices: int) -> d
             "tensor_map": [list(entry) if isinstance(entry, (tuple, list)) else entry for entry in layout[1]]}
 
 
-def _graph(step):
+def _graph(step: nn.Cell) -> ModelProto:
     """The compiled graph in MindSpore's exchange format, without the parameters' values."""
-
     model, executor = ModelProto(), _cell_graph_executor._graph_executor
     model.ParseFromString(executor.get_func_graph_proto(step.current_phase, "mind_ir", True))
     return model
 
 
-def _communication(model, rank: int, micro_batches: int) -> Iterator[dict]:
+def _communication(model: ModelProto, rank: int, micro_batches: int) -> Iterator[dict]:
     """Communication operators of a compiled graph, each with how many `times` it runs."""
     primitives = {primitive.name: primitive for primitive in model.primitives}
     calls = _calls(model)
@@ -204,7 +198,7 @@ def _communication(model, rank: int, micro_batches: int) -> Iterator[dict]:
                 yield {**row, "times": calls[graph.name]}
 
 
-def _calls(model) -> Counter:
+def _calls(model: ModelProto) -> Counter:
     """How often each graph of a model runs: micro batches may share one."""
     names = {graph.name for graph in model.functions}
     callers: dict[str, Counter] = {}
@@ -221,7 +215,8 @@ def _calls(model) -> Counter:
     return counts
 
 
-def _describe_operator(primitive, node, made: dict, rank: int, micro_batches: int) -> dict:
+def _describe_operator(primitive: PrimitiveProto, node: NodeProto, made: dict[str, NodeProto], rank: int,
+                       micro_batches: int) -> dict:
     kind = primitive.op_type
     attributes = {entry.name: entry for entry in [*primitive.attribute, *node.attribute]}
     group = [value.ints[0] for value in attributes["group_rank_ids"].values] if "group_rank_ids" in attributes else []
@@ -240,7 +235,7 @@ def _describe_operator(primitive, node, made: dict, rank: int, micro_batches: in
             "scope": (purpose in ("gradient", "optimizer") and _parameter_of(node, made)) or node.domain}
 
 
-def _parameter_of(node, made: dict) -> str | None:
+def _parameter_of(node: NodeProto, made: dict[str, NodeProto]) -> str | None:
     """The parameter whose slices or gradient an operator brings together; scopes of shared graphs name no cell."""
     for entry in node.primal_attr:
         if entry.name == "mirror_user_id":
@@ -270,9 +265,8 @@ def _purpose(kind: str, instance: str, scope: str) -> str:
     return "forward" if kind == "AllReduce" or "forward_op" in instance else "layout_change"
 
 
-def _output_bytes(attribute) -> int:
+def _output_bytes(attribute: AttributeProto) -> int:
     """Size of the tensor that a node's `shape` attribute describes."""
-
     tensor = attribute.tensors[0]
     return math.prod(tensor.dims) * dtype_bytes(TensorProto.DataType.Name(tensor.data_type))
 

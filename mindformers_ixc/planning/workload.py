@@ -1,6 +1,6 @@
 """What one training step is on a cluster: sizes, what trains, and the slice of every parameter on every stage.
 
-All of it follows from the YAML file; nothing is compiled. `plan_step` asks MindSpore's compiler the same question.
+All of it follows from the YAML file; nothing is compiled. `step.compile_step` asks MindSpore's compiler the same.
 """
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def place(workload: Workload, devices: int, options: dict[str, int | None] | Non
     Args:
         workload: of the YAML.
         devices: of the cluster.
-        options: degrees that replace the YAML's, by the names of `checks.DEGREES`. Without `data_parallel` it becomes
+        options: degrees that replace the YAML's, by the names of `degrees.DEGREES`. Without `data_parallel` it becomes
             what the other degrees leave, without `micro_batch_num` the number that keeps the samples of a micro batch.
         global_batch: samples of a step; by default the YAML's or, where that does not divide, as many as the layout
             makes of the YAML's micro batches.
@@ -326,15 +326,15 @@ def place(workload: Workload, devices: int, options: dict[str, int | None] | Non
     Raises:
         ConfigError: for a layout or a batch that cannot be.
     """
-    options = {key: value for key, value in (options or {}).items() if value is not None}
-    for name, value in [*options.items(), ("global_batch", global_batch), ("devices", devices)]:
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    for name, value in [*given.items(), ("global_batch", global_batch), ("devices", devices)]:
         if value is not None:
             check_value(f"--{name}", value, whole(1))
-    layout = replace(workload.layout, **options)
-    if options.keys() & {"model_parallel", "pipeline_stage"} and "data_parallel" not in options:
+    layout = replace(workload.layout, **given)
+    if given.keys() & {"model_parallel", "pipeline_stage"} and "data_parallel" not in given:
         layout = replace(layout, data_parallel=max(1, devices // (layout.model_parallel * layout.pipeline_stage)))
     batch = global_batch or workload.global_batch
-    if "micro_batch_num" not in options and (options or global_batch):
+    if "micro_batch_num" not in given and (given or global_batch):
         parts = 1 if workload.preference else batch // (layout.data_parallel * workload.samples)
         least = 1 if global_batch else layout.pipeline_stage
         layout = replace(layout, micro_batch_num=max(least, parts))

@@ -10,13 +10,16 @@ import io
 import math
 import os
 import warnings
-from typing import NamedTuple
+from typing import IO, NamedTuple, Union
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mindformers_ixc.errors import ImageError
 from mindformers_ixc.native import images
+
+# What an image may be given as: a path (of a video too, where both may come), a file's bytes, or pixels.
+ImageSource = Union[str, "os.PathLike[str]", bytes, bytearray, Image.Image, np.ndarray]
 
 # CLIP's pixel statistics (public preprocessor of CLIP ViT-L/14).
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -130,7 +133,7 @@ def partition_pixels(image: Image.Image, hd_num: int, tile_size: int = 560, trai
     inside = board[top:top + plan.resized[1], left:left + plan.resized[0]]
     if plan.transposed:
         # resizing the swapped image is what the public code does; bilinear sums differ in the last bit otherwise
-        inside[:] = resize_image(image.transpose(Image.TRANSPOSE), plan.resized[::-1]).transpose(1, 0, 2)
+        inside[:] = resize_image(image.transpose(Image.Transpose.TRANSPOSE), plan.resized[::-1]).transpose(1, 0, 2)
     else:
         resize_image(image, plan.resized, inside)
     board[:top], board[top + plan.resized[1]:] = WHITE, WHITE
@@ -153,7 +156,7 @@ def resize_image(image: Image.Image, size: tuple[int, int], out: np.ndarray | No
     if images.available():
         images.resize(np.asarray(image), out)
     else:
-        out[:] = np.asarray(image.resize(size, Image.BILINEAR))
+        out[:] = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
     return out
 
 
@@ -267,7 +270,7 @@ def image_token_rows(grid: Grid, first_tile: int, tokens_per_side: int, max_tile
     return np.concatenate(pieces).astype(np.int32)
 
 
-def load_image(source, where: str = "") -> Image.Image:
+def load_image(source: ImageSource, where: str = "") -> Image.Image:
     """Reads an image as RGB. EXIF orientation is not applied, as in the public code.
 
     Args:
@@ -300,7 +303,7 @@ def load_image(source, where: str = "") -> Image.Image:
                      f"{type(source).__name__}.")
 
 
-def _open(file, prefix: str, name: str) -> Image.Image:
+def _open(file: str | os.PathLike[str] | IO[bytes], prefix: str, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

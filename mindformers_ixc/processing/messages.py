@@ -21,7 +21,9 @@ def read_messages(messages: Sequence[dict]) -> dict:
     Raises:
         PromptError: naming the message and what is wrong with it.
     """
-    system, images, texts = "", [], []
+    system = ""
+    images: list = []
+    texts: list[str] = []
     for number, message in enumerate(messages):
         where = f"message {number}"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
@@ -44,7 +46,7 @@ def read_messages(messages: Sequence[dict]) -> dict:
             "meta_instruction": system}
 
 
-def _read_content(content, where: str) -> tuple[str, list]:
+def _read_content(content: object, where: str) -> tuple[str, list]:
     if isinstance(content, str):
         return content, []
     if not isinstance(content, (list, tuple)):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from mindformers_ixc.processing.image import (
     HD_NUM_SINGLE,
     HD_NUM_TRAINING,
     Grid,
+    ImageSource,
     image_to_tiles,
     image_token_count,
     image_token_rows,
@@ -174,7 +176,8 @@ class ImageProcessor:
             return self.hd_num_several
         return self.hd_num if hd_num is None else hd_num
 
-    def preprocess(self, images, hd_num: int | None = None, training: bool = False, where: str = "", **kwargs):
+    def preprocess(self, images: ImageSource | list[ImageSource] | tuple[ImageSource, ...], hd_num: int | None = None,
+                   training: bool = False, where: str = "", **kwargs: object) -> tuple[np.ndarray, list[Grid]]:
         """Tiles of one sample's images, one image after the other.
 
         Args:
@@ -239,7 +242,9 @@ class Processor:
         """
         return cls(ImageProcessor.from_directory(directory), Tokenizer.from_directory(directory))
 
-    def __call__(self, text_input: str | None = None, image_input=None, **kwargs) -> dict[str, np.ndarray]:
+    def __call__(self, text_input: str | None = None,
+                 image_input: ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None = None,
+                 **kwargs: Any) -> dict[str, np.ndarray]:
         """Encodes one chat prompt; see `encode_chat` for the further arguments.
 
         Returns:
@@ -251,7 +256,7 @@ class Processor:
         return {"input_ids": sample.input_ids[None], "image_mask": sample.image_mask[None],
                 "vision_index": index[None], "pixel_values": sample.pixel_values[None]}
 
-    def encode_chat(self, query: str, images: Sequence = (), history: Sequence[tuple[str, str]] = (),
+    def encode_chat(self, query: str, images: Sequence[ImageSource] = (), history: Sequence[tuple[str, str]] = (),
                     meta_instruction: str = "", hd_num: int | None = None) -> EncodedSample:
         """Encodes a chat prompt.
 
@@ -275,7 +280,7 @@ class Processor:
         parts = ["", *parts] if in_front else parts
         return self._assemble([(part, i == 0) for i, part in enumerate(parts)], False, pixels, grids)
 
-    def encode_conversation(self, turns: Sequence[tuple[str, str]], images: Sequence = (), where: str = "",
+    def encode_conversation(self, turns: Sequence[tuple[str, str]], images: Sequence[ImageSource] = (), where: str = "",
                             hd_num: int | None = None,
                             encoded_images: tuple[np.ndarray, list[Grid]] | None = None) -> EncodedSample:
         """Encodes a conversation for training.
@@ -335,6 +340,5 @@ class Processor:
         for span, text in zip(spans, texts[1:]):
             ids += span + text
             mask += [1] * len(span) + [0] * len(text)
-        ids = np.array(ids, np.int32)
-        return EncodedSample(ids, np.full(len(ids), IGNORE_INDEX, np.int32), np.array(mask, np.int32), grids, pixels,
-                             self.image_processor.tokens_per_side)
+        return EncodedSample(np.array(ids, np.int32), np.full(len(ids), IGNORE_INDEX, np.int32),
+                             np.array(mask, np.int32), grids, pixels, self.image_processor.tokens_per_side)

@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
 
 import sentencepiece
 
@@ -45,6 +46,28 @@ class SentencePieceText:
     eos_token: str
     pad_token: str
 
+    if TYPE_CHECKING:    # what the class has that this one is a base of
+        @property
+        def bos_token_id(self) -> int: ...
+
+        @property
+        def eos_token_id(self) -> int: ...
+
+        @property
+        def pad_token_id(self) -> int: ...
+
+        def tokenize(self, text: str) -> list[str]: ...
+
+        @overload
+        def convert_tokens_to_ids(self, tokens: str) -> int: ...
+
+        @overload
+        def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
+
+        def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]: ...
+
+        def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str: ...
+
     def load(self, vocab_file: str, sp_model_kwargs: dict | None = None) -> None:
         """Reads the SentencePiece model.
 
@@ -71,7 +94,7 @@ class SentencePieceText:
         """Pieces of the SentencePiece model, special ones included."""
         return self.sp_model.get_piece_size()
 
-    def _tokenize(self, text: str, **kwargs) -> list[str]:
+    def _tokenize(self, text: str, **kwargs: object) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
 
     def _convert_token_to_id(self, token: str) -> int:
@@ -88,7 +111,8 @@ class SentencePieceText:
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Joins pieces; special tokens are not decoded by SentencePiece and have a space before them."""
         specials = {self.unk_token, self.bos_token, self.eos_token, self.pad_token}
-        pieces, text, after_special = [], "", False
+        pieces: list[str] = []
+        text, after_special = "", False
         for token in tokens:
             if token in specials:
                 if not after_special:
@@ -101,7 +125,7 @@ class SentencePieceText:
         return text + self.sp_model.decode(pieces)
 
     def save_pretrained(self, save_directory: str, save_name: str = "", file_format: str = "json",
-                        save_json: bool = True, **kwargs) -> None:
+                        save_json: bool = True, **kwargs: object) -> None:
         """Writes `tokenizer.model` and `tokenizer_config.json`, in the form of the public model directory.
 
         Args:
@@ -170,7 +194,8 @@ class Tokenizer(SentencePieceText):
             FileNotFoundError: when the directory has no `tokenizer.model`.
             ValueError: when one of the two is damaged.
         """
-        settings, options = Path(directory) / "tokenizer_config.json", {}
+        settings = Path(directory) / "tokenizer_config.json"
+        options: dict[str, Any] = {}
         if settings.is_file():
             fields = json.loads(settings.read_text(encoding="utf-8"))
             names = ("unk_token", "bos_token", "eos_token", "pad_token")
@@ -207,7 +232,13 @@ class Tokenizer(SentencePieceText):
                 pieces += self._tokenize(part)
         return pieces
 
-    def convert_tokens_to_ids(self, tokens):
+    @overload
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]: ...
+
+    def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
         """The id of a piece, or those of a list of pieces."""
         if isinstance(tokens, str):
             return self._convert_token_to_id(tokens)
@@ -221,6 +252,6 @@ class Tokenizer(SentencePieceText):
         return self.convert_tokens_to_string([self._convert_id_to_token(index) for index in kept]) if kept else ""
 
 
-def _content(token) -> str:
+def _content(token: str | dict[str, Any]) -> str:
     """Text of a special token, which Hugging Face's files may describe by a mapping."""
     return token["content"] if isinstance(token, dict) else token

@@ -5,13 +5,13 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mindformers_ixc.errors import VideoError
-from mindformers_ixc.processing.image import Grid, image_to_tiles
+from mindformers_ixc.processing.image import Grid, ImageSource, image_to_tiles
 
 # Public video loading: at most this many frames, one a second.
 FRAME_LIMIT = 32
@@ -30,7 +30,7 @@ WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 
 
-def is_video(source) -> bool:
+def is_video(source: ImageSource) -> bool:
     """Whether an image's source names a video file."""
     return isinstance(source, (str, os.PathLike)) and os.fspath(source).lower().endswith(SUFFIXES)
 
@@ -62,12 +62,12 @@ def sample_frames(frame_count: int, fps: float, limit: int = FRAME_LIMIT) -> lis
     return picked
 
 
-def read_frames(source: str | os.PathLike, limit: int = FRAME_LIMIT, indices: Sequence[int] | None = None,
+def read_frames(source: ImageSource, limit: int = FRAME_LIMIT, indices: Sequence[int] | None = None,
                 transform: Callable[[Image.Image], Image.Image] | None = None) -> list[Image.Image]:
     """Decodes the sampled frames of a video file, and only those.
 
     Args:
-        source: path of the file.
+        source: path of the file; nothing else of a video is taken.
         limit: frames at most, for `sample_frames`.
         indices: frame numbers to decode instead of the sampled ones.
         transform: applied to each frame as it is decoded, so that large frames need not all be held at once.
@@ -106,7 +106,7 @@ def frame_count(source: str | os.PathLike) -> tuple[int, float]:
     return count, fps
 
 
-def _open_video(path: Path):
+def _open_video(path: Path) -> tuple[Any, int, float]:
     """decord's reader with number of frames and frames a second."""
     try:
         # here, not above: only videos need the codecs, and loaded before MindSpore decord makes its import abort
@@ -132,7 +132,7 @@ def _rgb_frame(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels.reshape(height, -1)[:, :3 * width]).reshape(height, width, 3))
 
 
-def _existing_file(source) -> Path:
+def _existing_file(source: ImageSource) -> Path:
     if not isinstance(source, (str, os.PathLike)):
         raise VideoError(f"A video must be given as the path of its file; found {type(source).__name__}.")
     path = Path(source)
@@ -181,7 +181,7 @@ def _check_sizes(sizes: list[tuple[int, int]]) -> None:
 
 def _shrink(frame: Image.Image) -> Image.Image:
     """A frame in the size it has on the board."""
-    return frame.convert("RGB").resize(_frame_size(*frame.size), Image.BILINEAR)
+    return frame.convert("RGB").resize(_frame_size(*frame.size), Image.Resampling.BILINEAR)
 
 
 def _board(frames: list[Image.Image], landscape: bool) -> Image.Image:
@@ -230,11 +230,11 @@ def fit_board(board: Image.Image, tile_size: int = 560) -> Image.Image:
     """
     tall = board.width < board.height
     # a tall board is resized lying on its side, as the public code does: Pillow rounds after the horizontal pass
-    wide = board.transpose(Image.TRANSPOSE) if tall else board
-    wide = wide.resize((int(tile_size * (wide.width / wide.height)), tile_size), Image.BILINEAR)
+    wide = board.transpose(Image.Transpose.TRANSPOSE) if tall else board
+    wide = wide.resize((int(tile_size * (wide.width / wide.height)), tile_size), Image.Resampling.BILINEAR)
     fitted = Image.new("RGB", (math.ceil(wide.width / tile_size) * tile_size, tile_size), WHITE)
     fitted.paste(wide, (0, 0))
-    return fitted.transpose(Image.TRANSPOSE) if tall else fitted
+    return fitted.transpose(Image.Transpose.TRANSPOSE) if tall else fitted
 
 
 class BoardSize(NamedTuple):
@@ -267,11 +267,11 @@ def board_grid(size: BoardSize, tile_size: int = 560) -> Grid:
     return Grid(tiles, 1) if tall else Grid(1, tiles)
 
 
-def load_video(source: str | os.PathLike, tile_size: int = 560, limit: int = FRAME_LIMIT) -> Image.Image:
+def load_video(source: ImageSource, tile_size: int = 560, limit: int = FRAME_LIMIT) -> Image.Image:
     """A video as one image of whole tiles, ready for `image_to_tiles`.
 
     Args:
-        source: path of the file.
+        source: path of the file; nothing else of a video is taken.
         tile_size: side of a tile in pixels (public 560).
         limit: frames at most.
 
@@ -281,7 +281,7 @@ def load_video(source: str | os.PathLike, tile_size: int = 560, limit: int = FRA
     Raises:
         VideoError: when the file cannot be read or its frames are too elongated.
     """
-    sizes = []
+    sizes: list[tuple[int, int]] = []
 
     def shrink(frame: Image.Image) -> Image.Image:
         sizes.append(frame.size)

@@ -37,7 +37,7 @@ def workload(fields: dict, layout: Degrees, samples: int = 1) -> Workload:
 
 
 def answer(placed: Workload, stage: int, operators: tuple = ()) -> dict:
-    """What `plan_step` would say of a stage if the compiler cut parameters as the formulae do."""
+    """What `planning.step.compile_step` would say of a stage if the compiler cut parameters as the formulae do."""
     layout, own = placed.layout, local_parameters(placed)[stage]
     entries = [_entry(layout, parameter, "", parameter.local, "Float32") for parameter in own]
     for prefix in ("adam_m.", "adam_v.", "accu_grads."):
