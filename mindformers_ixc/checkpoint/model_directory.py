@@ -78,7 +78,7 @@ def read_as(tensor: LazyTensor, dtype: str) -> np.ndarray:
 def _format(parameter: Parameter) -> str:
     """Format of a parameter."""
     found = format_of(parameter.dtype)
-    assert found is not None, f"{parameter.name} is {parameter.dtype}"      # parameters are of floating point
+    assert found is not None, f"{parameter.name} is {parameter.dtype}"      # the table has every type of a weight
     return found
 
 
