@@ -67,7 +67,13 @@ def base_name(name: str) -> str:
 def parameter_table(config: ModelConfig) -> dict[str, Entry]:
     """Every parameter of a configuration by name, in the order of the public checkpoint's parts."""
     shapes = [*_vision_shapes(config), *_projector_shapes(config), *_language_shapes(config)]
-    return {name: Entry(name, part_of(name), shape) for name, shape in shapes}
+    return {name: _entry(name, shape) for name, shape in shapes}
+
+
+def _entry(name: str, shape: tuple[int, ...]) -> Entry:
+    part = part_of(name)
+    assert part is not None, name       # PARTS covers every name that is made below
+    return Entry(name, part, shape)
 
 
 def _with_bias(name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...]]]:

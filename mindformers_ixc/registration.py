@@ -8,7 +8,9 @@ docs/architecture.md has the table of everything this package changes or leans o
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mindformers.mindformer_book import MindFormerBook
 from mindformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
@@ -69,11 +71,11 @@ class InternLM2Tokenizer(SentencePieceText, PreTrainedTokenizer):
 
     vocab_files_names = VOCAB_FILES_NAMES
     model_input_names = ["input_ids", "attention_mask"]
-    _support_list = []
+    _support_list: list[str] = []
 
     def __init__(self, vocab_file: str, unk_token: str = "<unk>", bos_token: str = "<s>", eos_token: str = "</s>",
                  pad_token: str = "</s>", add_bos_token: bool = True, add_eos_token: bool = False,
-                 sp_model_kwargs: dict | None = None, **kwargs):
+                 sp_model_kwargs: dict | None = None, **kwargs: Any):
         self.load(vocab_file, sp_model_kwargs)
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
         kwargs.setdefault("clean_up_tokenization_spaces", False)
@@ -90,19 +92,22 @@ class InternLM2Tokenizer(SentencePieceText, PreTrainedTokenizer):
         vocab.update(self.added_tokens_encoder)
         return vocab
 
-    def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+    def build_inputs_with_special_tokens(self, token_ids_0: Sequence[int],
+                                         token_ids_1: Sequence[int] | None = None) -> list[int]:
         """Adds `<s>` and `</s>` as configured; a second text follows the first directly."""
         ids = ([self.bos_token_id] if self.add_bos_token else []) + list(token_ids_0) + list(token_ids_1 or [])
         return ids + ([self.eos_token_id] if self.add_eos_token else [])
 
-    def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens=False):
+    def get_special_tokens_mask(self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None,
+                                already_has_special_tokens: bool = False) -> list[int]:
         """1 for `<s>` and `</s>` added by `build_inputs_with_special_tokens`, else 0."""
         if already_has_special_tokens:
             return super().get_special_tokens_mask(token_ids_0, token_ids_1, already_has_special_tokens=True)
         middle = [0] * (len(token_ids_0) + len(token_ids_1 or []))
         return [1] * self.add_bos_token + middle + [1] * self.add_eos_token
 
-    def create_token_type_ids_from_sequences(self, token_ids_0, token_ids_1=None):
+    def create_token_type_ids_from_sequences(self, token_ids_0: Sequence[int],
+                                             token_ids_1: Sequence[int] | None = None) -> list[int]:
         """Zeros: the model has no token types."""
         return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
 
@@ -118,7 +123,7 @@ class IXC25ImageProcessor(ImageProcessor, BaseImageProcessor):
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, *sizes, **kwargs):
+    def __init__(self, *sizes: Any, **kwargs: Any):
         known = {key: kwargs.pop(key) for key in list(kwargs) if key in IMAGE_PROCESSOR_ARGUMENTS}
         ImageProcessor.__init__(self, *sizes, **known)
         own = {name: getattr(self, name) for name in IMAGE_PROCESSOR_ARGUMENTS}
@@ -135,7 +140,7 @@ class IXC25VideoProcessor(VideoProcessor, BaseImageProcessor):
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, *sizes, **kwargs):
+    def __init__(self, *sizes: Any, **kwargs: Any):
         known = {key: kwargs.pop(key) for key in list(kwargs) if key in ("image_size", "frame_limit")}
         VideoProcessor.__init__(self, *sizes, **known)
         BaseImageProcessor.__init__(self, image_size=self.image_size, frame_limit=self.frame_limit, **kwargs)
@@ -156,20 +161,20 @@ class IXC25Processor(Processor, ProcessorMixin):
     tokenizer_class = "InternLM2Tokenizer"
 
     def __init__(self, image_processor: ImageProcessor | None = None, tokenizer: SentencePieceText | None = None,
-                 **kwargs):
+                 **kwargs: Any):
         # not MindFormers' own initialiser: its check knows only classes inside its package
         Processor.__init__(self, image_processor, tokenizer)
         self.config = {"image_processor": self.image_processor, "tokenizer": tokenizer, **kwargs}
 
     @classmethod
-    def from_pretrained(cls, yaml_name_or_path, **kwargs) -> IXC25Processor:
+    def from_pretrained(cls, yaml_name_or_path: str | os.PathLike, **kwargs: Any) -> IXC25Processor:
         """Builds the processor of a model directory from its config.json and tokenizer.model."""
         directory = Path(yaml_name_or_path)
         images = IXC25ImageProcessor.from_directory(directory)
         # the class under the public name: MindFormers warns when tokenizer_config.json names another one
         return cls(images, InternLMXComposer2Tokenizer.from_pretrained(str(directory)))
 
-    def save_pretrained(self, save_directory=None, save_name: str = "mindspore_model", **kwargs) -> None:
+    def save_pretrained(self, save_directory=None, save_name: str = "mindspore_model", **kwargs: Any) -> None:
         """Writes the tokenizer's files; the image processor's sizes are in the model's config.json."""
         os.makedirs(save_directory, exist_ok=True)
         self.tokenizer.save_pretrained(str(save_directory))

@@ -7,7 +7,9 @@ does.
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from mindformers_ixc.checkpoint.dtypes import MINDSPORE
 from mindformers_ixc.checkpoint.protobuf import BYTES, VARINT, encode_field, encode_varint
@@ -24,7 +26,7 @@ _VALUE, _TAG, _TENSOR, _DIMS, _TYPE, _CONTENT = 1, 1, 2, 1, 2, 3     # field num
 class _Reader:
     """Walks over protobuf fields of a file without reading long ones."""
 
-    def __init__(self, file, path: Path, size: int):
+    def __init__(self, file: BinaryIO, path: Path, size: int):
         self.file, self.path, self.size = file, path, size
 
     def varint(self) -> int:
@@ -39,7 +41,7 @@ class _Reader:
                 return value
             shift += 7
 
-    def fields(self, end: int):
+    def fields(self, end: int) -> Iterator[tuple[int, Any]]:
         """Yields field number and value, an int or the `(begin, length)` of bytes, up to an offset."""
         while self.file.tell() < end:
             key = self.varint()
@@ -72,7 +74,8 @@ def read_tensors(path: Path) -> dict[str, MappedTensor]:
     Raises:
         CheckpointError: for a file that is cut off, encrypted or of another format.
     """
-    size, found = path.stat().st_size, {}
+    size = path.stat().st_size
+    found: dict[str, tuple[str, tuple[int, ...], list[Stretch]]] = {}
     with open(path, "rb") as file:
         reader = _Reader(file, path, size)
         for number, (begin, length) in reader.fields(size):

@@ -26,7 +26,7 @@ class Format(NamedTuple):
     label: str
     mindspore: str
     graph: str
-    storage: type
+    storage: type[np.generic]
 
 
 # The one table of formats.
@@ -50,7 +50,7 @@ _BY_ANY_NAME = {name: entry.name for entry in FORMATS for name in entry[:4]}
 WEIGHTS = {**{LABELS[name]: name for name in FLOATING if name != "F64"}, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
-def format_of(dtype) -> str | None:
+def format_of(dtype: object) -> str | None:
     """Format of MindSpore's or PyTorch's type, or of any name in the table; `None` if it has none."""
     return _BY_ANY_NAME.get(str(dtype).removeprefix("torch."))
 
@@ -60,7 +60,7 @@ def item_size(dtype: str) -> int:
     return np.dtype(STORAGE[dtype]).itemsize
 
 
-def dtype_bytes(dtype) -> int:
+def dtype_bytes(dtype: object) -> int:
     """Bytes of a number of MindSpore's type, or of any name in the table."""
     return item_size(_BY_ANY_NAME[str(dtype)])
 

@@ -194,6 +194,6 @@ def _verify(report: Report, source: OpenedCheckpoint) -> None:
     for name, tensor, digest in expected:
         actual = hashlib.sha256()
         for _, piece in tensor.pieces():
-            actual.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+            actual.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
         if actual.hexdigest() != digest:
             report.damaged.append(name)

@@ -27,7 +27,7 @@ class Layout:
         """Devices of the stage."""
         return math.prod(self.device_matrix)
 
-    def _axes(self, entry) -> list[int]:
+    def _axes(self, entry: int | tuple[int, ...] | list[int]) -> list[int]:
         """Axes of the device matrix that one axis of the tensor is cut along."""
         entries = entry if isinstance(entry, (tuple, list)) else (entry,)
         return [len(self.device_matrix) - 1 - index for index in entries if index != -1]
@@ -57,7 +57,7 @@ class Layout:
 
     def slices(self, shape: tuple[int, ...], device: int) -> tuple[slice, ...]:
         """What a device of the stage holds of a parameter of `shape`."""
-        place = []                                            # of the device in the matrix
+        place: list[int] = []                                 # of the device in the matrix
         for size in reversed(self.device_matrix):
             device, index = divmod(device, size)
             place.insert(0, index)

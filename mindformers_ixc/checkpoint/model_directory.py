@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 from mindspore.common import np_dtype
 
 from mindformers_ixc.checkpoint.dtypes import STORAGE, convert_dtype, format_of
@@ -59,7 +59,7 @@ def load_weights(model: nn.Cell, directory: str | os.PathLike) -> None:
     for name, tensor in parts.items():
         parameter = wanted[name]
         # the parameter takes the array's own memory over
-        parameter.set_data(Tensor.from_numpy(read_as(tensor, format_of(parameter.dtype))), is_parallel())
+        parameter.set_data(Tensor.from_numpy(read_as(tensor, _format(parameter))), is_parallel())
         parameter.sliced = is_parallel()            # or the compiler would cut it again
 
 
@@ -73,6 +73,13 @@ def read_as(tensor: LazyTensor, dtype: str) -> np.ndarray:
         else:
             value[()] = piece
     return value.view(np_dtype.bfloat16) if dtype == "BF16" else value
+
+
+def _format(parameter: Parameter) -> str:
+    """Format of a parameter."""
+    found = format_of(parameter.dtype)
+    assert found is not None, f"{parameter.name} is {parameter.dtype}"      # the table has every type of a weight
+    return found
 
 
 def save_model_directory(model: nn.Cell, target: str | os.PathLike,
@@ -100,11 +107,11 @@ def save_model_directory(model: nn.Cell, target: str | os.PathLike,
 
 def _write_weights(model: nn.Cell, path: Path, names: list[str] | None) -> None:
     parameters = [parameter for parameter in model.get_parameters() if names is None or parameter.name in set(names)]
-    file = TensorFile(path, [(p.name, format_of(p.dtype), tuple(p.shape)) for p in parameters])
+    file = TensorFile(path, [(p.name, _format(p), tuple(p.shape)) for p in parameters])
     try:
         file.open()
         for parameter in parameters:
             value = parameter.asnumpy()
-            file.write(parameter.name, 0, value.view(np.uint16) if format_of(parameter.dtype) == "BF16" else value)
+            file.write(parameter.name, 0, value.view(np.uint16) if _format(parameter) == "BF16" else value)
     finally:
         file.close()

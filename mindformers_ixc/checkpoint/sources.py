@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class OpenedCheckpoint:
         return None
 
 
-def open_source(path: str | Path, strategy: str | Path | None = None) -> OpenedCheckpoint:
+def open_source(path: str | os.PathLike, strategy: str | Path | None = None) -> OpenedCheckpoint:
     """Opens a checkpoint; nothing but headers is read.
 
     Args:
@@ -103,7 +104,8 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
 
 
 def _merge_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
-    tensors, owner = {}, {}
+    tensors: dict[str, LazyTensor] = {}
+    owner: dict[str, Path] = {}
     for file in files:
         for name, tensor in read_file(file).items():
             if name in tensors:
@@ -167,13 +169,15 @@ def _join(name: str, parts: list[dict[str, LazyTensor]], strategy: Strategy, fol
     if layout is None:      # counters and the like: the same everywhere
         return next(part[name] for part in parts if name in part)
     first = strategy.stages[name][0] * strategy.devices
-    owners = {rank: parts[rank].get(name) for rank in range(first, first + strategy.devices)}
-    lacking = [rank for rank, tensor in owners.items() if tensor is None]
+    ranks = range(first, first + strategy.devices)
+    lacking = [rank for rank in ranks if name not in parts[rank]]
     if lacking:
         raise CheckpointError(f"{folder}: {name} is missing in the files of ranks {lacking}.")
+    owners = {rank: parts[rank][name] for rank in ranks}
     local = owners[first].shape
     shape = tuple(length * count for length, count in zip(local, layout.counts()))
-    found, held = {}, {}
+    found: dict[tuple, tuple[tuple[slice, ...], LazyTensor]] = {}
+    held: dict[tuple, list[LazyTensor]] = {}
     for rank, tensor in owners.items():
         if tensor.shape != local:
             raise CheckpointError(f"{folder}: {name} has shape {tensor.shape} in rank {rank} and {local} in rank "

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 from tqdm import tqdm
@@ -242,12 +243,16 @@ class Lanes:
         self.settled: list[Future] = []
 
     def _new_batch(self) -> None:
-        self.digests, self.tasks, self.touched, self.fresh = {}, [], set(), 0
+        self.digests: dict[str, list] = {}
+        self.tasks: list[Future] = []
+        self.touched: set[str] = set()
+        self.fresh = 0
 
     def __enter__(self) -> Lanes:
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         try:
             if error is None:
                 self._settle()
@@ -273,7 +278,8 @@ class Lanes:
                 if key not in parts:
                     parts[key] = part, first = _part_of(output, begin, piece)
                     if part is not None:
-                        self._launch(self.hasher.submit(digest.update, part.reshape(-1).view(np.uint8)), part.nbytes)
+                        content = part.reshape(-1).view(np.uint8).data
+                        self._launch(self.hasher.submit(digest.update, content), part.nbytes)
                 part, first = parts[key]
                 if part is not None:
                     self._launch(self.writer.submit(self.files[output.file].write, item.name, first, part), part.nbytes)

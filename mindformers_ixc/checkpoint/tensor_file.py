@@ -37,7 +37,7 @@ class TensorFile:
                 self.stretches[name] = [(0, rows, offsets[name])]
                 self.size += rows * row_bytes
 
-    def _lay_out_ckpt(self, tensors) -> int:
+    def _lay_out_ckpt(self, tensors: list[tuple[str, str, tuple[int, ...]]]) -> int:
         offset = 0
         for name, dtype, shape in tensors:
             rows, row_bytes = _rows(dtype, shape)
@@ -64,7 +64,7 @@ class TensorFile:
         data = np.ascontiguousarray(rows)
         count = len(data) if data.ndim else 1
         row_bytes = data.nbytes // count if count else 0
-        view = memoryview(data.reshape(-1).view(np.uint8))
+        view = data.reshape(-1).view(np.uint8).data
         for low, high, offset in self.stretches[name]:
             first, last = max(low, begin), min(high, begin + count)
             if first < last:
@@ -88,7 +88,7 @@ def _rows(dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0] if shape else 1), math.prod(shape[1:]) * item_size(dtype)
 
 
-def _write(descriptor: int, data, offset: int) -> None:
+def _write(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while len(data):
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count

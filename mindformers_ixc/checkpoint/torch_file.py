@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from mindformers_ixc.checkpoint.dtypes import STORAGE, format_of
 from mindformers_ixc.checkpoint.tensors import ArrayTensor, LazyTensor, MappedTensor, Stretch
 from mindformers_ixc.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def _torch():
+
+def _torch() -> ModuleType:
     try:
         import torch  # noqa: PLC0415 - optional
     except ImportError as error:
@@ -41,15 +46,17 @@ def read_tensors(path: Path) -> dict[str, LazyTensor]:
                               "or truncated, copy it again.") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no dict of tensors; save the model's state_dict.")
-    formats = {name: format_of(value.dtype) for name, value in state.items()}
+    formats: dict[str, str] = {}
     for name, value in state.items():
-        if formats[name] is None:
+        dtype = format_of(value.dtype)
+        if dtype is None:
             raise CheckpointError(f"{path} holds {name} as {value.dtype}, which no weight of this model is.")
+        formats[name] = dtype
     mappings = _mappings(path) if is_mapped else []
     return {name: _locate(value, formats[name], path, mappings) for name, value in state.items()}
 
 
-def _load(torch, path: Path) -> tuple[object, bool]:
+def _load(torch: ModuleType, path: Path) -> tuple[object, bool]:
     """Content of a file, and whether its tensors are mapped."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True), True
@@ -71,7 +78,7 @@ def _mappings(path: Path) -> list[tuple[int, int, int]]:
     return found
 
 
-def _locate(tensor, dtype: str, path: Path, mappings: list[tuple[int, int, int]]) -> LazyTensor:
+def _locate(tensor: Tensor, dtype: str, path: Path, mappings: list[tuple[int, int, int]]) -> LazyTensor:
     """The place of a tensor in its file, so that it can be read like any other; or the tensor itself, in memory.
 
     PyTorch maps the whole file, and what is read of it would count as this process's memory to the end.

@@ -168,7 +168,8 @@ def _place_whole(items: list[Item], target: Path, options: Options) -> None:
         for item in items:
             item.outputs = [Output("model.ckpt", _whole(item.tensor))]
         return
-    shards, used = [[]], 0
+    shards: list[list[Item]] = [[]]
+    used = 0
     for item in items:
         item.outputs = [Output("", _whole(item.tensor))]
         if shards[-1] and used + item.nbytes > options.shard_bytes:

@@ -15,7 +15,10 @@ _HERE = Path(__file__).resolve().parent
 
 
 def _mindspore_root() -> Path:
-    return Path(importlib.util.find_spec("mindspore").submodule_search_locations[0])
+    spec = importlib.util.find_spec("mindspore")
+    # a dependency of this package, and a folder with an __init__.py
+    assert spec is not None and spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0])
 
 
 def _cache_folder(root: Path) -> Path:

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import mindspore.communication._comm_helper as helper
 import mindspore.communication.management as management
@@ -17,8 +19,8 @@ from mindformers_ixc.cpu_cluster.build import build
 from mindformers_ixc.cpu_cluster.mailbox import Mailbox, timeout_s
 
 _CREATE_GROUP = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_int)
-_callbacks = []   # must outlive their registration
-_installed = []
+_callbacks: list[object] = []   # must outlive their registration
+_installed: list[bool] = []
 # Names for the world of a cluster: the front end's, the CPU back end's, and the default of Python functions.
 _FRONT_END_WORLD, _CPU_WORLD, _DEFAULT_WORLD = "nccl_world_group", "mccl_world_group", "hccl_world_group"
 
@@ -28,7 +30,7 @@ def _check_preloaded() -> None:
         raise RuntimeError("The process was not started with the variables of preload_environment().")
 
 
-def _register(create, rank: int, size: int) -> None:
+def _register(create: Callable[..., bool], rank: int, size: int) -> None:
     _check_preloaded()
     callback = _CREATE_GROUP(create)
     _callbacks.append(callback)
@@ -71,7 +73,7 @@ def install() -> None:
         collectives.add_cpu_group(name.encode(), (channel or name).encode(), (ctypes.c_uint * len(ranks))(*ranks),
                                   len(ranks))
 
-    def create(name, ranks, size):
+    def create(name: bytes, ranks: ctypes._Pointer[ctypes.c_uint], size: int) -> bool:
         members = [ranks[i] for i in range(size)]
         add(name.decode(), members)
         return bool(manager.create_group(name.decode(), members, GroupOptions()))
@@ -83,7 +85,7 @@ def install() -> None:
     # groups that Python code creates must be known to the collectives too; neither function has a hook
     original_create, original_name = management._create_group_helper, comm_ops._get_group
 
-    def create_group_helper(group, rank_ids, *args, **kwargs):
+    def create_group_helper(group: str, rank_ids: Iterable[int], *args: Any, **kwargs: Any) -> Any:
         add(group, list(rank_ids))
         return original_create(group, rank_ids, *args, **kwargs)
 
@@ -101,18 +103,18 @@ def simulate(rank: int, size: int) -> dict[str, list[int]]:
     """
     groups: dict[str, list[int]] = {}
 
-    def create(name, ranks, count):
+    def create(name: bytes, ranks: ctypes._Pointer[ctypes.c_uint], count: int) -> bool:
         groups[name.decode()] = [ranks[i] for i in range(count)]
         return True
 
-    def group_rank(group="", *_, **__):
+    def group_rank(group: str = "", *_: Any, **__: Any) -> int:
         ranks = groups.get(group)
         return ranks.index(rank) if ranks and rank in ranks else rank
 
-    def group_size(group="", *_, **__):
+    def group_size(group: str = "", *_: Any, **__: Any) -> int:
         return len(groups[group]) if group in groups else size
 
-    def add_group(group, rank_ids, *_, **__):
+    def add_group(group: str, rank_ids: Iterable[int], *_: Any, **__: Any) -> None:
         groups[group] = list(rank_ids)
 
     # MindSpore asks these helpers, and they ask a cluster that is not there; there is no hook

@@ -6,14 +6,19 @@ function accepts Ascend devices with a data sink only.
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING, Any
 
 from mindformers.trainer import utils as trainer_utils
 from mindformers.utils import load_checkpoint_utils
 
+if TYPE_CHECKING:
+    from mindspore import Model
+
 logger = logging.getLogger(__name__)
 
 
-def compile_on_first_batch(model, dataset, *_, do_eval: bool = False, do_predict: bool = False, **__) -> None:
+def compile_on_first_batch(model: Model, dataset: Any, *_: Any, do_eval: bool = False,
+                           do_predict: bool = False, **__: Any) -> None:
     """Stands in for `mindformers.checkpoint.utils.compile_model`: compiles the step on the first batch.
 
     Args:

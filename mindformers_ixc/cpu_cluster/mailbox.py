@@ -73,7 +73,7 @@ class Mailbox:
         self._join(size, total)
         atexit.register(self.leave)
 
-    def _agree(self, parent: Path, total) -> int:
+    def _agree(self, parent: Path, total: Callable[[np.ndarray], np.ndarray]) -> int:
         """The job's number, which rank 0 draws; it also makes the folder."""
         job, fault = 0, None
         if self.rank == 0:
@@ -122,7 +122,7 @@ class Mailbox:
         fcntl.lockf(self.lock, fcntl.LOCK_EX)
         os.write(self.lock, f"{self.process}\n".encode())
 
-    def _join(self, size: int, total) -> None:
+    def _join(self, size: int, total: Callable[[np.ndarray], np.ndarray]) -> None:
         """From here on every rank's file is there and locked, so that one which is not means a death."""
         fault = None
         if self.lock is None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.errors import ConfigError, GenerationError
-from mindformers_ixc.generation.engine import InferenceEngine
+from mindformers_ixc.generation.engine import CachedDecoder, InferenceEngine
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions, check_mode, known_options
-from mindformers_ixc.generation.search import beam_search, decode_steps, greedy_or_sample
-from mindformers_ixc.generation.text import TextStream
+from mindformers_ixc.generation.search import Decoder, Ended, beam_search, decode_steps, greedy_or_sample
+from mindformers_ixc.generation.text import Streamer, TextStream
+from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.processing.processor import EncodedSample, Processor
 from mindformers_ixc.processing.prompt import END_OF_TURN
 
@@ -30,7 +32,7 @@ class Assistant:
         ConfigError: when the tokenizer has more pieces than the model.
     """
 
-    def __init__(self, model, processor: Processor | None):
+    def __init__(self, model: IXC25Model, processor: Processor | None):
         pieces = 0 if processor is None else len(processor.tokenizer)
         if pieces > model.config.vocab_size:
             raise ConfigError(f"The tokenizer has {pieces} pieces, more than the model's vocab_size "
@@ -40,7 +42,7 @@ class Assistant:
         self.engine = InferenceEngine(model)
 
     @classmethod
-    def from_directory(cls, directory: str | os.PathLike, **overrides) -> Assistant:
+    def from_directory(cls, directory: str | os.PathLike, **overrides: Any) -> Assistant:
         """Loads a model directory (`config.json`, tokenizer, safetensors).
 
         Args:
@@ -50,14 +52,18 @@ class Assistant:
         model = load_model(directory, **{"use_past": True, **overrides})
         return cls(model, Processor.from_directory(directory))
 
+    def _known_processor(self) -> Processor:
+        assert self.processor is not None, "without a processor only generate works"
+        return self.processor
+
     @property
     def stop_token_ids(self) -> tuple[int, int]:
         """Ids that end an answer: `</s>` and the end of a turn."""
-        tokenizer = self.processor.tokenizer
+        tokenizer = self._known_processor().tokenizer
         return tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)
 
     def generate(self, samples: Sequence[EncodedSample], options: GenerationOptions, mode: str = "base",
-                 streamer=None) -> list[list[int]]:
+                 streamer: Streamer | None = None) -> list[list[int]]:
         """Continues a batch of prompts by the search that the options ask for.
 
         Args:
@@ -86,10 +92,10 @@ class Assistant:
             raise GenerationError(f"A streamer takes one prompt at a time, found {len(samples)}.")
         return self._stream_ids(decoder, options, streamer)
 
-    def _stream_ids(self, decoder, options: GenerationOptions, streamer) -> list[list[int]]:
+    def _stream_ids(self, decoder: Decoder, options: GenerationOptions, streamer: Streamer) -> list[list[int]]:
         stops = frozenset(options.stop_token_ids)
 
-        def show(tokens) -> None:
+        def show(tokens: list[int | None]) -> None:
             if tokens[0] not in stops:
                 streamer.put(np.array(tokens, np.int32))
 
@@ -108,7 +114,8 @@ class Assistant:
         config = self.model.config
         return config.max_position_embeddings * (4 if config.rope_scaling else 1)
 
-    def _decoder(self, samples: Sequence[EncodedSample], options: GenerationOptions, mode: str):
+    def _decoder(self, samples: Sequence[EncodedSample], options: GenerationOptions,
+                 mode: str) -> tuple[CachedDecoder, GenerationOptions]:
         """A decoder, and the options with no more new tokens than the model has positions left."""
         check_mode("mode", mode)
         missing = [task for task in MODE_ADAPTERS[mode] if task not in self.model.config.task_lora_ranks]
@@ -127,22 +134,22 @@ class Assistant:
             raise GenerationError(f"The prompt has {positions} positions; this model takes {self.longest} of prompt "
                                   "and answer together. Shorten it, or lower hd_num or the number of pictures.")
 
-    def _ended(self, options: GenerationOptions):
+    def _ended(self, options: GenerationOptions) -> Ended | None:
         """Test of a row's ids for the stop strings, or `None` when there are none."""
         if not options.stop_strings:
             return None
-        return lambda ids: any(stop in self.processor.tokenizer.decode(ids, skip_special_tokens=True)
-                               for stop in options.stop_strings)
+        tokenizer = self._known_processor().tokenizer
+        return lambda ids: any(stop in tokenizer.decode(ids, skip_special_tokens=True) for stop in options.stop_strings)
 
     def decode(self, ids: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
         """Text of an answer: without what ended it and without outer white space."""
-        stream = TextStream(self.processor.tokenizer, self.stop_token_ids, stop_strings)
+        stream = TextStream(self._known_processor().tokenizer, self.stop_token_ids, stop_strings)
         return ("".join(stream.push(token) for token in ids) + stream.flush()).strip()
 
     def _options(self, options: dict) -> GenerationOptions:
         return GenerationOptions(**{"stop_token_ids": self.stop_token_ids, **known_options(options)})
 
-    def answer(self, questions: Sequence[dict], mode: str = "base", **options) -> list[str]:
+    def answer(self, questions: Sequence[dict], mode: str = "base", **options: Any) -> list[str]:
         """Answers questions as one batch.
 
         Args:
@@ -161,17 +168,17 @@ class Assistant:
         Raises:
             GenerationError: when it is longer than the model.
         """
-        sample = self.processor.encode_chat(**question)
+        sample = self._known_processor().encode_chat(**question)
         self._check_length(len(sample.input_ids))
         return sample
 
-    def answer_samples(self, samples: Sequence[EncodedSample], mode: str = "base", **options) -> list[str]:
+    def answer_samples(self, samples: Sequence[EncodedSample], mode: str = "base", **options: Any) -> list[str]:
         """Answers encoded prompts as one batch; further arguments as in `answer`."""
-        options = self._options(options)
-        return [self.decode(ids, options.stop_strings) for ids in self.generate(samples, options, mode)]
+        chosen = self._options(options)
+        return [self.decode(ids, chosen.stop_strings) for ids in self.generate(samples, chosen, mode)]
 
-    def reply(self, question: dict, options: GenerationOptions, mode: str = "base", streamer=None,
-              total: int | None = None) -> str:
+    def reply(self, question: dict, options: GenerationOptions, mode: str = "base",
+              streamer: Streamer | None = None, total: int | None = None) -> str:
         """Answers one question; an answer that would not fit is cut, not refused.
 
         Args:
@@ -193,7 +200,7 @@ class Assistant:
             options = replace(options, max_new_tokens=min(options.max_new_tokens, total - length))
         return self.decode(self.generate([sample], options, mode, streamer)[0], options.stop_strings)
 
-    def stream(self, question: dict, mode: str = "base", **options) -> Iterator[str]:
+    def stream(self, question: dict, mode: str = "base", **options: Any) -> Iterator[str]:
         """Answers one question, giving the text as it comes; no character is split.
 
         Arguments as in `answer`; who stops iterating stops decoding.
@@ -201,13 +208,14 @@ class Assistant:
         Raises:
             GenerationError: with several beams, which know their text only at the end.
         """
-        options = self._options(options)
-        if options.num_beams > 1:
-            raise GenerationError(f"num_beams is {options.num_beams}; a stream needs num_beams 1, since beams know "
+        chosen = self._options(options)
+        if chosen.num_beams > 1:
+            raise GenerationError(f"num_beams is {chosen.num_beams}; a stream needs num_beams 1, since beams know "
                                   "their text only at the end.")
-        decoder, options = self._decoder([self.encode(question)], options, mode)
-        text = TextStream(self.processor.tokenizer, self.stop_token_ids, options.stop_strings)
-        for (token,) in decode_steps(decoder, options, 1, self._ended(options)):
+        decoder, chosen = self._decoder([self.encode(question)], chosen, mode)
+        text = TextStream(self._known_processor().tokenizer, self.stop_token_ids, chosen.stop_strings)
+        for (token,) in decode_steps(decoder, chosen, 1, self._ended(chosen)):
+            assert token is not None        # decoding ends with its only row
             piece = text.push(token)
             if piece:
                 yield piece

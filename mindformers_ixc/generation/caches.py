@@ -7,6 +7,8 @@ attention, blocks handed out by its block tables. Both have the same methods, so
 """
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mindspore.common.dtype as mstype
 import numpy as np
 from mindformers.modules.flash_attention import FlashAttention
@@ -15,11 +17,14 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
-from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.models.attention import AttentionCore
+from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.internlm2 import MASKED, MergeHeads, SplitHeads
 from mindformers_ixc.native import kernels
+
+if TYPE_CHECKING:
+    from mindformers.modules.transformer import TransformerOpParallelConfig
 
 # Queries of a prompt that attend at once: long prompts need no L x L scores, and skip half of the work.
 CHUNK = 512
@@ -34,7 +39,7 @@ class ContiguousCache(nn.Cell):
         positions: positions S of each.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, positions: int):
+    def __init__(self, config: IXC25Config, batch: int, positions: int):
         super().__init__()
         self.batch, self.positions = batch, positions
         self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
@@ -165,7 +170,7 @@ class NativeCache(ContiguousCache):
     Arguments as for `ContiguousCache`. Its attention of a token reads the filled part of the cache only.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, positions: int):
+    def __init__(self, config: IXC25Config, batch: int, positions: int):
         super().__init__(config, batch, positions)
         kv, g, d = self.kv, self.groups, self.size
         self.attention = kernels.kernel("decode_attention", lambda *_: (batch, kv * g * d))
@@ -207,7 +212,7 @@ class TokenHeads(nn.Cell):
         config: sizes and dtype.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: IXC25Config):
         super().__init__()
         self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
         self.dtype = config.compute_dtype
@@ -257,7 +262,7 @@ class PagedCache(nn.Cell):
         config: sizes and dtypes; float16 or bfloat16, which the kernels take.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: IXC25Config):
         super().__init__()
         self.heads, self.kv, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_size
         self.groups, self.dtype = config.query_groups, config.compute_dtype
@@ -274,7 +279,7 @@ class PagedCache(nn.Cell):
         if is_parallel():
             self.shard(config.parallel_config)
 
-    def shard(self, parallel_config) -> None:
+    def shard(self, parallel_config: TransformerOpParallelConfig) -> None:
         """Cuts key/value heads and with them the blocks; rows and positions are whole on every device."""
         tp = parallel_config.model_parallel
         heads = (1, tp, 1, 1)

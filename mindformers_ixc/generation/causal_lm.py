@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any, Union, overload
 
 import numpy as np
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindspore import Tensor
 
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
-from mindformers_ixc.config import FIELDS, read_config
+from mindformers_ixc.config import FIELDS, ModelConfig, read_config
 from mindformers_ixc.errors import GenerationError, PromptError
 from mindformers_ixc.files import write_whole
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.loading import load_weights
-from mindformers_ixc.generation.options import GenerationOptions, check_mode, hugging_face_options, known_options
+from mindformers_ixc.generation.options import (
+    GenerationOptions,
+    NamedOptions,
+    check_mode,
+    hugging_face_options,
+    known_options,
+)
+from mindformers_ixc.generation.text import Streamer
 from mindformers_ixc.generation.webpage import (
     RESUME_INSTRUCTION,
     SCREENSHOT_INSTRUCTION,
@@ -31,6 +40,7 @@ from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.processing.processor import EncodedSample, ImageProcessor, Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX
+from mindformers_ixc.processing.tokenizer import SentencePieceText
 
 META_INSTRUCTION = (
     "You are InternLM-XComposer (浦语·灵笔), a multi-modal assistant developed by Shanghai AI Laboratory "
@@ -39,6 +49,9 @@ META_INSTRUCTION = (
 
 # Positions of prompt and article together (public `max_length` of article writing).
 ARTICLE_LENGTH = 8192
+
+# What `generate` takes for an array.
+Array = Union[Tensor, np.ndarray, Sequence]
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS)
@@ -53,7 +66,7 @@ class IXC25ForCausalLM(IXC25Model):
             not take one.
     """
 
-    tokenizer = None
+    tokenizer: SentencePieceText | None = None
 
     def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None,
                   position_ids=None, segment_ids=None, noise_seed=None, source=None):
@@ -64,7 +77,8 @@ class IXC25ForCausalLM(IXC25Model):
                                   noise_seed, source)
 
     @classmethod
-    def from_pretrained_experimental_mode(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+    def from_pretrained_experimental_mode(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any,
+                                          config: IXC25Config | None = None, **kwargs: Any) -> IXC25ForCausalLM:
         """What `AutoModel.from_pretrained` calls for a directory; MindFormers' own looks for .ckpt files only.
 
         Args:
@@ -84,11 +98,12 @@ class IXC25ForCausalLM(IXC25Model):
         model.set_train(False)
         return model
 
-    def save_pretrained(self, save_directory, save_name: str = "mindspore_model", **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, save_name: str = "mindspore_model",
+                        **kwargs: Any) -> None:
         """Writes `config.json` and `model.safetensors` in the public layout; the other arguments are ignored."""
         save_model_directory(self, save_directory)
 
-    def assistant_for(self, tokenizer) -> Assistant:
+    def assistant_for(self, tokenizer: SentencePieceText | None) -> Assistant:
         """The assistant that answers with this model and a tokenizer; made once, since it owns graphs and caches.
 
         Raises:
@@ -105,11 +120,11 @@ class IXC25ForCausalLM(IXC25Model):
             object.__setattr__(self, "_assistant", made)
         return self.__dict__["_assistant"]
 
-    def chat(self, tokenizer, query: str, image: Sequence = (), hd_num: int | None = None,
-             history: Sequence[tuple[str, str]] = (), streamer=None, max_new_tokens: int = 1024,
+    def chat(self, tokenizer: SentencePieceText, query: str, image: Sequence = (), hd_num: int | None = None,
+             history: Sequence[tuple[str, str]] = (), streamer: Streamer | None = None, max_new_tokens: int = 1024,
              do_sample: bool = True, num_beams: int = 1, temperature: float = 1.0, top_p: float = 0.8,
              repetition_penalty: float = 1.005, infer_mode: str = "base", use_meta: bool = False,
-             meta_instruction: str = META_INSTRUCTION, **kwargs) -> tuple[str, list[tuple[str, str]]]:
+             meta_instruction: str = META_INSTRUCTION, **kwargs: Any) -> tuple[str, list[tuple[str, str]]]:
         """Answers a question about images.
 
         Args:
@@ -142,19 +157,21 @@ class IXC25ForCausalLM(IXC25Model):
         """
         check_mode("infer_mode", infer_mode)
         assistant = self.assistant_for(tokenizer)
-        question = {"query": query, "images": image_list(image), "hd_num": hd_num, "history": list(history or ()),
+        rounds = list(history or ())
+        question = {"query": query, "images": image_list(image), "hd_num": hd_num, "history": rounds,
                     "meta_instruction": meta_instruction if use_meta else ""}
         options = GenerationOptions(
             max_new_tokens=max_new_tokens, do_sample=do_sample, num_beams=num_beams, temperature=temperature,
             top_p=top_p, repetition_penalty=repetition_penalty,
             **{"stop_token_ids": assistant.stop_token_ids, **known_options(kwargs)})
         response = assistant.reply(question, options, infer_mode, streamer)
-        return response, [*question["history"], (query, response)]
+        return response, [*rounds, (query, response)]
 
     def write_article(self, inst: str, image: Sequence = (), hd_num: int | None = 25, history: Sequence = (),
-                      streamer=None, max_new_tokens: int | None = None, do_sample: bool = True, num_beams: int = 1,
-                      temperature: float = 1.0, top_p: float = 0.8, repetition_penalty: float = 1.005,
-                      max_length: int = ARTICLE_LENGTH, seed: int = -1, use_meta: bool = False, **kwargs) -> str:
+                      streamer: Streamer | None = None, max_new_tokens: int | None = None, do_sample: bool = True,
+                      num_beams: int = 1, temperature: float = 1.0, top_p: float = 0.8,
+                      repetition_penalty: float = 1.005, max_length: int = ARTICLE_LENGTH, seed: int = -1,
+                      use_meta: bool = False, **kwargs: Any) -> str:
         """Writes an article (mode `write`: the sft and dpo LoRAs).
 
         Args:
@@ -192,7 +209,7 @@ class IXC25ForCausalLM(IXC25Model):
     def write_webpage(self, inst: str, image: Sequence = (), max_new_tokens: int = 4800, do_sample: bool = True,
                       num_beams: int = 2, temperature: float = 1.0, repetition_penalty: float = 3.0, seed: int = -1,
                       use_meta: bool = False, task: str = "Instruction-aware Webpage Generation",
-                      save_to: str | os.PathLike | None = None, overwrite: bool = False, **kwargs) -> str:
+                      save_to: str | os.PathLike | None = None, overwrite: bool = False, **kwargs: Any) -> str:
         """Writes a web page from an instruction (mode `web`).
 
         Args:
@@ -226,8 +243,9 @@ class IXC25ForCausalLM(IXC25Model):
             write_whole(target, page)
         return page
 
-    def resume_2_webpage(self, inst: str | os.PathLike, image: Sequence = (), *args,
-                         prompt: str = RESUME_INSTRUCTION, task: str = "Resume-to-Personal Page", **kwargs) -> str:
+    def resume_2_webpage(self, inst: str | os.PathLike, image: Sequence = (), *args: Any,
+                         prompt: str = RESUME_INSTRUCTION, task: str = "Resume-to-Personal Page",
+                         **kwargs: Any) -> str:
         """Writes a personal page from a resume in Markdown.
 
         Args:
@@ -244,10 +262,10 @@ class IXC25ForCausalLM(IXC25Model):
         Raises:
             PromptError: when the file is missing, empty or no text.
         """
-        return self.write_webpage(prompt + read_resume(inst), image, *args, task=task, **kwargs)
+        return self.write_webpage(prompt + read_resume(inst), image, *args, **{"task": task, **kwargs})
 
-    def screen_2_webpage(self, inst: str = SCREENSHOT_INSTRUCTION, image: Sequence = (), *args,
-                         task: str = "Screenshot-to-Webpage", **kwargs) -> str:
+    def screen_2_webpage(self, inst: str = SCREENSHOT_INSTRUCTION, image: Sequence = (), *args: Any,
+                         task: str = "Screenshot-to-Webpage", **kwargs: Any) -> str:
         """Writes the web page that a screenshot shows.
 
         Args:
@@ -265,22 +283,24 @@ class IXC25ForCausalLM(IXC25Model):
         """
         if not image_list(image):
             raise PromptError("screen_2_webpage needs a screenshot; give it as image.")
-        return self.write_webpage(inst, image, *args, task=task, **kwargs)
+        return self.write_webpage(inst, image, *args, **{"task": task, **kwargs})
 
-    def _write(self, inst, image, mode: str, seed: int, use_meta: bool, kwargs: dict, streamer, hd_num,
-               options: dict, total: int | None = None) -> str:
+    def _write(self, inst: str, image: object, mode: str, seed: int, use_meta: bool, kwargs: dict,
+               streamer: Streamer | None, hd_num: int | None, options: dict, total: int | None = None) -> str:
         """One answer in a task's mode; `total` bounds prompt and answer together."""
         assistant = self.assistant_for(self.tokenizer)
         meta = kwargs.pop("meta_instruction", META_INSTRUCTION)
         question = {"query": inst, "images": image_list(image), "hd_num": hd_num,
                     "meta_instruction": meta if use_meta else ""}
-        options = GenerationOptions(**{"stop_token_ids": assistant.stop_token_ids, **options,
-                                       "seed": None if seed == -1 else seed, **known_options(kwargs)})
-        return assistant.reply(question, options, mode, streamer, total)
+        chosen = GenerationOptions(**{"stop_token_ids": assistant.stop_token_ids, **options,
+                                      "seed": None if seed == -1 else seed, **known_options(kwargs)})
+        return assistant.reply(question, chosen, mode, streamer, total)
 
-    def generate(self, input_ids, pixel_values=None, image_mask=None, vision_index=None, attention_mask=None,
-                 streamer=None, infer_mode: str = "base", tokenizer=None, generation_config=None,
-                 **kwargs) -> np.ndarray:
+    def generate(self, input_ids: Array, pixel_values: Array | None = None, image_mask: Array | None = None,
+                 vision_index: Array | None = None, attention_mask: Array | None = None,
+                 streamer: Streamer | None = None, infer_mode: str = "base",
+                 tokenizer: SentencePieceText | None = None,
+                 generation_config: NamedOptions | dict[str, Any] | None = None, **kwargs: Any) -> np.ndarray:
         """Continues token ids, with Hugging Face's semantics.
 
         The first arguments are what `IXC25Processor` returns: `model.generate(**processor(text, image))`.
@@ -323,31 +343,40 @@ class IXC25ForCausalLM(IXC25Model):
         return np.concatenate((ids, np.array(rows, np.int32).reshape(len(ids), longest)), 1)
 
 
-def image_list(image) -> list:
+def image_list(image: object) -> list:
     """Images as a list; `None` is none, and a single one may stand alone."""
     if image is None:
         return []
     return list(image) if isinstance(image, (list, tuple)) else [image]
 
 
-def as_array(value) -> np.ndarray | None:
+@overload
+def as_array(value: None) -> None: ...
+
+
+@overload
+def as_array(value: Array) -> np.ndarray: ...
+
+
+def as_array(value: Array | None) -> np.ndarray | None:
     """A MindSpore tensor, list or array as an array."""
     if value is None:
         return None
     return value.asnumpy() if hasattr(value, "asnumpy") else np.asarray(value)
 
 
-def sample_of(ids, row: int, attention_mask, pixels, image_mask, index, config) -> EncodedSample:
+def sample_of(ids: np.ndarray, row: int, attention_mask: np.ndarray | None, pixels: np.ndarray | None,
+              image_mask: np.ndarray | None, index: np.ndarray | None, config: ModelConfig) -> EncodedSample:
     """One row of `generate`'s arguments as a sample without its padding."""
     given = [value is not None for value in (pixels, image_mask, index)]
     if any(given) and not all(given):
         raise PromptError("pixel_values, image_mask and vision_index belong together; give all three or none.")
-    real = slice(None) if attention_mask is None else np.atleast_2d(attention_mask)[row] != 0
+    real: slice | np.ndarray = slice(None) if attention_mask is None else np.atleast_2d(attention_mask)[row] != 0
     ids = ids[row][real]
     vision = config.vision_config
     if not len(ids):
         raise PromptError(f"Prompt {row} is empty; a prompt needs at least one token.")
-    if not all(given) or not image_mask[row].any():
+    if pixels is None or image_mask is None or index is None or not image_mask[row].any():
         nothing = np.zeros((0, 3, vision.image_size, vision.image_size), np.float32)
         return EncodedSample(ids, np.full_like(ids, IGNORE_INDEX), np.zeros_like(ids), [], nothing,
                              vision.tokens_per_side)

@@ -5,11 +5,20 @@ to none. None of them owns parameters; all wrap the model's.
 """
 from __future__ import annotations
 
+from typing import Union
+
 import mindspore.common.dtype as mstype
 from mindspore import nn
 from mindspore.ops import operations as P
 
 from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc.generation.caches import ContiguousCache, PagedCache
+from mindformers_ixc.generation.sharded_cache import ShardedCache
+from mindformers_ixc.models.internlm2 import DecoderLayer
+from mindformers_ixc.models.ixc25 import IXC25Model
+
+# The caches of a layer, all with the same methods.
+Cache = Union[ContiguousCache, PagedCache, ShardedCache]
 
 
 def stage_of(cell: nn.Cell) -> int | None:
@@ -33,7 +42,7 @@ class StageCell(nn.Cell):
 class VisionTable(StageCell):
     """Tiles to the vision table."""
 
-    def __init__(self, model):
+    def __init__(self, model: IXC25Model):
         super().__init__(stage_of(model.vit))
         self.model = model
 
@@ -77,7 +86,7 @@ class PassOn(nn.Cell):
 class Embedding(StageCell):
     """Token ids to flattened positions, image positions replaced."""
 
-    def __init__(self, model):
+    def __init__(self, model: IXC25Model):
         super().__init__(stage_of(model.model.tok_embeddings))
         self.tokens, self.choose, self.not_equal = model.model.tok_embeddings, model.choose, model.not_equal
         self.dtype = model.config.compute_dtype
@@ -95,7 +104,7 @@ class Embedding(StageCell):
 class PromptLayer(StageCell):
     """A decoder layer over whole prompts, which fills its cache."""
 
-    def __init__(self, layer, cache, mode: str):
+    def __init__(self, layer: DecoderLayer, cache: Cache, mode: str):
         super().__init__(stage_of(layer))
         self.layer, self.cache, self.adapters = layer, cache, MODE_ADAPTERS[mode]
 
@@ -109,7 +118,7 @@ class PromptLayer(StageCell):
 class TokenLayer(StageCell):
     """A decoder layer over one more token a row, which attends over its cache."""
 
-    def __init__(self, layer, cache, mode: str):
+    def __init__(self, layer: DecoderLayer, cache: Cache, mode: str):
         super().__init__(stage_of(layer))
         self.layer, self.cache, self.adapters = layer, cache, MODE_ADAPTERS[mode]
 
@@ -122,7 +131,7 @@ class TokenLayer(StageCell):
 class Head(StageCell):
     """Final norm and head."""
 
-    def __init__(self, model):
+    def __init__(self, model: IXC25Model):
         super().__init__(stage_of(model.model.norm))
         self.norm, self.output = model.model.norm, model.output
         self.gather = P.Gather()
@@ -136,7 +145,8 @@ class Head(StageCell):
         return self.cast(self.output.infer(self.norm.infer(x)), mstype.float32)
 
 
-def wrapped(cell, model, caches: nn.CellList, mode: str) -> nn.CellList:
+def wrapped(cell: type[PromptLayer] | type[TokenLayer], model: IXC25Model, caches: nn.CellList,
+            mode: str) -> nn.CellList:
     """The model's decoder layers with their caches, each in a `PromptLayer` or `TokenLayer`."""
     return nn.CellList([cell(layer, cache, mode) for layer, cache in zip(model.model.layers, caches)],
                        auto_prefix=False)      # or their parameters would be renamed

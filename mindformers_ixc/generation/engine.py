@@ -25,6 +25,8 @@ from mindformers_ixc.generation.cells import (
     wrapped,
 )
 from mindformers_ixc.generation.slots import InferenceGraph, Slot, make_slot
+from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.rotary import rotary_base, rotary_tables
 from mindformers_ixc.processing.processor import EncodedSample
 
@@ -50,7 +52,7 @@ def bucket(length: int) -> int:
 class VisionGraph(InferenceGraph):
     """Tiles to the vision table, as one graph of a fixed number of tiles."""
 
-    def __init__(self, model):
+    def __init__(self, model: IXC25Model):
         super().__init__()
         self.table = VisionTable(model)
         self.passing = PassOn(stage_of(model.model.norm))
@@ -63,7 +65,7 @@ class VisionGraph(InferenceGraph):
 class PrefillGraph(InferenceGraph):
     """Whole prompts: fills the caches and gives the logits after each prompt."""
 
-    def __init__(self, model, caches: nn.CellList, mode: str):
+    def __init__(self, model: IXC25Model, caches: nn.CellList, mode: str):
         super().__init__()
         self.embed, self.caches = Embedding(model), caches
         self.layers = wrapped(PromptLayer, model, caches, mode)
@@ -99,7 +101,7 @@ class PrefillGraph(InferenceGraph):
 class DecodeGraph(InferenceGraph):
     """One more token a row, attending over the caches."""
 
-    def __init__(self, model, caches: nn.CellList, mode: str):
+    def __init__(self, model: IXC25Model, caches: nn.CellList, mode: str):
         super().__init__()
         self.embed, self.caches = Embedding(model), caches
         self.layers = wrapped(TokenLayer, model, caches, mode)
@@ -134,14 +136,15 @@ class InferenceEngine:
         between_steps: called before every token but the first; what it raises ends decoding.
     """
 
-    def __init__(self, model):
-        self.model, self.config = model, model.config
+    def __init__(self, model: IXC25Model):
+        self.model = model
+        self.config: IXC25Config = model.config
         self.between_steps: Callable[[], None] = lambda: None
         self._vision = VisionGraph(model)
         positions = self.config.vision_config.patches_per_side ** 2 + 1
         self.tiles_per_call = max(1, min(MOST_TILES, POSITIONS_PER_CALL // positions))
-        self._slots: dict = {}
-        self._tables: dict = {}
+        self._slots: dict[tuple[int, int], Slot] = {}
+        self._tables: dict[float, tuple[np.ndarray, np.ndarray]] = {}
 
     def encode_images(self, sample: EncodedSample) -> Tensor:
         """Image embeddings of a sample's image positions, `(N, D)`, in order of position."""
@@ -239,8 +242,8 @@ class CachedDecoder:
         """Logits `(B, V)` after appending one token to each row."""
         self.engine.between_steps()
         at = self.positions
-        angles = (np.stack([pair[i][p] for pair, p in zip(self.tables, at)]) for i in (0, 1))   # (B, d) each
-        cos, sin = decode_tables(*angles, self.engine.config.query_groups, self.slot.query_scale)
+        cos, sin = (np.stack([pair[i][p] for pair, p in zip(self.tables, at)]) for i in (0, 1))   # (B, d) each
+        cos, sin = decode_tables(cos, sin, self.engine.config.query_groups, self.slot.query_scale)
         inputs = (np.array(tokens, np.int32)[:, None], cos[:, None], sin[:, None], *self.slot.places(at))
         logits = self.decode_graph(*[Tensor(value) for value in inputs])
         self.positions = at + 1

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from mindspore import nn
 
@@ -13,7 +14,8 @@ from mindformers_ixc.models.ixc25 import IXC25Model
 __all__ = ["load_model", "load_weights"]
 
 
-def load_model(directory: str | os.PathLike, model_class: type[IXC25Model] = IXC25Model, **overrides) -> IXC25Model:
+def load_model(directory: str | os.PathLike, model_class: type[IXC25Model] = IXC25Model,
+               **overrides: Any) -> IXC25Model:
     """Builds the model of a directory and loads its weights, ready for inference.
 
     Args:

@@ -4,10 +4,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any, Protocol
 
 import numpy as np
 
-from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc.config import MODE_ADAPTERS, ModelConfig
 from mindformers_ixc.errors import GenerationError
 from mindformers_ixc.sections import Rule, above_0, check_keys, check_value, is_number, is_whole, one_of, whole
 
@@ -104,7 +105,15 @@ def known_options(options: dict, others: Iterable[str] = ()) -> dict:
     return options
 
 
-def hugging_face_options(generation_config, options: dict, length: int, config) -> GenerationOptions:
+class NamedOptions(Protocol):
+    """MindFormers' and Hugging Face's `GenerationConfig`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options by name."""
+
+
+def hugging_face_options(generation_config: NamedOptions | dict[str, Any] | None, options: dict, length: int,
+                         config: ModelConfig) -> GenerationOptions:
     """Options under Hugging Face's names as `GenerationOptions`; `length` is the prompts'."""
     given = generation_config or {}
     given = dict(given if isinstance(given, dict) else given.to_dict())

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from mindformers.pipeline.base_pipeline import Pipeline
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
@@ -9,8 +10,10 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers_ixc.errors import PromptError
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.options import known_options
+from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.processing.messages import read_messages
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
+from mindformers_ixc.processing.tokenizer import SentencePieceText
 
 TASK = "multimodal_chat"
 
@@ -47,7 +50,8 @@ class MultimodalChatPipeline(Pipeline):
 
     return_name = "text_generation"
 
-    def __init__(self, model, tokenizer=None, image_processor=None, processor=None, **kwargs):
+    def __init__(self, model: IXC25Model, tokenizer: SentencePieceText | None = None,
+                 image_processor: ImageProcessor | None = None, processor: Processor | None = None, **kwargs: Any):
         if processor is None:
             # MindFormers hands over the directory's tokenizer but knows no image processor for it
             image_processor = image_processor or ImageProcessor.from_config(model.config.to_public_dict())
@@ -57,12 +61,12 @@ class MultimodalChatPipeline(Pipeline):
         model.set_train(False)
         self.assistant = Assistant(model, processor)
 
-    def _sanitize_parameters(self, **parameters):
+    def _sanitize_parameters(self, **parameters: Any) -> tuple[dict, dict, dict]:
         prompt = {key: parameters.pop(key) for key in PROMPT_ARGUMENTS if key in parameters}
         parameters.pop("batch_size", None)          # MindFormers' own, which it takes after this
         return prompt, known_options(parameters, ("mode", *PROMPT_ARGUMENTS)), {}
 
-    def preprocess(self, inputs, **prompt):
+    def preprocess(self, inputs: Any, **prompt: Any) -> dict:
         """Turns a request into the arguments of `Processor.encode_chat`.
 
         Raises:
@@ -80,15 +84,15 @@ class MultimodalChatPipeline(Pipeline):
         request["images"] = images if isinstance(images, (list, tuple)) else [images]
         return {**prompt, **request}
 
-    def _forward(self, model_inputs, **options):
+    def _forward(self, model_inputs: dict, **options: Any) -> dict[str, str]:
         mode = options.pop("mode", "base")
         return {"text": self.assistant.answer([model_inputs], mode, **options)[0]}
 
-    def postprocess(self, model_outputs, **_):
+    def postprocess(self, model_outputs: dict[str, str], **_: Any) -> list[dict[str, str]]:
         """Wraps the answer as MindFormers' text pipelines do."""
         return [{f"{self.return_name}_text": model_outputs["text"]}]
 
-    def __call__(self, inputs, batch_size: int | None = None, **kwargs):
+    def __call__(self, inputs: Any, batch_size: int | None = None, **kwargs: Any) -> list[dict[str, str]]:
         """Answers one request, a list or a generator of them; options as for the class.
 
         Returns:
@@ -100,7 +104,8 @@ class MultimodalChatPipeline(Pipeline):
             inputs = list(inputs)
         return super().__call__(inputs, batch_size, **kwargs)
 
-    def run_multi(self, inputs, batch_size, preprocess_params, forward_params, postprocess_params):
+    def run_multi(self, inputs: list, batch_size: int, preprocess_params: dict, forward_params: dict,
+                  postprocess_params: dict) -> list[dict[str, str]]:
         """Answers a list of requests one by one; a bad one does not keep the others from being answered."""
         outputs = []
         for item in inputs:
@@ -111,7 +116,7 @@ class MultimodalChatPipeline(Pipeline):
         return outputs
 
 
-def is_messages(inputs) -> bool:
+def is_messages(inputs: object) -> bool:
     """Whether a request has the message form."""
     return isinstance(inputs, (list, tuple)) and bool(inputs) and all(
         isinstance(item, dict) and "role" in item for item in inputs)

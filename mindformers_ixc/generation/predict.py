@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mindspore.mint.distributed import barrier
 from tqdm import tqdm
@@ -13,6 +15,10 @@ from mindformers_ixc.device import is_parallel, rank
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import write_whole
 from mindformers_ixc.generation.requests import Request
+from mindformers_ixc.processing.processor import EncodedSample
+
+if TYPE_CHECKING:
+    from mindformers_ixc.generation.assistant import Assistant
 
 
 class Predictions:
@@ -87,10 +93,10 @@ class Predictions:
             self.part.replace(self.target)
 
 
-def answer_batch(assistant, requests: list[Request], size: int, mode: str, options: dict) -> list[dict]:
+def answer_batch(assistant: Assistant, requests: list[Request], size: int, mode: str, options: dict) -> list[dict]:
     """Answers requests as one batch of `size` rows; those that fail get their error in place of an answer."""
     results: list[dict] = [{"error": request.error} for request in requests]
-    samples = {}
+    samples: dict[int, EncodedSample] = {}
     for i, request in enumerate(requests):
         if request.question is not None:
             try:
@@ -104,8 +110,8 @@ def answer_batch(assistant, requests: list[Request], size: int, mode: str, optio
     return results
 
 
-def predict(assistant, requests: list[Request], folder: str | os.PathLike, run: dict, size: int, mode: str,
-            options: dict) -> list[dict]:
+def predict(assistant: Callable[[], Assistant], requests: list[Request], folder: str | os.PathLike, run: dict,
+            size: int, mode: str, options: dict) -> list[dict]:
     """Answers all requests that an earlier, interrupted run of the same kind has not answered yet.
 
     Args:
@@ -130,7 +136,7 @@ def predict(assistant, requests: list[Request], folder: str | os.PathLike, run: 
     answering = None if predictions.finished else assistant()
     with tqdm(total=len(requests), initial=len(predictions.done), desc="answering", unit="request",
               disable=None if writes else True) as bar:
-        while not predictions.finished:
+        while answering is not None and not predictions.finished:
             start = len(predictions.done)
             batch = requests[start:start + size]
             predictions.add(answer_batch(answering, batch, size, mode, options))

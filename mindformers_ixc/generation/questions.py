@@ -1,8 +1,10 @@
 """The questions of conversations, one by one, for evaluation."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
 
 
@@ -23,7 +25,7 @@ class Question:
                 "meta_instruction": self.system}
 
 
-def questions_of(samples) -> list[Question]:
+def questions_of(samples: Iterable[Conversation]) -> list[Question]:
     """Every question of every conversation.
 
     Args:
@@ -37,7 +39,8 @@ def questions_of(samples) -> list[Question]:
         turns = list(sample.turns)
         system = turns.pop(0)[1] if turns[0][0] == "system" else ""
         placed = any(IMAGE_PLACEHOLDER in text for _, text in turns)
-        history, used = [], 0 if placed else len(sample.images)
+        history: list[tuple[str, str]] = []
+        used = 0 if placed else len(sample.images)
         for (_, query), (_, expected) in zip(turns[0::2], turns[1::2]):
             used += query.count(IMAGE_PLACEHOLDER)
             images = list(sample.images[:used])

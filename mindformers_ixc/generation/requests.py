@@ -61,7 +61,7 @@ def _read_line(line: str, where: str) -> Request:
         return Request(value, error=str(error))
 
 
-def _question(value, where: str) -> dict:
+def _question(value: object, where: str) -> dict:
     if isinstance(value, dict) and set(value) == {"messages"}:
         try:
             return read_messages(value["messages"])

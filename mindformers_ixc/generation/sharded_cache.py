@@ -6,9 +6,9 @@ from mindspore.common.initializer import initializer
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
-from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.generation.caches import TokenHeads
 from mindformers_ixc.models.attention import AttentionCore
+from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.internlm2 import CausalMask, MergeHeads, SplitHeads
 
 
@@ -24,7 +24,7 @@ class ShardedCache(nn.Cell):
         positions: positions S of each.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, positions: int):
+    def __init__(self, config: IXC25Config, batch: int, positions: int):
         super().__init__()
         self.batch, self.positions = batch, positions
         self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size

@@ -10,11 +10,11 @@ from mindspore import Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
-from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.device import is_parallel, on_ascend, rank
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, PagedCache
 from mindformers_ixc.generation.sharded_cache import ShardedCache
+from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.internlm2 import MASKED
 from mindformers_ixc.native import kernels
 from mindformers_ixc.parallel.slices import layers_of_rank
@@ -73,8 +73,9 @@ class Slot:
 
     query_scale = 1.0
 
-    def __init__(self, caches: nn.CellList, config: ModelConfig):
-        self.caches, self.graphs = caches, {}
+    def __init__(self, caches: nn.CellList, config: IXC25Config):
+        self.caches = caches
+        self.graphs: dict[str, tuple[InferenceGraph, InferenceGraph]] = {}
         self._reorder = None if is_parallel() else ReorderGraph(caches)
         self._own = layers_of_rank(config, rank()) if is_parallel() else []
 
@@ -111,7 +112,7 @@ class ContiguousSlot(Slot):
         positions: positions of each row.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, positions: int):
+    def __init__(self, config: IXC25Config, batch: int, positions: int):
         cache = NativeCache if kernels.available(config.compute_dtype, config.softmax_compute_type) else ContiguousCache
         layers = range(config.num_hidden_layers)
         super().__init__(nn.CellList([cache(config, batch, positions) for _ in layers]), config)
@@ -144,7 +145,7 @@ class PagedSlot(Slot):
         ConfigError: for float32, which the kernels do not take, or fewer blocks than the rows may need.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, positions: int):
+    def __init__(self, config: IXC25Config, batch: int, positions: int):
         if config.compute_dtype == mstype.float32:
             raise ConfigError("compute_dtype is float32; paged and flash attention take float16 or bfloat16. Choose "
                               "one of them, or use_past: False for attention that takes all.")
@@ -193,7 +194,7 @@ class ShardedSlot(Slot):
         positions: positions of each row.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, positions: int):
+    def __init__(self, config: IXC25Config, batch: int, positions: int):
         layers = range(config.num_hidden_layers)
         super().__init__(nn.CellList([ShardedCache(config, batch, positions) for _ in layers]), config)
         self.positions, self.query_scale = np.arange(positions), config.head_size ** -0.5
@@ -212,7 +213,7 @@ class ShardedSlot(Slot):
         return rows
 
 
-def make_slot(config: ModelConfig, batch: int, positions: int) -> Slot:
+def make_slot(config: IXC25Config, batch: int, positions: int) -> Slot:
     """Paged caches on Ascend with `use_past`, contiguous ones everywhere else."""
     if config.use_past and on_ascend():
         return PagedSlot(config, batch, positions)

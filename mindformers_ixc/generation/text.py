@@ -2,9 +2,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
 
 # What a tokenizer decodes the bytes of an unfinished character to.
 UNFINISHED = "\ufffd"
+
+
+class TextTokenizer(Protocol):
+    """What turning ids into text takes of a tokenizer."""
+
+    def __len__(self) -> int:
+        """Number of ids."""
+
+    def decode(self, ids: list[int], /, *, skip_special_tokens: bool) -> str:
+        """Text of ids."""
+
+
+class Streamer(Protocol):
+    """MindFormers' and Hugging Face's streamers: they get new ids as they come."""
+
+    def put(self, ids: np.ndarray, /) -> None:
+        """Takes the next ids, int32."""
+
+    def end(self) -> None:
+        """No more will come."""
 
 
 class TextStream:
@@ -17,7 +40,7 @@ class TextStream:
             one, it is held back.
     """
 
-    def __init__(self, tokenizer, stop_token_ids: Sequence[int] = (), stop_strings: Sequence[str] = ()):
+    def __init__(self, tokenizer: TextTokenizer, stop_token_ids: Sequence[int] = (), stop_strings: Sequence[str] = ()):
         self.tokenizer = tokenizer
         self.stop_token_ids, self.stop_strings = frozenset(stop_token_ids), tuple(stop_strings)
         self.pieces = len(tokenizer)

@@ -9,10 +9,10 @@ from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
 from mindformers_ixc.config import COMPRESSED_MASK, VisionConfig
 from mindformers_ixc.device import on_ascend
-from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
 
 
-def uses_flash_attention(config) -> bool:
+def uses_flash_attention(config: IXC25Config | IXC25VisionConfig) -> bool:
     """Whether training attention is Ascend's fused kernel: the YAML asks for it and the graph is Ascend's."""
     return bool(getattr(config, "use_flash_attention", False)) and on_ascend()
 
@@ -27,7 +27,7 @@ class AttentionCore(nn.Cell):
         softmax_dtype: dtype of the softmax.
     """
 
-    def __init__(self, head_size: int, softmax_dtype=mstype.float32):
+    def __init__(self, head_size: int, softmax_dtype: mstype.Type = mstype.float32):
         super().__init__()
         self.scale = float(head_size) ** -0.5
         self.dtype = softmax_dtype
@@ -106,7 +106,7 @@ class FlashAttentionCore(nn.Cell):
         mask = (1, 1) if self.compressed else (dp if packed else 1, 1, 1, 1)
         self.attention.shard((heads, heads, heads, mask))
 
-    def recompute(self, **kwargs) -> None:
+    def recompute(self, **kwargs: bool) -> None:
         """Nothing to do where attention alone is to be recomputed: the kernel keeps no scores."""
 
 

@@ -8,6 +8,8 @@ Parameters carry the public checkpoint's names, so a checkpoint needs no renamin
 """
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mindspore.common.dtype as mstype
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindspore import Parameter, Tensor, nn
@@ -29,6 +31,9 @@ from mindformers_ixc.models.vision import VisionMerge, VisionProjector, VisionTo
 from mindformers_ixc.parallel.cuts import CUTS, check_degree
 from mindformers_ixc.parameters import part_of
 
+if TYPE_CHECKING:
+    from mindformers.modules.transformer import TransformerOpParallelConfig
+
 
 class IXC25Model(PreTrainedModel):
     """The network: tower, projector, language model, head and training loss. It answers nothing and opens no file.
@@ -39,7 +44,7 @@ class IXC25Model(PreTrainedModel):
 
     config_class = IXC25Config
     base_model_prefix = "model"
-    _support_list = []
+    _support_list: list[str] = []
 
     def __init__(self, config: IXC25Config):
         super().__init__(config, auto_prefix=True)
@@ -78,7 +83,7 @@ class IXC25Model(PreTrainedModel):
             if on_ascend() and not config.disable_lazy_inline:
                 share_graph(self)
 
-    def shard(self, parallel_config) -> None:
+    def shard(self, parallel_config: TransformerOpParallelConfig) -> None:
         """Gives every operator its strategy and every cell its pipeline stage.
 
         Args:

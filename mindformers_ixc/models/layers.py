@@ -40,7 +40,8 @@ class Linear(nn.Cell):
     """
 
     def __init__(self, in_features: int, out_features: int, has_bias: bool = False, sigma: float = 0.02,
-                 param_dtype=mstype.float32, compute_dtype=mstype.float32, cut: int | None = None):
+                 param_dtype: mstype.Type = mstype.float32, compute_dtype: mstype.Type = mstype.float32,
+                 cut: int | None = None):
         super().__init__()
         self.cut = cut
         start = Normal(sigma) if sigma else "zeros"
@@ -95,8 +96,8 @@ class RMSNorm(nn.Cell):
         fused: take Ascend's fused operator, where there is one.
     """
 
-    def __init__(self, size: int, eps: float, param_dtype=mstype.float32, norm_dtype=mstype.float32,
-                 fused: bool = True):
+    def __init__(self, size: int, eps: float, param_dtype: mstype.Type = mstype.float32,
+                 norm_dtype: mstype.Type = mstype.float32, fused: bool = True):
         super().__init__()
         self.weight = Parameter(initializer("ones", (size,), param_dtype), name="weight")
         self.eps = eps
@@ -150,7 +151,8 @@ class LayerNorm(nn.Cell):
         norm_dtype: dtype of the computation; the output keeps the input's dtype.
     """
 
-    def __init__(self, size: int, eps: float, param_dtype=mstype.float32, norm_dtype=mstype.float32):
+    def __init__(self, size: int, eps: float, param_dtype: mstype.Type = mstype.float32,
+                 norm_dtype: mstype.Type = mstype.float32):
         super().__init__()
         self.weight = Parameter(initializer("ones", (size,), param_dtype), name="weight")
         self.bias = Parameter(initializer("zeros", (size,), param_dtype), name="bias")

@@ -1,13 +1,18 @@
 """Gives the model's cells their pipeline stages, and lets micro batches share one graph."""
 from __future__ import annotations
 
-from mindspore import lazy_inline
+from typing import TYPE_CHECKING
+
+from mindspore import lazy_inline, nn
 
 from mindformers_ixc.parallel.cuts import check_stages
 from mindformers_ixc.parallel.stages import stages_of_layers
 
+if TYPE_CHECKING:
+    from mindformers.modules.transformer import TransformerOpParallelConfig
 
-def share_graph(cell) -> None:
+
+def share_graph(cell: nn.Cell) -> None:
     """Lets the compiler keep one graph of a cell for all micro batches (MindSpore's lazy inline, Ascend only).
 
     The decorator is made for `__init__`; whether a cell wants it is known only when it has been built.
@@ -19,7 +24,7 @@ def share_graph(cell) -> None:
     __init__(cell)
 
 
-def set_pipeline_stages(model, parallel_config) -> None:
+def set_pipeline_stages(model: nn.Cell, parallel_config: TransformerOpParallelConfig) -> None:
     """Gives every cell of the model its `pipeline_stage`; with one stage there is nothing to do.
 
     Raises:

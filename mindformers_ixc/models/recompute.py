@@ -1,15 +1,22 @@
 """Which cells compute their activations again in the backward pass, by MindFormers' `recompute_config`."""
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from mindspore import nn
+
 from mindformers_ixc.config import recomputed_layers
 from mindformers_ixc.device import is_parallel
+
+if TYPE_CHECKING:
+    from mindformers.modules.transformer import TransformerRecomputeConfig
 
 # Keys of MindFormers' `recompute_config` that MindSpore's `Cell.recompute` takes in parallel runs: whether sums over
 # tensor-parallel devices, or the gathering of parameters that optimizer parallel cuts, are done again as well.
 COMMUNICATION_KEYS = ("mp_comm_recompute", "parallel_optimizer_comm_recompute", "recompute_slice_activation")
 
 
-def apply_recompute(model, section) -> None:
+def apply_recompute(model: nn.Cell, section: TransformerRecomputeConfig) -> None:
     """Marks cells for recomputation.
 
     `recompute` takes whole decoder layers, and with all of them the layers of the vision tower: only their inputs are

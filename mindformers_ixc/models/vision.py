@@ -13,6 +13,7 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P
 
+from mindformers_ixc.config import VisionConfig
 from mindformers_ixc.models.attention import AttentionCore, FlashAttentionCore, padding_mask, uses_flash_attention
 from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
 from mindformers_ixc.models.layers import LayerNorm, Linear
@@ -26,7 +27,7 @@ class VisionEmbeddings(nn.Cell):
     The convolution's stride equals its kernel, so it is one product over unfolded patches.
     """
 
-    def __init__(self, config: IXC25VisionConfig, param_dtype, compute_dtype):
+    def __init__(self, config: VisionConfig, param_dtype: mstype.Type, compute_dtype: mstype.Type):
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
         self.grid, self.patch, self.width = config.patches_per_side, patch, width
@@ -86,7 +87,7 @@ class VisionEmbeddings(nn.Cell):
 class PatchConvolution(nn.Cell):
     """Holds the kernel of the patch convolution, `(C, 3, p, p)`; `VisionEmbeddings` computes with it."""
 
-    def __init__(self, width: int, patch: int, param_dtype):
+    def __init__(self, width: int, patch: int, param_dtype: mstype.Type):
         super().__init__()
         self.weight = Parameter(initializer(Normal(0.02), (width, 3, patch, patch), param_dtype), name="weight")
 
@@ -94,7 +95,7 @@ class PatchConvolution(nn.Cell):
 class PositionTable(nn.Cell):
     """Holds the learned positions, `(1 + g*g, C)`; `VisionEmbeddings` adds them."""
 
-    def __init__(self, positions: int, width: int, param_dtype):
+    def __init__(self, positions: int, width: int, param_dtype: mstype.Type):
         super().__init__()
         self.weight = Parameter(initializer(Normal(0.02), (positions, width), param_dtype), name="weight")
 
@@ -109,7 +110,7 @@ class VisionAttention(nn.Cell):
         flash: take Ascend's fused kernel; positions are then padded to `padded_positions`.
     """
 
-    def __init__(self, config: IXC25VisionConfig, dtypes: dict, softmax_dtype, flash: bool):
+    def __init__(self, config: VisionConfig, dtypes: dict, softmax_dtype: mstype.Type, flash: bool):
         super().__init__()
         width = config.hidden_size
         self.heads, self.head_size = config.num_attention_heads, width // config.num_attention_heads
@@ -162,7 +163,7 @@ class VisionAttention(nn.Cell):
 class VisionMLP(nn.Cell):
     """Two linears around CLIP's quick GELU, `x * sigmoid(1.702 x)`."""
 
-    def __init__(self, config: IXC25VisionConfig, dtypes: dict):
+    def __init__(self, config: VisionConfig, dtypes: dict):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, has_bias=True, cut=CUTS["fc1"], **dtypes)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, has_bias=True, cut=CUTS["fc2"], **dtypes)
@@ -187,7 +188,8 @@ class VisionMLP(nn.Cell):
 class VisionLayer(nn.Cell):
     """One pre-norm encoder layer of CLIP."""
 
-    def __init__(self, config: IXC25VisionConfig, dtypes: dict, norm_dtype, softmax_dtype, flash: bool):
+    def __init__(self, config: VisionConfig, dtypes: dict, norm_dtype: mstype.Type, softmax_dtype: mstype.Type,
+                 flash: bool):
         super().__init__()
         norm = (config.hidden_size, config.layer_norm_eps, dtypes["param_dtype"], norm_dtype)
         self.self_attn = VisionAttention(config, dtypes, softmax_dtype, flash)
@@ -225,7 +227,8 @@ class VisionLayer(nn.Cell):
 class VisionEncoder(nn.Cell):
     """The stack of encoder layers."""
 
-    def __init__(self, config: IXC25VisionConfig, dtypes: dict, norm_dtype, softmax_dtype, flash: bool):
+    def __init__(self, config: VisionConfig, dtypes: dict, norm_dtype: mstype.Type, softmax_dtype: mstype.Type,
+                 flash: bool):
         super().__init__()
         self.layers = nn.CellList(
             [VisionLayer(config, dtypes, norm_dtype, softmax_dtype, flash) for _ in range(config.num_hidden_layers)])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -56,7 +57,8 @@ def resize(pixels: np.ndarray, out: np.ndarray) -> None:
         raise MemoryError(f"No memory to resize a picture to {width} x {height} pixels.")
 
 
-def tiles(pixels: np.ndarray, side: int, table: np.ndarray, taps) -> np.ndarray:
+def tiles(pixels: np.ndarray, side: int, table: np.ndarray,
+          taps: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Global view and tiles, float32 `(1 + rows * columns, 3, P, P)`.
 
     Args:

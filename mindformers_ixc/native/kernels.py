@@ -4,6 +4,9 @@ They have no gradients: only the inference graphs (`mindformers_ixc.generation`)
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import mindspore as ms
 import mindspore.common.dtype as mstype
 from mindspore import ops
@@ -15,7 +18,7 @@ from mindformers_ixc.native import is_switched_on, library
 FEW_ROWS = 8
 
 
-def available(*dtypes) -> bool:
+def available(*dtypes: mstype.Type) -> bool:
     """Whether the kernels can take the place of MindSpore's for a computation in `dtypes` on the current device.
 
     The parallel compiler cannot cut them.
@@ -24,7 +27,7 @@ def available(*dtypes) -> bool:
             and all(dtype == mstype.float32 for dtype in dtypes))
 
 
-def kernel(name: str, shape=lambda x, *_: x, outputs: int = 1) -> ops.Custom:
+def kernel(name: str, shape: Callable[..., Any] = lambda x, *_: x, outputs: int = 1) -> ops.Custom:
     """An operation for use in a graph.
 
     Args:
