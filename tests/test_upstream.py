@@ -127,8 +127,7 @@ def test_tables_of_mindformers_are_those_that_it_reads():
     from mindformers.mindformer_book import MindFormerBook
     from mindformers.pet import pet_model
     from mindformers.pipeline.registry_constant import PIPELINE_REGISTRY
-    from mindpet.delta import delta_constants  # noqa: F401  (the module that reads DELTA_LIST imports it)
-    from mindpet.utils.constants import DELTA_LIST
+    from mindpet.graph.freeze_utils import DELTA_LIST
 
     for name in ("partial_lora", "task_lora"):
         assert name in pet_model.PET_TYPE_TO_MODEL_MAPPING and name in pet_model.PET_TYPE_TO_CONFIG_MAPPING
