@@ -99,7 +99,7 @@ def read_json_list(path: str | os.PathLike, item: str) -> list:
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
     """Rows of a `metrics.jsonl` or `evaluations.jsonl`; a last line cut short by a crash is left out."""
-    path, rows = Path(path), []
+    path, rows = Path(path), list[dict]()
     if not path.is_file():
         return rows
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -19,7 +19,7 @@ def test_the_table_of_upstream_changes_is_found():
 @pytest.mark.parametrize("row", UPSTREAM, ids=lambda row: row.split("|")[2].strip())
 def test_a_row_of_the_upstream_table_names_files_and_tests_that_are_there(row):
     *_, files, _, tests, _ = re.split(r" ?\| ?", row)
-    packages = [path for path in re.findall(r"`([\w/]+\.(?:py|cc))`", files)]
+    packages = re.findall(r"`([\w/]+\.(?:py|cc))`", files)
     assert packages
     folder = None
     for path in packages:

@@ -47,6 +47,8 @@ class SentencePieceText:
     pad_token: str
 
     if TYPE_CHECKING:    # what the class has that this one is a base of
+        def __len__(self) -> int: ...
+
         @property
         def bos_token_id(self) -> int: ...
 

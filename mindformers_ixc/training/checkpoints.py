@@ -44,6 +44,8 @@ class SafeCheckpointMonitor(CheckpointMonitor):
     Files are numbered by the step in the epoch, also in a run resumed inside one.
     """
 
+    _append_step_num: int     # steps of the epoch that were done before the run was resumed
+
     def save_checkpoint(self, cb_params) -> None:
         """Saves a checkpoint, then lets go of those above `keep_checkpoint_max`; none of a step that failed."""
         if not_finite(cb_params.net_outputs):
@@ -97,9 +99,9 @@ def safe_checkpoints() -> Iterator[None]:
 
 def checkpoints_in(folder: str | os.PathLike) -> list[Path]:
     """Whole checkpoints of one rank's folder, oldest first."""
-    found = [path for path in Path(folder).glob("*-*_*.*") if _NAME.match(path.name)
-             and not path.name.startswith("unfinished_")]
-    return sorted(found, key=lambda path: (int(_NAME.match(path.name)["epoch"]), int(_NAME.match(path.name)["step"])))
+    found = [(int(match["epoch"]), int(match["step"]), path) for path in Path(folder).glob("*-*_*.*")
+             if (match := _NAME.match(path.name)) and not path.name.startswith("unfinished_")]
+    return [path for *_, path in sorted(found)]
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> Path:

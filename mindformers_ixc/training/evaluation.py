@@ -167,7 +167,8 @@ class Evaluation(Callback):
     def _measure(self, step: int) -> None:
         self.measured = step
         model = self.trainer.trained_model
-        row, metrics = {"step": step}, self.options["metrics"]
+        row: dict[str, float] = {"step": step}
+        metrics = self.options["metrics"]
         model.set_train(False)
         if self.mean_loss is None:
             self.mean_loss = MeanLoss(model)      # one cell, one graph

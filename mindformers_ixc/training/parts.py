@@ -80,9 +80,10 @@ def parts_table(model) -> str:
     """Parts with the numbers in them, and how many of those train."""
     counts: dict[str, list[int]] = {part: [0, 0] for part in PARTS}
     for parameter in model.get_parameters():
-        if part_of(parameter.name) is None:
+        part = part_of(parameter.name)
+        if part is None:
             continue                      # what a step puts down
-        count = counts[part_of(parameter.name)]
+        count = counts[part]
         size = math.prod(parameter.shape)
         count[0] += size
         count[1] += size if parameter.requires_grad else 0
@@ -110,7 +111,8 @@ def rate_factors(model, section: dict) -> dict[float, list[str]]:
     Returns:
         Parameter names by factor.
     """
-    layers, groups = model.config.vision_config.num_hidden_layers, {}
+    layers = model.config.vision_config.num_hidden_layers
+    groups: dict[float, list[str]] = {}
     for parameter in model.trainable_params():
         options = section.get(part_of(parameter.name))
         if not options:
@@ -147,6 +149,6 @@ def rates_table(model, schedule: dict, section: dict) -> str:
     lines = [f"{'learning rate':<16}{'tensors':>9}  parts"]
     for rate, names in [(schedule["learning_rate"], rest), *rows]:
         if names:
-            parts = dict.fromkeys(part_of(name) for name in names)
+            parts = dict.fromkeys(str(part_of(name)) for name in names)
             lines.append(f"{rate:<16.4g}{len(names):>9}  {', '.join(parts)}")
     return "\n".join(lines)

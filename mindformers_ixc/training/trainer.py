@@ -171,14 +171,14 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         folder, model = get_output_root_path(), self.trained_model
         if not isinstance(model, IXC25Model):
             return
-        parts = sorted({part_of(parameter.name) for parameter in model.trainable_params()})
+        parts = sorted({str(part_of(parameter.name)) for parameter in model.trainable_params()})
         if self.config.get("train_parts") is not None or model is not self.real_model:      # PET trains parts too
             names = [parameter.name for parameter in model.trainable_params()]
             self.save_directory("trained_parts", names)
             print(f"Of it, {', '.join(parts)} alone are in {folder}/trained_parts; put them on any checkpoint with\n"
                   f"    mindformers merge BASE TARGET --attach {folder}/trained_parts", file=sys.stderr, flush=True)
         self.save_directory("model")
-        if self.log.average:
+        if self.log is not None and self.log.average:
             with averaged_weights(model, self.log.average):
                 self.save_directory("model_ema")
         target = os.path.join(folder, "model")

@@ -89,7 +89,7 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
         self.micro_batches, self.labels_column = micro_batches, labels_column
         self.map = C.HyperMap()
         self.has_report = report_shape is not None
-        if self.has_report:
+        if report_shape is not None:
             self.train_report = Parameter(Tensor(np.zeros(report_shape, np.float32)), name="train_report",
                                           requires_grad=False)
         self.has_average = ema_decay is not None
