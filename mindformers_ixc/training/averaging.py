@@ -3,11 +3,11 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 
 @contextmanager
-def averaged_weights(model, average: dict):
+def averaged_weights(model: nn.Cell, average: dict):
     """Lets a model have the averaged weights for a while.
 
     Args:

@@ -14,9 +14,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mindformers.core.callback.callback import CheckpointMonitor
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindspore.train.callback import RunContext
 
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import write_whole
@@ -46,7 +48,7 @@ class SafeCheckpointMonitor(CheckpointMonitor):
 
     _append_step_num: int     # steps of the epoch that were done before the run was resumed
 
-    def save_checkpoint(self, cb_params) -> None:
+    def save_checkpoint(self, cb_params: Any) -> None:
         """Saves a checkpoint, then lets go of those above `keep_checkpoint_max`; none of a step that failed."""
         if not_finite(cb_params.net_outputs):
             return     # MindFormers calls this before the callback that ends the run
@@ -75,7 +77,7 @@ class SafeCheckpointMonitor(CheckpointMonitor):
             os.fsync(file.fileno())
         os.replace(unfinished, target)
 
-    def end(self, run_context) -> None:
+    def end(self, run_context: RunContext) -> None:
         """Saves at the end of a run that went well; MindSpore calls this after a crash as well."""
         if "run_failed" in run_context.original_args():
             return
@@ -223,7 +225,7 @@ def _comparable(fields: dict) -> dict:
     return {**kept, "runner_config": {"epochs": runner.get("epochs"), "global_batch": size}}
 
 
-def _flat(value, prefix: str = ""):
+def _flat(value: Any, prefix: str = ""):
     if isinstance(value, dict) and value:
         for key, item in value.items():
             if key not in FREE_KEYS:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mindformers.dataset.base_dataset import BaseDataset
 from mindformers.models.build_tokenizer import build_tokenizer
-from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 from mindspore.dataset import GeneratorDataset, Sampler
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS
@@ -33,12 +33,12 @@ class MindSporeSampler(PlanSampler, Sampler):
         Sampler.__init__(self, num_samples=len(self))
 
 
-def section_processor(config) -> Processor:
+def section_processor(config: MindFormerConfig) -> Processor:
     """The processor of a `train_dataset` section; its tokenizer may be any of MindFormers' registry."""
     return make_processor(config, build_tokenizer(dict(config.tokenizer)))
 
 
-def batched(cls, table: ConversationTable, planner: EpochPlanner, config) -> GeneratorDataset:
+def batched(cls, table: ConversationTable, planner: EpochPlanner, config: MindFormerConfig) -> GeneratorDataset:
     """A MindSpore dataset of batches from a table and the plans of its epochs.
 
     Args:
@@ -72,7 +72,7 @@ class IXC25DataLoader:
         mixture: weights of the sources (`mindformers_ixc.data.mixture`); without, an epoch has every sample once.
     """
 
-    def __init__(self, dataset_dir, image_folder: str | None = None, shuffle: bool = True, seed: int = 0,
+    def __init__(self, dataset_dir: str, image_folder: str | None = None, shuffle: bool = True, seed: int = 0,
                  caption_prompts: Sequence[str] = CAPTION_PROMPTS, mixture: dict | None = None):
         self.shuffle, self.seed, self.mixture = shuffle, seed, mixture
         if not caption_prompts or not all(isinstance(prompt, str) for prompt in caption_prompts):
@@ -106,7 +106,7 @@ class IXC25SFTDataset(BaseDataset):
         return batched(cls, table, planner, config)
 
 
-def _conversation_table(config) -> tuple[ConversationTable, EpochPlanner]:
+def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, EpochPlanner]:
     options = {key: value for key, value in config.data_loader.items() if key != "type"}
     mixture = dict(options.pop("mixture")) if options.get("mixture") else None
     seed = config.seed or 0
@@ -149,7 +149,7 @@ class IXC25PreferenceDataset(BaseDataset):
         return batched(cls, table, planner, config)
 
 
-def _preference_table(config) -> PreferenceTable:
+def _preference_table(config: MindFormerConfig) -> PreferenceTable:
     loader, seed = config.data_loader, config.seed or 0
     files = loader.dataset_dir if isinstance(loader.dataset_dir, (list, tuple)) else [loader.dataset_dir]
     pairs = [pair for path in files for pair in load_preferences(path, loader.image_folder)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+from mindformers.tools.register import MindFormerConfig
 from mindformers.tools.utils import get_output_root_path
 from mindspore import Tensor, nn
 from mindspore.ops import operations as P
-from mindspore.train.callback import Callback
+from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
@@ -19,6 +21,7 @@ from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import EVALUATIONS_FILE, write_whole
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.questions import questions_of
+from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.loss import FusedCrossEntropy
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.sections import check_names, check_section, of_type, one_of, whole
@@ -60,7 +63,7 @@ class MeanLoss(nn.Cell):
         model: `IXC25Model`; its parameters keep their names.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: IXC25Model):
         super().__init__(auto_prefix=False)
         self.model, self.loss, self.reshape = model, FusedCrossEntropy(model.config.vocab_size), P.Reshape()
 
@@ -78,7 +81,7 @@ class HeldOut:
         options: of `evaluation_options`.
     """
 
-    def __init__(self, data, options: dict):
+    def __init__(self, data: MindFormerConfig, options: dict):
         self.processor, self.options = section_processor(data), options
         hd_num = data.hd_num or HD_NUM_TRAINING
         samples = load_sources(options["dataset_dir"], options["image_folder"])
@@ -110,7 +113,7 @@ class HeldOut:
             count += labelled
         return total / max(count, 1.0)
 
-    def answers(self, assistant) -> tuple[list[str], list[str]]:
+    def answers(self, assistant: Assistant) -> tuple[list[str], list[str]]:
         """Answers to every question, and what was expected."""
         questions, found = questions_of(self.samples), []
         for batch, real in full_batches(questions, self.options["batch_size"]):
@@ -129,6 +132,15 @@ def _after(samples: list, sample) -> list:
     return samples[index + 1:] + samples[:index]
 
 
+class Training(Protocol):
+    """What a measurement needs of `IXC25Trainer`, which makes `Evaluation` and so cannot be imported here."""
+
+    config: MindFormerConfig
+    trained_model: IXC25Model
+
+    def save_directory(self, name: str) -> None: ...
+
+
 class Evaluation(Callback):
     """Measures every `every` steps and at the end, into `evaluations.jsonl`; keeps the best model in `best`.
 
@@ -141,26 +153,26 @@ class Evaluation(Callback):
         ConfigError: see `evaluation_options`.
     """
 
-    def __init__(self, trainer, section: dict, data):
+    def __init__(self, trainer: Training, section: dict, data: MindFormerConfig):
         self.trainer, self.options = trainer, evaluation_options(section)
         self.held_out = HeldOut(data, self.options)
         self.path = Path(get_output_root_path()) / EVALUATIONS_FILE
         self.measured = -1
         self.mean_loss: MeanLoss | None = None
 
-    def on_train_step_end(self, run_context) -> None:
+    def on_train_step_end(self, run_context: RunContext) -> None:
         """Measures when it is time."""
         done = self._done(run_context)
         if self.options["every"] and done % self.options["every"] == 0:
             self._measure(done)
 
-    def on_train_end(self, run_context) -> None:
+    def on_train_end(self, run_context: RunContext) -> None:
         """Measures the final model."""
         done = self._done(run_context)
         if self.measured != done:
             self._measure(done)
 
-    def _done(self, run_context) -> int:
+    def _done(self, run_context: RunContext) -> int:
         initial = self.trainer.config.runner_config.initial_step or 0
         return initial + run_context.original_args().cur_step_num
 
@@ -186,7 +198,7 @@ class Evaluation(Callback):
         logger.info("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
         self._keep_best(rows)
 
-    def _assistant(self, model):
+    def _assistant(self, model: IXC25Model):
         if not hasattr(self, "assistant"):
             self.assistant = Assistant(model, self.held_out.processor)
         return self.assistant

@@ -6,14 +6,19 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from mindspore.train.callback import Callback
+from mindformers.trainer.base_trainer import BaseTrainer
+from mindspore import nn
+from mindspore.dataset import GeneratorDataset
+from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc.device import has_loss, reports_loss
 from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import METRICS_FILE, read_metrics, write_whole
 from mindformers_ixc.models.preference import REPORT
+from mindformers_ixc.training.step import StepPlan
 
 
 class TrainingLog(Callback):
@@ -31,7 +36,7 @@ class TrainingLog(Callback):
         self.path = Path(folder) / METRICS_FILE
         self.average: dict = {}
 
-    def bind(self, dataset, plan, trainer) -> None:
+    def bind(self, dataset: GeneratorDataset, plan: StepPlan, trainer: BaseTrainer) -> None:
         """Tells what is known only once the data are there.
 
         Args:
@@ -47,7 +52,7 @@ class TrainingLog(Callback):
         more = f" and {len(indices) - 8} more" if len(indices) > 8 else ""
         return "; ".join(self.dataset.conversations.describe(index) for index in indices[:8]) + more
 
-    def on_train_begin(self, run_context) -> None:
+    def on_train_begin(self, run_context: RunContext) -> None:
         """Drops rows of steps that will be done again."""
         self.start = self.trainer.config.runner_config.initial_step or 0
         self.batch_size = self.dataset.get_batch_size() * self.dataset.plan_sampler.ranks
@@ -60,7 +65,7 @@ class TrainingLog(Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self.start))
 
-    def _start_average(self, wrapper) -> None:
+    def _start_average(self, wrapper: nn.Cell) -> None:
         """The moving average starts from the weights that were loaded, which MindFormers does after making it."""
         if not getattr(wrapper, "has_average", False):
             return
@@ -69,11 +74,11 @@ class TrainingLog(Callback):
                 average.set_data(weight.value().copy())
             self.average[weight.name] = average
 
-    def on_train_step_begin(self, run_context) -> None:
+    def on_train_step_begin(self, run_context: RunContext) -> None:
         """Notes when the step began, for its `seconds`."""
         self.began = time.perf_counter()
 
-    def on_train_step_end(self, run_context) -> None:
+    def on_train_step_end(self, run_context: RunContext) -> None:
         """Writes the row of the step that has ended.
 
         Raises:
@@ -129,5 +134,5 @@ def not_finite(outputs: tuple) -> str | None:
     return None
 
 
-def _number(value) -> float:
+def _number(value: Any) -> float:
     return float(np.mean(value.asnumpy() if hasattr(value, "asnumpy") else value))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.parameters import PARTS, part_of
 from mindformers_ixc.sections import Rule, above_0, check_keys, check_names, check_section, check_value
 
@@ -43,7 +44,7 @@ def check_rates(section: dict) -> None:
             raise ConfigError(f"part_learning_rates.{part}.layer_decay: only the vision tower's rate decays by layer.")
 
 
-def train_only(model, parts: Iterable[str]) -> None:
+def train_only(model: IXC25Model, parts: Iterable[str]) -> None:
     """Freezes everything but some parts.
 
     Args:
@@ -69,14 +70,14 @@ def train_only(model, parts: Iterable[str]) -> None:
             raise ConfigError(f"train_parts names '{part}', of which nothing is in this model's graph{reason}.")
 
 
-def stop_dropout(model) -> None:
+def stop_dropout(model: IXC25Model) -> None:
     """Turns Partial LoRA's dropout off: while those pairs are frozen it would only be noise."""
     for _, cell in model.cells_and_names():
         if hasattr(cell, "plora_dropout"):
             cell.plora_dropout.set_rate(0.0)
 
 
-def parts_table(model) -> str:
+def parts_table(model: IXC25Model) -> str:
     """Parts with the numbers in them, and how many of those train."""
     counts: dict[str, list[int]] = {part: [0, 0] for part in PARTS}
     for parameter in model.get_parameters():
@@ -99,7 +100,7 @@ def vision_depth(name: str, layers: int) -> int:
     return layers - int(match[1]) if match else layers + 1
 
 
-def rate_factors(model, section: dict) -> dict[float, list[str]]:
+def rate_factors(model: IXC25Model, section: dict) -> dict[float, list[str]]:
     """Trained parameters whose learning rate differs from the schedule's, by factor, largest first.
 
     Args:
@@ -124,7 +125,7 @@ def rate_factors(model, section: dict) -> dict[float, list[str]]:
     return dict(sorted(groups.items(), reverse=True))
 
 
-def grouped_schedule(model, schedule: dict, section: dict) -> dict:
+def grouped_schedule(model: IXC25Model, schedule: dict, section: dict) -> dict:
     """MindFormers' `grouped_lr_schedule` for parts with rates of their own.
 
     Args:
@@ -140,7 +141,7 @@ def grouped_schedule(model, schedule: dict, section: dict) -> dict:
     return {"default": dict(schedule), "grouped": grouped}
 
 
-def rates_table(model, schedule: dict, section: dict) -> str:
+def rates_table(model: IXC25Model, schedule: dict, section: dict) -> str:
     """Highest learning rate of every group."""
     grouped = rate_factors(model, section)
     different = {name for names in grouped.values() for name in names}

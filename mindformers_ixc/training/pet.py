@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from typing import Any
 
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindformers.pet.models.lora import LoraModel
 from mindformers.pet.pet_config import PetConfig
+from mindspore import nn
 
 from mindformers_ixc.config import MODE_ADAPTERS, TASK_LORA_RANKS
 from mindformers_ixc.device import is_parallel
@@ -81,17 +84,17 @@ class _LowRankModel(PreTrainedModel):
                               "matches no linear that carries the pair.")
         config.freeze_exclude = [*(config.freeze_exclude or []), *pairs]
 
-    def _inject(self, config, base_model) -> None:
+    def _inject(self, config: PetConfig, base_model: nn.Cell) -> None:
         """Gives a model that lacks the pairs fresh ones, on every linear: the public layout has them on all."""
         raise NotImplementedError
 
-    def _prepare(self, config, base_model) -> None:
+    def _prepare(self, config: PetConfig, base_model: nn.Cell) -> None:
         raise NotImplementedError
 
-    def _pair_names(self, config) -> tuple[str, str]:
+    def _pair_names(self, config: PetConfig) -> tuple[str, str]:
         raise NotImplementedError
 
-    def _pairs(self, config, base_model) -> list[str]:
+    def _pairs(self, config: PetConfig, base_model: nn.Cell) -> list[str]:
         """Paths of the parameters of every pair that trains, as MindPet matches them."""
         first, second = self._pair_names(config)
         paths = []
@@ -110,13 +113,13 @@ class _LowRankModel(PreTrainedModel):
         return self.network(*inputs, **kwargs)
 
 
-def _must_agree(pet_type: str, key: str, wanted, has) -> None:
+def _must_agree(pet_type: str, key: str, wanted: Any, has: Any) -> None:
     if wanted is not None and wanted != has:
         raise ConfigError(f"pet_config of type '{pet_type}' has {key} {wanted}, the model is built with {has}; change "
                           "one of them.")
 
 
-def inject(model, add) -> None:
+def inject(model: nn.Cell, add: Callable[[nn.Cell], None]) -> None:
     """Adds cells to every linear of the decoder layers of a built model.
 
     Args:
@@ -138,7 +141,7 @@ def inject(model, add) -> None:
 class PartialLoRAModel(_LowRankModel):
     """Trains Partial LoRA (and what `freeze_exclude` adds); a plain InternLM2 (`plora_rank: 0`) gets it first."""
 
-    def _inject(self, config, base_model) -> None:
+    def _inject(self, config: PetConfig, base_model: nn.Cell) -> None:
         own = base_model.config
         if own.plora_rank:
             return
@@ -147,7 +150,7 @@ class PartialLoRAModel(_LowRankModel):
         own.plora_dropout = DEFAULT_DROPOUT if config.dropout is None else config.dropout
         inject(base_model, lambda cell: cell.add_partial_lora(rank, own.plora_scale, own.plora_dropout))
 
-    def _prepare(self, config, base_model) -> None:
+    def _prepare(self, config: PetConfig, base_model: nn.Cell) -> None:
         _must_agree(config.pet_type, "rank", config.rank, base_model.config.plora_rank)
         _must_agree(config.pet_type, "alpha", config.alpha, base_model.config.plora_alpha)
         if config.dropout is not None:
@@ -155,21 +158,21 @@ class PartialLoRAModel(_LowRankModel):
                 if hasattr(cell, "plora_dropout"):
                     cell.plora_dropout.set_rate(config.dropout)
 
-    def _pair_names(self, config) -> tuple[str, str]:
+    def _pair_names(self, config: PetConfig) -> tuple[str, str]:
         return "Plora_A", "Plora_B"
 
 
 class TaskLoRAModel(_LowRankModel):
     """Trains one task LoRA, with the task LoRAs of its mode in use; a model without the pair gets it first."""
 
-    def _inject(self, config, base_model) -> None:
+    def _inject(self, config: PetConfig, base_model: nn.Cell) -> None:
         ranks = base_model.config.task_lora_ranks
         if config.task in ranks or not config.rank or config.task not in TASK_LORA_RANKS:
             return
         base_model.config.task_lora_ranks = {**ranks, config.task: config.rank}
         inject(base_model, lambda cell: cell.add_task_lora(config.task, config.rank))
 
-    def _prepare(self, config, base_model) -> None:
+    def _prepare(self, config: PetConfig, base_model: nn.Cell) -> None:
         ranks = base_model.config.task_lora_ranks
         if config.task not in ranks:
             raise ConfigError(f"pet_config of type 'task_lora' has task '{config.task}'; this model has "
@@ -181,14 +184,14 @@ class TaskLoRAModel(_LowRankModel):
         mode = next(name for name, tasks in MODE_ADAPTERS.items() if config.task in tasks)
         base_model.adapters = tuple(task for task in MODE_ADAPTERS[mode] if task in ranks)
 
-    def _pair_names(self, config) -> tuple[str, str]:
+    def _pair_names(self, config: PetConfig) -> tuple[str, str]:
         return f"lora_{config.task}_A", f"lora_{config.task}_B"
 
 
 class IXC25LoraModel(LoraModel):
     """MindFormers' `lora` for this model, whose linears MindFormers does not know."""
 
-    def add_adapter(self, base_model):
+    def add_adapter(self, base_model: nn.Cell):
         """Adds the pairs to every linear whose path `target_modules` matches.
 
         Raises:
@@ -197,7 +200,7 @@ class IXC25LoraModel(LoraModel):
         config, found = self.config.pet_config, []
         paths = {id(cell): path for path, cell in base_model.cells_and_names()}
 
-        def add(cell) -> None:
+        def add(cell: nn.Cell) -> None:
             path = paths[id(cell)]
             # MindFormers matches the cell's own name, PEFT-like patterns the path
             if re.fullmatch(config.target_modules, path) or re.fullmatch(config.target_modules, path.split(".")[-1]):

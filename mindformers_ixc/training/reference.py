@@ -21,6 +21,7 @@ from mindformers_ixc.data.conversations import Conversation, read_image_sizes
 from mindformers_ixc.data.preferences import REFERENCE_COLUMN, load_preferences
 from mindformers_ixc.files import read_json_list, write_whole
 from mindformers_ixc.generation.loading import load_model
+from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.loss import TokenLosses
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.resources import resolve_path
@@ -33,7 +34,7 @@ class AnswerLogps(nn.Cell):
         model: `IXC25Model`.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: IXC25Model):
         super().__init__(auto_prefix=False)
         self.model, self.losses, self.reshape = model, TokenLosses(), P.Reshape()
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from mindformers.tools.register import MindFormerConfig
+
 from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.errors import ConfigError
@@ -55,7 +57,7 @@ class StepPlan:
             return None
         return (len(REPORT),) if self.report == PREFERENCE else (2, len(self.sources))
 
-    def put_into(self, config) -> None:
+    def put_into(self, config: MindFormerConfig) -> None:
         """Says to MindFormers what it has to know before it builds anything.
 
         Args:
@@ -82,7 +84,7 @@ class StepPlan:
                 "report_shape": self.report_shape}
 
 
-def plan_step(config) -> StepPlan:
+def plan_step(config: MindFormerConfig) -> StepPlan:
     """The plan of a run's steps.
 
     Args:

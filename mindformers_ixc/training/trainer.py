@@ -11,8 +11,10 @@ from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 from mindformers.tools.utils import get_output_root_path
 from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
+from mindspore import nn
 
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
+from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
 from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.generation.assistant import Assistant
@@ -39,7 +41,7 @@ INFERENCE_FIELDS = ("use_past", "block_size", "num_blocks", "compute_dtype", "pa
                     "layernorm_compute_type", "softmax_compute_type", "vision_parallel", "offset")
 
 
-def check_sections_agree(config) -> None:
+def check_sections_agree(config: MindFormerConfig) -> None:
     """Checks that data section and model section of a YAML describe the same shapes and vocabulary.
 
     Args:
@@ -102,7 +104,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             print(parts_table(model), file=sys.stderr, flush=True)
         return network
 
-    def create_optimizer_scheduler(self, network, model_params):
+    def create_optimizer_scheduler(self, network: nn.Cell, model_params):
         """Builds the optimizer; `part_learning_rates` becomes MindFormers' `grouped_lr_schedule`."""
         section, model = self.config.get("part_learning_rates"), self.trained_model
         if section:
@@ -111,7 +113,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             print(rates_table(model, schedule, section), file=sys.stderr, flush=True)
         return super().create_optimizer_scheduler(network, model_params)
 
-    def create_model_wrapper(self, network, optimizer):
+    def create_model_wrapper(self, network: nn.Cell, optimizer: nn.Cell):
         """Builds the train-step cell: MindFormers' own, or this package's where it is not enough."""
         section = self.config.runner_wrapper
         for key, value in self.plan.cell(section.type).items():
@@ -162,7 +164,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             logger.warning(f"{table.bad_samples} of {len(table)} samples had damaged pictures and were left out.")
         self._save_model(table)
 
-    def _save_model(self, table) -> None:
+    def _save_model(self, table: ConversationTable | None) -> None:
         if is_parallel():
             logger.info("Every rank has saved its own part; join them with `mindformers convert`.")
             return
@@ -185,7 +187,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         image, question = "PICTURE", "QUESTION"
         sample = next((s for s in (table.samples if table else []) if len(s.images) == 1), None)
         if sample is not None:
-            image = sample.images[0]
+            image = str(sample.images[0])
             question = next(text for role, text in sample.turns if role == "user")
         print(f"The trained model is in {target}. Ask it about a picture:\n"
               f'    mindformers chat --model {target} --image {image} "{question}"', file=sys.stderr, flush=True)

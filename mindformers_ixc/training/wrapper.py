@@ -11,7 +11,7 @@ import mindspore.common.dtype as mstype
 import numpy as np
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers.wrapper.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 from mindspore.ops import composite as C
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
@@ -83,7 +83,7 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
         **kwargs: see `MFTrainOneStepCell`.
     """
 
-    def __init__(self, network, optimizer, micro_batches: int = 1, labels_column: int | None = None,
+    def __init__(self, network: nn.Cell, optimizer: nn.Cell, micro_batches: int = 1, labels_column: int | None = None,
                  ema_decay: float | None = None, report_shape: tuple | None = None, **kwargs):
         super().__init__(network, optimizer, **kwargs)
         self.micro_batches, self.labels_column = micro_batches, labels_column
