@@ -73,7 +73,7 @@ def test_the_step_of_ascend_with_sharding_over_tensor_parallel_copies_and_sequen
 @pytest.mark.slow
 def test_a_plan_from_three_layers_of_a_kind_is_that_of_all():
     # both stages have more than three layers, and so has the tower
-    layers = {"model__model_config__num_hidden_layers": 9, "model__model_config__vision_config__num_hidden_layers": 5}
+    layers = {"model__model_config__num_hidden_layers": 8, "model__model_config__vision_config__num_hidden_layers": 4}
     fields = recipe("sft_tiny", **{
         **SMALL, **layers,
         "context__device_target": "Ascend", "model__model_config__compute_dtype": "bfloat16",
