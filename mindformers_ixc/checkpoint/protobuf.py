@@ -27,6 +27,24 @@ def encode_field(number: int, value: int | bytes) -> bytes:
     return encode_varint(number << 3 | VARINT) + encode_varint(value)
 
 
+def decode_varint(data: bytes, position: int) -> tuple[int, int]:
+    """A whole number, without its sign, and the position after it.
+
+    Raises:
+        ValueError: when the bytes end inside it, or it has more than 64 bits.
+    """
+    value = shift = 0
+    while True:
+        if position >= len(data) or shift > 63:
+            raise ValueError(f"the message ends inside a number, at byte {position}")
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+
+
 def decode_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Number and value of each field of a message, in order.
 
@@ -34,33 +52,20 @@ def decode_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         ValueError: for bytes that are no message, or hold other types of fields.
     """
     position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            if position >= len(data) or shift > 63:
-                raise ValueError(f"the message ends inside a number, at byte {position}")
-            byte = data[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            shift += 7
-
     while position < len(data):
-        key = varint()
+        key, position = decode_varint(data, position)
         number, wire = key >> 3, key & 7
-        if wire == VARINT:
-            yield number, varint()
-        elif wire == BYTES:
-            length = varint()
-            if position + length > len(data):
-                raise ValueError(f"a field should end at byte {position + length}, the message has {len(data)}")
-            yield number, data[position:position + length]
-            position += length
-        else:
+        if wire not in (VARINT, BYTES):
             raise ValueError(f"a field of unknown type at byte {position}")
+        value, position = decode_varint(data, position)
+        if wire == VARINT:
+            yield number, value
+            continue
+        end = position + value
+        if end > len(data):
+            raise ValueError(f"a field should end at byte {end}, the message has {len(data)}")
+        yield number, data[position:end]
+        position = end
 
 
 def signed(value: int) -> int:
@@ -75,12 +80,8 @@ def numbers(values: list[int | bytes]) -> list[int]:
         if isinstance(value, int):
             found.append(signed(value))
             continue
-        # a packed field is numbers without keys: read as the values of fields, by giving each a key
         position = 0
-        while position < len(value):
-            end = position
-            while value[end] & 0x80:
-                end += 1
-            found.append(signed(next(decode_fields(b"\x08" + value[position:end + 1]))[1]))   # type: ignore[arg-type]
-            position = end + 1
+        while position < len(value):        # packed: numbers without keys
+            number, position = decode_varint(value, position)
+            found.append(signed(number))
     return found
