@@ -1,13 +1,16 @@
 """Files and folders that are whole or not there, however a process ends, and JSON lists read with good messages."""
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.resources import resolve_path
@@ -73,6 +76,101 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def read_text(path: str | os.PathLike, error: type[ValueError] = DataError) -> str:
+    """A UTF-8 text file's content, without the byte order mark that some editors put first.
+
+    Line ends stay as they are.
+
+    Args:
+        path: the file; `pkg:` paths work.
+        error: the class of what is raised.
+
+    Raises:
+        FileNotFoundError: when the file is missing.
+        OSError: when it cannot be read.
+        ValueError: of class `error`, with the byte's place, when the file has another encoding.
+    """
+    return decode_text(resolve_path(path).read_bytes(), str(path), error)
+
+
+def decode_text(content: bytes, name: str, error: type[ValueError] = DataError) -> str:
+    """As `read_text`, of bytes that were read; `name` is what the messages call them."""
+    for mark, encoding in _OTHER_MARKS:
+        if content.startswith(mark):
+            raise error(f"{name} is {encoding} text, by its first bytes; save it as UTF-8.")
+    start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
+    try:
+        return content[start:].decode("utf-8")
+    except UnicodeDecodeError as bad:
+        place = start + bad.start
+        line = content.count(b"\n", 0, place) + 1
+        raise error(f"{name} is not UTF-8 text: byte 0x{content[place]:02X} at place {place} (counted from 0), in line "
+                    f"{line}. Save it as UTF-8; GBK and Latin-1 text looks like this.") from bad
+
+
+# The longer mark first, since UTF-32's begins with UTF-16's.
+_OTHER_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
+                (codecs.BOM_UTF16_BE, "UTF-16"))
+
+
+def parse_json(text: str | bytes, name: str, error: type[ValueError] = DataError) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: the text, or its bytes.
+        name: what is read, for the messages: a file, or a file and its line.
+        error: the class of what is raised.
+
+    Raises:
+        ValueError: of class `error`, when the text is no JSON, is nested too deeply to be read, or has half of a
+            surrogate pair, which is no character and cannot be written again.
+    """
+    if isinstance(text, bytes):
+        text = decode_text(text, name, error)
+    try:
+        value = json.loads(text)
+    except RecursionError as bad:
+        raise error(f"{name} is not usable JSON: lists or objects are nested too deeply.") from bad
+    except ValueError as bad:   # also numbers of thousands of digits, which Python does not take
+        raise error(f"{name} is not valid JSON ({bad}).") from bad
+    if "\\u" in text and (half := _half_pair(value)):
+        raise error(f"{name} has \\u{ord(half):04x}, half of a surrogate pair, which is no character; write the whole "
+                    "pair or take it out.")
+    return value
+
+
+def _half_pair(value: Any) -> str:
+    """The first surrogate in any text of a JSON value, else nothing; depth is bounded by the parser's."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            if not item.isascii() and (found := _SURROGATE.search(item)):
+                return found.group()
+        elif isinstance(item, dict):
+            waiting += item.values()
+            waiting += item
+        elif isinstance(item, list):
+            waiting += item
+    return ""
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def read_json(path: str | os.PathLike, error: type[ValueError] = DataError) -> Any:
+    """The value in a JSON file; see `read_text` and `parse_json` for what is refused."""
+    return parse_json(read_text(path, error), str(path), error)
+
+
+def text_lines(text: str) -> list[tuple[int, str]]:
+    r"""The lines of a file of JSON lines that hold something, each with its number, which begins at 1.
+
+    Lines end at \n only: other line ends, such as U+2028, may stand inside a JSON text.
+    """
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
 def read_json_list(path: str | os.PathLike, item: str) -> list:
     """Content of a JSON file that must hold a list with at least one item.
 
@@ -84,13 +182,9 @@ def read_json_list(path: str | os.PathLike, item: str) -> list:
         FileNotFoundError: when the file is missing.
         DataError: when it is no JSON, no list or empty.
     """
-    file = resolve_path(path)
-    if not file.is_file():
+    if not resolve_path(path).is_file():
         raise FileNotFoundError(f"The data file {path} does not exist.")
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}).") from error
+    rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         found = f"no {item}s" if rows == [] else type(rows).__name__
         raise DataError(f"{path} must hold a JSON list with at least one {item}, found {found}.")
@@ -98,13 +192,18 @@ def read_json_list(path: str | os.PathLike, item: str) -> list:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
-    """Rows of a `metrics.jsonl` or `evaluations.jsonl`; a last line cut short by a crash is left out."""
+    """Rows of a `metrics.jsonl` or `evaluations.jsonl`.
+
+    A line that is no JSON object, such as one cut short by a crash, is left out by itself.
+    """
     path, rows = Path(path), list[dict]()
     if not path.is_file():
         return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for _, line in text_lines(path.read_text(encoding="utf-8", errors="replace")):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows

@@ -12,8 +12,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mindformers_ixc.errors import DataError
-from mindformers_ixc.files import read_json_list, whole_file, whole_folder, write_whole
+from mindformers_ixc.errors import CheckpointError, DataError, PromptError
+from mindformers_ixc.files import (
+    parse_json,
+    read_json,
+    read_json_list,
+    read_metrics,
+    read_text,
+    text_lines,
+    whole_file,
+    whole_folder,
+    write_whole,
+)
 
 IN_ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 
@@ -132,3 +142,42 @@ def test_lists_that_are_none_are_refused(tmp_path, text, words):
 def test_lists_are_read(tmp_path):
     (tmp_path / "a.json").write_text('[1, "\u00e9"]', encoding="utf-8")
     assert read_json_list(tmp_path / "a.json", "pair") == [1, "\u00e9"]
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"ab\n\xca\xb2\xc3", r"byte 0xC3 at place 5 \(counted from 0\), in line 2"),
+    (b"\xef\xbb\xbfab\xff", "byte 0xFF at place 5"),
+    ("[1]".encode("utf-16"), "UTF-16 text"), ("[1]".encode("utf-32"), "UTF-32 text")])
+def test_other_encodings_are_refused_with_their_place(tmp_path, content, words):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(PromptError, match=rf"a\.txt is .*{words}.*as UTF-8"):
+        read_text(tmp_path / "a.txt", PromptError)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.json").write_bytes('\ufeff["\u00e9"]\r\n'.encode())
+    assert read_text(tmp_path / "a.json") == '["\u00e9"]\r\n'
+    assert read_json(tmp_path / "a.json") == ["\u00e9"]
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("[" * 100_000, "nested too deeply"), ('{"a":' * 100_000, "nested too deeply"), ("9" * 5000, "not valid JSON"),
+    ('["x", {"\\ud83d": 1}]', r"\\ud83d, half of a surrogate pair"), (b'"\xff"', "byte 0xFF at place 1"),
+    ('[1,,2]', "line 1 column 4")])
+def test_json_that_cannot_be_used_is_one_sentence(text, words):
+    with pytest.raises(CheckpointError, match=rf"^x\.json .*{words}"):
+        parse_json(text, "x.json", CheckpointError)
+
+
+def test_a_whole_surrogate_pair_is_a_character():
+    assert parse_json('"\\ud83d\\ude00"', "x.json") == "\U0001F600"
+
+
+def test_lines_end_at_newlines_only():
+    assert text_lines('{"a": "x\u2028y\x85"}\r\n\n \n2') == [(1, '{"a": "x\u2028y\x85"}\r'), (4, "2")]
+
+
+def test_a_bad_line_of_metrics_loses_that_line(tmp_path):
+    lines = [b'{"step": 1}', b'{"st', b"[3]", b"\xff", b'{"step": 5, "note": "\xe2\x80\xa8"}', b'{"step']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 5]
