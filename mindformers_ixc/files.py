@@ -65,8 +65,8 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     """A folder beside a target to fill; it takes the target's name when the block ends well, else it is removed.
 
     Its content is on the disk before it takes the name. An older folder is exchanged for it in one step where the file
-    system can do that (`renameat2`), so that one of the two is there at every moment. Where it cannot (NFS, for one) the
-    older one is put aside first; if the process ends between the two renames, `tidy` brings it back.
+    system can do that (`renameat2`), so that one of the two is there at every moment. Where it cannot (NFS, for one)
+    the older one is put aside first; if the process ends between the two renames, `tidy` brings it back.
 
     Args:
         target: the folder to be made, its parents too; an older one is replaced.

@@ -101,7 +101,7 @@ def _wait(numbers: set[int]) -> None:
 
 
 def _unblock_in_children() -> None:
-    """Lets SIGTERM end this process's forked children again; Ctrl-C, which a terminal sends to them too, stays blocked."""
+    """Lets SIGTERM end forked children again; Ctrl-C, which a terminal sends to them too, stays blocked."""
     global _registered
     if not _registered:
         os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM}))

@@ -6,10 +6,8 @@ once it is whole and on the disk, and older ones go afterwards.
 """
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -104,9 +102,9 @@ class SafeCheckpointMonitor(CheckpointMonitor):
         own = checkpoints_in(self._directory)
         if not keep:
             return []
-        others = [checkpoints_in(folder) for rank in range(group_size() if is_parallel() else 1)
-                  if (folder := Path(self._directory).with_name(f"rank_{rank}")).is_dir()]
-        shared = set.intersection({step_of(path) for path in own}, *({step_of(path) for path in each} for each in others))
+        folders = [Path(self._directory).with_name(f"rank_{rank}") for rank in range(group_size())]
+        steps = [{step_of(path) for path in checkpoints_in(folder)} for folder in folders if folder.is_dir()]
+        shared = {step_of(path) for path in own}.intersection(*(steps if is_parallel() else []))
         oldest_kept = min(sorted(shared)[-keep:], default=(0, 0))
         return [path for path in own[:-keep] if step_of(path) < oldest_kept]
 

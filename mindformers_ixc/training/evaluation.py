@@ -27,6 +27,7 @@ from mindformers_ixc.models.loss import FusedCrossEntropy
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.sections import check_names, check_section, of_type, one_of, whole
 from mindformers_ixc.training.datasets import section_processor
+from mindformers_ixc.training.log import steps_of
 from mindformers_ixc.training.scores import SCORES, score_answers
 
 logger = logging.getLogger(__name__)
@@ -146,8 +147,8 @@ class Training(Protocol):
 class Evaluation(Callback):
     """Measures every `every` steps and at the end, into `evaluations.jsonl`; keeps the best model in `best`.
 
-    A measurement that was due at the step from which a run is resumed, and that the earlier run did not come to, is made
-    up first. So the rows of a resumed run are those of one that was not interrupted.
+    A measurement that was due at the step from which a run is resumed, and that the earlier run did not come to, is
+    made up first. So the rows of a resumed run are those of one that was not interrupted.
 
     Args:
         trainer: `IXC25Trainer`; gives the model and writes directories.
@@ -169,7 +170,7 @@ class Evaluation(Callback):
         """Drops rows of steps that will be done again, and makes up what the step gone on from lacks."""
         runner = self.trainer.config.runner_config
         start = runner.initial_step or 0
-        self.steps = runner.epochs * self.trainer.train_dataset.get_dataset_size()
+        self.steps = steps_of(runner, self.trainer.train_dataset)
         rows = [row for row in self._rows() if row["step"] <= start] if start else []
         if self.path.exists():
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows), sync=True)
@@ -180,7 +181,7 @@ class Evaluation(Callback):
                 self.trainer.save_directory("best")
 
     def _is_due(self, step: int) -> bool:
-        return step == self.steps or bool(self.options["every"]) and step % self.options["every"] == 0
+        return step == self.steps or (bool(self.options["every"]) and step % self.options["every"] == 0)
 
     def on_train_step_end(self, run_context: RunContext) -> None:
         """Measures when it is time."""

@@ -67,7 +67,7 @@ class TrainingLog(Callback):
         """Drops rows of steps that will be done again."""
         self.start = self.trainer.config.runner_config.initial_step or 0
         self.batch_size = self.dataset.get_batch_size() * self.dataset.plan_sampler.ranks
-        self.total = self.trainer.config.runner_config.epochs * self.dataset.get_dataset_size()
+        self.total = steps_of(self.trainer.config.runner_config, self.dataset)
         self._start_average(run_context.original_args().train_network)
         self.writes = reports_loss()
         if self.writes:
@@ -154,6 +154,11 @@ class TrainingLog(Callback):
         by_source = {name: {"loss": float(total / count), "tokens": int(count)}
                      for name, total, count in zip(self.plan.sources, *report) if count}
         return {"sources": by_source, "tokens": int(report[1].sum())}
+
+
+def steps_of(runner: Any, dataset: GeneratorDataset) -> int:
+    """Steps of a whole run; with a data sink MindFormers counts its rounds in `epochs` and keeps the YAML's number."""
+    return (getattr(runner, "origin_epochs", None) or runner.epochs) * dataset.get_dataset_size()
 
 
 def _is_step(row: dict) -> bool:

@@ -115,7 +115,7 @@ def newest_whole(run: Path, record: dict, only: Step | None = None) -> list[Path
         by_step = {step: files for step, files in by_step.items() if step == only}
     known = _owners(run)
     damaged = []
-    for step, files in sorted(by_step.items(), reverse=True):
+    for _, files in sorted(by_step.items(), reverse=True):
         owner = known.get(files[min(files)].name, {})
         ranks = math.prod(owner.get("layout") or record["layout"])
         if set(range(ranks)) - set(files):

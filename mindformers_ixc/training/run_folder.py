@@ -1,9 +1,9 @@
 """The output folder of a run: one run at a time, the files of one run, nothing left over of killed processes.
 
-One process answers for the folder: a run by itself, or the `mindformers launch` of server 0 for all its ranks. It holds
-a lock on the first byte of `run.lock`; each rank holds one on a byte of its own. They are POSIX record locks: the kernel
-frees them when their process ends, forked children do not inherit them, and they work across servers on NFS and the
-parallel file systems that have locks.
+One process answers for the folder: a run by itself, or the `mindformers launch` of server 0 for all its ranks. It
+holds a lock on the first byte of `run.lock`; each rank holds one on a byte of its own. They are POSIX record locks: the
+kernel frees them when their process ends, forked children do not inherit them, and they work across servers on NFS and
+the parallel file systems that have locks.
 """
 from __future__ import annotations
 
@@ -182,8 +182,8 @@ def make_room(folder: Path, fields: dict, overwrite: bool) -> None:
         raise ConfigError(f"{folder} already has {', '.join(used)} of an earlier run. Go on with that one "
                           "(--resume_training True), move it aside (--overwrite), or give another --output_dir.")
     start = fields.get("load_checkpoint")
-    if start and any(Path(start).resolve().is_relative_to(folder / name) for name in OWN) or \
-            (fields.get("resume_training") and (not start or Path(start).resolve() == folder)):
+    place = Path(start or folder).resolve()
+    if any(place.is_relative_to(folder / name) for name in OWN) or (place == folder and fields.get("resume_training")):
         raise ConfigError(f"--overwrite would move {start or folder} aside, which this run starts from; give another "
                           "--output_dir.")
     number = 1 + max((int(path.name[4:]) for path in folder.glob("old-*") if path.name[4:].isdigit()), default=0)
