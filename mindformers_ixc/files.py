@@ -55,11 +55,6 @@ def write_whole(target: str | os.PathLike, content: str | bytes, sync: bool = Fa
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def _beside(target: Path) -> Path:
-    """A name of its own, also among processes on other servers; the suffix stays, since some writers go by it."""
-    return target.with_name(f".{secrets.token_hex(6)}.{target.name}")
-
-
 @contextmanager
 def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     """A folder beside a target to fill; it takes the target's name when the block ends well, else it is removed.

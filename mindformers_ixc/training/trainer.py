@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
@@ -83,11 +82,17 @@ class ResumableModel(Model):
             super().train(epoch, train_dataset, callbacks, dataset_sink_mode, sink_size, initial_epoch)
             return
         own = [callback for callback in callbacks or [] if isinstance(callback, (TrainingLog, Evaluation))]
-        context = RunContext(SimpleNamespace(train_network=self._train_network, cur_step_num=0))
+        context = RunContext(_Parameters(train_network=self._train_network, cur_step_num=0))
         for callback in own:
             callback.on_train_begin(context)
         for callback in own:
             callback.on_train_end(context)
+
+
+class _Parameters(dict):
+    """What callbacks are told of a run: entries that are attributes, as MindSpore wants them."""
+
+    __getattr__ = dict.__getitem__
 
 
 @contextlib.contextmanager
