@@ -99,7 +99,8 @@ class Run:
             for rank in range(2):
                 last = max((self.out / "checkpoint" / f"rank_{rank}").glob("k_*.safetensors"),
                            key=lambda path: int(path.stem.rpartition("_")[2]))
-                found[f"rank {rank}"] = f"{last.name} {digest(last)}"
+                # MindFormers numbers the prefix of a resumed run
+                found[f"rank {rank}"] = f"{last.name.rpartition('-')[2]} {digest(last)}"
             return found
         found["evaluations"] = (self.out / "evaluations.jsonl").read_text()
         for name in ("model", "best"):
@@ -214,7 +215,7 @@ def main() -> int:
             print(f"{name}: the run that is not interrupted ended with {code}; see {whole.out.with_suffix('.log')}")
             return 1
         lengths, expected, good = (middle - began, time.monotonic() - middle), whole.result(), 0
-        print(f"{name}: {len(expected['metrics'])} steps; {lengths[0]:.1f} s to the first, {lengths[1]:.1f} s from there",
+        print(f"{name}: {len(expected['metrics'])} steps; {lengths[0]:.1f} s to the first, then {lengths[1]:.1f} s",
               flush=True)
         for index in range(count):
             run = Run((arguments.work / f"{name}_{index}").resolve(), name == "launch")

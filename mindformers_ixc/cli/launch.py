@@ -97,7 +97,11 @@ def _run_ranks(arguments: argparse.Namespace, fields: dict, ranks: range, folder
                        reporter if reporter in ranks else ranks[0])
             try:
                 code = job.run()
-                return 128 + asked[0] if asked and code == 0 else code
+                if asked and code == 0:
+                    print(f"{name_of(asked[0])} stopped the run in {folder}, and every rank has saved a checkpoint; go "
+                          "on with --resume_training True.", file=sys.stderr, flush=True)
+                    return 128 + asked[0]
+                return code
             finally:
                 if on_cpu and given is None:
                     shutil.rmtree(environment["CPU_PARALLEL_MAILBOX"], ignore_errors=True)
