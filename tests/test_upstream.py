@@ -77,7 +77,8 @@ def test_the_step_is_compiled_before_loading_by_the_function_that_is_replaced():
 def test_the_monitor_counts_keeps_and_writes_where_the_safe_one_steps_in(tmp_path, monkeypatch, loss):
     from mindformers.core.callback.callback import CheckpointMonitor
 
-    from mindformers_ixc.training.checkpoints import SafeCheckpointMonitor, checkpoints_in
+    from mindformers_ixc.training.checkpoints import SafeCheckpointMonitor
+    from mindformers_ixc.training.resume import checkpoints_in
 
     # a run that resumed after the third step of an epoch of four, and has done two since
     monitor = SafeCheckpointMonitor(prefix="t", directory=str(tmp_path), keep_checkpoint_max=1, save_checkpoint_steps=1,

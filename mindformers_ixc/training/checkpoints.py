@@ -40,7 +40,7 @@ class SafeCheckpointMonitor(CheckpointMonitor):
 
     on_error = "stop"              # the YAML's `on_save_error`
     _append_step_num: int          # steps of the epoch that were done before the run was resumed
-    _to_delete: list[Path] = []
+    _older_to_go = False           # whether older ones wait for the other ranks to have written theirs
 
     def save_checkpoint(self, cb_params: Any) -> None:
         """Saves a checkpoint, then lets go of those above `keep_checkpoint_max`; none of a step that failed.
@@ -65,9 +65,9 @@ class SafeCheckpointMonitor(CheckpointMonitor):
             self._config._keep_checkpoint_max = keep
             cb_params.cur_step_num, cb_params.cur_epoch_num, self._append_step_num = here, epoch, done
             self._last_triggered_step = here
-        self._to_delete = self._superfluous(keep)
+        self._older_to_go = True
         if not is_parallel():
-            self._delete()
+            self._delete_older()
 
     def _not_saved(self, error: Exception, step: int, cb_params: Any) -> None:
         """Says that a checkpoint could not be written, and ends the run unless it is to go on."""
@@ -97,28 +97,22 @@ class SafeCheckpointMonitor(CheckpointMonitor):
         os.replace(unfinished, target)
         sync_folder(target.parent)
 
-    def _superfluous(self, keep: int) -> list[Path]:
-        """Checkpoints that may go: older than the `keep` newest that every rank has whose folder can be seen here."""
-        own = checkpoints_in(self._directory)
-        if not keep:
-            return []
+    def _delete_older(self) -> None:
+        """Deletes what is older than the newest checkpoints that every rank has whose folder can be seen here."""
+        keep = self._config.keep_checkpoint_max
+        own, self._older_to_go = checkpoints_in(self._directory), False
         folders = [Path(self._directory).with_name(f"rank_{rank}") for rank in range(group_size())]
         steps = [{step_of(path) for path in checkpoints_in(folder)} for folder in folders if folder.is_dir()]
-        shared = {step_of(path) for path in own}.intersection(*(steps if is_parallel() else []))
-        oldest_kept = min(sorted(shared)[-keep:], default=(0, 0))
-        return [path for path in own[:-keep] if step_of(path) < oldest_kept]
-
-    def _delete(self) -> None:
-        for old in self._to_delete:
-            with suppress(FileNotFoundError):
+        shared = sorted({step_of(path) for path in own}.intersection(*(steps if is_parallel() else [])))
+        for old in own[:-keep] if keep and shared else []:
+            if step_of(old) < shared[-keep:][0]:
                 os.chmod(old, 0o600)
                 old.unlink()
-        self._to_delete = []
 
     def step_end(self, run_context: RunContext) -> None:
         """Saves when it is time; in a parallel run older checkpoints go now, when every rank has begun this step."""
-        self._to_delete = self._superfluous(self._config.keep_checkpoint_max) if self._to_delete else []
-        self._delete()
+        if self._older_to_go:
+            self._delete_older()
         super().step_end(run_context)
 
     def end(self, run_context: RunContext) -> None:

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mindformers_ixc.files import read_metrics
-from mindformers_ixc.training.checkpoints import last_checkpoint
+from mindformers_ixc.training.resume import last_checkpoint
 
 YAMLS = Path(__file__).parents[2] / "yaml_configs"
 CALLBACKS = ("[{type: MFLossMonitor}, {type: CheckpointMonitor, prefix: t, save_checkpoint_steps: %d, "
