@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import psutil
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
 SAVE = ("[{type: MFLossMonitor}, {type: CheckpointMonitor, prefix: k, save_checkpoint_steps: 2, "
@@ -110,8 +111,11 @@ class Run:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file's tensors; safetensors writes the metadata of a header in an order of its own."""
+    found = hashlib.sha256()
+    for name, value in sorted(load_file(path).items()):
+        found.update(f"{name} {value.dtype} {value.shape} ".encode() + value.tobytes())
+    return found.hexdigest()
 
 
 def stop(run: Run, process: subprocess.Popen, kind: str, number: int) -> str | None:
