@@ -113,6 +113,26 @@ def test_the_monitor_counts_keeps_and_writes_where_the_safe_one_steps_in(tmp_pat
     assert (int(counters["step_num"].asnumpy()), int(counters["epoch_num"].asnumpy())) == (5, 2)
 
 
+def test_the_trainer_takes_its_model_by_name_and_sorts_callbacks_apart():
+    from mindformers.trainer import base_trainer
+    from mindspore.train.callback import RunContext
+
+    from mindformers_ixc.training.trainer import _Parameters, resumable_model
+
+    assert base_trainer.Model is ms.Model
+    assert {"Model", "sort_callbacks"} <= names_used(base_trainer.BaseTrainer.training_process)
+    assert isinstance(inspect.getattr_static(base_trainer.BaseTrainer, "sort_callbacks"), staticmethod)
+    assert RunContext(_Parameters(cur_step_num=0)).original_args().cur_step_num == 0
+    with resumable_model():
+        assert base_trainer.Model is not ms.Model
+        named = list(inspect.signature(base_trainer.Model.train).parameters)[:len(TRAIN_ARGUMENTS)]
+        assert named == TRAIN_ARGUMENTS == list(inspect.signature(ms.Model.train).parameters)[:len(TRAIN_ARGUMENTS)]
+    assert base_trainer.Model is ms.Model
+
+
+TRAIN_ARGUMENTS = ["self", "epoch", "train_dataset", "callbacks", "dataset_sink_mode", "sink_size", "initial_epoch"]
+
+
 def test_the_import_of_mindformers_registers_and_leaves_the_collector_as_it_was():
     code = ("import gc, sys, mindformers_ixc\n"
             "assert not {'mindspore', 'mindformers'} & set(sys.modules)\n"
