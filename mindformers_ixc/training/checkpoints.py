@@ -6,7 +6,6 @@ once it is whole and on the disk, and older ones go afterwards.
 """
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -24,8 +23,6 @@ from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import sync_folder
 from mindformers_ixc.training.log import not_finite
 from mindformers_ixc.training.resume import checkpoints_in, note_checkpoint, step_of
-
-logger = logging.getLogger(__name__)
 
 # MindFormers' name of the callback that writes checkpoints.
 MONITOR = "CheckpointMonitor"
@@ -83,7 +80,6 @@ class SafeCheckpointMonitor(CheckpointMonitor):
             cb_params.run_failed = True
             raise TrainingError(f"{sentence} Make room, then go on with resume_training; on_save_error: continue "
                                 "would train on without it.") from error
-        logger.warning(sentence)
         print(f"{sentence} The run goes on without it, as on_save_error says.", file=sys.stderr, flush=True)
 
     def remove_redundancy(self, network, cur_file, append_dict, train_network) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
 from mindformers_ixc.data.conversations import load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import fit_samples
-from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.errors import ConfigError, TrainingError
 from mindformers_ixc.files import EVALUATIONS_FILE, read_metrics, write_whole
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.questions import questions_of
@@ -157,6 +158,7 @@ class Evaluation(Callback):
 
     Raises:
         ConfigError: see `evaluation_options`.
+        TrainingError: while training, when a measurement cannot be written and `on_save_error` is `stop`.
     """
 
     def __init__(self, trainer: Training, section: dict, data: MindFormerConfig):
@@ -220,10 +222,21 @@ class Evaluation(Callback):
                                      [metric for metric in metrics if metric in SCORES]))
         model.set_train(True)
         rows = [old for old in self._rows() if old["step"] < step] + [row]
-        if self._is_best(rows):      # before the row: a run that is killed in between measures again
-            self.trainer.save_directory("best")
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows), sync=True)
+        try:
+            if self._is_best(rows):      # before the row: a run that is killed in between measures again
+                self.trainer.save_directory("best")
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows), sync=True)
+        except OSError as error:
+            self._not_saved(error, step)
         logger.info("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+    def _not_saved(self, error: OSError, step: int) -> None:
+        """Says that a measurement could not be written, and ends the run unless it is to go on."""
+        sentence = (f"Step {step}: its evaluation could not be written to {self.path.parent} "
+                    f"({error.strerror or error}); what was there before is kept.")
+        if getattr(self.trainer.config, "on_save_error", None) != "continue":
+            raise TrainingError(f"{sentence} Make room, then go on with resume_training.") from error
+        print(f"{sentence} The run goes on without it, as on_save_error says.", file=sys.stderr, flush=True)
 
     def _assistant(self, model: IXC25Model):
         if not hasattr(self, "assistant"):

@@ -12,6 +12,7 @@ from mindformers.tools.register import MindFormerConfig
 from mindspore import Tensor
 
 from mindformers_ixc.cli.yaml_file import read_yaml
+from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.preference import IXC25ForPreference
@@ -159,3 +160,25 @@ def test_the_best_model_is_there_before_the_row_that_says_so(tmp_path, monkeypat
     with pytest.raises(ZeroDivisionError):
         run.run()
     assert (tmp_path / "best" / "step").read_text() == "2"
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_measurement_that_cannot_be_written_ends_the_run_or_not_as_it_says(tmp_path, monkeypatch, capsys, policy):
+    run = FakeTraining(tmp_path, monkeypatch)
+    run.config.on_save_error = policy
+    ordinary = run.save_directory
+
+    def full(name):
+        if run.now == 4:
+            raise OSError(28, "No space left on device")
+        ordinary(name)
+
+    run.save_directory = full
+    if policy == "stop":
+        with pytest.raises(TrainingError, match=r"Step 4: its evaluation could not be written.*No space left"):
+            run.run()
+    else:
+        run.run()
+        assert "Step 4: its evaluation could not be written" in capsys.readouterr().err
+        assert [json.loads(line)["step"] for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()] == [2, 6]
+    assert (tmp_path / "best" / "step").read_text() == ("2" if policy == "stop" else "6")
