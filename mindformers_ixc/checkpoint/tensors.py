@@ -14,6 +14,9 @@ from mindformers_ixc.errors import CheckpointError
 # Bytes of a tensor that are in memory at once.
 PIECE = 64 * 2**20
 
+# Axes and numbers of a tensor that NumPy can still describe, whatever its format.
+MAX_AXES, MAX_NUMBERS = 32, 2**59
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -92,6 +95,9 @@ class MappedTensor(LazyTensor):
 
     def __init__(self, dtype: str, shape: tuple[int, ...], stretches: list[Stretch]):
         self.dtype, self.shape, self.stretches = dtype, shape, stretches
+        if len(shape) > MAX_AXES or math.prod(max(1, length) for length in shape) >= MAX_NUMBERS:
+            raise CheckpointError(f"{stretches[0].path} has a tensor of shape {shape[:MAX_AXES]}, which no weight has; "
+                                  "the file is damaged.")
         found = sum(stretch.nbytes for stretch in stretches)
         if found != self.nbytes:
             raise CheckpointError(f"{stretches[0].path} gives a tensor of shape {shape} in {dtype} {found} bytes, it "
