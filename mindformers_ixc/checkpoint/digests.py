@@ -28,7 +28,7 @@ from mindformers_ixc.checkpoint import ckpt_file, safetensors_file
 from mindformers_ixc.checkpoint.tensors import Stretch
 from mindformers_ixc.config import CONFIG_FILE
 from mindformers_ixc.errors import CheckpointError
-from mindformers_ixc.files import read_json, write_whole
+from mindformers_ixc.files import read_json, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,9 @@ def write_digests(folder: str | os.PathLike, files: Iterable[str] | Mapping[str,
         else:
             digests.files[name] = _digest_of(Path(place), (known or {}).get(name))
     fields = _fields(digests)
-    write_whole(target, json.dumps({**fields, "sha256": _digest_of_fields(fields)}, indent=1) + "\n")
+    with whole_file(target, sync=True) as partial:
+        partial.write_text(json.dumps({**fields, "sha256": _digest_of_fields(fields)}, indent=1) + "\n",
+                           encoding="utf-8")
     return target
 
 
