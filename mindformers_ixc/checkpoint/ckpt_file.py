@@ -63,9 +63,9 @@ class _Reader:
             length = self.varint()
             begin = self.file.tell()
             if begin + length > end:
-                raise CheckpointError(f"{self.path} is truncated or damaged: a value should end at byte "
-                                      f"{begin + length}, what holds it ends at {end}, the file has {self.size}; copy "
-                                      "it again.")
+                inside = "" if end == self.size else f", what holds it ends at {end}"
+                raise CheckpointError(f"{self.path} is damaged or truncated: a value should end at byte "
+                                      f"{begin + length}, the file has {self.size}{inside}; copy it again.")
             yield number, (begin, length)
             self.file.seek(begin + length)
         if self.file.tell() != end:

@@ -47,7 +47,7 @@ def read_strategy(path: Path) -> Strategy:
     Raises:
         CheckpointError: when there is none, one is damaged, or a pipeline stage is missing.
     """
-    files = [path] if path.is_file() else sorted(path.glob("*.ckpt"), key=_rank_in_name)
+    files = strategy_files(path)
     if not files:
         raise CheckpointError(f"{path} holds no strategy files (*.ckpt); a run writes them to <output>/strategy.")
     layouts: dict[str, Layout] = {}
@@ -58,8 +58,8 @@ def read_strategy(path: Path) -> Strategy:
             merged = re.match(r"(\d+)-(.+)", words)       # a file of all stages names them so
             stage, name = (int(merged[1]), merged[2]) if merged else (own, words)
             if layouts.setdefault(name, layout) != layout:
-                raise CheckpointError(f"{path} gives two layouts of {name} ({layouts[name]} and, in {file.name}, {layout})"
-                                      "; these are strategy files of different runs.")
+                raise CheckpointError(f"{path} gives two layouts of {name}, {layouts[name]} and, in {file.name}, {layout}: "
+                                      "these are strategy files of different runs, or damaged.")
             if stage not in stages.setdefault(name, []):
                 stages[name].append(stage)
     if not layouts:
@@ -72,6 +72,11 @@ def read_strategy(path: Path) -> Strategy:
         raise CheckpointError(f"{path} speaks of stages of {' and of '.join(map(str, sorted(devices)))} devices; these "
                               "are strategy files of different runs, or damaged.")
     return Strategy(layouts, stages, len(present))
+
+
+def strategy_files(path: Path) -> list[Path]:
+    """The strategy file, or those of a folder by rank."""
+    return [path] if path.is_file() else sorted(path.glob("*.ckpt"), key=_rank_in_name)
 
 
 def _rank_in_name(path: Path) -> int:

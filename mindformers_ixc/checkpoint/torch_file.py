@@ -99,7 +99,8 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"{path} is a damaged archive ({_first_line(error)}); copy it again.") from error
     if packed is not None:
         raise CheckpointError(f"{path} is no file of PyTorch's: its part {packed.filename} is packed "
-                              f"({packed.file_size} bytes in {packed.compress_size}). Get the checkpoint from its source again.")
+                              f"({packed.file_size} bytes in {packed.compress_size}). Get the checkpoint from its "
+                              "source again.")
 
 
 def _load(torch: ModuleType, path: Path) -> tuple[object, bool]:
