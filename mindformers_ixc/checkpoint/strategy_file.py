@@ -58,8 +58,8 @@ def read_strategy(path: Path) -> Strategy:
             merged = re.match(r"(\d+)-(.+)", words)       # a file of all stages names them so
             stage, name = (int(merged[1]), merged[2]) if merged else (own, words)
             if layouts.setdefault(name, layout) != layout:
-                raise CheckpointError(f"{path} gives two layouts of {name}, {layouts[name]} and, in {file.name}, {layout}: "
-                                      "these are strategy files of different runs, or damaged.")
+                raise CheckpointError(f"{path} gives two layouts of {name}: {layouts[name]} and, in {file.name}, "
+                                      f"{layout}; these are strategy files of different runs, or damaged.")
             if stage not in stages.setdefault(name, []):
                 stages[name].append(stage)
     if not layouts:

@@ -57,9 +57,9 @@ def run_merge(arguments: argparse.Namespace) -> int:
     """Runs `mindformers merge` and prints the target."""
     target = merge(
         arguments.source, arguments.target, attach=arguments.attach, lora=arguments.lora, alpha=arguments.alpha,
-        adapter=arguments.adapter, fold=arguments.fold, extract=arguments.extract, average=arguments.average, ema=arguments.ema, to=arguments.to,
-        dtype=arguments.dtype, config=arguments.config, shard_bytes=read_size(arguments.max_shard_size),
-        overwrite=arguments.overwrite)
+        adapter=arguments.adapter, fold=arguments.fold, extract=arguments.extract, average=arguments.average,
+        ema=arguments.ema, to=arguments.to, dtype=arguments.dtype, config=arguments.config,
+        shard_bytes=read_size(arguments.max_shard_size), overwrite=arguments.overwrite)
     return _finish(arguments, target)
 
 
