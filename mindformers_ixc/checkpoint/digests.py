@@ -290,12 +290,16 @@ def verify_files(paths: Iterable[Path], remember: bool = True) -> bool:
     """
     groups, complete = group_by_digests(paths)
     for digests, names in groups:
+        _say_config(digests)
         verify_listed(digests, names, remember)
     return complete
 
 
 def group_by_digests(paths: Iterable[Path]) -> tuple[list[tuple[Digests, list[str]]], bool]:
-    """The digests that speak of files, each with the files' names below its folder; and whether all files have some."""
+    """The digests that speak of files, each with what to compare; and whether all files have some.
+
+    A tokenizer that is listed with weights is compared with them: both are converted together.
+    """
     groups: dict[Path, tuple[Digests, list[str]]] = {}
     complete = True
     for path in paths:
@@ -306,6 +310,8 @@ def group_by_digests(paths: Iterable[Path]) -> tuple[list[tuple[Digests, list[st
             continue
         name = path.absolute().relative_to(digests.folder.absolute()).as_posix()
         groups.setdefault(digests.source, (digests, []))[1].append(name)
+    for digests, names in groups.values():
+        names += [name for name in digests.files if name.endswith(".model") and name not in names]
     return list(groups.values()), complete
 
 

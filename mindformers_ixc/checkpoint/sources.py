@@ -1,6 +1,7 @@
 """What a checkpoint on disk is, and its tensors: public directories, single files, MindSpore's, and ranks of a run."""
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mindformers_ixc.checkpoint import ckpt_file, safetensors_file, torch_file
-from mindformers_ixc.checkpoint.digests import read_digests, verification, verify_files, verify_folder
+from mindformers_ixc.checkpoint.digests import DIGEST_FILE, read_digests, verification, verify_files, verify_folder
 from mindformers_ixc.checkpoint.layouts import Strategy, covers
 from mindformers_ixc.checkpoint.safetensors_file import read_metadata
 from mindformers_ixc.checkpoint.strategy_file import read_strategy, strategy_files
@@ -16,6 +17,8 @@ from mindformers_ixc.checkpoint.tensors import JoinedTensor, LazyTensor
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.files import read_json
 from mindformers_ixc.parameters import base_name
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 # What a training run writes down of its configuration, in its output folder.
@@ -258,7 +261,18 @@ def _rank_files(folder: Path, ranks: list[Path]) -> list[Path]:
     files = [found[max(common)] for found in steps]
     for file in files:
         _check_rank(file)
+        _say_lost(file, max(common))
     return files
+
+
+def _say_lost(file: Path, step: tuple[int, ...]) -> None:
+    """Says when a later checkpoint than the one that is read was written, and is gone."""
+    digests = read_digests(file.parent)
+    listed = [name for name in digests.files if not (file.parent / name).exists()] if digests is not None else []
+    lost = [name for name in listed if (key := _STEP.search(name)) and tuple(map(int, key.groups())) > step]
+    if lost:
+        logger.warning(f"{file.parent / lost[-1]} is gone or was never finished, although {DIGEST_FILE} lists it; "
+                       f"{file.name} is read, which is older.")
 
 
 def _check_rank(file: Path) -> None:
