@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.common import np_dtype
 
+from mindformers_ixc.checkpoint.convert import check_tensor
 from mindformers_ixc.checkpoint.digests import write_digests
 from mindformers_ixc.checkpoint.dtypes import STORAGE, convert_dtype, count_not_finite, format_of
 from mindformers_ixc.checkpoint.sources import open_source
@@ -40,7 +41,7 @@ def load_weights(model: nn.Cell, directory: str | os.PathLike) -> None:
         directory: a model directory (safetensors or .bin), or any whole checkpoint `convert` reads.
 
     Raises:
-        CheckpointError: for a damaged file, a missing or surplus parameter, or a shape that differs.
+        CheckpointError: for a damaged file, a missing or surplus parameter, a shape that differs, or whole numbers.
     """
     source = open_source(directory)
     wanted = {parameter.name: parameter for parameter in model.get_parameters()}
@@ -51,10 +52,7 @@ def load_weights(model: nn.Cell, directory: str | os.PathLike) -> None:
             f"{directory} does not match its config.json: {len(missing)} parameters are missing "
             f"(first: {sorted(missing)[:3]}), {len(surplus)} are surplus (first: {sorted(surplus)[:3]}).")
     for name, parameter in wanted.items():
-        tensor = source.tensors[name]
-        if tensor.shape != tuple(parameter.shape):
-            raise CheckpointError(f"{directory} holds {name} with shape {tensor.shape}, the configuration asks for "
-                                  f"{tuple(parameter.shape)}.")
+        check_tensor(source, name, source.tensors[name], tuple(parameter.shape))
     parts = {name: source.tensors[name] for name in wanted}
     if is_parallel():
         own = slices_of_rank({name: tensor.shape for name, tensor in parts.items()}, model.config, rank())

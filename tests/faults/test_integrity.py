@@ -91,7 +91,8 @@ def test_a_flipped_bit_is_refused_by_everything_that_reads(model, tmp_path):
 
 def test_no_verify_reads_it_as_it_is(model, tmp_path):
     flip(model / "model.safetensors", NORM)
-    assert command("convert", str(model), str(tmp_path / "x"), "--to", "hf", "--no_verify") == (0, f"{tmp_path / 'x'}\n")
+    words = ("convert", str(model), str(tmp_path / "x"), "--to", "hf", "--no_verify")
+    assert command(*words) == (0, f"{tmp_path / 'x'}\n")
     set_verification(True)
     changed = [name for name, value in content(tmp_path / "x").items()
                if value[2] != open_source(model, verify=False).tensors[name].whole().tobytes()]
@@ -226,7 +227,7 @@ def test_the_configuration_of_a_run_that_began_elsewhere(tmp_path):
     convert(run, tmp_path / "x", to="hf")
     record["model"]["model_config"]["rope_theta"] = 5.0
     (run / "run_config.json").write_text(json.dumps(record))
-    with pytest.raises(CheckpointError, match="differ in rope_theta.* name the model's"):
+    with pytest.raises(CheckpointError, match=r"differ in rope_theta.* name the model's"):
         convert(run, tmp_path / "y", to="hf")
 
 
