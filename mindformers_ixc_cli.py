@@ -76,6 +76,7 @@ def _add_run(commands: Commands) -> None:
                      help="move an earlier run's files in the output folder to old-N there, instead of refusing it")
     run.add_argument("--use_parallel", metavar="BOOL", help="run under msrun with the file's parallel_config")
     run.add_argument("--predict_data", metavar="FILE", help="questions for run_mode predict, one JSON object a line")
+    _add_no_verify(run)
 
 
 def _add_launch(commands: Commands) -> None:
@@ -94,6 +95,11 @@ def _add_launch(commands: Commands) -> None:
     launch.add_argument("--log_dir", metavar="DIR", help="of the ranks' logs (default: OUTPUT_DIR/rank_logs)")
 
 
+def _add_no_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no_verify", action="store_true", help="do not compare weights with the digests that were "
+                        "written with them")
+
+
 def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="model directory, such as OUT/model")
     parser.add_argument("--mode", choices=list(MODE_ADAPTERS), default="base", help="task LoRAs in use")
@@ -102,6 +108,7 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="length of an answer at most")
     parser.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' logs on standard error")
+    _add_no_verify(parser)
 
 
 def _add_chat(commands: Commands) -> None:
@@ -148,6 +155,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="PATH", help="config.json, if SRC has none beside it")
     parser.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    _add_no_verify(parser)
 
 
 def _add_convert(commands: Commands) -> None:
@@ -189,6 +197,7 @@ def _add_merge(commands: Commands) -> None:
     merge.add_argument("--attach", metavar="SRC", help="tensors that replace SRC's, as --extract made them")
     merge.add_argument("--lora", metavar="SRC", help="trained LoRA (PEFT or MindFormers) to fold in")
     merge.add_argument("--alpha", type=float, metavar="X", help="its alpha, if it has no adapter_config.json")
+    merge.add_argument("--adapter", metavar="NAME", help="which adapter, if the LoRA's file holds several")
     merge.add_argument("--fold", nargs="+", default=[], metavar="TASK",
                        help=f"task LoRAs to fold in: {', '.join(TASK_LORAS)}")
     merge.add_argument("--extract", nargs="+", default=[], metavar="PART", help="keep these parts only: "
@@ -204,7 +213,7 @@ def _add_inspect(commands: Commands) -> None:
     inspect.add_argument("source", metavar="SRC", help="any checkpoint")
     inspect.add_argument("--config", metavar="PATH", help="config.json to compare with (default: SRC's own)")
     inspect.add_argument("--strategy", metavar="PATH", help="strategy of rank folders, if it is not in the usual place")
-    inspect.add_argument("--verify", action="store_true", help="compare every byte with the index's checksums")
+    inspect.add_argument("--verify", action="store_true", help="compare every byte with its digest")
     inspect.add_argument("--tensors", action="store_true", help="list every tensor")
     inspect.add_argument("--json", action="store_true", help="JSON instead of text")
 
@@ -241,6 +250,7 @@ def _add_reference(commands: Commands) -> None:
     reference.add_argument("--batch_size", type=int, default=4, metavar="N", help="answers at once")
     reference.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
     reference.add_argument("--verbose", action="store_true", help="show the libraries' logs on standard error")
+    _add_no_verify(reference)
 
 
 def _add_report(commands: Commands) -> None:
@@ -315,6 +325,18 @@ def quiet_libraries() -> None:
     os.environ.setdefault("GLOG_v", "3")             # MindSpore: 3 = errors only
     warnings.filterwarnings("ignore")
     logging.getLogger().addHandler(logging.NullHandler())
+    # what is to be said of a checkpoint is for the user all the same
+    own = logging.getLogger("mindformers_ixc.checkpoint")
+    own.addHandler(Sentences())
+    own.setLevel(logging.INFO)
+
+
+class Sentences(logging.Handler):
+    """Prints what is logged as plain lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one record."""
+        print(record.getMessage(), file=sys.stderr, flush=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -370,6 +392,8 @@ def _execute(arguments: argparse.Namespace) -> int:
         quiet_libraries()
     try:
         check_inputs(arguments)
+        if getattr(arguments, "no_verify", False):
+            importlib.import_module("mindformers_ixc.checkpoint.digests").set_verification(False)
         module, function = COMMANDS[arguments.command]
         return getattr(importlib.import_module(f"mindformers_ixc.cli.{module}"), function)(arguments) or 0
     except KeyboardInterrupt:

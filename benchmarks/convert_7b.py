@@ -3,8 +3,10 @@
     python benchmarks/convert_7b.py FOLDER              # about 60 GB of room; everything is removed at the end
     python benchmarks/convert_7b.py FOLDER --layers 4   # a quick look
 
-The source is sharded as the public repository is: three pytorch_model-*.bin files in bfloat16 (with PyTorch; else three
-safetensors). A plain copy of the same bytes is timed in the same run, both with everything on the disk at the end.
+The source is sharded as the public repository is: three pytorch_model-*.bin files in bfloat16 (with PyTorch; else
+three safetensors). A plain copy of the same bytes is timed in the same run, both with everything on the disk at the end.
+The way back reads what has digests, so it is timed with their comparison and without (--no_verify); the comparison alone
+is timed from the disk, from memory and remembered, beside other digests of the same bytes.
 """
 from __future__ import annotations
 
@@ -181,8 +183,51 @@ def report(source: Path, cut: Path, back: Path, root: Path, size: float, degree:
     before = digests(source)
     measure(f"to MindSpore, tp {degree}", ["convert", str(source), str(cut), "--tp", str(degree)], plain, size)
     shutil.rmtree(source)     # 22 GB of room
+    measure("back, not verified", ["convert", str(cut), str(back), "--to", "hf", "--no_verify"], plain, size)
+    shutil.rmtree(back)
     measure("back to public", ["convert", str(cut), str(back), "--to", "hf"], plain, size)
+    compare_digests(cut)
     print(f"bit-equal: {digests(back) == before}", flush=True)
+
+
+def compare_digests(folder: Path) -> None:
+    """Times the comparison of a folder with its digests, and other digests of the same bytes."""
+    import zlib
+
+    from mindformers_ixc.checkpoint.digests import SETTLED_S, verify_folder
+
+    files = [file for file in folder.rglob("*.safetensors")]
+    size = sum(file.stat().st_size for file in files) / 1e9
+    time.sleep(SETTLED_S)
+
+    def timed(title: str, work) -> None:
+        start, cpu = time.perf_counter(), time.process_time()
+        work()
+        seconds = time.perf_counter() - start
+        print(f"{title:<28} {seconds:8.2f} s  {size / seconds:8.2f} GB/s  {time.process_time() - cpu:7.2f} s of CPU",
+              flush=True)
+
+    for file in files:
+        with open(file, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    timed("compared, from the disk", lambda: verify_folder(folder, remember=False))
+    timed("compared, from memory", lambda: verify_folder(folder, remember=False))
+    timed("remembered", lambda: verify_folder(folder))
+
+    def read(update) -> None:
+        for file in files:
+            with open(file, "rb", buffering=0) as opened:
+                while block := opened.read(4 * 2**20):
+                    update(block)
+
+    timed("SHA-256, one thread", lambda: read(hashlib.sha256().update))
+    timed("BLAKE2b, one thread", lambda: read(hashlib.blake2b().update))
+    timed("CRC-32, one thread", lambda: read(zlib.crc32))
+    try:
+        import xxhash
+    except ImportError:
+        return
+    timed("XXH3, one thread", lambda: read(xxhash.xxh3_128().update))
 
 
 def measure(title: str, command: list[str], plain: float, size: float) -> None:

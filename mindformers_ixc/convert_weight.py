@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ixc.checkpoint.convert import convert
+from mindformers_ixc.checkpoint.digests import set_verification
 from mindformers_ixc.models.configuration import ModelConfig
 
 MODELS = ("ixc25", ModelConfig.model_type)
@@ -53,8 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output_path", required=True, help="file or directory to be made")
     parser.add_argument("--dtype", choices=["fp16", "fp32", "bf16"], help="format of the weights")
     parser.add_argument("--config_path", help="config.json, if there is none beside the input")
+    parser.add_argument("--no_verify", action="store_true", help="do not compare the input with its digests")
     parser.add_argument("--reversed", action="store_true", help="MindSpore to public")
     arguments = parser.parse_args(argv)
+    set_verification(not arguments.no_verify)
     function = convert_ms_to_pt if arguments.reversed else convert_pt_to_ms
     try:
         function(arguments.input_path, arguments.output_path, arguments.dtype, config=arguments.config_path)

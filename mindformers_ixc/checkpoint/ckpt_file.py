@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mindformers_ixc.checkpoint.dtypes import MINDSPORE
-from mindformers_ixc.checkpoint.protobuf import BYTES, VARINT, encode_field, encode_varint
+from mindformers_ixc.checkpoint.protobuf import BYTES, VARINT, encode_field, encode_varint, signed
 from mindformers_ixc.checkpoint.tensors import MappedTensor, Stretch
 from mindformers_ixc.errors import CheckpointError
 
@@ -21,6 +21,8 @@ SLICE = 512 * 2**20
 
 _FORMATS = {name: dtype for dtype, name in MINDSPORE.items()}
 _VALUE, _TAG, _TENSOR, _DIMS, _TYPE, _CONTENT = 1, 1, 2, 1, 2, 3     # field numbers of checkpoint.proto
+_VALUE_FIELDS = {_TAG: BYTES, _TENSOR: BYTES}
+_TENSOR_FIELDS = {_DIMS: VARINT, _TYPE: BYTES, _CONTENT: BYTES}
 
 
 class _Reader:
@@ -41,31 +43,59 @@ class _Reader:
                 return value
             shift += 7
 
-    def fields(self, end: int) -> Iterator[tuple[int, Any]]:
-        """Yields field number and value, an int or the `(begin, length)` of bytes, up to an offset."""
+    def fields(self, end: int, kinds: dict[int, int]) -> Iterator[tuple[int, Any]]:
+        """Yields number and value of each field up to an offset.
+
+        Args:
+            end: offset behind the last one.
+            kinds: wire type of each field there may be; a value is an int, or the `(begin, length)` of bytes.
+        """
         while self.file.tell() < end:
+            place = self.file.tell()
             key = self.varint()
             number, wire = key >> 3, key & 7
+            if kinds.get(number) != wire:
+                raise CheckpointError(f"{self.path} is no MindSpore .ckpt file, damaged or encrypted (unexpected field "
+                                      f"{number} of wire type {wire} at byte {place}); copy it again.")
             if wire == VARINT:
                 yield number, self.varint()
-            elif wire == BYTES:
-                length = self.varint()
-                begin = self.file.tell()
-                if begin + length > self.size:
-                    raise CheckpointError(f"{self.path} is truncated: a value should end at byte {begin + length}, the "
-                                          f"file has {self.size}; copy it again.")
-                yield number, (begin, length)
-                self.file.seek(begin + length)
+                continue
+            length = self.varint()
+            begin = self.file.tell()
+            if begin + length > end:
+                inside = "" if end == self.size else f", what holds it ends at {end}"
+                raise CheckpointError(f"{self.path} is damaged or truncated: a value should end at byte "
+                                      f"{begin + length}, the file has {self.size}{inside}; copy it again.")
+            yield number, (begin, length)
+            self.file.seek(begin + length)
+        if self.file.tell() != end:
+            raise CheckpointError(f"{self.path} is damaged: a number runs over the end of what holds it, at byte "
+                                  f"{end}; copy it again.")
+
+    def once(self, begin: int, length: int, kinds: dict[int, int]) -> dict[int, Any]:
+        """The fields of a message of which each may be there once."""
+        self.file.seek(begin)
+        found: dict[int, Any] = {}
+        for number, value in self.fields(begin + length, kinds):
+            if number == _DIMS and kinds is _TENSOR_FIELDS:
+                found.setdefault(number, []).append(value)
+            elif number in found:
+                raise CheckpointError(f"{self.path} is damaged: field {number} stands twice in the message at byte "
+                                      f"{begin}; copy it again.")
             else:
-                raise CheckpointError(f"{self.path} is no MindSpore .ckpt file (unexpected field at byte "
-                                      f"{self.file.tell()}), or it is encrypted.")
+                found[number] = value
+        return found
 
     def text(self, place: tuple[int, int]) -> str:
         here = self.file.tell()
         self.file.seek(place[0])
-        value = self.file.read(place[1]).decode(errors="replace")
-        self.file.seek(here)
-        return value
+        try:
+            return self.file.read(place[1]).decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.path} is damaged: the name at byte {place[0]} is no text; copy it "
+                                  "again.") from error
+        finally:
+            self.file.seek(here)
 
 
 def read_tensors(path: Path) -> dict[str, MappedTensor]:
@@ -78,11 +108,13 @@ def read_tensors(path: Path) -> dict[str, MappedTensor]:
     found: dict[str, tuple[str, tuple[int, ...], list[Stretch]]] = {}
     with open(path, "rb") as file:
         reader = _Reader(file, path, size)
-        for number, (begin, length) in reader.fields(size):
-            if number != _VALUE:
-                raise CheckpointError(f"{path} is no MindSpore .ckpt file (unexpected field {number}).")
+        for _, (begin, length) in reader.fields(size, {_VALUE: BYTES}):
             name, dtype, shape, stretch = _read_value(reader, begin, length)
-            found.setdefault(name, (dtype, shape, []))[2].append(stretch)
+            first = found.setdefault(name, (dtype, shape, []))
+            if first[:2] != (dtype, shape):
+                raise CheckpointError(f"{path} is damaged: parts of {name} are {dtype} of shape {shape} and {first[0]} "
+                                      f"of shape {first[1]}; copy it again.")
+            first[2].append(stretch)
     if not found:
         raise CheckpointError(f"{path} holds no tensors.")
     return {name: MappedTensor(*tensor) for name, tensor in found.items()}
@@ -90,28 +122,22 @@ def read_tensors(path: Path) -> dict[str, MappedTensor]:
 
 def _read_value(reader: _Reader, begin: int, length: int) -> tuple[str, str, tuple[int, ...], Stretch]:
     """Name, format and shape of the tensor of one value, and where its bytes, or some of them, lie."""
-    name, tensor = None, None
-    reader.file.seek(begin)
-    for number, place in reader.fields(begin + length):
-        if number == _TAG:
-            name = reader.text(place)
-        elif number == _TENSOR:
-            tensor = place
-    if name is None or tensor is None:
+    value = reader.once(begin, length, _VALUE_FIELDS)
+    if _TAG not in value or _TENSOR not in value:
         raise CheckpointError(f"{reader.path} holds a value without a name or a tensor at byte {begin}.")
-    shape, dtype, content = [], None, (0, 0)
-    reader.file.seek(tensor[0])
-    for number, value in reader.fields(sum(tensor)):
-        if number == _DIMS:
-            shape.append(value)
-        elif number == _TYPE:
-            dtype = reader.text(value)
-        elif number == _CONTENT:
-            content = value
+    name = reader.text(value[_TAG])
+    first, count = value[_TENSOR]
+    tensor = reader.once(first, count, _TENSOR_FIELDS)
+    dtype = reader.text(tensor[_TYPE]) if _TYPE in tensor else None
     if dtype not in _FORMATS:
         raise CheckpointError(f"{reader.path} holds {name} in the format {dtype}; the choices are "
                               f"{', '.join(_FORMATS)}.")
-    return name, _FORMATS[dtype], tuple(shape), Stretch(reader.path, *content)
+    shape, content = tuple(map(signed, tensor.get(_DIMS, []))), tensor.get(_CONTENT, (first, 0))
+    if any(size < 0 for size in shape):
+        raise CheckpointError(f"{reader.path} is damaged: {name} has shape {shape}; copy it again.")
+    if shape == (0,) and content[1]:        # MindSpore writes numbers without axes so
+        shape = ()
+    return name, _FORMATS[dtype], shape, Stretch(reader.path, *content)
 
 
 def slice_prefix(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> bytes:

@@ -6,18 +6,21 @@
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.dtypes import FLOATING
 from mindformers_ixc.checkpoint.model_config import config_of
-from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
+from mindformers_ixc.checkpoint.sources import AVERAGE_PREFIX, OpenedCheckpoint, is_state, open_source
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
 from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.parallel.cuts import check_degree, check_stages
 from mindformers_ixc.parameters import BUFFERS, Entry, base_name, parameter_table, part_of
+
+logger = logging.getLogger(__name__)
 
 
 def convert(source: str | Path, target: str | Path, *, to: str | None = None, format: str = "safetensors",
@@ -86,7 +89,7 @@ def select_tensors(source: OpenedCheckpoint, config: ModelConfig, options: Optio
     Raises:
         CheckpointError: for missing or surplus parameters, another shape or a format no weight has.
     """
-    table = parameter_table(config)
+    table, is_run, left_out = parameter_table(config), source.is_training_state, 0
     dropped = {f"task_lora.{task}" for task in options.drop}
     chosen, surplus = {}, []
     for name, tensor in source.tensors.items():
@@ -95,11 +98,15 @@ def select_tensors(source: OpenedCheckpoint, config: ModelConfig, options: Optio
             check_tensor(source, name, tensor, entry.shape)
             if name == entry.name or options.to == "ms":
                 chosen[name] = tensor
+            else:
+                left_out += 1
         elif part_of(base_name(name)) in dropped or BUFFERS.match(name):
             continue
-        elif len(tensor.shape) <= 1 and part_of(name) is None:     # counters of a training run
-            if options.to == "ms":
+        elif part_of(base_name(name)) is None and (is_state(name) or len(tensor.shape) <= 1):
+            if options.to == "ms" and not name.startswith(AVERAGE_PREFIX):
                 chosen[name] = tensor
+            else:
+                left_out += 1
         else:
             surplus.append(name)
     missing = [name for name in table if name not in source.tensors]
@@ -107,6 +114,9 @@ def select_tensors(source: OpenedCheckpoint, config: ModelConfig, options: Optio
         raise CheckpointError(
             f"{source.path} does not match its config.json: {len(missing)} parameters are missing (first: "
             f"{missing[:3]}), {len(surplus)} are surplus (first: {surplus[:3]}).{_hint(source, table, missing)}")
+    if is_run and left_out:
+        logger.info(f"{source.path}: {left_out} tensors are no parameters (optimizer states, averages, counters) and "
+                    "are left out.")
     return chosen
 
 

@@ -22,13 +22,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mindformers_ixc.checkpoint import ckpt_file, safetensors_file
 from mindformers_ixc.checkpoint.tensors import Stretch
 from mindformers_ixc.config import CONFIG_FILE
 from mindformers_ixc.errors import CheckpointError
-from mindformers_ixc.files import read_json, write_whole
+from mindformers_ixc.files import read_json, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,9 @@ def write_digests(folder: str | os.PathLike, files: Iterable[str] | Mapping[str,
         else:
             digests.files[name] = _digest_of(Path(place), (known or {}).get(name))
     fields = _fields(digests)
-    write_whole(target, json.dumps({**fields, "sha256": _digest_of_fields(fields)}, indent=1) + "\n")
+    with whole_file(target, sync=True) as partial:
+        partial.write_text(json.dumps({**fields, "sha256": _digest_of_fields(fields)}, indent=1) + "\n",
+                           encoding="utf-8")
     return target
 
 
@@ -242,10 +244,13 @@ def _read_index(path: Path) -> Digests | None:
 
 
 def find_digests(file: Path) -> Digests | None:
-    """The digests that speak of a weight file: in its folder, or for `rank_N` folders up to two above it."""
+    """The digests of a file: in its folder; for `TARGET/checkpoint/rank_N` and `TARGET/strategy` also in TARGET."""
+    parents = file.absolute().parents
     folders = [file.parent]
-    if re.fullmatch(r"rank_\d+", file.parent.name) or file.parent.name == "strategy":
-        folders += file.absolute().parents[1:3]
+    if file.parent.name == "strategy":
+        folders.append(parents[1])
+    elif re.fullmatch(r"rank_\d+", file.parent.name) and parents[1].name == "checkpoint":
+        folders.append(parents[2])
     found = (read_digests(folder) for folder in folders)
     return next((digests for digests in found if digests is not None), None)
 
@@ -275,28 +280,60 @@ def verify_folder(folder: str | os.PathLike, files: Iterable[str] | None = None,
     return True
 
 
-def verify_files(paths: Iterable[Path]) -> bool:
+def verify_files(paths: Iterable[Path], remember: bool = True) -> bool:
     """Compares weight files of any folders with the digests that speak of them; see `verify_folder`.
+
+    A strategy file is compared where it is listed; a run's is not.
 
     Returns:
         Whether all of them have digests.
+    """
+    groups, complete = group_by_digests(paths)
+    for digests, names in groups:
+        _say_config(digests)
+        verify_listed(digests, names, remember)
+    return complete
+
+
+def group_by_digests(paths: Iterable[Path]) -> tuple[list[tuple[Digests, list[str]]], bool]:
+    """The digests that speak of files, each with what to compare; and whether all files have some.
+
+    A tokenizer that is listed with weights is compared with them: both are converted together.
     """
     groups: dict[Path, tuple[Digests, list[str]]] = {}
     complete = True
     for path in paths:
         digests = find_digests(path)
-        if digests is None:
+        if digests is None or (path.parent.name == "strategy" and not any(file.startswith("strategy/")
+                                                                          for file in digests.files)):
             complete = False
             continue
         name = path.absolute().relative_to(digests.folder.absolute()).as_posix()
         groups.setdefault(digests.source, (digests, []))[1].append(name)
     for digests, names in groups.values():
-        verify_listed(digests, names)
-    return complete
+        names += [name for name in digests.files if name.endswith(".model") and name not in names]
+    return list(groups.values()), complete
 
 
 def verify_listed(digests: Digests, names: list[str], remember: bool = True) -> None:
     """Compares files with the digests that were read; see `verify_folder`."""
+    check_files(digests, names)
+    with _memory(digests) as memory:
+        left = [name for name in names if not (remember and memory.knows(digests, name))]
+        for found in differences(digests, left):
+            if found is not None:
+                raise CheckpointError(f"{found.where} differs from its digest in {digests.source}: the file is damaged "
+                                      f"or of another checkpoint; {_COPY}.")
+        for name in left:
+            memory.note(digests, name)
+
+
+def check_files(digests: Digests, names: Iterable[str]) -> None:
+    """Refuses what needs no digest to be seen: another rank's folder, files not listed, missing or of another size.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
     check_rank(digests)
     for name in names:
         path = digests.folder / name
@@ -309,11 +346,6 @@ def verify_listed(digests: Digests, names: list[str], remember: bool = True) -> 
         if size is not None and path.stat().st_size != size:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {digests.source} says {size}: it is cut "
                                   f"off, or of another checkpoint; {_COPY}.")
-    with _memory(digests) as memory:
-        left = [name for name in names if not (remember and memory.knows(digests, name))]
-        _compare(digests, left)
-        for name in left:
-            memory.note(digests, name)
 
 
 def check_rank(digests: Digests) -> None:
@@ -352,36 +384,55 @@ def _say_config(digests: Digests) -> None:
         logger.warning(f"{path} was changed after its weights were written: {shown}.")
 
 
-def _compare(digests: Digests, names: list[str]) -> None:
-    """Compares every byte of some files with their digests, several tensors at a time."""
-    tasks: list[tuple[str, list[Stretch], str]] = []
-    for name in names:
-        tasks += _tasks(digests, name)
+class Difference(NamedTuple):
+    """Bytes that do not have the digest they should have.
+
+    Attributes:
+        file: path below the folder.
+        part: the tensor, `the header`, or nothing for a whole file.
+        where: `file: part` with the place of the bytes, for messages.
+    """
+
+    file: str
+    part: str
+    where: str
+
+
+def differences(digests: Digests, names: Iterable[str]) -> Iterator[Difference | None]:
+    """Compares every byte of some files with their digests, several tensors at a time.
+
+    Yields:
+        For each digest, in the files' order, `None` if the bytes have it.
+
+    Raises:
+        CheckpointError: when a file does not hold the tensors that are listed.
+    """
+    tasks = [task for name in names for task in _tasks(digests, name)]
     with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
         try:
             for (what, _, expected), found in zip(tasks, pool.map(lambda task: digest(task[1]), tasks)):
-                if found != expected:
-                    raise CheckpointError(f"{what} differs from its digest in {digests.source}: the file is damaged or "
-                                          f"of another checkpoint; {_COPY}.")
+                yield None if found == expected else what
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _tasks(digests: Digests, name: str) -> list[tuple[str, list[Stretch], str]]:
-    """What to compare of a file: the words for it, its bytes and their digest."""
+def _tasks(digests: Digests, name: str) -> list[tuple[Difference, list[Stretch], str]]:
+    """What to compare of a file: how it is called, its bytes and their digest."""
     path, entry = digests.folder / name, digests.files[name]
     size = path.stat().st_size
     if entry.tensors is None:
-        return [(str(path), [Stretch(path, 0, size)], str(entry.sha256))]
+        return [(Difference(name, "", str(path)), [Stretch(path, 0, size)], str(entry.sha256))]
     stretches = tensor_stretches(path) or {}
     odd = sorted(set(stretches) ^ set(entry.tensors))
     if odd:
         where = "in the file only" if odd[0] in stretches else "missing in the file"
         raise CheckpointError(f"{path} does not hold the tensors that {digests.source} lists ({odd[0]} is {where}); "
                               f"{_COPY}.")
-    tasks = [(f"{path}: {tensor} ({_bytes_of(own)})", own, entry.tensors[tensor]) for tensor, own in stretches.items()]
+    tasks = [(Difference(name, tensor, f"{path}: {tensor} ({_bytes_of(own)})"), own, entry.tensors[tensor])
+             for tensor, own in stretches.items()]
     if entry.frame is not None:
-        tasks.insert(0, (f"{path}: the header", _frame(path, size, stretches), entry.frame))
+        tasks.insert(0, (Difference(name, "the header", f"{path}: the header"), _frame(path, size, stretches),
+                         entry.frame))
     return tasks
 
 

@@ -109,6 +109,13 @@ def from_float32(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(STORAGE[dtype], copy=False)
 
 
+def count_not_finite(array: np.ndarray, dtype: str) -> int:
+    """How many numbers of an array are NaN or infinite; 0 for whole numbers."""
+    if dtype == "BF16":     # all bits of the exponent are set
+        return int(np.count_nonzero((array & np.uint16(0x7F80)) == 0x7F80))
+    return int(array.size - np.count_nonzero(np.isfinite(array))) if dtype in FLOATING else 0
+
+
 def convert_dtype(array: np.ndarray, source: str, target: str) -> np.ndarray:
     """An array in another floating format; the same array where nothing changes."""
     if source == target:

@@ -1,17 +1,14 @@
 """Says what is in a checkpoint: parts, counts, formats, what is missing or surplus, and whether the bytes are right."""
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source, read_file
+from mindformers_ixc.checkpoint.digests import check_files, differences, group_by_digests
+from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state, open_source
 from mindformers_ixc.checkpoint.tensors import JoinedTensor
-from mindformers_ixc.checkpoint.writing import RANK_INDEX
 from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.parameters import BUFFERS, PARTS, base_name, parameter_table, part_of
@@ -48,8 +45,9 @@ class Report:
         surplus: tensors that the configuration does not have.
         wrong_shapes: name, shape found and shape asked for.
         tensors: name, format and shape of each, if asked for.
-        verified: how many checksums were compared; `None` if not asked for.
-        damaged: tensors whose bytes do not have the checksum of the index.
+        has_digests: whether all files have digests, `digests.json` or checksums in an index.
+        verified: how many digests were compared; `None` if not asked for.
+        damaged: tensors, headers and other files whose bytes do not have their digest.
         differing: tensors of which ranks hold copies that are not equal (the first rank's is taken); `None` if not
             asked for.
     """
@@ -63,6 +61,7 @@ class Report:
     surplus: list[str] = field(default_factory=list)
     wrong_shapes: list[tuple] = field(default_factory=list)
     tensors: list[tuple] | None = None
+    has_digests: bool = False
     verified: int | None = None
     damaged: list[str] = field(default_factory=list)
     differing: list[str] | None = None
@@ -104,6 +103,11 @@ class Report:
         if self.verified:
             lines.append(f"{self.verified} checksums compared, {len(self.damaged)} differ"
                          + (f": {_some(self.damaged)}" if self.damaged else "."))
+        elif self.verified is None and self.has_digests:
+            lines.append("Not verified: its bytes were not compared with its digests; --verify does that.")
+        if not self.has_digests:
+            lines.append(f"{'Some of its files have' if self.verified else 'It has'} no digests, so damage to "
+                         "bytes cannot be noticed.")
         if self.differing:
             lines.append(f"The ranks' copies of {len(self.differing)} tensors are not equal (the first rank's is "
                          f"taken): {_some(self.differing)}")
@@ -123,19 +127,19 @@ def _some(names: list[str]) -> str:
 
 def inspect(path: str | Path, config: str | Path | None = None, strategy: str | Path | None = None,
             verify: bool = False, list_tensors: bool = False) -> Report:
-    """Looks into a checkpoint; only headers are read unless checksums are compared.
+    """Looks into a checkpoint; only headers are read unless digests are compared.
 
     Args:
         path: any checkpoint `convert` reads.
         config: `config.json` or its directory to compare with; by default the checkpoint's own.
         strategy: strategy of ranks, if it is not in the usual place.
-        verify: compare the bytes with the index's checksums, and the copies that ranks hold with each other.
+        verify: compare the bytes with their digests, and the copies that ranks hold with each other.
         list_tensors: list every tensor.
 
     Raises:
-        CheckpointError: when it is no checkpoint or is damaged, or there are no checksums to compare.
+        CheckpointError: when it is no checkpoint or is damaged, or there are no digests to compare.
     """
-    source = open_source(path, strategy)
+    source = open_source(path, strategy, verify=False)
     parts: dict[str, Part] = {}
     for name, tensor in source.tensors.items():
         part = parts.setdefault(_part(name), Part())
@@ -148,6 +152,7 @@ def inspect(path: str | Path, config: str | Path | None = None, strategy: str | 
     layout = {"ranks": cut.ranks, "pipeline_stages": cut.stage_count} if cut else None
     report = Report(str(source.path), source.kind, [str(file) for file in source.files], layout,
                     {name: parts[name] for name in order if name in parts})
+    report.has_digests = group_by_digests([*source.files, *source.strategy_files])[1]
     if list_tensors:
         report.tensors = [(name, tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()]
     found = Path(config) if config else source.config_file
@@ -170,7 +175,7 @@ def _compare(report: Report, source: OpenedCheckpoint, config: Path) -> None:
     table = parameter_table(read_config(config))
     report.missing = [name for name in table if name not in source.tensors]
     for name, tensor in source.tensors.items():
-        if _part(name) in ("optimizer states", "buffers"):
+        if _part(name) in ("optimizer states", "buffers") or is_state(name):
             continue
         if name not in table:
             report.surplus.append(name)
@@ -179,21 +184,19 @@ def _compare(report: Report, source: OpenedCheckpoint, config: Path) -> None:
 
 
 def _verify(report: Report, source: OpenedCheckpoint) -> None:
-    expected = [(name, source.tensors[name], digest) for name, digest in source.checksums.items()]
-    index = source.directory / RANK_INDEX
-    if source.kind == "ranks" and index.is_file():
-        for file, digests in json.loads(index.read_text(encoding="utf-8"))["checksums"].items():
-            stored = read_file(source.directory / file)
-            expected += [(f"{file}: {name}", stored[name], digest) for name, digest in digests.items()]
     if source.kind == "ranks":
         report.differing = [name for name, tensor in source.tensors.items()
                             if isinstance(tensor, JoinedTensor) and not tensor.copies_agree()]
-    elif not expected:
-        raise CheckpointError(f"{source.path} has no index with checksums; those that mindformers convert writes do.")
-    report.verified = len(expected)
-    for name, tensor, digest in expected:
-        actual = hashlib.sha256()
-        for _, piece in tensor.pieces():
-            actual.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
-        if actual.hexdigest() != digest:
-            report.damaged.append(name)
+    groups, _ = group_by_digests([*source.files, *source.strategy_files])
+    if not groups and source.kind != "ranks":
+        raise CheckpointError(f"{source.path} has no digests to compare with; what this package writes has.")
+    report.verified = 0
+    for digests, names in groups:
+        if source.path.is_dir() and source.kind != "ranks":     # the tokenizer, too
+            names = list(digests.files)
+        check_files(digests, names)
+        for found in differences(digests, names):
+            report.verified += 1
+            if found is not None:
+                prefix = f"{found.file}: " if source.kind == "ranks" or not found.part else ""
+                report.damaged.append(f"{prefix}{found.part}" if found.part else found.file)

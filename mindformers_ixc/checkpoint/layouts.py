@@ -5,6 +5,9 @@ import itertools
 import math
 from dataclasses import dataclass
 
+# Devices of a stage that nobody has yet; a number above it is damage.
+MAX_DEVICES = 2**20
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -26,6 +29,21 @@ class Layout:
     def devices(self) -> int:
         """Devices of the stage."""
         return math.prod(self.device_matrix)
+
+    def check(self) -> None:
+        """Refuses what is no cut.
+
+        Raises:
+            ValueError: for a device matrix that is none, or an axis it does not have or that is used twice.
+        """
+        if not self.device_matrix or min(self.device_matrix) < 1 or self.devices > MAX_DEVICES:
+            raise ValueError(f"{self.device_matrix} is no arrangement of devices")
+        flat = [axis for entry in self.tensor_map for axis in (entry if isinstance(entry, (tuple, list)) else [entry])]
+        used = [axis for axis in flat if axis != -1]
+        if any(not 0 <= axis < len(self.device_matrix) for axis in used) or len(set(used)) < len(used):
+            raise ValueError(f"the cut {self.tensor_map} does not belong to the devices {self.device_matrix}")
+        if not -1 <= self.optimizer_shards <= self.devices:
+            raise ValueError(f"{self.optimizer_shards} optimizer shards on {self.devices} devices")
 
     def _axes(self, entry: int | tuple[int, ...] | list[int]) -> list[int]:
         """Axes of the device matrix that one axis of the tensor is cut along."""

@@ -4,13 +4,13 @@ Everything is computed in float32, a few rows at a time, and rounded once to the
 """
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from mindformers_ixc.checkpoint.adapters import Adapter, open_adapter, read_adapter
 from mindformers_ixc.checkpoint.convert import check_tensor, select_tensors
 from mindformers_ixc.checkpoint.dtypes import to_float32
 from mindformers_ixc.checkpoint.model_config import config_of
@@ -20,10 +20,6 @@ from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_check
 from mindformers_ixc.config import TASK_LORAS, ModelConfig
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.parameters import PARTS, base_name, parameter_table, part_of
-
-# How trained LoRAs are named: by PEFT (with or without the adapter's name) and by MindFormers (MindPet).
-_LORA_NAMES = (re.compile(r"(?:base_model\.model\.)?(?P<linear>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight$"),
-               re.compile(r"(?P<linear>.+)\.(?:mindpet|tk)_delta_lora_(?P<side>[ab])$"))
 
 # The first side of a task LoRA's pair, whose rows are its rank.
 _TASK_FIRST = re.compile(rf"\.lora_({'|'.join(TASK_LORAS)})_A\.weight$")
@@ -90,7 +86,7 @@ class AveragedTensor(LazyTensor):
 
 
 def merge(source: str | Path, target: str | Path, *, attach: str | Path | None = None, lora: str | Path | None = None,
-          alpha: float | None = None, fold: Iterable[str] = (), extract: Iterable[str] = (),
+          alpha: float | None = None, adapter: str | None = None, fold: Iterable[str] = (), extract: Iterable[str] = (),
           average: Iterable[str | Path] = (), ema: float | None = None, to: str | None = None,
           dtype: str | None = None, config: str | Path | None = None, shard_bytes: int = SHARD_BYTES,
           overwrite: bool = False) -> Path:
@@ -104,6 +100,7 @@ def merge(source: str | Path, target: str | Path, *, attach: str | Path | None =
         attach: checkpoint of some parts (what `extract` made) whose tensors replace the source's, or are added.
         lora: directory or file of a trained LoRA (PEFT or MindFormers) to fold in.
         alpha: its alpha, if there is no `adapter_config.json`.
+        adapter: which adapter, if the LoRA's file holds several.
         fold: task LoRAs (`config.TASK_LORAS`) to fold in; they are gone afterwards.
         extract: parts (`parameters.PARTS`) to keep, leaving out everything else.
         to: `ms` or `hf`; by default what the source is.
@@ -138,14 +135,14 @@ def merge(source: str | Path, target: str | Path, *, attach: str | Path | None =
         model, tensors = attach_parts(tensors, further[-1], model)
     if lora:
         further.append(open_adapter(lora))
-        tensors = fold_lora(tensors, further[-1], alpha)
+        tensors = fold_lora(tensors, read_adapter(further[-1], tensors, alpha, adapter))
     model, tensors = fold_tasks(tensors, model, fold)
     if extract:
         tensors = {name: tensor for name, tensor in tensors.items() if part_of(name) in extract}
     used = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
             for other in (*others, *further) for file in other.files]
-    write_checkpoint(tensors, model, opened, Path(target), options, overwrite,
-                     job={"fold": fold, "extract": extract, "alpha": alpha, "ema": ema, "used": used})
+    job = {"fold": fold, "extract": extract, "alpha": alpha, "adapter": adapter, "ema": ema, "used": used}
+    write_checkpoint(tensors, model, opened, Path(target), options, overwrite, job)
     return Path(target)
 
 
@@ -193,52 +190,12 @@ def fold_tasks(tensors: dict[str, LazyTensor], config: ModelConfig,
     return config, folded
 
 
-def open_adapter(path: str | Path) -> OpenedCheckpoint:
-    """Opens a trained LoRA: a PEFT directory, MindFormers' checkpoint, or a file."""
-    path = Path(path)
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (path / name).is_file():
-            return open_source(path / name)
-    return open_source(path)
-
-
-def fold_lora(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint, alpha: float | None) -> dict[str, LazyTensor]:
-    """Folds a trained LoRA into the linears it was trained on.
-
-    Raises:
-        CheckpointError: for names that are no LoRA's or no linear's, half a pair, other shapes, or an unknown alpha.
-    """
-    sides: dict[str, dict[str, LazyTensor]] = {}
-    for name, tensor in adapter.tensors.items():
-        match = next((match for match in (pattern.match(name) for pattern in _LORA_NAMES) if match), None)
-        if match is None:
-            raise CheckpointError(f"{adapter.path} holds {name}, which is no matrix of a LoRA (PEFT's lora_A, lora_B "
-                                  "or MindFormers' mindpet_delta_lora_a, _b).")
-        sides.setdefault(match["linear"], {})[match["side"].upper()] = tensor
-    settings = adapter.directory / "adapter_config.json"
-    fields = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    result = dict(tensors)
-    for linear, pair in sides.items():
-        weight = result.get(f"{linear}.weight")
-        if weight is None or set(pair) != {"A", "B"}:
-            problem = "which this model does not have" if weight is None else f"but only side {sorted(pair)}"
-            raise CheckpointError(f"{adapter.path} holds a LoRA for {linear}, {problem}.")
-        first, second = pair["A"], pair["B"]
-        if (second.shape[0], first.shape[1]) != weight.shape or first.shape[0] != second.shape[1]:
-            raise CheckpointError(f"{adapter.path}: the LoRA of {linear} has shapes {first.shape} and {second.shape}, "
-                                  f"the weight {weight.shape}.")
-        result[f"{linear}.weight"] = FoldedTensor(weight, [(first, second, _scale(adapter, fields, first, alpha))])
-    return result
-
-
-def _scale(adapter: OpenedCheckpoint, fields: dict, first: LazyTensor, alpha: float | None) -> float:
-    """Alpha over rank, or over its root where PEFT's `use_rslora` says so (arXiv 2312.03732)."""
-    alpha = fields.get("lora_alpha") if alpha is None else alpha
-    if alpha is None:
-        raise CheckpointError(f"{adapter.directory} has no adapter_config.json with the LoRA's alpha; give it with "
-                              "--alpha.")
-    rank = first.shape[0]
-    return alpha / rank ** 0.5 if fields.get("use_rslora") else alpha / rank
+def fold_lora(tensors: dict[str, LazyTensor], adapter: Adapter) -> dict[str, LazyTensor]:
+    """Folds a trained LoRA into the linears it was trained on, and takes over what was trained beside it."""
+    replaced = {**tensors, **adapter.replaced}
+    return {name: FoldedTensor(tensor, [adapter.pairs[name.removesuffix(".weight")]])
+            if name.endswith(".weight") and name.removesuffix(".weight") in adapter.pairs else tensor
+            for name, tensor in replaced.items()}
 
 
 def attach_parts(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint,

@@ -5,6 +5,7 @@ is written beside its target and moved into place whole: a killed run leaves not
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -13,8 +14,11 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.common import np_dtype
 
-from mindformers_ixc.checkpoint.dtypes import STORAGE, convert_dtype, format_of
+from mindformers_ixc.checkpoint.convert import check_tensor
+from mindformers_ixc.checkpoint.digests import write_digests
+from mindformers_ixc.checkpoint.dtypes import STORAGE, convert_dtype, count_not_finite, format_of
 from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.checkpoint.streaming import say_not_finite
 from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.checkpoint.tensors import LazyTensor, PartOfTensor
 from mindformers_ixc.config import CONFIG_FILE
@@ -37,7 +41,7 @@ def load_weights(model: nn.Cell, directory: str | os.PathLike) -> None:
         directory: a model directory (safetensors or .bin), or any whole checkpoint `convert` reads.
 
     Raises:
-        CheckpointError: for a damaged file, a missing or surplus parameter, or a shape that differs.
+        CheckpointError: for a damaged file, a missing or surplus parameter, a shape that differs, or whole numbers.
     """
     source = open_source(directory)
     wanted = {parameter.name: parameter for parameter in model.get_parameters()}
@@ -48,19 +52,20 @@ def load_weights(model: nn.Cell, directory: str | os.PathLike) -> None:
             f"{directory} does not match its config.json: {len(missing)} parameters are missing "
             f"(first: {sorted(missing)[:3]}), {len(surplus)} are surplus (first: {sorted(surplus)[:3]}).")
     for name, parameter in wanted.items():
-        tensor = source.tensors[name]
-        if tensor.shape != tuple(parameter.shape):
-            raise CheckpointError(f"{directory} holds {name} with shape {tensor.shape}, the configuration asks for "
-                                  f"{tuple(parameter.shape)}.")
+        check_tensor(source, name, source.tensors[name], tuple(parameter.shape))
     parts = {name: source.tensors[name] for name in wanted}
     if is_parallel():
         own = slices_of_rank({name: tensor.shape for name, tensor in parts.items()}, model.config, rank())
         parts = {name: PartOfTensor(parts[name], slices) for name, slices in own.items()}
+    odd = {}
     for name, tensor in parts.items():
         parameter = wanted[name]
+        value = read_as(tensor, _format(parameter))
+        odd[name] = count_not_finite(value.view(STORAGE[_format(parameter)]), _format(parameter))
         # the parameter takes the array's own memory over
-        parameter.set_data(Tensor.from_numpy(read_as(tensor, _format(parameter))), is_parallel())
+        parameter.set_data(Tensor.from_numpy(value), is_parallel())
         parameter.sliced = is_parallel()            # or the compiler would cut it again
+    say_not_finite(odd, str(directory))
 
 
 def read_as(tensor: LazyTensor, dtype: str) -> np.ndarray:
@@ -102,16 +107,20 @@ def save_model_directory(model: nn.Cell, target: str | os.PathLike,
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer_file is not None:
             Tokenizer(str(tokenizer_file)).save_pretrained(str(folder))
-        _write_weights(model, folder / WEIGHTS_FILE, parameters)
+        write_digests(folder, known={WEIGHTS_FILE: _write_weights(model, folder / WEIGHTS_FILE, parameters)})
 
 
-def _write_weights(model: nn.Cell, path: Path, names: list[str] | None) -> None:
+def _write_weights(model: nn.Cell, path: Path, names: list[str] | None) -> dict[str, str]:
+    """Writes the weights; returns the SHA-256 of each tensor, of what was in memory."""
     parameters = [parameter for parameter in model.get_parameters() if names is None or parameter.name in set(names)]
     file = TensorFile(path, [(p.name, _format(p), tuple(p.shape)) for p in parameters])
+    sums = {}
     try:
         file.open()
         for parameter in parameters:
-            value = parameter.asnumpy()
+            value = np.ascontiguousarray(parameter.asnumpy())
             file.write(parameter.name, 0, value.view(np.uint16) if _format(parameter) == "BF16" else value)
+            sums[parameter.name] = hashlib.sha256(value.reshape(-1).view(np.uint8).data).hexdigest()
     finally:
         file.close()
+    return sums

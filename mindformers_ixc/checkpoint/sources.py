@@ -1,7 +1,7 @@
 """What a checkpoint on disk is, and its tensors: public directories, single files, MindSpore's, and ranks of a run."""
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -9,18 +9,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mindformers_ixc.checkpoint import ckpt_file, safetensors_file, torch_file
+from mindformers_ixc.checkpoint.digests import DIGEST_FILE, read_digests, verification, verify_files, verify_folder
 from mindformers_ixc.checkpoint.layouts import Strategy, covers
-from mindformers_ixc.checkpoint.strategy_file import read_strategy
+from mindformers_ixc.checkpoint.safetensors_file import read_metadata
+from mindformers_ixc.checkpoint.strategy_file import read_strategy, strategy_files
 from mindformers_ixc.checkpoint.tensors import JoinedTensor, LazyTensor
 from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.files import read_json
+from mindformers_ixc.parameters import base_name
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
+# What a training run writes down of its configuration, in its output folder.
+RUN_RECORD = "run_config.json"
 # Index files by preference, all `{"weight_map": {name: file}}`; the last is MindSpore's, which may be the bare map.
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "param_name_map.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "model.ckpt")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
+# What MindFormers and the step's cell save beside the parameters, and what averages of weights begin with.
+STATE_NAMES = ("epoch_num", "step_num", "loss_scale", "global_batch_size", "global_step", "scale_sense", "train_report")
+AVERAGE_PREFIX = "ema."
+
 _STEP = re.compile(r"-(\d+)_(\d+)\.\w+$")
+_RANK = re.compile(r"_rank_(\d+)(?:_\d+)?-\d+_\d+\.\w+$")
 
 
 @dataclass
@@ -33,7 +46,9 @@ class OpenedCheckpoint:
         tensors: by name, in file order.
         files: that hold them.
         strategy: of `ranks`.
-        checksums: SHA-256 by name, where an index gives them.
+        strategy_files: that it was read from.
+        has_digests: whether all the files have digests, see `digests`; `None` before anybody looked.
+        verified: whether the files were compared with them.
     """
 
     path: Path
@@ -41,33 +56,84 @@ class OpenedCheckpoint:
     tensors: dict[str, LazyTensor]
     files: list[Path]
     strategy: Strategy | None = None
-    checksums: dict[str, str] = field(default_factory=dict)
+    strategy_files: list[Path] = field(default_factory=list)
+    has_digests: bool | None = None
+    verified: bool = False
 
     @property
     def directory(self) -> Path:
-        """Where the files beside the weights are."""
+        """The folder that was opened, or the file's."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def config_file(self) -> Path | None:
-        """The checkpoint's `config.json`, if it has one."""
-        for folder in (self.directory, self.directory.parent):
-            if (folder / CONFIG_FILE).is_file():
-                return folder / CONFIG_FILE
-        return None
+        """The checkpoint's `config.json`, if it has one; of a run's checkpoint that of the run's model."""
+        places = [self.directory, self.directory.parent]
+        run = self.run_folder
+        if run is not None:
+            places += [run, run / "model"]
+        return next((folder / CONFIG_FILE for folder in places if (folder / CONFIG_FILE).is_file()), None)
+
+    @property
+    def side_folder(self) -> Path:
+        """Where tokenizer and further files are that go with the weights."""
+        if self.run_folder is not None and self.config_file is not None:
+            return self.config_file.parent
+        return self.directory
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The folder above `checkpoint/rank_N`, of a run or of what `convert --tp` made."""
+        here = self.directory.absolute()
+        return next((folder for folder in (here, *here.parents[:2])
+                     if any((folder / "checkpoint").glob("rank_[0-9]*"))), None)
+
+    @property
+    def is_training_state(self) -> bool:
+        """Whether it is what a run saves to go on: optimizer states and counters beside the weights."""
+        return any(is_state(name) for name in self.tensors)
+
+    def verify(self, remember: bool = True) -> None:
+        """Compares every byte with the digests that were written with the files, where there are any.
+
+        Args:
+            remember: take what was compared before and has not changed since for right.
+
+        Raises:
+            CheckpointError: naming file and tensor.
+        """
+        if self.path.is_dir() and self.kind != "ranks" and read_digests(self.path) is not None:
+            self.has_digests = verify_folder(self.path, remember=remember)
+        else:
+            self.has_digests = verify_files([*self.files, *self.strategy_files], remember)
+        self.verified = True
 
 
-def open_source(path: str | os.PathLike, strategy: str | Path | None = None) -> OpenedCheckpoint:
-    """Opens a checkpoint; nothing but headers is read.
+def is_state(name: str) -> bool:
+    """Whether a tensor of a run's checkpoint is none of the model's: optimizer states, averages, counters."""
+    return base_name(name) != name or name in STATE_NAMES or name.startswith(AVERAGE_PREFIX)
+
+
+def open_source(path: str | os.PathLike, strategy: str | Path | None = None,
+                verify: bool | None = None) -> OpenedCheckpoint:
+    """Opens a checkpoint and, where it has digests, compares every byte with them.
 
     Args:
-        path: directory or file.
+        path: directory or file; of a run its folder, `checkpoint`, or a checkpoint's file.
         strategy: strategy file or folder of a run's ranks, when it is not in the usual place.
+        verify: whether digests are compared; by default unless `--no_verify` was said. Without, nothing but headers is
+            read.
 
     Raises:
         CheckpointError: when it is none, is damaged or a file is missing.
     """
-    path = Path(path)
+    source = _open(Path(path), strategy)
+    if verification() if verify is None else verify:
+        source.verify()
+    return source
+
+
+def _open(path: Path, strategy: str | Path | None) -> OpenedCheckpoint:
     if path.is_file():
         tensors = read_file(path)
         return OpenedCheckpoint(path, "mindspore" if path.suffix == ".ckpt" else "public", tensors, [path])
@@ -83,7 +149,10 @@ def open_source(path: str | os.PathLike, strategy: str | Path | None = None) -> 
     for folder in (path, path / "checkpoint"):
         if any(folder.glob("rank_[0-9]*/*")):
             return _open_ranks(path, folder, strategy)
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    if re.fullmatch(r"rank_\d+", path.name):
+        files = [_rank_files(path.parent, [path])[0]]
+    else:
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     if not files:
         raise CheckpointError(f"{path} holds no checkpoint: neither {', '.join((*INDEX_FILES, *SINGLE_FILES))} nor "
                               "rank_N folders nor other weight files.")
@@ -104,10 +173,14 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
 
 
 def _merge_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
+    return _merge({file: read_file(file) for file in files})
+
+
+def _merge(parts: dict[Path, dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     owner: dict[str, Path] = {}
-    for file in files:
-        for name, tensor in read_file(file).items():
+    for file, found in parts.items():
+        for name, tensor in found.items():
             if name in tensors:
                 raise CheckpointError(f"{name} is in {owner[name]} and in {file}; remove the file that does not belong "
                                       "to this checkpoint.")
@@ -116,52 +189,103 @@ def _merge_files(files: Iterable[Path]) -> dict[str, LazyTensor]:
 
 
 def _open_index(path: Path, index: Path) -> OpenedCheckpoint:
-    try:
-        fields = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = fields.get("weight_map", fields)
-        names = sorted(set(weight_map.values()))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} is no index of weights ({error}).") from error
+    fields = read_json(index, CheckpointError)
+    weight_map = fields.get("weight_map", fields) if isinstance(fields, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str)
+                                                                     for file in weight_map.values()):
+        raise CheckpointError(f"{index} is no index of weights: it needs a `weight_map` of parameters' names to files' "
+                              "names.")
+    names = sorted(set(weight_map.values()))
+    outside = next((name for name in names if not _is_inside(name)), None)
+    if outside is not None:
+        raise CheckpointError(f"{index} names {outside!r}, which is no file inside {path}.")
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
         raise CheckpointError(f"{index} names the shards {missing}, which are not in {path}; copy them too.")
     files = [path / name for name in names]
-    tensors = _merge_files(files)
+    parts = {file: read_file(file) for file in files}
+    tensors = _merge(parts)
     absent = [name for name in weight_map if name not in tensors]
     if absent:
         raise CheckpointError(f"{index} names {len(absent)} parameters that its files do not hold (first: "
                               f"{absent[:3]}); the index belongs to other files.")
+    moved = [name for name, file in weight_map.items() if name not in parts[path / file]]
+    if moved:
+        raise CheckpointError(f"{index} has {len(moved)} parameters in other files than those that hold them (first: "
+                              f"{moved[0]} in {weight_map[moved[0]]}); shards were swapped or renamed.")
     kind = "mindspore" if index.name == INDEX_FILES[2] else "public"
-    return OpenedCheckpoint(path, kind, tensors, files, checksums=fields.get("checksums", {}))
+    return OpenedCheckpoint(path, kind, tensors, files)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file below the folder it stands in."""
+    return bool(name) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _open_ranks(path: Path, folder: Path, strategy: str | Path | None) -> OpenedCheckpoint:
+    folders = sorted(folder.glob("rank_[0-9]*"), key=lambda found: (len(found.name), found.name))
     places = [Path(strategy)] if strategy else [path / "strategy", folder.parent / "strategy", folder / "strategy"]
     place = next((place for place in places if place.exists()), None)
+    if place is None and [found.name for found in folders] == ["rank_0"]:      # a stand-alone run cuts nothing
+        files = _rank_files(folder, folders)
+        return OpenedCheckpoint(path, "mindspore", read_file(files[0]), files)
     if place is None:
         raise CheckpointError(f"{folder} holds the slices of ranks, but no strategy was found that says how they are "
                               f"cut ({', '.join(map(str, places))}); name it with --strategy.")
     layouts = read_strategy(place)
-    files = _rank_files(folder, layouts.ranks)
+    known = {f"rank_{rank}" for rank in range(layouts.ranks)}
+    surplus = [found.name for found in folders if found.name not in known]
+    if surplus:
+        raise CheckpointError(f"{folder} holds {', '.join(surplus[:3])}, but the strategy in {place} speaks of "
+                              f"{layouts.ranks} ranks; they belong to different runs.")
+    files = _rank_files(folder, [folder / f"rank_{rank}" for rank in range(layouts.ranks)])
     parts = [read_file(file) for file in files]
     names = list(dict.fromkeys(name for part in parts for name in part))
     tensors = {name: _join(name, parts, layouts, folder) for name in names}
-    return OpenedCheckpoint(path, "ranks", tensors, files, layouts)
+    return OpenedCheckpoint(path, "ranks", tensors, files, layouts, strategy_files(place))
 
 
-def _rank_files(folder: Path, ranks: int) -> list[Path]:
+def _rank_files(folder: Path, ranks: list[Path]) -> list[Path]:
     """The file of each rank; of several, the one of the latest step that every rank has."""
     steps: list[dict[tuple[int, ...], Path]] = []
-    for rank in range(ranks):
-        found = sorted(file for file in (folder / f"rank_{rank}").glob("*") if file.suffix in (".safetensors", ".ckpt"))
+    for rank in ranks:
+        found = sorted(file for file in rank.glob("*") if file.suffix in (".safetensors", ".ckpt")
+                       and not file.name.startswith((".", "unfinished_")))
         if not found:
-            raise CheckpointError(f"{folder}/rank_{rank} holds no weights; the strategy speaks of {ranks} ranks.")
+            raise CheckpointError(f"{rank} holds no weights; the strategy speaks of {len(ranks)} ranks.")
         keys = [_STEP.search(file.name) for file in found]
         steps.append({tuple(map(int, key.groups())) if key else (): file for key, file in zip(keys, found)})
     common = set(steps[0]).intersection(*steps[1:])
     if not common:
         raise CheckpointError(f"The ranks in {folder} have no step in common; a run was cut off while it saved.")
-    return [files[max(common)] for files in steps]
+    files = [found[max(common)] for found in steps]
+    for file in files:
+        _check_rank(file)
+        _say_lost(file, max(common))
+    return files
+
+
+def _say_lost(file: Path, step: tuple[int, ...]) -> None:
+    """Says when a later checkpoint than the one that is read was written, and is gone."""
+    digests = read_digests(file.parent)
+    listed = [name for name in digests.files if not (file.parent / name).exists()] if digests is not None else []
+    lost = [name for name in listed if (key := _STEP.search(name)) and tuple(map(int, key.groups())) > step]
+    if lost:
+        logger.warning(f"{file.parent / lost[-1]} is gone or was never finished, although {DIGEST_FILE} lists it; "
+                       f"{file.name} is read, which is older.")
+
+
+def _check_rank(file: Path) -> None:
+    """Refuses a file that says, by its name or in its header, that it is another rank's."""
+    named = _RANK.search(file.name)
+    found = {named[1]} if named else set()
+    if file.suffix == ".safetensors" and "rank" in (metadata := read_metadata(file)):
+        found.add(metadata["rank"])
+    own = file.parent.name.removeprefix("rank_")
+    other = sorted(found - {own})
+    if other:
+        raise CheckpointError(f"{file} is the file of rank {other[0]}, by its name or header, not of rank {own}; the "
+                              "files of ranks were swapped or renamed.")
 
 
 def _join(name: str, parts: list[dict[str, LazyTensor]], strategy: Strategy, folder: Path) -> LazyTensor:
@@ -175,6 +299,9 @@ def _join(name: str, parts: list[dict[str, LazyTensor]], strategy: Strategy, fol
         raise CheckpointError(f"{folder}: {name} is missing in the files of ranks {lacking}.")
     owners = {rank: parts[rank][name] for rank in ranks}
     local = owners[first].shape
+    if len(layout.tensor_map) != len(local):
+        raise CheckpointError(f"{folder}: {name} has shape {local} in rank {first}, the strategy cuts "
+                              f"{len(layout.tensor_map)} axes; it belongs to another run, or is damaged.")
     shape = tuple(length * count for length, count in zip(local, layout.counts()))
     found: dict[tuple, tuple[tuple[slice, ...], LazyTensor]] = {}
     held: dict[tuple, list[LazyTensor]] = {}

@@ -47,7 +47,7 @@ def read_strategy(path: Path) -> Strategy:
     Raises:
         CheckpointError: when there is none, one is damaged, or a pipeline stage is missing.
     """
-    files = [path] if path.is_file() else sorted(path.glob("*.ckpt"), key=_rank_in_name)
+    files = strategy_files(path)
     if not files:
         raise CheckpointError(f"{path} holds no strategy files (*.ckpt); a run writes them to <output>/strategy.")
     layouts: dict[str, Layout] = {}
@@ -57,7 +57,9 @@ def read_strategy(path: Path) -> Strategy:
         for words, layout in found.items():
             merged = re.match(r"(\d+)-(.+)", words)       # a file of all stages names them so
             stage, name = (int(merged[1]), merged[2]) if merged else (own, words)
-            layouts[name] = layout
+            if layouts.setdefault(name, layout) != layout:
+                raise CheckpointError(f"{path} gives two layouts of {name}: {layouts[name]} and, in {file.name}, "
+                                      f"{layout}; these are strategy files of different runs, or damaged.")
             if stage not in stages.setdefault(name, []):
                 stages[name].append(stage)
     if not layouts:
@@ -65,7 +67,16 @@ def read_strategy(path: Path) -> Strategy:
     present = sorted({stage for found in stages.values() for stage in found})
     if present != list(range(len(present))):
         raise CheckpointError(f"{path} holds the pipeline stages {present}; give the strategy files of all of them.")
+    devices = {layout.devices for layout in layouts.values()}
+    if len(devices) > 1:
+        raise CheckpointError(f"{path} speaks of stages of {' and of '.join(map(str, sorted(devices)))} devices; these "
+                              "are strategy files of different runs, or damaged.")
     return Strategy(layouts, stages, len(present))
+
+
+def strategy_files(path: Path) -> list[Path]:
+    """The strategy file, or those of a folder by rank."""
+    return [path] if path.is_file() else sorted(path.glob("*.ckpt"), key=_rank_in_name)
 
 
 def _rank_in_name(path: Path) -> int:
@@ -82,7 +93,13 @@ def read_layouts(path: Path) -> tuple[int, dict[str, Layout]]:
     try:
         fields = _grouped(path.read_bytes())
         items = [_grouped(item) for item in fields.get(_LAYOUTS, [])]
-        layouts = {item[_NAME][0].decode(): _layout(_grouped(item[_CONTENT][0])) for item in items}
+        layouts = {}
+        for item in items:
+            name = item[_NAME][0].decode()
+            if name in layouts:
+                raise ValueError(f"{name} is there twice")
+            layouts[name] = _layout(_grouped(item[_CONTENT][0]))
+            layouts[name].check()
         first = fields.get(_ITEMS)
         stage = _grouped(_grouped(first[0])[_CONTENT][0])[_OWN_STAGE][0] if first else 0
     except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:

@@ -10,8 +10,10 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -23,10 +25,13 @@ from types import TracebackType
 import numpy as np
 from tqdm import tqdm
 
-from mindformers_ixc.checkpoint.dtypes import convert_dtype, item_size
+from mindformers_ixc.checkpoint.dtypes import convert_dtype, count_not_finite, item_size
 from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.files import text_lines
+
+logger = logging.getLogger(__name__)
 
 # Bytes written between two entries of the journal; each waits for the disk.
 SYNC_BYTES = 256 * 2**20
@@ -124,10 +129,10 @@ class WorkFolder:
     def _read_journal(self) -> None:
         lines = []
         if self.journal.is_file():
-            for line in self.journal.read_text(encoding="utf-8").splitlines():
+            for _, line in text_lines(self.journal.read_text(encoding="utf-8", errors="replace")):
                 try:
                     lines.append(json.loads(line))
-                except ValueError:
+                except (ValueError, RecursionError):
                     break       # the run was killed while it wrote this line
         if lines and lines[0] == {"job": self.digest}:
             self.done = {line["name"]: line["sha256"] for line in lines[1:]}
@@ -189,7 +194,7 @@ def write_items(work: WorkFolder, items: list[Item], title: str) -> dict[str, di
     for item in items:
         for output in item.outputs:
             contents.setdefault(output.file, []).append((item.name, item.dtype, output.shape))
-    files = {name: TensorFile(work.output / name, tensors) for name, tensors in contents.items()}
+    files = {name: TensorFile(work.output / name, tensors, _rank_of(name)) for name, tensors in contents.items()}
     _check_room(work, files.values())
     try:
         for file in files.values():
@@ -203,6 +208,12 @@ def write_items(work: WorkFolder, items: list[Item], title: str) -> dict[str, di
         for output, digest in zip(item.outputs, work.done[item.name]):
             sums[output.file][item.name] = digest
     return sums
+
+
+def _rank_of(file: str) -> dict[str, str] | None:
+    """What goes into the header of a rank's file, so that it is known wherever it is."""
+    match = re.search(r"(?:^|/)rank_(\d+)/", file)
+    return {"rank": match[1]} if match else None
 
 
 def _check_room(work: WorkFolder, files: Iterable[TensorFile]) -> None:
@@ -241,6 +252,7 @@ class Lanes:
         self.flying_bytes = 0
         self._new_batch()
         self.settled: list[Future] = []
+        self.odd: dict[str, list[Future]] = {}      # counts of NaN and infinities by tensor
 
     def _new_batch(self) -> None:
         self.digests: dict[str, list] = {}
@@ -258,12 +270,15 @@ class Lanes:
                 self._settle()
                 for future in self.settled:
                     future.result()
+                say_not_finite({name: sum(count.result() for count in counts) for name, counts in self.odd.items()},
+                               str(self.work.target))
         finally:
             for lane in (self.hasher, self.writer, self.settler):
                 lane.shutdown(cancel_futures=True)
 
     def send(self, item: Item) -> None:
         """Sends one tensor on its way, a few rows at a time."""
+        odd: list[Future] = []
         # copies of one region have one digest
         regions = {str(output.region): hashlib.sha256() for output in item.outputs}
         digests = [regions[str(output.region)] for output in item.outputs]
@@ -272,6 +287,7 @@ class Lanes:
                 piece = convert_dtype(piece, item.tensor.dtype, item.dtype)
             except CheckpointError as error:
                 raise CheckpointError(f"{item.name}: {error}") from error
+            odd.append(self.hasher.submit(count_not_finite, piece, item.dtype))
             parts = {}
             for output, digest in zip(item.outputs, digests):
                 key = str(output.region)
@@ -283,6 +299,7 @@ class Lanes:
                 part, first = parts[key]
                 if part is not None:
                     self._launch(self.writer.submit(self.files[output.file].write, item.name, first, part), part.nbytes)
+        self.odd[item.name] = odd
         self.digests[item.name] = digests
         self.touched.update(output.file for output in item.outputs)
         self.fresh += item.nbytes
@@ -310,6 +327,20 @@ class Lanes:
         for file in files:
             file.sync()
         self.work.record({name: [digest.hexdigest() for digest in found] for name, found in digests.items()})
+
+
+def say_not_finite(counts: dict[str, int], where: str) -> None:
+    """Says which tensors hold NaN or infinities, and how many.
+
+    Args:
+        counts: by tensor.
+        where: the checkpoint.
+    """
+    found = {name: count for name, count in counts.items() if count}
+    if found:
+        shown = ", ".join(f"{name} ({count})" for name, count in list(found.items())[:5])
+        logger.warning(f"{where}: {len(found)} tensors hold NaN or infinities: {shown}"
+                       f"{' and more' if len(found) > 5 else ''}. A model with them computes nothing useful.")
 
 
 def _part_of(output: Output, begin: int, piece: np.ndarray) -> tuple[np.ndarray | None, int]:

@@ -18,9 +18,11 @@ class TensorFile:
     Args:
         path: of the file.
         tensors: name, format and shape of each.
+        metadata: further texts for the header of a safetensors file.
     """
 
-    def __init__(self, path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]):
+    def __init__(self, path: Path, tensors: list[tuple[str, str, tuple[int, ...]]],
+                 metadata: dict[str, str] | None = None):
         self.path = path
         self.prefixes: list[tuple[int, bytes]] = []
         # first row, row behind the last and offset of each stretch of a tensor
@@ -29,7 +31,7 @@ class TensorFile:
         if path.suffix == ".ckpt":
             self.size = self._lay_out_ckpt(tensors)
         else:
-            header, offsets = make_header(tensors)
+            header, offsets = make_header(tensors, metadata)
             self.prefixes.append((0, header))
             self.size = len(header)
             for name, dtype, shape in tensors:

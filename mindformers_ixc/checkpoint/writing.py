@@ -6,15 +6,17 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from mindformers_ixc.checkpoint.digests import DIGEST_FILE, verification, verify_folder, write_digests
 from mindformers_ixc.checkpoint.dtypes import weight_format
 from mindformers_ixc.checkpoint.layouts import Layout
 from mindformers_ixc.checkpoint.model_config import write_config
-from mindformers_ixc.checkpoint.sources import INDEX_FILES, SUFFIXES, OpenedCheckpoint
+from mindformers_ixc.checkpoint.sources import INDEX_FILES, RUN_RECORD, SUFFIXES, OpenedCheckpoint
 from mindformers_ixc.checkpoint.strategy_file import write_strategies
 from mindformers_ixc.checkpoint.streaming import Item, Output, WorkFolder, is_file_target, write_items
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.config import ALL_MODES, CONFIG_FILE, ModelConfig
 from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.files import read_json
 from mindformers_ixc.parallel.slices import placement
 from mindformers_ixc.parallel.stages import layer_stages
 from mindformers_ixc.parameters import base_name, parameter_table, part_of
@@ -28,6 +30,8 @@ RANK_INDEX = "checkpoint.index.json"
 
 # Files beside the weights that go with them: tokenizer, further configuration, public code, licence.
 SIDE_SUFFIXES = (".json", ".model", ".py", ".txt", ".md")
+# Those that are written anew, or speak of the source's files only.
+OWN_FILES = (*INDEX_FILES, RANK_INDEX, CONFIG_FILE, DIGEST_FILE, RUN_RECORD)
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,10 @@ def write_checkpoint(tensors: dict[str, LazyTensor], config: ModelConfig, source
            "source": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in source.files]}
     work = WorkFolder(target, job)
     if target.exists() and (target.is_file() or any(target.iterdir())):
-        if _made_by(target, work.digest):
+        if _made_by(target, work.digest) and not overwrite:
             work.clear()
+            if verification():
+                verify_folder(target)
             return
         if not overwrite:
             raise CheckpointError(f"{target} exists; choose another target or say --overwrite.")
@@ -139,8 +145,9 @@ def _made_by(target: Path, digest: str) -> bool:
     """Whether a directory is the whole result of this very job."""
     for name in (*INDEX_FILES, RANK_INDEX):
         if target.is_dir() and (target / name).is_file():
-            fields = json.loads((target / name).read_text(encoding="utf-8"))
-            return fields.get("metadata", {}).get("job") == digest
+            fields = read_json(target / name, CheckpointError)
+            metadata = fields.get("metadata") if isinstance(fields, dict) else None
+            return isinstance(metadata, dict) and metadata.get("job") == digest
     return False
 
 
@@ -232,19 +239,20 @@ def _rank_outputs(item: Item, expected: tuple[Layout, int] | None, options: Opti
 
 def _write_side_files(work: WorkFolder, items: list[Item], sums: dict[str, dict[str, str]], config: ModelConfig,
                       source: OpenedCheckpoint, options: Options) -> None:
-    """Configuration, tokenizer and the like, and the index with the checksums."""
-    for file in sorted(source.directory.iterdir()):
-        if file.is_file() and file.suffix in SIDE_SUFFIXES and file.name not in (*INDEX_FILES, RANK_INDEX, CONFIG_FILE):
+    """Configuration, tokenizer and the like, the index and the digests."""
+    for file in sorted(source.side_folder.iterdir()):
+        if file.is_file() and file.suffix in SIDE_SUFFIXES and file.name not in OWN_FILES:
             shutil.copyfile(file, work.output / file.name)
     write_config(config, source.config_file, work.output / CONFIG_FILE, {item.dtype for item in items})
     metadata = {"total_size": sum(item.nbytes for item in items), "job": work.digest}
     if options.ranks > 1:
         fields = {"metadata": metadata, "tensor_parallel": options.tensor_parallel,
-                  "pipeline_stages": options.pipeline_stages, "mode": options.mode, "checksums": sums}
+                  "pipeline_stages": options.pipeline_stages, "mode": options.mode}
         name = RANK_INDEX
     else:
         fields = {"metadata": metadata,
-                  "weight_map": {tensor: file for file, digests in sums.items() for tensor in digests},
-                  "checksums": {tensor: digest for digests in sums.values() for tensor, digest in digests.items()}}
+                  "weight_map": {tensor: file for file, digests in sums.items() for tensor in digests}}
         name = INDEX_FILES[0] if options.to == "hf" else INDEX_FILES[2]
     (work.output / name).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    further = [*work.output.glob("*.model"), *work.output.glob("strategy/*"), work.output / CONFIG_FILE]
+    write_digests(work.output, [*sums, *(file.relative_to(work.output).as_posix() for file in further)], known=sums)

@@ -57,9 +57,9 @@ def run_merge(arguments: argparse.Namespace) -> int:
     """Runs `mindformers merge` and prints the target."""
     target = merge(
         arguments.source, arguments.target, attach=arguments.attach, lora=arguments.lora, alpha=arguments.alpha,
-        fold=arguments.fold, extract=arguments.extract, average=arguments.average, ema=arguments.ema, to=arguments.to,
-        dtype=arguments.dtype, config=arguments.config, shard_bytes=read_size(arguments.max_shard_size),
-        overwrite=arguments.overwrite)
+        adapter=arguments.adapter, fold=arguments.fold, extract=arguments.extract, average=arguments.average,
+        ema=arguments.ema, to=arguments.to, dtype=arguments.dtype, config=arguments.config,
+        shard_bytes=read_size(arguments.max_shard_size), overwrite=arguments.overwrite)
     return _finish(arguments, target)
 
 
@@ -70,7 +70,7 @@ def _finish(arguments: argparse.Namespace, target: Path) -> int:
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    """Runs `mindformers inspect`; 1 when a checksum differs or ranks disagree."""
+    """Runs `mindformers inspect`; 1 when a digest differs or ranks disagree."""
     report = inspect(arguments.source, arguments.config, arguments.strategy, arguments.verify, arguments.tensors)
     print(report.to_json() if arguments.json else report.to_text(), file=arguments.answers)
     return 1 if report.damaged or report.differing else 0

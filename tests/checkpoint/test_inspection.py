@@ -67,7 +67,7 @@ def test_a_changed_byte_is_found(model, tmp_path):
 
 
 def test_without_checksums_there_is_nothing_to_verify(model):
-    with pytest.raises(CheckpointError, match="no index with checksums"):
+    with pytest.raises(CheckpointError, match="has no digests to compare with"):
         inspect(model, verify=True)
 
 
