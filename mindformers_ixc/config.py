@@ -51,6 +51,10 @@ MODE_ADAPTERS: dict[str, tuple[str, ...]] = {
 # Modes of a layout: those above, and `all`, in which every pair is cut.
 ALL_MODES = {"all": tuple(TASK_LORAS), **MODE_ADAPTERS}
 
+# Which length sets the dynamic NTK base of a decoded token: the length so far, as in the public code, or that of the
+# whole request, prompt and new tokens.
+DYNAMIC_NTK = ("public", "request")
+
 # Formats of products and weights, by MindSpore's names in small letters.
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -136,6 +140,9 @@ FIELDS = {
     "num_blocks": Field(1024, "blocks of the paged cache, shared by the rows of a batch", False),
     "use_flash_attention": Field(False, "train with Ascend's fused attention (float16 or bfloat16); other devices "
                                  "compose it", False),
+    "dynamic_ntk": Field("public", "rotary base of decoding beyond the trained length: `public` (each new key by the "
+                         "length so far, cached keys as they are), or `request` (one base, of prompt and new tokens)",
+                         False),
     "apply_rope_fusion": Field(False, "train with Ascend's fused rotary embedding", False),
     "fused_norm": Field(True, "take Ascend's fused RMSNorm", False),
     "vision_parallel": Field("heads", "the tower under tensor parallel: cut by `heads`, or `replicated`", False),
@@ -349,6 +356,7 @@ class ModelConfig:
     block_size: int
     num_blocks: int
     use_flash_attention: bool
+    dynamic_ntk: str
     apply_rope_fusion: bool
     fused_norm: bool
     vision_parallel: str
@@ -404,6 +412,7 @@ class ModelConfig:
         if missing:
             raise ConfigError(f"adapter_mode '{self.adapter_mode}' needs the task LoRA pairs {missing}, but "
                               f"task_lora_ranks has only {sorted(self.task_lora_ranks)}.")
+        check_value("dynamic_ntk", self.dynamic_ntk, one_of(DYNAMIC_NTK))
         check_value("loss_form", self.loss_form, one_of(LOSS_FORMS))
 
     def _check_parallel(self) -> None:
