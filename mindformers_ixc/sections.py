@@ -38,8 +38,11 @@ def is_whole(value: object, least: float = -math.inf) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite number, no larger than a float can be."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def whole(least: int, note: str = "", required: bool = False) -> Rule:
