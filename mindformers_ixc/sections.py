@@ -38,10 +38,10 @@ def is_whole(value: object, least: float = -math.inf) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number, no larger than a float can be."""
+    """Whether a value is a finite number."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
+    except OverflowError:       # a whole number that no float holds
         return False
 
 

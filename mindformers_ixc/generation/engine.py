@@ -258,4 +258,4 @@ class CachedDecoder:
         if (rows == np.arange(self.batch)).all():
             return
         self.slot.reorder(rows)
-        self.positions, self.totals = self.positions[rows], self.totals[rows]
+        self.positions = self.positions[rows]
