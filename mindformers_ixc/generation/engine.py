@@ -144,7 +144,7 @@ class InferenceEngine:
         positions = self.config.vision_config.patches_per_side ** 2 + 1
         self.tiles_per_call = max(1, min(MOST_TILES, POSITIONS_PER_CALL // positions))
         self._slots: dict[tuple[int, int], Slot] = {}
-        self._trained_tables = rotary_tables(self.config, 0)
+        self._tables: dict[float, tuple[np.ndarray, np.ndarray]] = {}
 
     def encode_images(self, sample: EncodedSample) -> Tensor:
         """Image embeddings of a sample's image positions, `(N, D)`, in order of position."""
@@ -165,9 +165,10 @@ class InferenceEngine:
         """Rotary tables of at least `length` positions whose base is that of a sequence of `total` positions."""
         if total > self.config.max_position_embeddings:
             return rotary_tables(self.config, length, total)       # hardly ever asked for twice
-        if len(self._trained_tables[0]) < length:
-            self._trained_tables = rotary_tables(self.config, length, total)
-        return self._trained_tables
+        base = self.config.rope_theta
+        if base not in self._tables or len(self._tables[base][0]) < length:
+            self._tables[base] = rotary_tables(self.config, length, total)
+        return self._tables[base]
 
     def slot(self, batch: int, positions: int, mode: str) -> Slot:
         """Caches and graphs for a batch size, cache length and mode, made at first use."""
@@ -208,9 +209,9 @@ class CachedDecoder:
         capacity = bucket(longest + max_new_tokens)
         self.slot = engine.slot(self.batch, capacity, mode)
         self.prefill_graph, self.decode_graph = self.slot.graphs[mode]
-        self.by_request = engine.config.dynamic_ntk == "request"
         self.totals = self.lengths + max_new_tokens
         self.positions = self.lengths.copy()
+        self.by_request = engine.config.dynamic_ntk == "request"
 
     def prefill(self) -> np.ndarray:
         """Logits `(B, V)` after each prompt."""
