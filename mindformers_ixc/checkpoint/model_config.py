@@ -9,7 +9,6 @@ from mindformers_ixc.checkpoint.dtypes import LABELS, WEIGHTS
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint
 from mindformers_ixc.config import CONFIG_FILE, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError
-from mindformers_ixc.rope import ROPE_FIELDS
 
 
 def config_of(source: OpenedCheckpoint, path: str | os.PathLike | None = None) -> ModelConfig:
@@ -38,9 +37,9 @@ def write_config(config: ModelConfig, original: Path | None, target: Path, dtype
         dtypes: formats of the weights.
     """
     fields = json.loads(original.read_text(encoding="utf-8")) if original else {}
-    # what any spelling of the rotary settings said is in the public ones now
-    fields = {name: value for name, value in fields.items() if name not in ROPE_FIELDS}
     fields.update(config.to_public_dict())
     names = [LABELS[dtype] for dtype in dtypes if dtype in WEIGHTS.values()]
     fields["torch_dtype"] = names[0] if len(names) == 1 else "float32"
+    if fields.pop("rope_parameters", None) is not None or "rope_scaling" in fields:
+        fields["rope_scaling"] = config.rope_scaling       # whatever spelling the original had
     target.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
