@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_ixc.errors import CheckpointError, ConfigError
+from mindformers_ixc.rope import ROPE_FIELDS, read_rope
 from mindformers_ixc.sections import check_keys, check_value, one_of
 
 CONFIG_FILE = "config.json"
@@ -50,6 +51,10 @@ MODE_ADAPTERS: dict[str, tuple[str, ...]] = {
 
 # Modes of a layout: those above, and `all`, in which every pair is cut.
 ALL_MODES = {"all": tuple(TASK_LORAS), **MODE_ADAPTERS}
+
+# Which length sets the dynamic NTK base of a decoded token: the length so far, as in the public code, or that of the
+# whole request, prompt and new tokens.
+DYNAMIC_NTK = ("public", "request")
 
 # Formats of products and weights, by MindSpore's names in small letters.
 DTYPES = ("float32", "float16", "bfloat16")
@@ -103,7 +108,7 @@ FIELDS = {
     "max_position_embeddings": Field(24576, "trained length; dynamic NTK starts beyond it"),
     "rms_norm_eps": Field(1e-5, "epsilon of every RMSNorm"),
     "rope_theta": Field(1000000.0, "base of the rotary embedding"),
-    "rope_scaling": Field(None, "`{type: dynamic, factor: f}`, or none"),
+    "rope_scaling": Field(None, "`{type: dynamic, factor: f}`, or none; `rope_type` is read as `type`"),
     "bias": Field(False, "only False: the public linears have none"),
     "tie_word_embeddings": Field(False, "only False: the public head is untied"),
     "initializer_range": Field(0.02, "standard deviation of freshly drawn weights"),
@@ -136,6 +141,11 @@ FIELDS = {
     "num_blocks": Field(1024, "blocks of the paged cache, shared by the rows of a batch", False),
     "use_flash_attention": Field(False, "train with Ascend's fused attention (float16 or bfloat16); other devices "
                                  "compose it", False),
+    "rope_parameters": Field(None, "newer spelling of `rope_theta` and `rope_scaling`, read as these: `{rope_type: "
+                             "dynamic, factor: f, rope_theta: t}`", False),
+    "dynamic_ntk": Field("public", "rotary base of decoding beyond the trained length: `public` (each new key by the "
+                         "length so far, cached keys as they are), or `request` (one base, of prompt and new tokens)",
+                         False),
     "apply_rope_fusion": Field(False, "train with Ascend's fused rotary embedding", False),
     "fused_norm": Field(True, "take Ascend's fused RMSNorm", False),
     "vision_parallel": Field("heads", "the tower under tensor parallel: cut by `heads`, or `replicated`", False),
@@ -349,6 +359,8 @@ class ModelConfig:
     block_size: int
     num_blocks: int
     use_flash_attention: bool
+    rope_parameters: None
+    dynamic_ntk: str
     apply_rope_fusion: bool
     fused_norm: bool
     vision_parallel: str
@@ -362,9 +374,11 @@ class ModelConfig:
         own = {name: value for name, value in given.items() if name not in ALIASES}
         own.update({ALIASES[name]: value for name, value in given.items() if name in ALIASES})
         no_pairs = own.get("task_lora_ranks") is None
+        rotary = {name: value for name, value in own.items() if name in ROPE_FIELDS or name not in FIELDS}
         _assign(self, FIELDS, own)
-        self.rms_norm_eps, self.rope_theta = float(self.rms_norm_eps), float(self.rope_theta)
-        self.rope_scaling = dict(self.rope_scaling) if self.rope_scaling else None
+        rope = read_rope(rotary, self.max_position_embeddings)
+        self.rms_norm_eps = float(self.rms_norm_eps)
+        self.rope_theta, self.rope_scaling, self.rope_parameters = rope.theta or self.rope_theta, rope.scaling, None
         self.vision_config = self._vision(self.vision_config)
         self.task_lora_ranks = dict(TASK_LORA_RANKS if no_pairs else self.task_lora_ranks)
         self.offset = 0 if self.offset is None else self.offset
@@ -395,15 +409,13 @@ class ModelConfig:
         if self.bias or self.tie_word_embeddings:
             raise ConfigError(f"bias is {self.bias} and tie_word_embeddings is {self.tie_word_embeddings}; IXC2.5 has "
                               "neither, set both to False.")
-        if self.rope_scaling is not None and self.rope_scaling.get("type") != "dynamic":
-            raise ConfigError(f"rope_scaling.type is '{self.rope_scaling.get('type')}'; the only choice is 'dynamic' "
-                              "(or no rope_scaling at all).")
         check_keys(self.task_lora_ranks, TASK_LORAS, "task_lora_ranks")
         check_value("adapter_mode", self.adapter_mode, one_of(MODE_ADAPTERS))
         missing = [name for name in MODE_ADAPTERS[self.adapter_mode] if name not in self.task_lora_ranks]
         if missing:
             raise ConfigError(f"adapter_mode '{self.adapter_mode}' needs the task LoRA pairs {missing}, but "
                               f"task_lora_ranks has only {sorted(self.task_lora_ranks)}.")
+        check_value("dynamic_ntk", self.dynamic_ntk, one_of(DYNAMIC_NTK))
         check_value("loss_form", self.loss_form, one_of(LOSS_FORMS))
 
     def _check_parallel(self) -> None:

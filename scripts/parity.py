@@ -2,15 +2,16 @@
 
     python scripts/parity.py DIR [--tokenizer FILE] [--mode graph|pynative]
 
-DIR is laid out like the reference outputs under tests/data/goldens: model folders (config.json, model.safetensors,
-*.npz) and the host-side references beside them. What DIR does not hold is not checked; the checks of the tokenizer and
-of prompts also need the public tokenizer file.
+DIR is laid out like the reference outputs under tests/data/goldens or those under tests/data/goldens_more, which is
+told by its files: model folders (config.json, model.safetensors, *.npz) and the host-side references beside them. What
+DIR does not hold is not checked; the checks of the tokenizer and of prompts also need the public tokenizer file.
 """
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("GLOG_v", "3")
@@ -21,24 +22,27 @@ def collect(folder: Path, tokenizer_file: Path | None):
     import parity_device
     import parity_host
     import parity_video
+    import parity_wide
+    import parity_wide_host
 
-    def with_tokenizer(check):
-        return lambda: check(folder, tokenizer_file)
-
-    for file, check in (("tokenizer.json", parity_host.check_tokenizer), ("prompts.json", parity_host.check_prompts)):
-        if tokenizer_file is not None and (folder / file).is_file():
-            yield file, with_tokenizer(check)
-    for file, check in (("labels.json", parity_host.check_labels),
-                        ("image_transforms.json", parity_host.check_images), ("video.json", parity_video.check_video)):
-        if (folder / file).is_file():
-            yield file, (lambda check=check: check(folder))
+    host = [("tokenizer.json", parity_host.check_tokenizer, True), ("prompts.json", parity_host.check_prompts, True),
+            ("labels.json", parity_host.check_labels, False),
+            ("image_transforms.json", parity_host.check_images, False), ("video.json", parity_video.check_video, False)]
+    if (folder / "image_sizes.json").is_file():        # only the wide layout has it
+        host = parity_wide_host.CHECKS
+    for file, check, needs_tokenizer in host:
+        if (folder / file).is_file() and not (needs_tokenizer and tokenizer_file is None):
+            yield file, partial(check, folder, *[tokenizer_file] * needs_tokenizer)
     models = [folder] if (folder / "config.json").is_file() else sorted(p.parent for p in folder.glob("*/config.json"))
     for model in models:
-        if (model / "vision.npz").is_file():
-            yield f"{model.name}: global view", (lambda model=model: parity_host.check_global_view(model))
-        for file, checks in parity_device.CHECKS.items():
-            for check in checks if (model / file).is_file() else ():
-                yield f"{model.name}: {check.__name__}", (lambda check=check, model=model: check(model))
+        wide = parity_wide.is_wide(model)
+        checks = {("vision.npz",): [(parity_wide_host if wide else parity_host).check_global_view,
+                                    parity_device.check_vision]}
+        for files, more in (parity_wide if wide else parity_device).CHECKS.items():
+            checks[files] = checks.get(files, []) + more
+        for files, found in checks.items():
+            for check in found if all((model / file).is_file() for file in files) else ():
+                yield f"{model.name}: {check.__name__}", partial(check, model)
 
 
 def main(argv: list[str] | None = None) -> int:

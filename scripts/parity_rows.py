@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Row(NamedTuple):
     """One line of the parity table."""
@@ -24,3 +26,8 @@ def row(check: str, errors, bar: float = 0.0) -> Row:
 def differs(ours, theirs) -> int:
     """0 when equal, else 1: the error of a case that must be equal."""
     return int(ours != theirs)
+
+
+def output(reference, name: str) -> np.ndarray:
+    """A reference output of an npz file, in the highest precision that the file has."""
+    return next(reference[key] for key in (f"{name}_f64", name, f"{name}_f32") if key in reference.files)

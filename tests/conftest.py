@@ -58,3 +58,9 @@ def same_weights():
 def goldens() -> Path:
     """Folder of reference outputs of the public model."""
     return HERE / "data" / "goldens"
+
+
+@pytest.fixture(scope="session")
+def goldens_more() -> Path:
+    """Folder of the second set of reference outputs, in the wide layout."""
+    return HERE / "data" / "goldens_more"

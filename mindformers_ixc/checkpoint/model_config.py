@@ -77,4 +77,6 @@ def write_config(config: ModelConfig, original: Path | None, target: Path, dtype
     fields.update(config.to_public_dict())
     names = [LABELS[dtype] for dtype in dtypes if dtype in WEIGHTS.values()]
     fields["torch_dtype"] = names[0] if len(names) == 1 else "float32"
+    if fields.pop("rope_parameters", None) is not None or "rope_scaling" in fields:
+        fields["rope_scaling"] = config.rope_scaling       # whatever spelling the original had
     target.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -27,7 +27,7 @@ from mindformers_ixc.generation.cells import (
 from mindformers_ixc.generation.slots import InferenceGraph, Slot, make_slot
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
-from mindformers_ixc.models.rotary import rotary_base, rotary_tables
+from mindformers_ixc.models.rotary import rotary_rows, rotary_tables
 from mindformers_ixc.processing.processor import EncodedSample
 
 # The shortest bucket, in positions; a shorter one would save little and be compiled as slowly.
@@ -162,8 +162,10 @@ class InferenceEngine:
         return F.gather(table, Tensor(index), 0)
 
     def tables(self, length: int, total: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rotary tables of at least `length` positions for a request of `total` positions in all."""
-        base = rotary_base(self.config, total)
+        """Rotary tables of at least `length` positions whose base is that of a sequence of `total` positions."""
+        if total > self.config.max_position_embeddings:
+            return rotary_tables(self.config, length, total)       # hardly ever asked for twice
+        base = self.config.rope_theta
         if base not in self._tables or len(self._tables[base][0]) < length:
             self._tables[base] = rotary_tables(self.config, length, total)
         return self._tables[base]
@@ -209,7 +211,7 @@ class CachedDecoder:
         self.prefill_graph, self.decode_graph = self.slot.graphs[mode]
         self.totals = self.lengths + max_new_tokens
         self.positions = self.lengths.copy()
-        self.tables = [engine.tables(capacity, int(total)) for total in self.totals]
+        self.by_request = engine.config.dynamic_ntk == "request"
 
     def prefill(self) -> np.ndarray:
         """Logits `(B, V)` after each prompt."""
@@ -222,7 +224,10 @@ class CachedDecoder:
             ids[rows, :len(sample.input_ids)] = sample.input_ids
             image_mask[rows, :len(sample.image_mask)] = sample.image_mask
             embeds += [self._image_embeds(sample)] * self.beams
-        cos, sin = (np.stack([pair[i][:self.bucket] for pair in self.tables])[:, :, None, None, :] for i in (0, 1))
+        totals = self.totals if self.by_request else self.lengths
+        tables = [self.engine.tables(self.bucket, int(total)) for total in totals[::self.beams]]
+        cos, sin = (np.stack([pair[i][:self.bucket] for pair in tables]).repeat(self.beams, 0)[:, :, None, None, :]
+                    for i in (0, 1))
         last = np.arange(self.batch, dtype=np.int32) * self.bucket + self.lengths - 1
         logits = self.prefill_graph(Tensor(ids), F.stack(embeds), Tensor(image_mask), Tensor(cos), Tensor(sin),
                                     Tensor(self.slot.start(self.lengths, self.bucket)), Tensor(last))
@@ -242,7 +247,7 @@ class CachedDecoder:
         """Logits `(B, V)` after appending one token to each row."""
         self.engine.between_steps()
         at = self.positions
-        cos, sin = (np.stack([pair[i][p] for pair, p in zip(self.tables, at)]) for i in (0, 1))   # (B, d) each
+        cos, sin = rotary_rows(self.engine.config, at, self.totals if self.by_request else at + 1)   # (B, d) each
         cos, sin = decode_tables(cos, sin, self.engine.config.query_groups, self.slot.query_scale)
         inputs = (np.array(tokens, np.int32)[:, None], cos[:, None], sin[:, None], *self.slot.places(at))
         logits = self.decode_graph(*[Tensor(value) for value in inputs])

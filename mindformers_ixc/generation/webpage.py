@@ -11,14 +11,21 @@ RESUME_INSTRUCTION = "Build a personal web page (HTML) from the content of this 
 SCREENSHOT_INSTRUCTION = "Write the HTML code of the web page in this picture, styled with Tailwind CSS."
 
 # The service that the model's pages fetch example images from has closed; this one takes the sizes the same way.
-_CLOSED_IMAGES = re.compile(r"https://source\.unsplash\.com/random/(\d+)x(\d+)/?(\?[^'\")\s]*)?")
-_OPEN_IMAGES = r"https://picsum.photos/\1/\2"
+_ADDRESS = r"https://source\.unsplash\.com/random/(\d+)x(\d+)/?"
+# What is looked for may hold spaces; where the address stands in quotes, it ends with these.
+_CLOSED_IMAGES = re.compile(rf"(?<=\"){_ADDRESS}\?[^\"<>\n]*(?=\")|(?<='){_ADDRESS}\?[^'<>\n]*(?=')|"
+                            rf"{_ADDRESS}(?:\?[^'\")\s]*)?")
 
 
 def html_of(text: str) -> str:
     """The page in an answer: without a Markdown fence around it, example images from a service that is open."""
     fenced = re.search(r"```(?:html)?\s*\n(.*?)(?:\n```|\Z)", text, re.DOTALL)
-    return _CLOSED_IMAGES.sub(_OPEN_IMAGES, fenced[1] if fenced else text)
+    return _CLOSED_IMAGES.sub(_open_image, fenced[1] if fenced else text)
+
+
+def _open_image(address: re.Match[str]) -> str:
+    width, height = (size for size in address.groups() if size is not None)
+    return f"https://picsum.photos/{width}/{height}"
 
 
 def read_resume(path: str | os.PathLike) -> str:

@@ -1,8 +1,8 @@
 """Rotary position tables with dynamic NTK scaling, computed on the host.
 
 The public code keeps the tables it once grew for a long input, so an answer there depends on what was asked before.
-Here they are a pure function of the sequence's own length: up to `max_position_embeddings` the trained base, beyond
-it the NTK base for that length.
+Here every request begins with fresh tables: up to `max_position_embeddings` positions the trained base, beyond it the
+NTK base of a length that the caller names.
 """
 from __future__ import annotations
 
@@ -23,6 +23,26 @@ def rotary_base(config: IXC25Config, length: int) -> float:
     return config.rope_theta * (factor * length / trained - (factor - 1)) ** (size / (size - 2))
 
 
+def rotary_rows(config: IXC25Config, positions: np.ndarray,
+                lengths: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of some positions.
+
+    Args:
+        config: rotary base, scaling and head size.
+        positions: `(N,)`, counted from 0.
+        lengths: the length that sets the base, one of each position `(N,)` or one of all.
+
+    Returns:
+        Two float32 arrays `(N, d)`; both halves of the last axis hold the same angles.
+    """
+    size = config.head_size
+    exponents = -np.arange(0, size, 2, dtype=np.float64) / size                               # (d/2,)
+    bases = np.array([rotary_base(config, int(length)) for length in np.atleast_1d(lengths)])
+    angles = np.asarray(positions, np.float64)[:, None] * bases[:, None] ** exponents         # (N, d/2)
+    angles = np.concatenate((angles, angles), axis=-1)                                        # (N, d)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
 def rotary_tables(config: IXC25Config, length: int, ntk_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine of positions 0 .. length - 1.
 
@@ -34,9 +54,4 @@ def rotary_tables(config: IXC25Config, length: int, ntk_length: int | None = Non
     Returns:
         Two float32 arrays `(L, d)`, L `length`; both halves of the last axis hold the same angles.
     """
-    size = config.head_size
-    base = rotary_base(config, length if ntk_length is None else ntk_length)
-    frequencies = base ** (-np.arange(0, size, 2, dtype=np.float64) / size)                  # (d/2,)
-    angles = np.outer(np.arange(length, dtype=np.float64), frequencies)                      # (L, d/2)
-    angles = np.concatenate((angles, angles), axis=-1)                                       # (L, d)
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    return rotary_rows(config, np.arange(length), length if ntk_length is None else ntk_length)

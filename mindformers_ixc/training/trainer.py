@@ -44,7 +44,7 @@ PREDICT_BATCH_SIZE = 4
 
 # Fields of the YAML's model section that run_mode predict takes; everything else comes from the model directory.
 INFERENCE_FIELDS = ("use_past", "block_size", "num_blocks", "compute_dtype", "param_init_type",
-                    "layernorm_compute_type", "softmax_compute_type", "vision_parallel", "offset")
+                    "layernorm_compute_type", "softmax_compute_type", "vision_parallel", "offset", "dynamic_ntk")
 
 
 def check_sections_agree(config: MindFormerConfig) -> None:

@@ -67,6 +67,16 @@ def rotary_angles(config: dict, length: int) -> np.ndarray:
     return np.arange(length)[:, None] / base ** (np.arange(0, d, 2) / d)
 
 
+def cached_angles(config: dict, prompt: int, length: int) -> np.ndarray:
+    """Angles `(length, d / 2)` of a prompt and of positions added to it one by one, with a key/value cache.
+
+    The prompt's turn by its own length's base, each further one by the base of the length it makes; none is turned
+    again.
+    """
+    steps = [rotary_angles(config, total)[-1:] for total in range(prompt + 1, length + 1)]
+    return np.concatenate([rotary_angles(config, prompt), *steps])
+
+
 def rotate(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
     """Turns `(B, L, n, d)` by angles `(L, d / 2)`: element i pairs with element i + d / 2."""
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
@@ -158,15 +168,18 @@ class ReferenceModel:
             x[ids < 0] = self.project(self.merged_rows(image))
         return x
 
-    def logits(self, embeds: np.ndarray, image_mask: np.ndarray, mode: str = "base") -> np.ndarray:
+    def logits(self, embeds: np.ndarray, image_mask: np.ndarray, mode: str = "base",
+               angles: np.ndarray | None = None) -> np.ndarray:
         """Logits `(B, L, V)`.
 
         Args:
             embeds: `(B, L, D)`; shorter sequences are padded on the right with anything.
             image_mask: bool `(B, L)`, the positions Partial LoRA acts on.
             mode: task LoRAs in use, a key of `TASK_LORAS`.
+            angles: of the positions, `(L, d / 2)`; by default those of a sequence without a cache.
         """
-        image, angles, x = image_mask[..., None], rotary_angles(self.config, embeds.shape[1]), embeds
+        angles = rotary_angles(self.config, embeds.shape[1]) if angles is None else angles
+        image, x = image_mask[..., None], embeds
         for i in range(self.config["num_hidden_layers"]):
             layer = f"model.layers.{i}."
             x = x + self._attention(self._rms_norm(x, layer + "attention_norm"), angles, image, mode,
