@@ -78,12 +78,20 @@ class Field(NamedTuple):
         help: one line for docs/yaml.md and messages.
         public: whether it describes the weights and belongs in `config.json`; the others describe a run.
         shown: the default as docs/yaml.md prints it, where that is not the value.
+        chosen: whether a recipe chooses it anew although it is public; the other public fields are those of the
+            directory that a run starts with.
     """
 
     default: Any
     help: str
     public: bool = True
     shown: str | None = None
+    chosen: bool = False
+
+    @property
+    def describes(self) -> bool:
+        """Whether it describes the weights, so that the directory they lie in decides it."""
+        return self.public and not self.chosen
 
 
 VISION_FIELDS = {
@@ -111,17 +119,18 @@ FIELDS = {
     "rope_scaling": Field(None, "`{type: dynamic, factor: f}`, or none; `rope_type` is read as `type`"),
     "bias": Field(False, "only False: the public linears have none"),
     "tie_word_embeddings": Field(False, "only False: the public head is untied"),
-    "initializer_range": Field(0.02, "standard deviation of freshly drawn weights"),
+    "initializer_range": Field(0.02, "standard deviation of freshly drawn weights", chosen=True),
     "bos_token_id": Field(1, "id of `<s>`"),
     "eos_token_id": Field(2, "id of `</s>`"),
     "pad_token_id": Field(2, "id of padding; its embedding gets no gradient"),
-    "vision_config": Field(None, "sizes of the tower (`type: IXC25VisionConfig`)", shown="ViT-L/14 at 560"),
+    "vision_config": Field(None, "sizes of the tower (`type: IXC25VisionConfig`)", shown="ViT-L/14 at 560", chosen=True),
     "plora_rank": Field(256, "rank of Partial LoRA; 0 builds none"),
     "plora_alpha": Field(256, "its alpha; the scale is alpha / rank"),
-    "plora_dropout": Field(0.05, "dropout on the input of Partial LoRA in training"),
+    "plora_dropout": Field(0.05, "dropout on the input of Partial LoRA in training", chosen=True),
     "task_lora_ranks": Field(None, "rank of each task LoRA pair present, by name; `{}` builds none",
-                             shown=", ".join(f"{task} {rank}" for task, rank in TASK_LORA_RANKS.items())),
-    "hd_num": Field(None, "tiles of the dynamic partition the model was trained with; chat's default from then on"),
+                             shown=", ".join(f"{task} {rank}" for task, rank in TASK_LORA_RANKS.items()), chosen=True),
+    "hd_num": Field(None, "tiles of the dynamic partition the model was trained with; chat's default from then on",
+                    chosen=True),
     "seq_length": Field(4096, "positions of a training sample (static shape of the graph)", False),
     "max_tiles": Field(19, "tiles of a training sample, global views included (static shape of the graph)", False),
     "batch_size": Field(1, "samples of a micro batch", False),

@@ -10,9 +10,9 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from mindformers_ixc.checkpoint.dtypes import FLOATING
 from mindformers_ixc.checkpoint.model_config import config_of
 from mindformers_ixc.checkpoint.sources import AVERAGE_PREFIX, OpenedCheckpoint, is_state, open_source
+from mindformers_ixc.checkpoint.start import check_tensor, mismatch
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
 from mindformers_ixc.config import ModelConfig
@@ -111,34 +111,8 @@ def select_tensors(source: OpenedCheckpoint, config: ModelConfig, options: Optio
             surplus.append(name)
     missing = [name for name in table if name not in source.tensors]
     if missing or surplus:
-        raise CheckpointError(
-            f"{source.path} does not match its config.json: {len(missing)} parameters are missing (first: "
-            f"{missing[:3]}), {len(surplus)} are surplus (first: {surplus[:3]}).{_hint(source, table, missing)}")
+        raise CheckpointError(mismatch(source.path, missing, surplus))
     if is_run and left_out:
         logger.info(f"{source.path}: {left_out} tensors are no parameters (optimizer states, averages, counters) and "
                     "are left out.")
     return chosen
-
-
-def _hint(source: OpenedCheckpoint, table: dict[str, Entry], missing: list[str]) -> str:
-    """What to do with what a parallel run saved: nothing but the parameters of its graph."""
-    outside = [name for name in missing
-               if table[name].part.startswith("task_lora") or ".post_layernorm." in name]
-    if not missing or len(outside) < len(missing):
-        return ""
-    return (" A parallel run saves only what its graph uses; put it on the checkpoint it began with: mindformers merge "
-            f"BASE DST --attach {source.path}.")
-
-
-def check_tensor(source: OpenedCheckpoint, name: str, tensor: LazyTensor, shape: tuple[int, ...]) -> None:
-    """Refuses a tensor of another shape or one that is not of floating point.
-
-    Raises:
-        CheckpointError: showing both shapes, or the format.
-    """
-    if tensor.shape != shape:
-        raise CheckpointError(f"{source.path} holds {name} with shape {tensor.shape}, the configuration asks for "
-                              f"{shape}.")
-    if tensor.dtype not in FLOATING:
-        raise CheckpointError(f"{source.path} holds {name} in the format {tensor.dtype}; weights are one of "
-                              f"{', '.join(FLOATING)} (a quantised checkpoint cannot be converted).")

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_ixc.checkpoint.adapters import Adapter, open_adapter, read_adapter
-from mindformers_ixc.checkpoint.convert import check_tensor, select_tensors
+from mindformers_ixc.checkpoint.convert import select_tensors
 from mindformers_ixc.checkpoint.dtypes import to_float32
 from mindformers_ixc.checkpoint.model_config import config_of
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
+from mindformers_ixc.checkpoint.start import check_tensor
 from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
 from mindformers_ixc.config import TASK_LORAS, ModelConfig

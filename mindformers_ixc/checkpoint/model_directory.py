@@ -14,10 +14,10 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.common import np_dtype
 
-from mindformers_ixc.checkpoint.convert import check_tensor
 from mindformers_ixc.checkpoint.digests import write_digests
 from mindformers_ixc.checkpoint.dtypes import STORAGE, convert_dtype, count_not_finite, format_of
 from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.checkpoint.start import Recipe, match_tensors
 from mindformers_ixc.checkpoint.streaming import say_not_finite
 from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.checkpoint.tensors import LazyTensor, PartOfTensor
@@ -31,7 +31,7 @@ from mindformers_ixc.processing.tokenizer import Tokenizer
 WEIGHTS_FILE = "model.safetensors"
 
 
-def load_weights(model: nn.Cell, directory: str | os.PathLike) -> None:
+def load_weights(model: nn.Cell, directory: str | os.PathLike, recipe: Recipe | None = None) -> list[str]:
     """Loads a checkpoint's weights into a model, a few rows of one tensor at a time.
 
     In a parallel layout each rank takes its own slices of the parameters of its own stage.
@@ -39,21 +39,18 @@ def load_weights(model: nn.Cell, directory: str | os.PathLike) -> None:
     Args:
         model: the model; its parameters keep their dtype.
         directory: a model directory (safetensors or .bin), or any whole checkpoint `convert` reads.
+        recipe: how the model differs from the checkpoint; by default not at all.
+
+    Returns:
+        Names of the parameters that the recipe adds; they stay as they are.
 
     Raises:
         CheckpointError: for a damaged file, a missing or surplus parameter, a shape that differs, or whole numbers.
     """
     source = open_source(directory)
     wanted = {parameter.name: parameter for parameter in model.get_parameters()}
-    missing = [name for name in wanted if name not in source.tensors]
-    surplus = [name for name in source.tensors if name not in wanted]
-    if missing or surplus:
-        raise CheckpointError(
-            f"{directory} does not match its config.json: {len(missing)} parameters are missing "
-            f"(first: {sorted(missing)[:3]}), {len(surplus)} are surplus (first: {sorted(surplus)[:3]}).")
-    for name, parameter in wanted.items():
-        check_tensor(source, name, source.tensors[name], tuple(parameter.shape))
-    parts = {name: source.tensors[name] for name in wanted}
+    shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
+    parts, new = match_tensors(source, shapes, recipe)
     if is_parallel():
         own = slices_of_rank({name: tensor.shape for name, tensor in parts.items()}, model.config, rank())
         parts = {name: PartOfTensor(parts[name], slices) for name, slices in own.items()}
@@ -66,6 +63,7 @@ def load_weights(model: nn.Cell, directory: str | os.PathLike) -> None:
         parameter.set_data(Tensor.from_numpy(value), is_parallel())
         parameter.sliced = is_parallel()            # or the compiler would cut it again
     say_not_finite(odd, str(directory))
+    return new
 
 
 def read_as(tensor: LazyTensor, dtype: str) -> np.ndarray:

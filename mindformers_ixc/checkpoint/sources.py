@@ -32,6 +32,9 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 STATE_NAMES = ("epoch_num", "step_num", "loss_scale", "global_batch_size", "global_step", "scale_sense", "train_report")
 AVERAGE_PREFIX = "ema."
 
+# Wrappers of PyTorch that show in names: DistributedDataParallel around a model, torch.compile around any module.
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
+
 _STEP = re.compile(r"-(\d+)_(\d+)\.\w+$")
 _RANK = re.compile(r"_rank_(\d+)(?:_\d+)?-\d+_\d+\.\w+$")
 
@@ -49,6 +52,7 @@ class OpenedCheckpoint:
         strategy_files: that it was read from.
         has_digests: whether all the files have digests, see `digests`; `None` before anybody looked.
         verified: whether the files were compared with them.
+        renamed: whether the files have other names, with PyTorch's wrappers in them.
     """
 
     path: Path
@@ -59,6 +63,7 @@ class OpenedCheckpoint:
     strategy_files: list[Path] = field(default_factory=list)
     has_digests: bool | None = None
     verified: bool = False
+    renamed: bool = False
 
     @property
     def directory(self) -> Path:
@@ -127,9 +132,32 @@ def open_source(path: str | os.PathLike, strategy: str | Path | None = None,
     Raises:
         CheckpointError: when it is none, is damaged or a file is missing.
     """
-    source = _open(Path(path), strategy)
+    source = _without_wrappers(_open(Path(path), strategy))
     if verification() if verify is None else verify:
         source.verify()
+    return source
+
+
+def _without_wrappers(source: OpenedCheckpoint) -> OpenedCheckpoint:
+    """Takes what PyTorch's wrappers put into names out of them, and says so.
+
+    Raises:
+        CheckpointError: when two parameters then have one name.
+    """
+    wrapped = [name for name in source.tensors if _WRAPPERS.search(name)]
+    if not wrapped:
+        return source
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in source.tensors.items():
+        bare = _WRAPPERS.sub("", name)
+        if bare in tensors:
+            raise CheckpointError(f"{source.path} holds {bare} twice, with and without `module.` or `_orig_mod.`; take "
+                                  "one of them out.")
+        tensors[bare] = tensor
+    found = sorted({word for name in wrapped for word in ("module.", "_orig_mod.") if word in name})
+    logger.warning(f"{source.path}: {len(wrapped)} names are read without {' and '.join(found)}, which PyTorch's "
+                   "wrappers put there.")
+    source.tensors, source.renamed = tensors, True
     return source
 
 

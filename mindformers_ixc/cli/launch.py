@@ -26,6 +26,7 @@ from mindformers_ixc.parallel.checks import check_run
 from mindformers_ixc.parallel.degrees import degrees_of
 from mindformers_ixc.training.resume import CHOSEN, chosen_checkpoint, is_complete, mark_finished, step_of
 from mindformers_ixc.training.run_folder import claimed
+from mindformers_ixc.training.starting import adopt_start
 from mindformers_ixc.training.stopping import ask_ranks
 
 LOOPBACK = "127.0.0.1"
@@ -47,6 +48,7 @@ def launch(arguments: argparse.Namespace) -> int:
     fields = merged_fields(arguments.run)
     fields["use_parallel"] = True
     check_fields(fields, arguments.run.config)
+    adopt_start(fields, say=False)
     check_run(fields, arguments.devices)
     folder = Path(fields.setdefault("output_dir", "output")).resolve()
     if arguments.node_rank:      # server 0 answers for the folder

@@ -23,6 +23,7 @@ from mindformers_ixc.cpu_cluster.loading import load_on_cpu
 from mindformers_ixc.parallel.checks import check_run
 from mindformers_ixc.training.resume import is_complete, prepare_resume, record_run
 from mindformers_ixc.training.run_folder import answers, claimed, in_job, locked
+from mindformers_ixc.training.starting import adopt_start
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         _use_register_path(arguments.register_path)
     fields = merged_fields(arguments)
     check_fields(fields, arguments.config)
+    adopt_start(fields, say=reports())
     check_run(fields)
     output_dir = Path(fields.setdefault("output_dir", "output")).resolve()
     fields["output_dir"] = str(output_dir)
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             wanted = dict(fields)
             if fields.get("resume_training"):
                 prepare_resume(fields)
-            if os.environ.get("RANK_ID", "0") == "0" and os.environ.get("MS_ROLE") != "MS_SCHED":
+            if reports():
                 record_run(wanted)
         _run_trainer(fields)
     return 0 if fields.get("use_parallel") else interruption.current.exit_code
@@ -74,6 +76,11 @@ def _folder(output_dir: Path, fields: dict, arguments: argparse.Namespace) -> It
     else:
         output_dir.mkdir(parents=True, exist_ok=True)
         yield
+
+
+def reports() -> bool:
+    """Whether this process says and writes what all ranks of a run would say and write alike."""
+    return os.environ.get("RANK_ID", "0") == "0" and os.environ.get("MS_ROLE") != "MS_SCHED"
 
 
 def _use_register_path(path: str) -> None:

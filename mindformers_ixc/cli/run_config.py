@@ -5,6 +5,7 @@ from mindformers.tools.register import MindFormerRegister
 from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
 from mindformers.tools.register.template import Config as Template
 
+from mindformers_ixc.checkpoint.start import OVERRIDE
 from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, VISION_FIELDS, Field
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.errors import ConfigError
@@ -27,7 +28,10 @@ RUN_MODES = ("train", "finetune", "predict")
 
 # Top-level keys of this package beside MindFormers' own.
 OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation",
-                "on_save_error")
+                "on_save_error", OVERRIDE)
+
+_NAMES = Rule(lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+              "a list of fields of model.model_config")
 
 def check_fields(fields: dict, source: str) -> None:
     """Checks every key and the type of every plain value of a run's fields.
@@ -46,6 +50,8 @@ def check_fields(fields: dict, source: str) -> None:
     check_value("run_mode", fields.get("run_mode"), one_of(RUN_MODES), source=source)
     if fields.get("on_save_error") is not None:
         check_value("on_save_error", fields["on_save_error"], one_of(("stop", "continue")), source=source)
+    if fields.get(OVERRIDE) is not None:
+        check_value(OVERRIDE, fields[OVERRIDE], _NAMES, source=source)
     for name in sections:
         template, section = CONFIG_NAME_TO_CLASS[name], fields.get(name)
         if section is None or name == "callbacks":

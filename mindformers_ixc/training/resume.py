@@ -282,6 +282,16 @@ class _Damaged(ConfigError):
                          "resume_training).")
 
 
+def recorded_model(fields: dict) -> dict:
+    """The `model_config` that the run which is gone on with has written down; empty without a record."""
+    given = resume_source(fields)
+    path = (given.parents[2] if given.is_file() else given) / RECORD
+    record = read_record(path) if path.is_file() else {}
+    model = record.get("model")
+    section = model.get("model_config") if isinstance(model, dict) else None
+    return section if isinstance(section, dict) else {}
+
+
 def record_run(fields: dict) -> None:
     """Writes down what a later resume is compared with; a run that starts anew gets a name."""
     path = Path(fields["output_dir"]) / RECORD

@@ -19,6 +19,7 @@ from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc import interruption
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
+from mindformers_ixc.checkpoint.start import OVERRIDE
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
 from mindformers_ixc.errors import ConfigError, DataError, TrainingError
@@ -35,6 +36,7 @@ from mindformers_ixc.training.evaluation import Evaluation
 from mindformers_ixc.training.log import TrainingLog
 from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, stop_dropout, train_only
 from mindformers_ixc.training.resume import checkpoints_in, mark_finished
+from mindformers_ixc.training.starting import load_start
 from mindformers_ixc.training.step import StepPlan, plan_step
 
 logger = logging.getLogger(__name__)
@@ -117,6 +119,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         super().__init__(model_name)
         self.plan = StepPlan()
         self.log: TrainingLog | None = None
+        self.start = ""
 
     @property
     def trained_model(self):
@@ -135,6 +138,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         network = super().create_network(default_args=default_args)
         model = self.trained_model
         if isinstance(model, IXC25Model) and self.config.run_mode != "predict":
+            if self.start:
+                load_start(model, self.start, dict(self.config.model.model_config), self.config.get(OVERRIDE) or ())
             if self.config.get("train_parts") is not None:
                 train_only(model, self.config.train_parts)
             if not any(part_of(parameter.name) == "partial_lora" for parameter in model.trainable_params()):
@@ -186,6 +191,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             DataError: when too many images turn out damaged.
             TrainingError: when a loss is not finite, or something cannot be written.
         """
+        self._take_start(config)
         check_sections_agree(config)
         self.plan = plan_step(config)
         self.plan.put_into(config)
@@ -219,6 +225,19 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             raise TrainingError(f"Training is done, but its results could not be written to {get_output_root_path()} "
                                 f"({error.strerror or error}); the last checkpoint is there. Make room, then write "
                                 "them with resume_training.") from error
+
+    def _take_start(self, config: MindFormerConfig) -> None:
+        """Takes loading over from MindFormers, which says nothing of missing weights.
+
+        Runs in parallel and resumed ones are left to it: it cuts weights for the ranks, and knows optimizer states.
+        """
+        place = config.get("checkpoint")
+        start = (place and place.get("load_path")) or config.load_checkpoint
+        if not start or config.resume_training or config.use_parallel:
+            return
+        self.start, config.load_checkpoint = str(start), ""
+        if place and place.get("load_path"):
+            place.load_path = ""
 
     def _say_stopped(self, step: int) -> None:
         """Says after which step the run stopped, and how to go on."""
