@@ -101,7 +101,7 @@ def write_checkpoint(tensors: dict[str, LazyTensor], config: ModelConfig, source
            "source": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in source.files]}
     work = WorkFolder(target, job)
     if target.exists() and (target.is_file() or any(target.iterdir())):
-        if _made_by(target, work.digest) and not overwrite:
+        if not overwrite and _made_by(target, work.digest):
             work.clear()
             if verification():
                 verify_folder(target)

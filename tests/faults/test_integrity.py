@@ -199,7 +199,7 @@ def test_a_run_that_wrote_no_model(tmp_path):
     run = corrupt_checkpoints.make_run(root / "run", arrays)
     file = run / "checkpoint" / "rank_0" / "x_rank_0-1_10.safetensors"
     for number, source in enumerate((run, run / "checkpoint", run / "checkpoint" / "rank_0", file)):
-        convert(source, tmp_path / f"x{number}", to="hf")
+        convert(source, tmp_path / f"x{number}")
         found = content(tmp_path / f"x{number}")
         assert found.keys() == arrays.keys()
         assert all(found[name][2] == (value + 10).tobytes() for name, value in arrays.items())
@@ -208,6 +208,8 @@ def test_a_run_that_wrote_no_model(tmp_path):
         assert fields == read_config(root / "public").to_public_dict()
     merge(run, tmp_path / "merged", fold=["web"], to="hf")
     assert "model.norm.weight" in content(tmp_path / "merged")
+    merge(root / "public", tmp_path / "attached", attach=run)
+    assert content(tmp_path / "attached")[NORM][2] == (arrays[NORM] + 10).tobytes()
 
 
 def test_what_is_no_parameter_is_counted(tmp_path, caplog):
