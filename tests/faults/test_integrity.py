@@ -225,8 +225,10 @@ def test_the_configuration_of_a_run_that_began_elsewhere(tmp_path):
     run = corrupt_checkpoints.make_run(tmp_path / "run", arrays)
     record = json.loads((run / "run_config.json").read_text())
     record["start"] = str(tmp_path / "public")
+    record["train_dataset"] = {"hd_num": 7, "tokenizer": {"vocab_file": "pkg:mindformers_ixc/demo/tokenizer.model"}}
     (run / "run_config.json").write_text(json.dumps(record))
     convert(run, tmp_path / "x", to="hf")
+    assert read_config(tmp_path / "x").hd_num == 7 and (tmp_path / "x" / "tokenizer.model").is_file()
     record["model"]["model_config"]["rope_theta"] = 5.0
     (run / "run_config.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=r"differ in rope_theta.* name the model's"):
