@@ -7,6 +7,7 @@ folder, looks whether the files that were named are there, and only then imports
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -21,6 +22,7 @@ from mindformers_ixc.cli.inputs import check_inputs
 from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.config import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.interruption import JOB, die_with_launcher, listening
 from mindformers_ixc.parameters import PARTS
 
 if TYPE_CHECKING:
@@ -70,6 +72,8 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--register_path", metavar="DIR", help="folder of further modules for `auto_register`")
     run.add_argument("--output_dir", metavar="DIR", help="where everything the run writes goes")
     run.add_argument("--load_checkpoint", metavar="PATH", help="weights to start from: a model directory or file")
+    run.add_argument("--overwrite", action="store_true",
+                     help="move an earlier run's files in the output folder to old-N there, instead of refusing it")
     run.add_argument("--use_parallel", metavar="BOOL", help="run under msrun with the file's parallel_config")
     run.add_argument("--predict_data", metavar="FILE", help="questions for run_mode predict, one JSON object a line")
     _add_no_verify(run)
@@ -370,6 +374,16 @@ def main(argv: list[str] | None = None) -> int:
         build_parser().print_help()
         return 2
     arguments.answers = claim_stdout()
+    with contextlib.ExitStack() as stack:
+        if arguments.command == "run":
+            if JOB in os.environ:
+                die_with_launcher()
+            stack.enter_context(listening())
+        return _execute(arguments)
+
+
+def _execute(arguments: argparse.Namespace) -> int:
+    """Runs the command; errors of the input become a sentence."""
     if arguments.command == "chat" and arguments.question is None:
         # before the libraries start their threads, which inherit this; a session lets Ctrl-C through when it may come
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

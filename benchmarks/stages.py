@@ -29,7 +29,7 @@ BATCH = 16
 def train(stage: str, out: Path) -> float:
     """Runs a stage; returns its seconds."""
     command = [str(Path(sys.executable).parent / "mindformers"), "run", "--config",
-               str(ROOT / "yaml_configs" / f"ixc25_{stage}_tiny.yaml"), "--output_dir", str(out / stage)]
+               str(ROOT / "yaml_configs" / f"ixc25_{stage}_tiny.yaml"), "--output_dir", str(out / stage), "--overwrite"]
     if STAGES[stage]:
         command += ["--load_checkpoint", str(out / STAGES[stage] / "model")]
     began = time.perf_counter()

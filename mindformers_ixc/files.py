@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import codecs
+import ctypes
+import errno
 import json
 import os
 import re
@@ -41,24 +43,25 @@ def whole_file(target: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(partial, target)
+        if sync:
+            sync_folder(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(target: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file so that it is whole or not there; text as UTF-8."""
-    with whole_file(target) as partial:
+def write_whole(target: str | os.PathLike, content: str | bytes, sync: bool = False) -> None:
+    """Writes a file so that it is whole or not there; text as UTF-8; `sync` as of `whole_file`."""
+    with whole_file(target, sync) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def _beside(target: Path) -> Path:
-    """A name of its own, also among processes on other servers; the suffix stays, since some writers go by it."""
-    return target.with_name(f".{secrets.token_hex(6)}.{target.name}")
 
 
 @contextmanager
 def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     """A folder beside a target to fill; it takes the target's name when the block ends well, else it is removed.
+
+    Its content is on the disk before it takes the name. An older folder is exchanged for it in one step where the file
+    system can do that (`renameat2`), so that one of the two is there at every moment. Where it cannot (NFS, for one)
+    the older one is put aside first; if the process ends between the two renames, `tidy` brings it back.
 
     Args:
         target: the folder to be made, its parents too; an older one is replaced.
@@ -69,11 +72,108 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+        _sync_tree(temporary)
+        _put_in_place(temporary, target)
+        sync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Gives a folder the target's name; an older target is removed, or left under the folder's own name."""
+    if not target.exists():
+        os.replace(folder, target)
+    elif not exchange(folder, target):
+        aside = _beside(target, _ASIDE)
+        os.rename(target, aside)
+        try:
+            os.rename(folder, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def exchange(one: str | os.PathLike, other: str | os.PathLike) -> bool:
+    """Lets two files or folders swap their names in one step.
+
+    Returns:
+        False, with nothing changed, where the system or the file system has no such step.
+
+    Raises:
+        OSError: when it has, and it failed.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)      # glibc 2.28 or later, Linux
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+# Numbers of renameat2(2): relative names start at the working folder; swap both names.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Waits until the names in a folder are on the disk; file systems that cannot do it are let off."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path, _, names in os.walk(folder):
+        for name in names:
+            file = os.path.join(path, name)
+            if not os.path.islink(file):
+                with open(file, "rb") as content:
+                    os.fsync(content.fileno())
+        sync_folder(path)
+
+
+# Between the random part and the name of a folder that is put aside while another one takes its place.
+_ASIDE = "before."
+_LEFTOVER = re.compile(r"\.[0-9a-f]{12}\.(before\.)?(?P<name>.+)")
+
+
+def _beside(target: Path, mark: str = "") -> Path:
+    """A name of its own, also among processes on other servers; the suffix stays, since some writers go by it."""
+    return target.with_name(f".{secrets.token_hex(6)}.{mark}{target.name}")
+
+
+def tidy(folder: str | os.PathLike) -> list[str]:
+    """Removes what `whole_file` and `whole_folder` of killed processes left directly in a folder.
+
+    A folder that was put aside, and whose place nothing has taken, gets its name back. Nobody may be writing there.
+
+    Returns:
+        The names that were removed or renamed.
+    """
+    found = []
+    for path in sorted(Path(folder).glob(".*")):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None:
+            continue
+        found.append(path.name)
+        if match[1] and not path.with_name(match["name"]).exists():
+            os.rename(path, path.with_name(match["name"]))
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return found
 
 
 def read_text(path: str | os.PathLike, error: type[ValueError] = DataError) -> str:

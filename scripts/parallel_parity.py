@@ -104,6 +104,8 @@ def start(layout: Layout, out: Path, options: dict, config: Path = CONFIG) -> su
     command = [str(Path(sys.executable).with_name("mindformers"))]
     command += ["launch", "-n", str(devices)] if devices > 1 else ["run"]
     command += ["--config", str(config), "--output_dir", str(out)]
+    if not options.get("resume_training"):
+        command.append("--overwrite")
     for key, value in options.items():
         command += [f"--{key}", str(value)]
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mindformers_ixc import files
 from mindformers_ixc.errors import CheckpointError, DataError, PromptError
 from mindformers_ixc.files import (
     parse_json,
@@ -20,6 +21,7 @@ from mindformers_ixc.files import (
     read_metrics,
     read_text,
     text_lines,
+    tidy,
     whole_file,
     whole_folder,
     write_whole,
@@ -181,3 +183,82 @@ def test_a_bad_line_of_metrics_loses_that_line(tmp_path):
     lines = [b'{"step": 1}', b'{"st', b"[3]", b"\xff", b'{"step": 5, "note": "\xe2\x80\xa8"}', b'{"step']
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 5]
+
+
+REPLACING = """
+    import ctypes, os, signal, sys
+    from mindformers_ixc import files
+    at, swap = int(sys.argv[1]), sys.argv[2] == "True"
+    calls = iter(range(1, 100))
+
+    def dying(function):
+        def call(*arguments, **options):
+            if next(calls) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+        return call
+
+    for name in ("mkdir", "rename", "replace", "rmdir", "unlink", "fsync"):
+        setattr(os, name, dying(getattr(os, name)))
+    files.exchange = dying(files.exchange) if swap else (lambda one, other: False)
+    with files.whole_folder(sys.argv[3]) as folder:
+        (folder / "a").write_text("new")
+    """
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_a_folder_is_there_wherever_its_replacing_is_killed(tmp_path, swap):
+    target, states = tmp_path / "best", []
+    for at in range(1, 30):
+        with whole_folder(target) as folder:
+            (folder / "a").write_text("old")
+        result = subprocess.run([sys.executable, "-c", textwrap.dedent(REPLACING), str(at), str(swap), str(target)],
+                                check=False)
+        if not swap:        # without the exchange there is a moment in which only the aside is there
+            tidy(tmp_path)
+        states.append((target / "a").read_text())
+        tidy(tmp_path)
+        assert os.listdir(tmp_path) == ["best"] and os.listdir(target) == ["a"]
+        if result.returncode == 0:
+            break
+        assert result.returncode == -signal.SIGKILL
+    assert states == sorted(states, reverse=True)          # old, then new: never back, never neither
+    assert states[0] == "old" and states[-1] == "new" and 6 < len(states) < 29
+
+
+def test_what_is_asked_to_last_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    order = []
+    sync, replace = os.fsync, os.replace
+
+    def noted(handle):
+        order.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", lambda *names: (order.append("replace"), replace(*names)))
+    write_whole(tmp_path / "a", "x", sync=True)
+    assert order[0].endswith(".a") and order[1:] == ["replace", tmp_path.name]
+    order.clear()
+    with whole_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("x")
+    assert order[0] == "weights" and order[1].endswith(".model") and order[2:] == ["replace", tmp_path.name]
+
+
+def test_only_leftovers_of_this_naming_are_removed(tmp_path):
+    kept = [".git", ".abc.model", ".0123456789ab", "model", ".0123456789AB.model", "x.0123456789ab.model"]
+    for name in kept:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".0123456789ab.metrics.jsonl").write_text("x")
+    (tmp_path / ".0123456789ab.model").mkdir()
+    (tmp_path / ".0123456789ab.before.model").mkdir()
+    (tmp_path / ".0123456789ac.before.best").mkdir()
+    (tmp_path / ".0123456789ac.before.best" / "a").write_text("only one left")
+    assert len(tidy(tmp_path)) == 4
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "best"])
+    assert (tmp_path / "best" / "a").read_text() == "only one left"
+
+
+def test_an_exchange_that_fails_for_another_reason_is_an_error(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(FileNotFoundError):
+        files.exchange(tmp_path / "a", tmp_path / "missing")

@@ -77,7 +77,8 @@ def test_the_step_is_compiled_before_loading_by_the_function_that_is_replaced():
 def test_the_monitor_counts_keeps_and_writes_where_the_safe_one_steps_in(tmp_path, monkeypatch, loss):
     from mindformers.core.callback.callback import CheckpointMonitor
 
-    from mindformers_ixc.training.checkpoints import SafeCheckpointMonitor, checkpoints_in
+    from mindformers_ixc.training.checkpoints import SafeCheckpointMonitor
+    from mindformers_ixc.training.resume import checkpoints_in
 
     # a run that resumed after the third step of an epoch of four, and has done two since
     monitor = SafeCheckpointMonitor(prefix="t", directory=str(tmp_path), keep_checkpoint_max=1, save_checkpoint_steps=1,
@@ -110,6 +111,26 @@ def test_the_monitor_counts_keeps_and_writes_where_the_safe_one_steps_in(tmp_pat
     assert checkpoints_in(folder) == [new] and monitor._last_triggered_step == 2
     counters = ms.load_checkpoint(str(new), format="safetensors")
     assert (int(counters["step_num"].asnumpy()), int(counters["epoch_num"].asnumpy())) == (5, 2)
+
+
+def test_the_trainer_takes_its_model_by_name_and_sorts_callbacks_apart():
+    from mindformers.trainer import base_trainer
+    from mindspore.train.callback import RunContext
+
+    from mindformers_ixc.training.trainer import _Parameters, resumable_model
+
+    assert base_trainer.Model is ms.Model
+    assert {"Model", "sort_callbacks"} <= names_used(base_trainer.BaseTrainer.training_process)
+    assert isinstance(inspect.getattr_static(base_trainer.BaseTrainer, "sort_callbacks"), staticmethod)
+    assert RunContext(_Parameters(cur_step_num=0)).original_args().cur_step_num == 0
+    with resumable_model():
+        assert base_trainer.Model is not ms.Model
+        named = list(inspect.signature(base_trainer.Model.train).parameters)[:len(TRAIN_ARGUMENTS)]
+        assert named == TRAIN_ARGUMENTS == list(inspect.signature(ms.Model.train).parameters)[:len(TRAIN_ARGUMENTS)]
+    assert base_trainer.Model is ms.Model
+
+
+TRAIN_ARGUMENTS = ["self", "epoch", "train_dataset", "callbacks", "dataset_sink_mode", "sink_size", "initial_epoch"]
 
 
 def test_the_import_of_mindformers_registers_and_leaves_the_collector_as_it_was():

@@ -13,11 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 import psutil
+
+from mindformers_ixc.interruption import JOB, die_with
 
 POLL_S = 0.2
 # Seconds that msrun and its scheduler get to end by themselves once a rank has ended with an error.
@@ -31,8 +33,6 @@ SCHEDULER_LATE_S = 2
 # Seconds that killed processes get to be gone.
 KILL_S = 10
 
-# Every process of a job has this variable, by which it is found wherever it hangs in the process tree.
-JOB = "MINDFORMERS_IXC_JOB"
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _DIED = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
@@ -43,7 +43,7 @@ _LOGGED = re.compile(r"\d{4}-\d\d-\d\d ")                # an ordinary line: the
 
 
 class Stopped(BaseException):
-    """The launcher was told to end; not an error that anything on the way should handle.
+    """The launcher was told to end at once; not an error that anything on the way should handle.
 
     Args:
         number: of the signal.
@@ -55,9 +55,19 @@ class Stopped(BaseException):
 
 
 @contextlib.contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Raises `Stopped` where one of the signals arrives; further ones are ignored, so that nothing disturbs the end."""
+def stopped_by_signals(gently: Callable[[int], bool] = lambda number: False) -> Iterator[None]:
+    """Raises `Stopped` where one of the signals arrives; further ones are ignored, so that nothing disturbs the end.
+
+    Args:
+        gently: asked once, at the first signal: whether the ranks were told to save and end, and are to be waited for.
+    """
+    asked = False
+
     def stop(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        first, asked = not asked, True
+        if first and gently(number):
+            return
         for other in earlier:
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
@@ -210,10 +220,12 @@ class Job:
                 log.unlink(missing_ok=True)
         print(f"{len(self.ranks)} ranks are starting; their logs are in {self.logs}.", file=sys.stderr, flush=True)
         try:
+            parent = os.getpid()
             with open(self.log, "wb") as output:
+                # a launcher that is killed takes msrun with it, and msrun its ranks (`interruption.die_with_launcher`)
                 self.process = process = subprocess.Popen(
                     self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=output,
-                    stderr=subprocess.STDOUT, start_new_session=True)
+                    stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=lambda: die_with(parent))
             while process.poll() is None and not self._hangs():
                 self._look(process.pid)
                 time.sleep(POLL_S)

@@ -9,19 +9,24 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
 import uuid
 from pathlib import Path
 
-from mindformers_ixc.cli.job import JOB, Job, Stopped, signal_name, stopped_by_signals
+from mindformers_ixc.cli.job import Job, Stopped, signal_name, stopped_by_signals
 from mindformers_ixc.cli.run_config import check_fields
 from mindformers_ixc.cli.yaml_file import merged_fields
 from mindformers_ixc.cpu_cluster.build import preload_environment
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.interruption import JOB, name_of
 from mindformers_ixc.parallel.checks import check_run
 from mindformers_ixc.parallel.degrees import degrees_of
+from mindformers_ixc.training.resume import CHOSEN, chosen_checkpoint, is_complete, mark_finished, step_of
+from mindformers_ixc.training.run_folder import claimed
+from mindformers_ixc.training.stopping import ask_ranks
 
 LOOPBACK = "127.0.0.1"
 
@@ -35,30 +40,68 @@ def launch(arguments: argparse.Namespace) -> int:
         Exit code: 0, 1 when a rank failed, 128 and the signal's number when the launcher was told to end.
 
     Raises:
-        ConfigError: for a YAML that cannot run on so many devices; nothing has been started then.
+        ConfigError: for a YAML that cannot run on so many devices, or an output folder that is in use or used; nothing
+            has been started then.
     """
     ranks = local_ranks(arguments)
-    words = arguments.run_words
     fields = merged_fields(arguments.run)
     fields["use_parallel"] = True
     check_fields(fields, arguments.run.config)
     check_run(fields, arguments.devices)
+    folder = Path(fields.setdefault("output_dir", "output")).resolve()
+    if arguments.node_rank:      # server 0 answers for the folder
+        return _run_ranks(arguments, fields, ranks, folder)
+    with claimed(folder, fields, arguments.run.overwrite):
+        if fields.get("run_mode") == "predict":
+            return _run_ranks(arguments, fields, ranks, folder)
+        if is_complete(fields):
+            print(f"The run in {folder} has come to its end; nothing is done.", file=sys.stderr, flush=True)
+            return 0
+        step = None
+        if fields.get("resume_training"):
+            step = step_of(chosen_checkpoint(fields)[1][0])
+        code = _run_ranks(arguments, fields, ranks, folder, step)
+        if code == 0:
+            mark_finished(folder, [])
+        return code
+
+
+def _run_ranks(arguments: argparse.Namespace, fields: dict, ranks: range, folder: Path,
+               step: tuple[int, int] | None = None) -> int:
+    """Starts this server's ranks and waits for them; see `launch`. `step` is the one that a resume goes on from."""
+    asked: list[int] = []
+
+    def gently(number: int) -> bool:
+        if number == signal.SIGHUP or not ask_ranks(folder, number):
+            return False
+        asked.append(number)
+        print(f"{name_of(number)}: all ranks finish a step and save a checkpoint; a second signal ends them at once.",
+              file=sys.stderr, flush=True)
+        return True
+
     on_cpu = (fields.get("context") or {}).get("device_target", "Ascend") == "CPU"
     given = _given_mailbox(len(ranks) < arguments.devices) if on_cpu else None
-    logs = Path(arguments.log_dir or Path(fields.get("output_dir") or "output") / "rank_logs").resolve()
+    logs = Path(arguments.log_dir or folder / "rank_logs").resolve()
     # pipeline stages: the loss is known to the last one, and its first rank reports it
     reporter = 0
     if fields.get("run_mode") != "predict":
         reporter = arguments.devices - arguments.devices // degrees_of(fields).pipeline_stage
     try:
-        with stopped_by_signals(), tempfile.TemporaryDirectory() as scratch:
+        with stopped_by_signals(gently), tempfile.TemporaryDirectory() as scratch:
             environment = _environment()
+            if step is not None:
+                environment[CHOSEN] = f"{step[0]}_{step[1]}"
             if on_cpu:
                 environment.update(_cpu_environment(given or _shared_memory(Path(scratch))))
-            job = Job(_msrun(arguments, words, logs), environment, logs, ranks,
+            job = Job(_msrun(arguments, arguments.run_words, logs), environment, logs, ranks,
                        reporter if reporter in ranks else ranks[0])
             try:
-                return job.run()
+                code = job.run()
+                if asked and code == 0:
+                    print(f"{name_of(asked[0])} stopped the run in {folder}, and every rank has saved a checkpoint; go "
+                          "on with --resume_training True.", file=sys.stderr, flush=True)
+                    return 128 + asked[0]
+                return code
             finally:
                 if on_cpu and given is None:
                     shutil.rmtree(environment["CPU_PARALLEL_MAILBOX"], ignore_errors=True)

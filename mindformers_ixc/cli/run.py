@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import mindspore as ms
@@ -13,12 +15,14 @@ from mindformers.core.context import build_context
 from mindformers.tools.register import MindFormerConfig
 from mindformers.trainer import Trainer
 
+from mindformers_ixc import interruption
 from mindformers_ixc.cli.run_config import check_fields
 from mindformers_ixc.cli.yaml_file import merged_fields
 from mindformers_ixc.cpu_cluster.groups import install
 from mindformers_ixc.cpu_cluster.loading import load_on_cpu
 from mindformers_ixc.parallel.checks import check_run
-from mindformers_ixc.training.checkpoints import prepare_resume, record_run
+from mindformers_ixc.training.resume import is_complete, prepare_resume, record_run
+from mindformers_ixc.training.run_folder import answers, claimed, in_job, locked
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,10 +32,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: of the `run` subcommand; `rest` holds further words, taken as overrides.
 
     Returns:
-        Exit code.
+        Exit code: 0, or 128 and the signal's number when it was asked to stop and has saved a checkpoint. A rank's is 0
+        then: msrun would take it for a failure and end the others while they save.
 
     Raises:
-        ConfigError: for a wrong key or value; nothing has been written then.
+        ConfigError: for a wrong key or value, or an output folder that is in use or used. Nothing was written then.
     """
     if arguments.register_path:
         _use_register_path(arguments.register_path)
@@ -40,14 +45,35 @@ def run(arguments: argparse.Namespace) -> int:
     check_run(fields)
     output_dir = Path(fields.setdefault("output_dir", "output")).resolve()
     fields["output_dir"] = str(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if fields["run_mode"] != "predict":
-        wanted = dict(fields)
-        if fields.get("resume_training"):
-            prepare_resume(fields)
-        record_run(wanted)
-    _run_trainer(fields)
-    return 0
+    with _folder(output_dir, fields, arguments):
+        training = fields["run_mode"] != "predict"
+        if training and is_complete(fields):
+            print(f"The run in {output_dir} has come to its end, and all it left is there; nothing is done.",
+                  file=sys.stderr, flush=True)
+            return 0
+        if training:
+            wanted = dict(fields)
+            if fields.get("resume_training"):
+                prepare_resume(fields)
+            if os.environ.get("RANK_ID", "0") == "0" and os.environ.get("MS_ROLE") != "MS_SCHED":
+                record_run(wanted)
+        _run_trainer(fields)
+    return 0 if fields.get("use_parallel") else interruption.current.exit_code
+
+
+@contextlib.contextmanager
+def _folder(output_dir: Path, fields: dict, arguments: argparse.Namespace) -> Iterator[None]:
+    """The output folder, held as far as it is this process's to hold it."""
+    if answers(fields):
+        with claimed(output_dir, fields, arguments.overwrite):
+            yield
+    elif in_job() and os.environ.get("MS_ROLE") != "MS_SCHED":
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with locked(output_dir, int(os.environ.get("RANK_ID", "0"))):
+            yield
+    else:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        yield
 
 
 def _use_register_path(path: str) -> None:

@@ -26,7 +26,8 @@ from mindformers_ixc.training.parts import check_parts, check_rates
 RUN_MODES = ("train", "finetune", "predict")
 
 # Top-level keys of this package beside MindFormers' own.
-OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation")
+OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation",
+                "on_save_error")
 
 def check_fields(fields: dict, source: str) -> None:
     """Checks every key and the type of every plain value of a run's fields.
@@ -43,6 +44,8 @@ def check_fields(fields: dict, source: str) -> None:
     check_keys(fields, [*general.keys(), *sections, *OWN_SECTIONS], source=source)
     check_values(fields, _template_rules(general), source=source)
     check_value("run_mode", fields.get("run_mode"), one_of(RUN_MODES), source=source)
+    if fields.get("on_save_error") is not None:
+        check_value("on_save_error", fields["on_save_error"], one_of(("stop", "continue")), source=source)
     for name in sections:
         template, section = CONFIG_NAME_TO_CLASS[name], fields.get(name)
         if section is None or name == "callbacks":

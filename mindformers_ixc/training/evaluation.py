@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 from mindformers.tools.register import MindFormerConfig
 from mindformers.tools.utils import get_output_root_path
 from mindspore import Tensor, nn
+from mindspore.dataset import GeneratorDataset
 from mindspore.ops import operations as P
 from mindspore.train.callback import Callback, RunContext
 
@@ -17,8 +19,8 @@ from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
 from mindformers_ixc.data.conversations import load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import fit_samples
-from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.files import EVALUATIONS_FILE, write_whole
+from mindformers_ixc.errors import ConfigError, TrainingError
+from mindformers_ixc.files import EVALUATIONS_FILE, read_metrics, write_whole
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.questions import questions_of
 from mindformers_ixc.models.ixc25 import IXC25Model
@@ -26,6 +28,7 @@ from mindformers_ixc.models.loss import FusedCrossEntropy
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.sections import check_names, check_section, of_type, one_of, whole
 from mindformers_ixc.training.datasets import section_processor
+from mindformers_ixc.training.log import steps_of
 from mindformers_ixc.training.scores import SCORES, score_answers
 
 logger = logging.getLogger(__name__)
@@ -137,12 +140,16 @@ class Training(Protocol):
 
     config: MindFormerConfig
     trained_model: IXC25Model
+    train_dataset: GeneratorDataset
 
     def save_directory(self, name: str) -> None: ...
 
 
 class Evaluation(Callback):
     """Measures every `every` steps and at the end, into `evaluations.jsonl`; keeps the best model in `best`.
+
+    A measurement that was due at the step from which a run is resumed, and that the earlier run did not come to, is
+    made up first. So the rows of a resumed run are those of one that was not interrupted.
 
     Args:
         trainer: `IXC25Trainer`; gives the model and writes directories.
@@ -151,33 +158,55 @@ class Evaluation(Callback):
 
     Raises:
         ConfigError: see `evaluation_options`.
+        TrainingError: while training, when a measurement cannot be written and `on_save_error` is `stop`.
     """
 
     def __init__(self, trainer: Training, section: dict, data: MindFormerConfig):
         self.trainer, self.options = trainer, evaluation_options(section)
         self.held_out = HeldOut(data, self.options)
         self.path = Path(get_output_root_path()) / EVALUATIONS_FILE
-        self.measured = -1
         self.mean_loss: MeanLoss | None = None
+        self.steps = 0       # of the whole run, once it has begun
+
+    def on_train_begin(self, run_context: RunContext) -> None:
+        """Drops rows of steps that will be done again, and makes up what the step gone on from lacks."""
+        runner = self.trainer.config.runner_config
+        start = runner.initial_step or 0
+        self.steps = steps_of(runner, self.trainer.train_dataset)
+        rows = [row for row in self._rows() if row["step"] <= start] if start else []
+        if self.path.exists():
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows), sync=True)
+        if start and self._is_due(start):
+            if not any(row["step"] == start for row in rows):
+                self._measure(start)
+            elif self._is_best(rows) and not (self.path.parent / "best").is_dir():
+                self.trainer.save_directory("best")
+
+    def _is_due(self, step: int) -> bool:
+        return step == self.steps or (bool(self.options["every"]) and step % self.options["every"] == 0)
 
     def on_train_step_end(self, run_context: RunContext) -> None:
         """Measures when it is time."""
         done = self._done(run_context)
-        if self.options["every"] and done % self.options["every"] == 0:
+        if done < self.steps and self._is_due(done):
             self._measure(done)
 
     def on_train_end(self, run_context: RunContext) -> None:
-        """Measures the final model."""
+        """Measures the final model; not one that was stopped on the way."""
         done = self._done(run_context)
-        if self.measured != done:
+        if done >= self.steps and not any(row["step"] == done for row in self._rows()):
             self._measure(done)
 
     def _done(self, run_context: RunContext) -> int:
         initial = self.trainer.config.runner_config.initial_step or 0
         return initial + run_context.original_args().cur_step_num
 
+    def _rows(self) -> list[dict]:
+        """What was measured so far, one row a step, in their order."""
+        rows = {row["step"]: row for row in read_metrics(self.path) if isinstance(row.get("step"), int)}
+        return [rows[step] for step in sorted(rows)]
+
     def _measure(self, step: int) -> None:
-        self.measured = step
         model = self.trainer.trained_model
         row: dict[str, float] = {"step": step}
         metrics = self.options["metrics"]
@@ -192,22 +221,33 @@ class Evaluation(Callback):
             row.update(score_answers(*self.held_out.answers(self._assistant(model)),
                                      [metric for metric in metrics if metric in SCORES]))
         model.set_train(True)
-        before = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
-        rows = [old for old in before if old["step"] < step] + [row]
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        rows = [old for old in self._rows() if old["step"] < step] + [row]
+        try:
+            if self._is_best(rows):      # before the row: a run that is killed in between measures again
+                self.trainer.save_directory("best")
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows), sync=True)
+        except OSError as error:
+            self._not_saved(error, step)
         logger.info("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-        self._keep_best(rows)
+
+    def _not_saved(self, error: OSError, step: int) -> None:
+        """Says that a measurement could not be written, and ends the run unless it is to go on."""
+        sentence = (f"Step {step}: its evaluation could not be written to {self.path.parent} "
+                    f"({error.strerror or error}); what was there before is kept.")
+        if getattr(self.trainer.config, "on_save_error", None) != "continue":
+            raise TrainingError(f"{sentence} Make room, then go on with resume_training.") from error
+        print(f"{sentence} The run goes on without it, as on_save_error says.", file=sys.stderr, flush=True)
 
     def _assistant(self, model: IXC25Model):
         if not hasattr(self, "assistant"):
             self.assistant = Assistant(model, self.held_out.processor)
         return self.assistant
 
-    def _keep_best(self, rows: list[dict]) -> None:
+    def _is_best(self, rows: list[dict]) -> bool:
+        """Whether the last row is better than all before it by the metric that is kept, if one is."""
         name = self.options["keep_best"]
         if name is None:
-            return
-        better = min if name in LOSSES else max
-        if rows[-1][name] == better(row[name] for row in rows) and \
-                [row[name] for row in rows].index(rows[-1][name]) == len(rows) - 1:
-            self.trainer.save_directory("best")
+            return False
+        sign = 1 if name in LOSSES else -1
+        values = [sign * row[name] for row in rows if isinstance(row.get(name), (int, float))]
+        return all(values[-1] < value for value in values[:-1])

@@ -1,9 +1,11 @@
 """What a run writes down of every step, and when it has to stop."""
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from mindspore import nn
 from mindspore.dataset import GeneratorDataset
 from mindspore.train.callback import Callback, RunContext
 
+from mindformers_ixc import interruption
 from mindformers_ixc.device import has_loss, reports_loss
 from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import METRICS_FILE, read_metrics, write_whole
 from mindformers_ixc.models.preference import REPORT
 from mindformers_ixc.training.step import StepPlan
+from mindformers_ixc.training.stopping import Stopping
 
 
 class TrainingLog(Callback):
@@ -30,11 +34,18 @@ class TrainingLog(Callback):
 
     Args:
         folder: the run's.
+        on_error: `stop` or `continue`, when a row cannot be written: the YAML's `on_save_error`.
+
+    Attributes:
+        stopped_after: the step after which the run stopped because it was asked to, else `None`.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.path = Path(folder) / METRICS_FILE
+    def __init__(self, folder: str | os.PathLike, on_error: str = "stop"):
+        self.path, self.on_error = Path(folder) / METRICS_FILE, on_error
         self.average: dict = {}
+        self.stopping = Stopping(Path(folder))
+        self.stopped_after: int | None = None
+        self.lost_rows = False
 
     def bind(self, dataset: GeneratorDataset, plan: StepPlan, trainer: BaseTrainer) -> None:
         """Tells what is known only once the data are there.
@@ -56,14 +67,15 @@ class TrainingLog(Callback):
         """Drops rows of steps that will be done again."""
         self.start = self.trainer.config.runner_config.initial_step or 0
         self.batch_size = self.dataset.get_batch_size() * self.dataset.plan_sampler.ranks
-        self.total = self.trainer.config.runner_config.epochs * self.dataset.get_dataset_size()
+        self.total = steps_of(self.trainer.config.runner_config, self.dataset)
         self._start_average(run_context.original_args().train_network)
         self.writes = reports_loss()
-        if not self.writes:
-            return
-        rows = read_metrics(self.path) if self.start else []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self.start))
+        if self.writes:
+            rows = {row["step"]: row for row in read_metrics(self.path) if _is_step(row)} if self.start else {}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path, "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)
+                                           if step <= self.start), sync=True)
+        self.stopping.begin()
 
     def _start_average(self, wrapper: nn.Cell) -> None:
         """The moving average starts from the weights that were loaded, which MindFormers does after making it."""
@@ -102,14 +114,38 @@ class TrainingLog(Callback):
             row.update(self._report(holder.train_report.asnumpy()))
         what = not_finite(parameters.net_outputs)
         if self.writes:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**row, "loss": None} if what == "loss" else row) + "\n")
+            self._append(json.dumps({**row, "loss": None} if what == "loss" else row) + "\n", parameters)
         if what:
             parameters.run_failed = True
             raise TrainingError(f"Step {step}: the {what} of this batch is not finite (its samples: "
                                 f"{self.describe(step - 1)}). The step was not taken and no checkpoint was written; "
                                 "the last one is good. Look at those samples or lower the learning rate, then go on "
                                 "with resume_training.")
+        if step < self.total and self.stopping.is_due(step):
+            self.stopped_after = step
+            run_context.request_stop()
+
+    def on_train_end(self, run_context: RunContext) -> None:
+        """Notes that what follows is written whole before the process may end."""
+        interruption.current.phase = "ending"
+
+    def _append(self, line: str, parameters: Any) -> None:
+        """Appends a row; of one that cannot be written whole nothing stays."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "ab") as file:
+                file.write(line.encode())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            sentence = f"{self.path}: the row of a step could not be written ({error.strerror or error})"
+            if self.on_error == "stop":
+                parameters.run_failed = True
+                raise TrainingError(f"{sentence}. Make room, then go on with resume_training.") from error
+            if not self.lost_rows:
+                print(f"{sentence}; the run goes on without such rows, as on_save_error says.", file=sys.stderr,
+                      flush=True)
+            self.lost_rows = True
 
     def _report(self, report: np.ndarray) -> dict:
         if self.plan.report == "preference":
@@ -118,6 +154,15 @@ class TrainingLog(Callback):
         by_source = {name: {"loss": float(total / count), "tokens": int(count)}
                      for name, total, count in zip(self.plan.sources, *report) if count}
         return {"sources": by_source, "tokens": int(report[1].sum())}
+
+
+def steps_of(runner: Any, dataset: GeneratorDataset) -> int:
+    """Steps of a whole run; with a data sink MindFormers counts its rounds in `epochs` and keeps the YAML's number."""
+    return (getattr(runner, "origin_epochs", None) or runner.epochs) * dataset.get_dataset_size()
+
+
+def _is_step(row: dict) -> bool:
+    return isinstance(row.get("step"), int)
 
 
 def not_finite(outputs: tuple) -> str | None:

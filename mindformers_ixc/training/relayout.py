@@ -38,11 +38,12 @@ def write_counters(folder: Path, checkpoint: Path) -> None:
         save_file({name: tensors.get_tensor(name) for name in COUNTERS if name in names}, folder / COUNTERS_FILE)
 
 
-def joined(run: Path, folder: Path, start: str | None) -> Path:
-    """A folder with the newest checkpoint of a run as one file; made by rank 0, the others wait.
+def joined(files: list[Path], strategy: Path, folder: Path, start: str | None) -> Path:
+    """A folder with a checkpoint of a run as one file; made by rank 0, the others wait.
 
     Args:
-        run: folder of the run, or the file of a stand-alone one.
+        files: of the checkpoint, by rank; of a stand-alone run one.
+        strategy: folder that says how the ranks' files are cut.
         folder: where such folders go; all ranks must see it.
         start: the weights the run began with. A parallel run saves only what its graph uses; the rest is there.
 
@@ -50,8 +51,7 @@ def joined(run: Path, folder: Path, start: str | None) -> Path:
         ConfigError: when parameters are in neither, or rank 0 does not come to an end.
         CheckpointError: when the ranks' files do not make up whole tensors.
     """
-    source = open_source(run)
-    newest = max(source.files, key=lambda file: file.stat().st_mtime_ns)
+    newest = max(files, key=lambda file: file.stat().st_mtime_ns)
     target = folder / f"{newest.stem}_{newest.stat().st_mtime_ns}"
     if target.is_dir() or os.environ.get("MS_ROLE") == "MS_SCHED":      # msrun's scheduler loads nothing
         return target
@@ -60,10 +60,22 @@ def joined(run: Path, folder: Path, start: str | None) -> Path:
     for old in folder.glob("*"):
         shutil.rmtree(old, ignore_errors=True)
     with whole_folder(target) as unfinished:
+        source = _open(files, strategy, unfinished / "ranks")
         _write(source, unfinished / WHOLE_FILE, start)
+        shutil.rmtree(unfinished / "ranks", ignore_errors=True)
         _write_map(unfinished)
-        write_counters(unfinished, source.files[0])
+        write_counters(unfinished, files[0])
     return target
+
+
+def _open(files: list[Path], strategy: Path, links: Path) -> OpenedCheckpoint:
+    """Opens the files of all ranks together, by links to them alone: beside them lie those of other steps."""
+    if len(files) == 1:
+        return open_source(files[0])
+    for rank, file in enumerate(files):
+        (links / f"rank_{rank}").mkdir(parents=True)
+        (links / f"rank_{rank}" / file.name).symlink_to(file)
+    return open_source(links, strategy)
 
 
 def _write_map(folder: Path) -> None:

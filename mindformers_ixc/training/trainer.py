@@ -1,22 +1,27 @@
 """The trainer: MindFormers' causal-language-modelling trainer, plus what a vision-language model needs around it."""
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 from mindformers.tools.utils import get_output_root_path
+from mindformers.trainer import base_trainer
 from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
-from mindspore import nn
+from mindspore import Model, nn
+from mindspore.train.callback import Callback, RunContext
 
+from mindformers_ixc import interruption
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
-from mindformers_ixc.errors import ConfigError, DataError
+from mindformers_ixc.errors import ConfigError, DataError, TrainingError
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.options import GenerationOptions, check_mode, known_options
 from mindformers_ixc.generation.predict import predict
@@ -25,10 +30,11 @@ from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.parallel.degrees import inference_layout
 from mindformers_ixc.parameters import part_of
 from mindformers_ixc.training.averaging import averaged_weights
-from mindformers_ixc.training.checkpoints import safe_checkpoints
+from mindformers_ixc.training.checkpoints import MONITOR, safe_checkpoints
 from mindformers_ixc.training.evaluation import Evaluation
 from mindformers_ixc.training.log import TrainingLog
 from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, stop_dropout, train_only
+from mindformers_ixc.training.resume import checkpoints_in, mark_finished
 from mindformers_ixc.training.step import StepPlan, plan_step
 
 logger = logging.getLogger(__name__)
@@ -65,6 +71,38 @@ def check_sections_agree(config: MindFormerConfig) -> None:
         raise ConfigError(f"The tokenizer {data.tokenizer.vocab_file} has {pieces} pieces, more than "
                           f"model.model_config.vocab_size {model.vocab_size}; raise vocab_size or take the model's "
                           "own tokenizer.")
+
+
+class ResumableModel(Model):
+    """MindSpore's `Model`, which trains nothing when a resumed run has done all its steps; there it is an error."""
+
+    def train(self, epoch, train_dataset, callbacks=None, dataset_sink_mode=False, sink_size=-1, initial_epoch=0):
+        """Trains; with no step left this package's callbacks write what is missing. Arguments as there."""
+        if initial_epoch < epoch:
+            super().train(epoch, train_dataset, callbacks, dataset_sink_mode, sink_size, initial_epoch)
+            return
+        own = [callback for callback in callbacks or [] if isinstance(callback, (TrainingLog, Evaluation))]
+        context = RunContext(_Parameters(train_network=self._train_network, cur_step_num=0))
+        for callback in own:
+            callback.on_train_begin(context)
+        for callback in own:
+            callback.on_train_end(context)
+
+
+class _Parameters(dict):
+    """What callbacks are told of a run: entries that are attributes, as MindSpore wants them."""
+
+    __getattr__ = dict.__getitem__
+
+
+@contextlib.contextmanager
+def resumable_model() -> Iterator[None]:
+    """Puts `ResumableModel` where MindFormers' trainer takes its model from, for a while; there is no hook."""
+    before, base_trainer.Model = base_trainer.Model, ResumableModel
+    try:
+        yield
+    finally:
+        base_trainer.Model = before
 
 
 @MindFormerRegister.register(MindFormerModuleType.TRAINER)
@@ -120,6 +158,12 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             section[key] = value
         return super().create_model_wrapper(network, optimizer)
 
+    @staticmethod
+    def sort_callbacks(default_callbacks: list[Callback]) -> list[Callback]:
+        """MindFormers' order, with the log first: a checkpoint's step has its row when the checkpoint is there."""
+        ordered = CausalLanguageModelingTrainer.sort_callbacks(default_callbacks)
+        return sorted(ordered, key=lambda callback: not isinstance(callback, TrainingLog))      # stable
+
     def create_train_dataset(self, default_args=None):
         """Builds the dataset; it says how many sources there are."""
         dataset = super().create_train_dataset(default_args)
@@ -134,15 +178,19 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
     def train(self, config=None, network=None, dataset=None, wrapper=None, optimizer=None, callbacks=None, **kwargs):
         """Trains, then writes `<output_dir>/model`; arguments as in MindFormers.
 
+        A run that was asked to stop saves a checkpoint and writes no model. A resume of a run that has done all its
+        steps writes what it has not come to.
+
         Raises:
             ConfigError: when data and model section of the YAML contradict each other.
             DataError: when too many images turn out damaged.
-            TrainingError: when a loss is not finite.
+            TrainingError: when a loss is not finite, or something cannot be written.
         """
         check_sections_agree(config)
         self.plan = plan_step(config)
         self.plan.put_into(config)
-        self.log = TrainingLog(get_output_root_path())
+        on_error = config.get("on_save_error") or "stop"
+        self.log = TrainingLog(get_output_root_path(), on_error)
         callbacks = [*(callbacks or []), self.log]
         if config.get("evaluation"):
             if is_parallel():
@@ -150,7 +198,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
                                   "joined checkpoint (mindformers convert, mindformers eval).")
             callbacks.append(Evaluation(self, dict(config.evaluation), config.train_dataset))
         try:
-            with safe_checkpoints():
+            with safe_checkpoints(on_error), resumable_model():
                 super().train(config=config, network=network, dataset=dataset, wrapper=wrapper, optimizer=optimizer,
                               callbacks=callbacks, **kwargs)
         except RuntimeError as error:
@@ -159,10 +207,29 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             if sentence is None:
                 raise
             raise DataError(sentence[1]) from error
+        if self.log.stopped_after is not None:
+            self._say_stopped(self.log.stopped_after)
+            return
         table = getattr(self.train_dataset, "conversations", None)
         if table is not None and table.bad_samples:
             logger.warning(f"{table.bad_samples} of {len(table)} samples had damaged pictures and were left out.")
-        self._save_model(table)
+        try:
+            self._save_model(table)
+        except OSError as error:
+            raise TrainingError(f"Training is done, but its results could not be written to {get_output_root_path()} "
+                                f"({error.strerror or error}); the last checkpoint is there. Make room, then write "
+                                "them with resume_training.") from error
+
+    def _say_stopped(self, step: int) -> None:
+        """Says after which step the run stopped, and how to go on."""
+        interruption.current.stopped = True
+        folder = get_output_root_path()
+        saved = checkpoints_in(Path(folder) / "checkpoint" / f"rank_{rank()}")
+        kept = f"its checkpoint is {saved[-1]}; go on with --resume_training True" if saved else \
+            f"nothing was saved, for callbacks has no {MONITOR}"
+        number = interruption.current.number
+        who = interruption.name_of(number) if number else "The launcher"
+        print(f"{who} stopped the run after step {step}; {kept}.", file=sys.stderr, flush=True)
 
     def _save_model(self, table: ConversationTable | None) -> None:
         if is_parallel():
@@ -172,17 +239,24 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             return
         folder, model = get_output_root_path(), self.trained_model
         if not isinstance(model, IXC25Model):
+            mark_finished(folder, [])
             return
+        written = ["model"]
         parts = sorted({str(part_of(parameter.name)) for parameter in model.trainable_params()})
         if self.config.get("train_parts") is not None or model is not self.real_model:      # PET trains parts too
             names = [parameter.name for parameter in model.trainable_params()]
             self.save_directory("trained_parts", names)
+            written.append("trained_parts")
             print(f"Of it, {', '.join(parts)} alone are in {folder}/trained_parts; put them on any checkpoint with\n"
                   f"    mindformers merge BASE TARGET --attach {folder}/trained_parts", file=sys.stderr, flush=True)
         self.save_directory("model")
         if self.log is not None and self.log.average:
             with averaged_weights(model, self.log.average):
                 self.save_directory("model_ema")
+            written.append("model_ema")
+        if os.path.isdir(os.path.join(folder, "best")):
+            written.append("best")
+        mark_finished(folder, written)
         target = os.path.join(folder, "model")
         image, question = "PICTURE", "QUESTION"
         sample = next((s for s in (table.samples if table else []) if len(s.images) == 1), None)

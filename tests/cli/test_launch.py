@@ -19,6 +19,7 @@ from mindformers_ixc.cli import job
 from mindformers_ixc.cli import launch as launching
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import read_metrics
+from mindformers_ixc.training.run_folder import LOCK_FILE
 
 TINY = Path(__file__).parents[2] / "yaml_configs" / "ixc25_sft_tiny.yaml"
 FAKE = Path(__file__).parents[1] / "helpers" / "fake_msrun.py"
@@ -233,6 +234,63 @@ def test_a_signal_that_is_ignored_stays_ignored(fake):
     finally:
         timer.cancel()
         signal.signal(signal.SIGHUP, before)
+
+
+def signals_at(*moments: float, number: int = signal.SIGTERM) -> list[threading.Timer]:
+    timers = [threading.Timer(moment, os.kill, (os.getpid(), number)) for moment in moments]
+    for timer in timers:
+        timer.start()
+    return timers
+
+
+def test_ranks_that_train_are_asked_to_save_and_waited_for(fake, tmp_path, capsys):
+    request = tmp_path / "out" / "stop_request"
+    steps = [["await", str(request)], ["sleep", 1], ["log", "saved\n"]]
+    signals_at(2)
+    assert fake({"0": [["empty", str(request)], *steps], "1": [["sleep", 0.5], *steps]}) == 143
+    said = capsys.readouterr().err
+    assert "SIGTERM: all ranks finish a step and save a checkpoint; a second signal ends them at once." in said
+    assert "saved\n" in said
+    assert said.splitlines()[-1].startswith(f"SIGTERM stopped the run in {tmp_path / 'out'}, and every rank has saved")
+    assert request.read_text() == "15"
+
+
+def test_a_second_signal_ends_them_at_once(fake, tmp_path, capsys):
+    request = tmp_path / "out" / "stop_request"
+    signals_at(2, 3)
+    began = time.monotonic()
+    assert fake({"0": [["empty", str(request)], ["sleep", 60]], "1": [["sleep", 60]]}) == 143
+    assert time.monotonic() - began < 20
+    assert last_line(capsys).startswith("error: signal 15 (SIGTERM) ended this command, so all ranks were ended.")
+
+
+def test_a_folder_in_use_or_used_is_refused_before_anything_starts(fake, tmp_path, capsys):
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="already has model of an earlier run"):
+        fake({})
+    assert fake({"0": [["log", "began\n"]]}, "--overwrite") == 0
+    assert "began\n" in capsys.readouterr().err
+    assert (tmp_path / "out" / "old-1" / "model").is_dir()
+    held = json.loads((tmp_path / "out" / LOCK_FILE).read_text())
+    assert held["pid"] == os.getpid()          # the launch held it, and no rank
+
+
+def test_a_killed_launcher_takes_msrun_with_it(tmp_path):
+    plan = json.dumps({"0": [["sleep", 4]], "msrun": [["sleep", 30]]})
+    code = ("import os, sys\nfrom pathlib import Path\nfrom mindformers_ixc.cli.job import Job\n"
+            f"Job([sys.executable, '-S', {str(FAKE)!r}, {str(tmp_path)!r}, {plan!r}], "
+            f"{{**os.environ, 'MINDFORMERS_IXC_JOB': 'x'}}, Path({str(tmp_path)!r}), range(1), 0).run()")
+    launcher = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 30
+    while not (tmp_path / "worker_0.log").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    msrun = psutil.Process(launcher.pid).children()
+    assert len(msrun) == 1
+    launcher.kill()
+    launcher.wait()
+    gone, left = psutil.wait_procs(msrun, timeout=10)
+    assert gone and not left
+    psutil.wait_procs(processes_of(tmp_path), timeout=10)
 
 
 def test_only_logs_of_the_ranks_are_replaced(fake, tmp_path):

@@ -3,7 +3,8 @@
     fake_msrun.py LOG_DIR PLAN
 
 PLAN is JSON: for every rank (by its number), for `scheduler` and for `msrun` a list of steps:
-["log", text], ["sleep", seconds], ["kill", signal], ["exit", code]. Needs nothing but the standard library.
+["log", text], ["sleep", seconds], ["kill", signal], ["exit", code], ["empty", file to make], ["await", file that is to
+get content]. Needs nothing but the standard library.
 """
 from __future__ import annotations
 
@@ -24,6 +25,11 @@ def follow(steps: list) -> None:
             time.sleep(value)
         elif name == "kill":
             os.kill(os.getpid(), value)
+        elif name == "empty":
+            Path(value).write_text("", encoding="utf-8")
+        elif name == "await":
+            while not Path(value).read_text(encoding="utf-8"):
+                time.sleep(0.05)
         elif name == "exit":
             sys.exit(value)
 

@@ -1,179 +1,116 @@
-"""Which checkpoint a run goes on from, and what it must share with the run that wrote it."""
+"""Writing checkpoints: on a full disk, and which older ones are let go of in a parallel run."""
 from __future__ import annotations
 
-import copy
-import json
-import os
-import re
+import errno
 from pathlib import Path
+from types import SimpleNamespace
 
+import mindspore as ms
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from mindformers.core.callback.callback import CheckpointMonitor
+from mindspore import Parameter, Tensor, nn
+from safetensors import SafetensorError
 
-from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml
-from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.training.checkpoints import (
-    RECORD,
-    check_same_run,
-    checkpoints_in,
-    last_checkpoint,
-    prepare_resume,
-    record_run,
-)
-
-TINY = Path(__file__).parents[2] / "yaml_configs" / "ixc25_sft_tiny.yaml"
-COUNTERS = {"epoch_num": 2, "step_num": 31, "loss_scale": 1.0, "global_batch_size": 4}
+from mindformers_ixc.checkpoint.digests import read_digests
+from mindformers_ixc.errors import TrainingError
+from mindformers_ixc.training import checkpoints
+from mindformers_ixc.training.checkpoints import SafeCheckpointMonitor
+from mindformers_ixc.training.resume import checkpoints_in
 
 
-def fields_of(folder) -> dict:
-    return {**read_yaml(TINY), "output_dir": str(folder)}
+class FakeRun:
+    """Steps of a run whose monitor saves after each of them."""
 
+    def __init__(self, folder: Path, keep: int = 1):
+        self.monitor = SafeCheckpointMonitor(prefix="t", directory=str(folder), keep_checkpoint_max=keep,
+                                             save_checkpoint_steps=1, checkpoint_format="safetensors",
+                                             integrated_save=True, async_save=False,
+                                             append_info=[{"step_num": 0, "epoch_num": 0, "loss_scale": 1}])
+        self.folder = Path(self.monitor._directory)
+        network = nn.TrainOneStepCell(nn.Dense(2, 2), nn.SGD([Parameter(Tensor([1.0]), "w")]))
+        outputs = (Tensor(np.float32(1)), Tensor(False), Tensor(1.0), Tensor(np.float32(0.1)), None)
+        self.parameters = SimpleNamespace(net_outputs=outputs, cur_step_num=0, cur_epoch_num=1, batch_num=9,
+                                          epoch_num=2, train_network=network, network=network, optimizer=None,
+                                          dataset_sink_mode=False)
 
-def checkpoint(output_dir, epoch: int, step: int, **counters) -> Path:
-    folder = Path(output_dir) / "checkpoint" / "rank_0"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"ixc25_rank_0-{epoch}_{step}.safetensors"
-    tensors = {name: np.array(value) for name, value in counters.items()}
-    save_file({"output.weight": np.arange(4, dtype=np.float32), **tensors}, path)
-    return path
+    def original_args(self):
+        return self.parameters
+
+    def step(self) -> list[int]:
+        """Does a step; returns those whose checkpoints are there afterwards."""
+        self.parameters.cur_step_num += 1
+        self.monitor.step_end(self)
+        return self.saved()
+
+    def saved(self) -> list[int]:
+        return [int(path.stem.rpartition("_")[2]) for path in checkpoints_in(self.folder)]
 
 
 @pytest.fixture
-def finished(tmp_path):
-    """Folder and fields of a run that wrote two checkpoints and its configuration."""
-    fields = fields_of(tmp_path / "run")
-    checkpoint(tmp_path / "run", 1, 30)
-    checkpoint(tmp_path / "run", 2, 1, **COUNTERS)
-    record_run(fields)
-    return tmp_path / "run", fields
+def full_disk(monkeypatch):
+    """Lets writing fail by half while `error` is set."""
+    switch = {"error": None}
+    write = CheckpointMonitor.remove_redundancy
+
+    def half(self, network, cur_file, *rest):
+        write(self, network, cur_file, *rest)
+        if switch["error"]:
+            Path(cur_file).chmod(0o600)
+            Path(cur_file).write_bytes(Path(cur_file).read_bytes()[:20])
+            Path(cur_file).with_suffix(".tmp").write_bytes(b"half")
+            raise switch["error"]
+
+    monkeypatch.setattr(CheckpointMonitor, "remove_redundancy", half)
+    return switch
 
 
-def test_checkpoints_are_in_the_order_of_training_whatever_their_age(tmp_path):
-    for number, (epoch, step) in enumerate(((10, 2), (2, 9), (2, 10), (1, 100))):
-        path = checkpoint(tmp_path, epoch, step)
-        os.utime(path, (1000 - number, 1000 - number))
-    folder = tmp_path / "checkpoint" / "rank_0"
-    (folder / "ixc25_rank_0_1-3_4.ckpt").touch()      # MindFormers numbers a name that is taken
-    for other in ("unfinished_ixc25_rank_0-11_1.safetensors", "ixc25_rank_0-11_1.safetensors.tmp", "meta.json",
-                  "ixc25-12_1.safetensors", "ixc25_rank_0-12_x.safetensors"):
-        (folder / other).touch()
-    assert [path.name for path in checkpoints_in(folder)] == [
-        "ixc25_rank_0-1_100.safetensors", "ixc25_rank_0-2_9.safetensors", "ixc25_rank_0-2_10.safetensors",
-        "ixc25_rank_0_1-3_4.ckpt", "ixc25_rank_0-10_2.safetensors"]
-    assert last_checkpoint(tmp_path) == folder / "ixc25_rank_0-10_2.safetensors"
+ERRORS = [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Disk quota exceeded"),
+          SafetensorError("I/O error: No space left on device (os error 28)"), RuntimeError("cannot write")]
 
 
-def test_a_folder_without_a_whole_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path} holds no checkpoint")):
-        last_checkpoint(tmp_path)
-    path = checkpoint(tmp_path, 1, 1)
-    path.rename(path.with_name(f"unfinished_{path.name}"))
-    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path} holds no checkpoint")):
-        last_checkpoint(tmp_path)
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(tmp_path, full_disk, error):
+    run = FakeRun(tmp_path)
+    assert run.step() == [1]
+    full_disk["error"] = error
+    with pytest.raises(TrainingError) as told:
+        run.step()
+    assert str(told.value).startswith("Step 2: the checkpoint could not be written to ")
+    assert str(error) in str(told.value) and "1_1.safetensors" in str(told.value)
+    assert run.parameters.run_failed
+    assert run.saved() == [1] and not list(run.folder.glob("unfinished_*"))
 
 
-def test_the_same_configuration_goes_on(finished):
-    folder, fields = finished
-    check_same_run(copy.deepcopy(fields), folder / RECORD)
-    assert not list(folder.glob("run_config.[0-9]*"))
+def test_with_continue_the_next_one_is_saved_again(tmp_path, full_disk, monkeypatch, capsys):
+    monkeypatch.setattr(SafeCheckpointMonitor, "on_error", "continue")
+    run = FakeRun(tmp_path)
+    run.step()
+    full_disk["error"] = ERRORS[0]
+    assert run.step() == [1]
+    assert "Step 2: the checkpoint could not be written" in capsys.readouterr().err
+    full_disk["error"] = None
+    assert run.step() == [3]
+    assert not hasattr(run.parameters, "run_failed")
+    assert set(read_digests(run.folder).files) >= {"t_rank_0-1_3.safetensors"}
+    assert ms.load_checkpoint(str(checkpoints_in(run.folder)[0]), format="safetensors")["step_num"].asnumpy() == 3
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("train_dataset.num_parallel_workers", 7), ("train_dataset.prefetch_size", 9), ("train_dataset.max_bad_share", 0.5),
-    ("train_dataset.python_multiprocessing", "changed"), ("callbacks", []), ("output_dir", "elsewhere"),
-    ("load_checkpoint", "x"), ("resume_training", True), ("runner_config.sink_mode", "changed")])
-def test_what_does_not_change_the_training_may_differ(finished, key, value):
-    folder, fields = finished
-    apply_overrides(fields, {key: value})
-    check_same_run(fields, folder / RECORD)
+def test_a_rank_lets_go_of_a_step_when_every_rank_has_a_newer_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "is_parallel", lambda: True)
+    monkeypatch.setattr(checkpoints, "group_size", lambda: 2)
+    run = FakeRun(tmp_path)
+    other = run.folder.with_name("rank_1")
+    other.mkdir(parents=True)
 
+    def other_saves(step: int) -> None:
+        (other / f"t_rank_1-1_{step}.safetensors").touch()
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("lr_schedule.learning_rate", 0.125), ("seed", 4321), ("train_dataset.data_loader.dataset_dir", "other.json"),
-    ("train_dataset.seq_length", 999), ("runner_config.epochs", 501),
-    ("model.model_config.plora_dropout", 0.4), ("optimizer.weight_decay", 0.7), ("runner_wrapper.max_grad_norm", 5.5)])
-def test_what_changes_the_training_is_refused_with_both_values(finished, key, value):
-    folder, fields = finished
-    section = fields
-    for name in key.split("."):
-        section = section[name]
-    apply_overrides(fields, {key: value})
-    with pytest.raises(ConfigError) as error:
-        check_same_run(fields, folder / RECORD)
-    assert f"{key} was {section!r}, is {value!r}" in str(error.value)
-    assert str(folder) in str(error.value)
-
-
-@pytest.mark.parametrize(("changes", "size"), [
-    ({"runner_config.batch_size": 9}, 9), ({"runner_config.gradient_accumulation_steps": 3}, 3),
-    ({"use_parallel": True, "parallel_config": {"data_parallel": 2, "pipeline_stage": 2, "micro_batch_num": 3}}, 6)])
-def test_what_a_step_takes_in_is_compared_whatever_the_layout(finished, changes, size):
-    folder, fields = finished
-    runner = fields["runner_config"]
-    before = runner["batch_size"] * (runner.get("gradient_accumulation_steps") or 1)
-    key = next(iter(changes))
-    apply_overrides(fields, changes)
-    now = size * (1 if "runner_config.batch_size" in key else before)
-    with pytest.raises(ConfigError, match=rf"runner_config.global_batch was {before}, is {now}"):
-        check_same_run(fields, folder / RECORD)
-
-
-@pytest.mark.parametrize("section", ["train_parts", "part_learning_rates", "preference"])
-def test_a_section_that_came_or_went_is_refused(finished, section):
-    folder, fields = finished
-    more = {**fields, section: ["vision"]}
-    with pytest.raises(ConfigError, match=rf"{section} was None, is \['vision'\]"):
-        check_same_run(more, folder / RECORD)
-    record_run(more)
-    with pytest.raises(ConfigError, match=rf"{section} was \['vision'\], is None"):
-        check_same_run(fields, folder / RECORD)
-
-
-def test_of_many_differences_five_are_named(finished):
-    folder, fields = finished
-    record = json.loads((folder / RECORD).read_text())
-    record["model"]["model_config"].update({f"x{i}": i for i in range(9)})
-    (folder / RECORD).write_text(json.dumps(record))
-    with pytest.raises(ConfigError) as error:
-        check_same_run(fields, folder / RECORD)
-    assert str(error.value).count(" was ") == 5
-
-
-def test_a_checkpoint_without_a_record_is_refused(finished):
-    folder, fields = finished
-    (folder / RECORD).unlink()
-    with pytest.raises(ConfigError, match=re.escape(f"{folder / RECORD} is missing")):
-        prepare_resume(fields)
-    assert not (folder / "resume").exists()
-
-
-@pytest.mark.parametrize("given", [None, "run", "file"])
-def test_resuming_finds_the_last_checkpoint_and_its_counters(finished, tmp_path, given):
-    folder, fields = finished
-    path = folder / "checkpoint" / "rank_0" / "ixc25_rank_0-2_1.safetensors"
-    fields["load_checkpoint"] = {None: "", "run": str(folder), "file": str(path)}[given]
-    target = folder / "resume"
-    if given is not None:     # into a folder of its own, which an earlier attempt has used
-        fields["output_dir"], target = str(tmp_path / "new"), tmp_path / "new" / "resume"
-        target.mkdir(parents=True)
-        (target / "ixc25_rank_0-1_30.safetensors").touch()
-    fields.update(run_mode="train", load_ckpt_format="ckpt")
-    prepare_resume(fields)
-    assert fields["load_checkpoint"] == str(target)
-    assert [fields[key] for key in ("resume_training", "run_mode", "load_ckpt_format")] == [
-        True, "finetune", "safetensors"]
-    assert sorted(entry.name for entry in target.iterdir()) == ["hyper_param.safetensors", path.name]
-    assert (target / path.name).is_symlink()
-    assert (target / path.name).resolve() == path.resolve()
-    counters = load_file(target / "hyper_param.safetensors")
-    assert {name: value.item() for name, value in counters.items()} == COUNTERS
-
-
-def test_resuming_another_configuration_leaves_nothing_behind(finished):
-    folder, fields = finished
-    fields["seed"] = 1
-    with pytest.raises(ConfigError, match=r"seed was \d+, is 1"):
-        prepare_resume(fields)
-    assert not (folder / "resume").exists()
-    assert not fields.get("resume_training")
+    assert run.step() == [1]
+    other_saves(1)
+    assert run.step() == [1, 2]           # the other rank may be writing still
+    other_saves(2)
+    assert run.step() == [2, 3]
+    assert run.step() == [2, 3, 4]        # it could not write 3: only 2 is everywhere
+    other_saves(4)
+    assert run.step() == [4, 5]

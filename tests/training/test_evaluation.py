@@ -1,7 +1,9 @@
 """The loss on held-out conversations is the model's mean loss, whatever form training returns it in."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
@@ -10,9 +12,11 @@ from mindformers.tools.register import MindFormerConfig
 from mindspore import Tensor
 
 from mindformers_ixc.cli.yaml_file import read_yaml
+from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.preference import IXC25ForPreference
+from mindformers_ixc.training import evaluation
 from mindformers_ixc.training.evaluation import HeldOut, MeanLoss, evaluation_options
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
@@ -74,3 +78,108 @@ def test_batches_weigh_as_their_labelled_positions_and_rest_is_blank():
     own, others = list(held_out.rows(False)), list(held_out.rows(True))
     assert len(own) == len(others) == 5
     assert any((a["pixel_values"] != b["pixel_values"]).any() for a, b in zip(own, others))
+
+
+class FakeTraining:
+    """A run of six steps in two epochs as `Evaluation` sees it: measures a loss that falls until step 4."""
+
+    LOSSES = {2: 3.0, 4: 1.0, 6: 2.0}
+
+    def __init__(self, folder, monkeypatch, start: int = 0):
+        monkeypatch.setattr(evaluation, "HeldOut", lambda data, options: self)
+        monkeypatch.setattr(evaluation, "MeanLoss", lambda model: None)
+        monkeypatch.setattr(evaluation, "get_output_root_path", lambda: str(folder))
+        self.folder, self.now, self.measured = folder, start, []
+        self.trained_model = SimpleNamespace(set_train=lambda on: None)
+        self.train_dataset = SimpleNamespace(get_dataset_size=lambda: 3)
+        self.config = SimpleNamespace(runner_config=SimpleNamespace(initial_step=start, epochs=2))
+        self.parameters = SimpleNamespace(cur_step_num=0)
+        section = {"dataset_dir": "x.json", "every": 2, "metrics": ["loss"], "keep_best": "loss"}
+        self.callback = evaluation.Evaluation(self, section, {})
+
+    def original_args(self):
+        return self.parameters
+
+    def loss(self, mean_loss, shuffled=False):
+        self.measured.append(self.now)
+        return self.LOSSES[self.now]
+
+    def save_directory(self, name):
+        (self.folder / name).mkdir(exist_ok=True)
+        (self.folder / name / "step").write_text(str(self.now))
+
+    def run(self, until: int = 6):
+        self.callback.on_train_begin(self)
+        while self.now < until:
+            self.now += 1
+            self.parameters.cur_step_num += 1
+            self.callback.on_train_step_end(self)
+        self.callback.on_train_end(self)
+        return self
+
+    def results(self):
+        return (self.folder / "evaluations.jsonl").read_text(), (self.folder / "best" / "step").read_text()
+
+
+WHOLE = "".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in FakeTraining.LOSSES.items()), "4"
+
+
+def test_a_run_measures_when_it_is_due_and_once_at_the_end(tmp_path, monkeypatch):
+    run = FakeTraining(tmp_path, monkeypatch).run()
+    assert run.results() == WHOLE and run.measured == [2, 4, 6]
+
+
+@pytest.mark.parametrize("start", [2, 3, 4, 6])
+@pytest.mark.parametrize("lost", ["nothing", "row", "cut", "doubled", "best", "all"])
+def test_a_resumed_run_has_the_rows_of_one_that_was_not_interrupted(tmp_path, monkeypatch, start, lost):
+    """Killed in the measurement of the step whose checkpoint is the last, or anywhere after it."""
+    FakeTraining(tmp_path, monkeypatch).run(until=min(start + 1, 6))
+    file, best = tmp_path / "evaluations.jsonl", tmp_path / "best"
+    lines = file.read_text().splitlines()
+    due = start in FakeTraining.LOSSES
+    if lost in ("row", "cut", "all") and due:
+        file.write_text("".join(line + "\n" for line in lines[:-1]) + (lines[-1][:9] if lost == "cut" else ""))
+    if lost == "doubled":
+        file.write_text("\n".join([*lines, "[]", '{"step": 1', lines[-1]]))
+    if lost in ("best", "all") and start in (2, 4):
+        (best / "step").unlink()
+        best.rmdir()
+    run = FakeTraining(tmp_path, monkeypatch, start).run()
+    assert run.results() == WHOLE
+    assert run.measured == [step for step in (2, 4, 6)
+                            if step > start or (step == start and lost in ("row", "cut", "all"))]
+
+
+def test_a_run_that_was_stopped_on_the_way_measures_no_end(tmp_path, monkeypatch):
+    assert FakeTraining(tmp_path, monkeypatch).run(until=5).measured == [2, 4]
+
+
+def test_the_best_model_is_there_before_the_row_that_says_so(tmp_path, monkeypatch):
+    run = FakeTraining(tmp_path, monkeypatch)
+    monkeypatch.setattr(evaluation, "write_whole", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.run()
+    assert (tmp_path / "best" / "step").read_text() == "2"
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_measurement_that_cannot_be_written_ends_the_run_or_not_as_it_says(tmp_path, monkeypatch, capsys, policy):
+    run = FakeTraining(tmp_path, monkeypatch)
+    run.config.on_save_error = policy
+    ordinary = run.save_directory
+
+    def full(name):
+        if run.now == 4:
+            raise OSError(28, "No space left on device")
+        ordinary(name)
+
+    run.save_directory = full
+    if policy == "stop":
+        with pytest.raises(TrainingError, match=r"Step 4: its evaluation could not be written.*No space left"):
+            run.run()
+    else:
+        run.run()
+        assert "Step 4: its evaluation could not be written" in capsys.readouterr().err
+        rows = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+        assert [json.loads(row)["step"] for row in rows] == [2, 6]
+    assert (tmp_path / "best" / "step").read_text() == ("2" if policy == "stop" else "6")

@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mindformers_ixc.files import read_metrics
-from mindformers_ixc.training.checkpoints import last_checkpoint
+from mindformers_ixc.training.resume import last_checkpoint
 
 YAMLS = Path(__file__).parents[2] / "yaml_configs"
 CALLBACKS = ("[{type: MFLossMonitor}, {type: CheckpointMonitor, prefix: t, save_checkpoint_steps: %d, "
@@ -38,6 +41,17 @@ def kill_after(process: subprocess.Popen, out: Path, step: int) -> None:
     process.communicate()
 
 
+def stop_after(process: subprocess.Popen, out: Path, step: int) -> tuple[int, str]:
+    errors = []      # read meanwhile: the run would wait for room in a pipe that is full
+    reader = threading.Thread(target=lambda: errors.append(process.communicate()[1]), daemon=True)
+    reader.start()
+    while process.poll() is None and len(read_metrics(out / "metrics.jsonl")) < step:
+        time.sleep(0.01)
+    process.terminate()
+    reader.join(timeout=600)
+    return process.returncode, errors[0]
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -49,8 +63,18 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path):
     assert code == 1
     assert "lr_schedule.learning_rate was " in errors.splitlines()[-1]
     assert "is 0.5" in errors.splitlines()[-1]
+    code, errors = stop_after(start("sft_tiny", broken, *epochs, "--resume_training", True), broken, 8)
+    assert code == 143
+    assert re.match(r"SIGTERM stopped the run after step \d+; its checkpoint is ", errors.splitlines()[-1])
+    code, errors = run("sft_tiny", broken, *epochs)
+    assert code == 1 and "already has metrics.jsonl, checkpoint of an earlier run" in errors.splitlines()[-1]
     code, errors = run("sft_tiny", broken, *epochs, "--resume_training", True)
     assert code == 0, errors[-3000:]
+    shutil.rmtree(broken / "model")       # as if it had been killed before it wrote it
+    code, errors = run("sft_tiny", broken, *epochs, "--resume_training", True)
+    assert code == 0, errors[-3000:]
+    code, errors = run("sft_tiny", broken, *epochs, "--resume_training", True)
+    assert code == 0 and errors.splitlines()[-1].endswith("nothing is done.")
     expected, found = (read_metrics(folder / "metrics.jsonl") for folder in (whole, broken))
     assert len(found) == len(expected) >= 10
     assert all(row["tokens"] == sum(source["tokens"] for source in row["sources"].values()) > 0 for row in found)

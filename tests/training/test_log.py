@@ -1,6 +1,7 @@
 """What a run writes down of its steps, and the steps it must not go on from."""
 from __future__ import annotations
 
+import errno
 import json
 from types import SimpleNamespace
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
+from mindformers_ixc import interruption
 from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import METRICS_FILE, read_metrics
 from mindformers_ixc.models.preference import REPORT
+from mindformers_ixc.training import log as log_module
 from mindformers_ixc.training.log import TrainingLog
 from mindformers_ixc.training.step import StepPlan
 
@@ -171,3 +174,85 @@ def test_the_average_starts_from_loaded_weights_unless_it_was_loaded_too(tmp_pat
     np.testing.assert_array_equal(run.log.average["output.weight"].asnumpy(), expected)
     weight.set_data(Tensor(np.zeros(2, np.float32)))
     np.testing.assert_array_equal(run.log.average["output.weight"].asnumpy(), expected)
+
+
+def test_a_row_that_was_cut_short_is_dropped_and_rows_that_are_there_twice_are_one(tmp_path):
+    rows = ['{"step": 1, "loss": 1}', '{"step": 2, "lo', '{"step": 3, "loss": 3}', '{"step": 3, "loss": 4}', "[]",
+            '{"loss": 1}', '{"step": 4, "loss": 5}', '{"step": 5, "lo']
+    (tmp_path / METRICS_FILE).write_text("\n".join(rows))
+    FakeRun(tmp_path, start=4)
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path / METRICS_FILE)] == [(1, 1), (3, 4), (4, 5)]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Lets rows be written by half, then none at all; gives the switch."""
+    switch = {"full": False}
+    ordinary = open
+
+    class Half:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(data[:len(data) // 2])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(path, mode="r", **options):
+        file = ordinary(path, mode, **options)
+        return Half(file) if switch["full"] and mode == "ab" else file
+
+    monkeypatch.setattr(log_module, "open", opened, raising=False)
+    return switch
+
+
+def test_a_full_disk_ends_the_run_by_a_sentence_and_leaves_whole_rows(tmp_path, full_disk):
+    run = FakeRun(tmp_path)
+    run.step(1.0)
+    full_disk["full"] = True
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl.*No space left on device.*resume_training"):
+        run.step(2.0)
+    assert run.parameters.run_failed
+    assert [row["step"] for row in read_metrics(tmp_path / METRICS_FILE)] == [1]
+    assert (tmp_path / METRICS_FILE).read_text().endswith("}\n")
+
+
+def test_with_continue_the_run_goes_on_and_says_it_once(tmp_path, full_disk, capsys):
+    run = FakeRun(tmp_path)
+    run.log.on_error = "continue"
+    full_disk["full"] = True
+    run.step(1.0)
+    run.step(2.0)
+    full_disk["full"] = False
+    run.step(3.0)
+    assert [row["step"] for row in read_metrics(tmp_path / METRICS_FILE)] == [3]
+    assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+def test_a_run_that_is_asked_to_stop_stops_after_the_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(interruption, "current", interruption.Interruption())
+    run = FakeRun(tmp_path)
+    assert interruption.current.phase == "training"
+    run.step(1.0)
+    interruption.current.number = 15
+    run.step(1.0)
+    assert run.stopped and run.log.stopped_after == 2
+    run.log.on_train_end(run)
+    assert interruption.current.phase == "ending"
+
+
+def test_at_the_last_step_there_is_nothing_to_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(interruption, "current", interruption.Interruption())
+    run = FakeRun(tmp_path, epochs=1)
+    run.step(1.0)
+    run.step(1.0)
+    interruption.current.number = 2
+    run.step(1.0)
+    assert run.stopped and run.log.stopped_after is None

@@ -11,9 +11,15 @@ from safetensors.numpy import load_file, save_file
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.training import relayout
-from mindformers_ixc.training.relayout import COUNTERS_FILE, MAP_FILE, joined
+from mindformers_ixc.training.relayout import COUNTERS_FILE, MAP_FILE
 
 COUNTERS = {"epoch_num": 3, "step_num": 17, "loss_scale": 1.0, "global_batch_size": 8, "global_step": 41}
+
+
+def joined(run, folder, start=None):
+    """As a resume joins what a run's ranks have saved, or the one file of a run on one device."""
+    ranks = sorted(run.glob("checkpoint/rank_*/*.safetensors"))
+    return relayout.joined(ranks or [run], run / "strategy", folder, start)
 
 
 @pytest.fixture(scope="module")

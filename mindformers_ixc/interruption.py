@@ -1,0 +1,143 @@
+"""Signals that ask a process to end, and processes that must not outlive another.
+
+A run that is asked to end by SIGTERM or Ctrl-C finishes its step and saves a checkpoint first. Python's own handlers do
+not serve: they wait for the main thread, and MindSpore puts its own in place of SIGINT's while a graph runs. So both
+signals are blocked before the libraries start their threads, and a thread of its own waits for them.
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+# Every process of a parallel run that `mindformers launch` started has this variable, with a value of the launch's own.
+JOB = "MINDFORMERS_IXC_JOB"
+
+_PR_SET_PDEATHSIG = 1      # of prctl(2)
+
+
+class Interruption:
+    """What this process was asked, and how far it is.
+
+    Attributes:
+        number: of the signal that asked the run to stop, `None` until then.
+        phase: `starting` (a signal ends the process at once), `training` (it stops after a step), `ending` (what is
+            being written is finished first).
+        stopped: whether the run ended before its last step because of it.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.phase = "starting"
+        self.stopped = False
+
+    def ask(self, number: int) -> bool:
+        """Notes a signal; returns whether the process is to go on until it has saved its work."""
+        if self.phase == "starting" or self.number is not None:
+            return False
+        self.number = number
+        what = ("the step in progress is finished and a checkpoint saved" if self.phase == "training" else
+                "training is over and the results are being written")
+        _say(f"{name_of(number)}: {what}; a second signal ends the run at once.")
+        return True
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run by itself: 128 and the signal's number if it was stopped, else 0."""
+        return 128 + self.number if self.stopped and self.number is not None else 0
+
+
+current = Interruption()
+
+
+def name_of(number: int) -> str:
+    """`SIGTERM` of 15; a number without a name stays a number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Lets SIGTERM and SIGINT ask this process's run to stop; call it before any library starts threads.
+
+    What the process was told to ignore stays ignored, as `nohup` and background jobs want it.
+    """
+    global current
+    numbers = {number for number in (signal.SIGINT, signal.SIGTERM)
+               if signal.getsignal(number) is not signal.SIG_IGN}
+    if threading.current_thread() is not threading.main_thread() or not numbers:
+        yield
+        return
+    current = Interruption()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    _unblock_in_children()
+    threading.Thread(target=_wait, args=(numbers,), name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _wait(numbers: set[int]) -> None:
+    found = signal.sigwaitinfo(numbers)
+    if found.si_pid == os.getpid():
+        # MindSpore does so when data workers have died or the scheduler is lost: no step can be finished then
+        _say(f"MindSpore ended this process by {name_of(found.si_signo)}; the lines above say why. Go on with "
+             "--resume_training True.")
+        os._exit(128 + found.si_signo)
+    if not current.ask(found.si_signo):
+        _say(f"{name_of(found.si_signo)} ended the run before there was anything to save.")
+        os._exit(128 + found.si_signo)
+    # the next one ends the process by the system's own hand: a graph that compiles lets no Python code run
+    library = ctypes.CDLL(None)
+    library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    for number in numbers:
+        library.signal(number, None)        # SIG_DFL
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    threading.Event().wait()
+
+
+def _unblock_in_children() -> None:
+    """Lets SIGTERM end forked children again; Ctrl-C, which a terminal sends to them too, stays blocked."""
+    global _registered
+    if not _registered:
+        os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM}))
+        _registered = True
+
+
+_registered = False
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def die_with(parent: int) -> None:
+    """Lets the system kill this process when its parent's main thread ends, however that ends (Linux only).
+
+    Args:
+        parent: number of the parent as it was; if it is gone already this process ends now.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)
+
+
+def die_with_launcher() -> None:
+    """`die_with` for a rank or scheduler of `mindformers launch`: not to outlive the msrun that started it."""
+    parent = os.getppid()
+    with contextlib.suppress(OSError):
+        variables = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
+        if f"{JOB}={os.environ[JOB]}".encode() not in variables:     # another one has taken the orphan over
+            os._exit(128 + signal.SIGKILL)
+    die_with(parent)
