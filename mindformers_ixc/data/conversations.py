@@ -155,10 +155,10 @@ def load_sources(dataset_dir: str | os.PathLike | Sequence[str] | None, image_fo
     """
     options: Any = {"seed": seed, "caption_prompts": caption_prompts, "image_root": image_root,
                     "ignore_keys": ignore_keys}
-    if isinstance(dataset_dir, (list, tuple)):
+    if isinstance(dataset_dir, (list, tuple)) and dataset_dir:
         return [sample for path in dataset_dir for sample in load_sources(path, image_folder, **options)]
     if not isinstance(dataset_dir, (str, os.PathLike)) or not str(dataset_dir):
-        found = f"has the entry {dataset_dir!r}" if dataset_dir else "is empty"
+        found = f"has the entry {shown(dataset_dir)}" if dataset_dir else "or one of its entries is empty"
         raise DataError(f"train_dataset.data_loader.dataset_dir {found}; name a .json, .jsonl or .txt file.")
     if not str(dataset_dir).endswith(".txt"):
         return load_conversations(dataset_dir, image_folder, **options)

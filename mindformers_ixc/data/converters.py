@@ -38,7 +38,7 @@ def is_text(value: object) -> bool:
 
 def is_number_or_text(value: object) -> bool:
     """Whether a value can name a picture."""
-    return is_text(value) or isinstance(value, int) and not isinstance(value, bool)
+    return is_text(value) or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def coco_captions(captions: dict, dropped: Counter[str]) -> Iterator[dict]:

@@ -86,8 +86,8 @@ def _local(name: str) -> str:
         if not name.startswith("file://"):
             raise FileNotFoundError(f"{cut(name)} is an address; download it and name the file")
         name = unquote(urlsplit(name).path)
-    if not name.isprintable() or max(len(part.encode()) for part in name.split("/")) > 255 or len(name.encode()) > 4095:
-        # the limits are those of Linux
+    # the limits are those of Linux; a control character is in no name that was meant
+    if len(name.encode()) > 4095 or max(len(part.encode()) for part in name.split("/")) > 255 or min(name) < " ":
         raise FileNotFoundError(f"{cut(name)} is no path; content such as base64 is not read, write it to a file and "
                                 "name that")
     return name

@@ -98,7 +98,7 @@ def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | 
     return pairs
 
 
-def check_pair(row: Mapping, where: str) -> tuple[float, float] | None:
+def check_pair(row: Mapping[str, Any], where: str) -> tuple[float, float] | None:
     """Checks what a pair has beside its texts and pictures.
 
     Args:
@@ -113,11 +113,13 @@ def check_pair(row: Mapping, where: str) -> tuple[float, float] | None:
     """
     if row["chosen"].strip() == row["rejected"].strip():
         raise DataError(f"{where}: chosen equals rejected, so there is nothing to prefer; take the pair out.")
-    logps = row.get(REFERENCE_COLUMN)
-    if logps is not None and not (isinstance(logps, list) and len(logps) == 2 and all(map(_is_logp, logps))):
+    logps: Any = row.get(REFERENCE_COLUMN)
+    if logps is None:
+        return None
+    if not isinstance(logps, list) or len(logps) != 2 or not all(map(_is_logp, logps)):
         raise DataError(f"{where}, field {REFERENCE_COLUMN}: must be two numbers (chosen, rejected), found "
                         f"{shown(logps)}.")
-    return logps
+    return logps[0], logps[1]
 
 
 def _is_logp(value: object) -> bool:
