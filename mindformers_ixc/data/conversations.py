@@ -158,7 +158,7 @@ def load_sources(dataset_dir: str | os.PathLike | Sequence[str] | None, image_fo
     if isinstance(dataset_dir, (list, tuple)) and dataset_dir:
         return [sample for path in dataset_dir for sample in load_sources(path, image_folder, **options)]
     if not isinstance(dataset_dir, (str, os.PathLike)) or not str(dataset_dir):
-        found = f"has the entry {shown(dataset_dir)}" if dataset_dir else "or one of its entries is empty"
+        found = f"has the entry {shown(dataset_dir)}" if dataset_dir else "is empty"
         raise DataError(f"train_dataset.data_loader.dataset_dir {found}; name a .json, .jsonl or .txt file.")
     if not str(dataset_dir).endswith(".txt"):
         return load_conversations(dataset_dir, image_folder, **options)

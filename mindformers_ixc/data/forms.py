@@ -287,7 +287,7 @@ def _read_part(part: Any, role: str, field: str, where: str) -> list[str | _Plac
             raise DataError(f"{where}, field {field}.text: must be a text, found {shown(part.get('text'))}.")
         return _pieces(part["text"]) if role == "user" else [part["text"]]
     if role != "user":
-        raise DataError(f"{where}, field {field}: a {medium} stands in a turn of the {role}; only questions have them.")
+        raise DataError(f"{where}, field {field}: stands in a turn of the {role}; only questions have pictures.")
     named = [key for key in keys[1:] if holds(part.get(key))]
     tag = VIDEO_TAG if medium == "video" else IMAGE_TAG
     file = _file({key: part[key] for key in named}, medium == "video", field, where) if named else None
@@ -339,7 +339,7 @@ def _finish(turns: list[_Turn], row: Mapping, form: str, where: str) -> Form:
     if turns[0].role == "system":
         if TAG.search(turns[0].text):
             raise DataError(f"{where}, field {turns[0].field}: a picture's place stands in the turn of the system; "
-                            "only questions have them.")
+                            "only questions have pictures.")
         turns = turns if turns[0].text.strip() else turns[1:]
     pictures, videos = _files(row, PICTURE_KEYS, where), _files(row, VIDEO_KEYS, where)
     files = _assign([piece for turn in turns for piece in turn.pieces if isinstance(piece, _Place)], pictures, videos,

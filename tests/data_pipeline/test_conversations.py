@@ -142,7 +142,7 @@ def test_missing_and_empty_paths(tmp_path):
         load_conversations(tmp_path / "gone.json")
     with pytest.raises(FileNotFoundError, match="gone"):
         load_sources(str(tmp_path / "gone.txt"))
-    with pytest.raises(DataError, match="dataset_dir or one of its entries is empty"):
+    with pytest.raises(DataError, match="dataset_dir is empty"):
         load_sources("")
 
 
