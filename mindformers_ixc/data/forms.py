@@ -36,6 +36,10 @@ FORMS = {"conversations": (("conversations",), ()), "messages": (("messages",), 
          "prompt": (("prompt", "chosen", "rejected"), ("reference_logps",))}
 SAMPLE_FORMS = tuple(name for name in FORMS if name != "prompt")
 
+# Every key that something is learnt from.
+CONTENT_KEYS = tuple(dict.fromkeys((*MEDIA_KEYS, "system", *(key for own in FORMS.values() for part in own
+                                                             for key in part))))
+
 # Keys that only say where a sample comes from or what it is like; of the others, those that speak of a picture.
 METADATA = frozenset((
     "id", "uid", "uuid", "idx", "index", "sample_id", "conversation_id", "question_id", "annotation_id", "hash",
@@ -43,6 +47,9 @@ METADATA = frozenset((
     "question_type", "answer_type", "topic", "difficulty", "tags", "model", "model_name", "lang", "language", "license",
     "created", "timestamp", "date", "score", "quality", "metadata", "meta", "meta_info", "tokens", "num_turns"))
 PICTURE_METADATA = frozenset(("image_id", "video_id", "width", "height", "image_size"))
+
+_KNOWN = METADATA.union(CONTENT_KEYS)
+_KNOWN_WITH_FILES = _KNOWN | PICTURE_METADATA
 
 
 class File(NamedTuple):
@@ -149,9 +156,7 @@ def open_sample(row: object, where: str, ignore_keys: Iterable[str], noun: str) 
     if isinstance(row.get("id"), (dict, list)):
         raise DataError(f"{where}, field id: must be a text or a number.")
     row = {key: value for key, value in row.items() if key not in ignore_keys}
-    content = dict.fromkeys([*MEDIA_KEYS, "system", *(key for keys in FORMS.values() for part in keys for key in part)])
-    has_files = any(holds(row.get(key)) for key in (*MEDIA_KEYS, "messages", "conversations"))
-    _check_keys(row, {*content, *METADATA, *(PICTURE_METADATA if has_files else ())}, where, content)
+    _check_keys(row, _KNOWN_WITH_FILES if any(map(holds, map(row.get, MEDIA_KEYS))) else _KNOWN, where, CONTENT_KEYS)
     return row, where
 
 
@@ -186,9 +191,9 @@ def check_form_keys(row: Mapping, form: str, where: str) -> None:
     Raises:
         DataError: naming the key.
     """
-    own = {key for part in FORMS[form] for key in part}
-    for key in (key for keys in FORMS.values() for part in keys for key in part):
-        if key not in own and holds(row.get(key)):
+    own = (*MEDIA_KEYS, "system", *FORMS[form][0], *FORMS[form][1])
+    for key in row:
+        if key in CONTENT_KEYS and key not in own and holds(row[key]):
             raise DataError(f"{where}, field {key}: is not read beside {FORMS[form][0][0]}, and what it holds "
                             f"({shown(row[key])}) would be lost; name the key in ignore_keys if it may.")
 
@@ -231,8 +236,8 @@ def _listed_turns(rows: object, form: str, where: str, ignore_keys: Iterable[str
         if role is None:
             raise DataError(f"{where}, field {field}.{speaker}: {shown(row[speaker])} is no role; the choices are "
                             f"{', '.join(ROLES)}.")
-        ignored = {speaker, content, *METADATA, *ignore_keys}
-        _check_keys(row, ignored, where, (speaker, content), f"{field}.")
+        if len(row) > 2:
+            _check_keys(row, {speaker, content, *METADATA, *ignore_keys}, where, (speaker, content), f"{field}.")
         turns.append(_read_turn(role, row[content], f"{field}.{content}", where))
         start = int(turns[0].role == "system")
         expected = ("user", "assistant")[(i - start) % 2]

@@ -67,8 +67,7 @@ def find_file(name: str, folders: Sequence[Path], root: Path | None = None) -> P
         FileNotFoundError: saying what the name is, if no path, or every place that was tried.
     """
     name = _local(name)
-    tried = list(dict.fromkeys(path for folder in folders for path in _candidates(Path(name), folder)))
-    for path in tried:
+    for path in (path for folder in folders for path in _candidates(Path(name), folder)):
         found = path if root is None else Path(os.path.realpath(path))
         if (root is None or found.is_relative_to(root)) and _is_file(found):
             return found
