@@ -29,6 +29,9 @@ TAG = re.compile("|".join((IMAGE_PLACEHOLDER, IMAGE_TAG, VIDEO_TAG)))
 PICTURE_KEYS, VIDEO_KEYS = ("image", "images"), ("video", "videos")
 MEDIA_KEYS = (*PICTURE_KEYS, *VIDEO_KEYS)
 
+# Keys of lists of turns.
+LISTS = ("conversations", "messages")
+
 # Keys of each form: those that show it is that form, and those that it may have besides.
 FORMS = {"conversations": (("conversations",), ()), "messages": (("messages",), ()), "caption": (("caption",), ()),
          "query": (("query", "response"), ("history",)),
@@ -132,16 +135,36 @@ def read_form(row: object, where: str, ignore_keys: Iterable[str] = (), ask: Cal
     return _finish(turns, row, form, where)
 
 
-def read_pair(row: Mapping, where: str) -> tuple[Form, Form]:
+def read_pair(row: Mapping, where: str, ignore_keys: Iterable[str] = ()) -> tuple[Form, Form]:
     """The chosen and the rejected side of a preference pair that `open_sample` gave.
 
     Raises:
         DataError: naming sample and key.
     """
-    check_form_keys(row, "prompt", where)
-    chosen, rejected = (_finish(_pair(row, "prompt", side, where), row, "prompt", where)
+    asked = next((key for key in LISTS if holds(row.get(key)) and not holds(row.get("prompt"))), "prompt")
+    check_form_keys(row, "prompt", where, asked)
+    chosen, rejected = (_finish(_pair_side(row, asked, side, where, ignore_keys), row, asked, where)
                         for side in ("chosen", "rejected"))
     return chosen, rejected
+
+
+def _pair_side(row: Mapping, asked: str, side: str, where: str, ignore_keys: Iterable[str]) -> list[_Turn]:
+    """A question, as a text or as turns, and one of its answers, as a text or as a turn."""
+    answer = row.get(side)
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if isinstance(answer, dict):
+        (turn,), _ = _read_turns([answer], side, where, ignore_keys)
+        if turn.role != "assistant":
+            raise DataError(f"{where}, field {side}: must be an answer, found a turn of the {turn.role}.")
+        answer = turn.text
+    if asked == "prompt" and not isinstance(row.get(asked), list):
+        return _pair({asked: row.get(asked), side: answer}, asked, side, where)
+    turns, start = _read_turns(row[asked], asked, where, ignore_keys)
+    if len(turns) - start != 1:
+        raise DataError(f"{where}, field {asked}: a pair has one question and no round before it, whose answer would "
+                        f"be trained on too; found {len(turns) - start} turns.")
+    return [*turns, _Turn("assistant", [_text({side: answer}, side, where)], side)]
 
 
 def open_sample(row: object, where: str, ignore_keys: Iterable[str], noun: str) -> tuple[dict, str]:
@@ -185,13 +208,13 @@ def _form_of(row: Mapping, where: str) -> str:
     return found[0]
 
 
-def check_form_keys(row: Mapping, form: str, where: str) -> None:
-    """Refuses keys that belong to another form.
+def check_form_keys(row: Mapping, form: str, where: str, *more: str) -> None:
+    """Refuses keys that belong to another form, those of `more` aside.
 
     Raises:
         DataError: naming the key.
     """
-    own = (*MEDIA_KEYS, "system", *FORMS[form][0], *FORMS[form][1])
+    own = (*MEDIA_KEYS, "system", *FORMS[form][0], *FORMS[form][1], *more)
     for key in row:
         if key in CONTENT_KEYS and key not in own and holds(row[key]):
             raise DataError(f"{where}, field {key}: is not read beside {FORMS[form][0][0]}, and what it holds "
@@ -225,7 +248,15 @@ def _history(row: Mapping, where: str) -> list[_Turn]:
 
 
 def _listed_turns(rows: object, form: str, where: str, ignore_keys: Iterable[str]) -> list[_Turn]:
-    """The turns of a key `conversations` or `messages`, whose order is checked."""
+    """The rounds of a key `conversations` or `messages`."""
+    turns, start = _read_turns(rows, form, where, ignore_keys)
+    if (len(turns) - start) % 2 or len(turns) == start:
+        raise DataError(f"{where}, field {form}: ends without an answer.")
+    return turns
+
+
+def _read_turns(rows: object, form: str, where: str, ignore_keys: Iterable[str]) -> tuple[list[_Turn], int]:
+    """Turns, whose order is checked, and the number of the first that is not the system's."""
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{where}, field {form}: must be a list of turns, found {shown(rows)}.")
     turns, start = [], 0
@@ -241,12 +272,10 @@ def _listed_turns(rows: object, form: str, where: str, ignore_keys: Iterable[str
         turns.append(_read_turn(role, row[content], f"{field}.{content}", where))
         start = int(turns[0].role == "system")
         expected = ("user", "assistant")[(i - start) % 2]
-        if i >= start and role != expected:
+        if i >= start and role != expected and form not in ("chosen", "rejected"):
             raise DataError(f"{where}, field {field}.{speaker}: expected a turn of the {expected}, found one of the "
                             f"{role}; questions and answers must alternate.")
-    if (len(turns) - start) % 2 or len(turns) == start:
-        raise DataError(f"{where}, field {form}: ends without an answer.")
-    return turns
+    return turns, start
 
 
 def turn_keys(row: Any, where: str) -> tuple[str, str]:

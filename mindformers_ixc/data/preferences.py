@@ -86,8 +86,10 @@ def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | 
     for index, row in enumerate(rows):
         try:
             known, where = open_sample(row, f"{path}, sample {index}", ignore_keys, "pair")
-            chosen, rejected = read_pair(known, where)
-            logps = check_pair(known, where)
+            chosen, rejected = read_pair(known, where, ignore_keys)
+            if chosen.turns[-1][1].strip() == rejected.turns[-1][1].strip():
+                raise DataError(f"{where}: chosen equals rejected, so there is nothing to prefer; take the pair out.")
+            logps = read_logps(known, where)
             sides = [make_conversation(form, str(path), index, row.get("id"), folders, root)
                      for form in (chosen, rejected)]
         except DataError as error:
@@ -98,21 +100,12 @@ def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | 
     return pairs
 
 
-def check_pair(row: Mapping[str, Any], where: str) -> tuple[float, float] | None:
-    """Checks what a pair has beside its texts and pictures.
-
-    Args:
-        row: with texts as `chosen` and `rejected`.
-        where: file and sample, for messages.
-
-    Returns:
-        Its reference log-probabilities, if it has them.
+def read_logps(row: Mapping[str, Any], where: str) -> tuple[float, float] | None:
+    """Reference log-probabilities of a pair, if it has them.
 
     Raises:
         DataError: naming sample and field.
     """
-    if row["chosen"].strip() == row["rejected"].strip():
-        raise DataError(f"{where}: chosen equals rejected, so there is nothing to prefer; take the pair out.")
     logps: Any = row.get(REFERENCE_COLUMN)
     if logps is None:
         return None

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mindformers_ixc.config import read_fields
 from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
 from mindformers_ixc.data.conversations import Conversation, read_image_sizes
-from mindformers_ixc.data.forms import MEDIA_KEYS
+from mindformers_ixc.data.forms import LISTS, MEDIA_KEYS
 from mindformers_ixc.data.preferences import REFERENCE_COLUMN, load_preferences
 from mindformers_ixc.files import read_json_list, write_whole
 from mindformers_ixc.generation.loading import load_model
@@ -79,8 +79,9 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
     for row, values, (chosen, _, _) in zip(rows, logps, pairs):
         row[REFERENCE_COLUMN] = [float(value) for value in values]
         if moved and chosen.images:
-            for key in MEDIA_KEYS:
+            for key in (*MEDIA_KEYS, *LISTS):
                 row.pop(key, None)
+            row["prompt"] = chosen.turns[-2][1]
             row["image"] = [str(Path(image).resolve()) for image in chosen.images]
     write_whole(target, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
     return len(rows)

@@ -5,17 +5,25 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from mindformers_ixc.data.conversations import load_conversations, load_sources, read_list_file
+from mindformers_ixc import demo
+from mindformers_ixc.data.conversations import load_conversations, load_sources, read_image_sizes, read_list_file
 from mindformers_ixc.data.fitting import first_pairs
-from mindformers_ixc.data.forms import METADATA, SAMPLE_FORMS, read_form
+from mindformers_ixc.data.forms import METADATA, SAMPLE_FORMS, open_sample, read_form, read_pair
 from mindformers_ixc.data.paths import shown
-from mindformers_ixc.data.preferences import load_preferences
+from mindformers_ixc.data.preferences import load_preferences, read_logps
+from mindformers_ixc.data.rows import ConversationTable
+from mindformers_ixc.data.sections import LOADER_RULES
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.generation.questions import questions_of
+from mindformers_ixc.processing.processor import ImageProcessor, Processor
+from mindformers_ixc.processing.tokenizer import Tokenizer
+from mindformers_ixc.sections import check_section
 
 ASKED, TOLD = {"from": "human", "value": "what?"}, {"from": "gpt", "value": "a cat"}
 
@@ -87,6 +95,35 @@ FORMS = [
 @pytest.mark.parametrize(("row", "turns", "names"), FORMS)
 def test_the_forms_of_other_trainers_are_read(folder, row, turns, names):
     assert read(folder, row) == (turns, names)
+
+
+def test_every_form_gives_the_row_of_the_public_one(folder):
+    for number, name in enumerate(("a.png", "b.png")):
+        Image.new("RGB", (60, 40 + 50 * number), (90 * number, 200, 0)).save(folder / name)
+    processor = Processor(ImageProcessor(56), Tokenizer(str(Path(demo.__file__).parent / "tokenizer.model")))
+
+    def rows(samples) -> list:
+        read_image_sizes(samples)
+        table = ConversationTable(processor, samples, 96, 6, 2)
+        return [array for i in range(len(table)) for array in table[i]]       # a table has no end
+
+    single = [{"image": "a.png", "conversations": talk("what?")}]
+    several = [{"image": ["b.png", "a.png"], "conversations": talk("1 <ImageHere> 2 <ImageHere>")}]
+    for public, same in [
+            (single, [{"images": ["a.png"], "conversations": talk("what?")}]),
+            (single, [{"images": ["a.png"], "conversations": talk("<image>what?")}]),
+            (single, [{"images": [{"path": "a.png"}], "query": "what?", "response": "a cat"}]),
+            (several, [{"images": ["b.png", "a.png"], "messages": chat("1 <image> 2 <image>")}]),
+            (several, [{"images": ["a.png"], "messages": chat([
+                {"type": "text", "text": "1 "}, {"type": "image_url", "image_url": {"url": "b.png"}},
+                {"type": "text", "text": " 2 "}, {"type": "image"}])}])]:
+        expected = rows(load_conversations(write(folder, public)))
+        assert expected[2].any() and expected[4].any()     # pixels, and positions that take them
+        lines = "\ufeff" + "\n".join(map(json.dumps, same))
+        for found in (rows(load_conversations(write(folder, same))),
+                      rows(load_conversations(write(folder, lines.encode(), "same.jsonl")))):
+            assert len(found) == len(expected) == 5
+            assert all(np.array_equal(one, other) for one, other in zip(found, expected))
 
 
 @pytest.mark.parametrize("text", ["see <image>", "<ImageHere> and <video>", "<ImageHere>"])
@@ -184,6 +221,17 @@ def test_keys_can_be_ignored_on_purpose(folder):
     assert read(folder, {**row, "video": "gone.mp4"}, ignore_keys=["audios", "caption", "loss", "video"])[1] == []
 
 
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"image_root": "x", "ignore_keys": ["a"]}, None), ({"ignore_keys": "a"}, "ignore_keys is 'a'; .*a list of texts"),
+    ({"ignore_keys": ["a", 1]}, "ignore_keys is .*a list of texts"), ({"image_root": 5}, "image_root is 5")])
+def test_the_keys_of_a_data_loader(fields, words):
+    if words is None:
+        check_section(fields, LOADER_RULES, "data_loader", DataError)
+    else:
+        with pytest.raises(DataError, match=words):
+            check_section(fields, LOADER_RULES, "data_loader", DataError)
+
+
 def test_pairs_have_the_pictures_of_samples(folder):
     pair = {"prompt": "<image> and <image>", "chosen": "a", "rejected": "b"}
     for row in ({**pair, "images": ["a.png", "b.png"]}, {**pair, "image": ["a.png", {"path": "b.png"}]}):
@@ -193,12 +241,41 @@ def test_pairs_have_the_pictures_of_samples(folder):
     (chosen, _, _), = load_preferences(write(folder, [{**pair, "prompt": "what?", "video": "c.mp4"}]))
     assert [path.name for path in chosen.images] == ["c.mp4"]
     for changes, words in [({"images": ["a.png"]}, "field prompt: 2 <image> for 1 pictures"),
-                           ({"imgs": ["a.png"]}, "field imgs"), ({"messages": [ASKED]}, "field messages"),
+                           ({"imgs": ["a.png"]}, "field imgs"),
                            ({"images": ["a.png", "x.png"]}, r"field images\[1\]: the picture x.png does not exist"),
                            ({"images": ["a.png", "b.png"], "reference_logps": [10 ** 400, 1]}, "field reference_logps"),
                            ({"images": ["a.png", "b.png"], "reference_logps": [True, 1]}, "field reference_logps")]:
         with pytest.raises(DataError, match=rf"data\.json, sample 0 \(id None\), {words}"):
             load_preferences(write(folder, [{**pair, **changes}]))
+
+
+SIDES = {"chosen": "a", "rejected": "b"}
+PAIRS = [{"images": ["a.png"], "conversations": [{"from": "human", "value": "<image>what?"}],
+          "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+         {"image": "a.png", "messages": [{"role": "user", "content": "what?"}], **SIDES},
+         {"image": "a.png", "prompt": [{"role": "user", "content": "what?"}],
+          **{side: [{"role": "assistant", "content": text}] for side, text in SIDES.items()}}]
+
+
+@pytest.mark.parametrize("row", PAIRS)
+def test_pairs_as_other_trainers_write_them(folder, row):
+    (chosen, rejected, _), = load_preferences(write(folder, [row]))
+    assert chosen.turns == [("user", "what?"), ("assistant", "a")]
+    assert rejected.turns == [("user", "what?"), ("assistant", "b")]
+    assert [path.name for path in chosen.images] == ["a.png"] == [path.name for path in rejected.images]
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"messages": [*chat("q"), {"role": "user", "content": "what?"}]}, "field messages: a pair has one question"),
+    ({"messages": chat("q")[1:]}, r"field messages\[0\].role: expected a turn of the user"),
+    ({"prompt": "q"}, "field messages: is not read beside prompt"),
+    ({"chosen": ASKED}, "field chosen: must be an answer"), ({"chosen": {}}, r"field chosen\[0\]: needs 'from'"),
+    ({"chosen": [TOLD, TOLD]}, "field chosen: must be a text"), ({"chosen": None}, "field chosen: must be a text"),
+    ({"chosen": {**TOLD, "value": " b"}}, "chosen equals rejected")])
+def test_pairs_that_cannot_be_represented(folder, changes, words):
+    row = {"messages": [{"role": "user", "content": "what?"}], **SIDES, **changes}
+    with pytest.raises(DataError, match=rf"data\.json, sample 0 \(id None\).*{words}"):
+        load_preferences(write(folder, [row]))
 
 
 def test_no_part_of_a_name_is_left_out(folder):
@@ -323,6 +400,23 @@ def test_any_value_is_a_sample_or_a_data_error(row):
                     "videos", "video", "system"}
     assert len(form.files) >= sum(len(row[key]) if isinstance(row[key], list) else 1
                                   for key in held & {"image", "images", "video", "videos"})
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.sampled_from(["prompt", "messages", "images", "id", "x", "chosen", "rejected",
+                                        "reference_logps"]), JSON | st.lists(TURN, max_size=2), max_size=5))
+def test_any_value_is_a_pair_or_a_data_error(row):
+    row = {"prompt": "what?", "chosen": "a", "rejected": "b", **row}
+    try:
+        known, where = open_sample(row, "x.json, sample 0", (), "pair")
+        chosen, rejected = read_pair(known, where)
+        read_logps(known, where)
+    except DataError as error:
+        assert str(error).startswith("x.json, sample 0 (id ")
+        return
+    assert chosen.turns[:-1] == rejected.turns[:-1]
+    assert [role for role, _ in chosen.turns][-2:] == ["user", "assistant"]
+    assert chosen.files == rejected.files
 
 
 @given(JSON)
