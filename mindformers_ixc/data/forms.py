@@ -151,7 +151,7 @@ def read_pair(row: Mapping, where: str, ignore_keys: Iterable[str] = ()) -> tupl
 def _pair_side(row: Mapping, asked: str, side: str, where: str, ignore_keys: Iterable[str]) -> list[_Turn]:
     """A question, as a text or as turns, and one of its answers, as a text or as a turn."""
     answer = row.get(side)
-    if isinstance(answer, list) and len(answer) == 1:
+    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict):
         answer = answer[0]
     if isinstance(answer, dict):
         (turn,), _ = _read_turns([answer], side, where, ignore_keys)
