@@ -130,6 +130,12 @@ def _add_chat(commands: Commands) -> None:
     chat.add_argument("question", nargs="?", help="the question; left out: an interactive session")
 
 
+def _add_data_reading(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--image_folder", metavar="DIR", help="where relative picture paths start")
+    command.add_argument("--image_root", metavar="DIR", help="refuse pictures outside this folder, links followed")
+    command.add_argument("--ignore_keys", nargs="+", default=[], metavar="KEY", help="keys of samples to leave unread")
+
+
 def _add_eval(commands: Commands) -> None:
     evaluate = commands.add_parser(
         "eval", formatter_class=Help, help="exact match over a conversation file",
@@ -139,7 +145,7 @@ def _add_eval(commands: Commands) -> None:
     _add_generation(evaluate)
     evaluate.set_defaults(max_new_tokens=64)
     evaluate.add_argument("--data", required=True, metavar="FILE", help="conversations, as for training")
-    evaluate.add_argument("--image_folder", metavar="DIR", help="where relative picture paths start")
+    _add_data_reading(evaluate)
     evaluate.add_argument("--batch_size", type=int, default=4, metavar="N", help="questions answered at once")
     evaluate.add_argument("--shuffle_images", action="store_true",
                           help="give every question another sample's picture: a model that looks must get worse")
@@ -242,7 +248,7 @@ def _add_reference(commands: Commands) -> None:
     reference.add_argument("--model", required=True, metavar="DIR", help="model directory of the reference")
     reference.add_argument("--mode", choices=list(MODE_ADAPTERS), default="write", help="task LoRAs in use "
                            "(default: write)")
-    reference.add_argument("--image_folder", metavar="DIR", help="where relative picture paths start")
+    _add_data_reading(reference)
     reference.add_argument("--hd_num", type=int, metavar="N", help="as in the run to come (default: the model "
                            "directory's, else 18)")
     reference.add_argument("--image_transform", choices=["training", "inference"], default="training",

@@ -4,9 +4,9 @@
     python benchmarks/convert_7b.py FOLDER --layers 4   # a quick look
 
 The source is sharded as the public repository is: three pytorch_model-*.bin files in bfloat16 (with PyTorch; else
-three safetensors). A plain copy of the same bytes is timed in the same run, both with everything on the disk at the end.
-The way back reads what has digests, so it is timed with their comparison and without (--no_verify); the comparison alone
-is timed from the disk, from memory and remembered, beside other digests of the same bytes.
+three safetensors). A plain copy of the same bytes is timed in the same run, both with everything on the disk at the
+end. The way back reads what has digests, so it is timed with their comparison and without (--no_verify); the comparison
+alone is timed from the disk, from memory and remembered, beside other digests of the same bytes.
 """
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def compare_digests(folder: Path) -> None:
 
     from mindformers_ixc.checkpoint.digests import SETTLED_S, verify_folder
 
-    files = [file for file in folder.rglob("*.safetensors")]
+    files = list(folder.rglob("*.safetensors"))
     size = sum(file.stat().st_size for file in files) / 1e9
     time.sleep(SETTLED_S)
 

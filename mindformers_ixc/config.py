@@ -12,7 +12,6 @@ registers, `IXC25Config`: the same class as one of MindFormers' configurations.
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_ixc.errors import CheckpointError, ConfigError
+from mindformers_ixc.files import read_json
 from mindformers_ixc.rope import ROPE_FIELDS, read_rope
 from mindformers_ixc.sections import check_keys, check_value, one_of
 
@@ -511,10 +511,7 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist; a model directory holds it beside the tokenizer and "
                               "the weights.")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}).") from error
+    found = read_json(file, CheckpointError)
     if not isinstance(found, dict) or found.get("model_type") != ModelConfig.model_type:
         model = found.get("model_type") if isinstance(found, dict) else type(found).__name__
         raise CheckpointError(f"{file} has model_type '{model}', expected '{ModelConfig.model_type}'.")

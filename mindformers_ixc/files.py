@@ -272,23 +272,41 @@ def text_lines(text: str) -> list[tuple[int, str]]:
 
 
 def read_json_list(path: str | os.PathLike, item: str) -> list:
-    """Content of a JSON file that must hold a list with at least one item.
+    """Content of a file that must hold at least one item, as a JSON list or as JSON lines (an object each).
 
     Args:
-        path: the file; `pkg:` paths work.
+        path: the file; `pkg:` paths work. What begins with an object that ends in its line is read as JSON lines, and
+            so is everything named `.jsonl` that is no list.
         item: what the list holds, for the messages (`sample`).
 
     Raises:
         FileNotFoundError: when the file is missing.
-        DataError: when it is no JSON, no list or empty.
+        DataError: when it is no JSON (of JSON lines with the number of the line), no list or empty.
     """
     if not resolve_path(path).is_file():
         raise FileNotFoundError(f"The data file {path} does not exist.")
-    rows = read_json(path)
+    text = read_text(path)
+    if _is_json_lines(text, str(path)):
+        rows = [parse_json(line, f"{path}, line {number}") for number, line in text_lines(text)]
+    else:
+        rows = parse_json(text, str(path))
     if not isinstance(rows, list) or not rows:
         found = f"no {item}s" if rows == [] else type(rows).__name__
         raise DataError(f"{path} must hold a JSON list with at least one {item}, found {found}.")
     return rows
+
+
+def _is_json_lines(text: str, name: str) -> bool:
+    first, _, rest = text.lstrip().partition("\n")
+    if name.endswith((".jsonl", ".ndjson")):
+        return not first.startswith("[")
+    if not first.startswith("{") or not rest.strip():
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:

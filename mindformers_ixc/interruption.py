@@ -87,8 +87,12 @@ def listening() -> Iterator[None]:
 
 def _wait(numbers: set[int]) -> None:
     found = signal.sigwaitinfo(numbers)
-    # MindSpore ends a process whose data workers have died by sending SIGTERM to itself: no step can be finished then
-    if found.si_pid == os.getpid() or not current.ask(found.si_signo):
+    if found.si_pid == os.getpid():
+        # MindSpore does so when data workers have died or the scheduler is lost: no step can be finished then
+        _say(f"MindSpore ended this process by {name_of(found.si_signo)}; the lines above say why. Go on with "
+             "--resume_training True.")
+        os._exit(128 + found.si_signo)
+    if not current.ask(found.si_signo):
         _say(f"{name_of(found.si_signo)} ended the run before there was anything to save.")
         os._exit(128 + found.si_signo)
     # the next one ends the process by the system's own hand: a graph that compiles lets no Python code run

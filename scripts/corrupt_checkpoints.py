@@ -159,6 +159,7 @@ def make_run(folder: Path, arrays: dict[str, np.ndarray]) -> Path:
     """The folder of a stand-alone run that ended before it wrote its model: two checkpoints with optimizer states."""
     ranks = folder / "checkpoint" / "rank_0"
     ranks.mkdir(parents=True)
+    (folder / "strategy").mkdir()
     for step in (5, 10):
         states = {f"adam_m.{name}": value * 0.1 for name, value in arrays.items() if "attention" in name}
         counters = {"global_step": np.full(1, step, np.float32), "train_report": np.zeros((2, 1), np.float32)}

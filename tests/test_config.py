@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import pytest
 
-from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.config import read_fields
+from mindformers_ixc.errors import CheckpointError, ConfigError
 from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
@@ -57,3 +58,14 @@ def test_contradictions_are_refused_by_name(fields, words):
 def test_vision_sizes_are_checked(fields, word):
     with pytest.raises(ConfigError, match=word):
         IXC25VisionConfig(**fields)
+
+
+def test_a_byte_order_mark_is_read_and_other_texts_are_refused_by_place(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_bytes(b'\xef\xbb\xbf{"model_type": "internlmxcomposer2", "vocab_size": 64}')
+    assert read_fields(tmp_path)["vocab_size"] == 64
+    for content, words in [('{"a": "\u4e2d\u6587"}'.encode("gbk"), "byte 0xD6 at place 7"), (b"{", "not valid JSON"),
+                           ("{}".encode("utf-16"), "is UTF-16"), (b'{"a":' * 100_000, "nested too deeply")]:
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"config\.json .*{words}"):
+            read_fields(tmp_path)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ixc.checkpoint.dtypes import FLOATING
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state, open_source
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.errors import CheckpointError
@@ -108,6 +109,7 @@ def read_adapter(source: OpenedCheckpoint, base: dict[str, LazyTensor], alpha: f
         if tensor.shape != base[target].shape:
             raise CheckpointError(f"{source.path} holds {key} with shape {tensor.shape}, the base has {target} with "
                                   f"shape {base[target].shape}.")
+        _check_format(source, key, tensor)
         adapter.replaced[target] = tensor
     settings.check_complete(source, base, adapter)
     return adapter
@@ -176,12 +178,20 @@ def _pair(source: OpenedCheckpoint, base: dict[str, LazyTensor], linear: str, pa
         problem = "which this model does not have" if weight is None else f"but only side {sorted(pair)}"
         raise CheckpointError(f"{source.path} holds a LoRA for {linear}, {problem}.")
     first, second = pair["A"], pair["B"]
+    _check_format(source, linear, first, second)
     shapes = first.shape, second.shape, weight.shape
     if any(len(shape) != 2 for shape in shapes) or (second.shape[0], first.shape[1]) != weight.shape \
             or first.shape[0] != second.shape[1] or not first.shape[0]:
         raise CheckpointError(f"{source.path}: the LoRA of {linear} has shapes {first.shape} and {second.shape}, "
                               f"the weight {weight.shape}.")
     return first, second, settings.scale(source, linear, first.shape[0])
+
+
+def _check_format(source: OpenedCheckpoint, name: str, *tensors: LazyTensor) -> None:
+    for tensor in tensors:
+        if tensor.dtype not in FLOATING:
+            raise CheckpointError(f"{source.path} holds {name} in the format {tensor.dtype}; weights are one of "
+                                  f"{', '.join(FLOATING)}.")
 
 
 @dataclass

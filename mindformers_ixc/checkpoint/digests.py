@@ -319,13 +319,15 @@ def verify_listed(digests: Digests, names: list[str], remember: bool = True) -> 
     """Compares files with the digests that were read; see `verify_folder`."""
     check_files(digests, names)
     with _memory(digests) as memory:
-        left = [name for name in names if not (remember and memory.knows(digests, name))]
+        keys = {name: memory.key(digests, name) for name in names}
+        left = [name for name in names if not (remember and memory.knows(keys[name]))]
         for found in differences(digests, left):
             if found is not None:
                 raise CheckpointError(f"{found.where} differs from its digest in {digests.source}: the file is damaged "
                                       f"or of another checkpoint; {_COPY}.")
         for name in left:
-            memory.note(digests, name)
+            if memory.key(digests, name) == keys[name]:      # not written to in the meantime
+                memory.note(digests.folder / name, keys[name])
 
 
 def check_files(digests: Digests, names: Iterable[str]) -> None:
@@ -448,17 +450,17 @@ class _Memory:
     def __init__(self, folder: Path | None):
         self.folder = folder
 
-    def knows(self, digests: Digests, name: str) -> bool:
-        return self.folder is not None and (self.folder / self._key(digests, name)).is_file()
+    def knows(self, key: str) -> bool:
+        return self.folder is not None and (self.folder / key).is_file()
 
-    def note(self, digests: Digests, name: str) -> None:
-        status = (digests.folder / name).stat()
+    def note(self, path: Path, key: str) -> None:
+        status = path.stat()
         if self.folder is None or time.time() - max(status.st_mtime, status.st_ctime) < SETTLED_S:
             return
         with contextlib.suppress(OSError):      # then it is compared again next time
-            (self.folder / self._key(digests, name)).touch()
+            (self.folder / key).touch()
 
-    def _key(self, digests: Digests, name: str) -> str:
+    def key(self, digests: Digests, name: str) -> str:
         path = (digests.folder / name).resolve()
         status = path.stat()
         state = [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino,
@@ -469,12 +471,12 @@ class _Memory:
 @contextlib.contextmanager
 def _memory(digests: Digests) -> Iterator[_Memory]:
     """The remembered checks; processes that compare the same folder come one after the other, so one does the work."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mindformers_ixc" / "verified"
     name = hashlib.sha256(str(digests.source.resolve()).encode()).hexdigest()[:16]
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mindformers_ixc" / "verified"
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError):      # also a user without a home
         yield _Memory(None)
         return
     try:

@@ -4,6 +4,7 @@ Everything is computed in float32, a few rows at a time, and rounded once to the
 """
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,13 +15,15 @@ from mindformers_ixc.checkpoint.adapters import Adapter, open_adapter, read_adap
 from mindformers_ixc.checkpoint.convert import select_tensors
 from mindformers_ixc.checkpoint.dtypes import to_float32
 from mindformers_ixc.checkpoint.model_config import config_of
-from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
+from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state, open_source
 from mindformers_ixc.checkpoint.start import check_tensor
 from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
 from mindformers_ixc.config import TASK_LORAS, ModelConfig
 from mindformers_ixc.errors import CheckpointError
-from mindformers_ixc.parameters import PARTS, base_name, parameter_table, part_of
+from mindformers_ixc.parameters import PARTS, parameter_table, part_of
+
+logger = logging.getLogger(__name__)
 
 # The first side of a task LoRA's pair, whose rows are its rank.
 _TASK_FIRST = re.compile(rf"\.lora_({'|'.join(TASK_LORAS)})_A\.weight$")
@@ -127,7 +130,11 @@ def merge(source: str | Path, target: str | Path, *, attach: str | Path | None =
     options.check()
     check_merge_names(fold, extract)
     model = config_of(opened, config)
-    tensors = {name: tensor for name, tensor in select_tensors(opened, model, options).items() if part_of(name)}
+    chosen = select_tensors(opened, model, options)
+    tensors = {name: tensor for name, tensor in chosen.items() if part_of(name)}
+    if len(tensors) < len(chosen):
+        logger.info(f"{opened.path}: {len(chosen) - len(tensors)} tensors are no parameters (optimizer states, "
+                    "counters) and are left out.")
     further = []
     if others:
         tensors = average_tensors(tensors, others, model, ema)
@@ -209,7 +216,7 @@ def attach_parts(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint,
         CheckpointError: for names the model cannot have, half a pair, or shapes that do not fit.
     """
     parts = {name: tensor for name, tensor in adapter.tensors.items()
-             if part_of(name) is not None or (base_name(name) == name and len(tensor.shape) > 1)}
+             if part_of(name) is not None or (not is_state(name) and len(tensor.shape) > 1)}
     for name, tensor in parts.items():
         match = _TASK_FIRST.search(name)
         if match:

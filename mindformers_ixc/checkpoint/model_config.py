@@ -4,12 +4,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from mindformers_ixc.checkpoint.dtypes import LABELS, WEIGHTS
-from mindformers_ixc.checkpoint.sources import RUN_RECORD, OpenedCheckpoint
+from mindformers_ixc.checkpoint.sources import RUN_RECORD, OpenedCheckpoint, open_source
 from mindformers_ixc.config import ALIASES, CONFIG_FILE, FIELDS, Field, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.files import read_json
+from mindformers_ixc.resources import resolve_path
 
 
 def config_of(source: OpenedCheckpoint, path: str | os.PathLike | None = None) -> ModelConfig:
@@ -31,37 +33,58 @@ def config_of(source: OpenedCheckpoint, path: str | os.PathLike | None = None) -
 
 
 def _run_record(source: OpenedCheckpoint) -> ModelConfig | None:
-    """The configuration that a run which ended before it wrote its model put down, if it alone made the weights.
+    """The configuration of a run that ended before it wrote its model.
 
-    A run that began with other weights took what describes them from there.
+    What a run that began with other weights needs to say of them is where it began.
     """
-    path = source.run_folder / RUN_RECORD if source.run_folder is not None else None
-    if path is None or not path.is_file():
+    path, record = run_record(source)
+    if path is None:
         return None
-    record = read_json(path, CheckpointError)
-    fields = record.get("model", {}).get("model_config") if isinstance(record, dict) and isinstance(
-        record.get("model"), dict) else None
+    model = record.get("model")
+    fields = model.get("model_config") if isinstance(model, dict) else None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path} has no model.model_config; name the model's {CONFIG_FILE} with --config.")
     start = record.get("start")
-    if start is not None:
-        beside = [folder / CONFIG_FILE for folder in (Path(str(start)), Path(str(start)).parent)]
-        began = next((file for file in beside if file.is_file()), None)
-        if began is None:
-            raise CheckpointError(f"{source.path} is of a run that began with {start}, which is not there any more; "
-                                  f"name the model's {CONFIG_FILE} with --config.")
-        config = read_config(began)
-        odd = [key for key, value in fields.items() if key in FIELDS and FIELDS[key].public and key != "vision_config"
-               and value is not None and value != getattr(config, key)]
-        if odd:
-            raise CheckpointError(f"{path} and {began} differ in {', '.join(odd)}, so it is not known what the weights "
-                                  f"in {source.path} were trained as; name the model's {CONFIG_FILE} with --config.")
-        return config
+    if start is not None and not Path(str(start)).exists():
+        raise CheckpointError(f"{source.path} is of a run that began with {start}, which is not there any more; "
+                              f"name the model's {CONFIG_FILE} with --config.")
     given = {key: value for key, value in fields.items() if FIELDS.get(key, _NOT_PUBLIC).public or key in ALIASES}
-    return ModelConfig(**given)
+    config = ModelConfig(**given) if start is None else config_of(open_source(str(start), verify=False))
+    odd = [key for key in given if key in FIELDS and key != "vision_config" and given[key] is not None
+           and given[key] != getattr(config, key)]
+    if odd:
+        raise CheckpointError(f"{path} and {start} differ in {', '.join(odd)}, so it is not known what the weights in "
+                              f"{source.path} were trained as; name the model's {CONFIG_FILE} with --config.")
+    tiles = _section(record, "train_dataset").get("hd_num")
+    config.hd_num = tiles if isinstance(tiles, int) else config.hd_num
+    return config
 
 
 _NOT_PUBLIC = Field(None, "", public=False)
+
+
+def run_record(source: OpenedCheckpoint) -> tuple[Path | None, dict[str, Any]]:
+    """What a run put down of its configuration, and in which file; nothing for other checkpoints."""
+    path = source.run_folder / RUN_RECORD if source.run_folder is not None else None
+    if path is None or not path.is_file():
+        return None, {}
+    record = read_json(path, CheckpointError)
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} is no record of a run: it holds a {type(record).__name__}; name the model's "
+                              f"{CONFIG_FILE} with --config.")
+    return path, record
+
+
+def run_tokenizer(source: OpenedCheckpoint) -> Path | None:
+    """The tokenizer that a run trained with, if its record names one that is there."""
+    name = _section(_section(run_record(source)[1], "train_dataset"), "tokenizer").get("vocab_file")
+    path = resolve_path(name) if isinstance(name, str) else None
+    return path if path is not None and path.is_file() else None
+
+
+def _section(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    section = fields.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def write_config(config: ModelConfig, original: Path | None, target: Path, dtypes: set[str]) -> None:

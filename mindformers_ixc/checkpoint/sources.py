@@ -164,7 +164,8 @@ def _without_wrappers(source: OpenedCheckpoint) -> OpenedCheckpoint:
 def _open(path: Path, strategy: str | Path | None) -> OpenedCheckpoint:
     if path.is_file():
         tensors = read_file(path)
-        return OpenedCheckpoint(path, "mindspore" if path.suffix == ".ckpt" else "public", tensors, [path])
+        of_run = path.suffix == ".ckpt" or any(is_state(name) for name in tensors)
+        return OpenedCheckpoint(path, "mindspore" if of_run else "public", tensors, [path])
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist.")
     for name in INDEX_FILES:
@@ -253,7 +254,8 @@ def _is_inside(name: str) -> bool:
 def _open_ranks(path: Path, folder: Path, strategy: str | Path | None) -> OpenedCheckpoint:
     folders = sorted(folder.glob("rank_[0-9]*"), key=lambda found: (len(found.name), found.name))
     places = [Path(strategy)] if strategy else [path / "strategy", folder.parent / "strategy", folder / "strategy"]
-    place = next((place for place in places if place.exists()), None)
+    # a stand-alone run leaves the folder empty
+    place = next((place for place in places if place.exists() and (strategy or strategy_files(place))), None)
     if place is None and [found.name for found in folders] == ["rank_0"]:      # a stand-alone run cuts nothing
         files = _rank_files(folder, folders)
         return OpenedCheckpoint(path, "mindspore", read_file(files[0]), files)

@@ -9,7 +9,7 @@ from pathlib import Path
 from mindformers_ixc.checkpoint.digests import DIGEST_FILE, verification, verify_folder, write_digests
 from mindformers_ixc.checkpoint.dtypes import weight_format
 from mindformers_ixc.checkpoint.layouts import Layout
-from mindformers_ixc.checkpoint.model_config import write_config
+from mindformers_ixc.checkpoint.model_config import run_tokenizer, write_config
 from mindformers_ixc.checkpoint.sources import INDEX_FILES, RUN_RECORD, SUFFIXES, OpenedCheckpoint
 from mindformers_ixc.checkpoint.strategy_file import write_strategies
 from mindformers_ixc.checkpoint.streaming import Item, Output, WorkFolder, is_file_target, write_items
@@ -20,6 +20,7 @@ from mindformers_ixc.files import read_json
 from mindformers_ixc.parallel.slices import placement
 from mindformers_ixc.parallel.stages import layer_stages
 from mindformers_ixc.parameters import base_name, parameter_table, part_of
+from mindformers_ixc.processing.tokenizer import Tokenizer
 from mindformers_ixc.sections import check_value, one_of
 
 # Bytes of a shard at most, unless it is one tensor; Hugging Face's default.
@@ -101,7 +102,7 @@ def write_checkpoint(tensors: dict[str, LazyTensor], config: ModelConfig, source
            "source": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in source.files]}
     work = WorkFolder(target, job)
     if target.exists() and (target.is_file() or any(target.iterdir())):
-        if _made_by(target, work.digest) and not overwrite:
+        if not overwrite and _made_by(target, work.digest):
             work.clear()
             if verification():
                 verify_folder(target)
@@ -243,6 +244,9 @@ def _write_side_files(work: WorkFolder, items: list[Item], sums: dict[str, dict[
     for file in sorted(source.side_folder.iterdir()):
         if file.is_file() and file.suffix in SIDE_SUFFIXES and file.name not in OWN_FILES:
             shutil.copyfile(file, work.output / file.name)
+    tokenizer = run_tokenizer(source) if source.config_file is None else None      # of a run that wrote no model
+    if tokenizer is not None and not (work.output / "tokenizer.model").exists():
+        Tokenizer(str(tokenizer)).save_pretrained(str(work.output))
     write_config(config, source.config_file, work.output / CONFIG_FILE, {item.dtype for item in items})
     metadata = {"total_size": sum(item.nbytes for item in items), "job": work.digest}
     if options.ranks > 1:

@@ -19,7 +19,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code.
     """
-    questions = questions_of(load_conversations(arguments.data, image_folder=arguments.image_folder))
+    questions = questions_of(load_conversations(arguments.data, image_folder=arguments.image_folder,
+                                                image_root=arguments.image_root, ignore_keys=arguments.ignore_keys))
     if arguments.shuffle_images:
         shuffle_images(questions)
     assistant = load_assistant(arguments)

@@ -37,10 +37,11 @@ def report(arguments: argparse.Namespace) -> int:
         ConfigError: when the folder has no log of steps, or matplotlib is missing.
     """
     folder = Path(arguments.output)
-    rows = read_metrics(folder / METRICS_FILE)
+    # a row that lacks what every step has is another program's or was edited
+    rows = [row for row in read_metrics(folder / METRICS_FILE) if {"step", "loss", "seconds", "overflow"} <= set(row)]
     if not rows:
         raise ConfigError(f"{folder} has no {METRICS_FILE} with steps in it; name the --output_dir of a run.")
-    evaluations = read_metrics(folder / EVALUATIONS_FILE)
+    evaluations = [row for row in read_metrics(folder / EVALUATIONS_FILE) if "step" in row]
     charts = draw(rows, evaluations)
     (folder / "report").mkdir(exist_ok=True)
     for name, _, data in charts:
@@ -107,8 +108,8 @@ def _plot(lines: dict[str, list[tuple[float, float]]], title: str, logarithmic: 
 
 def _table(rows: list[dict], evaluations: list[dict]) -> str:
     last, seconds = rows[-1], [row["seconds"] for row in rows[1:]] or [rows[0]["seconds"]]
-    facts = {"steps": last["step"], "first loss": f"{rows[0]['loss']:.4g}",
-             "last loss": "not finite" if last["loss"] is None else f"{last['loss']:.4g}",
+    first, final = ("not finite" if row["loss"] is None else f"{row['loss']:.4g}" for row in (rows[0], last))
+    facts = {"steps": last["step"], "first loss": first, "last loss": final,
              "median seconds a step": f"{statistics.median(seconds):.3g}",
              "labelled tokens": sum(row.get("tokens", 0) for row in rows) or "",
              "steps skipped for overflow": sum(row["overflow"] for row in rows)}

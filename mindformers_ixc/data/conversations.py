@@ -1,36 +1,41 @@
 """Conversation files to checked samples; no pixels are decoded here.
 
-A source is a JSON list of `{"id", "conversations": [{"from", "value"}, ...], "image"}`, in the form of the public
-fine-tuning scripts or of LLaVA. A list file names sources and how many thousand samples to take from each.
+A source is a JSON list or JSON lines, of `{"id", "conversations": [{"from", "value"}, ...], "image"}` as the public
+fine-tuning scripts read them, or in another of the forms of `mindformers_ixc.data.forms`. A list file names sources and
+how many thousand samples to take from each.
 """
 from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from mindformers_ixc.data.forms import Form, read_form
+from mindformers_ixc.data.paths import check_root, find_file, search_folders, shown
 from mindformers_ixc.errors import DataError, VideoError
-from mindformers_ixc.files import read_json_list
-from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
+from mindformers_ixc.files import read_json_list, read_text, text_lines
 from mindformers_ixc.processing.video import board_size, is_video
 from mindformers_ixc.resources import resolve_path
-
-ROLES = {"human": "user", "user": "user", "bot": "assistant", "gpt": "assistant", "assistant": "assistant",
-         "system": "system"}
-
-# LLaVA's marker; its data puts it on a line of its own before or after the question.
-LLAVA_PLACEHOLDER = "<image>"
 
 # Questions that a caption answers, one chosen at random for each (arXiv 2407.03320, pre-training).
 CAPTION_PROMPTS = ("Describe this image briefly.", "Describe this image in detail.")
 
 # A message lists this many bad samples; the rest are counted.
 LISTED_ERRORS = 10
+
+# Samples that a line of a list file may ask for; more would be a mistake, and fill the memory.
+MOST_SAMPLES = 10 ** 9
+
+# A comment begins its line or follows white space: names may have the sign.
+_COMMENT = re.compile(r"(^|\s)#.*")
 
 # Scans below this many samples finish before a progress bar would be read.
 PROGRESS_FROM = 1000
@@ -59,50 +64,69 @@ class Conversation:
     @property
     def where(self) -> str:
         """Names the sample in messages."""
-        return f"{self.source}, sample {self.index} (id {self.id!r})"
+        return f"{self.source}, sample {self.index} (id {shown(self.id)})"
 
 
 def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
-                       caption_prompts: Sequence[str] = CAPTION_PROMPTS, seed: int = 0) -> list[Conversation]:
-    """Reads one JSON source and checks its structure.
+                       caption_prompts: Sequence[str] = CAPTION_PROMPTS, seed: int = 0,
+                       image_root: str | os.PathLike | None = None,
+                       ignore_keys: Sequence[str] = ()) -> list[Conversation]:
+    """Reads one JSON or JSON lines source and checks its structure.
 
     Args:
-        path: JSON file; `pkg:` paths work.
-        image_folder: where relative image paths start; by default the JSON's folder, then the working directory.
+        path: the file; `pkg:` paths work.
+        image_folder: where relative paths of pictures and videos start; by default the source's folder, then the
+            working directory.
         caption_prompts: questions for samples that are captions.
         seed: of the choice among them.
+        image_root: a folder that every picture and video must lie in, links followed; by default any file may be named.
+        ignore_keys: keys of samples and turns that are not read.
 
     Raises:
         DataError: listing what is wrong with which samples.
         FileNotFoundError: when the file is missing.
     """
     rows, file = read_json_list(path, "sample"), resolve_path(path)
-    rows = [_ask(row, caption_prompts, f"{seed} {path} {index}") for index, row in enumerate(rows)]
-    return parse_rows(rows, str(path), file, image_folder)
-
-
-def parse_rows(rows: Sequence, source: str, file: Path, image_folder: str | os.PathLike | None) -> list[Conversation]:
-    """Checks the structure of samples.
-
-    Args:
-        rows: of the JSON.
-        source: its name in messages.
-        file: where it lies.
-        image_folder: where relative image paths start.
-
-    Raises:
-        DataError: listing what is wrong with which samples.
-    """
-    folders = [Path(image_folder)] if image_folder else []
-    folders += [file.parent, Path()]
+    folders, root = search_folders(file, image_folder), check_root(image_root)
     samples, errors = [], []
     for index, row in enumerate(rows):
+        ask = partial(_prompt, caption_prompts, f"{seed} {path} {index}")
         try:
-            samples.append(_read_sample(row, source, index, folders))
+            form = read_form(row, f"{path}, sample {index}", ignore_keys, ask)
+            samples.append(make_conversation(form, str(path), index, row.get("id"), folders, root))
         except DataError as error:
             errors.append(str(error))
     raise_errors(errors)
     return samples
+
+
+def _prompt(prompts: Sequence[str], seed: str) -> str:
+    return random.Random(seed).choice(list(prompts))
+
+
+def make_conversation(form: Form, source: str, index: int, identity: object, folders: Sequence[Path],
+                      root: Path | None = None) -> Conversation:
+    """A sample whose files are found.
+
+    Args:
+        form: what its file says.
+        source: name of that file in messages.
+        index: position in it.
+        identity: the file's own id.
+        folders: of `search_folders`.
+        root: of `check_root`.
+
+    Raises:
+        DataError: naming sample and key of a picture or video that is missing.
+    """
+    sample = Conversation(source, index, identity, form.turns)
+    for file in form.files:
+        try:
+            sample.images.append(find_file(file.name, folders, root))
+        except FileNotFoundError as error:
+            noun = "video" if file.video else "picture"
+            raise DataError(f"{sample.where}, field {file.field}: the {noun} {error}.") from error
+    return sample
 
 
 def raise_errors(errors: Sequence[str]) -> None:
@@ -112,112 +136,35 @@ def raise_errors(errors: Sequence[str]) -> None:
         raise DataError("\n".join(errors[:LISTED_ERRORS]) + more)
 
 
-def _ask(row: object, prompts: Sequence[str], seed: str) -> object:
-    """A caption as the answer to one of the prompts; other samples as they are."""
-    if not isinstance(row, dict) or "caption" not in row or "conversations" in row:
-        return row
-    prompt = random.Random(seed).choice(list(prompts))
-    return {**row, "conversations": [{"from": "human", "value": prompt}, {"from": "bot", "value": row["caption"]}]}
-
-
-def _read_sample(row: object, source: str, index: int, folders: list[Path]) -> Conversation:
-    where = f"{source}, sample {index}"
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a sample must be a mapping, found {type(row).__name__}.")
-    where += f" (id {row.get('id')!r})"
-    turns = _read_turns(row.get("conversations"), where)
-    images = row.get("image") or row.get("video") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise DataError(f"{where}, field image: must be a path or a list of paths, found {images!r}.")
-    turns = _unify_placeholders(turns, len(images))
-    places = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
-    if places != len(images) and not (places == 0 and len(images) == 1):
-        raise DataError(f"{where}, field conversations: {places} {IMAGE_PLACEHOLDER} for {len(images)} pictures; give "
-                        "every picture its place (only a single picture may go without).")
-    try:
-        paths = [find_file(image, folders) for image in images]
-    except FileNotFoundError as error:
-        raise DataError(f"{where}, field image: the picture {error}.") from error
-    return Conversation(source, index, row.get("id"), turns, paths)
-
-
-def _read_turns(rows: object, where: str) -> list[tuple[str, str]]:
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{where}, field conversations: must be a list of turns, found {rows!r:.60}.")
-    turns = []
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict) or not isinstance(row.get("value"), str) or "from" not in row:
-            raise DataError(f"{where}, field conversations[{i}]: needs 'from' and a text 'value', found {row!r:.80}.")
-        role = ROLES.get(str(row["from"]).lower())
-        if role is None:
-            raise DataError(f"{where}, field conversations[{i}].from: {row['from']!r} is no role; the choices are "
-                            f"{', '.join(ROLES)}.")
-        if role == "assistant" and not row["value"].strip():
-            raise DataError(f"{where}, field conversations[{i}].value: the answer is empty, so there is nothing to "
-                            "learn from it; take question and answer out.")
-        turns.append((role, row["value"]))
-    start = 1 if turns[0][0] == "system" else 0
-    for i, (role, _) in enumerate(turns[start:]):
-        expected = ("user", "assistant")[i % 2]
-        if role != expected:
-            raise DataError(f"{where}, field conversations[{start + i}].from: expected a turn of the {expected}, found "
-                            f"one of the {role}; questions and answers must alternate.")
-    if (len(turns) - start) % 2 or len(turns) == start:
-        raise DataError(f"{where}, field conversations: ends without an answer.")
-    return turns
-
-
-def _unify_placeholders(turns: list[tuple[str, str]], images: int) -> list[tuple[str, str]]:
-    """LLaVA's `<image>` as `<ImageHere>`; its single leading image takes the public form, in front of everything."""
-    if images == 0 or any(IMAGE_PLACEHOLDER in text for _, text in turns):
-        return turns
-    if images == 1 and sum(text.count(LLAVA_PLACEHOLDER) for _, text in turns) == 1:
-        return [(role, text.replace(LLAVA_PLACEHOLDER, "").strip()) if LLAVA_PLACEHOLDER in text else (role, text)
-                for role, text in turns]
-    return [(role, text.replace(LLAVA_PLACEHOLDER, IMAGE_PLACEHOLDER)) for role, text in turns]
-
-
-def find_file(name: str, folders: Sequence[Path]) -> Path:
-    """Finds a file named by data, below one of several folders.
-
-    The public example files name everything from the folder above their own (`data/images/x.jpg` inside `data/`), so a
-    name is also tried without its first folder.
-
-    Raises:
-        FileNotFoundError: naming every place that was tried.
-    """
-    parts = Path(name).parts
-    names = [name] if Path(name).is_absolute() or len(parts) < 2 else [name, str(Path(*parts[1:]))]
-    tried = list(dict.fromkeys(folder / candidate for candidate in names for folder in folders))
-    for path in tried:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"{name} does not exist (tried {', '.join(str(path) for path in tried)})")
-
-
-def load_sources(dataset_dir: str | os.PathLike | list[str] | tuple[str, ...] | None, image_folder: str | None = None,
-                 seed: int = 0, caption_prompts: Sequence[str] = CAPTION_PROMPTS) -> list[Conversation]:
+def load_sources(dataset_dir: str | os.PathLike | Sequence[str] | None, image_folder: str | None = None,
+                 seed: int = 0, caption_prompts: Sequence[str] = CAPTION_PROMPTS, image_root: str | None = None,
+                 ignore_keys: Sequence[str] = ()) -> list[Conversation]:
     """Reads everything `dataset_dir` names.
 
     Args:
-        dataset_dir: a `.json` source, a `.txt` list file (`<json> <thousands>` a line), or a list of these.
-        image_folder: where relative image paths start.
+        dataset_dir: a `.json` or `.jsonl` source, a `.txt` list file (`<source> <thousands>` a line), or a list of
+            these.
+        image_folder: where relative paths of pictures and videos start.
         seed: of the choice among a source's samples when it is down-sampled, and among prompts.
         caption_prompts: questions for samples that are captions.
+        image_root: a folder that every picture and video must lie in.
+        ignore_keys: keys of samples and turns that are not read.
 
     Raises:
         DataError: for bad sources; see `load_conversations`.
     """
-    if isinstance(dataset_dir, (list, tuple)):
-        return [sample for path in dataset_dir for sample in load_sources(path, image_folder, seed, caption_prompts)]
-    if not dataset_dir:
-        raise DataError("train_dataset.data_loader.dataset_dir is empty; name a .json or .txt file.")
+    options: Any = {"seed": seed, "caption_prompts": caption_prompts, "image_root": image_root,
+                    "ignore_keys": ignore_keys}
+    if isinstance(dataset_dir, (list, tuple)) and dataset_dir:
+        return [sample for path in dataset_dir for sample in load_sources(path, image_folder, **options)]
+    if not isinstance(dataset_dir, (str, os.PathLike)) or not str(dataset_dir):
+        found = f"has the entry {shown(dataset_dir)}" if dataset_dir else "is empty"
+        raise DataError(f"train_dataset.data_loader.dataset_dir {found}; name a .json, .jsonl or .txt file.")
     if not str(dataset_dir).endswith(".txt"):
-        return load_conversations(dataset_dir, image_folder, caption_prompts, seed)
+        return load_conversations(dataset_dir, image_folder, **options)
     samples = []
     for path, count in read_list_file(dataset_dir):
-        source = load_conversations(path, image_folder, caption_prompts, seed)
+        source = load_conversations(path, image_folder, **options)
         samples += resample(source, count, random.Random(f"{seed} {path}"))
     return samples
 
@@ -226,26 +173,26 @@ def read_list_file(path: str | os.PathLike) -> list[tuple[Path, int]]:
     """Sources of a list file with the number of samples to take from each.
 
     Raises:
-        DataError: for a line that is not `<json> <thousands>`, a missing source or a file without sources.
+        DataError: for a line that is not `<source> <thousands>`, a missing source or a file without sources.
     """
     file = resolve_path(path)
     if not file.is_file():
         raise FileNotFoundError(f"The list file {path} does not exist.")
     sources = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        line = line.split("#")[0].strip()
+    for number, line in text_lines(read_text(path)):
+        line = _COMMENT.sub("", line).strip()
         if not line:
             continue
-        name, _, thousands = line.rpartition(" ")
+        name, *rest = line.rsplit(None, 1)
         try:
-            count = round(float(thousands) * 1000)
-        except ValueError:
+            count = round(float(*rest or "0") * 1000)
+        except (ValueError, OverflowError):
             count = 0
-        if not name or count < 1:
-            raise DataError(f"{path}, line {number}: expected `<json path> <number of samples in thousands, above 0>`, "
-                            f"found {line!r}.")
+        if not 1 <= count <= MOST_SAMPLES:
+            raise DataError(f"{path}, line {number}: expected `<json path> <number of samples in thousands, above 0>` "
+                            f"(at most {MOST_SAMPLES // 1000}), found {shown(line)}.")
         try:
-            sources.append((find_file(name.strip(), [file.parent, Path()]), count))
+            sources.append((find_file(name, [file.parent, Path()]), count))
         except FileNotFoundError as error:
             raise DataError(f"{path}, line {number}: the source {error}.") from error
     if not sources:

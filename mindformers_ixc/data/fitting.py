@@ -8,9 +8,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from mindformers_ixc.data.conversations import PROGRESS_FROM, Conversation
+from mindformers_ixc.data.forms import count_places
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.processor import Processor
-from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,7 @@ def first_pairs(sample: Conversation, pairs: int) -> Conversation:
     """The first question-answer pairs of a conversation with the images that belong to them."""
     system = 1 if sample.turns[0][0] == "system" else 0
     turns = sample.turns[:system + 2 * pairs]
-    places = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
-    if not any(IMAGE_PLACEHOLDER in text for _, text in sample.turns):
-        places = len(sample.images)
+    places = count_places(turns) if count_places(sample.turns) else len(sample.images)
     return Conversation(sample.source, sample.index, sample.id, turns, sample.images[:places], sample.sizes[:places])
 
 

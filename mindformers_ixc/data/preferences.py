@@ -1,18 +1,21 @@
 """Preference pairs: a prompt with images, a chosen and a rejected answer.
 
-A source is a JSON list of `{"id", "prompt", "image", "chosen", "rejected"}`; where they were computed before,
+A source is a JSON list or JSON lines of `{"id", "prompt", "image", "chosen", "rejected"}`, with the picture keys of any
+sample; where they were computed before,
 `reference_logps: [chosen, rejected]` holds log-probabilities of the reference model.
 """
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mindformers_ixc.data.conversations import Conversation, parse_rows, raise_errors
+from mindformers_ixc.data.conversations import Conversation, make_conversation, raise_errors
+from mindformers_ixc.data.forms import open_sample, read_pair
+from mindformers_ixc.data.paths import check_root, search_folders, shown
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_json_list
@@ -58,13 +61,16 @@ class PreferenceTable(ConversationTable):
         return tuple(columns[name] for name in self.columns)
 
 
-def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | None = None) -> list[
+def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
+                     image_root: str | os.PathLike | None = None, ignore_keys: Sequence[str] = ()) -> list[
         tuple[Conversation, Conversation, tuple[float, float] | None]]:
-    """Reads the preference pairs of one JSON file.
+    """Reads the preference pairs of one JSON or JSON lines file.
 
     Args:
-        path: JSON file; `pkg:` paths work.
-        image_folder: where relative image paths start.
+        path: the file; `pkg:` paths work.
+        image_folder: where relative paths of pictures and videos start.
+        image_root: a folder that every picture and video must lie in, links followed.
+        ignore_keys: keys of pairs that are not read.
 
     Returns:
         (chosen, rejected, reference log-probabilities or `None`) of each pair.
@@ -74,38 +80,41 @@ def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | 
         FileNotFoundError: when the file is missing.
     """
     rows, file = read_json_list(path, "pair"), resolve_path(path)
+    folders, root = search_folders(file, image_folder), check_root(image_root)
+    pairs: list[tuple[Conversation, Conversation, tuple[float, float] | None]] = []
     errors: list[str] = []
-    sides: tuple[list[dict], list[dict]] = ([], [])
     for index, row in enumerate(rows):
         try:
-            check_pair(row, f"{path}, sample {index}")
+            known, where = open_sample(row, f"{path}, sample {index}", ignore_keys, "pair")
+            chosen, rejected = read_pair(known, where, ignore_keys)
+            if chosen.turns[-1][1].strip() == rejected.turns[-1][1].strip():
+                raise DataError(f"{where}: chosen equals rejected, so there is nothing to prefer; take the pair out.")
+            logps = read_logps(known, where)
+            sides = [make_conversation(form, str(path), index, row.get("id"), folders, root)
+                     for form in (chosen, rejected)]
         except DataError as error:
             errors.append(str(error))
-            continue
-        for side, name in zip(sides, ("chosen", "rejected")):
-            side.append({"id": row.get("id"), "image": row.get("image") or [], "conversations": [
-                {"from": "human", "value": row["prompt"]}, {"from": "bot", "value": row[name]}]})
+        else:
+            pairs.append((sides[0], sides[1], logps))
     raise_errors(errors)
-    chosen, rejected = (parse_rows(side, str(path), file, image_folder) for side in sides)
-    return list(zip(chosen, rejected, (row.get(REFERENCE_COLUMN) for row in rows)))
+    return pairs
 
 
-def check_pair(row: object, where: str) -> None:
-    """Checks the fields of a pair.
+def read_logps(row: Mapping[str, Any], where: str) -> tuple[float, float] | None:
+    """Reference log-probabilities of a pair, if it has them.
 
     Raises:
         DataError: naming sample and field.
     """
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a pair must be a mapping, found {type(row).__name__}.")
-    where += f" (id {row.get('id')!r})"
-    for name in ("prompt", "chosen", "rejected"):
-        if not isinstance(row.get(name), str) or not row[name].strip():
-            raise DataError(f"{where}, field {name}: must be a text that is not empty, found {row.get(name)!r:.60}.")
-    if row["chosen"].strip() == row["rejected"].strip():
-        raise DataError(f"{where}: chosen equals rejected, so there is nothing to prefer; take the pair out.")
-    logps = row.get(REFERENCE_COLUMN)
-    if logps is not None and not (isinstance(logps, list) and len(logps) == 2
-                                  and all(isinstance(x, (int, float)) and math.isfinite(x) for x in logps)):
+    logps: Any = row.get(REFERENCE_COLUMN)
+    if logps is None:
+        return None
+    if not isinstance(logps, list) or len(logps) != 2 or not all(map(_is_logp, logps)):
         raise DataError(f"{where}, field {REFERENCE_COLUMN}: must be two numbers (chosen, rejected), found "
-                        f"{logps!r:.60}.")
+                        f"{shown(logps)}.")
+    return logps[0], logps[1]
+
+
+def _is_logp(value: object) -> bool:
+    # a whole number too large for a float overflows where it is asked whether it is finite
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -6,7 +6,13 @@ from typing import Any
 from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.sections import check_section, of_type
+from mindformers_ixc.sections import Rule, check_section, of_type
+
+
+def is_list_of_texts(value: object) -> bool:
+    """Whether a value is a list of nothing but texts."""
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
 
 # Keys of the `train_dataset` section; MindFormers' own ones come last.
 DATASET_RULES = {
@@ -19,6 +25,7 @@ DATASET_RULES = {
     "numa_enable": of_type(bool), "construct_args_key": of_type(list),
 }
 LOADER_RULES = {"type": of_type(str), "dataset_dir": of_type(str, list), "image_folder": of_type(str),
+                "image_root": of_type(str), "ignore_keys": Rule(is_list_of_texts, "a list of texts"),
                 "shuffle": of_type(bool), "caption_prompts": of_type(list), "mixture": of_type(dict)}
 
 

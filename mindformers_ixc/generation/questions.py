@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mindformers_ixc.data.conversations import Conversation
+from mindformers_ixc.data.forms import count_places
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
 
 
@@ -38,7 +39,7 @@ def questions_of(samples: Iterable[Conversation]) -> list[Question]:
     for sample in samples:
         turns = list(sample.turns)
         system = turns.pop(0)[1] if turns[0][0] == "system" else ""
-        placed = any(IMAGE_PLACEHOLDER in text for _, text in turns)
+        placed = count_places(turns) > 0
         history: list[tuple[str, str]] = []
         used = 0 if placed else len(sample.images)
         for (_, query), (_, expected) in zip(turns[0::2], turns[1::2]):

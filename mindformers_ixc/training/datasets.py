@@ -66,6 +66,8 @@ class IXC25DataLoader:
     Args:
         dataset_dir: `.json`, `.txt` list file, or a list of these.
         image_folder: where relative image paths start.
+        image_root: a folder that every picture and video must lie in; by default any file may be named.
+        ignore_keys: keys of samples that are not read.
         shuffle: whether each epoch has an order of its own.
         seed: of sampling and shuffling.
         caption_prompts: questions for samples that are captions, one chosen at random for each.
@@ -73,12 +75,13 @@ class IXC25DataLoader:
     """
 
     def __init__(self, dataset_dir: str, image_folder: str | None = None, shuffle: bool = True, seed: int = 0,
-                 caption_prompts: Sequence[str] = CAPTION_PROMPTS, mixture: dict | None = None):
+                 caption_prompts: Sequence[str] = CAPTION_PROMPTS, mixture: dict | None = None,
+                 image_root: str | None = None, ignore_keys: Sequence[str] = ()):
         self.shuffle, self.seed, self.mixture = shuffle, seed, mixture
         if not caption_prompts or not all(isinstance(prompt, str) for prompt in caption_prompts):
             raise DataError(f"train_dataset.data_loader.caption_prompts is {caption_prompts!r}, expected a list of "
                             "questions.")
-        self.samples = load_sources(dataset_dir, image_folder, seed, caption_prompts)
+        self.samples = load_sources(dataset_dir, image_folder, seed, caption_prompts, image_root, ignore_keys or ())
         read_image_sizes(self.samples)
 
 
@@ -152,7 +155,8 @@ class IXC25PreferenceDataset(BaseDataset):
 def _preference_table(config: MindFormerConfig) -> PreferenceTable:
     loader, seed = config.data_loader, config.seed or 0
     files = loader.dataset_dir if isinstance(loader.dataset_dir, (list, tuple)) else [loader.dataset_dir]
-    pairs = [pair for path in files for pair in load_preferences(path, loader.image_folder)]
+    pairs = [pair for path in files for pair in load_preferences(path, loader.image_folder, loader.image_root,
+                                                                 loader.ignore_keys or ())]
     read_image_sizes([chosen for chosen, _, _ in pairs])
     columns = list(config.input_columns or BATCH_COLUMNS)
     if REFERENCE_COLUMN in columns and any(logps is None for _, _, logps in pairs):

@@ -87,7 +87,9 @@ class HeldOut:
     def __init__(self, data: MindFormerConfig, options: dict):
         self.processor, self.options = section_processor(data), options
         hd_num = data.hd_num or HD_NUM_TRAINING
-        samples = load_sources(options["dataset_dir"], options["image_folder"])
+        loader = data.data_loader or {}      # what it says of trust and of keys holds for held-out samples too
+        samples = load_sources(options["dataset_dir"], options["image_folder"], image_root=loader.get("image_root"),
+                               ignore_keys=loader.get("ignore_keys") or ())
         read_image_sizes(samples)
         fitted = fit_samples(self.processor, samples, data.seq_length, data.max_tiles, hd_num)
         self.samples = [entry.sample for entry in fitted[:options["max_samples"]]]

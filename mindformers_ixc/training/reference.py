@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mindformers_ixc.config import read_fields
 from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
 from mindformers_ixc.data.conversations import Conversation, read_image_sizes
+from mindformers_ixc.data.forms import LISTS, MEDIA_KEYS
 from mindformers_ixc.data.preferences import REFERENCE_COLUMN, load_preferences
 from mindformers_ixc.files import read_json_list, write_whole
 from mindformers_ixc.generation.loading import load_model
@@ -47,7 +48,7 @@ class AnswerLogps(nn.Cell):
 
 def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "write", hd_num: int | None = None,
                         image_transform: str = "training", image_folder: str | None = None,
-                        batch_size: int = 4) -> int:
+                        batch_size: int = 4, image_root: str | None = None, ignore_keys: Sequence[str] = ()) -> int:
     """Writes a preference file again with `reference_logps` in every pair.
 
     Args:
@@ -59,6 +60,8 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
         image_transform: `training` or `inference`, as in the run to come.
         image_folder: where relative image paths start.
         batch_size: answers at once.
+        image_root: a folder that every picture and video must lie in.
+        ignore_keys: keys of pairs that are not read.
 
     Returns:
         Number of pairs.
@@ -66,7 +69,7 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
     Raises:
         DataError: for unusable pairs.
     """
-    pairs = load_preferences(pairs_file, image_folder)
+    pairs = load_preferences(pairs_file, image_folder, image_root, ignore_keys)
     read_image_sizes([chosen for chosen, _, _ in pairs])
     processor = _processor(model, image_transform)
     answers = [answer for chosen, rejected, _ in pairs for answer in (chosen, replace(rejected, sizes=chosen.sizes))]
@@ -76,6 +79,9 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
     for row, values, (chosen, _, _) in zip(rows, logps, pairs):
         row[REFERENCE_COLUMN] = [float(value) for value in values]
         if moved and chosen.images:
+            for key in (*MEDIA_KEYS, *LISTS):
+                row.pop(key, None)
+            row["prompt"] = chosen.turns[-2][1]
             row["image"] = [str(Path(image).resolve()) for image in chosen.images]
     write_whole(target, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
     return len(rows)

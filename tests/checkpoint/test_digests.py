@@ -152,6 +152,12 @@ def test_what_was_compared_is_remembered(folder, cache, monkeypatch):
 
 
 def test_a_cache_that_cannot_be_written(folder, tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("no home")
+
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert verify_folder(folder)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(digests.Path, "home", no_home)
     assert verify_folder(folder)

@@ -59,8 +59,10 @@ def test_several_llava_pictures_keep_their_places(folder):
 
 
 def test_pictures_are_found_as_the_public_examples_name_them(folder):
-    path = write(folder, [{"image": "data/images/a.png", "conversations": talk("q", "a")}])
+    rows = [{"image": f"{folder.name}/images/a.png", "conversations": talk("q", "a")}]
+    path = write(folder, rows)
     assert load_conversations(path)[0].images == [folder / "images" / "a.png"]
+    assert load_conversations(write(folder / "images", rows), folder)[0].images == [folder / "images" / "a.png"]
     assert load_conversations(write(folder, [{"image": "a.png", "conversations": talk("q", "a")}]),
                               image_folder=folder / "images")[0].images == [folder / "images" / "a.png"]
 
@@ -118,7 +120,7 @@ def test_sizes_come_from_the_headers(folder):
 def test_list_file(folder):
     write(folder, [{"id": i, "conversations": talk("q", str(i))} for i in range(5)], "five.json")
     write(folder, [{"id": i, "conversations": talk("q", str(i))} for i in range(2)], "two.json")
-    (folder / "data.txt").write_text("# sources\nfive.json 0.003\n\ndata/two.json 0.005\n")
+    (folder / "data.txt").write_text(f"# sources\nfive.json 0.003\n\n{folder.name}/two.json 0.005\n")
     assert [count for _, count in read_list_file(folder / "data.txt")] == [3, 5]
     samples = load_sources(str(folder / "data.txt"), seed=1)
     assert len({sample.id for sample in samples[:3]}) == 3

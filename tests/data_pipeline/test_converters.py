@@ -3,14 +3,19 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import mindformers_ixc_cli
 from mindformers_ixc.cli.data import data as data_command
 from mindformers_ixc.data.conversations import CAPTION_PROMPTS, load_conversations
-from mindformers_ixc.data.converters import CONVERTERS, convert_dataset
+from mindformers_ixc.data.converters import CONVERTERS, convert_dataset, drops_text
+from mindformers_ixc.data.forms import ROLES
+from mindformers_ixc.data.shared_talks import share_gpt
 from mindformers_ixc.errors import DataError
 
 # Small files with every field the published ones have.
@@ -111,6 +116,175 @@ def test_every_converter_is_tested():
     assert set(CONVERTERS) == {"coco_captions", "vqa_v2", "text_vqa", "ocr_vqa", "share_gpt", "llava"}
 
 
+def shared(*turns, **fields) -> dict:
+    return {"id": "x", "conversations": [{"from": role, "value": text} for role, text in turns], **fields}
+
+
+# A shared conversation, what is made of it, and what is counted.
+SHARED = [
+    (shared(("human", "Q1"), ("chatgpt", "A1"), ("user", "Q2"), ("bing", "A2"), ("human", "Q3"), ("bard", "A3")),
+     ["Q1", "A1", "Q2", "A2", "Q3", "A3"], {}),
+    (shared(("human", "Q1"), ("human", "more"), ("gpt", "A1"), ("gpt", "more")), ["Q1\nmore", "A1\nmore"], {}),
+    (shared(("human", "Q1"), ("gpt", " "), ("human", "Q2"), ("gpt", "A2")), ["Q2", "A2"],
+     {"empty turns": 1, "questions without an answer": 1}),
+    (shared(("human", "Q1"), ("gpt", "A1"), ("human", ""), ("gpt", "A2"), ("human", "Q3"), ("gpt", "A3")),
+     ["Q1", "A1", "Q3", "A3"], {"empty turns": 1, "answers without a question": 1}),
+    (shared(("human", "Q1"), ("system", "S"), ("human", "Q2"), ("gpt", "A2")), ["Q2", "A2"],
+     {"questions without an answer": 1, "turns of the system after the first turn": 1}),
+    (shared(("human", "Q1"), ("system", "S"), ("gpt", "A1"), ("human", "Q2"), ("gpt", "A2"), ("human", "Q3")),
+     ["Q2", "A2"], {"questions without an answer": 2, "turns of the system after the first turn": 1,
+                    "answers without a question": 1}),
+    (shared(("human", "Q1"), ("function", "F"), ("gpt", "A1")), None,
+     {"conversations with the unknown role 'function'": 1}),
+    (shared(("human", "Q1"), ("gpt", None)), None, {"conversations with a turn without speaker or text": 1}),
+    (shared(("human", "Q1"), ("gpt", ["A1"])), None, {"conversations with a turn that is no text": 1}),
+    (shared(("human", "Q1"), ("gpt", "A1"), audios=["x.wav"]), None, {"conversations with audios": 1}),
+    (shared(("human", "Q1"), ("gpt", "A1"), stars=5, model="x", views=None), ["Q1", "A1"],
+     {"values of the key stars": 1}),
+    (shared(("human", "<image>Q1"), ("gpt", "")), None, {"empty turns": 1, "questions without an answer": 1,
+                                                        "conversations without a question that is answered": 1}),
+    (shared(("human", "<image>Q1"), ("gpt", ""), ("human", "Q2"), ("gpt", "A2"), images=["a.jpg"]), None,
+     {"empty turns": 1, "conversations of which the turn with a picture's place is left out": 1}),
+    (shared(("human", "<image>Q1"), ("gpt", "A1")), None,
+     {"samples that could not be read again (field conversations: 1 <image> for 0 pictures)": 1}),
+    ({"conversations": "text"}, None, {"conversations without a list of turns": 1}),
+    ("text", None, {"entries that are no mapping": 1}),
+    ({"id": 5, "messages": [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]}, ["Q1", "A1"],
+     {}),
+]
+
+
+@pytest.mark.parametrize(("row", "texts", "counted"), SHARED, ids=range(len(SHARED)))
+def test_every_shared_turn_is_kept_or_counted(tmp_path, row, texts, counted):
+    lines = [json.dumps(row), json.dumps(shared(("human", "Q"), ("gpt", "A")))]
+    (tmp_path / "in.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    dropped = Counter()
+    count = convert_dataset("share_gpt", [tmp_path / "in.jsonl"], tmp_path / "out.json", dropped=dropped)
+    samples = json.loads((tmp_path / "out.json").read_text())
+    assert len(samples) == count == 1 + (texts is not None)
+    assert dropped == counted
+    if texts is not None:
+        assert turns(samples[0]) == texts
+    assert len(load_conversations(tmp_path / "out.json")) == count
+
+
+def test_a_leading_system_turn_is_kept(tmp_path):
+    pair = (("human", "Q"), ("gpt", "A"))
+    for row in (shared(("system", "S"), *pair), shared(*pair, system="S")):
+        convert(tmp_path, "share_gpt", [row])
+        assert load_conversations(tmp_path / "out.json")[0].turns == [("system", "S"), ("user", "Q"),
+                                                                      ("assistant", "A")]
+
+
+TALK = st.lists(st.tuples(st.sampled_from(["human", "user", "gpt", "bing", "system"]), st.sampled_from(["", " ", "x"])),
+                max_size=9)
+
+
+@settings(deadline=None)
+@given(TALK)
+def test_no_question_gets_the_answer_of_another(talk):
+    # every text has its number, so that it can be told which turns were joined and which were paired
+    texts = [(role, text and f"{text}{i}".strip()) for i, (role, text) in enumerate(talk)]
+    texts = [(role, text if "x" in text else "") for role, text in texts]
+    dropped = Counter()
+    samples = list(share_gpt([shared(*texts)], dropped))
+    rest = [(i, ROLES[role]) for i, (role, text) in enumerate(texts)]
+    kept = []
+    for sample in samples:
+        spoken = [turn for turn in sample["conversations"] if turn["from"] != "system"]
+        for asked, told in zip(spoken[::2], spoken[1::2]):
+            numbers = [int(text[1:]) for turn in (asked, told) for text in turn["value"].split("\n")]
+            between = rest[numbers[0]:numbers[-1] + 1]
+            assert [role for _, role in between] == sorted((role for _, role in between), reverse=True)   # u..., a...
+            assert {role for _, role in between} == {"user", "assistant"}
+            kept += numbers
+    said = [i for i, (role, text) in enumerate(texts) if text and ROLES[role] != "system"]
+    lost = len(set(said) - set(kept))
+    if samples:
+        assert lost == 0 or dropped["questions without an answer"] + dropped["answers without a question"] > 0
+    else:
+        assert sum(dropped.values()) > 0
+
+
+@pytest.mark.parametrize("media", [{"image": ["a.jpg", "b.jpg"]}, {"images": ["a.jpg", "b.jpg"]},
+                                   {"images": [{"path": "a.jpg"}, {"path": "b.jpg"}]}])
+def test_llava_with_several_pictures(tmp_path, media):
+    row = shared(("human", "<image><image>Q"), ("gpt", "A"), **media)
+    convert(tmp_path, "llava", [row], images=tmp_path)
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    sample, = load_conversations(tmp_path / "out.json")
+    assert sample.images == [tmp_path / "a.jpg", tmp_path / "b.jpg"]
+    assert sample.turns == [("user", "<ImageHere><ImageHere>Q"), ("assistant", "A")]
+
+
+@pytest.mark.parametrize("media", [{"video": "c.mp4"}, {"videos": ["c.mp4"], "image": None}])
+def test_llava_with_a_video(tmp_path, media):
+    sample, = convert(tmp_path, "llava", [shared(("human", "<image>Q"), ("gpt", "A"), **media)], images="clips")
+    assert {key: sample[key] for key in ("video", "videos", "image") if key in sample} in (
+        {"video": "clips/c.mp4"}, {"videos": ["clips/c.mp4"]})
+
+
+def changed(content: dict, **fields) -> dict:
+    return {**content, **fields}
+
+
+COVER = OCR_VQA["761183272"]
+DAMAGED = [
+    ("coco_captions", [changed(COCO, annotations=[*COCO["annotations"], {"image_id": 8, "id": 1, "caption": "c"},
+                                                  {"image_id": 9, "id": 2, "caption": " "}, {"image_id": 9, "id": 3}])],
+     2, {"captions of pictures that the file does not have": 1, "captions that are empty or no text": 2}),
+    ("vqa_v2", [changed(QUESTIONS, questions=[
+        *QUESTIONS["questions"], {"image_id": 1, "question": "q", "question_id": 1},
+        {"image_id": "x", "question": "q", "question_id": "458752000"},
+        {"image_id": 1, "question": None, "question_id": 458752000}]), ANNOTATIONS],
+     1, {"questions without an answer": 1, "questions without the number of a picture": 1,
+         "questions that are empty or no text": 1}),
+    ("text_vqa", [{"data": [*TEXT_VQA["data"], *({**TEXT_VQA["data"][0], **fields} for fields in (
+        {"answers": []}, {"answers": "dakota"}, {"answers": None}, {"image_id": None}, {"question": ""}))]}],
+     1, {"questions without an answer": 3, "questions without a picture": 1, "questions that are empty or no text": 1}),
+    ("ocr_vqa", [{"1": COVER, "2": changed(COVER, answers=["one"]), "3": changed(COVER, answers="ab"),
+                  "4": changed(COVER, split=7), "5": changed(COVER, imageURL=None),
+                  "6": changed(COVER, answers=["", "a"]), "7": changed(COVER, split="1")}],
+     3, {"covers without as many answers as questions": 2, "covers of an unknown split": 1,
+         "covers without a picture": 1, "questions or answers that are empty or no text": 1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "contents", "kept", "counted"), DAMAGED, ids=[kind for kind, *_ in DAMAGED])
+def test_rows_that_lack_something_are_counted(tmp_path, kind, contents, kept, counted):
+    dropped = Counter()
+    assert len(convert(tmp_path, kind, *contents, dropped=dropped)) == kept
+    assert dropped == counted
+
+
+def test_a_cover_s_suffix_is_that_of_its_file(tmp_path):
+    sample, = convert(tmp_path, "ocr_vqa", {"9": changed(COVER, imageURL="http://x/a.png?size=.5")})
+    assert sample["image"] == "9.png"
+
+
+def test_the_summary_of_what_is_left_out_is_short():
+    assert drops_text(Counter()) == ""
+    assert drops_text(Counter(b=1, a=2)) == "; left out: 2 a, 1 b"
+    text = drops_text(Counter({f"reason {i}": 1 for i in range(50)}))
+    assert text.endswith(", 40 for other reasons")
+
+
+def test_sources_and_targets_that_cannot_be_used(tmp_path):
+    source = tmp_path / "in.json"
+    with pytest.raises(FileNotFoundError, match=r"The data file .*in\.json does not exist"):
+        convert_dataset("llava", [source], tmp_path / "out.json")
+    source.write_bytes(json.dumps(LLAVA).encode("utf-16"))
+    with pytest.raises(DataError, match=r"in\.json is UTF-16 text"):
+        convert_dataset("llava", [source], tmp_path / "out.json")
+    source.write_bytes(b"\xef\xbb\xbf" + json.dumps(COCO).encode())
+    assert convert_dataset("coco_captions", [source], tmp_path / "out.json") == 2
+    with pytest.raises(DataError, match="which it would replace"):
+        convert_dataset("coco_captions", [source], source)
+    with pytest.raises(FileNotFoundError, match=r"The folder of the target .*gone/out\.json does not exist"):
+        convert_dataset("coco_captions", [source], tmp_path / "gone" / "out.json")
+
+
 def caption_file(tmp_path, count: int = 200):
     Image.new("RGB", (30, 20)).save(tmp_path / "x.png")
     rows = [{"id": i, "image": "x.png", "caption": f"caption {i}"} for i in range(count)]
@@ -137,6 +311,12 @@ def test_the_command(tmp_path):
     arguments.answers = io.StringIO()
     assert data_command(arguments) == 0
     assert arguments.answers.getvalue() == f"2 samples in {tmp_path / 'out.json'}\n"
+    changed_rows = [*COCO["annotations"], {"image_id": 8, "id": 1, "caption": "c"}]
+    (tmp_path / "in.json").write_text(json.dumps(changed(COCO, annotations=changed_rows)))
+    arguments.answers = io.StringIO()
+    assert data_command(arguments) == 0
+    assert arguments.answers.getvalue() == (f"2 samples in {tmp_path / 'out.json'}; left out: 1 captions of pictures "
+                                            "that the file does not have\n")
     arguments.split = "test"
     with pytest.raises(DataError, match="--split belongs to ocr_vqa"):
         data_command(arguments)

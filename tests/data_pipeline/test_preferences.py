@@ -64,7 +64,7 @@ def test_a_pair_is_two_conversations_that_differ_in_the_answer(source):
         assert chosen.turns == [question, ("assistant", f"shade {i}" if i < 3 else f"text {i}")]
         assert rejected.turns == [question, ("assistant", "none at all" if i < 3 else "no")]
         assert chosen.images == rejected.images == ([source.parent / f"{i}.png"] if i < 3 else [])
-        assert (chosen.id, rejected.id, logps) == (i, i, [-i - 0.5, -10.0 * i])
+        assert (chosen.id, rejected.id, logps) == (i, i, (-i - 0.5, -10.0 * i))
         assert chosen.source == str(source)
 
 

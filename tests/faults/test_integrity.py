@@ -199,7 +199,7 @@ def test_a_run_that_wrote_no_model(tmp_path):
     run = corrupt_checkpoints.make_run(root / "run", arrays)
     file = run / "checkpoint" / "rank_0" / "x_rank_0-1_10.safetensors"
     for number, source in enumerate((run, run / "checkpoint", run / "checkpoint" / "rank_0", file)):
-        convert(source, tmp_path / f"x{number}", to="hf")
+        convert(source, tmp_path / f"x{number}")
         found = content(tmp_path / f"x{number}")
         assert found.keys() == arrays.keys()
         assert all(found[name][2] == (value + 10).tobytes() for name, value in arrays.items())
@@ -208,6 +208,8 @@ def test_a_run_that_wrote_no_model(tmp_path):
         assert fields == read_config(root / "public").to_public_dict()
     merge(run, tmp_path / "merged", fold=["web"], to="hf")
     assert "model.norm.weight" in content(tmp_path / "merged")
+    merge(root / "public", tmp_path / "attached", attach=run)
+    assert content(tmp_path / "attached")[NORM][2] == (arrays[NORM] + 10).tobytes()
 
 
 def test_what_is_no_parameter_is_counted(tmp_path, caplog):
@@ -223,8 +225,10 @@ def test_the_configuration_of_a_run_that_began_elsewhere(tmp_path):
     run = corrupt_checkpoints.make_run(tmp_path / "run", arrays)
     record = json.loads((run / "run_config.json").read_text())
     record["start"] = str(tmp_path / "public")
+    record["train_dataset"] = {"hd_num": 7, "tokenizer": {"vocab_file": "pkg:mindformers_ixc/demo/tokenizer.model"}}
     (run / "run_config.json").write_text(json.dumps(record))
     convert(run, tmp_path / "x", to="hf")
+    assert read_config(tmp_path / "x").hd_num == 7 and (tmp_path / "x" / "tokenizer.model").is_file()
     record["model"]["model_config"]["rope_theta"] = 5.0
     (run / "run_config.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=r"differ in rope_theta.* name the model's"):

@@ -180,5 +180,6 @@ def test_a_measurement_that_cannot_be_written_ends_the_run_or_not_as_it_says(tmp
     else:
         run.run()
         assert "Step 4: its evaluation could not be written" in capsys.readouterr().err
-        assert [json.loads(line)["step"] for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()] == [2, 6]
+        rows = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+        assert [json.loads(row)["step"] for row in rows] == [2, 6]
     assert (tmp_path / "best" / "step").read_text() == ("2" if policy == "stop" else "6")

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -41,11 +42,14 @@ def kill_after(process: subprocess.Popen, out: Path, step: int) -> None:
 
 
 def stop_after(process: subprocess.Popen, out: Path, step: int) -> tuple[int, str]:
+    errors = []      # read meanwhile: the run would wait for room in a pipe that is full
+    reader = threading.Thread(target=lambda: errors.append(process.communicate()[1]), daemon=True)
+    reader.start()
     while process.poll() is None and len(read_metrics(out / "metrics.jsonl")) < step:
         time.sleep(0.01)
     process.terminate()
-    errors = process.communicate(timeout=600)[1]
-    return process.returncode, errors
+    reader.join(timeout=600)
+    return process.returncode, errors[0]
 
 
 @pytest.mark.slow

@@ -79,8 +79,14 @@ def test_log_probabilities_are_those_of_each_answer_alone(reference, pairs, mode
 def test_in_another_folder_the_pictures_are_still_found(reference, pairs, tmp_path):
     (tmp_path / "other").mkdir()
     target = tmp_path / "other" / "pairs.json"
+    rows = json.loads(pairs.read_text())
+    rows.append({"chosen": "a", "rejected": "b", "messages": [{"role": "user", "content": [
+        {"type": "text", "text": "what?"}, {"type": "image", "image": "a.png"}]}]})
+    pairs.write_text("\n".join(map(json.dumps, rows)))
     add_reference_logps(str(pairs), str(target), str(reference))
-    assert load_preferences(target)[0][0].images == [tmp_path / "a.png"]
+    written = load_preferences(target)
+    assert [chosen.images for chosen, _, _ in written] == [[tmp_path / "a.png"], [], [tmp_path / "a.png"]]
+    assert [chosen.turns for chosen, _, _ in written] == [chosen.turns for chosen, _, _ in load_preferences(pairs)]
 
 
 def test_bad_pairs_leave_no_file(reference, pairs, tmp_path):
