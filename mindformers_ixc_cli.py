@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -318,10 +319,27 @@ def log_folder(arguments: argparse.Namespace) -> Path:
     return Path(cache) / "mindformers_ixc" / "log"
 
 
+def choose_log_folder(arguments: argparse.Namespace) -> None:
+    """Tells MindFormers where to log, before it is imported; somewhere else where the usual place cannot be written."""
+    if "LOG_MF_PATH" in os.environ:
+        return
+    try:
+        folder = log_folder(arguments).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError) as error:       # RuntimeError: there is no home directory at all
+        folder = Path(tempfile.mkdtemp(prefix="mindformers_ixc_log_"))
+        print(f"The usual log folder cannot be written ({error}), so logs go to {folder}; LOG_MF_PATH chooses another.",
+              file=sys.stderr, flush=True)
+    os.environ["LOG_MF_PATH"] = str(folder)
+
+
 def _yaml_output_dir(path: str) -> str | None:
     """`output_dir` of a YAML file or of its bases."""
     try:
-        return read_yaml(path).get("output_dir")
+        found = read_yaml(path).get("output_dir")
+        return found if isinstance(found, str) else None
     except (OSError, UnicodeDecodeError, ConfigError, TypeError):
         return None   # the run itself reports what is wrong with the file
 
@@ -375,6 +393,12 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit code: 0, or 1 after an error in the input, whose sentence is the last line on standard error.
     """
+    odd = next((word for word in (sys.argv[1:] if argv is None else argv) if not word.isprintable()
+                and any("\ud800" <= letter <= "\udfff" for letter in word)), None)
+    if odd is not None:
+        print(f"error: the argument {odd!a} has a byte that is not UTF-8; rename the file, or write the word in "
+              "UTF-8.", file=sys.stderr)
+        return 1
     arguments = parse(argv)
     if arguments.command is None:
         build_parser().print_help()
@@ -393,7 +417,7 @@ def _execute(arguments: argparse.Namespace) -> int:
     if arguments.command == "chat" and arguments.question is None:
         # before the libraries start their threads, which inherit this; a session lets Ctrl-C through when it may come
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    os.environ.setdefault("LOG_MF_PATH", str(log_folder(arguments).resolve()))
+    choose_log_folder(arguments)
     if arguments.command in QUIET or not getattr(arguments, "verbose", True):
         quiet_libraries()
     try:

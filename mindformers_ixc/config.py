@@ -11,6 +11,7 @@ registers, `IXC25Config`: the same class as one of MindFormers' configurations.
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Mapping
@@ -21,7 +22,19 @@ from typing import Any, NamedTuple
 from mindformers_ixc.errors import CheckpointError, ConfigError
 from mindformers_ixc.files import read_json
 from mindformers_ixc.rope import ROPE_FIELDS, read_rope
-from mindformers_ixc.sections import check_keys, check_value, one_of
+from mindformers_ixc.sections import (
+    ANYTHING,
+    Rule,
+    above_0,
+    check_keys,
+    check_value,
+    check_values,
+    is_number,
+    is_whole,
+    of_type,
+    one_of,
+    whole,
+)
 
 CONFIG_FILE = "config.json"
 
@@ -123,7 +136,8 @@ FIELDS = {
     "bos_token_id": Field(1, "id of `<s>`"),
     "eos_token_id": Field(2, "id of `</s>`"),
     "pad_token_id": Field(2, "id of padding; its embedding gets no gradient"),
-    "vision_config": Field(None, "sizes of the tower (`type: IXC25VisionConfig`)", shown="ViT-L/14 at 560", chosen=True),
+    "vision_config": Field(None, "sizes of the tower (`type: IXC25VisionConfig`)", shown="ViT-L/14 at 560",
+                           chosen=True),
     "plora_rank": Field(256, "rank of Partial LoRA; 0 builds none"),
     "plora_alpha": Field(256, "its alpha; the scale is alpha / rank"),
     "plora_dropout": Field(0.05, "dropout on the input of Partial LoRA in training", chosen=True),
@@ -253,6 +267,41 @@ def _public(config: VisionConfig | ModelConfig, table: dict[str, Field]) -> dict
     return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
+# Whole numbers that may be 0; all others count something there must be.
+MAY_BE_0 = ("plora_rank", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _rule(name: str, field: Field) -> Rule:
+    """What a field's value must be, by the type of its default."""
+    if isinstance(field.default, (bool, str)):
+        return of_type(type(field.default)) if name not in DTYPE_FIELDS else ANYTHING
+    if name in ("plora_alpha", "rms_norm_eps"):
+        return above_0()
+    if isinstance(field.default, int) or name == "hd_num":
+        return whole(0 if name in MAY_BE_0 else 1)
+    if isinstance(field.default, float):
+        return Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
+    return ANYTHING
+
+
+def _check_types(config: VisionConfig | ModelConfig, table: dict[str, Field], where: str = "") -> None:
+    """Refuses values of another type and sizes below 1; numbers that came as text (YAML reads 1e-5 so) become floats.
+
+    Raises:
+        ConfigError: naming the field, its value and what it must be.
+    """
+    for name, field in table.items():
+        value = getattr(config, name)
+        if isinstance(field.default, float) and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)
+                setattr(config, name, value)
+        check_value(where + name, value, _rule(name, field))
+
+
+_SECTION = Rule(lambda value: isinstance(value, Mapping), "a section")
+
+
 class VisionConfig:
     """Sizes of the CLIP vision tower. Defaults: CLIP ViT-L/14 with positions interpolated to 560 x 560 pixels.
 
@@ -276,6 +325,7 @@ class VisionConfig:
 
     def __init__(self, **given: Any):
         _assign(self, VISION_FIELDS, given)
+        _check_types(self, VISION_FIELDS, "vision_config.")
         if self.image_size % (2 * self.patch_size):
             unit = 2 * self.patch_size
             raise ConfigError(
@@ -385,10 +435,12 @@ class ModelConfig:
         no_pairs = own.get("task_lora_ranks") is None
         rotary = {name: value for name, value in own.items() if name in ROPE_FIELDS or name not in FIELDS}
         _assign(self, FIELDS, own)
+        _check_types(self, FIELDS)
         rope = read_rope(rotary, self.max_position_embeddings)
         self.rms_norm_eps = float(self.rms_norm_eps)
         self.rope_theta, self.rope_scaling, self.rope_parameters = rope.theta or self.rope_theta, rope.scaling, None
         self.vision_config = self._vision(self.vision_config)
+        check_value("task_lora_ranks", self.task_lora_ranks, _SECTION)
         self.task_lora_ranks = dict(TASK_LORA_RANKS if no_pairs else self.task_lora_ranks)
         self.offset = 0 if self.offset is None else self.offset
         if self.calculate_per_token_loss:
@@ -403,6 +455,7 @@ class ModelConfig:
     def _vision(self, value: VisionConfig | Mapping | None) -> VisionConfig:
         if isinstance(value, VisionConfig):
             return value
+        check_value("vision_config", value, _SECTION)
         return self.vision_class(**{key: item for key, item in dict(value or {}).items()
                                     if key not in ("type", "model_type")})
 
@@ -419,6 +472,7 @@ class ModelConfig:
             raise ConfigError(f"bias is {self.bias} and tie_word_embeddings is {self.tie_word_embeddings}; IXC2.5 has "
                               "neither, set both to False.")
         check_keys(self.task_lora_ranks, TASK_LORAS, "task_lora_ranks")
+        check_values(self.task_lora_ranks, dict.fromkeys(TASK_LORAS, whole(1)), "task_lora_ranks")
         check_value("adapter_mode", self.adapter_mode, one_of(MODE_ADAPTERS))
         missing = [name for name in MODE_ADAPTERS[self.adapter_mode] if name not in self.task_lora_ranks]
         if missing:
@@ -433,8 +487,9 @@ class ModelConfig:
                               f"only and compute_dtype is {self.compute_dtype}; set compute_dtype to bfloat16 or "
                               "use_flash_attention to False.")
         check_value("vision_parallel", self.vision_parallel, one_of(VISION_PARALLEL))
-        if isinstance(self.offset, str) and self.offset != "auto":
-            raise ConfigError(f"offset is '{self.offset}'; it takes 0, a list with one number a pipeline stage, or "
+        numbers = self.offset if isinstance(self.offset, (list, tuple)) else [self.offset]
+        if self.offset != "auto" and not all(is_whole(number) for number in numbers):
+            raise ConfigError(f"offset is {self.offset!r}; it takes 0, a list with one number a pipeline stage, or "
                               "auto.")
 
     @property
@@ -534,7 +589,10 @@ def read_config(path: str | os.PathLike, config_class: type = ModelConfig, **ove
     """
     found = read_fields(path)
     del found["model_type"]
-    config = config_class(**{**found, **overrides})
+    try:
+        config = config_class(**{**found, **overrides})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     config._kept = _unknown(found, FIELDS)
     vision = found.get("vision_config")
     if isinstance(vision, dict):

@@ -108,7 +108,7 @@ def check_keys(section: Mapping, known: Iterable[str], where: str = "", error: t
     for key, value in section.items():
         if key not in known:
             start = f"{source}: unknown" if source else "Unknown"
-            raise error(f"{start} {noun} {_dotted(where, key)} (value {value!r}); {hint(key, known)}")
+            raise error(f"{start} {noun} {_dotted(where, key)} (value {value!r:.80}); {hint(key, known)}")
 
 
 def check_value(name: str, value: object, rule: Rule, error: type[Exception] = ConfigError, source: str = "") -> None:
@@ -118,7 +118,7 @@ def check_value(name: str, value: object, rule: Rule, error: type[Exception] = C
         error: naming the value and what is wanted.
     """
     if not rule.test(value):
-        raise error(f"{source and source + ': '}{name} is {value!r}; {rule.verb} {rule.wanted}.")
+        raise error(f"{source and source + ': '}{name} is {value!r:.80}; {rule.verb} {rule.wanted}.")
 
 
 def check_names(name: str, values: Iterable, choices: Iterable, error: type[Exception] = ConfigError) -> None:
@@ -130,7 +130,7 @@ def check_names(name: str, values: Iterable, choices: Iterable, error: type[Exce
     choices = list(choices)
     for value in values:
         if value not in choices:
-            raise error(f"{name} has {value!r}; the choices are {', '.join(choices)}.")
+            raise error(f"{name} has {value!r:.80}; the choices are {', '.join(choices)}.")
 
 
 def check_values(section: Mapping, rules: Mapping[str, Rule], where: str = "", error: type[Exception] = ConfigError,

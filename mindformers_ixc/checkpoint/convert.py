@@ -18,7 +18,7 @@ from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_check
 from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.parallel.cuts import check_degree, check_stages
-from mindformers_ixc.parameters import BUFFERS, Entry, base_name, parameter_table, part_of
+from mindformers_ixc.parameters import BUFFERS, base_name, parameter_table, part_of
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,6 @@ from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.checkpoint.tensors import LazyTensor, PartOfTensor
 from mindformers_ixc.config import CONFIG_FILE
 from mindformers_ixc.device import is_parallel, rank
-from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.files import whole_folder
 from mindformers_ixc.parallel.slices import slices_of_rank
 from mindformers_ixc.processing.tokenizer import Tokenizer

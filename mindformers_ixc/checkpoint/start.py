@@ -26,8 +26,8 @@ OVERRIDE = "override_model_config"
 PET_PARTS = {"partial_lora": "partial_lora", "task_lora": "task_lora", "lora": "lora"}
 
 # How decoders of the Llama family name what InternLM2 names otherwise.
-OTHER_NAMES = re.compile(r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|input_layernorm|post_attention_layernorm)"
-                         r"\.|(.*\.)?(embed_tokens|lm_head)\.")
+OTHER_NAMES = re.compile(r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|(input|post_attention)_layernorm)\."
+                         r"|(.*\.)?(embed_tokens|lm_head)\.")
 
 
 @dataclass
@@ -231,6 +231,6 @@ def describe_start(path: object, recipe: Recipe, new: list[str]) -> list[str]:
         lines.append(f"{len(new)} parameters ({parts}) are not in {path}: the recipe adds them, and they start without "
                      "effect.")
     if recipe.left_out:
-        lines.append(f"{', '.join(sorted(recipe.left_out))} of {path} are left out: the YAML's task_lora_ranks does not "
-                     "name them.")
+        lines.append(f"{', '.join(sorted(recipe.left_out))} of {path} are left out: the YAML's task_lora_ranks does "
+                     "not name them.")
     return lines

@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.files import read_text
 
 # Short forms that MindFormers' launcher script has, and the keys they stand for.
 SHORT_FORMS = {
@@ -41,7 +43,7 @@ def parse_overrides(words: list[str]) -> dict[str, object]:
 
 def read_value(text: str) -> object:
     """A command-line value as YAML reads it, with `1e-4` (which YAML 1.1 takes for text) as a number."""
-    value = yaml.safe_load(text)
+    value = load_yaml(text, f"The value {text!r:.80}")
     if isinstance(value, str):
         try:
             return float(value)
@@ -85,17 +87,54 @@ def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
         raise ConfigError(f"The configuration file {path}{named} does not exist.")
     if path.resolve() in seen:
         raise ConfigError(f"{path} is its own base_config (by way of {seen[-1]}); take one of the two out.")
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    fields = load_yaml(read_text(path, ConfigError), str(path))
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, found {type(fields).__name__}.")
     bases = fields.pop("base_config", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base_config is {bases!r:.80}; it must be a file's name, or a list of them.")
     merged: dict = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         merged.update(read_yaml(path.parent / base, (*seen, path.resolve())))
     return _merged(merged, fields)
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """The value of a YAML text, without objects of Python and without values that hold themselves.
+
+    Args:
+        text: the text.
+        name: what is read, for the messages.
+
+    Raises:
+        ConfigError: when it is no YAML, is nested too deeply to be read, or an alias stands inside what it names.
+    """
+    try:
+        value = yaml.safe_load(text)
+        _check_finite(value, name)
+    except RecursionError as error:
+        raise ConfigError(f"{name} is not usable YAML: sections or lists are nested too deeply.") from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        # the parser lets some of Python's own errors out, such as that of a date that there is not
+        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split()):.300}") from error
+    return value
+
+
+def _check_finite(value: Any, name: str, above: tuple[int, ...] = (), done: set[int] | None = None) -> None:
+    """Refuses a value with an alias to a section or list that it stands in; each is looked at once."""
+    done = set() if done is None else done
+    if id(value) in above:
+        raise ConfigError(f"{name} has an alias (*) inside the section or list that it names, which has no end; write "
+                          "the values out.")
+    if id(value) in done:
+        return
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if isinstance(inner, (dict, list)):
+            _check_finite(inner, name, (*above, id(value)), done)
+    done.add(id(value))
 
 
 def _merged(base: dict, changes: dict) -> dict:
@@ -115,7 +154,7 @@ def merged_fields(arguments: argparse.Namespace) -> dict:
         if getattr(arguments, name) is not None:
             overrides[name] = getattr(arguments, name)
     if arguments.use_parallel is not None:
-        overrides["use_parallel"] = yaml.safe_load(arguments.use_parallel)
+        overrides["use_parallel"] = read_value(arguments.use_parallel)
     if arguments.predict_data is not None:
         overrides["input_data"] = arguments.predict_data
     apply_overrides(fields, overrides)

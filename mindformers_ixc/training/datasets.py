@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -49,8 +50,11 @@ def batched(cls, table: ConversationTable, planner: EpochPlanner, config: MindFo
     """
     rank, ranks = cls._generate_shard_info()
     sampler = MindSporeSampler(planner, len(table), config.batch_size, (0, 1) if ranks is None else (rank, ranks))
-    dataset = GeneratorDataset(table, list(table.columns), sampler=sampler,
-                               num_parallel_workers=config.num_parallel_workers or 1,
+    workers, cores = config.num_parallel_workers or 1, os.cpu_count() or 1
+    if workers > cores:      # MindSpore takes no more
+        logger.warning(f"train_dataset.num_parallel_workers is {workers}, but this machine has {cores} cores; {cores} "
+                       "are used.")
+    dataset = GeneratorDataset(table, list(table.columns), sampler=sampler, num_parallel_workers=min(workers, cores),
                                python_multiprocessing=bool(config.python_multiprocessing))
     dataset = dataset.batch(config.batch_size, drop_remainder=True)
     dataset = dataset.repeat(config.repeat) if (config.repeat or 1) > 1 else dataset
