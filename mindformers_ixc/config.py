@@ -270,6 +270,9 @@ def _public(config: VisionConfig | ModelConfig, table: dict[str, Field]) -> dict
 # Whole numbers that may be 0; all others count something there must be.
 MAY_BE_0 = ("plora_rank", "bos_token_id", "eos_token_id", "pad_token_id")
 
+# What a damaged file may not ask for: sizes are 32-bit numbers in graphs, and every layer is a cell.
+MOST, MOST_LAYERS = 2**31 - 1, 4096
+
 
 def _rule(name: str, field: Field) -> Rule:
     """What a field's value must be, by the type of its default."""
@@ -278,7 +281,10 @@ def _rule(name: str, field: Field) -> Rule:
     if name in ("plora_alpha", "rms_norm_eps"):
         return above_0()
     if isinstance(field.default, int) or name == "hd_num":
-        return whole(0 if name in MAY_BE_0 else 1)
+        least, most = 0 if name in MAY_BE_0 else 1, MOST_LAYERS if name == "num_hidden_layers" else MOST
+        return Rule(lambda value: is_whole(value, least) and value <= most, f"a whole number from {least} to {most}")
+    if name == "plora_dropout":
+        return Rule(lambda value: is_number(value) and 0 <= value < 1, "a number of at least 0 and below 1")
     if isinstance(field.default, float):
         return Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
     return ANYTHING
@@ -296,7 +302,8 @@ def _check_types(config: VisionConfig | ModelConfig, table: dict[str, Field], wh
             with contextlib.suppress(ValueError):
                 value = float(value)
                 setattr(config, name, value)
-        check_value(where + name, value, _rule(name, field))
+        if value is not None:       # only where the default is none either
+            check_value(where + name, value, _rule(name, field))
 
 
 _SECTION = Rule(lambda value: isinstance(value, Mapping), "a section")
@@ -440,7 +447,7 @@ class ModelConfig:
         self.rms_norm_eps = float(self.rms_norm_eps)
         self.rope_theta, self.rope_scaling, self.rope_parameters = rope.theta or self.rope_theta, rope.scaling, None
         self.vision_config = self._vision(self.vision_config)
-        check_value("task_lora_ranks", self.task_lora_ranks, _SECTION)
+        check_value("task_lora_ranks", {} if no_pairs else self.task_lora_ranks, _SECTION)
         self.task_lora_ranks = dict(TASK_LORA_RANKS if no_pairs else self.task_lora_ranks)
         self.offset = 0 if self.offset is None else self.offset
         if self.calculate_per_token_loss:
@@ -455,7 +462,7 @@ class ModelConfig:
     def _vision(self, value: VisionConfig | Mapping | None) -> VisionConfig:
         if isinstance(value, VisionConfig):
             return value
-        check_value("vision_config", value, _SECTION)
+        check_value("vision_config", {} if value is None else value, _SECTION)
         return self.vision_class(**{key: item for key, item in dict(value or {}).items()
                                     if key not in ("type", "model_type")})
 
