@@ -153,6 +153,7 @@ class IXC25Processor(Processor, ProcessorMixin):
     Args:
         image_processor: turns images into tiles.
         tokenizer: turns text into ids.
+        control_tokens: as in `Processor`.
         **kwargs: as in MindFormers; kept.
     """
 
@@ -161,9 +162,9 @@ class IXC25Processor(Processor, ProcessorMixin):
     tokenizer_class = "InternLM2Tokenizer"
 
     def __init__(self, image_processor: ImageProcessor | None = None, tokenizer: SentencePieceText | None = None,
-                 **kwargs: Any):
+                 control_tokens: bool = False, **kwargs: Any):
         # not MindFormers' own initialiser: its check knows only classes inside its package
-        Processor.__init__(self, image_processor, tokenizer)
+        Processor.__init__(self, image_processor, tokenizer, control_tokens)
         self.config = {"image_processor": self.image_processor, "tokenizer": tokenizer, **kwargs}
 
     @classmethod
