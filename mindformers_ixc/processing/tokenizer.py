@@ -8,6 +8,7 @@ always looked up by piece, so any SentencePiece model with these pieces works.
 """
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -28,6 +29,7 @@ VOCAB_FILES_NAMES = {"vocab_file": "tokenizer.model"}
 # The class the public tokenizer_config.json names.
 PUBLIC_CLASS_NAME = "InternLMXComposer2Tokenizer"
 
+SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_NAMES = ("unk_token", "bos_token", "eos_token", "pad_token")
 
 # Pieces that the model file has for marks of turns and the like, beside the special tokens.
@@ -189,7 +191,7 @@ class SentencePieceText:
         fields = {"tokenizer_class": PUBLIC_CLASS_NAME, "add_bos_token": self.add_bos_token,
                   "add_eos_token": self.add_eos_token, "clean_up_tokenization_spaces": False}
         fields.update({name: str(getattr(self, name)) for name in SPECIAL_NAMES})
-        write_whole(Path(save_directory) / "tokenizer_config.json", json.dumps(fields, indent=2) + "\n")
+        write_whole(Path(save_directory) / SETTINGS_FILE, json.dumps(fields, indent=2) + "\n")
         self.save_vocabulary(save_directory)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
@@ -247,10 +249,8 @@ class Tokenizer(SentencePieceText):
             FileNotFoundError: when the directory has no `tokenizer.model`.
             ConfigError: when one of the two is damaged.
         """
-        path = Path(directory) / "tokenizer_config.json"
-        fields = read_json(path, ConfigError) if path.is_file() else {}
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{path} must hold a JSON object, found {type(fields).__name__}.")
+        path = Path(directory) / SETTINGS_FILE
+        fields = _read_settings(path)
         options: dict[str, Any] = {name: _content(fields[name], name, path) for name in SPECIAL_NAMES
                                    if fields.get(name) is not None}
         for name in ("add_bos_token", "add_eos_token"):
@@ -315,6 +315,33 @@ def _content(token: object, name: str, path: Path) -> str:
     if not isinstance(text, str) or not text:
         raise ConfigError(f"{path}: {name} must be a text, or an object with a text 'content', found {token!r:.60}.")
     return text
+
+
+def check_directory(directory: str | os.PathLike) -> None:
+    """Says what is wrong with the tokenizer of a model directory before MindFormers reads it, which names no file.
+
+    Raises:
+        FileNotFoundError: when it has no `tokenizer.model`.
+        ConfigError: when one of its settings files is damaged, or begins with a byte order mark, which MindFormers does
+            not read.
+    """
+    vocabulary = Path(directory) / VOCAB_FILES_NAMES["vocab_file"]
+    if not vocabulary.is_file():
+        raise FileNotFoundError(_missing(vocabulary, str(vocabulary)))
+    for name in (SETTINGS_FILE, "added_tokens.json", "special_tokens_map.json"):
+        path = Path(directory) / name
+        _read_settings(path)
+        if path.is_file() and path.read_bytes().startswith(codecs.BOM_UTF8):
+            raise ConfigError(f"{path} begins with a byte order mark, which MindFormers does not read; save it without "
+                              "one.")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Content of a settings file; empty where there is none."""
+    fields = read_json(path, ConfigError) if path.is_file() else {}
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} must hold a JSON object, found {type(fields).__name__}.")
+    return fields
 
 
 def _missing(path: Path, name: str) -> str:
