@@ -65,8 +65,10 @@ ASK, TELL = {"role": "user", "content": "q"}, {"role": "assistant", "content": "
 
 @pytest.mark.parametrize(("history", "words"), [
     ("ab", "must be a list .* found str"), ({"role": "user"}, "found dict"), (3, "found int"), (b"ab", "found bytes"),
-    ([("a", "b"), None], r"history\[1\]: .*NoneType"), ([3], r"history\[0\]: .*int"), ([b"ab"], "bytes"), (["ab"], "str"),
-    ([("a",)], r"history\[0\]: must be a pair .* found tuple of 1"), ([["a", "b", "c"]], "list of 3"), ([[]], "list of 0"),
+    ([("a", "b"), None], r"history\[1\]: .*NoneType"), ([3], r"history\[0\]: .*int"), ([b"ab"], "bytes"),
+    (["ab"], "str"),
+    ([("a",)], r"history\[0\]: must be a pair .* found tuple of 1"), ([["a", "b", "c"]], "list of 3"),
+    ([[]], "list of 0"),
     ([("a", None)], r"history\[0\], answer must be a text, found NoneType"), ([(None, "a")], "question must be a text"),
     ([("a", 3)], "answer must be a text, found int"), ([("a", b"b")], "found bytes"), ([("a", "\ud800")], r"\\ud800"),
     ([ASK], r"history\[0\]: the question has no answer"), ([ASK, TELL, ASK], r"history\[2\]: the question has no"),

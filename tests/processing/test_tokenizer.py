@@ -32,7 +32,7 @@ def test_begin_of_text_is_added_on_request(tokenizer):
     assert tokenizer.encode_text("a cat", add_bos=True) == [1, *ids]
 
 
-# U+0000 encodes differently between sentencepiece versions; half surrogates are no text; U+2581 is SentencePiece's space
+# U+0000 encodes differently between sentencepiece versions; half surrogates are no text; U+2581 decodes to a space
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0\u2581"), max_size=30)
 SPELLINGS = ("<s>", "</s>", "<unk>", "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_7]",
              "[UNUSED_TOKEN_147]", "[UNUSED_TOKEN_", "145]", "]", "[", "<", "s>", "</", "<0x0A>", "<ImageHere>", " ")
