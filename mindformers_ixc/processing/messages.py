@@ -75,7 +75,8 @@ def _check_keys(item: Mapping, needed: Sequence[str], where: str) -> None:
         raise PromptError(f"{where}: has no '{missing[0]}'; it needs '{needed[0]}' and '{needed[1]}', found "
                           f"{item!r:.80}.")
     for key, value in item.items():
-        if key not in needed and key not in _SILENT and value not in (None, "", [], {}):
+        empty = value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
+        if key not in needed and key not in _SILENT and not empty:
             raise PromptError(f"{where}: the key {key!r:.40} is not read, and what it holds would be lost; take it "
                               "out.")
 

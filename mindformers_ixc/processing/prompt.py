@@ -64,8 +64,13 @@ def check_text(text: object, name: str) -> str:
         raise PromptError(f"{name} must be a text, found {type(text).__name__} ({text!r:.40}).")
     half = None if text.isascii() else _SURROGATE.search(text)
     if half:
-        raise PromptError(f"{name} has \\u{ord(half.group()):04x} at character {half.start()} (counted from 0), half "
-                          "of a surrogate pair, which is no character; write the whole pair or take it out.")
+        code = ord(half.group())
+        place = f"at character {half.start()} (counted from 0)"
+        if 0xDC80 <= code <= 0xDCFF:    # Python's own stand-in for a byte that it could not decode
+            raise PromptError(f"{name} has \\u{code:04x} {place}, which stands for the byte 0x{code - 0xDC00:02X} where "
+                              "UTF-8 text was read; give it as UTF-8.")
+        raise PromptError(f"{name} has \\u{code:04x} {place}, half of a surrogate pair, which is no character; write the "
+                          "whole pair or take it out.")
     return text
 
 
