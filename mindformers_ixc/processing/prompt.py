@@ -65,12 +65,12 @@ def check_text(text: object, name: str) -> str:
     half = None if text.isascii() else _SURROGATE.search(text)
     if half:
         code = ord(half.group())
-        place = f"at character {half.start()} (counted from 0)"
+        found = f"{name} has \\u{code:04x} at character {half.start()} (counted from 0)"
         if 0xDC80 <= code <= 0xDCFF:    # Python's own stand-in for a byte that it could not decode
-            raise PromptError(f"{name} has \\u{code:04x} {place}, which stands for the byte 0x{code - 0xDC00:02X} where "
-                              "UTF-8 text was read; give it as UTF-8.")
-        raise PromptError(f"{name} has \\u{code:04x} {place}, half of a surrogate pair, which is no character; write the "
-                          "whole pair or take it out.")
+            raise PromptError(f"{found}, which stands for the byte 0x{code - 0xDC00:02X} where UTF-8 text was read; give "
+                              "it as UTF-8.")
+        raise PromptError(f"{found}, half of a surrogate pair, which is no character; write the whole pair or take it "
+                          "out.")
     return text
 
 
