@@ -67,8 +67,8 @@ def check_text(text: object, name: str) -> str:
         code = ord(half.group())
         found = f"{name} has \\u{code:04x} at character {half.start()} (counted from 0)"
         if 0xDC80 <= code <= 0xDCFF:    # Python's own stand-in for a byte that it could not decode
-            raise PromptError(f"{found}, which stands for the byte 0x{code - 0xDC00:02X} where UTF-8 text was read; give "
-                              "it as UTF-8.")
+            raise PromptError(f"{found}, which stands for the byte 0x{code - 0xDC00:02X} where UTF-8 text was read; "
+                              "give it as UTF-8.")
         raise PromptError(f"{found}, half of a surrogate pair, which is no character; write the whole pair or take it "
                           "out.")
     return text
