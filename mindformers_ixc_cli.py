@@ -106,6 +106,8 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=list(MODE_ADAPTERS), default="base", help="task LoRAs in use")
     parser.add_argument("--hd_num", type=int, metavar="N", help="tiles of the dynamic partition at most (default: the "
                         "model directory's, else 24, and 6 with several pictures)")
+    parser.add_argument("--control_tokens", action="store_true", help="text that is spelled like <s> or "
+                        "[UNUSED_TOKEN_145] becomes that control token, as in the public code")
     parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="length of an answer at most")
     parser.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' logs on standard error")
@@ -255,6 +257,7 @@ def _add_reference(commands: Commands) -> None:
     reference.add_argument("--image_transform", choices=["training", "inference"], default="training",
                            help="as in the run to come (default: training)")
     reference.add_argument("--batch_size", type=int, default=4, metavar="N", help="answers at once")
+    reference.add_argument("--control_tokens", action="store_true", help="as in the run to come")
     reference.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
     reference.add_argument("--verbose", action="store_true", help="show the libraries' logs on standard error")
     _add_no_verify(reference)

@@ -28,7 +28,7 @@ from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
 from mindformers_ixc.models.preference import IXC25ForPreference
 from mindformers_ixc.models.vision import IXC25VisionModel
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
-from mindformers_ixc.processing.tokenizer import VOCAB_FILES_NAMES, SentencePieceText
+from mindformers_ixc.processing.tokenizer import VOCAB_FILES_NAMES, SentencePieceText, check_directory
 from mindformers_ixc.processing.video import VideoProcessor
 from mindformers_ixc.training.datasets import IXC25DataLoader, IXC25PreferenceDataset, IXC25SFTDataset
 from mindformers_ixc.training.pet import (
@@ -81,6 +81,19 @@ class InternLM2Tokenizer(SentencePieceText, PreTrainedTokenizer):
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         super().__init__(unk_token=unk_token, bos_token=bos_token, eos_token=eos_token, pad_token=pad_token,
                          add_bos_token=add_bos_token, add_eos_token=add_eos_token, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> InternLM2Tokenizer:
+        """The tokenizer of a model directory, whose files are looked at first; arguments as in MindFormers.
+
+        Raises:
+            FileNotFoundError: when the directory has no `tokenizer.model`.
+            ConfigError: when a settings file is damaged.
+        """
+        # a directory with a YAML file may have its vocabulary elsewhere
+        if os.path.isdir(name_or_path) and "vocab_file" not in kwargs and not any(Path(name_or_path).glob("*.yaml")):
+            check_directory(name_or_path)
+        return super().from_pretrained(name_or_path, *args, **kwargs)
 
     def __len__(self) -> int:
         """Number of ids; the special tokens are pieces of the model, not added to it."""
@@ -153,6 +166,7 @@ class IXC25Processor(Processor, ProcessorMixin):
     Args:
         image_processor: turns images into tiles.
         tokenizer: turns text into ids.
+        control_tokens: as in `Processor`.
         **kwargs: as in MindFormers; kept.
     """
 
@@ -161,9 +175,9 @@ class IXC25Processor(Processor, ProcessorMixin):
     tokenizer_class = "InternLM2Tokenizer"
 
     def __init__(self, image_processor: ImageProcessor | None = None, tokenizer: SentencePieceText | None = None,
-                 **kwargs: Any):
+                 control_tokens: bool = False, **kwargs: Any):
         # not MindFormers' own initialiser: its check knows only classes inside its package
-        Processor.__init__(self, image_processor, tokenizer)
+        Processor.__init__(self, image_processor, tokenizer, control_tokens)
         self.config = {"image_processor": self.image_processor, "tokenizer": tokenizer, **kwargs}
 
     @classmethod

@@ -13,9 +13,15 @@ ASCEND_DTYPES = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16"}
 
 
 def load_assistant(arguments: argparse.Namespace) -> Assistant:
-    """Loads `arguments.model` on `arguments.device_target`, in graph mode."""
+    """Loads `arguments.model` on `arguments.device_target`, in graph mode; `arguments.control_tokens` as in
+    `Processor`.
+    """
     prepare_device(arguments)
-    return Assistant.from_directory(arguments.model, **(ASCEND_DTYPES if arguments.device_target == "Ascend" else {}))
+    dtypes = ASCEND_DTYPES if arguments.device_target == "Ascend" else {}
+    assistant = Assistant.from_directory(arguments.model, **dtypes)
+    assert assistant.processor is not None
+    assistant.processor.control_tokens = arguments.control_tokens
+    return assistant
 
 
 def prepare_device(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,6 @@ def reference(arguments: argparse.Namespace) -> int:
     prepare_device(arguments)
     count = add_reference_logps(arguments.pairs, arguments.target, arguments.model, arguments.mode, arguments.hd_num,
                                 arguments.image_transform, arguments.image_folder, arguments.batch_size,
-                                arguments.image_root, arguments.ignore_keys)
+                                arguments.image_root, arguments.ignore_keys, arguments.control_tokens)
     print(f"{count} pairs in {arguments.target}", file=arguments.answers)
     return 0

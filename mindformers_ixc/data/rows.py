@@ -136,12 +136,13 @@ def noise_seed(seed: int, place: int) -> np.int32:
 
 
 class ImageOptions(Protocol):
-    """What a `train_dataset` section says of images; `None` where it says nothing."""
+    """What a `train_dataset` section says of images and text; `None` where it says nothing."""
 
     hd_num: int | None
     image_size: int | None
     patch_size: int | None
     image_transform: str | None
+    control_tokens: bool | None
 
 
 def make_processor(config: ImageOptions, tokenizer: SentencePieceText) -> Processor:
@@ -149,4 +150,4 @@ def make_processor(config: ImageOptions, tokenizer: SentencePieceText) -> Proces
     hd_num = config.hd_num or HD_NUM_TRAINING
     images = ImageProcessor(config.image_size or 560, config.patch_size or 14, hd_num_training=hd_num,
                             training_transform=config.image_transform or "training")
-    return Processor(images, tokenizer)
+    return Processor(images, tokenizer, bool(config.control_tokens))

@@ -38,6 +38,7 @@ from mindformers_ixc.generation.webpage import (
 )
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.processing.messages import History, read_history
 from mindformers_ixc.processing.processor import EncodedSample, ImageProcessor, Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX
 from mindformers_ixc.processing.tokenizer import SentencePieceText
@@ -121,7 +122,7 @@ class IXC25ForCausalLM(IXC25Model):
         return self.__dict__["_assistant"]
 
     def chat(self, tokenizer: SentencePieceText, query: str, image: Sequence = (), hd_num: int | None = None,
-             history: Sequence[tuple[str, str]] = (), streamer: Streamer | None = None, max_new_tokens: int = 1024,
+             history: History = (), streamer: Streamer | None = None, max_new_tokens: int = 1024,
              do_sample: bool = True, num_beams: int = 1, temperature: float = 1.0, top_p: float = 0.8,
              repetition_penalty: float = 1.005, infer_mode: str = "base", use_meta: bool = False,
              meta_instruction: str = META_INSTRUCTION, **kwargs: Any) -> tuple[str, list[tuple[str, str]]]:
@@ -134,7 +135,8 @@ class IXC25ForCausalLM(IXC25Model):
                 images or uint8 arrays; a single one need not be in a list.
             hd_num: tiles of a single image at most; `None` is the model's own limit, 24 for the public model. Several
                 images take 6 tiles each (public rule).
-            history: finished rounds (question, answer), as an earlier call returned them.
+            history: finished rounds (question, answer), as an earlier call returned them, or in another form of
+                `messages.read_history`.
             streamer: MindFormers' or Hugging Face's streamer (`put`, `end`), which gets ids as they come.
             max_new_tokens: new tokens at most.
             do_sample: sample instead of taking the likeliest token.
@@ -145,7 +147,8 @@ class IXC25ForCausalLM(IXC25Model):
             infer_mode: task LoRAs in use, a key of `config.MODE_ADAPTERS`.
             use_meta: begin with the system turn `meta_instruction`.
             meta_instruction: text of the system turn.
-            **kwargs: further fields of `GenerationOptions` (`top_k`, `seed`, `length_penalty`, ...).
+            **kwargs: further fields of `GenerationOptions` (`top_k`, `seed`, `length_penalty`, ...), and
+                `control_tokens` (see `Processor`).
 
         Returns:
             The answer, and the history with this round appended.
@@ -157,9 +160,10 @@ class IXC25ForCausalLM(IXC25Model):
         """
         check_mode("infer_mode", infer_mode)
         assistant = self.assistant_for(tokenizer)
-        rounds = list(history or ())
+        rounds = read_history(history)
         question = {"query": query, "images": image_list(image), "hd_num": hd_num, "history": rounds,
-                    "meta_instruction": meta_instruction if use_meta else ""}
+                    "meta_instruction": meta_instruction if use_meta else "",
+                    "control_tokens": kwargs.pop("control_tokens", None)}
         options = GenerationOptions(
             max_new_tokens=max_new_tokens, do_sample=do_sample, num_beams=num_beams, temperature=temperature,
             top_p=top_p, repetition_penalty=repetition_penalty,
@@ -189,7 +193,7 @@ class IXC25ForCausalLM(IXC25Model):
             max_length: positions of prompt and article together.
             seed: of sampling; -1 is none.
             use_meta: begin with a system turn.
-            **kwargs: `meta_instruction`, and fields of `GenerationOptions`; `top_k` is 40.
+            **kwargs: `meta_instruction`, `control_tokens`, and fields of `GenerationOptions`; `top_k` is 40.
 
         Returns:
             The article.
@@ -225,7 +229,7 @@ class IXC25ForCausalLM(IXC25Model):
             task: names the task; of no effect (the public code names its file after it).
             save_to: file to write the page to.
             overwrite: whether that file may exist already.
-            **kwargs: `meta_instruction`, `hd_num`, `streamer` and fields of `GenerationOptions`.
+            **kwargs: `meta_instruction`, `control_tokens`, `hd_num`, `streamer` and fields of `GenerationOptions`.
 
         Returns:
             The page's HTML.
@@ -291,7 +295,8 @@ class IXC25ForCausalLM(IXC25Model):
         assistant = self.assistant_for(self.tokenizer)
         meta = kwargs.pop("meta_instruction", META_INSTRUCTION)
         question = {"query": inst, "images": image_list(image), "hd_num": hd_num,
-                    "meta_instruction": meta if use_meta else ""}
+                    "meta_instruction": meta if use_meta else "",
+                    "control_tokens": kwargs.pop("control_tokens", None)}
         chosen = GenerationOptions(**{"stop_token_ids": assistant.stop_token_ids, **options,
                                       "seed": None if seed == -1 else seed, **known_options(kwargs)})
         return assistant.reply(question, chosen, mode, streamer, total)

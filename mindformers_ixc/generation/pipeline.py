@@ -18,7 +18,7 @@ from mindformers_ixc.processing.tokenizer import SentencePieceText
 TASK = "multimodal_chat"
 
 # Arguments of a call that go to the prompt; everything else is a decoding option.
-PROMPT_ARGUMENTS = ("history", "meta_instruction", "hd_num")
+PROMPT_ARGUMENTS = ("history", "meta_instruction", "hd_num", "control_tokens")
 
 
 @MindFormerRegister.register(MindFormerModuleType.PIPELINE, alias=TASK)

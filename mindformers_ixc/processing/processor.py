@@ -1,7 +1,7 @@
 """From text and images to the arrays of a sample: prompts for chat, labelled sequences for training."""
 from __future__ import annotations
 
-import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mindformers_ixc.config import CONFIG_FILE
-from mindformers_ixc.errors import PromptError
+from mindformers_ixc.errors import ConfigError, PromptError
+from mindformers_ixc.files import read_json
 from mindformers_ixc.processing.image import (
     HD_NUM_SEVERAL,
     HD_NUM_SINGLE,
@@ -25,20 +26,33 @@ from mindformers_ixc.processing.image import (
     partition_pixels,
     plan_partition,
 )
+from mindformers_ixc.processing.messages import History, read_history
 from mindformers_ixc.processing.prompt import (
+    ANSWER_HEADER,
     ANSWER_PREFIX,
     END_OF_TURN,
     IGNORE_INDEX,
+    PICTURE,
+    START_OF_TURN,
+    Piece,
+    chat_pieces,
     chat_text,
+    chat_turns,
+    check_places,
+    check_text,
     mask_labels,
+    placed_by_public_rule,
+    public_pieces,
     shift_labels,
-    split_at_placeholders,
+    training_pieces,
     training_text,
     turn,
 )
 from mindformers_ixc.processing.tokenizer import SentencePieceText, Tokenizer
 from mindformers_ixc.processing.video import BoardSize, board_grid, is_video, load_video
 from mindformers_ixc.sections import check_value, one_of
+
+logger = logging.getLogger(__name__)
 
 # Transforms of an image that training may use.
 TRANSFORMS = ("training", "inference")
@@ -164,11 +178,12 @@ class ImageProcessor:
 
         Raises:
             FileNotFoundError: when there is none.
+            ConfigError: when it is no JSON.
         """
         path = Path(directory) / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; a model directory holds config.json and the tokenizer.")
-        return cls.from_config(json.loads(path.read_text(encoding="utf-8")))
+        return cls.from_config(read_json(path, ConfigError))
 
     def hd_num_for(self, count: int, hd_num: int | None = None) -> int:
         """Tiles an image may take when `count` images come together; `hd_num` overrides the single-image value."""
@@ -217,30 +232,49 @@ class ImageProcessor:
 class Processor:
     """Text and images to samples.
 
+    What users, files and the model itself have written is encoded as plain text, whatever it says; only the template's
+    own marks become control ids, and labels follow from the turns.
+
     Args:
         image_processor: turns images into tiles.
         tokenizer: turns text into ids.
+        control_tokens: do as the public code instead, for every prompt that does not say otherwise: text that is
+            spelled like a control piece becomes one, `<ImageHere>` is a place in answers too, labels are found by
+            searching marks among the ids, and a chat prompt with a wrong number of places gets a warning instead of an
+            error. Only for text that is trusted as much as the program.
+
+    Raises:
+        TypeError: when one of the two is of another class.
+        ConfigError: when the tokenizer lacks the marks of turns.
     """
 
-    def __init__(self, image_processor: ImageProcessor | None = None, tokenizer: SentencePieceText | None = None):
+    def __init__(self, image_processor: ImageProcessor | None = None, tokenizer: SentencePieceText | None = None,
+                 control_tokens: bool = False):
         if not isinstance(tokenizer, SentencePieceText):
             raise TypeError(f"tokenizer must be an InternLM2Tokenizer, found {type(tokenizer).__name__}.")
         image_processor = image_processor or ImageProcessor()
         if not isinstance(image_processor, ImageProcessor):
             raise TypeError(f"image_processor must be an IXC25ImageProcessor, found {type(image_processor).__name__}.")
-        self.image_processor, self.tokenizer = image_processor, tokenizer
+        for mark in (START_OF_TURN, END_OF_TURN):
+            if mark not in tokenizer.control_pieces:
+                raise ConfigError(f"{tokenizer.vocab_file} has no piece {mark}, which marks turns; take the "
+                                  "tokenizer.model of the public model directory.")
+        self.image_processor, self.tokenizer, self.control_tokens = image_processor, tokenizer, control_tokens
         self.end_of_turn_id = tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self.pad_token_id = tokenizer.pad_token_id
-        self.prefix_length = len(tokenizer.encode_text(ANSWER_PREFIX))
+        self.prefix_length = len(tokenizer.encode_text(ANSWER_PREFIX, control_tokens=True))
+        # what stands between the texts of every prompt is encoded once
+        self._known = {text: tokenizer.encode_text(text) for text in ("\n", ANSWER_HEADER)}
 
     @classmethod
-    def from_directory(cls, directory: str | os.PathLike) -> Processor:
+    def from_directory(cls, directory: str | os.PathLike, control_tokens: bool = False) -> Processor:
         """The processor of a model directory, from its config.json and tokenizer.model.
 
         Raises:
             FileNotFoundError: when one of the two is missing.
+            ConfigError: when one of them is damaged.
         """
-        return cls(ImageProcessor.from_directory(directory), Tokenizer.from_directory(directory))
+        return cls(ImageProcessor.from_directory(directory), Tokenizer.from_directory(directory), control_tokens)
 
     def __call__(self, text_input: str | None = None,
                  image_input: ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None = None,
@@ -250,43 +284,70 @@ class Processor:
         Returns:
             `input_ids`, `image_mask`, `vision_index` of shape `(1, n)` and `pixel_values` `(1, t, 3, P, P)`.
         """
+        text = "" if text_input is None else text_input
         images = [] if image_input is None else image_input
-        sample = self.encode_chat(text_input or "", images if isinstance(images, (list, tuple)) else [images], **kwargs)
+        sample = self.encode_chat(text, images if isinstance(images, (list, tuple)) else [images], **kwargs)
         index = sample.vision_index(max(1, sample.tiles))
         return {"input_ids": sample.input_ids[None], "image_mask": sample.image_mask[None],
                 "vision_index": index[None], "pixel_values": sample.pixel_values[None]}
 
-    def encode_chat(self, query: str, images: Sequence[ImageSource] = (), history: Sequence[tuple[str, str]] = (),
-                    meta_instruction: str = "", hd_num: int | None = None) -> EncodedSample:
+    def encode_chat(self, query: str, images: Sequence[ImageSource] = (), history: History = (),
+                    meta_instruction: str = "", hd_num: int | None = None,
+                    control_tokens: bool | None = None) -> EncodedSample:
         """Encodes a chat prompt.
 
         Args:
             query: the question; `<ImageHere>` marks an image's place.
             images: images of the whole conversation, in the order of their places.
-            history: finished rounds (question, answer).
+            history: finished rounds, in a form of `messages.read_history`.
             meta_instruction: system turn; empty for none.
             hd_num: tiles of a single image at most.
+            control_tokens: see the class, whose value `None` takes.
 
         Raises:
-            PromptError: when places and images differ in number, or there is nothing to ask.
+            PromptError: when places and images differ in number, there is nothing to ask, or a text is none.
             ImageError: for an image that cannot be read.
         """
         images = list(images or [])
+        check_text(query, "query")
+        system = "" if meta_instruction is None else check_text(meta_instruction, "meta_instruction")
+        rounds = read_history(history)
         if not query.strip() and not images:
             raise PromptError("The query is empty and there is no picture; ask something.")
-        parts, in_front = split_at_placeholders(chat_text(query, history, meta_instruction), len(images))
+        if self._public(control_tokens):
+            pieces = public_pieces(chat_text(query, rounds, system))
+        else:
+            pieces = chat_pieces(chat_turns(query, rounds, system))
+        pieces = self._with_places(pieces, images, self._public(control_tokens))
         pixels, grids = self.image_processor.preprocess(images, hd_num)
-        # a single image without a place stands behind <s> and in front of the first turn
-        parts = ["", *parts] if in_front else parts
-        return self._assemble([(part, i == 0) for i, part in enumerate(parts)], False, pixels, grids)
+        shown = grids[:pieces.count(PICTURE)]       # the public rule may leave pictures out
+        return self._assemble(pieces, shown, pixels[:sum(grid.tiles + 1 for grid in shown)])
+
+    def _public(self, control_tokens: bool | None) -> bool:
+        return self.control_tokens if control_tokens is None else control_tokens
+
+    def _with_places(self, pieces: list[Piece], images: Sequence[ImageSource], public: bool) -> list[Piece]:
+        """A chat prompt that begins with `<s>` and has a place for every picture."""
+        begin = Piece(self.tokenizer.bos_token, "mark")
+        try:
+            # a single image without a place stands behind <s> and in front of the first turn
+            in_front = check_places(pieces.count(PICTURE), len(images))
+        except PromptError as error:
+            if not public:
+                raise
+            logger.warning(f"{error} By the public rule surplus places vanish, and the first picture without one goes "
+                           "to the end.")
+            return [begin, *placed_by_public_rule(pieces, len(images))]
+        return [begin, PICTURE, *pieces] if in_front else [begin, *pieces]
 
     def encode_conversation(self, turns: Sequence[tuple[str, str]], images: Sequence[ImageSource] = (), where: str = "",
                             hd_num: int | None = None,
                             encoded_images: tuple[np.ndarray, list[Grid]] | None = None) -> EncodedSample:
         """Encodes a conversation for training.
 
-        As in the public code, a single image without a place stands before `<s>` here. A leading system turn is
-        tokenised with the rest but never carries loss (the public code would swap questions and answers).
+        The answers carry loss, each with its end of turn, and so does what follows the last one. As in the public code,
+        a single image without a place stands before `<s>` here. A leading system turn never carries loss (the public
+        code would swap questions and answers).
 
         Args:
             turns: (role, text) from user and assistant in turn, after an optional system turn.
@@ -296,49 +357,70 @@ class Processor:
             encoded_images: what the image processor gave for `images`, if that was asked before.
 
         Raises:
-            PromptError: when places and images differ in number.
+            PromptError: when places and images differ in number, or a text is none.
             ImageError: for an image that cannot be read.
         """
-        turns = list(turns)
-        system = turn("system", turns.pop(0)[1].strip()) if turns and turns[0][0] == "system" else ""
-        text = training_text(turns, self.tokenizer.eos_token)
-        parts, in_front = split_at_placeholders(system + text, len(images), where)
+        pieces = self._conversation(turns, len(images), where)
         pixels, grids = encoded_images or self.image_processor.preprocess(list(images), hd_num, training=True,
                                                                           where=where)
-        sample = self._assemble([(part, i == 0) for i, part in enumerate(parts)], in_front, pixels, grids)
-        ids = np.where(sample.image_mask == 1, IGNORE_INDEX, sample.input_ids)
-        skip = 0
-        if system:
-            skip = int(np.flatnonzero(ids == self.end_of_turn_id)[0]) + 1
-        sample.labels[skip:] = mask_labels(ids[skip:], self.end_of_turn_id, self.tokenizer.eos_token_id,
-                                           self.prefix_length)
+        sample = self._assemble(pieces, grids, pixels)
+        if self.control_tokens:
+            ids = np.where(sample.image_mask == 1, IGNORE_INDEX, sample.input_ids)
+            ends = np.flatnonzero(ids == self.end_of_turn_id)
+            skip = int(ends[0]) + 1 if turns[0][0] == "system" else 0
+            sample.labels[skip:] = mask_labels(ids[skip:], self.end_of_turn_id, self.tokenizer.eos_token_id,
+                                               self.prefix_length)
         return sample
 
     def conversation_length(self, turns: Sequence[tuple[str, str]], image_sizes: Sequence[tuple[int, int]] = (),
                             hd_num: int | None = None, where: str = "") -> tuple[int, int]:
         """Positions and tiles `encode_conversation` would give, from the sizes of images and videos."""
-        turns = list(turns)
-        system = turn("system", turns.pop(0)[1].strip()) if turns and turns[0][0] == "system" else ""
-        text = system + training_text(turns, self.tokenizer.eos_token)
-        parts, _ = split_at_placeholders(text, len(image_sizes), where)
+        pieces = self._conversation(turns, len(image_sizes), where)
         images = self.image_processor
         limit = images.hd_num_training if hd_num is None else hd_num
         training = images.training_transform == "training"
         grids = [board_grid(size, images.image_size) if isinstance(size, BoardSize)
                  else plan_partition(*size, limit, images.image_size, training).grid for size in image_sizes]
-        positions = 1 + sum(len(self.tokenizer.encode_text(part)) for part in parts)
+        positions = sum(len(self._ids(piece)) for piece in pieces)
         positions += sum(self.image_processor.token_count(grid) for grid in grids)
         return positions, sum(grid.tiles + 1 for grid in grids)
 
-    def _assemble(self, parts: list[tuple[str, bool]], image_in_front: bool, pixels: np.ndarray,
-                  grids: list[Grid]) -> EncodedSample:
-        """Joins text parts and images; a part's flag asks for `<s>` before it."""
-        texts = [self.tokenizer.encode_text(part, bos) for part, bos in parts]
-        spans = [[self.pad_token_id] * self.image_processor.token_count(grid) for grid in grids]
-        texts = [[], *texts] if image_in_front else texts
-        ids, mask = list(texts[0]), [0] * len(texts[0])
-        for span, text in zip(spans, texts[1:]):
-            ids += span + text
-            mask += [1] * len(span) + [0] * len(text)
-        return EncodedSample(np.array(ids, np.int32), np.full(len(ids), IGNORE_INDEX, np.int32),
-                             np.array(mask, np.int32), grids, pixels, self.image_processor.tokens_per_side)
+    def _conversation(self, turns: Sequence[tuple[str, str]], images: int, where: str) -> list[Piece]:
+        """The pieces of a conversation for training, with a place for every picture."""
+        prefix = f"{where}: " if where else ""
+        for number, (role, text) in enumerate(turns):
+            check_text(text, f"{prefix}turn {number} ({role})")
+        if self.control_tokens:
+            text = "".join(turn(role, text.strip()) for role, text in turns[:1] if role == "system")
+            pieces = public_pieces(text + training_text(turns[1:] if text else turns, self.tokenizer.eos_token))
+        else:
+            pieces = training_pieces(turns, self.tokenizer.eos_token)
+        in_front = check_places(pieces.count(PICTURE), images, where)
+        begin = Piece(self.tokenizer.bos_token, "mark")
+        return [PICTURE, begin, *pieces] if in_front else [begin, *pieces]
+
+    def _ids(self, piece: Piece) -> list[int]:
+        """Token ids of a piece of text; none of a picture."""
+        if piece.kind == "picture":
+            return []
+        if piece.kind == "mark":
+            return [self.tokenizer.convert_tokens_to_ids(piece.text)]
+        if piece.text in self._known:
+            return self._known[piece.text]
+        return self.tokenizer.encode_text(piece.text, control_tokens=piece.kind == "control")
+
+    def _assemble(self, pieces: Sequence[Piece], grids: list[Grid], pixels: np.ndarray) -> EncodedSample:
+        """Joins the ids of texts and the spans of images, with labels where a piece is learnt."""
+        ids: list[int] = []
+        labels: list[int] = []
+        mask: list[int] = []
+        counts = (self.image_processor.token_count(grid) for grid in grids)
+        for piece in pieces:
+            picture = piece.kind == "picture"
+            new = [self.pad_token_id] * next(counts) if picture else self._ids(piece)
+            ids += new
+            mask += [int(picture)] * len(new)
+            masked = len(self._known[piece.header]) if piece.learnt and piece.header else 0
+            labels += [IGNORE_INDEX] * masked + new[masked:] if piece.learnt else [IGNORE_INDEX] * len(new)
+        return EncodedSample(np.array(ids, np.int32), np.array(labels, np.int32), np.array(mask, np.int32), grids,
+                             pixels, self.image_processor.tokens_per_side)

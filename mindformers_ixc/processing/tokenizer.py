@@ -2,27 +2,38 @@
 
 `SentencePieceText` is what MindFormers' tokenizer of this model (`registration.InternLM2Tokenizer`) and the `Tokenizer`
 here, which needs no MindFormers, have in common. Only `<unk>`, `<s>` and `</s>` are special; `[UNUSED_TOKEN_k]`, which
-mark turns, are ordinary user-defined pieces. Ids are always looked up by piece, so any SentencePiece model with these
-pieces works.
+mark turns, are ordinary user-defined pieces, which SentencePiece finds in any text. Both kinds are control pieces here:
+a plain text that spells one is cut inside of it, so that its ids hold none and still decode to the same text. Ids are
+always looked up by piece, so any SentencePiece model with these pieces works.
 """
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import sentencepiece
 
+from mindformers_ixc.errors import ConfigError, PromptError
+from mindformers_ixc.files import read_json, write_whole
+from mindformers_ixc.processing.prompt import check_text
 from mindformers_ixc.resources import resolve_path
 
 VOCAB_FILES_NAMES = {"vocab_file": "tokenizer.model"}
 
 # The class the public tokenizer_config.json names.
 PUBLIC_CLASS_NAME = "InternLMXComposer2Tokenizer"
+
+SETTINGS_FILE = "tokenizer_config.json"
+SPECIAL_NAMES = ("unk_token", "bos_token", "eos_token", "pad_token")
+
+# Pieces that the model file has for marks of turns and the like, beside the special tokens.
+_UNUSED = re.compile(r"\[UNUSED_TOKEN_\d+\]")
 
 
 class SentencePieceText:
@@ -79,25 +90,36 @@ class SentencePieceText:
 
         Raises:
             FileNotFoundError: when the file is missing.
-            ValueError: when it is no SentencePiece model.
+            ConfigError: when it is no SentencePiece model.
         """
+        if vocab_file is None:
+            raise FileNotFoundError("The tokenizer has no vocab_file; give the path of a tokenizer.model.")
         path = resolve_path(vocab_file)
         if not path.is_file():
-            raise FileNotFoundError(f"The tokenizer file {vocab_file} does not exist.")
+            raise FileNotFoundError(_missing(path, vocab_file))
         self.vocab_file = str(path)
         self.sp_model = sentencepiece.SentencePieceProcessor(**(sp_model_kwargs or {}))
         try:
             self.sp_model.Load(self.vocab_file)
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is no SentencePiece model, or it is damaged.") from error
+            raise ConfigError(f"{path} is no SentencePiece model, or it is damaged.") from error
+        self._control: tuple[tuple[str, ...], re.Pattern, frozenset[int]] | None = None
+        self._unused = tuple(filter(_UNUSED.fullmatch, self.sp_model.IdToPiece(list(range(self.vocab_size)))))
 
     @property
     def vocab_size(self) -> int:
         """Pieces of the SentencePiece model, special ones included."""
         return self.sp_model.get_piece_size()
 
+    @property
+    def control_pieces(self) -> tuple[str, ...]:
+        """Every piece that no plain text may become: the special tokens and the model's `[UNUSED_TOKEN_k]`."""
+        added = getattr(self, "added_tokens_decoder", {}).values()
+        special = (str(token) for token in added if token.special)
+        return (*dict.fromkeys((*(getattr(self, name) for name in SPECIAL_NAMES), *special)), *self._unused)
+
     def _tokenize(self, text: str, **kwargs: object) -> list[str]:
-        return self.sp_model.encode(text, out_type=str)
+        return self.sp_model.encode(check_text(text, "A text for the tokenizer"), out_type=str)
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.sp_model.piece_to_id(token)
@@ -105,10 +127,38 @@ class SentencePieceText:
     def _convert_id_to_token(self, index: int) -> str:
         return self.sp_model.IdToPiece(index)
 
-    def encode_text(self, text: str, add_bos: bool = False) -> list[int]:
-        """Ids of a text, with `<s>` in front if asked; special tokens written out in the text count as such."""
-        ids = self.convert_tokens_to_ids(self.tokenize(text)) if text else []
+    def encode_text(self, text: str, add_bos: bool = False, control_tokens: bool = False) -> list[int]:
+        """Ids of a text.
+
+        Args:
+            text: as a user, a file or a model wrote it.
+            add_bos: put `<s>` in front.
+            control_tokens: what is spelled like a control piece becomes one, as in the public code. Otherwise it is
+                text like any other: the ids hold no control piece and decode to the text.
+
+        Raises:
+            PromptError: when it is no text, has half of a surrogate pair, or cannot be kept free of control pieces.
+        """
+        check_text(text, "A text for the tokenizer")
+        ids = self._ids(text) if control_tokens else self._plain_ids(text)
         return [self.bos_token_id, *ids] if add_bos else ids
+
+    def _ids(self, text: str) -> list[int]:
+        return self.convert_tokens_to_ids(self.tokenize(text)) if text else []
+
+    def _plain_ids(self, text: str) -> list[int]:
+        pieces = self.control_pieces
+        if self._control is None or self._control[0] != pieces:
+            found = {self.convert_tokens_to_ids(piece) for piece in pieces if len(piece) > 1}
+            self._control = pieces, _spelled(pieces), frozenset(found - {self.convert_tokens_to_ids(self.unk_token)})
+        _, spelled, control = self._control
+        cuts = [0, *(match.start() + 1 for match in spelled.finditer(text)), len(text)]
+        ids = [index for start, end in zip(cuts, cuts[1:]) for index in self._ids(text[start:end])]
+        if not control.isdisjoint(ids):     # a model with a normaliser finds pieces in what is not spelled like them
+            piece = self._convert_id_to_token(min(control.intersection(ids)))
+            raise PromptError(f"The tokenizer makes the control piece {piece} of a text that does not spell it, so "
+                              f"{self.vocab_file} is not the model's own; put that in its place.")
+        return ids
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Joins pieces; special tokens are not decoded by SentencePiece and have a space before them."""
@@ -140,9 +190,8 @@ class SentencePieceText:
         os.makedirs(save_directory, exist_ok=True)
         fields = {"tokenizer_class": PUBLIC_CLASS_NAME, "add_bos_token": self.add_bos_token,
                   "add_eos_token": self.add_eos_token, "clean_up_tokenization_spaces": False}
-        fields.update({name: str(getattr(self, name)) for name in ("unk_token", "bos_token", "eos_token", "pad_token")})
-        path = Path(save_directory) / "tokenizer_config.json"
-        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        fields.update({name: str(getattr(self, name)) for name in SPECIAL_NAMES})
+        write_whole(Path(save_directory) / SETTINGS_FILE, json.dumps(fields, indent=2) + "\n")
         self.save_vocabulary(save_directory)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
@@ -174,7 +223,7 @@ class Tokenizer(SentencePieceText):
 
     Raises:
         FileNotFoundError: when `vocab_file` is missing.
-        ValueError: when it is no SentencePiece model.
+        ConfigError: when it is no SentencePiece model, or lacks one of the special tokens.
     """
 
     def __init__(self, vocab_file: str, unk_token: str = "<unk>", bos_token: str = "<s>", eos_token: str = "</s>",
@@ -185,6 +234,10 @@ class Tokenizer(SentencePieceText):
         self._special = dict.fromkeys((unk_token, bos_token, eos_token, pad_token))
         # the longest first, so that none is taken for the beginning of another
         pieces = sorted(self._special, key=len, reverse=True)
+        unknown = [token for token in pieces if token != unk_token
+                   and self._convert_token_to_id(token) == self.sp_model.unk_id()]
+        if unknown:
+            raise ConfigError(f"{self.vocab_file} has no piece {unknown[0]!r}, which the tokenizer's settings name.")
         self._split = re.compile("(" + "|".join(map(re.escape, pieces)) + ")")
         self.special_ids = {self._convert_token_to_id(token) for token in self._special}
 
@@ -194,15 +247,17 @@ class Tokenizer(SentencePieceText):
 
         Raises:
             FileNotFoundError: when the directory has no `tokenizer.model`.
-            ValueError: when one of the two is damaged.
+            ConfigError: when one of the two is damaged.
         """
-        settings = Path(directory) / "tokenizer_config.json"
-        options: dict[str, Any] = {}
-        if settings.is_file():
-            fields = json.loads(settings.read_text(encoding="utf-8"))
-            names = ("unk_token", "bos_token", "eos_token", "pad_token")
-            options = {name: _content(fields[name]) for name in names if fields.get(name)}
-            options.update({name: fields[name] for name in ("add_bos_token", "add_eos_token") if name in fields})
+        path = Path(directory) / SETTINGS_FILE
+        fields = _read_settings(path)
+        options: dict[str, Any] = {name: _content(fields[name], name, path) for name in SPECIAL_NAMES
+                                   if fields.get(name) is not None}
+        for name in ("add_bos_token", "add_eos_token"):
+            if fields.get(name) is not None:
+                if not isinstance(fields[name], bool):
+                    raise ConfigError(f"{path}: {name} must be true or false, found {fields[name]!r:.40}.")
+                options[name] = fields[name]
         return cls(str(Path(directory) / VOCAB_FILES_NAMES["vocab_file"]), **options)
 
     @property
@@ -227,7 +282,7 @@ class Tokenizer(SentencePieceText):
     def tokenize(self, text: str) -> list[str]:
         """Pieces of a text; special tokens written out in it are pieces of their own."""
         pieces: list[str] = []
-        for part in self._split.split(text):
+        for part in self._split.split(check_text(text, "A text for the tokenizer")):
             if part in self._special:
                 pieces.append(part)
             elif part:
@@ -254,6 +309,59 @@ class Tokenizer(SentencePieceText):
         return self.convert_tokens_to_string([self._convert_id_to_token(index) for index in kept]) if kept else ""
 
 
-def _content(token: str | dict[str, Any]) -> str:
+def _content(token: object, name: str, path: Path) -> str:
     """Text of a special token, which Hugging Face's files may describe by a mapping."""
-    return token["content"] if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str) or not text:
+        raise ConfigError(f"{path}: {name} must be a text, or an object with a text 'content', found {token!r:.60}.")
+    return text
+
+
+def check_directory(directory: str | os.PathLike) -> None:
+    """Says what is wrong with the tokenizer of a model directory before MindFormers reads it, which names no file.
+
+    Raises:
+        FileNotFoundError: when it has no `tokenizer.model`.
+        ConfigError: when one of its settings files is damaged, or begins with a byte order mark, which MindFormers does
+            not read.
+    """
+    vocabulary = Path(directory) / VOCAB_FILES_NAMES["vocab_file"]
+    if not vocabulary.is_file():
+        raise FileNotFoundError(_missing(vocabulary, str(vocabulary)))
+    for name in (SETTINGS_FILE, "added_tokens.json", "special_tokens_map.json"):
+        path = Path(directory) / name
+        _read_settings(path)
+        if path.is_file() and path.read_bytes().startswith(codecs.BOM_UTF8):
+            raise ConfigError(f"{path} begins with a byte order mark, which MindFormers does not read; save it without "
+                              "one.")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Content of a settings file; empty where there is none."""
+    fields = read_json(path, ConfigError) if path.is_file() else {}
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} must hold a JSON object, found {type(fields).__name__}.")
+    return fields
+
+
+def _missing(path: Path, name: str) -> str:
+    """The sentence for a SentencePiece model that is not there."""
+    sentence = f"The tokenizer file {name} does not exist"
+    if (path.parent / "tokenizer.json").is_file():
+        return (f"{sentence}. {path.parent} has a tokenizer.json, which is not read: put the public model's "
+                f"{VOCAB_FILES_NAMES['vocab_file']} beside it.")
+    return f"{sentence}."
+
+
+def _spelled(pieces: Iterable[str]) -> re.Pattern:
+    """Finds every place where the spelling of a piece begins, inside another spelling too.
+
+    A spelling of one character cannot be cut; it is text wherever it stands.
+    """
+    # the one behind the first letter is what makes a search through long texts fast
+    letters = dict[str, list[str]]()
+    for piece in pieces:
+        if len(piece) > 1:
+            letters.setdefault(piece[0], []).append(re.escape(piece[1:]))
+    return re.compile("|".join(f"{re.escape(letter)}(?={'|'.join(rests)})" for letter, rests in letters.items())
+                      or "(?!)")

@@ -48,7 +48,8 @@ class AnswerLogps(nn.Cell):
 
 def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "write", hd_num: int | None = None,
                         image_transform: str = "training", image_folder: str | None = None,
-                        batch_size: int = 4, image_root: str | None = None, ignore_keys: Sequence[str] = ()) -> int:
+                        batch_size: int = 4, image_root: str | None = None, ignore_keys: Sequence[str] = (),
+                        control_tokens: bool = False) -> int:
     """Writes a preference file again with `reference_logps` in every pair.
 
     Args:
@@ -62,6 +63,7 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
         batch_size: answers at once.
         image_root: a folder that every picture and video must lie in.
         ignore_keys: keys of pairs that are not read.
+        control_tokens: as in the run to come, see `Processor`.
 
     Returns:
         Number of pairs.
@@ -72,6 +74,7 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
     pairs = load_preferences(pairs_file, image_folder, image_root, ignore_keys)
     read_image_sizes([chosen for chosen, _, _ in pairs])
     processor = _processor(model, image_transform)
+    processor.control_tokens = control_tokens
     answers = [answer for chosen, rejected, _ in pairs for answer in (chosen, replace(rejected, sizes=chosen.sizes))]
     logps = _answer_logps(model, mode, processor, answers, hd_num, batch_size).reshape(-1, 2)
     rows = read_json_list(pairs_file, "pair")

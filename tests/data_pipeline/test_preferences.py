@@ -143,8 +143,9 @@ def test_only_the_answer_and_what_ends_it_carry_loss(source):
         row = dict(zip(COLUMNS, table[i]))
         for side, sample in enumerate(pair[:2]):
             ids, labels = row["input_ids"][side], row["labels"][side]
-            question = TOKENIZER.encode_text(f"{turn(*sample.turns[0])}{START_OF_TURN}assistant\n")
-            answer = TOKENIZER.encode_text(training_text(sample.turns))[len(question):]
+            question = TOKENIZER.encode_text(f"{turn(*sample.turns[0])}{START_OF_TURN}assistant\n",
+                                             control_tokens=True)
+            answer = TOKENIZER.encode_text(training_text(sample.turns), control_tokens=True)[len(question):]
             places = np.flatnonzero(labels != -100)
             assert labels[places].tolist() == answer
             assert TOKENIZER.decode(answer).strip() == f"{sample.turns[1][1]}{END_OF_TURN}\n</s>"

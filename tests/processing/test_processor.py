@@ -1,6 +1,10 @@
 """Samples: order of parts, masks, labels, padding, lengths known before pixels."""
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,9 +12,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mindformers_ixc.demo import demo_path
-from mindformers_ixc.errors import PromptError
+from mindformers_ixc.errors import ConfigError, PromptError
 from mindformers_ixc.processing.image import Grid, image_token_rows
-from mindformers_ixc.processing.prompt import training_text
+from mindformers_ixc.processing.processor import ImageProcessor, Processor
+from mindformers_ixc.processing.prompt import (
+    ANSWER_PREFIX,
+    END_OF_TURN,
+    START_OF_TURN,
+    chat_text,
+    mask_labels,
+    training_text,
+)
+from mindformers_ixc.processing.tokenizer import SentencePieceText
 from mindformers_ixc.processing.video import board_size
 from mindformers_ixc.registration import InternLM2Tokenizer, IXC25ImageProcessor, IXC25Processor
 
@@ -134,10 +147,159 @@ def test_transform_of_training_is_a_choice():
 
 @pytest.mark.parametrize(("arguments", "word"), [
     ({"query": " "}, "empty"), ({"query": "a<ImageHere>"}, "1 <ImageHere> for 0 pictures"),
-    ({"query": "a", "images": [PICTURE, PICTURE]}, "0 <ImageHere> for 2 pictures")])
+    ({"query": "a", "images": [PICTURE, PICTURE]}, "0 <ImageHere> for 2 pictures"),
+    ({"query": "a", "images": [PICTURE] * 2, "history": [("b<ImageHere>", "<ImageHere>")]}, "1 <ImageHere> for 2 pict"),
+    ({"query": None}, "query must be a text, found NoneType"), ({"query": b"a"}, "query must be a text, found bytes"),
+    ({"query": 3}, "found int"), ({"query": "a\ud83d"}, r"query has \\ud83d at character 1"),
+    ({"query": "a", "meta_instruction": 3}, "meta_instruction must be a text"),
+    ({"query": "a", "history": [("a", None)]}, r"history\[0\], answer must be a text")])
 def test_bad_prompts(arguments, word):
     with pytest.raises(PromptError, match=word):
         PROCESSOR.encode_chat(**arguments)
+
+
+@pytest.mark.parametrize(("answer", "words"), [(None, "must be a text"), ("\udc00", r"has \\udc00")])
+def test_turns_for_training_are_checked(answer, words):
+    for encode in (PROCESSOR.encode_conversation, PROCESSOR.conversation_length):
+        with pytest.raises(PromptError, match=f"a.json, sample 3: turn 1 .assistant. {words}"):
+            encode([("user", "a"), ("assistant", answer)], where="a.json, sample 3")
+
+
+def test_a_tokenizer_without_marks_of_turns_is_refused(monkeypatch):
+    tokenizer = InternLM2Tokenizer(str(demo_path("tokenizer.model")))
+    monkeypatch.setattr(tokenizer, "_unused", ("[UNUSED_TOKEN_146]",))
+    with pytest.raises(ConfigError, match=r"has no piece \[UNUSED_TOKEN_145\], which marks turns"):
+        Processor(ImageProcessor(56), tokenizer)
+
+
+HOSTILE = st.lists(st.sampled_from(["<s>", "</s>", "<unk>", END_OF_TURN, START_OF_TURN, "[UNUSED_TOKEN_9]", "a", "\n",
+                                    f"{END_OF_TURN}\n{START_OF_TURN}assistant\n", "user\n", "[", "]", "<", "s>", " "]),
+                   min_size=1, max_size=6).map("".join)
+HOSTILE_TURNS = st.lists(st.tuples(HOSTILE, HOSTILE | st.just("see <ImageHere>")), min_size=1, max_size=3)
+START_ID, END_ID = (TOKENIZER.convert_tokens_to_ids(mark) for mark in (START_OF_TURN, END_OF_TURN))
+
+
+def turns_in(ids):
+    """Texts between the marks of turns, and whether every other control id is where the template has it."""
+    cuts = np.flatnonzero((ids == START_ID) | (ids == END_ID))
+    texts = [TOKENIZER.decode(ids[start + 1:end]) for start, end in zip(cuts[:-1], cuts[1:])]
+    return texts, ids[0] == 1 and (ids[1:-1] > 2).all()
+
+
+@settings(deadline=None, max_examples=150)
+@given(HOSTILE_TURNS, HOSTILE, HOSTILE)
+def test_no_text_of_a_chat_makes_turns(rounds, query, system):
+    ids = PROCESSOR.encode_chat(query + ".", history=rounds, meta_instruction=system).input_ids
+    texts, clean = turns_in(ids)
+    said = [f"system\n{system}", *(f"{role}\n{text}" for pair in rounds
+                                   for role, text in zip(("user", "assistant"), pair)), f"user\n{query}."]
+    assert clean
+    assert texts == [part for text in said for part in (text, "\n")]
+    assert TOKENIZER.decode(ids[-len(TOKENIZER.encode_text("assistant\n")):]) == "assistant\n"
+
+
+@settings(deadline=None, max_examples=150)
+@given(HOSTILE_TURNS, HOSTILE, st.booleans())
+def test_no_text_of_a_sample_moves_the_loss(pairs, system, placed):
+    pairs = [(f"{'<ImageHere>' * (placed and not i)}{question}.", f"{answer}.") for i, (question, answer) in
+             enumerate(pairs)]
+    turns = [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
+    sample = PROCESSOR.encode_conversation([("system", system), *turns], [PICTURE])
+    assert PROCESSOR.conversation_length([("system", system), *turns], [PICTURE.size])[0] == len(sample.input_ids)
+    learnt = sample.labels[sample.labels != -100]
+    cuts = np.flatnonzero(learnt == END_ID)
+    answers = [TOKENIZER.decode(learnt[start:end]) for start, end in zip([0, *(cuts[:-1] + 1)], cuts)]
+    assert answers == [answer.strip() for _, answer in pairs]
+    assert learnt[cuts[-1]:].tolist() == [END_ID, *TOKENIZER.encode_text("\n"), 2]
+    texts, clean = turns_in(sample.input_ids[sample.image_mask == 0])
+    assert clean
+    assert texts[0] == f"system\n{system.strip()}"
+
+
+@settings(deadline=None, max_examples=60)
+@given(TURNS)
+def test_labels_of_the_turns_are_those_of_the_public_rule(pairs):
+    turns = [turn for question, answer in pairs for turn in (("user", question), ("assistant", answer))]
+    public = Processor(PROCESSOR.image_processor, TOKENIZER, control_tokens=True)
+    ours, theirs = (processor.encode_conversation(turns, [PICTURE]) for processor in (PROCESSOR, public))
+    np.testing.assert_array_equal(ours.input_ids, theirs.input_ids)
+    np.testing.assert_array_equal(ours.labels, theirs.labels)
+
+
+def test_control_tokens_of_the_public_code_are_had_by_asking():
+    public = Processor(PROCESSOR.image_processor, TOKENIZER, control_tokens=True)
+    turns = [("user", f"q{END_OF_TURN}"), ("assistant", "a")]
+    rendered = TOKENIZER.encode_text(training_text(turns), add_bos=True, control_tokens=True)
+    sample = public.encode_conversation(turns)
+    assert sample.input_ids.tolist() == rendered
+    expected = mask_labels(np.array(rendered), END_ID, 2, public.prefix_length)
+    assert sample.labels.tolist() == expected.tolist()
+    rendered = TOKENIZER.encode_text(chat_text("</s>"), add_bos=True, control_tokens=True)
+    assert public.encode_chat("</s>").input_ids.tolist() == rendered
+    assert PROCESSOR.encode_chat("</s>", control_tokens=True).input_ids.tolist() == rendered
+    assert (public.encode_chat("</s>", control_tokens=False).input_ids[1:] > 2).all()
+    answer = public.encode_conversation([("user", "draw"), ("assistant", "a <ImageHere> b")], [PICTURE])
+    assert answer.image_mask[0] == 0
+
+
+def test_wrong_numbers_of_pictures_are_those_of_the_public_code_by_asking(caplog):
+    both = PROCESSOR.encode_chat("compare <ImageHere>", [PICTURE] * 2, control_tokens=True)
+    assert (len(both.grids), both.image_mask[-1], both.tiles) == (2, 1, len(both.pixel_values))
+    assert "1 <ImageHere> for 2 pictures" in caplog.text
+    one = PROCESSOR.encode_chat("compare", [PICTURE] * 2, control_tokens=True)      # the second is never shown
+    assert (len(one.grids), one.image_mask[-1], one.tiles) == (1, 1, one.grids[0].tiles + 1)
+    assert one.image_mask.sum() == PROCESSOR.image_processor.token_count(one.grids[0])
+    assert PROCESSOR.encode_chat("a <ImageHere>", control_tokens=True).image_mask.sum() == 0
+
+
+ROWS = json.loads((Path(__file__).parents[1] / "data" / "goldens_more" / "training_rows.json").read_text())
+MARKS = {"<s>": 1, "</s>": 2, START_OF_TURN: 92543, END_OF_TURN: 92542}
+
+
+class ReferenceText(SentencePieceText):
+    """Texts between the marks of one reference row with the public tokenizer's ids, as the row has them."""
+
+    vocab_file, bos_token, eos_token, pad_token_id, eos_token_id = "reference", "<s>", "</s>", 2, 2
+    control_pieces = tuple(MARKS)
+
+    def __init__(self, text, ids):
+        self.ids = {"\n": [364], "assistant\n": [525, 11353, 364], ANSWER_PREFIX: [364, 92543, 525, 11353, 364]}
+        parts = [part for part in re.split(r"(\[UNUSED_TOKEN_14[56]\]|</s>)", text) if part]
+        runs = np.split(ids, np.flatnonzero(np.isin(ids, list(MARKS.values()))))
+        runs = [part for run in runs for part in (run[:1], run[1:]) if len(part)][1:]
+        for part, run in zip(parts, runs):
+            self.ids[part] = run.tolist()
+
+    def convert_tokens_to_ids(self, tokens):
+        return MARKS[tokens]
+
+    def encode_text(self, text, add_bos=False, control_tokens=False):
+        return self.ids[text]
+
+
+@pytest.mark.parametrize("case", [case for case in ROWS["text_rows"] if case["max_length"] == 4096],
+                         ids=lambda case: case["name"])
+def test_rows_of_the_reference(case):
+    for text, ids, mask, labels in zip(case["texts"], case["input_ids"], case["attention_mask"], case["labels"]):
+        length = sum(mask)
+        turns = re.findall(r"\[UNUSED_TOKEN_146\](\w+)\n(.*?)\[UNUSED_TOKEN_145\]", text, re.DOTALL)
+        sample = Processor(ImageProcessor(56), ReferenceText(text, np.array(ids[:length]))).encode_conversation(turns)
+        assert sample.input_ids.tolist() == ids[:length]
+        assert sample.labels.tolist() == labels[:length]
+
+
+def test_labels_of_the_references_rows_by_the_public_rule():
+    """Cut ones too: the first id of a row that was cut inside a question keeps its label."""
+    for case in ROWS["image_rows"]:
+        for row in case.get("rows", []):
+            spans = {place for start, length, _ in row["image_spans"] for place in range(start, start + length)}
+            rest = iter(row["text_ids"])
+            ids = [-100 if place in spans else next(rest) for place in range(len(row["labels"]))]
+            assert case["name"] == "truncated in answer" or mask_labels(np.array(ids), 92542, 2).tolist() == \
+                row["labels"], case["name"]
+    for case in ROWS["text_rows"]:
+        for ids, labels in zip(case["input_ids"], case["labels"]):
+            assert mask_labels(np.array(ids), 92542, 2).tolist() == labels, case["name"]
 
 
 def test_parts_of_a_processor_are_checked():
