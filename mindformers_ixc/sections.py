@@ -39,7 +39,10 @@ def is_whole(value: object, least: float = -math.inf) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether a value is a finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:       # a whole number that no float holds
+        return False
 
 
 def whole(least: int, note: str = "", required: bool = False) -> Rule:

@@ -15,6 +15,7 @@ from mindformers_ixc.errors import ConfigError, GenerationError
 from mindformers_ixc.generation.engine import CachedDecoder, InferenceEngine
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions, check_mode, known_options
+from mindformers_ixc.generation.requests import REQUEST_KEYS, read_request
 from mindformers_ixc.generation.search import Decoder, Ended, beam_search, decode_steps, greedy_or_sample
 from mindformers_ixc.generation.text import Streamer, TextStream
 from mindformers_ixc.generation.turns import TURNS
@@ -174,9 +175,13 @@ class Assistant:
         """A question as a prompt this model takes.
 
         Raises:
+            PromptError: for a value of the wrong type, by name.
+            ImageError: for a picture that cannot be read.
             GenerationError: when it is longer than the model.
         """
-        sample = self._known_processor().encode_chat(**question)
+        known = read_request({key: value for key, value in question.items() if key in REQUEST_KEYS})
+        others = {key: value for key, value in question.items() if key not in REQUEST_KEYS}
+        sample = self._known_processor().encode_chat(**known, **others)
         self._check_length(len(sample.input_ids))
         return sample
 

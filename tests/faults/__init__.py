@@ -1,0 +1,1 @@
+"""Faults, end to end: each refused by name, or right."""
