@@ -41,7 +41,7 @@ INTERVAL = 2.0
 # Faults, each of which must give an error and disturb nothing.
 FAULTS: list = [{"query": None}, {"messages": None}, {"query": "half \udc80"}, {"query": "x", "images": ["gone.png"]},
                 {"query": "x", "images": [b"no picture"]}, {"query": "x", "colour": 1}, 7, {"query": "<ImageHere>"},
-                {"query": "x", "history": [None]}, [{"role": "user", "content": None}], {"query": "word " * 10**5}]
+                {"query": "x", "history": [None]}, [{"role": "user", "content": None}], {"query": "word " * 5000}]
 
 
 def requests() -> list[dict]:

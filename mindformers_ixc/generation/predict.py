@@ -64,7 +64,7 @@ class Predictions:
             raise DataError(f"{path} holds answers of another model or other options than this run's; {advice}")
         content = path.read_bytes()
         whole = content[:content.rfind(b"\n") + 1]          # a killed run may have left half a line
-        answers = []
+        answers: list[dict] = []
         for number, line in text_lines(decode_text(whole, str(path))):
             answer = parse_json(line, f"{path}, line {number}")
             known = self.requests[len(answers)] if len(answers) < len(self.requests) else None
