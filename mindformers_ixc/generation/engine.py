@@ -330,7 +330,7 @@ class CachedDecoder:
         prefill_graph, _ = self.slot.graphs[self.mode]
         logits = prefill_graph(Tensor(ids), F.stack(embeds), Tensor(image_mask), Tensor(cos), Tensor(sin),
                                Tensor(self.slot.start(self.lengths, self.bucket)), Tensor(last))
-        return logits.asnumpy()
+        return logits.asnumpy().copy()      # the device's memory is let go within this turn
 
     def _image_embeds(self, sample: EncodedSample) -> Tensor:
         """`(L, D)` with the sample's image rows at its image positions and zeros elsewhere."""
@@ -351,7 +351,7 @@ class CachedDecoder:
         _, decode_graph = self.slot.graphs[self.mode]
         logits = decode_graph(*[Tensor(value) for value in inputs])
         self.positions = at + 1
-        return logits.asnumpy()
+        return logits.asnumpy().copy()      # the device's memory is let go within this turn
 
     def _reorder(self, rows: np.ndarray) -> None:
         """Runs the reorder graph."""
