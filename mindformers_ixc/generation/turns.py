@@ -8,7 +8,7 @@ from collections import deque
 class Turns:
     """A lock that threads get in the order in which they came; who has it may take it again."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._state = threading.Lock()
         self._waiting: deque[threading.Lock] = deque()
         self._owner: int | None = None
