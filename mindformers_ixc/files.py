@@ -55,6 +55,36 @@ def write_whole(target: str | os.PathLike, content: str | bytes, sync: bool = Fa
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def check_target(target: str | os.PathLike, name: str, make_folder: bool = False) -> None:
+    """Refuses a file that could not be written in the end, before the work is done.
+
+    Args:
+        target: the file to be made, whole (`whole_file`); an older one may be there.
+        name: the option that says where, for the messages.
+        make_folder: make the folder that the file goes to, its parents too.
+
+    Raises:
+        OSError: when a folder stands in its place, its own folder is missing, or nothing can be written there.
+    """
+    if "\0" in str(target):
+        raise OSError(f"{name} {str(target)!r} has a null character, which no path may have.")
+    path = Path(os.path.realpath(target))
+    try:
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(f"{name} {target} is a folder; give the path of a file.")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{name} {target} cannot be written: {path.parent} is no folder; make it first.")
+        probe = _beside(path)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        if error.errno is None:                     # a sentence of the above
+            raise
+        raise type(error)(f"{name} {target} cannot be written ({error.strerror}); choose another place.") from error
+
+
 @contextmanager
 def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     """A folder beside a target to fill; it takes the target's name when the block ends well, else it is removed.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.config import read_fields
+from mindformers_ixc.files import check_target
 from mindformers_ixc.resources import resolve_path
 
 
@@ -19,6 +20,7 @@ def check_inputs(arguments: argparse.Namespace) -> None:
         ConfigError: for a missing or malformed YAML file.
         CheckpointError: for a `--model` that is no model directory of this model.
         FileNotFoundError: for a missing image or data file.
+        OSError: for a file to be written that cannot be.
     """
     run = arguments.run if arguments.command == "launch" else arguments
     if getattr(run, "register_path", None) and not Path(run.register_path).is_dir():
@@ -30,5 +32,18 @@ def check_inputs(arguments: argparse.Namespace) -> None:
         for path in [given] if isinstance(given, str) else given:
             if not resolve_path(path).exists():
                 raise FileNotFoundError(f"{path} does not exist; give the path of a file.")
+    for name, target in _targets(arguments).items():
+        check_target(target, name)
     if getattr(arguments, "model", None):
         read_fields(arguments.model)
+
+
+def _targets(arguments: argparse.Namespace) -> dict[str, str]:
+    """Single files that a command writes, by what the command line calls them."""
+    if arguments.command == "eval" and arguments.predictions:
+        return {"--predictions": arguments.predictions}
+    if arguments.command == "reference":
+        return {"TARGET": arguments.target}
+    if arguments.command == "data" and len(arguments.files) > 1:
+        return {"the file to be written,": arguments.files[-1]}
+    return {}

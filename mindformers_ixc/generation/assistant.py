@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,10 @@ from mindformers_ixc.errors import ConfigError, GenerationError
 from mindformers_ixc.generation.engine import CachedDecoder, InferenceEngine
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions, check_mode, known_options
+from mindformers_ixc.generation.requests import REQUEST_KEYS, read_request
 from mindformers_ixc.generation.search import Decoder, Ended, beam_search, decode_steps, greedy_or_sample
 from mindformers_ixc.generation.text import Streamer, TextStream
+from mindformers_ixc.generation.turns import TURNS
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.processing.processor import EncodedSample, Processor
 from mindformers_ixc.processing.prompt import END_OF_TURN
@@ -23,6 +26,9 @@ from mindformers_ixc.processing.prompt import END_OF_TURN
 
 class Assistant:
     """Answers questions about images.
+
+    May be used from several threads: whole answers are made one after the other, in the order in which they were asked
+    for, streams a token at a time between them.
 
     Args:
         model: `IXC25ForCausalLM`; it is put in evaluation mode.
@@ -37,9 +43,10 @@ class Assistant:
         if pieces > model.config.vocab_size:
             raise ConfigError(f"The tokenizer has {pieces} pieces, more than the model's vocab_size "
                               f"{model.config.vocab_size}; they do not belong together.")
-        model.set_train(False)   # dropout has no place in an answer
         self.model, self.processor = model, processor
-        self.engine = InferenceEngine(model)
+        with TURNS:
+            model.set_train(False)   # dropout has no place in an answer
+            self.engine = InferenceEngine(model)
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike, **overrides: Any) -> Assistant:
@@ -80,17 +87,19 @@ class Assistant:
             ConfigError: for an unknown mode or one whose task LoRAs the model lacks.
             GenerationError: for a prompt longer than the model, or a streamer with several prompts or beams.
         """
-        decoder, options = self._decoder(samples, options, mode)
-        if options.num_beams > 1:
-            if streamer is not None:
-                raise GenerationError(f"num_beams is {options.num_beams}; a streamer needs num_beams 1, since beams "
-                                      "know their text only at the end.")
-            return beam_search(decoder, options, len(samples), self._ended(options))
-        if streamer is None:
-            return greedy_or_sample(decoder, options, len(samples), ended=self._ended(options))
-        if len(samples) > 1:
+        if streamer is not None and options.num_beams > 1:
+            raise GenerationError(f"num_beams is {options.num_beams}; a streamer needs num_beams 1, since beams know "
+                                  "their text only at the end.")
+        if streamer is not None and len(samples) > 1:
             raise GenerationError(f"A streamer takes one prompt at a time, found {len(samples)}.")
-        return self._stream_ids(decoder, options, streamer)
+        with TURNS:
+            decoder, options = self._decoder(samples, options, mode)
+            with closing(decoder):
+                if options.num_beams > 1:
+                    return beam_search(decoder, options, len(samples), self._ended(options))
+                if streamer is None:
+                    return greedy_or_sample(decoder, options, len(samples), ended=self._ended(options))
+                return self._stream_ids(decoder, options, streamer)
 
     def _stream_ids(self, decoder: Decoder, options: GenerationOptions, streamer: Streamer) -> list[list[int]]:
         stops = frozenset(options.stop_token_ids)
@@ -166,9 +175,13 @@ class Assistant:
         """A question as a prompt this model takes.
 
         Raises:
+            PromptError: for a value of the wrong type, by name.
+            ImageError: for a picture that cannot be read.
             GenerationError: when it is longer than the model.
         """
-        sample = self._known_processor().encode_chat(**question)
+        known = read_request({key: value for key, value in question.items() if key in REQUEST_KEYS})
+        others = {key: value for key, value in question.items() if key not in REQUEST_KEYS}
+        sample = self._known_processor().encode_chat(**known, **others)
         self._check_length(len(sample.input_ids))
         return sample
 
@@ -203,10 +216,12 @@ class Assistant:
     def stream(self, question: dict, mode: str = "base", **options: Any) -> Iterator[str]:
         """Answers one question, giving the text as it comes; no character is split.
 
-        Arguments as in `answer`; who stops iterating stops decoding.
+        Arguments as in `answer`; who stops iterating stops decoding. Several streams may be read in turns, and others
+        may ask in between: each stream has keys and values of its own.
 
         Raises:
-            GenerationError: with several beams, which know their text only at the end.
+            GenerationError: with several beams, which know their text only at the end; at the next text, when the
+                engine was reset meanwhile.
         """
         chosen = self._options(options)
         if chosen.num_beams > 1:
@@ -214,11 +229,12 @@ class Assistant:
                                   "their text only at the end.")
         decoder, chosen = self._decoder([self.encode(question)], chosen, mode)
         text = TextStream(self._known_processor().tokenizer, self.stop_token_ids, chosen.stop_strings)
-        for (token,) in decode_steps(decoder, chosen, 1, self._ended(chosen)):
-            assert token is not None        # decoding ends with its only row
-            piece = text.push(token)
-            if piece:
-                yield piece
+        with closing(decoder):
+            for (token,) in decode_steps(decoder, chosen, 1, self._ended(chosen)):
+                assert token is not None        # decoding ends with its only row
+                piece = text.push(token)
+                if piece:
+                    yield piece
         rest = text.flush()
         if rest.strip():
             yield rest

@@ -29,6 +29,7 @@ from mindformers_ixc.generation.options import (
     known_options,
 )
 from mindformers_ixc.generation.text import Streamer
+from mindformers_ixc.generation.turns import TURNS
 from mindformers_ixc.generation.webpage import (
     RESUME_INSTRUCTION,
     SCREENSHOT_INSTRUCTION,
@@ -112,14 +113,16 @@ class IXC25ForCausalLM(IXC25Model):
         """
         if tokenizer is None:
             raise PromptError("This method needs the model's tokenizer; set model.tokenizer = tokenizer first.")
-        known = self.__dict__.get("_assistant")
-        if known is None or known.processor is None or known.processor.tokenizer is not tokenizer:
+        with TURNS:
+            known: Assistant | None = self.__dict__.get("_assistant")
+            if known is not None and known.processor is not None and known.processor.tokenizer is tokenizer:
+                return known
             images = ImageProcessor.from_config(self.config.to_public_dict())
             made = Assistant(self, Processor(images, tokenizer))
             if known is not None:
                 made.engine = known.engine      # its graphs serve any tokenizer
             object.__setattr__(self, "_assistant", made)
-        return self.__dict__["_assistant"]
+            return made
 
     def chat(self, tokenizer: SentencePieceText, query: str, image: Sequence = (), hd_num: int | None = None,
              history: History = (), streamer: Streamer | None = None, max_new_tokens: int = 1024,
@@ -335,9 +338,10 @@ class IXC25ForCausalLM(IXC25Model):
         samples = [sample_of(ids, i, as_array(attention_mask), as_array(pixel_values), as_array(image_mask),
                              as_array(vision_index), self.config) for i in range(len(ids))]
         options = hugging_face_options(generation_config, kwargs, ids.shape[1], self.config)
-        if self.__dict__.get("_assistant") is None:
-            object.__setattr__(self, "_assistant", Assistant(self, None))
-        assistant = self.__dict__["_assistant"]
+        with TURNS:
+            if self.__dict__.get("_assistant") is None:
+                object.__setattr__(self, "_assistant", Assistant(self, None))
+            assistant: Assistant = self.__dict__["_assistant"]
         if tokenizer is not None:
             assistant = self.assistant_for(tokenizer)
         elif options.stop_strings and assistant.processor is None:

@@ -5,7 +5,10 @@ serves every request of that bucket. Partial LoRA is in the prefill graph only: 
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -13,6 +16,9 @@ from mindspore import Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
+from mindformers_ixc.device import is_parallel
+from mindformers_ixc.errors import GenerationError
+from mindformers_ixc.generation.cache_pool import CachePool
 from mindformers_ixc.generation.caches import decode_tables
 from mindformers_ixc.generation.cells import (
     Embedding,
@@ -24,7 +30,8 @@ from mindformers_ixc.generation.cells import (
     stage_of,
     wrapped,
 )
-from mindformers_ixc.generation.slots import InferenceGraph, Slot, make_slot
+from mindformers_ixc.generation.slots import InferenceGraph, Slot, cache_bytes, make_slot
+from mindformers_ixc.generation.turns import TURNS
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.rotary import rotary_rows, rotary_tables
@@ -129,11 +136,17 @@ class DecodeGraph(InferenceGraph):
 class InferenceEngine:
     """Owns the graphs and caches of a model and hands out decoders.
 
+    Graphs are compiled once for their shapes and kept. Keys and values are a decoder's own and are kept within
+    `caches.limit` bytes, the least recently used going first; a decoder that lost its own computes them anew. What
+    runs on the device takes turns (`TURNS`), so decoders may be used in any order and from any thread.
+
     Args:
         model: `IXC25ForCausalLM` in evaluation mode.
 
     Attributes:
         between_steps: called before every token but the first; what it raises ends decoding.
+        caches: keys and values in memory.
+        generation: grows with every `reset`; decoders of an earlier one are not continued.
     """
 
     def __init__(self, model: IXC25Model):
@@ -144,7 +157,23 @@ class InferenceEngine:
         positions = self.config.vision_config.patches_per_side ** 2 + 1
         self.tiles_per_call = max(1, min(MOST_TILES, POSITIONS_PER_CALL // positions))
         self._slots: dict[tuple[int, int], Slot] = {}
+        self.caches, self.generation = CachePool(), 0
         self._tables: dict[float, tuple[np.ndarray, np.ndarray]] = {}
+
+    def _check_memory(self, rows: int, positions: int) -> None:
+        scores = 4 * rows * self.config.vocab_size
+        needed, there = cache_bytes(self.config, rows, positions) + scores, _memory_bytes()
+        if needed > there:
+            raise GenerationError(f"{rows} rows (prompts x num_beams) of {positions} positions need "
+                                  f"{needed / 2**30:.0f} GiB for keys, values and scores; this machine has "
+                                  f"{there / 2**30:.0f} GiB. Ask for fewer beams, prompts or new tokens.")
+
+    def reset(self) -> None:
+        """Frees all caches and graphs, for instance before the weights change; answers in the making end."""
+        with TURNS:
+            self.generation += 1
+            self.caches.clear()
+            self._slots.clear()
 
     def encode_images(self, sample: EncodedSample) -> Tensor:
         """Image embeddings of a sample's image positions, `(N, D)`, in order of position."""
@@ -173,8 +202,10 @@ class InferenceEngine:
     def slot(self, batch: int, positions: int, mode: str) -> Slot:
         """Caches and graphs for a batch size, cache length and mode, made at first use."""
         if (batch, positions) not in self._slots:
-            # one cache at a time: after the weights it is the largest thing, and of no use to another shape
-            self._slots.clear()
+            if is_parallel():       # there caches and graphs cannot be parted, and memory has room for one of them
+                self.caches.clear()
+                self._slots.clear()
+            self.caches.make_room(cache_bytes(self.config, batch, positions))
             self._slots[batch, positions] = make_slot(self.config, batch, positions)
         slot = self._slots[batch, positions]
         if mode not in slot.graphs:
@@ -184,8 +215,19 @@ class InferenceEngine:
 
     def decoder(self, samples: list[EncodedSample], max_new_tokens: int, mode: str = "base",
                 beams: int = 1) -> CachedDecoder:
-        """A decoder over a batch of prompts, each repeated `beams` times side by side."""
-        return CachedDecoder(self, samples, max_new_tokens, mode, beams)
+        """A decoder over a batch of prompts, each repeated `beams` times side by side.
+
+        Raises:
+            GenerationError: when this machine has not the memory for so many rows of that length.
+        """
+        self._check_memory(len(samples) * beams, bucket(max(len(one.input_ids) for one in samples) + max_new_tokens))
+        with TURNS:
+            return CachedDecoder(self, samples, max_new_tokens, mode, beams)
+
+
+def _memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class CachedDecoder:
@@ -201,20 +243,81 @@ class CachedDecoder:
 
     def __init__(self, engine: InferenceEngine, samples: list[EncodedSample], max_new_tokens: int, mode: str,
                  beams: int):
-        self.engine, self.samples, self.beams = engine, samples, beams
+        self.engine, self.samples, self.beams, self.mode = engine, samples, beams, mode
         self.lengths = np.repeat([len(sample.input_ids) for sample in samples], beams).astype(np.int32)
         self.batch = len(self.lengths)
         longest = int(self.lengths.max())
         self.bucket = bucket(longest)
         capacity = bucket(longest + max_new_tokens)
+        self.capacity = capacity
+        self.closed, self._generation = False, engine.generation
         self.slot = engine.slot(self.batch, capacity, mode)
-        self.prefill_graph, self.decode_graph = self.slot.graphs[mode]
+        # what came after the prompt, to be done again should the cache be taken away
+        self._past: list[tuple[Callable[[CachedDecoder, np.ndarray], Any], np.ndarray]] = []
         self.totals = self.lengths + max_new_tokens
         self.positions = self.lengths.copy()
         self.by_request = engine.config.dynamic_ntk == "request"
 
     def prefill(self) -> np.ndarray:
-        """Logits `(B, V)` after each prompt."""
+        """Logits `(B, V)` after each prompt.
+
+        Raises:
+            GenerationError: when the decoder was closed or the engine reset, here and below.
+        """
+        with self._turn():
+            self._past = []
+            return self._begin()
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits `(B, V)` after appending one token to each row."""
+        self.engine.between_steps()
+        return self._continue(CachedDecoder._step, np.array(tokens, np.int32))
+
+    def reorder(self, rows: np.ndarray) -> None:
+        """Makes row i continue what row `rows[i]` held."""
+        if not (rows == np.arange(self.batch)).all():
+            self._continue(CachedDecoder._reorder, np.array(rows))
+
+    def close(self) -> None:
+        """Says that nothing will be continued; the cache's memory serves the next one."""
+        self.closed = True
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with TURNS:
+            self._check_alive()
+            try:
+                yield
+            except BaseException:       # what the cache holds now is anyone's guess
+                self.engine.caches.lose(self)
+                raise
+
+    def _begin(self) -> np.ndarray:
+        """Logits after each prompt, from a cache that holds nothing else."""
+        self.positions = self.lengths.copy()
+        self.slot = self.engine.slot(self.batch, self.capacity, self.mode)
+        self.engine.caches.begin(self.slot, self)
+        return self._prefill()
+
+    def _continue(self, action: Callable[[CachedDecoder, np.ndarray], Any], value: np.ndarray) -> Any:
+        """Does something to the own cache, which is computed anew if it was taken away meanwhile."""
+        with self._turn():
+            if not self.engine.caches.resume(self):
+                self._begin()
+                for earlier, argument in self._past:
+                    earlier(self, argument)
+            result = action(self, value)
+            self._past.append((action, value))
+            return result
+
+    def _check_alive(self) -> None:
+        if self.closed:
+            raise GenerationError("This answer was ended and cannot go on; ask again.")
+        if self._generation != self.engine.generation:
+            raise GenerationError("The model's caches were reset while this answer was in the making; ask again.")
+
+    def _prefill(self) -> np.ndarray:
+        """Runs the prefill graph over the prompts."""
         config, shape = self.engine.config, (self.batch, self.bucket)
         ids = np.full(shape, config.pad_token_id, np.int32)
         image_mask = np.zeros(shape, np.int32)
@@ -229,9 +332,10 @@ class CachedDecoder:
         cos, sin = (np.stack([pair[i][:self.bucket] for pair in tables]).repeat(self.beams, 0)[:, :, None, None, :]
                     for i in (0, 1))
         last = np.arange(self.batch, dtype=np.int32) * self.bucket + self.lengths - 1
-        logits = self.prefill_graph(Tensor(ids), F.stack(embeds), Tensor(image_mask), Tensor(cos), Tensor(sin),
-                                    Tensor(self.slot.start(self.lengths, self.bucket)), Tensor(last))
-        return logits.asnumpy()
+        prefill_graph, _ = self.slot.graphs[self.mode]
+        logits = prefill_graph(Tensor(ids), F.stack(embeds), Tensor(image_mask), Tensor(cos), Tensor(sin),
+                               Tensor(self.slot.start(self.lengths, self.bucket)), Tensor(last))
+        return logits.asnumpy().copy()      # the device's memory is let go within this turn
 
     def _image_embeds(self, sample: EncodedSample) -> Tensor:
         """`(L, D)` with the sample's image rows at its image positions and zeros elsewhere."""
@@ -243,20 +347,18 @@ class CachedDecoder:
         where = np.flatnonzero(sample.image_mask).astype(np.int32)[:, None]
         return P.ScatterNd()(Tensor(where), rows, shape)
 
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits `(B, V)` after appending one token to each row."""
-        self.engine.between_steps()
+    def _step(self, tokens: np.ndarray) -> np.ndarray:
+        """Runs the decode graph over one token a row, int32 `(B,)`."""
         at = self.positions
         cos, sin = rotary_rows(self.engine.config, at, self.totals if self.by_request else at + 1)   # (B, d) each
         cos, sin = decode_tables(cos, sin, self.engine.config.query_groups, self.slot.query_scale)
-        inputs = (np.array(tokens, np.int32)[:, None], cos[:, None], sin[:, None], *self.slot.places(at))
-        logits = self.decode_graph(*[Tensor(value) for value in inputs])
+        inputs = (tokens[:, None], cos[:, None], sin[:, None], *self.slot.places(at))
+        _, decode_graph = self.slot.graphs[self.mode]
+        logits = decode_graph(*[Tensor(value) for value in inputs])
         self.positions = at + 1
-        return logits.asnumpy()
+        return logits.asnumpy().copy()      # the device's memory is let go within this turn
 
-    def reorder(self, rows: np.ndarray) -> None:
-        """Makes row i continue what row `rows[i]` held."""
-        if (rows == np.arange(self.batch)).all():
-            return
+    def _reorder(self, rows: np.ndarray) -> None:
+        """Runs the reorder graph."""
         self.slot.reorder(rows)
         self.positions = self.positions[rows]

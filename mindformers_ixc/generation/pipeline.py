@@ -10,8 +10,8 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindformers_ixc.errors import PromptError
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.options import known_options
+from mindformers_ixc.generation.requests import error_sentence, read_request
 from mindformers_ixc.models.ixc25 import IXC25Model
-from mindformers_ixc.processing.messages import read_messages
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.processing.tokenizer import SentencePieceText
 
@@ -27,7 +27,8 @@ class MultimodalChatPipeline(Pipeline):
 
     A request is a dict with `query`, `images` (a list, optional) and `history` (optional), a plain question, or a list
     of messages (`[{"role": "user", "content": [{"type": "image", "image": ...}, {"type": "text", "text": ...}]}]`).
-    Several requests come as a list or a generator; one that fails gives `{"error": sentence}` in its place.
+    Several requests come as a list or a generator; one that fails gives `{"error": sentence}` in its place, whatever is
+    wrong with it (requests are counted from 0). Threads may share a pipeline; their requests are answered in turn.
 
     Args:
         model: `IXC25ForCausalLM`.
@@ -72,17 +73,7 @@ class MultimodalChatPipeline(Pipeline):
         Raises:
             PromptError: for a request that is none of the known forms.
         """
-        if is_messages(inputs):
-            return {**prompt, **read_messages(inputs)}
-        if not isinstance(inputs, (str, dict)):
-            raise PromptError(f"A request must be a question, a dict or a list of messages, found "
-                              f"{type(inputs).__name__}.")
-        request = {"query": inputs} if isinstance(inputs, str) else dict(inputs)
-        if "query" not in request:
-            raise PromptError(f"A request needs the key 'query'; found only {sorted(request)}.")
-        images = request.get("images") or []
-        request["images"] = images if isinstance(images, (list, tuple)) else [images]
-        return {**prompt, **request}
+        return {**prompt, **read_request(inputs)}
 
     def _forward(self, model_inputs: dict, **options: Any) -> dict[str, str]:
         mode = options.pop("mode", "base")
@@ -107,13 +98,29 @@ class MultimodalChatPipeline(Pipeline):
     def run_multi(self, inputs: list, batch_size: int, preprocess_params: dict, forward_params: dict,
                   postprocess_params: dict) -> list[dict[str, str]]:
         """Answers a list of requests one by one; a bad one does not keep the others from being answered."""
-        outputs = []
-        for item in inputs:
+        outputs: list[dict[str, str]] = []
+        for number, item in enumerate(inputs):
             try:
                 outputs += self.run_single(item, preprocess_params, forward_params, postprocess_params)
-            except (ValueError, OSError) as error:
-                outputs.append({"error": str(error)})
+            except MemoryError:
+                raise
+            except Exception as error:
+                outputs.append({"error": f"request {number}: {error_sentence(error)}"})
         return outputs
+
+    def run_single(self, inputs: Any, preprocess_params: dict, forward_params: dict,
+                   postprocess_params: dict) -> list[dict[str, str]]:
+        """Answers one request.
+
+        Raises:
+            ValueError: of the package's classes, or OSError, whatever went wrong with the request.
+        """
+        try:
+            return super().run_single(inputs, preprocess_params, forward_params, postprocess_params)
+        except (ValueError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            raise PromptError(error_sentence(error)) from error
 
 
 def is_messages(inputs: object) -> bool:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,8 @@ from tqdm import tqdm
 from mindformers_ixc.data.batch import full_batches
 from mindformers_ixc.device import is_parallel, rank
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.files import write_whole
-from mindformers_ixc.generation.requests import Request
+from mindformers_ixc.files import check_target, decode_text, parse_json, read_json, text_lines, write_whole
+from mindformers_ixc.generation.requests import Request, error_sentence
 from mindformers_ixc.processing.processor import EncodedSample
 
 if TYPE_CHECKING:
@@ -37,10 +37,13 @@ class Predictions:
 
     Raises:
         DataError: when the folder holds answers to other requests or of another model or options.
+        OSError: when nothing can be written there.
     """
 
     def __init__(self, folder: str | os.PathLike, requests: list[Request], run: dict, writes: bool = True):
         folder, self.writes = Path(folder), writes
+        if writes:
+            check_target(folder / "predictions.jsonl", "output_dir", make_folder=True)
         self.requests, self.run = requests, json.loads(json.dumps(run, default=str))
         self.target, self.part = folder / "predictions.jsonl", folder / "predictions.part.jsonl"
         self.run_file = folder / "predictions.run.json"
@@ -54,21 +57,24 @@ class Predictions:
     def _earlier(self, path: Path) -> list[dict]:
         advice = "choose another output_dir, or delete the file to begin anew."
         try:
-            same = json.loads(self.run_file.read_text(encoding="utf-8")) == self.run
-        except (OSError, ValueError):
+            same = read_json(self.run_file) == self.run
+        except (OSError, DataError):
             same = False
         if not same:
             raise DataError(f"{path} holds answers of another model or other options than this run's; {advice}")
-        text = path.read_text(encoding="utf-8")
-        whole = text[:text.rfind("\n") + 1]          # a killed run may have left half a line
-        answers = [json.loads(line) for line in whole.splitlines()]
-        for number, (answer, request) in enumerate(zip(answers, self.requests), 1):
-            if answer.get("request") != request.line:
+        content = path.read_bytes()
+        whole = content[:content.rfind(b"\n") + 1]          # a killed run may have left half a line
+        answers: list[dict] = []
+        for number, line in text_lines(decode_text(whole, str(path))):
+            answer = parse_json(line, f"{path}, line {number}")
+            known = self.requests[len(answers)] if len(answers) < len(self.requests) else None
+            if known is not None and not (isinstance(answer, dict) and _same(answer.get("request"), known.line)):
                 raise DataError(f"{path}, line {number}: an answer to another request than this run's; {advice}")
+            answers.append(answer)
         if len(answers) > len(self.requests):
             raise DataError(f"{path} has {len(answers)} answers to {len(self.requests)} requests; {advice}")
-        if self.writes and path == self.part and len(whole) < len(text):
-            os.truncate(path, len(whole.encode("utf-8")))
+        if self.writes and path == self.part and len(whole) < len(content):
+            os.truncate(path, len(whole))
         return answers
 
     @property
@@ -93,20 +99,57 @@ class Predictions:
             self.part.replace(self.target)
 
 
+def _same(one: object, other: object) -> bool:
+    """Whether two JSON values are written alike; NaN, which JSON files may have, equals nothing."""
+    return json.dumps(one) == json.dumps(other)
+
+
 def answer_batch(assistant: Assistant, requests: list[Request], size: int, mode: str, options: dict) -> list[dict]:
     """Answers requests as one batch of `size` rows; those that fail get their error in place of an answer."""
-    results: list[dict] = [{"error": request.error} for request in requests]
+    good = [request.question for request in requests if request.question is not None]
+    answers = iter(answer_questions(assistant, good, size, mode, options))
+    return [{"error": request.error} if request.question is None else next(answers) for request in requests]
+
+
+def answer_questions(assistant: Assistant, questions: Sequence[dict], size: int, mode: str,
+                     options: dict) -> list[dict]:
+    """Answers questions as one batch of `size` rows, whatever may be wrong with some of them.
+
+    Args:
+        assistant: who answers.
+        questions: arguments of `Processor.encode_chat`, `size` at most.
+        size: rows of the batch, so that one graph serves all batches.
+        mode: task LoRAs in use.
+        options: decoding options.
+
+    Returns:
+        `{"answer": text}` or `{"error": sentence}` for each question.
+
+    Raises:
+        MemoryError: when there is none left while decoding; no single question is to blame.
+    """
+    results: list[dict] = [{} for _ in questions]
     samples: dict[int, EncodedSample] = {}
-    for i, request in enumerate(requests):
-        if request.question is not None:
-            try:
-                samples[i] = assistant.encode(request.question)
-            except (ValueError, TypeError, OSError) as error:
-                results[i] = {"error": str(error)}
-    if samples:
-        rows, _ = next(full_batches(samples.values(), size))
-        for i, text in zip(samples, assistant.answer_samples(rows, mode, **options)):
-            results[i] = {"answer": text}
+    for i, question in enumerate(questions):
+        try:
+            samples[i] = assistant.encode(question)
+        except Exception as error:
+            results[i] = {"error": error_sentence(error)}
+    groups = [list(samples)] if samples else []
+    while groups:
+        group = groups.pop()
+        rows, _ = next(full_batches([samples[i] for i in group], size))
+        try:
+            texts = assistant.answer_samples(rows, mode, **options)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if len(group) == 1:
+                results[group[0]] = {"error": error_sentence(error)}
+            groups += [[i] for i in group if len(group) > 1]        # one of them is at fault: each by itself
+        else:
+            for i, text in zip(group, texts):
+                results[i] = {"answer": text}
     return results
 
 

@@ -1,7 +1,12 @@
 """What a batch of prompts holds on the device: the caches of all layers, the graphs over them, and the host's
 bookkeeping of where new keys and values go.
+
+Graphs are compiled for a shape and kept. The keys and values that they work on come and go (`Contents`): several
+answers of one shape may be in the making, and memory that is not needed is given back.
 """
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -59,6 +64,28 @@ class ReorderGraph(InferenceGraph):
         return done
 
 
+@dataclass(eq=False)
+class Contents:
+    """Keys and values of one batch of prompts.
+
+    Attributes:
+        slot: of whose shape they are.
+        tensors: keys and values of every layer.
+        tables: which blocks a row owns, of paged caches.
+        used: grows with every use.
+    """
+
+    slot: Slot
+    tensors: list[Tensor] = field(default_factory=list)
+    tables: BlockTables | None = None
+    used: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Size of keys and values."""
+        return self.slot.bytes
+
+
 class Slot:
     """Caches of one shape.
 
@@ -69,6 +96,9 @@ class Slot:
     Attributes:
         graphs: prefill and decode graph of each mode used so far.
         query_scale: scale of the queries that the rotary tables of decoding carry.
+        movable: whether contents can be taken out and put back; in parallel layouts they stay where they are.
+        attached: the contents that the caches hold, `None` while they hold no memory.
+        bytes: size of all keys and values.
     """
 
     query_scale = 1.0
@@ -76,8 +106,41 @@ class Slot:
     def __init__(self, caches: nn.CellList, config: IXC25Config):
         self.caches = caches
         self.graphs: dict[str, tuple[InferenceGraph, InferenceGraph]] = {}
+        self.movable = not is_parallel()
+        self._parameters = [cache_half for cache in caches for cache_half in (cache.keys, cache.values)]
+        self._layout = [(half.shape, mstype.dtype_to_nptype(half.dtype)) for half in self._parameters]
+        self.bytes = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self._layout)
+        self._as_built = True                           # the caches still have the memory they were built with
+        self.attached: Contents | None = None
         self._reorder = None if is_parallel() else ReorderGraph(caches)
         self._own = layers_of_rank(config, rank()) if is_parallel() else []
+
+    def new_contents(self) -> Contents:
+        """Contents for prompts that begin anew; a prompt overwrites what they hold."""
+        tensors = []
+        if self.movable and self._as_built:
+            for parameter in self._parameters:
+                tensors.append(Tensor(0, parameter.dtype))
+                tensors[-1].assign_value(parameter)     # the same memory, not a copy
+        elif self.movable:
+            tensors = [Tensor(np.zeros(shape, dtype)) for shape, dtype in self._layout]
+        self._as_built = False
+        return Contents(self, tensors, self.new_tables())
+
+    def new_tables(self) -> BlockTables | None:
+        """Block tables of new contents, where a slot needs some."""
+        return None
+
+    def attach(self, contents: Contents | None) -> None:
+        """Makes the caches hold contents, or no memory at all; nothing is copied."""
+        if contents is self.attached:
+            return
+        if self.movable:
+            tensors = [Tensor(np.zeros(1, dtype)) for _, dtype in self._layout] if contents is None \
+                else contents.tensors
+            for parameter, tensor in zip(self._parameters, tensors):
+                parameter.set_data(tensor, slice_shape=True)    # a placeholder of another shape may come or go
+        self.attached = contents
 
     def start(self, lengths: np.ndarray, positions: int) -> np.ndarray:
         """Begins with prompts of `lengths` `(B,)` padded to `positions`; the places their keys and values go to."""
@@ -156,8 +219,18 @@ class PagedSlot(Slot):
                               f"{batch * self.blocks_a_row} blocks of block_size {size}; raise num_blocks or ask for "
                               "less at once.")
         super().__init__(nn.CellList([PagedCache(config) for _ in range(config.num_hidden_layers)]), config)
-        self.tables = BlockTables(blocks, size, self.blocks_a_row * size)
-        self.batch, self.blocks = batch, blocks
+        self.batch, self.blocks, self.block_size = batch, blocks, size
+        self.tables = self.new_tables()
+
+    def new_tables(self) -> BlockTables:
+        """See `Slot.new_tables`."""
+        return BlockTables(self.blocks, self.block_size, self.blocks_a_row * self.block_size)
+
+    def attach(self, contents: Contents | None) -> None:
+        """See `Slot.attach`; the tables of what is attached are in use."""
+        super().attach(contents)
+        if contents is not None and contents.tables is not None:
+            self.tables = contents.tables
 
     def start(self, lengths: np.ndarray, positions: int) -> np.ndarray:
         """int32 `(B*L,)`: slot of every key of the padded prompts, -1 for padding."""
@@ -211,6 +284,13 @@ class ShardedSlot(Slot):
     def source(self, rows: np.ndarray) -> np.ndarray:
         """See `Slot.source`; entries are rows."""
         return rows
+
+
+def cache_bytes(config: IXC25Config, batch: int, positions: int) -> int:
+    """Bytes of the keys and values of all layers for a batch of that many rows and positions, on all devices."""
+    entries = config.num_blocks * config.block_size if config.use_past and on_ascend() else batch * positions
+    itemsize = np.dtype(mstype.dtype_to_nptype(config.compute_dtype)).itemsize
+    return 2 * config.num_hidden_layers * entries * config.num_key_value_heads * config.head_size * itemsize
 
 
 def make_slot(config: IXC25Config, batch: int, positions: int) -> Slot:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mindformers_ixc.errors import PromptError
+from mindformers_ixc.files import check_target, read_text
 
 RESUME_INSTRUCTION = "Build a personal web page (HTML) from the content of this resume:\n"
 SCREENSHOT_INSTRUCTION = "Write the HTML code of the web page in this picture, styled with Tailwind CSS."
@@ -35,9 +36,7 @@ def read_resume(path: str | os.PathLike) -> str:
         PromptError: when the file is missing, empty or no text.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"The resume {path} is not UTF-8 text ({error}); give a Markdown file.") from error
+        text = read_text(path, PromptError)
     except OSError as error:
         raise PromptError(f"The resume {path} cannot be read ({error.strerror}); give the path of a Markdown "
                           "file.") from error
@@ -51,13 +50,12 @@ def free_target(path: str | os.PathLike | None, overwrite: bool) -> Path | None:
 
     Raises:
         FileExistsError: when the file exists and may not be overwritten.
-        FileNotFoundError: when its folder is missing.
+        OSError: when it cannot be written: its folder is missing, a folder stands in its place.
     """
     if path is None:
         return None
     path = Path(path)
+    check_target(path, "save_to")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already; choose another save_to, or set overwrite=True.")
-    if not path.resolve().parent.is_dir():
-        raise FileNotFoundError(f"The folder of save_to {path} does not exist; make it first.")
     return path

@@ -1,6 +1,8 @@
 """The cached graphs: equal to the whole sequence computed anew, batches equal to single prompts, no recompilation."""
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,9 +11,11 @@ from mindspore import Tensor
 from parity_device import sample_of
 
 from mindformers_ixc import native
+from mindformers_ixc.errors import GenerationError
 from mindformers_ixc.generation import caches as cache
 from mindformers_ixc.generation import slots
 from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.cache_pool import CACHE_BYTES
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.engine import bucket
 from mindformers_ixc.generation.loading import load_model
@@ -33,6 +37,20 @@ def test_buckets_hold_what_they_are_for_and_waste_a_third_at_most(length):
 @pytest.fixture(scope="module")
 def model(goldens):
     return load_model(goldens / "t1", IXC25ForCausalLM, seq_length=64, max_tiles=6)
+
+
+@pytest.fixture(scope="module")
+def assistant(model) -> Assistant:
+    """Its graphs serve all tests."""
+    return Assistant(model, None)
+
+
+@pytest.fixture
+def engine(assistant):
+    """The same, with no caches and their usual limit."""
+    assistant.engine.caches.clear()
+    assistant.engine.caches.limit = CACHE_BYTES
+    return assistant.engine
 
 
 def prompt(model, length: int, images: int, seed: int) -> EncodedSample:
@@ -65,9 +83,9 @@ def extended(sample: EncodedSample, tokens: list[int]) -> EncodedSample:
                          np.append(sample.image_mask, 0 * extra), sample.grids, sample.pixel_values, 2)
 
 
-def test_cached_steps_equal_the_whole_sequence(model):
+def test_cached_steps_equal_the_whole_sequence(model, engine):
     samples = [prompt(model, 9, 1, 0), prompt(model, 20, 0, 1)]
-    decoder = Assistant(model, None).engine.decoder(samples, NEW)
+    decoder = engine.decoder(samples, NEW)
     logits, tokens = decoder.prefill(), [[], []]
     for _ in range(NEW):
         for row, sample in enumerate(samples):
@@ -90,17 +108,16 @@ def test_long_prompts_go_in_chunks(goldens, monkeypatch, kernels):
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "seed": 4}],
                          ids=["greedy", "beams", "sampling"])
-def test_a_mixed_batch_equals_the_prompts_alone(model, options):
+def test_a_mixed_batch_equals_the_prompts_alone(model, assistant, options):
     options = GenerationOptions(max_new_tokens=NEW, stop_token_ids=(2,), **options)
     samples = [prompt(model, 5, 0, 0), prompt(model, 3, 2, 1), prompt(model, 11, 1, 2), prompt(model, 30, 0, 3)]
-    assistant = Assistant(model, None)
     together = assistant.generate(samples, options)
     assert together == [assistant.generate([sample], options)[0] for sample in samples]
 
 
-def test_reordering_rows_moves_their_past(model):
+def test_reordering_rows_moves_their_past(model, engine):
     samples = [prompt(model, 8, 0, 5), prompt(model, 12, 0, 6)]
-    decoder = Assistant(model, None).engine.decoder(samples, NEW)
+    decoder = engine.decoder(samples, NEW)
     decoder.prefill()
     decoder.reorder(np.array([1, 1]))
     logits = decoder.step(np.array([7, 7]))
@@ -121,13 +138,19 @@ def test_caches_that_can_be_cut_hold_the_same(model, monkeypatch):
     np.testing.assert_allclose(found[1][2][0], found[1][2][1], atol=1e-6)
 
 
-def test_nothing_is_compiled_while_decoding_or_for_a_second_request(model, monkeypatch):
+@pytest.fixture
+def compiled(monkeypatch) -> list[str]:
+    """Names of the graphs that are compiled."""
     from mindspore.common import api
 
-    compiled = []
+    names: list[str] = []
     real = api._cell_graph_executor.compile
     monkeypatch.setattr(api._cell_graph_executor, "compile",
-                        lambda cell, *args, **kwargs: counted(compiled, cell, real(cell, *args, **kwargs)))
+                        lambda cell, *args, **kwargs: counted(names, cell, real(cell, *args, **kwargs)))
+    return names
+
+
+def test_nothing_is_compiled_while_decoding_or_for_another_request_of_a_known_bucket(model, compiled):
     assistant = Assistant(model, None)
     options = GenerationOptions(max_new_tokens=NEW, stop_token_ids=())
     assistant.generate([prompt(model, 9, 1, 0)], options)
@@ -135,6 +158,80 @@ def test_nothing_is_compiled_while_decoding_or_for_a_second_request(model, monke
     assistant.generate([prompt(model, 31, 2, 1)], options)
     assistant.generate([prompt(model, 4, 0, 2)], options)
     assert len(compiled) == 3
+    two, long = [prompt(model, 5, 0, 3), prompt(model, 6, 0, 4)], [prompt(model, 150, 0, 5)]
+    beams = GenerationOptions(max_new_tokens=NEW, stop_token_ids=(), num_beams=2)
+    first = [assistant.generate(two, options), assistant.generate(long, options), assistant.generate(two[:1], beams)]
+    assert len(compiled) == 3 + 2 + 2 + 1       # of the beams the reordering is new
+    assistant.engine.caches.limit = 0           # memory of one cache at a time: graphs stay all the same
+    assistant.engine.caches.clear()
+    again = [assistant.generate(two, options), assistant.generate(long, options), assistant.generate(two[:1], beams)]
+    assistant.generate([prompt(model, 9, 1, 0)], options)
+    assert again == first
+    assert len(compiled) == 8
+    assert len(assistant.engine.caches._held) == 1
+
+
+def steps(decoder):
+    logits = decoder.prefill()
+    for _ in range(NEW):
+        yield logits
+        logits = decoder.step(logits.argmax(-1))
+    yield logits
+
+
+@pytest.mark.parametrize("limit", [2**30, 0], ids=["room for all", "room for one"])
+def test_answers_in_the_making_do_not_see_one_another(model, engine, limit):
+    samples = [prompt(model, 9, 1, 0), prompt(model, 20, 0, 1), prompt(model, 7, 0, 2)]
+    expected = [list(steps(engine.decoder([sample], NEW))) for sample in samples]
+    engine.caches.clear()
+    engine.caches.limit = limit
+    abandoned = steps(engine.decoder([prompt(model, 12, 0, 7)], NEW))
+    next(abandoned)
+    found = zip(*(steps(engine.decoder([sample], NEW)) for sample in samples))      # a step of each in turn
+    for step, logits in enumerate(found):
+        for row, expectation in zip(logits, expected):
+            np.testing.assert_array_equal(row, expectation[step])
+
+
+def test_beams_that_lost_their_cache_find_back(model, engine):
+    samples, found = [prompt(model, 8, 0, 5), prompt(model, 12, 0, 6)], []
+    for limit in (2**30, 0):
+        engine.caches.clear()
+        engine.caches.limit = limit
+        decoder, other = engine.decoder(samples, NEW), engine.decoder(samples[::-1], NEW)
+        decoder.prefill()
+        decoder.step(np.array([3, 4]))
+        decoder.reorder(np.array([1, 1]))
+        other.prefill()
+        found.append(decoder.step(np.array([7, 8])))
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_threads_share_a_model(model, assistant, engine):
+    samples = [prompt(model, 9, 1, 0), prompt(model, 20, 0, 1), prompt(model, 11, 0, 2), prompt(model, 30, 2, 3)]
+    options = GenerationOptions(max_new_tokens=NEW, stop_token_ids=())
+    expected = [assistant.generate([sample], options) for sample in samples]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: assistant.generate([samples[i % 4]], options), range(32)))
+    assert found == expected * 8
+
+
+def test_more_rows_than_the_machine_can_hold_are_refused(model):
+    with pytest.raises(GenerationError, match=r"1000000000 rows \(prompts x num_beams\).*GiB"):
+        Assistant(model, None).generate([prompt(model, 9, 0, 0)], GenerationOptions(num_beams=10**9))
+
+
+def test_an_answer_that_was_ended_or_reset_is_not_continued(model, engine):
+    closed, reset = (engine.decoder([prompt(model, 9, 0, 0)], NEW) for _ in range(2))
+    closed.prefill()
+    reset.prefill()
+    closed.close()
+    with pytest.raises(GenerationError, match="was ended and cannot go on"):
+        closed.step(np.array([3]))
+    engine.reset()
+    with pytest.raises(GenerationError, match="reset while this answer was in the making"):
+        reset.step(np.array([3]))
+    assert engine.caches.bytes == 0      # its graphs are gone too: this test is the last
 
 
 def counted(compiled: list[str], cell, result):

@@ -1,12 +1,16 @@
 """The pipeline on a small untrained model: forms of a request, lists, generators, and a bad request among good ones."""
 from __future__ import annotations
 
+import random
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from mindformers import pipeline
 from PIL import Image
 
 from mindformers_ixc import InternLM2Tokenizer, IXC25Config, IXC25ForCausalLM, IXC25ImageProcessor, IXC25Processor
 from mindformers_ixc.demo import demo_path
+from mindformers_ixc.errors import PromptError
 
 PICTURE = Image.new("RGB", (56, 56), (9, 90, 200))
 
@@ -50,6 +54,56 @@ def test_a_single_bad_request_raises(chat):
         chat("a", mode="write")
     with pytest.raises(ValueError, match="num_beams"):
         chat("a", num_beams=0)
+
+
+def test_whatever_goes_wrong_with_a_request_is_its_own_error(chat, monkeypatch):
+    encode = chat.assistant.encode
+    monkeypatch.setattr(chat.assistant, "encode", lambda question: {}["tile"] if question["query"] == "odd" else
+                        encode(question))
+    answers = chat(["b", "odd", None, {"query": None}, {"messages": None}, [{"role": "user", "content": None}],
+                    {"query": "a", "history": [None]}, {"query": "x\udc80"}, "b"])
+    assert answers[0] == answers[8]
+    assert set(answers[0]) == {"text_generation_text"}
+    assert [answer["error"].split(":")[0] for answer in answers[1:8]] == [f"request {i}" for i in range(1, 8)]
+    for answer, words in zip(answers[1:], ("KeyError", "found null", "query must be a text, found null",
+                                           "messages must be a list", "messages[0].content must be a text or a list of "
+                                           "parts, found null", "history[0] must be a pair", "half of a surrogate")):
+        assert words in answer["error"]
+    with pytest.raises(PromptError, match="The request failed with KeyError: 'tile'"):
+        chat("odd")
+
+
+QUESTIONS = [{"query": "Tell me"}, {"query": "<ImageHere>What?", "images": [PICTURE]}, {"query": "word " * 100},
+             {"query": "<ImageHere><ImageHere>Both?", "images": [PICTURE, PICTURE.rotate(90)]}]
+
+
+def test_threads_share_a_pipeline(chat):
+    alone = [chat(question) for question in QUESTIONS]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: chat(QUESTIONS[i % 4]), range(40)))
+    assert found == alone * 10
+
+
+def test_streams_that_are_read_in_turns_or_dropped_say_what_they_say_alone(chat):
+    assistant, options = chat.assistant, {"max_new_tokens": 16, "stop_token_ids": (1,)}
+    alone = [list(assistant.stream(question, **options)) for question in QUESTIONS]
+    assert all(len(pieces) > 4 for pieces in alone)
+    streams = [(i % 4, assistant.stream(QUESTIONS[i % 4], **options)) for i in range(20)]
+    shown: list[list[str]] = [[] for _ in streams]
+    order = random.Random(5)
+    going = list(range(20))
+    while going:
+        number = order.choice(going)
+        question, stream = streams[number]
+        piece = next(stream, None)
+        shown[number] += [] if piece is None else [piece]
+        if piece is None or (number % 5 == 0 and len(shown[number]) == 3):     # a fifth is dropped without a word
+            going.remove(number)
+            streams[number] = (question, iter(()))
+        if number == 7:
+            assert chat(QUESTIONS[0], **options)[0]["text_generation_text"] == "".join(alone[0]).strip()
+    for number, pieces in enumerate(shown):
+        assert pieces == (alone[number % 4][:3] if number % 5 == 0 else alone[number % 4])
 
 
 def picture_file(folder, name: str, picture: Image.Image, **options) -> str:

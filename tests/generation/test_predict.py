@@ -51,7 +51,7 @@ def test_every_line_has_its_answer_or_its_error_in_order(tmp_path, requests):
     rows = go(answering, requests, tmp_path)
     assert answers(rows) == ["A", None, None, None, "D", "E"]
     assert "gone.png" in rows[1]["error"]
-    assert "requests.jsonl, line 3: not valid JSON" in rows[2]["error"]
+    assert "requests.jsonl, line 3 is not valid JSON" in rows[2]["error"]
     assert "line 4: unknown key colour (value " in rows[3]["error"]
     assert rows[2]["request"] == "{not json"
     assert {len(batch) for batch in answering.batches} == {2}     # one batch size, one graph

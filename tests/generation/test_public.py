@@ -152,7 +152,7 @@ def test_webpages_refuse_before_anything_is_computed(model, spied, tmp_path):
     target.write_text("mine")
     with pytest.raises(FileExistsError, match="overwrite=True"):
         model.write_webpage("A page", save_to=target)
-    with pytest.raises(FileNotFoundError, match="folder of save_to"):
+    with pytest.raises(FileNotFoundError, match="none is no folder; make it first"):
         model.write_webpage("A page", save_to=tmp_path / "none" / "page.html")
     with pytest.raises(PromptError, match="needs a screenshot"):
         model.screen_2_webpage()
