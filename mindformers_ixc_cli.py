@@ -95,9 +95,19 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=list(MODE_ADAPTERS), default="base", help="task LoRAs in use")
     parser.add_argument("--hd_num", type=int, metavar="N", help="tiles of the dynamic partition at most (default: the "
                         "model directory's, else 24, and 6 with several pictures)")
+    _add_image_options(parser)
     parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="length of an answer at most")
     parser.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' logs on standard error")
+
+
+def _add_image_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--transparency", choices=["white", "public"],
+                        help="put transparent pixels on white, or drop the alpha channel as the public code does "
+                        "(default: the model directory's, else white)")
+    parser.add_argument("--exif", choices=["ignore", "apply"],
+                        help="turn pictures upright by their EXIF orientation, or not, as the public code "
+                        "(default: the model directory's, else ignore)")
 
 
 def _add_chat(commands: Commands) -> None:
@@ -234,6 +244,7 @@ def _add_reference(commands: Commands) -> None:
                            "directory's, else 18)")
     reference.add_argument("--image_transform", choices=["training", "inference"], default="training",
                            help="as in the run to come (default: training)")
+    _add_image_options(reference)
     reference.add_argument("--batch_size", type=int, default=4, metavar="N", help="answers at once")
     reference.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
     reference.add_argument("--verbose", action="store_true", help="show the libraries' logs on standard error")

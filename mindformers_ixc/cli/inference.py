@@ -15,7 +15,14 @@ ASCEND_DTYPES = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16"}
 def load_assistant(arguments: argparse.Namespace) -> Assistant:
     """Loads `arguments.model` on `arguments.device_target`, in graph mode."""
     prepare_device(arguments)
-    return Assistant.from_directory(arguments.model, **(ASCEND_DTYPES if arguments.device_target == "Ascend" else {}))
+    return Assistant.from_directory(arguments.model, image_options(arguments),
+                                    **(ASCEND_DTYPES if arguments.device_target == "Ascend" else {}))
+
+
+def image_options(arguments: argparse.Namespace) -> dict:
+    """What was said of pictures, as arguments of `ImageProcessor`."""
+    return {name: getattr(arguments, name) for name in ("transparency", "exif")
+            if getattr(arguments, name, None) is not None}
 
 
 def prepare_device(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, TypeVar, Union
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from mindformers_ixc.errors import ImageError
 from mindformers_ixc.sections import check_value, one_of
@@ -25,9 +25,11 @@ Result = TypeVar("Result")
 # in one file, comes with JPEG, APNG with PNG, and PBM, PGM and PNM are PPM.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-# Pixels of a picture at most: Pillow's own default, above which it suspects a decompression bomb. A decoder may hold
-# three copies of four bytes a pixel at once, which is 1 GiB.
+# Pixels of a picture at most: Pillow's own default, above which it suspects a decompression bomb; most formats take up
+# to 0.8 GiB for so many. Decoders of some hold several copies: WebP's took 1.4 GiB, a progressive JPEG's in CMYK 1.05.
 PIXEL_LIMIT = 89_478_485
+PIXEL_LIMIT_OF_COPIES = 50_000_000
+COPYING_FORMATS, COPYING_MODES = ("AVIF", "WEBP"), ("CMYK",)
 
 # Transparent pixels: on white, as the padding of partitions is, or without their alpha channel, as the public code.
 TRANSPARENCY = ("white", "public")
@@ -73,8 +75,8 @@ def load_image(source: ImageSource, where: str = "", transparency: str = "public
     """Reads an image as RGB.
 
     Of an animation or a file of several pages the first one is taken. Greyscale of 9 to 16 bits gives its upper 8 bits.
-    Floats give grey levels: 0 to 1 is black to white, whole numbers from 0 to 255 are the levels themselves; other
-    floats, and integers of 32 bits, have no range that says what is white, and are refused.
+    Floats that all lie within 0 and 1 go from black to white, others within 0 and 255 are grey levels, as in Pillow's
+    own conversions; all other floats, and integers of 32 bits, do not say what is white and are refused.
 
     Args:
         source: path, bytes of an image file (`FORMATS`), PIL image or uint8 array `(height, width)` with an axis of 3
@@ -125,13 +127,21 @@ def to_rgb(image: Image.Image, transparency: str = "public") -> Image.Image:
         ImageError: for floats and integers without a known range.
     """
     image.load()
+    if image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
     if image.mode == "F":
         return _from_floats(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _deep_grey(image, transparency)
     if transparency == "white" and _has_alpha(image):
         return _on_white(image)
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")    # without Pillow's advice to do so
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# Pillow's modes of colours that are multiplied with their alpha, and the plain ones.
+_PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 
 def _file_of(source: object, prefix: str) -> tuple[str | os.PathLike | IO[bytes], str]:
@@ -162,7 +172,7 @@ def _guarded(prefix: str, name: str, work: Callable[[], Result]) -> Result:
     except ImageError as error:
         raise ImageError(f"{prefix}{name} {error}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{prefix}{name} {_too_large()}") from error
+        raise ImageError(f"{prefix}{name} {_too_large(PIXEL_LIMIT)}") from error
     except MemoryError as error:
         raise ImageError(f"{prefix}{name} needs more memory than there is; shrink it first.") from error
     except Exception as error:   # decoders raise whatever they happen to meet: struct.error, zlib.error, KeyError, ...
@@ -170,8 +180,8 @@ def _guarded(prefix: str, name: str, work: Callable[[], Result]) -> Result:
         raise ImageError(f"{prefix}{name} is damaged and cannot be decoded ({reason}).") from error
 
 
-def _too_large() -> str:
-    return f"has more than {PIXEL_LIMIT} pixels, which may be a decompression bomb; shrink it first."
+def _too_large(limit: int) -> str:
+    return f"has more than {limit} pixels, which may be a decompression bomb; shrink it first."
 
 
 def _read(file: str | os.PathLike | IO[bytes], work: Callable[[Image.Image], Result]) -> Result:
@@ -203,12 +213,14 @@ def _unknown_kind(file: str | os.PathLike | IO[bytes]) -> str:
 def _check_header(image: Image.Image) -> None:
     if image.width < 1 or image.height < 1:
         raise ImageError(f"has {image.width} x {image.height} pixels, which is no area.")
-    if image.width * image.height > PIXEL_LIMIT:
-        raise ImageError(_too_large())
+    copying = image.format in COPYING_FORMATS or image.mode in COPYING_MODES
+    limit = PIXEL_LIMIT_OF_COPIES if copying else PIXEL_LIMIT
+    if image.width * image.height > limit:
+        raise ImageError(_too_large(limit))
     if image.mode == "I":
         _grey_bits(image)
-    if image.format == "PNG" and image.tile:
-        image.info[_FILE_BITS] = _PNG_BITS.get(image.tile[0][3], 8)
+    if isinstance(image, PngImagePlugin.PngImageFile) and image.tile:
+        image.info[_FILE_BITS] = _PNG_BITS.get(str(image.tile[0][3]), 8)
 
 
 # Bits of a PNG's channel in its file by Pillow's name of their layout; kept in `info`, since they are needed when the
@@ -259,17 +271,15 @@ def pixels_of(image: Image.Image) -> np.ndarray:
 
 def _from_floats(image: Image.Image) -> Image.Image:
     """RGB of float pixels; see `load_image`."""
-    low, high = image.getextrema()
+    low, high = (float(value) for value in image.getextrema())   # type: ignore[arg-type]
     if not 0 <= low <= high <= 255:
         raise ImageError(f"has floating-point pixels from {low:g} to {high:g}, {_NO_RANGE}")
     scale, levels = np.float32(255 if high <= 1 else 1), np.empty(image.size[::-1], np.uint8)
     for top, strip in _strips(image):
         values = np.asarray(strip)
-        rounded = np.rint(values * scale)
-        if not np.isfinite(values).all() or (scale == 1 and not np.array_equal(values, rounded)):
-            raise ImageError(f"has floating-point pixels from {low:g} to {high:g} with fractions or without a value, "
-                             f"{_NO_RANGE}")
-        levels[top:top + strip.height] = rounded
+        if not np.isfinite(values).all():
+            raise ImageError(f"has floating-point pixels without a value, {_NO_RANGE}")
+        levels[top:top + strip.height] = np.rint(values * scale)
     return _grey(image, levels)
 
 
@@ -301,12 +311,12 @@ def _grey(image: Image.Image, levels: np.ndarray) -> Image.Image:
 
 
 def _has_alpha(image: Image.Image) -> bool:
-    return image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    return image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     """Composites an image on white."""
-    if image.format == "BMP" and image.mode == "RGBA" and not image.getextrema()[3][1]:
+    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getextrema()[1]:
         return image.convert("RGB")     # the fourth byte of many bitmaps is no alpha channel but unused
     result = Image.new("RGB", image.size, (255, 255, 255))
     for top, strip in _strips(image):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,12 @@ WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 # of MPEG-4, Matroska, AVI, Flash, Windows Media, 3GPP, MPEG (program and transport streams) and Ogg.
 SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".flv", ".f4v", ".wmv", ".asf", ".3gp", ".3g2", ".mpg",
             ".mpeg", ".vob", ".ts", ".mts", ".m2ts", ".ogv")
+
+# FFmpeg follows a playlist (HLS, DASH, SDP, its own list) under any name to files and addresses that nobody named; it
+# knows one by its first bytes.
+HEAD = 4096
+PLAYLIST = re.compile(rb"\A(#EXTM3U|ffconcat version)|<MPD|<CompositionPlaylist|^(v=0\r?$|c=IN IP)|\A\s*\[playlist\]",
+                      re.MULTILINE)
 
 
 def is_video(source: ImageSource) -> bool:
@@ -121,8 +128,13 @@ def _existing_file(source: ImageSource) -> Path:
         raise VideoError(f"The video {name} is {kind}.")
     if path.stat().st_size == 0:
         raise VideoError(f"The video {name} is empty (0 bytes); fetch it again.")
-    if not os.access(path, os.R_OK):
-        raise VideoError(f"The video {name} cannot be read: permission denied.")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+    except OSError as error:
+        raise VideoError(f"The video {name} cannot be read ({error.strerror or error}).") from error
+    if PLAYLIST.search(head):
+        raise VideoError(f"The video {name} is a playlist, which names other files or addresses; name a video itself.")
     return path
 
 

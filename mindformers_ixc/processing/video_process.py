@@ -76,7 +76,7 @@ class VideoProcess:
         self._waiting = b""
         settings = {"sys_path": [os.path.abspath(folder) for folder in sys.path], "seconds": math.ceil(self.seconds),
                     "memory": int(self.memory * 2 ** 20)}
-        threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         # no process of `multiprocessing`: MindSpore's workers are daemons, which may have none; a session of its own,
         # so that Ctrl-C, which lets a run finish its step, does not make a damaged video of this one
         try:
@@ -100,8 +100,8 @@ class VideoProcess:
             self._ask(frames=[number])
             height, width = self._answer()["size"]
             if height * width > FRAME_PIXELS or height < 1 or width < 1:
-                raise VideoError(f"The video {self.path} has frames of {width} x {height} pixels; {FRAME_PIXELS} pixels "
-                                 "are the most.")
+                raise VideoError(f"The video {self.path} has frames of {width} x {height} pixels; the most is "
+                                 f"{FRAME_PIXELS} pixels.")
             frame = np.empty((height, width, 3), np.uint8)
             flat, place = frame.reshape(-1), 0
             while place < flat.size:

@@ -85,7 +85,7 @@ class HeldOut:
         self.processor, self.options = section_processor(data), options
         hd_num = data.hd_num or HD_NUM_TRAINING
         samples = load_sources(options["dataset_dir"], options["image_folder"])
-        read_image_sizes(samples)
+        read_image_sizes(samples, self.processor.image_processor.exif)
         fitted = fit_samples(self.processor, samples, data.seq_length, data.max_tiles, hd_num)
         self.samples = [entry.sample for entry in fitted[:options["max_samples"]]]
         self.shape = (data.seq_length, data.max_tiles, hd_num)
