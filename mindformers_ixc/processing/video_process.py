@@ -24,9 +24,15 @@ DECODER = Path(__file__).with_name("video_decoder.py")
 # Address space of the process, in MiB: an 8K frame is 100 MiB as RGB, and decoders keep some 16 frames for reference.
 MEMORY = 1024
 
-# Seconds a video may take in all: enough to start and to decode half a minute of 4K on one thread, and for each MiB of
-# the file one more, since it is the bytes that take the time.
+# Seconds of processor time a video may take in all, and seconds it may sleep without an answer: enough to start and to
+# decode a few hundred frames of 4K, and for each MiB of the file one more, since it is the bytes that take the time.
+# Waiting for a processor or a disk does not count, or a busy machine would make damaged videos of good ones; a limit by
+# the clock, that many times as long, ends what neither works nor sleeps.
 SECONDS, SECONDS_PER_MIB = 15, 1
+CLOCK_FACTOR = 20
+
+# Seconds between two looks at what the process does.
+TICK = 0.25
 
 # Environment variables that replace MEMORY, and the seconds whatever the file's size.
 MEMORY_VARIABLE, SECONDS_VARIABLE = "MINDFORMERS_IXC_VIDEO_MEMORY", "MINDFORMERS_IXC_VIDEO_SECONDS"
@@ -51,6 +57,15 @@ def _setting(variable: str, default: float) -> float:
     return value
 
 
+def _sleeps(process: int) -> bool:
+    """Whether all threads of a process wait for something else than a processor or a disk."""
+    try:
+        stats = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/stat")]
+    except OSError:
+        return True      # it ends just now
+    return all(stat.rpartition(")")[2].split()[0] not in ("R", "D") for stat in stats)
+
+
 class VideoProcess:
     """An open video: its number of frames, frames a second, and its frames on demand.
 
@@ -72,7 +87,7 @@ class VideoProcess:
         self.memory = _setting(MEMORY_VARIABLE, MEMORY)
         size = path.stat().st_size / 2 ** 20
         self.seconds = _setting(SECONDS_VARIABLE, SECONDS + SECONDS_PER_MIB * math.ceil(size))
-        self._deadline = time.monotonic() + self.seconds
+        self._deadline, self._slept = time.monotonic() + CLOCK_FACTOR * self.seconds, 0.0
         self._waiting = b""
         settings = {"sys_path": [os.path.abspath(folder) for folder in sys.path], "seconds": math.ceil(self.seconds),
                     "memory": int(self.memory * 2 ** 20)}
@@ -144,8 +159,10 @@ class VideoProcess:
         file = self._process.stdout.fileno()
         poll = select.poll()      # select.select takes no descriptor above 1023
         poll.register(file, select.POLLIN)
-        if not poll.poll(max(0.0, self._deadline - time.monotonic()) * 1000):
-            raise self._too_slow()
+        while not poll.poll(TICK * 1000):
+            self._slept += TICK if _sleeps(self._process.pid) else 0.0
+            if self._slept > self.seconds or time.monotonic() > self._deadline:
+                raise self._too_slow()
         piece = os.read(file, count)
         if not piece:
             raise self._ended()
