@@ -84,7 +84,7 @@ def check_bad_pictures(errors: Sequence[ImageError], total: int, max_bad_share: 
         logger.warning(f"Left out: {error}")
     if len(errors) > LISTED_ERRORS:
         logger.warning(f"Left out: {len(errors)} samples in all with such pictures.")
-    if errors and len(errors) >= min(total, max(1, max_bad_share * total) + 1):
+    if errors and (len(errors) > max(1, max_bad_share * total) or len(errors) == total):
         raise DataError(f"{len(errors)} of {total} samples have pictures that cannot be used, more than the share "
                         f"max_bad_share {max_bad_share} allows. The last one: {errors[-1]}")
 
