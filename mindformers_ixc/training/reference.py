@@ -68,7 +68,7 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
         DataError: for unusable pairs.
     """
     pairs = load_preferences(pairs_file, image_folder)
-    processor = _processor(model, image_transform, image_options or {})
+    processor = _processor(model, image_transform, image_options)
     read_image_sizes([chosen for chosen, _, _ in pairs], processor.image_processor.exif)
     answers = [answer for chosen, rejected, _ in pairs for answer in (chosen, replace(rejected, sizes=chosen.sizes))]
     logps = _answer_logps(model, mode, processor, answers, hd_num, batch_size).reshape(-1, 2)
@@ -82,8 +82,8 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
     return len(rows)
 
 
-def _processor(model: str, image_transform: str, image_options: dict) -> Processor:
-    return Processor.from_directory(model, training_transform=image_transform, **image_options)
+def _processor(model: str, image_transform: str, image_options: dict | None = None) -> Processor:
+    return Processor.from_directory(model, training_transform=image_transform, **(image_options or {}))
 
 
 def _answer_logps(directory: str, mode: str, processor: Processor, answers: Sequence[Conversation],
