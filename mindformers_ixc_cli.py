@@ -108,10 +108,20 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
                         "model directory's, else 24, and 6 with several pictures)")
     parser.add_argument("--control_tokens", action="store_true", help="text that is spelled like <s> or "
                         "[UNUSED_TOKEN_145] becomes that control token, as in the public code")
+    _add_image_options(parser)
     parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="length of an answer at most")
     parser.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
     parser.add_argument("--verbose", action="store_true", help="show the libraries' logs on standard error")
     _add_no_verify(parser)
+
+
+def _add_image_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--transparency", choices=["white", "public"],
+                        help="put transparent pixels on white, or drop the alpha channel as the public code does "
+                        "(default: the model directory's, else white)")
+    parser.add_argument("--exif", choices=["ignore", "apply"],
+                        help="turn pictures upright by their EXIF orientation, or not, as the public code "
+                        "(default: the model directory's, else ignore)")
 
 
 def _add_chat(commands: Commands) -> None:
@@ -256,6 +266,7 @@ def _add_reference(commands: Commands) -> None:
                            "directory's, else 18)")
     reference.add_argument("--image_transform", choices=["training", "inference"], default="training",
                            help="as in the run to come (default: training)")
+    _add_image_options(reference)
     reference.add_argument("--batch_size", type=int, default=4, metavar="N", help="answers at once")
     reference.add_argument("--control_tokens", action="store_true", help="as in the run to come")
     reference.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")

@@ -144,7 +144,7 @@ class IXC25ImageProcessor(ImageProcessor, BaseImageProcessor):
 
 
 IMAGE_PROCESSOR_ARGUMENTS = ("image_size", "patch_size", "hd_num", "hd_num_several", "hd_num_training",
-                             "training_transform")
+                             "training_transform", "transparency", "exif")
 
 
 @MindFormerRegister.register(MindFormerModuleType.PROCESSOR)

@@ -18,10 +18,16 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
     """
     prepare_device(arguments)
     dtypes = ASCEND_DTYPES if arguments.device_target == "Ascend" else {}
-    assistant = Assistant.from_directory(arguments.model, **dtypes)
+    assistant = Assistant.from_directory(arguments.model, image_options(arguments), **dtypes)
     assert assistant.processor is not None
     assistant.processor.control_tokens = arguments.control_tokens
     return assistant
+
+
+def image_options(arguments: argparse.Namespace) -> dict:
+    """What was said of pictures, as arguments of `ImageProcessor`."""
+    return {name: getattr(arguments, name) for name in ("transparency", "exif")
+            if getattr(arguments, name, None) is not None}
 
 
 def prepare_device(arguments: argparse.Namespace) -> None:

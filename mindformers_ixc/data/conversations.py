@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from mindformers_ixc.data.forms import Form, read_form
 from mindformers_ixc.data.paths import check_root, find_file, search_folders, shown
-from mindformers_ixc.errors import DataError, VideoError
+from mindformers_ixc.errors import DataError, ImageError, VideoError
 from mindformers_ixc.files import read_json_list, read_text, text_lines
+from mindformers_ixc.processing.pictures import image_size
 from mindformers_ixc.processing.video import board_size, is_video
 from mindformers_ixc.resources import resolve_path
 
@@ -206,11 +206,15 @@ def resample(samples: Sequence, count: int, rng: random.Random) -> list:
     return list(samples) * whole + rng.sample(list(samples), rest)
 
 
-def read_image_sizes(samples: Sequence[Conversation]) -> None:
+def read_image_sizes(samples: Sequence[Conversation], exif: str = "ignore") -> None:
     """Fills in the images' sizes from their headers.
 
+    Args:
+        samples: whose `sizes` are still empty, or known.
+        exif: as in `processing.pictures.load_image`.
+
     Raises:
-        DataError: listing the images that Pillow cannot open.
+        DataError: listing the images that cannot be opened, or whose headers show that they cannot be used.
     """
     known: dict[Path, tuple[int, int]] = {}
     errors = []
@@ -220,14 +224,9 @@ def read_image_sizes(samples: Sequence[Conversation]) -> None:
             continue
         try:
             for path in sample.images:
-                if path not in known and is_video(path):
-                    known[path] = board_size(path)
-                elif path not in known:
-                    with Image.open(path) as image:
-                        known[path] = image.size
+                if path not in known:
+                    known[path] = board_size(path) if is_video(path) else image_size(path, exif)
             sample.sizes = [known[path] for path in sample.images]
-        except VideoError as error:
+        except (ImageError, VideoError, OSError) as error:
             errors.append(f"{sample.where}, field image: {error}")
-        except (UnidentifiedImageError, OSError) as error:
-            errors.append(f"{sample.where}, field image: {path} cannot be opened as a picture ({error}).")
     raise_errors(errors)

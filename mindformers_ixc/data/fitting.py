@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from mindformers_ixc.data.conversations import PROGRESS_FROM, Conversation
+from mindformers_ixc.data.conversations import LISTED_ERRORS, PROGRESS_FROM, Conversation
 from mindformers_ixc.data.forms import count_places
-from mindformers_ixc.errors import DataError
+from mindformers_ixc.data.rows import MAX_BAD_SHARE
+from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.processing.processor import Processor
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,15 @@ def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_t
     Returns:
         Number of pairs, and (positions, tiles) of the whole conversation if all fit, else of the first pair that does
         not fit with everything before it.
+
+    Raises:
+        ImageError: for a picture that cannot be partitioned, with sample and file.
     """
     system = 1 if sample.turns[0][0] == "system" else 0
     pairs = (len(sample.turns) - system) // 2
     for count in range(pairs, 0, -1):
         part = first_pairs(sample, count)
-        needed = processor.conversation_length(part.turns, part.sizes, hd_num, sample.where)
+        needed = processor.conversation_length(part.turns, part.sizes, hd_num, sample.where, part.images)
         if needed[0] <= seq_length and needed[1] <= max_tiles:
             return count, needed
         shortest = needed
@@ -63,16 +67,48 @@ def first_pairs(sample: Conversation, pairs: int) -> Conversation:
     return Conversation(sample.source, sample.index, sample.id, turns, sample.images[:places], sample.sizes[:places])
 
 
-def fit_samples(processor: Processor, samples: Sequence[Conversation], seq_length: int, max_tiles: int,
-                hd_num: int) -> list[Fitted]:
-    """Cuts conversations to the fixed shapes, only between whole pairs, and reports what was lost.
+def check_bad_pictures(errors: Sequence[ImageError], total: int, max_bad_share: float) -> None:
+    """Tells which samples are left out for a picture that cannot be partitioned.
+
+    Args:
+        errors: one for each of them.
+        total: samples in all.
+        max_bad_share: share of them above which nothing may be left out; one always may.
 
     Raises:
-        DataError: when nothing fits, with the lengths that would.
+        DataError: when there are more, or nothing else.
     """
-    kept, cut, dropped, needs = [], 0, 0, []
+    for error in errors[:LISTED_ERRORS]:
+        logger.warning(f"Left out: {error}")
+    if len(errors) > LISTED_ERRORS:
+        logger.warning(f"Left out: {len(errors)} samples in all with such pictures.")
+    if errors and (len(errors) > max(1, max_bad_share * total) or len(errors) == total):
+        raise DataError(f"{len(errors)} of {total} samples have pictures that cannot be used, more than the share "
+                        f"max_bad_share {max_bad_share} allows. The last one: {errors[-1]}")
+
+
+def fit_samples(processor: Processor, samples: Sequence[Conversation], seq_length: int, max_tiles: int,
+                hd_num: int, max_bad_share: float = MAX_BAD_SHARE) -> list[Fitted]:
+    """Cuts conversations to the fixed shapes, only between whole pairs, and reports what was lost.
+
+    Args:
+        processor: counts positions and tiles.
+        samples: conversations with known image sizes.
+        seq_length: positions at most.
+        max_tiles: tiles at most.
+        hd_num: tiles of an image at most.
+        max_bad_share: share of samples with a picture that cannot be partitioned that may be left out.
+
+    Raises:
+        DataError: when nothing fits, with the lengths that would, or too many pictures cannot be used.
+    """
+    kept, cut, dropped, needs, bad = [], 0, 0, [], []
     for sample in tqdm(samples, desc="measuring samples", unit="sample", disable=len(samples) < PROGRESS_FROM):
-        pairs, needed = fit_pairs(processor, sample, seq_length, max_tiles, hd_num)
+        try:
+            pairs, needed = fit_pairs(processor, sample, seq_length, max_tiles, hd_num)
+        except ImageError as error:
+            bad.append(error)
+            continue
         if pairs == 0:
             dropped += 1
             needs.append(needed)
@@ -80,6 +116,7 @@ def fit_samples(processor: Processor, samples: Sequence[Conversation], seq_lengt
         part = first_pairs(sample, pairs)
         cut += len(part.turns) < len(sample.turns)
         kept.append(Fitted(part, *needed))
+    check_bad_pictures(bad, len(samples), max_bad_share)
     if needs:
         fits = (f"the shortest dropped sample's first question and answer need {min(n for n, _ in needs)} positions "
                 f"and {min(t for _, t in needs)} tiles, the longest {max(n for n, _ in needs)} and "

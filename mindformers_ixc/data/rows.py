@@ -143,11 +143,14 @@ class ImageOptions(Protocol):
     patch_size: int | None
     image_transform: str | None
     control_tokens: bool | None
+    transparency: str | None
+    exif: str | None
 
 
 def make_processor(config: ImageOptions, tokenizer: SentencePieceText) -> Processor:
     """The processor of a `train_dataset` section, with its tokenizer."""
     hd_num = config.hd_num or HD_NUM_TRAINING
     images = ImageProcessor(config.image_size or 560, config.patch_size or 14, hd_num_training=hd_num,
-                            training_transform=config.image_transform or "training")
+                            training_transform=config.image_transform or "training",
+                            transparency=config.transparency or "white", exif=config.exif or "ignore")
     return Processor(images, tokenizer, bool(config.control_tokens))

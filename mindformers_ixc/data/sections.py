@@ -6,7 +6,8 @@ from typing import Any
 from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.sections import Rule, check_section, of_type
+from mindformers_ixc.processing.pictures import EXIF, TRANSPARENCY
+from mindformers_ixc.sections import Rule, check_section, of_type, one_of
 
 
 def is_list_of_texts(value: object) -> bool:
@@ -18,7 +19,8 @@ def is_list_of_texts(value: object) -> bool:
 DATASET_RULES = {
     "data_loader": of_type(dict, required=True), "tokenizer": of_type(dict, required=True),
     "seq_length": of_type(int, required=True), "max_tiles": of_type(int, required=True), "hd_num": of_type(int),
-    "image_transform": of_type(str), "image_size": of_type(int), "patch_size": of_type(int),
+    "image_transform": of_type(str), "transparency": one_of(TRANSPARENCY), "exif": one_of(EXIF),
+    "image_size": of_type(int), "patch_size": of_type(int),
     "max_bad_share": of_type(float), "packing": of_type(bool), "seed": of_type(int),
     "control_tokens": of_type(bool), "input_columns": of_type(list),
     "batch_size": of_type(int, required=True), "drop_remainder": of_type(bool), "num_parallel_workers": of_type(int),

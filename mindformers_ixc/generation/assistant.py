@@ -49,15 +49,17 @@ class Assistant:
             self.engine = InferenceEngine(model)
 
     @classmethod
-    def from_directory(cls, directory: str | os.PathLike, **overrides: Any) -> Assistant:
+    def from_directory(cls, directory: str | os.PathLike, image_options: dict | None = None,
+                       **overrides: Any) -> Assistant:
         """Loads a model directory (`config.json`, tokenizer, safetensors).
 
         Args:
             directory: the model directory.
+            image_options: arguments of `ImageProcessor` that replace the directory's: `transparency`, `exif`.
             **overrides: runtime fields of `IXC25Config`; `use_past` is True unless it says otherwise.
         """
         model = load_model(directory, **{"use_past": True, **overrides})
-        return cls(model, Processor.from_directory(directory))
+        return cls(model, Processor.from_directory(directory, **(image_options or {})))
 
     def _known_processor(self) -> Processor:
         assert self.processor is not None, "without a processor only generate works"

@@ -6,20 +6,20 @@ the budget `hd_num`, padded with white to whole tiles and cut; the image shrunk 
 from __future__ import annotations
 
 import functools
-import io
 import math
-import os
-import warnings
-from typing import IO, NamedTuple, Union
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mindformers_ixc.errors import ImageError
 from mindformers_ixc.native import images
+from mindformers_ixc.processing.pictures import ImageSource, load_image, pixels_of
 
-# What an image may be given as: a path (of a video too, where both may come), a file's bytes, or pixels.
-ImageSource = Union[str, "os.PathLike[str]", bytes, bytearray, Image.Image, np.ndarray]
+__all__ = ["BICUBIC_A", "HD_NUM_SEVERAL", "HD_NUM_SINGLE", "HD_NUM_TRAINING", "IMAGE_MEAN", "IMAGE_STD", "WHITE",
+           "Grid", "ImageSource", "Partition", "bicubic_resize", "image_to_tiles", "image_token_count",
+           "image_token_rows", "load_image", "normalise", "partition_image", "partition_pixels", "plan_partition",
+           "resize_image"]
 
 # CLIP's pixel statistics (public preprocessor of CLIP ViT-L/14).
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -108,7 +108,8 @@ def plan_partition(width: int, height: int, hd_num: int, tile_size: int = 560, t
     return Partition((new_width, new_height), (new_width, rows * tile_size), (0, top), False, grid)
 
 
-def partition_image(image: Image.Image, hd_num: int, tile_size: int = 560, training: bool = False) -> Image.Image:
+def partition_image(image: Image.Image, hd_num: int, tile_size: int = 560, training: bool = False,
+                    transparency: str = "public") -> Image.Image:
     """Resizes an image and pads it with white to whole tiles.
 
     Args:
@@ -116,16 +117,18 @@ def partition_image(image: Image.Image, hd_num: int, tile_size: int = 560, train
         hd_num: tiles at most.
         tile_size: side of a tile in pixels.
         training: the training transform instead of the inference one.
+        transparency: `white` or `public`, as in `load_image`.
 
     Returns:
         RGB image whose sides are multiples of `tile_size`.
     """
-    return Image.fromarray(partition_pixels(image, hd_num, tile_size, training))
+    return Image.fromarray(partition_pixels(image, hd_num, tile_size, training, transparency))
 
 
-def partition_pixels(image: Image.Image, hd_num: int, tile_size: int = 560, training: bool = False) -> np.ndarray:
+def partition_pixels(image: Image.Image, hd_num: int, tile_size: int = 560, training: bool = False,
+                     transparency: str = "public") -> np.ndarray:
     """`partition_image` as uint8 `(rows * tile_size, columns * tile_size, 3)`."""
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = load_image(image, transparency=transparency)
     plan = plan_partition(image.width, image.height, hd_num, tile_size, training)
     width, height = plan.padded
     left, top = plan.offset
@@ -154,7 +157,7 @@ def resize_image(image: Image.Image, size: tuple[int, int], out: np.ndarray | No
     """
     out = np.empty((size[1], size[0], 3), np.uint8) if out is None else out
     if images.available():
-        images.resize(np.asarray(image), out)
+        images.resize(pixels_of(image), out)
     else:
         out[:] = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
     return out
@@ -268,61 +271,3 @@ def image_token_rows(grid: Grid, first_tile: int, tokens_per_side: int, max_tile
     local = local.reshape(grid.rows * side, grid.columns * side)
     pieces = [with_separators(rows[0]), np.array([sub_gn + 1]), with_separators(local)]
     return np.concatenate(pieces).astype(np.int32)
-
-
-def load_image(source: ImageSource, where: str = "") -> Image.Image:
-    """Reads an image as RGB. EXIF orientation is not applied, as in the public code.
-
-    Args:
-        source: path, bytes of an image file, PIL image or uint8 array `(height, width)` with an axis of 3 or
-            4 channels or none.
-        where: what the image belongs to, for the messages (`train.json, sample 3, field image`).
-
-    Returns:
-        RGB image; of an animation the first frame. 16-bit greyscale is scaled to 8 bits, not clipped.
-
-    Raises:
-        ImageError: for a missing, damaged or oversized image or another type of source.
-    """
-    prefix = f"{where}: " if where else ""
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, prefix, "the picture")
-    if isinstance(source, np.ndarray):
-        flat_or_colour = source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))
-        if source.dtype != np.uint8 or not flat_or_colour:
-            raise ImageError(f"{prefix}an array picture must be uint8 (H, W), (H, W, 3) or (H, W, 4); found "
-                             f"{source.dtype} {source.shape}.")
-        return Image.fromarray(source).convert("RGB")
-    if isinstance(source, (bytes, bytearray)):
-        return _open(io.BytesIO(source), prefix, "the picture's bytes")
-    if isinstance(source, (str, os.PathLike)):
-        if not os.path.isfile(source):
-            raise ImageError(f"{prefix}the picture {source} does not exist.")
-        return _open(source, prefix, str(source))
-    raise ImageError(f"{prefix}a picture must be a path, bytes, a PIL image or a uint8 array; found "
-                     f"{type(source).__name__}.")
-
-
-def _open(file: str | os.PathLike[str] | IO[bytes], prefix: str, name: str) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                return _to_rgb(image, prefix, name)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{prefix}{name} has more than {Image.MAX_IMAGE_PIXELS} pixels, which may be a decompression "
-                         "bomb; shrink it first.") from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{prefix}{name} is no image file that Pillow knows, or it is damaged.") from error
-
-
-def _to_rgb(image: Image.Image, prefix: str, name: str) -> Image.Image:
-    try:
-        image.load()
-        if image.mode.startswith("I;16") or image.mode == "I":
-            # Pillow clips 16 bits to 8; a scan would come out white
-            eight_bits = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
-            return Image.fromarray(eight_bits).convert("RGB")
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"{prefix}{name} is damaged and cannot be decoded ({error}).") from error

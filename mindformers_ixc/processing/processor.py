@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mindformers_ixc.config import CONFIG_FILE
-from mindformers_ixc.errors import ConfigError, PromptError
+from mindformers_ixc.errors import ConfigError, ImageError, PromptError, VideoError
 from mindformers_ixc.files import read_json
 from mindformers_ixc.processing.image import (
     HD_NUM_SEVERAL,
@@ -27,6 +27,7 @@ from mindformers_ixc.processing.image import (
     plan_partition,
 )
 from mindformers_ixc.processing.messages import History, read_history
+from mindformers_ixc.processing.pictures import check_exif, check_transparency, shown
 from mindformers_ixc.processing.prompt import (
     ANSWER_HEADER,
     ANSWER_PREFIX,
@@ -145,6 +146,9 @@ class ImageProcessor:
         hd_num_training: tiles of an image at most in training (public 18).
         training_transform: which transform training uses: `training`, the public one (scaled by 1.5, white padding
             split between both sides), or `inference`, so that a model sees in training what it will be asked about.
+        transparency: transparent pixels stand on `white`, as the padding does; `public` drops the alpha channel, as the
+            public code.
+        exif: `apply` turns pictures upright by their EXIF orientation; `ignore` does not, as the public code.
 
     Raises:
         PromptError: for sizes that do not divide or an unknown transform.
@@ -152,29 +156,38 @@ class ImageProcessor:
 
     def __init__(self, image_size: int = 560, patch_size: int = 14, hd_num: int = HD_NUM_SINGLE,
                  hd_num_several: int | None = None, hd_num_training: int = HD_NUM_TRAINING,
-                 training_transform: str = "training"):
+                 training_transform: str = "training", transparency: str = "white", exif: str = "ignore"):
         check_value("image_transform", training_transform, one_of(TRANSFORMS), PromptError)
+        check_transparency(transparency, error=PromptError)
+        check_exif(exif, error=PromptError)
         if image_size % (2 * patch_size):
             raise PromptError(f"image_size {image_size} is not a multiple of {2 * patch_size}, twice the patch size.")
         self.image_size, self.patch_size = image_size, patch_size
         self.hd_num, self.hd_num_training = hd_num, hd_num_training
         self.training_transform = training_transform
+        self.transparency, self.exif = transparency, exif
         self.hd_num_several = min(hd_num, HD_NUM_SEVERAL) if hd_num_several is None else hd_num_several
         self.tokens_per_side = image_size // (2 * patch_size)
 
     @classmethod
-    def from_config(cls, fields: dict) -> ImageProcessor:
+    def from_config(cls, fields: dict, **options: Any) -> ImageProcessor:
         """The image processor of a model, from the fields of its config.json.
 
-        `hd_num` is there when this package has trained the model; the public file leaves it to the code.
+        `hd_num` is there when this package has trained the model; the public file leaves it to the code. `transparency`
+        and `exif` may be there.
+
+        Args:
+            fields: of the file.
+            **options: further arguments of the class, which go before the file's.
         """
         vision = fields.get("vision_config") or {}
-        options = {key: vision[key] for key in ("image_size", "patch_size") if key in vision}
-        return cls(**options, **({"hd_num": fields["hd_num"]} if "hd_num" in fields else {}))
+        sizes = {key: vision[key] for key in ("image_size", "patch_size") if key in vision}
+        said = {key: fields[key] for key in ("hd_num", "transparency", "exif") if key in fields}
+        return cls(**{**sizes, **said, **options})
 
     @classmethod
-    def from_directory(cls, directory: str | os.PathLike) -> ImageProcessor:
-        """The image processor of a model directory, from its config.json.
+    def from_directory(cls, directory: str | os.PathLike, **options: Any) -> ImageProcessor:
+        """The image processor of a model directory, from its config.json; `options` as in `from_config`.
 
         Raises:
             FileNotFoundError: when there is none.
@@ -183,7 +196,7 @@ class ImageProcessor:
         path = Path(directory) / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; a model directory holds config.json and the tokenizer.")
-        return cls.from_config(read_json(path, ConfigError))
+        return cls.from_config(read_json(path, ConfigError), **options)
 
     def hd_num_for(self, count: int, hd_num: int | None = None) -> int:
         """Tiles an image may take when `count` images come together; `hd_num` overrides the single-image value."""
@@ -214,15 +227,27 @@ class ImageProcessor:
         training_transform = training and self.training_transform == "training"
         tiles, grids = [], []
         for source in images:
-            if is_video(source):   # a video's board has its own size; hd_num does not apply (public rule)
-                padded = np.asarray(load_video(source, self.image_size))
-            else:
-                padded = partition_pixels(load_image(source, where), limit, self.image_size, training_transform)
+            padded = self._padded(source, where, limit, training_transform)
             grids.append(Grid(padded.shape[0] // self.image_size, padded.shape[1] // self.image_size))
             tiles.append(image_to_tiles(padded, self.image_size))
         if not tiles:
             return np.zeros((0, 3, self.image_size, self.image_size), np.float32), []
         return tiles[0] if len(tiles) == 1 else np.concatenate(tiles), grids
+
+    def _padded(self, source: ImageSource, where: str, hd_num: int, training_transform: bool) -> np.ndarray:
+        """uint8 `(rows * P, columns * P, 3)` of an image or video."""
+        prefix = f"{where}: " if where else ""
+        if is_video(source):   # a video's board has its own size; hd_num does not apply (public rule)
+            try:
+                return np.asarray(load_video(source, self.image_size))
+            except VideoError as error:
+                raise VideoError(f"{prefix}{error}") from error
+        image = load_image(source, where, self.transparency, self.exif)
+        try:
+            return partition_pixels(image, hd_num, self.image_size, training_transform)
+        except ImageError as error:
+            name = shown(source) if isinstance(source, (str, os.PathLike)) else "the picture"
+            raise ImageError(f"{prefix}{name} cannot be cut into tiles. {error}") from error
 
     def token_count(self, grid: Grid) -> int:
         """Positions an image takes in the sequence."""
@@ -267,14 +292,19 @@ class Processor:
         self._known = {text: tokenizer.encode_text(text) for text in ("\n", ANSWER_HEADER)}
 
     @classmethod
-    def from_directory(cls, directory: str | os.PathLike, control_tokens: bool = False) -> Processor:
+    def from_directory(cls, directory: str | os.PathLike, control_tokens: bool = False, **options: Any) -> Processor:
         """The processor of a model directory, from its config.json and tokenizer.model.
+
+        Args:
+            directory: the model directory.
+            **options: further arguments of the image processor: `transparency`, `exif`.
 
         Raises:
             FileNotFoundError: when one of the two is missing.
             ConfigError: when one of them is damaged.
         """
-        return cls(ImageProcessor.from_directory(directory), Tokenizer.from_directory(directory), control_tokens)
+        return cls(ImageProcessor.from_directory(directory, **options), Tokenizer.from_directory(directory),
+                   control_tokens)
 
     def __call__(self, text_input: str | None = None,
                  image_input: ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None = None,
@@ -373,17 +403,38 @@ class Processor:
         return sample
 
     def conversation_length(self, turns: Sequence[tuple[str, str]], image_sizes: Sequence[tuple[int, int]] = (),
-                            hd_num: int | None = None, where: str = "") -> tuple[int, int]:
-        """Positions and tiles `encode_conversation` would give, from the sizes of images and videos."""
+                            hd_num: int | None = None, where: str = "",
+                            images: Sequence[object] = ()) -> tuple[int, int]:
+        """Positions and tiles `encode_conversation` would give, from the sizes of images and videos.
+
+        Args:
+            turns: as in `encode_conversation`.
+            image_sizes: (width, height) of each image, `BoardSize` of each video.
+            hd_num: tiles of an image at most.
+            where: what the conversation belongs to, for messages.
+            images: the images' paths, for messages.
+
+        Raises:
+            PromptError: when places and images differ in number.
+            ImageError: for an image that cannot be partitioned.
+        """
         pieces = self._conversation(turns, len(image_sizes), where)
-        images = self.image_processor
-        limit = images.hd_num_training if hd_num is None else hd_num
-        training = images.training_transform == "training"
-        grids = [board_grid(size, images.image_size) if isinstance(size, BoardSize)
-                 else plan_partition(*size, limit, images.image_size, training).grid for size in image_sizes]
+        names = [shown(image) for image in images] or [f"picture {i}" for i in range(len(image_sizes))]
+        grids = [self._grid(size, hd_num, f"{where}{where and ', '}{name}") for size, name in zip(image_sizes, names)]
         positions = sum(len(self._ids(piece)) for piece in pieces)
         positions += sum(self.image_processor.token_count(grid) for grid in grids)
         return positions, sum(grid.tiles + 1 for grid in grids)
+
+    def _grid(self, size: tuple[int, int], hd_num: int | None, name: str) -> Grid:
+        """Tiles of an image or board of a size in training."""
+        images = self.image_processor
+        if isinstance(size, BoardSize):
+            return board_grid(size, images.image_size)
+        limit = images.hd_num_training if hd_num is None else hd_num
+        try:
+            return plan_partition(*size, limit, images.image_size, images.training_transform == "training").grid
+        except ImageError as error:
+            raise ImageError(f"{name}: {error}") from error
 
     def _conversation(self, turns: Sequence[tuple[str, str]], images: int, where: str) -> list[Piece]:
         """The pieces of a conversation for training, with a place for every picture."""

@@ -1,17 +1,21 @@
 """Videos to one tall or wide image: sampled frames, captioned and stacked, which then goes the way of any image."""
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mindformers_ixc.errors import VideoError
 from mindformers_ixc.processing.image import Grid, ImageSource, image_to_tiles
+from mindformers_ixc.processing.pictures import shown
+from mindformers_ixc.processing.video_process import VideoProcess
 
 # Public video loading: at most this many frames, one a second.
 FRAME_LIMIT = 32
@@ -26,8 +30,16 @@ LINE = 2
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
-# File names that are taken for videos where an image could stand as well.
-SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+# File names that are taken for videos where an image could stand as well: what decord's FFmpeg reads, the video streams
+# of MPEG-4, Matroska, AVI, Flash, Windows Media, 3GPP, MPEG (program and transport streams) and Ogg.
+SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".flv", ".f4v", ".wmv", ".asf", ".3gp", ".3g2", ".mpg",
+            ".mpeg", ".vob", ".ts", ".mts", ".m2ts", ".ogv")
+
+# FFmpeg follows a playlist (HLS, DASH, SDP, its own list) under any name to files and addresses that nobody named; it
+# knows one by its first bytes.
+HEAD = 4096
+PLAYLIST = re.compile(rb"\A(#EXTM3U|ffconcat version)|<MPD|<CompositionPlaylist|^(v=0\r?$|c=IN IP)|\A\s*\[playlist\]",
+                      re.MULTILINE)
 
 
 def is_video(source: ImageSource) -> bool:
@@ -53,13 +65,13 @@ def sample_frames(frame_count: int, fps: float, limit: int = FRAME_LIMIT) -> lis
         raise VideoError(f"The limit of frames of a video is {limit}; it must be at least 1.")
     if not math.isfinite(fps):
         raise VideoError(f"The frame rate of a video is {fps}; it must be a finite number of frames a second.")
-    picked = list(range(0, frame_count, max(1, round(fps))))
+    picked: Sequence[int] = range(0, frame_count, max(1, round(fps)))   # no list: a damaged file may say any number
     if len(picked) > limit:
         # the divisor is one above the limit: the last second is never reached (public rule); the step is rounded to
         # double precision before it is multiplied, as there, which decides about some whole numbers (45 seconds, i 11)
         step = len(picked) / (limit + 1)
         picked = [picked[int(i * step)] for i in range(limit)]
-    return picked
+    return list(picked)
 
 
 def read_frames(source: ImageSource, limit: int = FRAME_LIMIT, indices: Sequence[int] | None = None,
@@ -79,75 +91,51 @@ def read_frames(source: ImageSource, limit: int = FRAME_LIMIT, indices: Sequence
         VideoError: for a missing, empty, damaged or frameless file, frame numbers it does not have or a source that is
             no path.
     """
-    path = _existing_file(source)
-    reader, count, fps = _open_video(path)
-    numbers = sample_frames(count, fps, limit) if indices is None else [int(index) for index in indices]
-    wrong = [number for number in numbers if not 0 <= number < count]
-    if wrong or not numbers:
-        asked = f"{wrong[0]} was" if wrong else "none were"
-        raise VideoError(f"Frames of the video {path} are numbered 0 to {count - 1}; {asked} asked for.")
-    frames = []
-    for number in numbers:
-        try:
-            frame = _rgb_frame(reader[number].asnumpy())
-        except Exception as error:
-            raise _undecodable(path, error) from error
-        frames.append(frame if transform is None else transform(frame))
-    return frames
+    with _open_video(source) as video:
+        numbers = _sampled(video, limit) if indices is None else [int(index) for index in indices]
+        wrong = [number for number in numbers if not 0 <= number < video.count]
+        if wrong or not numbers:
+            asked = f"{wrong[0]} was" if wrong else "none were"
+            raise VideoError(f"Frames of the video {video.path} are numbered 0 to {video.count - 1}; {asked} asked "
+                             "for.")
+        frames = map(Image.fromarray, video.frames(numbers))
+        return [frame if transform is None else transform(frame) for frame in frames]
 
 
-def frame_count(source: str | os.PathLike) -> tuple[int, float]:
-    """Number of frames of a video file, and frames a second.
-
-    Raises:
-        VideoError: when the file cannot be read.
-    """
-    _, count, fps = _open_video(_existing_file(source))
-    return count, fps
-
-
-def _open_video(path: Path) -> tuple[Any, int, float]:
-    """decord's reader with number of frames and frames a second."""
+def _sampled(video: VideoProcess, limit: int) -> list[int]:
     try:
-        # here, not above: only videos need the codecs, and loaded before MindSpore decord makes its import abort
-        import decord  # noqa: PLC0415
-    except ImportError as error:
-        raise VideoError(f"The video {path} needs the package decord, which cannot be imported ({error}); install it "
-                         "with pip (decord2 on aarch64).") from error
-    try:
-        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-        count, fps = len(reader), float(reader.get_avg_fps())
-    except Exception as error:   # decord raises its own untyped errors
-        raise _undecodable(path, error) from error
-    if count == 0:
-        raise VideoError(f"The video {path} has no frames; a video needs at least one.")
-    return reader, count, fps
+        return sample_frames(video.count, video.fps, limit)
+    except VideoError as error:
+        raise VideoError(f"The video {video.path} cannot be sampled: {error}") from error
 
 
-def _rgb_frame(pixels: np.ndarray) -> Image.Image:
-    """A decoded frame uint8 `(height, width, channels)` as an RGB image."""
-    height, width = pixels.shape[:2]
-    # of narrow videos decord2 3.4 (aarch64) shows the padding at the end of each row of bytes as a fourth channel, and
-    # its get_batch fails on them
-    return Image.fromarray(np.ascontiguousarray(pixels.reshape(height, -1)[:, :3 * width]).reshape(height, width, 3))
+def _open_video(source: ImageSource) -> VideoProcess:
+    video = VideoProcess(_existing_file(source))
+    if video.count < 1:
+        video.close()
+        raise VideoError(f"The video {video.path} has no frames; a video needs at least one.")
+    return video
 
 
 def _existing_file(source: ImageSource) -> Path:
     if not isinstance(source, (str, os.PathLike)):
         raise VideoError(f"A video must be given as the path of its file; found {type(source).__name__}.")
-    path = Path(source)
-    if not path.exists():
-        raise VideoError(f"The video {path} does not exist.")
+    path, name = Path(source), shown(source)
+    if not os.path.exists(path):
+        raise VideoError(f"The video {name} does not exist.")
     if not path.is_file():
-        raise VideoError(f"The video {path} is a folder, not a file; name the file inside it.")
+        kind = "a folder, not a file; name the file inside it" if path.is_dir() else "no regular file"
+        raise VideoError(f"The video {name} is {kind}.")
     if path.stat().st_size == 0:
-        raise VideoError(f"The video {path} is empty (0 bytes); fetch it again.")
+        raise VideoError(f"The video {name} is empty (0 bytes); fetch it again.")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+    except OSError as error:
+        raise VideoError(f"The video {name} cannot be read ({error.strerror or error}).") from error
+    if PLAYLIST.search(head):
+        raise VideoError(f"The video {name} is a playlist, which names other files or addresses; name a video itself.")
     return path
-
-
-def _undecodable(path: Path, error: Exception) -> VideoError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-    return VideoError(f"The video {path} cannot be decoded; it is damaged, truncated or no video ({reason}).")
 
 
 def frames_to_board(frames: Sequence[Image.Image]) -> Image.Image:
@@ -250,13 +238,24 @@ def board_size(source: str | os.PathLike, limit: int = FRAME_LIMIT) -> BoardSize
     Raises:
         VideoError: when the file cannot be read.
     """
-    frame = read_frames(source, limit, indices=[0])[0]
-    count, fps = frame_count(source)
-    width, height = _frame_size(*frame.size)
-    shown = len(sample_frames(count, fps, limit))
-    if frame.width > frame.height:
-        return BoardSize(width, (CAPTION + height + GAP) * shown)
-    return BoardSize((width + GAP) * shown, CAPTION + height)
+    with _open_video(source) as video:
+        frame = next(video.frames([0]))
+        frames = len(_sampled(video, limit))
+    landscape = frame.shape[1] > frame.shape[0]
+    with _named(source):
+        width, height = _frame_size(frame.shape[1], frame.shape[0])
+    if landscape:
+        return BoardSize(width, (CAPTION + height + GAP) * frames)
+    return BoardSize((width + GAP) * frames, CAPTION + height)
+
+
+@contextlib.contextmanager
+def _named(source: ImageSource) -> Iterator[None]:
+    """Names the video in errors about its frames."""
+    try:
+        yield
+    except VideoError as error:
+        raise VideoError(f"The video {source!s}: {error}") from error
 
 
 def board_grid(size: BoardSize, tile_size: int = 560) -> Grid:
@@ -285,10 +284,12 @@ def load_video(source: ImageSource, tile_size: int = 560, limit: int = FRAME_LIM
 
     def shrink(frame: Image.Image) -> Image.Image:
         sizes.append(frame.size)
-        return _shrink(frame)
+        with _named(source):
+            return _shrink(frame)
 
     frames = read_frames(source, limit, transform=shrink)
-    _check_sizes(sizes)
+    with _named(source):
+        _check_sizes(sizes)
     board = _board(frames, sizes[0][0] > sizes[0][1])
     del frames   # not to be held beside the board and its resized copies
     return fit_board(board, tile_size)

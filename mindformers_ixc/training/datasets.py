@@ -13,13 +13,13 @@ from mindspore.dataset import GeneratorDataset, Sampler
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.data.conversations import CAPTION_PROMPTS, load_sources, read_image_sizes
-from mindformers_ixc.data.fitting import fit_pairs, fit_samples
+from mindformers_ixc.data.fitting import check_bad_pictures, fit_pairs, fit_samples
 from mindformers_ixc.data.mixture import EpochPlanner, make_epoch_planner
 from mindformers_ixc.data.packing import pack_samples
 from mindformers_ixc.data.preferences import REFERENCE_COLUMN, PreferenceTable, load_preferences
 from mindformers_ixc.data.rows import MAX_BAD_SHARE, ConversationTable, make_processor
 from mindformers_ixc.data.sampling import PlanSampler
-from mindformers_ixc.errors import DataError
+from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.processing.processor import Processor
 
@@ -76,17 +76,18 @@ class IXC25DataLoader:
         seed: of sampling and shuffling.
         caption_prompts: questions for samples that are captions, one chosen at random for each.
         mixture: weights of the sources (`mindformers_ixc.data.mixture`); without, an epoch has every sample once.
+        exif: what is done about the pictures' orientation, as in `ImageProcessor`.
     """
 
     def __init__(self, dataset_dir: str, image_folder: str | None = None, shuffle: bool = True, seed: int = 0,
                  caption_prompts: Sequence[str] = CAPTION_PROMPTS, mixture: dict | None = None,
-                 image_root: str | None = None, ignore_keys: Sequence[str] = ()):
+                 image_root: str | None = None, ignore_keys: Sequence[str] = (), exif: str = "ignore"):
         self.shuffle, self.seed, self.mixture = shuffle, seed, mixture
         if not caption_prompts or not all(isinstance(prompt, str) for prompt in caption_prompts):
             raise DataError(f"train_dataset.data_loader.caption_prompts is {caption_prompts!r}, expected a list of "
                             "questions.")
         self.samples = load_sources(dataset_dir, image_folder, seed, caption_prompts, image_root, ignore_keys or ())
-        read_image_sizes(self.samples)
+        read_image_sizes(self.samples, exif)
 
 
 @MindFormerRegister.register(MindFormerModuleType.DATASET)
@@ -117,9 +118,10 @@ def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, Ep
     options = {key: value for key, value in config.data_loader.items() if key != "type"}
     mixture = dict(options.pop("mixture")) if options.get("mixture") else None
     seed = config.seed or 0
-    loader = IXC25DataLoader(seed=seed, mixture=mixture, **options)
     processor, hd_num = section_processor(config), config.hd_num or HD_NUM_TRAINING
-    fitted = fit_samples(processor, loader.samples, config.seq_length, config.max_tiles, hd_num)
+    loader = IXC25DataLoader(seed=seed, mixture=mixture, exif=processor.image_processor.exif, **options)
+    share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
+    fitted = fit_samples(processor, loader.samples, config.seq_length, config.max_tiles, hd_num, share)
     samples, packs = [entry.sample for entry in fitted], None
     names = list(dict.fromkeys(sample.source for sample in loader.samples))
     if config.packing:
@@ -127,7 +129,6 @@ def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, Ep
                              [(sample.source, bool(sample.images)) for sample in samples], config.seq_length,
                              config.max_tiles, seed)
         logger.info(f"{len(samples)} samples are packed into {len(packs)} sequences.")
-    share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
     table = ConversationTable(processor, samples, config.seq_length, config.max_tiles, hd_num, share, packs,
                               list(config.input_columns or BATCH_COLUMNS), seed)
     multimodal = [table.is_multimodal(i) for i in range(len(table))]
@@ -161,16 +162,24 @@ def _preference_table(config: MindFormerConfig) -> PreferenceTable:
     files = loader.dataset_dir if isinstance(loader.dataset_dir, (list, tuple)) else [loader.dataset_dir]
     pairs = [pair for path in files for pair in load_preferences(path, loader.image_folder, loader.image_root,
                                                                  loader.ignore_keys or ())]
-    read_image_sizes([chosen for chosen, _, _ in pairs])
+    processor, hd_num = section_processor(config), config.hd_num or HD_NUM_TRAINING
+    read_image_sizes([chosen for chosen, _, _ in pairs], processor.image_processor.exif)
     columns = list(config.input_columns or BATCH_COLUMNS)
     if REFERENCE_COLUMN in columns and any(logps is None for _, _, logps in pairs):
         raise DataError(f"train_dataset.input_columns has {REFERENCE_COLUMN}, but not every pair has that field; "
                         "leave the column out, and the model without the pair is the reference.")
-    processor, hd_num = section_processor(config), config.hd_num or HD_NUM_TRAINING
     pairs = [(chosen, replace(rejected, sizes=chosen.sizes), logps) for chosen, rejected, logps in pairs]
     shapes = (config.seq_length, config.max_tiles, hd_num)
-    # a pair is one question and answer: both sides are measured whole
-    measured = [[fit_pairs(processor, side, *shapes) for side in pair[:2]] for pair in pairs]
+    share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
+    measured, usable, bad = [], [], []
+    for pair in pairs:      # a pair is one question and answer: both sides are measured whole
+        try:
+            measured.append([fit_pairs(processor, side, *shapes) for side in pair[:2]])
+            usable.append(pair)
+        except ImageError as error:
+            bad.append(error)
+    check_bad_pictures(bad, len(pairs), share)
+    pairs = usable
     fitting = [pair for pair, sides in zip(pairs, measured) if all(count for count, _ in sides)]
     if len(fitting) < len(pairs):
         longest = max(positions for sides in measured for _, (positions, _) in sides)
@@ -180,6 +189,5 @@ def _preference_table(config: MindFormerConfig) -> PreferenceTable:
             raise DataError(f"{message}, so nothing is left to train on; raise them.")
         logger.warning(f"{message} and are left out.")
     chosen, rejected, logps = zip(*fitting)
-    share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
     return PreferenceTable(processor, chosen, rejected, logps, seq_length=config.seq_length,
                            max_tiles=config.max_tiles, hd_num=hd_num, max_bad_share=share, columns=columns, seed=seed)

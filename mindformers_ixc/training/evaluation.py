@@ -90,7 +90,7 @@ class HeldOut:
         loader = data.data_loader or {}      # what it says of trust and of keys holds for held-out samples too
         samples = load_sources(options["dataset_dir"], options["image_folder"], image_root=loader.get("image_root"),
                                ignore_keys=loader.get("ignore_keys") or ())
-        read_image_sizes(samples)
+        read_image_sizes(samples, self.processor.image_processor.exif)
         fitted = fit_samples(self.processor, samples, data.seq_length, data.max_tiles, hd_num)
         self.samples = [entry.sample for entry in fitted[:options["max_samples"]]]
         self.shape = (data.seq_length, data.max_tiles, hd_num)

@@ -24,7 +24,7 @@ from mindformers_ixc.files import read_json_list, write_whole
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.loss import TokenLosses
-from mindformers_ixc.processing.processor import ImageProcessor, Processor
+from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.resources import resolve_path
 
 
@@ -49,7 +49,7 @@ class AnswerLogps(nn.Cell):
 def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "write", hd_num: int | None = None,
                         image_transform: str = "training", image_folder: str | None = None,
                         batch_size: int = 4, image_root: str | None = None, ignore_keys: Sequence[str] = (),
-                        control_tokens: bool = False) -> int:
+                        control_tokens: bool = False, image_options: dict | None = None) -> int:
     """Writes a preference file again with `reference_logps` in every pair.
 
     Args:
@@ -64,6 +64,7 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
         image_root: a folder that every picture and video must lie in.
         ignore_keys: keys of pairs that are not read.
         control_tokens: as in the run to come, see `Processor`.
+        image_options: arguments of `ImageProcessor`, as in the run to come: `transparency`, `exif`.
 
     Returns:
         Number of pairs.
@@ -72,9 +73,9 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
         DataError: for unusable pairs.
     """
     pairs = load_preferences(pairs_file, image_folder, image_root, ignore_keys)
-    read_image_sizes([chosen for chosen, _, _ in pairs])
-    processor = _processor(model, image_transform)
+    processor = _processor(model, image_transform, image_options)
     processor.control_tokens = control_tokens
+    read_image_sizes([chosen for chosen, _, _ in pairs], processor.image_processor.exif)
     answers = [answer for chosen, rejected, _ in pairs for answer in (chosen, replace(rejected, sizes=chosen.sizes))]
     logps = _answer_logps(model, mode, processor, answers, hd_num, batch_size).reshape(-1, 2)
     rows = read_json_list(pairs_file, "pair")
@@ -90,19 +91,16 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
     return len(rows)
 
 
-def _processor(model: str, image_transform: str) -> Processor:
-    processor = Processor.from_directory(model)
-    images = processor.image_processor
-    return Processor(ImageProcessor(images.image_size, images.patch_size, hd_num=images.hd_num,
-                                              hd_num_training=images.hd_num_training,
-                                              training_transform=image_transform), processor.tokenizer)
+def _processor(model: str, image_transform: str, image_options: dict | None = None) -> Processor:
+    return Processor.from_directory(model, training_transform=image_transform, **(image_options or {}))
 
 
 def _answer_logps(directory: str, mode: str, processor: Processor, answers: Sequence[Conversation],
                   hd_num: int | None, batch_size: int) -> np.ndarray:
     """Log-probability of each answer, float32 `(len(answers),)`; one shape for all, so one graph."""
     hd_num = hd_num or _own_hd_num(directory) or processor.image_processor.hd_num_training
-    sizes = [processor.conversation_length(answer.turns, answer.sizes, hd_num) for answer in answers]
+    sizes = [processor.conversation_length(answer.turns, answer.sizes, hd_num, answer.where, answer.images)
+             for answer in answers]
     length, tiles = (max(size[i] for size in sizes) for i in (0, 1))
     model = AnswerLogps(load_model(directory, adapter_mode=mode, seq_length=length, max_tiles=max(1, tiles)))
     found: list[float] = []

@@ -1,9 +1,11 @@
 """The video rule: reference outputs, closed formulae, the board's geometry, what is asked of the decoder, bad files."""
 from __future__ import annotations
 
+import io
+import json
 import math
-import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import parity_video
@@ -14,8 +16,18 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from PIL import Image
 
 from mindformers_ixc.errors import VideoError
+from mindformers_ixc.processing import video_decoder, video_process
 from mindformers_ixc.processing.image import image_to_tiles
-from mindformers_ixc.processing.video import fit_board, frames_to_board, load_video, read_frames, sample_frames
+from mindformers_ixc.processing.processor import ImageProcessor
+from mindformers_ixc.processing.video import (
+    fit_board,
+    frames_to_board,
+    is_video,
+    load_video,
+    read_frames,
+    sample_frames,
+)
+from mindformers_ixc.processing.video_process import VideoProcess
 from mindformers_ixc.registration import IXC25VideoProcessor
 
 OPTIONS = settings(deadline=None, max_examples=60)
@@ -59,19 +71,46 @@ def test_slow_videos_give_every_frame():
 
 # Decoding
 
+def served(path, *numbers) -> list:
+    """What the decoder's program answers about a video, here in this process: messages, and frames as arrays."""
+    lines = [json.dumps({"path": str(path)}), *(json.dumps({"frames": [number]}) for number in numbers)]
+    answers = io.BytesIO()
+    video_decoder.serve(io.BytesIO("".join(line + "\n" for line in lines).encode()), answers)
+    answers.seek(0)
+    found = []
+    for line in answers:
+        found.append(json.loads(line))
+        if "size" in found[-1]:
+            height, width = found[-1]["size"]
+            found[-1] = np.frombuffer(answers.read(height * width * 3), np.uint8).reshape(height, width, 3)
+    return found
+
+
 def test_only_the_sampled_frames_are_decoded(goldens, monkeypatch):
+    asked, real = [], VideoProcess.frames
+
+    def counted(self, numbers):
+        asked.extend(numbers)
+        return real(self, numbers)
+
+    monkeypatch.setattr(VideoProcess, "frames", counted)
+    assert len(read_frames(goldens / "video_long.mp4", limit=3)) == 3
+    assert asked == sample_frames(300, 5.0, 3)
+
+
+def test_the_program_decodes_a_frame_when_it_is_asked_for(goldens, monkeypatch):
     import decord
 
     numbers, real = [], decord.VideoReader.__getitem__
-
-    def counted(self, number):
-        numbers.append(number)
-        return real(self, number)
-
-    monkeypatch.setattr(decord.VideoReader, "__getitem__", counted)
+    monkeypatch.setattr(decord.VideoReader, "__getitem__",
+                        lambda self, number: numbers.append(number) or real(self, number))
     monkeypatch.delattr(decord.VideoReader, "get_batch")
-    assert len(read_frames(goldens / "video_long.mp4", limit=3)) == 3
-    assert numbers == sample_frames(300, 5.0, 3)
+    opened, last, first = served(goldens / "video_port.mp4", 32, 0)
+    assert numbers == [32, 0]
+    assert opened == {"count": 33, "fps": 8.0}
+    expected = read_frames(goldens / "video_port.mp4", indices=[32, 0])
+    assert np.array_equal(last, expected[0])
+    assert np.array_equal(first, expected[1])
 
 
 def test_frames_can_be_named(goldens):
@@ -102,8 +141,8 @@ def test_padding_of_rows_is_not_part_of_the_picture(monkeypatch, goldens):
 
     expected = dict(zip((0, 8), read_frames(goldens / "video_port.mp4", indices=[0, 8])))
     monkeypatch.setattr(decord.VideoReader, "__getitem__", lambda self, number: Padded(expected[number]))
-    found = read_frames(goldens / "video_port.mp4", indices=[8, 0])
-    assert [frame.size for frame in found] == [(96, 128)] * 2
+    _, *found = served(goldens / "video_port.mp4", 8, 0)
+    assert [frame.shape for frame in found] == [(128, 96, 3)] * 2
     assert np.array_equal(found[0], expected[8])
     assert np.array_equal(found[1], expected[0])
 
@@ -238,14 +277,118 @@ def test_other_sources_are_refused():
 
 
 def test_videos_without_frames_are_refused(goldens, monkeypatch):
-    import decord
+    real = VideoProcess.__init__
 
-    monkeypatch.setattr(decord.VideoReader, "__len__", lambda self: 0)
+    def empty(self, path):
+        real(self, path)
+        self.count = 0
+
+    monkeypatch.setattr(VideoProcess, "__init__", empty)
     with pytest.raises(VideoError, match=r"video_land\.mp4 has no frames"):
         read_frames(goldens / "video_land.mp4")
 
 
-def test_a_missing_decoder_is_named(goldens, monkeypatch):
-    monkeypatch.setitem(sys.modules, "decord", None)
-    with pytest.raises(VideoError, match="package decord"):
+def test_a_missing_decoder_is_named(goldens, monkeypatch, tmp_path):
+    (tmp_path / "decord.py").write_text("raise ImportError('none here')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(VideoError, match=r"package decord.*none here"):
         read_frames(goldens / "video_land.mp4")
+
+
+# The process that decodes
+
+def decoder(monkeypatch, tmp_path, source: str):
+    """Puts another module in decord's place, for the decoder's program alone."""
+    (tmp_path / "decord.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize(("source", "words"), [
+    ("import os; os.abort()", "signal 6"),
+    ("import os; os._exit(3)", "exit code 3"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "signal 11"),
+    ("bytearray(1 << 31)", "signal|MemoryError|decord"),
+    ("while True: pass", "longer than 1 seconds"),
+    ("import time; time.sleep(60)", "longer than 1 seconds"),
+    ("import os; os.write(1, b'noise')\nraise ImportError('after noise')", "after noise"),
+])
+def test_whatever_becomes_of_the_decoder_is_a_sentence(monkeypatch, tmp_path, goldens, source, words):
+    decoder(monkeypatch, tmp_path, source)
+    monkeypatch.setenv("MINDFORMERS_IXC_VIDEO_SECONDS", "1")
+    with pytest.raises(VideoError, match=words) as error:
+        read_frames(goldens / "video_land.mp4")
+    assert "video_land.mp4" in str(error.value)
+
+
+FAKE = """
+class Frame:
+    def asnumpy(self):
+        import numpy
+        return numpy.zeros({shape}, numpy.uint8)
+class VideoReader:
+    def __init__(self, *a, **k): pass
+    def __len__(self): return {count}
+    def get_avg_fps(self): return {fps}
+    def __getitem__(self, number): return Frame()
+def cpu(number): pass
+"""
+
+
+@pytest.mark.parametrize(("shape", "count", "fps", "words"), [
+    ("(2, 2, 3)", 3, "float('nan')", "frame rate"), ("(2, 2, 3)", 3, "float('inf')", "frame rate"),
+    ("(0, 2, 3)", 3, 1.0, "cannot be decoded"), ("(9000, 9000, 3)", 3, 1.0, "9000 x 9000 pixels"),
+    ("(1, 2000, 3)", 1, 1.0, "too elongated")])
+def test_what_a_damaged_file_says_of_itself_is_named(monkeypatch, tmp_path, goldens, shape, count, fps, words):
+    decoder(monkeypatch, tmp_path, FAKE.format(shape=shape, count=count, fps=fps))
+    with pytest.raises(VideoError, match=words) as error:
+        load_video(goldens / "video_land.mp4")
+    assert "video_land.mp4" in str(error.value)
+
+
+def test_any_number_of_frames_may_be_said(monkeypatch, tmp_path, goldens):
+    decoder(monkeypatch, tmp_path, FAKE.format(shape="(2, 4, 3)", count=1 << 40, fps=0.0))
+    assert len(read_frames(goldens / "video_land.mp4", limit=2)) == 2
+
+
+def test_senseless_limits_are_refused(monkeypatch, goldens):
+    monkeypatch.setenv("MINDFORMERS_IXC_VIDEO_MEMORY", "much")
+    with pytest.raises(VideoError, match=r"MINDFORMERS_IXC_VIDEO_MEMORY is 'much'"):
+        read_frames(goldens / "video_land.mp4")
+
+
+def test_a_busy_machine_makes_no_damaged_videos(monkeypatch, goldens):
+    """A process that waits for a processor is not counted as one that sleeps."""
+    monkeypatch.setattr(video_process, "_sleeps", lambda process: False)
+    monkeypatch.setattr(video_process, "TICK", 0.001)
+    assert len(read_frames(goldens / "video_land.mp4")) == 5
+    monkeypatch.setattr(video_process, "_sleeps", lambda process: True)
+    monkeypatch.setattr(video_process, "SECONDS", 0.002)
+    monkeypatch.setattr(video_process, "SECONDS_PER_MIB", 0)
+    with pytest.raises(VideoError, match="longer"):
+        read_frames(goldens / "video_land.mp4")
+
+
+@pytest.mark.parametrize("content", [b"#EXTM3U\n#EXT-X-TARGETDURATION:9\nhttp://127.0.0.1:9/x.ts\n",
+                                     b"ffconcat version 1.0\nfile /etc/hostname\n", b"v=0\r\nc=IN IP4 127.0.0.1\r\n",
+                                     b"<?xml version='1.0'?>\n<MPD xmlns='urn:mpeg:dash:schema:mpd:2011'></MPD>"])
+def test_playlists_are_refused_before_any_decoder_sees_them(tmp_path, monkeypatch, content):
+    (tmp_path / "list.mp4").write_bytes(content)
+    monkeypatch.setattr(video_process.subprocess, "Popen", None)
+    with pytest.raises(VideoError, match=r"list\.mp4 is a playlist"):
+        read_frames(tmp_path / "list.mp4")
+
+
+@pytest.mark.parametrize("suffix", [".flv", ".wmv", ".3gp", ".mpg", ".mpeg", ".ts", ".m4v", ".ogv", ".MP4"])
+def test_videos_under_other_names(tmp_path, goldens, suffix):
+    assert is_video(f"a/clip{suffix}")
+    assert not is_video("a/clip.jpg")
+    (tmp_path / f"bad{suffix}").write_bytes(b"x" * 100)
+    with pytest.raises(VideoError, match="cannot be decoded"):
+        ImageProcessor(56).preprocess(str(tmp_path / f"bad{suffix}"))
+
+
+def test_threads_decode_at_once(goldens):
+    names = ["video_land.mp4", "video_port.mp4"] * 2
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda name: len(read_frames(goldens / name)), names))
+    assert found == [5, 5, 5, 5]
