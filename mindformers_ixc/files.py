@@ -35,6 +35,7 @@ def whole_file(target: str | os.PathLike, sync: bool = False) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(target))
     partial = _beside(target)
+    partial.touch(exist_ok=False)       # made here, by no link that somebody else put there
     try:
         yield partial
         if target.exists():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import importlib
 import json
@@ -214,7 +215,7 @@ def built_value(data: bytes, words: tuple[str, ...], template: Any) -> Any:
             if not inner or not isinstance(inner[what % len(inner)], (dict, list)):
                 break
             place = inner[what % len(inner)]
-        odd = choices[how % len(choices)]
+        odd = copy.deepcopy(choices[how % len(choices)])
         if isinstance(place, dict):
             keys = [*place, *words]
             key = keys[what % len(keys)]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -86,7 +87,7 @@ def _format(parameter: Parameter) -> str:
 
 def save_model_directory(model: nn.Cell, target: str | os.PathLike,
                          tokenizer_file: str | os.PathLike | None = None, hd_num: int | None = None,
-                         parameters: list[str] | None = None) -> None:
+                         parameters: list[str] | None = None, image_options: dict[str, Any] | None = None) -> None:
     """Writes a model directory, replacing an older one at the same place.
 
     Args:
@@ -95,12 +96,15 @@ def save_model_directory(model: nn.Cell, target: str | os.PathLike,
         tokenizer_file: SentencePiece model to copy; without one the directory has no tokenizer.
         hd_num: tiles of the dynamic partition the model was trained with; the processor's default from then on.
         parameters: names of what to write (what `mindformers merge --attach` takes); by default everything.
+        image_options: further arguments of `ImageProcessor` that the model was trained with and that are not its
+            defaults: `transparency`, `exif`.
     """
     with whole_folder(target) as folder:
         config = model.config.to_public_dict()
         config["torch_dtype"] = str(next(iter(model.get_parameters())).dtype).lower()
         if hd_num is not None:
             config["hd_num"] = hd_num
+        config.update(image_options or {})
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer_file is not None:
             Tokenizer(str(tokenizer_file)).save_pretrained(str(folder))

@@ -230,7 +230,8 @@ def _open_index(path: Path, index: Path) -> OpenedCheckpoint:
         raise CheckpointError(f"{index} names {outside!r:.80}, which is no file inside {path}.")
     missing = [f"{name:.80}" for name in names if not os.path.isfile(path / name)]
     if missing:
-        raise CheckpointError(f"{index} names the shards {', '.join(missing[:5])}, which are not in {path}; copy them too.")
+        raise CheckpointError(f"{index} names the shards {', '.join(missing[:5])}, which are not in {path}; copy "
+                              "them too.")
     files = [path / name for name in names]
     parts = {file: read_file(file) for file in files}
     tensors = _merge(parts)

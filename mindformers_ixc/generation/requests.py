@@ -13,7 +13,7 @@ from PIL import Image
 from mindformers_ixc import errors
 from mindformers_ixc.errors import DataError, PromptError
 from mindformers_ixc.files import decode_text, parse_json, text_lines
-from mindformers_ixc.processing.messages import read_messages
+from mindformers_ixc.processing.messages import read_history, read_messages
 from mindformers_ixc.resources import resolve_path
 from mindformers_ixc.sections import hint, is_whole
 
@@ -118,8 +118,8 @@ def read_request(value: object) -> dict:
         raise PromptError(f"a request needs the key 'query' with a text, or 'messages' with a list; found {found}.")
     for key in ("query", "meta_instruction"):
         _check_text(given.get(key, ""), key)
-    _check_history(given.get("history", ()))
-    return {**given, "images": _read_images(given.get("images", []))}
+    history = {"history": read_history(given["history"])} if "history" in given else {}
+    return {**given, "images": _read_images(given.get("images", [])), **history}
 
 
 def _read_images(images: Any) -> list:
@@ -138,21 +138,6 @@ def _check_text(value: object, name: str) -> None:
     if half:
         raise PromptError(f"{name} has \\u{ord(half):04x}, half of a surrogate pair, which is no character; write the "
                           "whole pair or take it out.")
-
-
-def _check_history(history: Any) -> None:
-    if not isinstance(history, (list, tuple)):
-        raise PromptError(f"history must be a list of pairs (question, answer), found {_found(history)}.")
-    for number, turn in enumerate(history):
-        name = f"history[{number}]"
-        if isinstance(turn, Mapping):
-            for key, text in turn.items():
-                _check_text(text, f"{name}.{key}")
-        elif isinstance(turn, (list, tuple)) and len(turn) == 2:
-            _check_text(turn[0], f"{name}[0]")
-            _check_text(turn[1], f"{name}[1]")
-        else:
-            raise PromptError(f"{name} must be a pair of texts (question, answer), found {_found(turn)}.")
 
 
 def _check_messages(messages: Any) -> None:

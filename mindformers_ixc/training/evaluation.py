@@ -222,6 +222,7 @@ class Evaluation(Callback):
         if any(metric in SCORES for metric in metrics):
             row.update(score_answers(*self.held_out.answers(self._assistant(model)),
                                      [metric for metric in metrics if metric in SCORES]))
+            self._assistant(model).engine.caches.clear()      # memory that training needs
         model.set_train(True)
         rows = [old for old in self._rows() if old["step"] < step] + [row]
         try:

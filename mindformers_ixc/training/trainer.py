@@ -289,7 +289,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         """Writes a model directory below the run's folder, with all parameters or some."""
         data = self.config.train_dataset
         save_model_directory(self.trained_model, os.path.join(get_output_root_path(), name),
-                             data.tokenizer.vocab_file, data.hd_num, parameters)
+                             data.tokenizer.vocab_file, data.hd_num, parameters,
+                             {key: data[key] for key in ("transparency", "exif") if data.get(key)})
 
     def predict(self, config=None, input_data=None, network=None, tokenizer=None, **kwargs):
         """Answers the questions of a JSON-lines file with the model directory `load_checkpoint`.

@@ -197,7 +197,7 @@ def test_control_tokens_of_a_data_section():
         check_dataset_section({**section, "control_tokens": "yes"})
     options = dict.fromkeys(("hd_num", "patch_size", "image_transform"))
     for given, expected in ((True, True), (None, False)):
-        config = SimpleNamespace(**options, image_size=56, control_tokens=given)
+        config = SimpleNamespace(**options, image_size=56, control_tokens=given, transparency=None, exif=None)
         assert make_processor(config, TOKENIZER).control_tokens is expected
 
 

@@ -108,10 +108,10 @@ def test_text_of_another_encoding_is_refused_with_its_place(tmp_path):
     ({}, "needs the key 'query'.*found nothing"),
     ({"query": "a", "images": [None]}, r"images\[0\] must be a path.*found null"),
     ({"query": "a", "images": {"path": 1}}, r"images\[0\] must be a path.*found an object of 1"),
-    ({"query": "a", "history": "x"}, 'history must be a list of pairs .*found "x"'),
-    ({"query": "a", "history": [["x"]]}, r"history\[0\] must be a pair of texts .*found a list of 1"),
-    ({"query": "a", "history": [["x", None]]}, r"history\[0\]\[1\] must be a text, found null"),
-    ({"query": "a", "history": [[b"x", "y"]]}, r"history\[0\]\[0\] must be a text"),
+    ({"query": "a", "history": "x"}, "history must be a list of pairs .*found str"),
+    ({"query": "a", "history": [["x"]]}, r"history\[0\]: must be a pair .*found list of 1"),
+    ({"query": "a", "history": [["x", None]]}, r"history\[0\], answer must be a text, found NoneType"),
+    ({"query": "a", "history": [[b"x", "y"]]}, r"history\[0\], question must be a text, found bytes"),
     ({"query": "a", "hd_num": 1.5}, "hd_num must be a whole number of at least 1, found the float 1.5"),
     ({"query": "a", "hd_num": 0}, "hd_num must be"),
     ({"query": "a", "meta_instruction": ["x"]}, "meta_instruction must be a text, found a list of 1"),
@@ -140,7 +140,7 @@ def test_what_has_the_wrong_type_is_named(request_, words):
 def test_what_is_right_stays_as_it_is():
     picture = Image.new("RGB", (2, 2))
     assert read_request("a") == {"query": "a", "images": []}
-    full = {"query": "a", "images": (picture, "b.jpg"), "history": [("x", "y"), ["x", "y"]], "meta_instruction": "m",
+    full = {"query": "a", "images": (picture, "b.jpg"), "history": [("x", "y"), ("x", "y")], "meta_instruction": "m",
             "hd_num": np.int64(3)}
     assert read_request(full) == {**full, "images": [picture, "b.jpg"]}
     nothing = {"query": "a", "images": None, "history": None, "meta_instruction": None, "hd_num": None}

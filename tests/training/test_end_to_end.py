@@ -52,7 +52,7 @@ class TestTinyRun:
         assert str(folder / "out" / "model") in lines[-2]
         assert lines[-1].strip().startswith("mindformers chat --model")
         assert sorted(path.name for path in (folder / "out" / "model").iterdir()) == [
-            "config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"]
+            "config.json", "digests.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"]
 
     @pytest.mark.parametrize(("picture", "answer"), [(CAT, "the face of a cat"), (RECEIPT, "a receipt"),
                                                      (ROCKET, "a tall rocket")])
