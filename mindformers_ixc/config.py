@@ -278,6 +278,8 @@ def _rule(name: str, field: Field) -> Rule:
     """What a field's value must be, by the type of its default."""
     if isinstance(field.default, (bool, str)):
         return of_type(type(field.default)) if name not in DTYPE_FIELDS else ANYTHING
+    if name in ROPE_FIELDS:       # read_rope refuses what they must not be
+        return ANYTHING
     if name in ("plora_alpha", "rms_norm_eps"):
         return above_0()
     if isinstance(field.default, int) or name == "hd_num":

@@ -147,7 +147,7 @@ def run_conversations(data: bytes) -> None:
 
 def run_prompts(data: bytes) -> None:
     """A question, a round before it and a system turn; a NUL byte stands between them."""
-    parts = (data.decode("utf-8", "surrogatepass" if data[:1] == b"s" else "replace") + "\0\0\0").split("\0")
+    parts = (data.decode("utf-8", "surrogateescape" if data[:1] == b"s" else "replace") + "\0\0\0").split("\0")
     processor().encode_chat(parts[0], history=[(parts[1], parts[2])], meta_instruction=parts[3])
 
 

@@ -31,7 +31,7 @@ scores_2d = arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=2
 
 @pytest.mark.parametrize("option", [
     {"max_new_tokens": 0}, {"max_new_tokens": -3}, {"max_new_tokens": 1.5}, {"max_new_tokens": True},
-    {"temperature": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")},
+    {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")},
     {"temperature": "1"}, {"top_k": -1}, {"top_k": 2.5}, {"top_p": 2}, {"top_p": -0.1}, {"top_p": float("nan")},
     {"repetition_penalty": 0}, {"repetition_penalty": None}, {"num_beams": 0}, {"num_beams": 1.0},
     {"length_penalty": float("inf")}, {"early_stopping": "always"}, {"early_stopping": 1}, {"do_sample": "yes"},
