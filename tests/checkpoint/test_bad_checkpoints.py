@@ -45,7 +45,7 @@ def test_missing_shard(model, tmp_path):
     shutil.rmtree(model)
     sharded = (tmp_path / "other").rename(tmp_path / "model")
     next(iter(sorted(sharded.glob("model-00002*")))).unlink()
-    refuse(sharded, tmp_path, r"names the shards \['model-00002-of-\d+\.safetensors'\], which are not in")
+    refuse(sharded, tmp_path, r"names the shards model-00002-of-\d+\.safetensors, which are not in")
 
 
 def test_shape_mismatch_shows_both_shapes(model, tmp_path):
