@@ -29,7 +29,9 @@ SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "model.ckpt")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 # What MindFormers and the step's cell save beside the parameters, and what averages of weights begin with.
-STATE_NAMES = ("epoch_num", "step_num", "loss_scale", "global_batch_size", "global_step", "scale_sense", "train_report")
+STATE_NAMES = ("epoch_num", "step_num", "loss_scale", "global_batch_size", "global_step", "scale_sense", "train_report",
+               "learning_rate", "weight_decay", "beta1_power", "beta2_power", "current_iterator_step",
+               "last_overflow_iterator_step")
 AVERAGE_PREFIX = "ema."
 
 # Wrappers of PyTorch that show in names: DistributedDataParallel around a model, torch.compile around any module.

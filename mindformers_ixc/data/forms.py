@@ -124,8 +124,6 @@ def read_form(row: object, where: str, ignore_keys: Iterable[str] = (), ask: Cal
     form = _form_of(row, where)
     if form == "caption":
         turns = [_Turn("user", _pieces(ask()), form), _Turn("assistant", [_text(row, form, where)], form)]
-        if not any(holds(row.get(key)) for key in MEDIA_KEYS):
-            raise DataError(f"{where}, field caption: there is no picture that it could describe.")
     elif form == "query":
         turns = [*_history(row, where), *_pair(row, "query", "response", where)]
     elif form == "instruction":
