@@ -344,7 +344,7 @@ class VisionConfig:
             raise ConfigError(f"vision_config.hidden_size {self.hidden_size} does not divide by "
                               f"vision_config.num_attention_heads {self.num_attention_heads}.")
         if self.hidden_act != "quick_gelu":
-            raise ConfigError(f"vision_config.hidden_act is '{self.hidden_act}'; the only choice is 'quick_gelu'.")
+            raise ConfigError(f"vision_config.hidden_act is '{self.hidden_act:.80}'; the only choice is 'quick_gelu'.")
 
     @property
     def patches_per_side(self) -> int:
@@ -476,7 +476,7 @@ class ModelConfig:
             raise ConfigError(f"num_attention_heads {self.num_attention_heads} does not divide by num_key_value_heads "
                               f"{self.num_key_value_heads}.")
         if self.hidden_act != "silu":
-            raise ConfigError(f"hidden_act is '{self.hidden_act}'; the only choice is 'silu'.")
+            raise ConfigError(f"hidden_act is '{self.hidden_act:.80}'; the only choice is 'silu'.")
         if self.bias or self.tie_word_embeddings:
             raise ConfigError(f"bias is {self.bias} and tie_word_embeddings is {self.tie_word_embeddings}; IXC2.5 has "
                               "neither, set both to False.")
@@ -498,7 +498,7 @@ class ModelConfig:
         check_value("vision_parallel", self.vision_parallel, one_of(VISION_PARALLEL))
         numbers = self.offset if isinstance(self.offset, (list, tuple)) else [self.offset]
         if self.offset != "auto" and not all(is_whole(number) for number in numbers):
-            raise ConfigError(f"offset is {self.offset!r}; it takes 0, a list with one number a pipeline stage, or "
+            raise ConfigError(f"offset is {self.offset!r:.80}; it takes 0, a list with one number a pipeline stage, or "
                               "auto.")
 
     @property
@@ -536,7 +536,7 @@ def _dtype(name: str, value: object) -> str:
     """A dtype's name from a name or MindSpore's type."""
     found = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(str(value).lower(), str(value).lower())
     if found not in DTYPES:
-        raise ConfigError(f"{name} is {value!r}; the choices are {', '.join(DTYPES)}.")
+        raise ConfigError(f"{name} is {value!r:.80}; the choices are {', '.join(DTYPES)}.")
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from mindformers_ixc.checkpoint.dtypes import FLOATING
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state
 from mindformers_ixc.checkpoint.tensors import LazyTensor
-from mindformers_ixc.config import ALIASES, FIELDS, MODE_ADAPTERS, VISION_FIELDS, ModelConfig
+from mindformers_ixc.config import ALIASES, FIELDS, MODE_ADAPTERS, VISION_FIELDS, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError, ConfigError
 from mindformers_ixc.parameters import BUFFERS, part_of
 from mindformers_ixc.rope import ROPE_FIELDS, read_rope
@@ -52,6 +52,23 @@ def pet_parts(section: Mapping | None) -> set[str]:
     if kind not in PET_PARTS:
         return set()
     return {f"task_lora.{section.get('task', 'web')}" if kind == "task_lora" else PET_PARTS[kind]}
+
+
+def begin(section: MutableMapping, source: OpenedCheckpoint, override: Collection[str] = ()) -> Recipe:
+    """Makes a YAML's `model_config` that of a checkpoint, in place.
+
+    Returns:
+        How the YAML's model differs from it.
+
+    Raises:
+        ConfigError: when the two contradict each other.
+    """
+    recipe = Recipe()
+    if source.config_file is not None:
+        recipe = adopt_configuration(section, read_config(source.config_file), str(source.config_file.parent), override)
+    recipe.new |= pet_parts(section.get("pet_config"))
+    recipe.outside_graph = source.kind == "ranks"
+    return recipe
 
 
 def adopt_configuration(section: MutableMapping, found: ModelConfig, directory: str,

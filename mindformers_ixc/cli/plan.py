@@ -9,6 +9,8 @@ from dataclasses import asdict
 from dataclasses import fields as fields_of
 from pathlib import Path
 
+from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.checkpoint.start import OVERRIDE, begin
 from mindformers_ixc.cli.run_config import check_fields
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml, tie_data_section
 from mindformers_ixc.errors import ConfigError
@@ -44,6 +46,13 @@ def read_memory(text: str, option: str = "--device_memory") -> int:
     return size
 
 
+def _adopt_start(fields: dict) -> None:
+    """Takes the sizes that a YAML leaves to the directory which its run starts with, where that directory is here."""
+    start, section = fields.get("load_checkpoint"), (fields.get("model") or {}).get("model_config")
+    if start and isinstance(section, dict) and Path(start).exists():
+        begin(section, open_source(start, verify=False), fields.get(OVERRIDE) or ())
+
+
 def plan(arguments: argparse.Namespace) -> int:
     """`mindformers plan`: prints whether a YAML fits a cluster, and how long its step takes.
 
@@ -61,6 +70,7 @@ def plan(arguments: argparse.Namespace) -> int:
     apply_overrides(fields, parse_overrides(arguments.rest))
     tie_data_section(fields)
     check_fields(fields, arguments.config)
+    _adopt_start(fields)
     memory, assumptions = _device_memory(arguments, fields), _assumptions(arguments)
     asked = read_workload(fields)
     workload: Workload | None

@@ -104,7 +104,7 @@ def _run_trainer(fields: dict) -> None:
     trainer = Trainer(config)
     if config.run_mode == "predict":
         trainer.predict(predict_checkpoint=config.load_checkpoint, input_data=config.input_data)
-    elif config.run_mode == "finetune":
+    elif config.run_mode == "finetune" or config.load_checkpoint:     # Trainer.train takes no notice of a checkpoint
         trainer.finetune(finetune_checkpoint=config.load_checkpoint)
     else:
         trainer.train()

@@ -11,12 +11,11 @@ from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.checkpoint.start import (
     OVERRIDE,
     Recipe,
-    adopt_configuration,
+    begin,
     describe_start,
     match_tensors,
-    pet_parts,
 )
-from mindformers_ixc.config import ALIASES, FIELDS, VISION_FIELDS, ModelConfig, read_config
+from mindformers_ixc.config import ALIASES, FIELDS, VISION_FIELDS, ModelConfig
 from mindformers_ixc.errors import CheckpointError, ConfigError
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.parameters import parameter_table
@@ -59,23 +58,6 @@ def adopt_start(fields: dict, say: bool = True) -> None:
     new = _check(section, source, recipe, bool(fields.get("use_parallel")))
     for line in [*lines, *describe_start(start, recipe, new)] if say else ():
         print(line, file=sys.stderr, flush=True)
-
-
-def begin(section: MutableMapping, source: OpenedCheckpoint, override: Collection[str] = ()) -> Recipe:
-    """Makes a YAML's `model_config` that of a checkpoint, in place.
-
-    Returns:
-        How the YAML's model differs from it.
-
-    Raises:
-        ConfigError: when the two contradict each other.
-    """
-    recipe = Recipe()
-    if source.config_file is not None:
-        recipe = adopt_configuration(section, read_config(source.config_file), str(source.config_file.parent), override)
-    recipe.new |= pet_parts(section.get("pet_config"))
-    recipe.outside_graph = source.kind == "ranks"
-    return recipe
 
 
 def _check(section: dict, source: OpenedCheckpoint, recipe: Recipe, parallel: bool) -> list[str]:

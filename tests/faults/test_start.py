@@ -1,0 +1,148 @@
+"""Faults of a run's start: missing weights, a YAML that contradicts them, odd configurations and surroundings."""
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+import mindformers_ixc_cli
+from mindformers_ixc.cli.yaml_file import load_yaml, parse_overrides, read_yaml
+from mindformers_ixc.config import FIELDS, VISION_FIELDS, ModelConfig, read_config
+from mindformers_ixc.errors import CheckpointError, ConfigError
+from mindformers_ixc.training.starting import adopt_start
+
+ODD = st.sampled_from([None, True, False, 0, -1, -2.5, 2 ** 63, 2 ** 4000, 1e308, float("nan"), float("inf"), "", "x",
+                       "4", [], [1], {}, {"a": 1}, [[]]])
+
+
+@pytest.fixture
+def start(goldens, tmp_path) -> Path:
+    """A copy of the small reference model, which may be changed."""
+    return Path(shutil.copytree(goldens / "t1", tmp_path / "start", ignore=shutil.ignore_patterns("*.npz", "bin")))
+
+
+def fields_from(folder: Path, **section) -> dict:
+    """Fields of a run that starts there."""
+    return {"run_mode": "finetune", "load_checkpoint": str(folder),
+            "model": {"model_config": {"type": "IXC25Config", "seq_length": 80, **section}}}
+
+
+def change_config(folder: Path, **values) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_a_run_gets_the_configuration_of_the_directory_it_starts_with(start):
+    change_config(start, plora_alpha=64, rope_theta=100.0)
+    adopt_start(fields := fields_from(start))
+    section = fields["model"]["model_config"]
+    assert (section["plora_alpha"], section["rope_theta"], section["seq_length"]) == (64, 100.0, 80)
+    with pytest.raises(ConfigError, match=r"plora_alpha is 8 in the YAML and 64 there.*override_model_config"):
+        adopt_start(fields_from(start, plora_alpha=8))
+    fields = {**fields_from(start, plora_alpha=8), "override_model_config": ["plora_alpha"]}
+    adopt_start(fields)
+    assert fields["model"]["model_config"]["plora_alpha"] == 8
+
+
+def test_a_run_without_a_checkpoint_has_nothing_to_override():
+    fields = {**fields_from(Path()), "load_checkpoint": "", "override_model_config": ["plora_alpha"]}
+    with pytest.raises(ConfigError, match="override_model_config is for runs that start with a checkpoint"):
+        adopt_start(fields)
+    with pytest.raises(FileNotFoundError, match="load_checkpoint: gone does not exist"):
+        adopt_start({**fields, "load_checkpoint": "gone"})
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_run_is_refused_where_a_parameter_is_missing(start, parallel):
+    weights = load_file(start / "model.safetensors")
+    del weights["output.weight"]
+    save_file(weights, start / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 parameters are missing \(first: output.weight\)"):
+        adopt_start({**fields_from(start), "use_parallel": parallel})
+
+
+def test_a_parallel_run_starts_with_what_mindformers_can_cut(start):
+    weights = {f"module.{name}": value for name, value in load_file(start / "model.safetensors").items()}
+    save_file(weights, start / "model.safetensors")
+    adopt_start(fields_from(start))
+    with pytest.raises(CheckpointError, match="mindformers convert"):
+        adopt_start({**fields_from(start), "use_parallel": True})
+
+
+def test_a_resumed_run_has_the_configuration_that_it_wrote_down(start, tmp_path):
+    adopt_start(fields := fields_from(start))
+    recorded = copy.deepcopy(fields["model"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run_config.json").write_text(json.dumps({"model": recorded, "layout": [1, 1, 1]}))
+    again = {**fields_from(start), "resume_training": True, "load_checkpoint": "", "output_dir": str(tmp_path / "out")}
+    adopt_start(again)
+    assert again["model"] == recorded
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(name=st.sampled_from([*FIELDS, *(f"vision_config.{name}" for name in VISION_FIELDS), "task_lora_ranks.sft",
+                             "rope_scaling.factor"]), value=ODD)
+def test_any_value_of_a_field_is_taken_or_refused_by_name(name, value):
+    section = {"vision_config": {}, "task_lora_ranks": {"sft": 4}, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    inner, _, key = name.rpartition(".")
+    (section[inner] if inner else section)[key or name] = value
+    try:
+        ModelConfig(**section)
+    except ConfigError as error:
+        assert len(str(error)) < 400
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be a whole number from 1"),
+    ({"num_hidden_layers": 10 ** 9}, "num_hidden_layers is 1000000000; it must be .* to 4096"),
+    ({"hidden_size": "64"}, "hidden_size is '64'"), ({"vision_config": [1]}, r"vision_config is \[1\]; .*a section"),
+    ({"task_lora_ranks": {"sft": 0}}, "task_lora_ranks.sft is 0"), ({"bias": 1}, "bias is 1; .*true or false"),
+    ({"plora_dropout": 1.0}, "plora_dropout is 1.0"), ({"hd_num": -1}, "hd_num is -1")])
+def test_a_value_of_a_config_file_is_named_with_the_file(start, change, words):
+    change_config(start, **change)
+    with pytest.raises(ConfigError, match=f"start: {words}"):
+        read_config(start)
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"a: " + b"[" * 1000, "is not .* YAML"), (b"a: &x\n  b: *x\n", "an alias"),
+    (b"a: 2024-99-99\n", "month must be"), ("a: 图片是什么".encode("gbk"), "is not UTF-8 text"),
+    (b"base_config: [3]\n", "base_config is"), (b"a: !!python/object:os.system {}\n", "not valid YAML"),
+    (b"? [a]\n: 1\n", "not valid YAML"), ("a: x".encode("utf-16"), "UTF-16 text")])
+def test_a_yaml_that_cannot_be_read_is_one_sentence(tmp_path, content, words):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"run\.yaml.*{words}"):
+        read_yaml(tmp_path / "run.yaml")
+
+
+def test_many_aliases_are_looked_at_once():
+    text = "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    assert len(load_yaml(text, "x")) == 30
+
+
+def test_a_value_of_the_command_line_that_is_no_yaml_is_named():
+    with pytest.raises(ConfigError, match=r"The value '\[1' is not valid YAML"):
+        parse_overrides(["--seed", "[1"])
+
+
+def test_a_byte_that_is_no_text_on_the_command_line(capsys):
+    assert mindformers_ixc_cli.main(["inspect", "caf\udce9"]) == 1
+    assert r"the argument 'caf\udce9' has a byte that is not UTF-8" in capsys.readouterr().err
+
+
+def test_logs_go_elsewhere_where_the_home_cannot_be_written(start):
+    environment = {key: value for key, value in os.environ.items() if key not in ("LOG_MF_PATH", "XDG_CACHE_HOME")}
+    command = [sys.executable, "-m", "mindformers_ixc_cli", "inspect", str(start)]
+    result = subprocess.run(command, env={**environment, "HOME": os.devnull}, capture_output=True, text=True,
+                            check=False)
+    assert result.returncode == 0 and "language" in result.stdout
+    assert "LOG_MF_PATH chooses another" in result.stderr
