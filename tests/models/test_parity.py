@@ -28,6 +28,7 @@ def test_gradients_of_every_parameter(goldens_more, mode, parameters):
     assert sum("AdamW" in row.check for row in rows) == (2 if mode == "base" else 0)
 
 
+@pytest.mark.slow
 def test_long_sequences_and_a_cache_beyond_the_trained_length(goldens_more):
     rows = parity_wide.check_logits(goldens_more / "t1") + parity_wide.check_cached(goldens_more / "t1")
     assert [row for row in rows if not row.passed] == []
