@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import mindformers_ixc_cli
+from mindformers_ixc.checkpoint.digests import write_digests
 from mindformers_ixc.cli.yaml_file import load_yaml, parse_overrides, read_yaml
 from mindformers_ixc.config import FIELDS, VISION_FIELDS, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError, ConfigError
@@ -75,6 +76,17 @@ def test_a_parallel_run_starts_with_what_mindformers_can_cut(start):
     save_file(weights, start / "model.safetensors")
     adopt_start(fields_from(start))
     with pytest.raises(CheckpointError, match="mindformers convert"):
+        adopt_start({**fields_from(start), "use_parallel": True})
+
+
+def test_weights_of_a_parallel_run_are_compared_with_their_digests(start, tmp_path):
+    weights = start / "model.safetensors"
+    write_digests(start)
+    adopt_start({**fields_from(start), "use_parallel": True})
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 64
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match="differs from its digest"):
         adopt_start({**fields_from(start), "use_parallel": True})
 
 
