@@ -50,7 +50,7 @@ def adopt_start(fields: dict, say: bool = True) -> None:
         return
     if not Path(start).exists():
         raise FileNotFoundError(f"load_checkpoint: {start} does not exist.")
-    # of a stand-alone run the weights are compared with their digests when they are loaded; MindFormers compares nothing
+    # a stand-alone run compares weights with their digests when it loads them; in a parallel one MindFormers loads
     source = open_source(start, verify=None if fields.get("use_parallel") else False)
     lines = []
     if source.config_file is None:
