@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,13 @@ from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.checkpoint.tensors import LazyTensor, PartOfTensor
 from mindformers_ixc.config import CONFIG_FILE
 from mindformers_ixc.device import is_parallel, rank
+from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.files import whole_folder
 from mindformers_ixc.parallel.slices import slices_of_rank
 from mindformers_ixc.processing.tokenizer import Tokenizer
+
+# The second side of a pair: Partial LoRA's and the task LoRAs', and that of MindFormers' own LoRA.
+SECOND_SIDE = re.compile(r"_B\.weight$|mindpet_delta_lora_[bB]$")
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -51,6 +56,10 @@ def load_weights(model: nn.Cell, directory: str | os.PathLike, recipe: Recipe | 
     wanted = {parameter.name: parameter for parameter in model.get_parameters()}
     shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
     parts, new = match_tensors(source, shapes, recipe)
+    for name in new:      # a pair has no effect while its second side is zero
+        if SECOND_SIDE.search(name) and wanted[name].asnumpy().any():
+            raise CheckpointError(f"{name} is not in {directory} and does not start at zero, so the model would not be "
+                                  "the checkpoint's; build the pair anew.")
     if is_parallel():
         own = slices_of_rank({name: tensor.shape for name, tensor in parts.items()}, model.config, rank())
         parts = {name: PartOfTensor(parts[name], slices) for name, slices in own.items()}

@@ -38,11 +38,13 @@ class Recipe:
         new: parts of the model that may be missing, each whole; they start without effect.
         left_out: parts that the checkpoint may hold and the model does not have.
         outside_graph: whether what the graph does not use may be missing: a parallel run saves nothing else.
+        overridden: fields that hold against the directory's configuration, with both values, as text.
     """
 
     new: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
     outside_graph: bool = False
+    overridden: list[str] = field(default_factory=list)
 
 
 def pet_parts(section: Mapping | None) -> set[str]:
@@ -88,18 +90,20 @@ def adopt_configuration(section: MutableMapping, found: ModelConfig, directory: 
         ConfigError: for a field that contradicts the directory's, with both values; for a field to override that the
             YAML does not have.
     """
-    left = set(override)
+    left, recipe = set(override), Recipe()
     for own, theirs in [(name, ALIASES[name]) for name in ALIASES if name in section]:
         section[theirs] = section.pop(own)
-    contradictions = list(_rotary(section, found, left))
     public = found.to_public_dict()
+    recipe.overridden = list(_overridden(section, public, left))
+    contradictions = list(_rotary(section, found, left))
     names = [name for name, entry in FIELDS.items() if entry.describes and name not in ROPE_FIELDS]
     contradictions += _adopt(section, public, names, "", left)
     vision = section.get("vision_config")
     if vision is None:
         vision = section["vision_config"] = {"type": "IXC25VisionConfig"}
+    if not isinstance(vision, MutableMapping):
+        raise ConfigError(f"model.model_config.vision_config is {vision!r:.80}; it must be a section.")
     contradictions += _adopt(vision, public["vision_config"], VISION_FIELDS, "vision_config.", left)
-    recipe = Recipe()
     contradictions += _task_loras(section, found.task_lora_ranks, recipe, left)
     if left:
         raise ConfigError(f"{OVERRIDE} names {', '.join(sorted(left))}, which the YAML's model_config does not have or "
@@ -112,6 +116,15 @@ def adopt_configuration(section: MutableMapping, found: ModelConfig, directory: 
                           f"made for what is there: take the key out of the YAML, or, to change the model on purpose, "
                           f"say --{OVERRIDE} \"[{', '.join(name for name, *_ in contradictions)}]\".")
     return recipe
+
+
+def _overridden(section: Mapping, public: Mapping, override: Iterable[str]) -> Iterable[str]:
+    """What is said of fields that a YAML changes on purpose."""
+    for name in sorted(override):
+        inner, _, key = name.rpartition(".")
+        ours, theirs = ((found.get(inner) or {}) if inner else found for found in (section, public))
+        if ours.get(key) is not None:
+            yield f"{name} {ours[key]!r:.80} instead of {theirs.get(key)!r:.80}"
 
 
 Contradictions = Iterable[tuple[str, Any, Any]]
@@ -243,6 +256,8 @@ def _advice(missing: list[str], surplus: list[str]) -> str:
 def describe_start(path: object, recipe: Recipe, new: list[str]) -> list[str]:
     """What there is to say about a start: pairs that are new, and pairs that are left out."""
     lines = []
+    if recipe.overridden:
+        lines.append(f"As {OVERRIDE} says, the model of {path} is changed: {', '.join(recipe.overridden)}.")
     if new:
         parts = ", ".join(sorted({str(part_of(name)) for name in new}))
         lines.append(f"{len(new)} parameters ({parts}) are not in {path}: the recipe adds them, and they start without "

@@ -9,18 +9,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import random_model
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mindformers.tools.register import MindFormerConfig
+from mindspore import Tensor
 from safetensors.numpy import load_file, save_file
 
 import mindformers_ixc_cli
+from mindformers_ixc import IXC25Config, IXC25ForCausalLM
 from mindformers_ixc.checkpoint.digests import write_digests
+from mindformers_ixc.checkpoint.model_directory import load_weights, save_model_directory
+from mindformers_ixc.checkpoint.start import Recipe
 from mindformers_ixc.cli.yaml_file import load_yaml, parse_overrides, read_yaml
 from mindformers_ixc.config import FIELDS, VISION_FIELDS, ModelConfig, read_config
+from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import CheckpointError, ConfigError
+from mindformers_ixc.files import read_metrics
+from mindformers_ixc.generation.loading import load_model
+from mindformers_ixc.training import datasets
 from mindformers_ixc.training.starting import adopt_start
 
+TINY = Path(__file__).parents[2] / "yaml_configs" / "ixc25_sft_tiny.yaml"
 ODD = st.sampled_from([None, True, False, 0, -1, -2.5, 2 ** 63, 2 ** 4000, 1e308, float("nan"), float("inf"), "", "x",
                        "4", [], [1], {}, {"a": 1}, [[]]])
 
@@ -42,7 +55,7 @@ def change_config(folder: Path, **values) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-def test_a_run_gets_the_configuration_of_the_directory_it_starts_with(start):
+def test_a_run_gets_the_configuration_of_the_directory_it_starts_with(start, capsys):
     change_config(start, plora_alpha=64, rope_theta=100.0)
     adopt_start(fields := fields_from(start))
     section = fields["model"]["model_config"]
@@ -52,6 +65,7 @@ def test_a_run_gets_the_configuration_of_the_directory_it_starts_with(start):
     fields = {**fields_from(start, plora_alpha=8), "override_model_config": ["plora_alpha"]}
     adopt_start(fields)
     assert fields["model"]["model_config"]["plora_alpha"] == 8
+    assert f"the model of {start} is changed: plora_alpha 8 instead of 64." in capsys.readouterr().err
 
 
 def test_a_run_without_a_checkpoint_has_nothing_to_override():
@@ -158,3 +172,56 @@ def test_logs_go_elsewhere_where_the_home_cannot_be_written(start):
                             check=False)
     assert result.returncode == 0 and "language" in result.stdout
     assert "LOG_MF_PATH chooses another" in result.stderr
+
+
+def test_a_new_pair_stays_as_it_is_and_must_have_no_effect(goldens, tmp_path):
+    weights = load_file(goldens / "t1" / "model.safetensors")
+    fewer = {name: value for name, value in weights.items() if "lora_sft" not in name}
+    save_file(fewer, tmp_path / "model.safetensors")
+    model = IXC25ForCausalLM(read_config(goldens / "t1", IXC25Config))
+    recipe = Recipe(new={"task_lora.sft"})
+    assert len(load_weights(model, tmp_path, recipe)) == 20
+    loaded = {parameter.name: parameter for parameter in model.get_parameters()}
+    name = "model.layers.1.feed_forward.w2.weight"
+    np.testing.assert_array_equal(loaded[name].asnumpy(), weights[name])
+    second = loaded["model.layers.1.feed_forward.w2.lora_sft_B.weight"]
+    assert not second.asnumpy().any()
+    second.set_data(Tensor(np.ones(second.shape, np.float32)))
+    with pytest.raises(CheckpointError, match="does not start at zero"):
+        load_weights(model, tmp_path, recipe)
+
+
+@pytest.mark.slow
+def test_the_first_loss_of_a_run_is_that_of_the_directorys_model(tmp_path):
+    """The YAML says nothing of the model; scale and rotary base are the directory's, and unusual."""
+    sizes = {**random_model.SIZES, "vocab_size": 1024, "plora_alpha": 8, "rope_theta": 100.0,
+             "vision_config": {"image_size": 112, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                               "intermediate_size": 32}}
+    model, rng = IXC25ForCausalLM(IXC25Config(**sizes)), np.random.default_rng(0)
+    for parameter in model.get_parameters():
+        if parameter.name.endswith("_B.weight"):
+            parameter.set_data(Tensor(rng.normal(0, 0.3, parameter.shape).astype(np.float32)))
+    save_model_directory(model, tmp_path / "m", demo_path("tokenizer.model"))
+    silent = {key: None for key in read_yaml(TINY)["model"]["model_config"]
+              if key not in ("type", "seq_length", "max_tiles")}
+    section = {**silent, "plora_dropout": 0.0}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"base_config": str(TINY), "model": {"model_config": section}}))
+    command = [str(Path(sys.executable).parent / "mindformers"), "run", "--config", "own.yaml", "--load_checkpoint",
+               "m", "--output_dir", "out", "--epochs", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = read_metrics(tmp_path / "out" / "metrics.jsonl")[0]
+    data = read_yaml(TINY)["train_dataset"]
+    table, _ = datasets._conversation_table(MindFormerConfig(**data))
+    columns = list(zip(*(table[index] for index in row["samples"])))
+    batch = {name: Tensor(np.stack(column)) for name, column in zip(table.columns, columns)}
+    trained = load_model(tmp_path / "m", IXC25ForCausalLM, seq_length=data["seq_length"], max_tiles=data["max_tiles"])
+    logits = trained(batch["input_ids"], None, batch["pixel_values"], batch["vision_index"],
+                     batch["image_mask"]).asnumpy().astype(np.float64)
+    labels = batch["labels"].asnumpy()
+    logps = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) \
+        - logits.max(-1, keepdims=True)
+    chosen = np.take_along_axis(logps, np.maximum(labels, 0)[..., None], -1)[..., 0][labels >= 0]
+    assert row["loss"] == pytest.approx(-chosen.mean(), rel=1e-5)
+    written = read_config(tmp_path / "out" / "model")
+    assert (written.plora_alpha, written.rope_theta, written.vision_config.hidden_size) == (8, 100.0, 32)
