@@ -258,6 +258,8 @@ def _assign(config: VisionConfig | ModelConfig, table: dict[str, Field], given: 
         value = field.default if value is None else value
         setattr(config, name, copy.deepcopy(value) if isinstance(value, (dict, list)) else value)
     for name, value in given.items():
+        if isinstance(getattr(type(config), name, None), property) or callable(getattr(type(config), name, None)):
+            raise ConfigError(f"{name} is no field of a configuration: it follows from the others; take it out.")
         setattr(config, name, value)
 
 
@@ -332,7 +334,7 @@ class VisionConfig:
     hidden_act: str
     layer_norm_eps: float
 
-    def __init__(self, **given: Any):
+    def __init__(self, /, **given: Any):
         _assign(self, VISION_FIELDS, given)
         _check_types(self, VISION_FIELDS, "vision_config.")
         if self.image_size % (2 * self.patch_size):
@@ -438,7 +440,7 @@ class ModelConfig:
     disable_lazy_inline: bool
     parallel_config: Any
 
-    def __init__(self, **given: Any):
+    def __init__(self, /, **given: Any):
         own = {name: value for name, value in given.items() if name not in ALIASES}
         own.update({ALIASES[name]: value for name, value in given.items() if name in ALIASES})
         no_pairs = own.get("task_lora_ranks") is None

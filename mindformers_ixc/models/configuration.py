@@ -36,7 +36,7 @@ class IXC25VisionConfig(_Unkept, VisionConfig, PretrainedConfig):
         **given: fields of `config.VISION_FIELDS` and MindFormers' own.
     """
 
-    def __init__(self, **given: Any):
+    def __init__(self, /, **given: Any):
         framework, own = _split(given)
         PretrainedConfig.__init__(self, **framework)
         VisionConfig.__init__(self, **own)
@@ -53,7 +53,7 @@ class IXC25Config(_Unkept, ModelConfig, PretrainedConfig):
     attribute_map = ALIASES
     vision_class = IXC25VisionConfig
 
-    def __init__(self, **given: Any):
+    def __init__(self, /, **given: Any):
         framework, own = _split(given)
         parallel = own.pop("parallel_config", None)
         PretrainedConfig.__init__(self, **framework)

@@ -132,11 +132,17 @@ def test_any_value_of_a_field_is_taken_or_refused_by_name(name, value):
     ({"num_hidden_layers": 10 ** 9}, "num_hidden_layers is 1000000000; it must be .* to 4096"),
     ({"hidden_size": "64"}, "hidden_size is '64'"), ({"vision_config": [1]}, r"vision_config is \[1\]; .*a section"),
     ({"task_lora_ranks": {"sft": 0}}, "task_lora_ranks.sft is 0"), ({"bias": 1}, "bias is 1; .*true or false"),
-    ({"plora_dropout": 1.0}, "plora_dropout is 1.0"), ({"hd_num": -1}, "hd_num is -1")])
+    ({"plora_dropout": 1.0}, "plora_dropout is 1.0"), ({"hd_num": -1}, "hd_num is -1"),
+    ({"head_size": 3}, "head_size is no field"), ({"to_public_dict": 3}, "to_public_dict is no field")])
 def test_a_value_of_a_config_file_is_named_with_the_file(start, change, words):
     change_config(start, **change)
     with pytest.raises(ConfigError, match=f"start: {words}"):
         read_config(start)
+
+
+def test_a_config_file_may_have_any_key_that_is_no_name_of_the_class(start):
+    change_config(start, self=3, given=4)
+    assert (read_config(start).given, read_config(start, IXC25Config).hidden_size) == (4, 64)
 
 
 @pytest.mark.parametrize(("content", "words"), [
