@@ -67,7 +67,7 @@ def test_whatever_goes_wrong_with_a_request_is_its_own_error(chat, monkeypatch):
     assert [answer["error"].split(":")[0] for answer in answers[1:8]] == [f"request {i}" for i in range(1, 8)]
     for answer, words in zip(answers[1:], ("KeyError", "found null", "query must be a text, found null",
                                            "messages must be a list", "messages[0].content must be a text or a list of "
-                                           "parts, found null", "history[0] must be a pair", "half of a surrogate")):
+                                           "parts, found null", "history[0]: must be a pair", "half of a surrogate")):
         assert words in answer["error"]
     with pytest.raises(PromptError, match="The request failed with KeyError: 'tile'"):
         chat("odd")
