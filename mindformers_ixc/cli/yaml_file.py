@@ -19,6 +19,9 @@ SHORT_FORMS = {
     "train_dataset_dir": "train_dataset.data_loader.dataset_dir", "predict_data": "input_data",
 }
 
+# Sections and lists inside one another; recipes have 5.
+MOST_NESTED = 100
+
 
 def parse_overrides(words: list[str]) -> dict[str, object]:
     """Turns `--a.b 3 --c=x` into `{"a.b": 3, "c": "x"}`; values are read as YAML.
@@ -111,16 +114,28 @@ def load_yaml(text: str, name: str) -> Any:
         ConfigError: when it is no YAML, is nested too deeply to be read, or an alias stands inside what it names.
     """
     try:
+        _check_depth(text, name)
         value = yaml.safe_load(text)
         _check_finite(value, name)
-    except RecursionError as error:
-        raise ConfigError(f"{name} is not usable YAML: sections or lists are nested too deeply.") from error
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
         if isinstance(error, ConfigError):
             raise
         # the parser lets some of Python's own errors out, such as that of a date that there is not
         raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split()):.300}") from error
     return value
+
+
+def _check_depth(text: str, name: str) -> None:
+    """Refuses sections and lists that are nested so deeply that the parser's recursion would take long, or fail."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.events.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.events.CollectionEndEvent):
+            depth -= 1
+        if depth > MOST_NESTED:
+            raise ConfigError(f"{name} is not usable YAML: sections or lists are nested too deeply, more than "
+                              f"{MOST_NESTED} in each other.")
 
 
 def _check_finite(value: Any, name: str, above: tuple[int, ...] = (), done: set[int] | None = None) -> None:
