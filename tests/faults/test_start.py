@@ -149,7 +149,8 @@ def test_a_config_file_may_have_any_key_that_is_no_name_of_the_class(start):
     (b"a: " + b"[" * 100_000, "nested too deeply"), (b"{a: " * 101, "nested too deeply"),
     (b"a: &x\n  b: *x\n", "an alias"), (b"a: 2024-99-99\n", "month must be"),
     ("a: 图片是什么".encode("gbk"), "is not UTF-8 text"), (b"base_config: [3]\n", "base_config is"),
-    (b"a: !!python/object:os.system {}\n", "not valid YAML"), (b"? [a]\n: 1\n", "not valid YAML"), ("a: x".encode("utf-16"), "UTF-16 text")])
+    (b"a: !!python/object:os.system {}\n", "not valid YAML"), (b"? [a]\n: 1\n", "not valid YAML"),
+    ("a: x".encode("utf-16"), "UTF-16 text")])
 def test_a_yaml_that_cannot_be_read_is_one_sentence(tmp_path, content, words):
     (tmp_path / "run.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=rf"run\.yaml.*{words}"):
