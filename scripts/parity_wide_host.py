@@ -63,7 +63,8 @@ def check_prompts(folder: Path, tokenizer_file: Path) -> list[Row]:
             continue
         pictures = [Image.new("RGB", tuple(size)) for size in case["image_sizes_wh"]]
         sample = processor.encode_chat(case["query"], pictures, [tuple(pair) for pair in case["history"]],
-                                       case["meta_instruction"], case["hd_num"] if len(pictures) == 1 else None)
+                                       case["meta_instruction"], case["hd_num"] if len(pictures) == 1 else None,
+                                       control_tokens=True)      # as the public code reads </s> in a question
         counts = [image_token_count(grid, 20) for grid in sample.grids]
         ids.append(differs(sample.input_ids[sample.image_mask == 0].tolist(), case["text_ids"]))
         position, found = 0, []
