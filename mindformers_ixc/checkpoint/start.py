@@ -37,7 +37,8 @@ class Recipe:
     Attributes:
         new: parts of the model that may be missing, each whole; they start without effect.
         left_out: parts that the checkpoint may hold and the model does not have.
-        outside_graph: whether what the graph does not use may be missing: a parallel run saves nothing else.
+        outside_graph: whether what the graph does not use may be missing: a parallel run saves nothing else, and needs
+            nothing else.
         overridden: fields that hold against the directory's configuration, with both values, as text.
     """
 
@@ -69,7 +70,6 @@ def begin(section: MutableMapping, source: OpenedCheckpoint, override: Collectio
     if source.config_file is not None:
         recipe = adopt_configuration(section, read_config(source.config_file), str(source.config_file.parent), override)
     recipe.new |= pet_parts(section.get("pet_config"))
-    recipe.outside_graph = source.kind == "ranks"
     return recipe
 
 

@@ -56,6 +56,8 @@ def adopt_start(fields: dict, say: bool = True) -> None:
     if source.config_file is None:
         lines.append(f"{start} has no config.json: the YAML says what model its weights are.")
     recipe = begin(section, source, fields.get(OVERRIDE) or ())
+    # a stand-alone run leaves a whole model, so it needs all of it; else pairs would be lost without a word
+    recipe.outside_graph = bool(fields.get("use_parallel")) and source.kind == "ranks"
     new = _check(section, source, recipe, bool(fields.get("use_parallel")))
     for line in [*lines, *describe_start(start, recipe, new)] if say else ():
         print(line, file=sys.stderr, flush=True)

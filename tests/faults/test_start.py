@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import mindformers_ixc_cli
 from mindformers_ixc import IXC25Config, IXC25ForCausalLM
+from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.checkpoint.digests import write_digests
 from mindformers_ixc.checkpoint.model_directory import load_weights, save_model_directory
 from mindformers_ixc.checkpoint.start import Recipe
@@ -91,6 +92,15 @@ def test_a_parallel_run_starts_with_what_mindformers_can_cut(start):
     adopt_start(fields_from(start))
     with pytest.raises(CheckpointError, match="mindformers convert"):
         adopt_start({**fields_from(start), "use_parallel": True})
+
+
+def test_a_run_that_leaves_a_whole_model_does_not_start_with_a_part_of_one(start, tmp_path):
+    """What ranks of a run in mode base saved lacks the pairs that mode has no use for."""
+    convert(start, tmp_path / "run", tensor_parallel=2, drop=["sft", "dpo", "web"])
+    shutil.copy(start / "config.json", tmp_path / "run")
+    adopt_start({**fields_from(tmp_path / "run"), "use_parallel": True})
+    with pytest.raises(CheckpointError, match=r"60 parameters are missing.*--attach"):
+        adopt_start(fields_from(tmp_path / "run"))
 
 
 def test_weights_of_a_parallel_run_are_compared_with_their_digests(start, tmp_path):
