@@ -17,7 +17,7 @@ from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.config import ALIASES, FIELDS, MODE_ADAPTERS, VISION_FIELDS, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError, ConfigError
 from mindformers_ixc.parameters import BUFFERS, part_of
-from mindformers_ixc.rope import ROPE_FIELDS, read_rope
+from mindformers_ixc.rope import ROPE_FIELDS, Rope, read_rope
 
 # The YAML's key that lists fields of the model section whose values hold against a starting directory's config.json.
 OVERRIDE = "override_model_config"
@@ -145,11 +145,15 @@ def _adopt(section: MutableMapping, found: Mapping, names: Iterable[str], prefix
     return contradictions
 
 
+def said_rotary(section: Mapping, trained: Any) -> tuple[Rope, bool]:
+    """The rotary settings that a section has in any spelling, and whether the scaling is among them."""
+    given = {name: section[name] for name in ROPE_FIELDS if section.get(name) is not None}
+    return read_rope(given, trained), any(set(given.get(name) or {}) - {"rope_theta"} for name in ROPE_FIELDS[1:])
+
+
 def _rotary(section: MutableMapping, found: ModelConfig, override: set[str]) -> Contradictions:
     """The same of the rotary settings, which have several spellings."""
-    given = {name: section[name] for name in ROPE_FIELDS if section.get(name) is not None}
-    rope = read_rope(given, found.max_position_embeddings)
-    scaled = any(set(given.get(name) or {}) - {"rope_theta"} for name in ROPE_FIELDS[1:])
+    rope, scaled = said_rotary(section, found.max_position_embeddings)
     section.pop("rope_parameters", None)
     for name, ours, theirs, said in (("rope_theta", rope.theta, found.rope_theta, rope.theta is not None),
                                      ("rope_scaling", rope.scaling, found.rope_scaling, scaled)):

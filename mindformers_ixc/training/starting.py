@@ -14,11 +14,13 @@ from mindformers_ixc.checkpoint.start import (
     begin,
     describe_start,
     match_tensors,
+    said_rotary,
 )
 from mindformers_ixc.config import ALIASES, FIELDS, VISION_FIELDS, ModelConfig
 from mindformers_ixc.errors import CheckpointError, ConfigError
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.parameters import parameter_table
+from mindformers_ixc.rope import ROPE_FIELDS
 from mindformers_ixc.training.resume import recorded_model
 
 # What the cut of a checkpoint for ranks, which MindFormers does, reads.
@@ -77,8 +79,15 @@ def _check(section: dict, source: OpenedCheckpoint, recipe: Recipe, parallel: bo
 def _fill_in(section: dict, recorded: dict) -> None:
     """Fields that describe the weights, as the run that goes on wrote them down; what the YAML says stays."""
     for own, theirs in ALIASES.items():
-        if own in section:
+        if own in section and own not in recorded:
             section[theirs] = section.pop(own)
+    rope, scaled = said_rotary(section, recorded.get("max_position_embeddings"))
+    written, _ = said_rotary(recorded, recorded.get("max_position_embeddings"))
+    if rope.theta in (None, written.theta) and not (scaled and rope.scaling != written.scaling):
+        # the same, maybe in another spelling: it takes the one that was written down
+        for name in ROPE_FIELDS:
+            section.pop(name, None)
+        section.update({name: recorded[name] for name in ROPE_FIELDS if name in recorded})
     described = [name for name, entry in FIELDS.items() if entry.describes or name == "task_lora_ranks"]
     vision = recorded.get("vision_config") or {}
     pairs: list[tuple[dict, dict, Any]] = [(section, recorded, described)]

@@ -45,7 +45,7 @@ def start(goldens, tmp_path) -> Path:
     return Path(shutil.copytree(goldens / "t1", tmp_path / "start", ignore=shutil.ignore_patterns("*.npz", "bin")))
 
 
-def fields_from(folder: Path, **section) -> dict:
+def fields_from(folder: Path | str, **section) -> dict:
     """Fields of a run that starts there."""
     return {"run_mode": "finetune", "load_checkpoint": str(folder),
             "model": {"model_config": {"type": "IXC25Config", "seq_length": 80, **section}}}
@@ -114,12 +114,19 @@ def test_weights_of_a_parallel_run_are_compared_with_their_digests(start, tmp_pa
         adopt_start({**fields_from(start), "use_parallel": True})
 
 
-def test_a_resumed_run_has_the_configuration_that_it_wrote_down(start, tmp_path):
-    adopt_start(fields := fields_from(start))
+@pytest.mark.parametrize("begun", ["from a directory", "from nothing"])
+@pytest.mark.parametrize("section", [
+    {}, {"num_layers": 2}, {"rope_scaling": {"rope_type": "dynamic", "factor": 2}},
+    {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}},
+    {"rope_parameters": {"rope_theta": 1e6}}])
+def test_a_resumed_run_has_the_configuration_that_it_wrote_down(start, tmp_path, section, begun):
+    fields = fields_from(start if begun == "from a directory" else "", **copy.deepcopy(section))
+    adopt_start(fields)
     recorded = copy.deepcopy(fields["model"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run_config.json").write_text(json.dumps({"model": recorded, "layout": [1, 1, 1]}))
-    again = {**fields_from(start), "resume_training": True, "load_checkpoint": "", "output_dir": str(tmp_path / "out")}
+    again = {**fields_from(start, **section), "resume_training": True, "load_checkpoint": "",
+             "output_dir": str(tmp_path / "out")}
     adopt_start(again)
     assert again["model"] == recorded
 
