@@ -147,6 +147,11 @@ FIELDS = {
                     chosen=True),
     "seq_length": Field(4096, "positions of a training sample (static shape of the graph)", False),
     "max_tiles": Field(19, "tiles of a training sample, global views included (static shape of the graph)", False),
+    "max_images": Field(None, "pictures of a training sample, or of a packed row (static shape of the column of "
+                        "global views); pictures have two tiles at least", False, "half of `max_tiles`"),
+    "max_segments": Field(32, "samples of a packed row at most (static shape of their lengths; Ascend's fused "
+                          "attention takes 1024)", False),
+    "loss_chunk": Field(1024, "positions whose logits are in memory at once in training", False),
     "batch_size": Field(1, "samples of a micro batch", False),
     "compute_dtype": Field("float32", "dtype of products, as in MindFormers' models", False),
     "param_init_type": Field("float32", "dtype the parameters are kept in", False),
@@ -284,7 +289,7 @@ def _rule(name: str, field: Field) -> Rule:
         return ANYTHING
     if name in ("plora_alpha", "rms_norm_eps"):
         return above_0()
-    if isinstance(field.default, int) or name == "hd_num":
+    if isinstance(field.default, int) or name in ("hd_num", "max_images"):
         least, most = 0 if name in MAY_BE_0 else 1, MOST_LAYERS if name == "num_hidden_layers" else MOST
         return Rule(lambda value: is_whole(value, least) and value <= most, f"a whole number from {least} to {most}")
     if name == "plora_dropout":
@@ -416,6 +421,9 @@ class ModelConfig:
     hd_num: int | None
     seq_length: int
     max_tiles: int
+    max_images: int
+    max_segments: int
+    loss_chunk: int
     batch_size: int
     compute_dtype: Any
     param_init_type: Any
@@ -451,6 +459,8 @@ class ModelConfig:
         self.rms_norm_eps = float(self.rms_norm_eps)
         self.rope_theta, self.rope_scaling, self.rope_parameters = rope.theta or self.rope_theta, rope.scaling, None
         self.vision_config = self._vision(self.vision_config)
+        if self.max_images is None:       # a picture is a global view and one tile at least
+            self.max_images = max(1, self.max_tiles // 2)
         check_value("task_lora_ranks", {} if no_pairs else self.task_lora_ranks, _SECTION)
         self.task_lora_ranks = dict(TASK_LORA_RANKS if no_pairs else self.task_lora_ranks)
         self.offset = 0 if self.offset is None else self.offset
