@@ -35,7 +35,7 @@ def mix_rows(rows: Rows, sources: np.ndarray, seed: int) -> Rows:
         return rows
     rng = np.random.default_rng([seed & 0xFFFFFFFF, count])
     held = _Contents(rows, np.asarray(sources))
-    order: np.ndarray = rng.permutation(count)
+    order = rng.permutation(np.arange(count))
     order = order[np.lexsort([key[order] for key in held.sorting_keys()])]
     # equal differences of these numbers are, almost surely, equal differences of what rows hold
     mark = np.bincount(held.row, rng.random(held.sources)[held.source] * held.number, count)
@@ -48,7 +48,7 @@ def mix_rows(rows: Rows, sources: np.ndarray, seed: int) -> Rows:
     ends = np.concatenate([np.flatnonzero(np.diff(path)) + 1, [count]])
     first = 0
     while first < count:                          # whole nodes, about CHUNK rows of them
-        end = int(ends[min(np.searchsorted(ends, first + CHUNK), len(ends) - 1)])
+        end = int(ends[min(int(np.searchsorted(ends, first + CHUNK)), len(ends) - 1)])
         order[first:end] = _halve_small(order[first:end], path[first:end], levels - level, held, rng)
         first = end
     return rows.take(order)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindformers_ixc.data.ordering import mix_rows
@@ -32,6 +32,7 @@ def check_rows(rows: Rows, needs: np.ndarray, budget: Budget) -> None:
         assert images <= budget.max_images
 
 
+@settings(deadline=None)
 @given(pools(), st.integers(0, 5), st.integers(1, 50))
 def test_every_sample_is_in_one_row_and_the_budgets_hold(pool, seed, block):
     needs, budget = pool
