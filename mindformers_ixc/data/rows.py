@@ -9,7 +9,7 @@ from typing import Protocol, Union
 
 import numpy as np
 
-from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.batch import BATCH_COLUMNS, default_max_images
 from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.data.packing import join_samples
 from mindformers_ixc.errors import DataError, ImageError, VideoError
@@ -67,14 +67,16 @@ class ConversationTable:
         packs: indices of the samples of each row; by default every sample is a row.
         columns: what a row holds, of `mindformers_ixc.data.batch`.
         seed: of the noise.
+        max_images: pictures of a row; by default half the tiles.
     """
 
     def __init__(self, processor: Processor, samples: Sequence[Conversation], seq_length: int, max_tiles: int,
                  hd_num: int, max_bad_share: float = MAX_BAD_SHARE, packs: Sequence[Sequence[int]] | None = None,
-                 columns: Sequence[str] = BATCH_COLUMNS, seed: int = 0):
+                 columns: Sequence[str] = BATCH_COLUMNS, seed: int = 0, max_images: int | None = None):
         self.processor, self.samples = processor, list(samples)
         self.packs = [[i] for i in range(len(self.samples))] if packs is None else [list(pack) for pack in packs]
         self.seq_length, self.max_tiles, self.hd_num = seq_length, max_tiles, hd_num
+        self.max_images = max_images or default_max_images(max_tiles)
         self.max_bad_share, self.columns, self.seed = max_bad_share, tuple(columns), seed
         self.source_names = list(dict.fromkeys(sample.source for sample in self.samples))
         self._bad = SharedFlags(len(self.packs))
@@ -122,7 +124,7 @@ class ConversationTable:
         members = [self.samples[i] for i in self.packs[index]]
         encoded = [self.processor.encode_conversation(sample.turns, sample.images, sample.where, self.hd_num)
                    for sample in members]
-        joined = join_samples(encoded, self.seq_length, self.max_tiles, self.processor.pad_token_id)
+        joined = join_samples(encoded, self.seq_length, self.max_tiles, self.processor.pad_token_id, self.max_images)
         if not (joined["labels"] != IGNORE_INDEX).any():
             raise DataError(f"{self.describe(index)}: nothing in it carries loss; its answers are empty.")
         columns: dict[str, Column] = {**joined, "noise_seed": noise_seed(self.seed, place),
