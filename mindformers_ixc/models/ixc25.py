@@ -99,7 +99,7 @@ class IXC25Model(PreTrainedModel):
         self.vit.shard(dp, tp if self.config.vision_parallel == "heads" else 1)
         self.vision_merge.shard(dp)
         self.vision_proj.shard(dp, tp)
-        self.sample_rows.shard(dp)
+        self.sample_rows.shard(dp, tp)
         self.not_equal.shard(((dp, 1), ()))
         self.gather_angles.shard(((1, 1), (dp, 1)))
         self.choose.shard(dp)

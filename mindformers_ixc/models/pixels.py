@@ -5,7 +5,7 @@ Both keep samples of one data-parallel share together, so neither needs communic
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
-from mindspore import Tensor, nn
+from mindspore import Layout, Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 from mindspore.ops.auto_generate import Embedding
@@ -130,6 +130,8 @@ class SampleRows(nn.Cell):
     def _dtype(table, index):
         return table
 
-    def shard(self, dp: int) -> None:
-        """Cuts samples by `dp`."""
-        self.share.shard(((dp, 1, 1), (dp, 1)), ((dp, 1, 1),))
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts samples by `dp`; the devices of a tensor-parallel group all take the same rows."""
+        cut = Layout((dp, tp), ("dp", "tp"))       # `Morph` takes layouts only, which name all devices of a stage
+        table = cut("dp", "None", "None")
+        self.share.shard((table, cut("dp", "None")), (table,))
