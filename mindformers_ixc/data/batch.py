@@ -8,15 +8,16 @@ I = `max_images` pictures (letters as in `mindformers_ixc.models`):
 | input_ids | int32 | (B, L) | token ids; the padding id at image positions and in the padding on the right |
 | labels | int32 | (B, L) | already shifted: the target of each position, -100 where there is no loss |
 | pixel_values | uint8 | (B, T, 3, P, P) | pixels of the local tiles, zeros in all other slots |
-| global_views | float32 | (B, I, 3, P, P) | normalised global views of the sample's pictures in their order, zeros after |
+| global_views | float32 | (B, I, 3, P, P) | normalised global views of the pictures in their order, then zeros |
 | view_index | int32 | (B, T) | 0: the slot is a local tile, i > 0: it is global view i - 1 of the sample |
 | vision_index | int32 | (B, L) | row of the vision table each image position takes; 0 elsewhere |
 | image_mask | int32 | (B, L) | 1 on image positions |
 
 Of each image the global view comes first, then its tiles row by row. A local tile travels as bytes, and the network
 normalises it (`mindformers_ixc.models.pixels`); a global view is a bicubic resize of the normalised picture and fits no
-byte. `Tiles` of `mindformers_ixc.processing.image` holds the three columns of one sample. The vision table of a sample has T * k * k + 2
-rows: those of its tiles in order, then sub_GN, then glb_GN.
+byte. `Tiles` of `mindformers_ixc.processing.image` holds the three columns of one sample.
+
+The vision table of a sample has T * k * k + 2 rows: those of its tiles in order, then sub_GN, then glb_GN.
 
 Columns that a run asks for in `input_columns`:
 

@@ -37,7 +37,9 @@ def main(device: str, fields: dict) -> None:
     step.set_train()
     side = fields["vision_config"]["image_size"]
     ids = Tensor(np.zeros((1, fields["seq_length"]), np.int32))
-    batch = [ids, ids, Tensor(np.zeros((1, fields["max_tiles"], 3, side, side), np.float32)), ids, ids]
+    batch = [ids, ids, Tensor(np.zeros((1, fields["max_tiles"], 3, side, side), np.uint8)),
+             Tensor(np.zeros((1, 1, 3, side, side), np.float32)), Tensor(np.zeros((1, fields["max_tiles"]), np.int32)),
+             ids, ids]
     batch += [ids, ids] if fields.get("packing") else []
     _cell_graph_executor.compile(step, *batch, phase="train", do_convert=False)
     graph, executor = ModelProto(), _cell_graph_executor._graph_executor
