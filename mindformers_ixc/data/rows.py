@@ -68,6 +68,9 @@ class ConversationTable:
         columns: what a row holds, of `mindformers_ixc.data.batch`.
         seed: of the noise.
         max_images: pictures of a row; by default half the tiles.
+
+    Raises:
+        DataError: for a sample with more pictures.
     """
 
     def __init__(self, processor: Processor, samples: Sequence[Conversation], seq_length: int, max_tiles: int,
@@ -80,6 +83,7 @@ class ConversationTable:
         self.max_bad_share, self.columns, self.seed = max_bad_share, tuple(columns), seed
         self.source_names = list(dict.fromkeys(sample.source for sample in self.samples))
         self._bad = SharedFlags(len(self.packs))
+        check_images(self.samples, self.max_images)
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -130,6 +134,18 @@ class ConversationTable:
         columns: dict[str, Column] = {**joined, "noise_seed": noise_seed(self.seed, place),
                                       "source": np.int32(self.source_names.index(members[0].source))}
         return tuple(columns[name] for name in self.columns)
+
+
+def check_images(samples: Sequence[Conversation], max_images: int) -> None:
+    """Refuses samples with more pictures than a row has global views.
+
+    Raises:
+        DataError: naming the sample with the most of them.
+    """
+    most = max(samples, key=lambda sample: len(sample.images), default=None)
+    if most is not None and len(most.images) > max_images:
+        raise DataError(f"{most.where}: its {len(most.images)} pictures do not fit train_dataset.max_images "
+                        f"{max_images}; raise that and model.model_config.max_images, or leave the sample out.")
 
 
 def noise_seed(seed: int, place: int) -> np.int32:

@@ -126,7 +126,7 @@ class EncodedSample:
             The columns of `mindformers_ixc.data.batch`.
 
         Raises:
-            PromptError: when the sample is larger than the shapes.
+            PromptError: when the sample is larger than the shapes, in positions, tiles or pictures.
         """
         n, tiles, views = len(self.input_ids), self.tiles, len(self.pictures.views)
         if n > seq_length or tiles > max_tiles:
@@ -134,7 +134,7 @@ class EncodedSample:
                               f"max_tiles {max_tiles}.")
         if views > max_images:
             raise PromptError(f"A sample of {views} pictures does not fit max_images {max_images}; raise "
-                              "train_dataset.max_images and model.model_config.max_images to that number.")
+                              "train_dataset.max_images and model.model_config.max_images.")
         rest = seq_length - n
         index = self.vision_index(max_tiles)
         return {

@@ -19,6 +19,7 @@ from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.data.batch import BATCH_COLUMNS, default_max_images, full_batches
 from mindformers_ixc.data.conversations import load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import fit_samples
+from mindformers_ixc.data.rows import check_images
 from mindformers_ixc.errors import ConfigError, TrainingError
 from mindformers_ixc.files import EVALUATIONS_FILE, read_metrics, write_whole
 from mindformers_ixc.generation.assistant import Assistant
@@ -88,14 +89,15 @@ class HeldOut:
     def __init__(self, data: MindFormerConfig, options: dict):
         self.processor, self.options = section_processor(data), options
         hd_num = data.hd_num or HD_NUM_TRAINING
+        self.max_images = data.max_images or default_max_images(data.max_tiles)
         loader = data.data_loader or {}      # what it says of trust and of keys holds for held-out samples too
         samples = load_sources(options["dataset_dir"], options["image_folder"], image_root=loader.get("image_root"),
                                ignore_keys=loader.get("ignore_keys") or ())
         read_image_sizes(samples, self.processor.image_processor.exif)
         fitted = fit_samples(self.processor, samples, data.seq_length, data.max_tiles, hd_num)
         self.samples = [entry.sample for entry in fitted[:options["max_samples"]]]
+        check_images(self.samples, self.max_images)
         self.shape = (data.seq_length, data.max_tiles, hd_num)
-        self.max_images = data.max_images or default_max_images(data.max_tiles)
 
     def rows(self, shuffled: bool):
         """Columns of every sample, one after another; `shuffled` gives each the images of a later one."""
