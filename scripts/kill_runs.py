@@ -35,7 +35,8 @@ TINY = {"epochs": 1, "callbacks": SAVE, "model.model_config.num_hidden_layers": 
 PARALLEL = {"parallel.parallel_mode": 1, "parallel.full_batch": True, "parallel.gradients_mean": False,
             "parallel_config.model_parallel": 2, "parallel_config.vocab_emb_dp": False, "run_mode": "finetune",
             "model.model_config.plora_dropout": 0.0,
-            "train_dataset.input_columns": "[input_ids, labels, pixel_values, vision_index, image_mask]"}
+            "train_dataset.input_columns": "[input_ids, labels, pixel_values, global_views, view_index, vision_index, "
+                                           "image_mask]"}
 # What differs between two runs of the same steps.
 TIMES = ("seconds", "samples_per_second")
 GONE_S = 60

@@ -58,7 +58,8 @@ CALLBACKS = ("[{type: MFLossMonitor}, {type: CheckpointMonitor, prefix: p, save_
              "keep_checkpoint_max: 1, integrated_save: False, async_save: False, checkpoint_format: safetensors}]")
 SHARED = {"run_mode": "finetune", "model.model_config.adapter_mode": "web", "model.model_config.plora_dropout": 0.0,
           "train_parts": "[vision, projector, separators, partial_lora, language, task_lora.web]",
-          "train_dataset.input_columns": "[input_ids, labels, pixel_values, vision_index, image_mask]",
+          "train_dataset.input_columns": "[input_ids, labels, pixel_values, global_views, view_index, vision_index, "
+                                         "image_mask]",
           "lr_schedule.learning_rate": 1e-4}
 
 

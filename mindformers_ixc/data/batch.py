@@ -1,18 +1,23 @@
 """What crosses from host to device: the columns of a batch, documented here and nowhere else.
 
-With B samples, L = `seq_length` positions, T = `max_tiles` tiles of P x P pixels and k x k tokens a tile (letters as in
-`mindformers_ixc.models`):
+With B samples, L = `seq_length` positions, T = `max_tiles` tiles of P x P pixels and k x k tokens a tile, and
+I = `max_images` pictures (letters as in `mindformers_ixc.models`):
 
 | column | type | shape | holds |
 |---|---|---|---|
 | input_ids | int32 | (B, L) | token ids; the padding id at image positions and in the padding on the right |
 | labels | int32 | (B, L) | already shifted: the target of each position, -100 where there is no loss |
-| pixel_values | float32 | (B, T, 3, P, P) | normalised tiles, zeros after them |
+| pixel_values | uint8 | (B, T, 3, P, P) | pixels of the local tiles, zeros in all other slots |
+| global_views | float32 | (B, I, 3, P, P) | normalised global views of the pictures in their order, then zeros |
+| view_index | int32 | (B, T) | 0: the slot is a local tile, i > 0: it is global view i - 1 of the sample |
 | vision_index | int32 | (B, L) | row of the vision table each image position takes; 0 elsewhere |
 | image_mask | int32 | (B, L) | 1 on image positions |
 
-Of each image the global view comes first, then its tiles row by row. The vision table of a sample has T * k * k + 2
-rows: those of its tiles in order, then sub_GN, then glb_GN.
+Of each image the global view comes first, then its tiles row by row. A local tile travels as bytes, and the network
+normalises it (`mindformers_ixc.models.pixels`); a global view is a bicubic resize of the normalised picture and fits no
+byte. `Tiles` of `mindformers_ixc.processing.image` holds the three columns of one sample.
+
+The vision table of a sample has T * k * k + 2 rows: those of its tiles in order, then sub_GN, then glb_GN.
 
 Columns that a run asks for in `input_columns`:
 
@@ -37,9 +42,15 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-BATCH_COLUMNS = ("input_ids", "labels", "pixel_values", "vision_index", "image_mask")
+PIXEL_COLUMNS = ("pixel_values", "global_views", "view_index")
+BATCH_COLUMNS = ("input_ids", "labels", *PIXEL_COLUMNS, "vision_index", "image_mask")
 PACKING_COLUMNS = ("position_ids", "segment_ids")
 EXTRA_COLUMNS = (*PACKING_COLUMNS, "noise_seed", "source")
+
+
+def default_max_images(max_tiles: int) -> int:
+    """I where nobody says it: a picture takes two of the T tiles at least, its global view and one of its own."""
+    return max(1, max_tiles // 2)
 
 
 def full_batches(items: Iterable, size: int,

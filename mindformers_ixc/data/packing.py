@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mindformers_ixc.data.batch import default_max_images
+from mindformers_ixc.processing.image import Tiles
 from mindformers_ixc.processing.processor import EncodedSample
 
 
@@ -46,7 +48,7 @@ def pack_samples(needs: Sequence[tuple[int, int]], groups: Sequence, seq_length:
 
 
 def join_samples(samples: Sequence[EncodedSample], seq_length: int, max_tiles: int,
-                 pad_token_id: int) -> dict[str, np.ndarray]:
+                 pad_token_id: int, max_images: int | None = None) -> dict[str, np.ndarray]:
     """Columns of a batch (`mindformers_ixc.data.batch`) for encoded samples in one sequence.
 
     Args:
@@ -54,6 +56,7 @@ def join_samples(samples: Sequence[EncodedSample], seq_length: int, max_tiles: i
         seq_length: positions L.
         max_tiles: tiles T.
         pad_token_id: id of padded positions.
+        max_images: global views I; by default half the tiles.
 
     Returns:
         The ordinary columns and `position_ids`, `segment_ids`.
@@ -66,8 +69,8 @@ def join_samples(samples: Sequence[EncodedSample], seq_length: int, max_tiles: i
         np.concatenate([_own_labels(sample) for sample in samples]),
         np.concatenate([sample.image_mask for sample in samples]),
         [grid for sample in samples for grid in sample.grids],
-        np.concatenate([sample.pixel_values for sample in samples]), samples[0].tokens_per_side)
-    columns = merged.pad(seq_length, max_tiles, pad_token_id)
+        Tiles.joined([sample.pictures for sample in samples]), samples[0].tokens_per_side)
+    columns = merged.pad(seq_length, max_tiles, max_images or default_max_images(max_tiles), pad_token_id)
     lengths = [len(sample.input_ids) for sample in samples]
     positions, segments = np.zeros(seq_length, np.int32), np.zeros(seq_length, np.int32)
     positions[:sum(lengths)] = np.concatenate([np.arange(length) for length in lengths])

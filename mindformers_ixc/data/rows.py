@@ -9,7 +9,7 @@ from typing import Protocol, Union
 
 import numpy as np
 
-from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.batch import BATCH_COLUMNS, default_max_images
 from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.data.packing import join_samples
 from mindformers_ixc.errors import DataError, ImageError, VideoError
@@ -67,17 +67,23 @@ class ConversationTable:
         packs: indices of the samples of each row; by default every sample is a row.
         columns: what a row holds, of `mindformers_ixc.data.batch`.
         seed: of the noise.
+        max_images: pictures of a row; by default half the tiles.
+
+    Raises:
+        DataError: for a sample with more pictures.
     """
 
     def __init__(self, processor: Processor, samples: Sequence[Conversation], seq_length: int, max_tiles: int,
                  hd_num: int, max_bad_share: float = MAX_BAD_SHARE, packs: Sequence[Sequence[int]] | None = None,
-                 columns: Sequence[str] = BATCH_COLUMNS, seed: int = 0):
+                 columns: Sequence[str] = BATCH_COLUMNS, seed: int = 0, max_images: int | None = None):
         self.processor, self.samples = processor, list(samples)
         self.packs = [[i] for i in range(len(self.samples))] if packs is None else [list(pack) for pack in packs]
         self.seq_length, self.max_tiles, self.hd_num = seq_length, max_tiles, hd_num
+        self.max_images = max_images or default_max_images(max_tiles)
         self.max_bad_share, self.columns, self.seed = max_bad_share, tuple(columns), seed
         self.source_names = list(dict.fromkeys(sample.source for sample in self.samples))
         self._bad = SharedFlags(len(self.packs))
+        check_images(self.samples, self.max_images)
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -122,12 +128,24 @@ class ConversationTable:
         members = [self.samples[i] for i in self.packs[index]]
         encoded = [self.processor.encode_conversation(sample.turns, sample.images, sample.where, self.hd_num)
                    for sample in members]
-        joined = join_samples(encoded, self.seq_length, self.max_tiles, self.processor.pad_token_id)
+        joined = join_samples(encoded, self.seq_length, self.max_tiles, self.processor.pad_token_id, self.max_images)
         if not (joined["labels"] != IGNORE_INDEX).any():
             raise DataError(f"{self.describe(index)}: nothing in it carries loss; its answers are empty.")
         columns: dict[str, Column] = {**joined, "noise_seed": noise_seed(self.seed, place),
                                       "source": np.int32(self.source_names.index(members[0].source))}
         return tuple(columns[name] for name in self.columns)
+
+
+def check_images(samples: Sequence[Conversation], max_images: int) -> None:
+    """Refuses samples with more pictures than a row has global views.
+
+    Raises:
+        DataError: naming the sample with the most of them.
+    """
+    most = max(samples, key=lambda sample: len(sample.images), default=None)
+    if most is not None and len(most.images) > max_images:
+        raise DataError(f"{most.where}: its {len(most.images)} pictures do not fit train_dataset.max_images "
+                        f"{max_images}; raise that and model.model_config.max_images, or leave the sample out.")
 
 
 def noise_seed(seed: int, place: int) -> np.int32:

@@ -7,7 +7,7 @@ from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COL
 from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.pictures import EXIF, TRANSPARENCY
-from mindformers_ixc.sections import Rule, check_section, of_type, one_of
+from mindformers_ixc.sections import Rule, check_section, of_type, one_of, whole
 
 
 def is_list_of_texts(value: object) -> bool:
@@ -18,7 +18,8 @@ def is_list_of_texts(value: object) -> bool:
 # Keys of the `train_dataset` section; MindFormers' own ones come last.
 DATASET_RULES = {
     "data_loader": of_type(dict, required=True), "tokenizer": of_type(dict, required=True),
-    "seq_length": of_type(int, required=True), "max_tiles": of_type(int, required=True), "hd_num": of_type(int),
+    "seq_length": of_type(int, required=True), "max_tiles": of_type(int, required=True),
+    "max_images": whole(1), "hd_num": of_type(int),
     "image_transform": of_type(str), "transparency": one_of(TRANSPARENCY), "exif": one_of(EXIF),
     "image_size": of_type(int), "patch_size": of_type(int),
     "max_bad_share": of_type(float), "packing": of_type(bool), "seed": of_type(int),

@@ -48,7 +48,7 @@ class VisionTable(StageCell):
 
     def construct(self, pixel_values):
         """Maps `(1, T, 3, P, P)` to `(1, T*k*k + 2, D)`."""
-        return self.model.vision_table(pixel_values, True)
+        return self.model.vision_table(pixel_values, infer=True)
 
 
 class Hop(StageCell):

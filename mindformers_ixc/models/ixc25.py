@@ -24,6 +24,7 @@ from mindformers_ixc.models.dropout import PositionNoise
 from mindformers_ixc.models.internlm2 import Choose, InternLM2Model
 from mindformers_ixc.models.layers import Linear
 from mindformers_ixc.models.loss import IGNORE_INDEX, next_token_loss, token_losses
+from mindformers_ixc.models.pixels import SampleRows, TilePixels
 from mindformers_ixc.models.placement import set_pipeline_stages, share_graph
 from mindformers_ixc.models.recompute import apply_recompute
 from mindformers_ixc.models.rotary import rotary_tables
@@ -48,6 +49,7 @@ class IXC25Model(PreTrainedModel):
 
     def __init__(self, config: IXC25Config):
         super().__init__(config, auto_prefix=True)
+        self.tile_pixels = TilePixels(config.compute_dtype)
         self.vit = VisionTower(config)
         self.vision_merge = VisionMerge(config)
         self.vision_proj = VisionProjector(config)
@@ -71,8 +73,7 @@ class IXC25Model(PreTrainedModel):
         self.cos = Tensor(cos[None, :, None, None, :])                                # (1, L, 1, 1, d)
         self.sin = Tensor(sin[None, :, None, None, :])
         self.dtype = config.compute_dtype
-        self.image_size = config.vision_config.image_size
-        self.gather_rows = P.Gather(batch_dims=1)
+        self.sample_rows = SampleRows()
         self.not_equal = P.NotEqual()
         self.choose = Choose()
         self.cast = P.Cast()
@@ -94,10 +95,11 @@ class IXC25Model(PreTrainedModel):
         """
         dp, tp = parallel_config.data_parallel, parallel_config.model_parallel
         check_degree(self.config, tp)
+        self.tile_pixels.shard(dp)
         self.vit.shard(dp, tp if self.config.vision_parallel == "heads" else 1)
         self.vision_merge.shard(dp)
         self.vision_proj.shard(dp, tp)
-        self.gather_rows.shard(((dp, 1, 1), (dp, 1)))
+        self.sample_rows.shard(dp, tp)
         self.not_equal.shard(((dp, 1), ()))
         self.gather_angles.shard(((1, 1), (dp, 1)))
         self.choose.shard(dp)
@@ -117,25 +119,25 @@ class IXC25Model(PreTrainedModel):
             if part_of(parameter.name) in unused:
                 parameter.requires_grad = False
 
-    def merged_rows(self, pixel_values, infer=False):
-        """Rows of the vision table before the projector, `(B, T*k*k + 2, 4C)`, of `(B, T, 3, P, P)` tiles.
+    def merged_rows(self, pixel_values, global_views=None, view_index=None, infer=False):
+        """Rows of the vision table before the projector, `(B, T*k*k + 2, 4C)`; tiles as in `TilePixels.construct`.
 
         `infer`, a compile-time constant, leaves gradients out.
         """
-        b, t = pixel_values.shape[0], pixel_values.shape[1]
-        pixels = self.reshape(pixel_values, (b * t, 3, self.image_size, self.image_size))
-        return self.vision_merge(self.vit(pixels, infer), self.plora_sub_GN, self.plora_glb_GN, b)
+        pixels = self.tile_pixels(pixel_values, global_views, view_index)             # (B*T, 3, P, P)
+        batch = pixel_values.shape[0]
+        return self.vision_merge(self.vit(pixels, infer), self.plora_sub_GN, self.plora_glb_GN, batch)
 
-    def vision_table(self, pixel_values, infer=False):
-        """The vision table `(B, T*k*k + 2, D)` of `(B, T, 3, P, P)` tiles; `infer` as in `merged_rows`."""
-        rows = self.merged_rows(pixel_values, infer)
+    def vision_table(self, pixel_values, global_views=None, view_index=None, infer=False):
+        """The vision table `(B, T*k*k + 2, D)`; arguments as in `merged_rows`."""
+        rows = self.merged_rows(pixel_values, global_views, view_index, infer)
         b, count, merged = rows.shape
         return self.reshape(self.vision_proj(self.reshape(rows, (b * count, merged))), (b, count, -1))
 
     def embed(self, input_ids, table, vision_index, image_mask):
         """Token embeddings with image positions taken from the vision table, `(B, L, D)`."""
         tokens = self.model.tok_embeddings(input_ids)
-        images = self.gather_rows(table, vision_index, 1)                             # (B, L, D)
+        images = self.sample_rows(table, vision_index)                                # (B, L, D)
         return self.choose(self.not_equal(image_mask, 0), images, tokens)
 
     def rotary_tables_of(self, position_ids):
@@ -164,29 +166,33 @@ class IXC25Model(PreTrainedModel):
         noise = None if noise_seed is None else self.noise(noise_seed)
         return self.model(x, mask, cos, sin, adapters, (b, length), segment_ids, noise)
 
-    def flat_logits(self, input_ids, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
-                    segment_ids=None, noise_seed=None):
+    def flat_logits(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
+                    image_mask=None, position_ids=None, segment_ids=None, noise_seed=None):
         """float32 logits `(B*L, V)`; arguments as in `training_loss`."""
-        table = None if pixel_values is None else self.vision_table(pixel_values)
+        table = None if pixel_values is None else self.vision_table(pixel_values, global_views, view_index)
         x = self.hidden_states(input_ids, table, vision_index, image_mask, position_ids, segment_ids, noise_seed,
                                self.adapters)
         return self.cast(self.output(x), mstype.float32)                              # (B*L, V)
 
-    def logits(self, input_ids, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
-               segment_ids=None, noise_seed=None):
+    def logits(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
+               image_mask=None, position_ids=None, segment_ids=None, noise_seed=None):
         """float32 logits `(B, L, V)`; arguments as in `training_loss`."""
-        flat = self.flat_logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ids,
-                                noise_seed)
+        flat = self.flat_logits(input_ids, pixel_values, global_views, view_index, vision_index, image_mask,
+                                position_ids, segment_ids, noise_seed)
         return self.reshape(flat, (input_ids.shape[0], input_ids.shape[1], -1))
 
-    def training_loss(self, input_ids, labels, pixel_values=None, vision_index=None, image_mask=None,
-                      position_ids=None, segment_ids=None, noise_seed=None, source=None):
+    def training_loss(self, input_ids, labels, pixel_values=None, global_views=None, view_index=None,
+                      vision_index=None, image_mask=None, position_ids=None, segment_ids=None, noise_seed=None,
+                      source=None):
         """The loss of a batch (`mindformers_ixc.data.batch`) in the form that `config.loss_form` says.
 
         Args:
             input_ids: int32 `(B, L)`; the padding id at image positions and in the padding on the right.
             labels: int32 `(B, L)`, already shifted: the target of each position, -100 where there is none.
-            pixel_values: float32 `(B, T, 3, P, P)` normalised tiles; `None` for text only.
+            pixel_values: uint8 `(B, T, 3, P, P)`, local tiles; or float32, all tiles normalised, then the next two are
+                `None`; `None` for text only.
+            global_views: float32 `(B, I, 3, P, P)`, the normalised global views.
+            view_index: int32 `(B, T)`, 0 for a local tile, i > 0 for global view i - 1.
             vision_index: int32 `(B, L)`, row of the vision table each image position takes.
             image_mask: int32 `(B, L)`, 1 on image positions.
             position_ids: int32 `(B, L)`, for packed samples.
@@ -199,8 +205,8 @@ class IXC25Model(PreTrainedModel):
             labelled positions, float32 scalars. `sources`: the mean, and float32 `(2, R)`, of each of the R
             `config.num_sources` sources the sum of losses and the number of labelled positions.
         """
-        logits = self.flat_logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ids,
-                                  noise_seed)
+        logits = self.flat_logits(input_ids, pixel_values, global_views, view_index, vision_index, image_mask,
+                                  position_ids, segment_ids, noise_seed)
         targets = self.reshape(labels, (-1,))
         if self.loss_form != "sources":
             return self.loss(logits, targets)
@@ -211,11 +217,11 @@ class IXC25Model(PreTrainedModel):
         members = F.one_hot(source, self.num_sources, self.one, self.zero)            # (B, R)
         return loss, F.stop_gradient(F.matmul(sums, members))
 
-    def construct(self, input_ids, labels, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
-                  segment_ids=None, noise_seed=None, source=None):
+    def construct(self, input_ids, labels, pixel_values=None, global_views=None, view_index=None, vision_index=None,
+                  image_mask=None, position_ids=None, segment_ids=None, noise_seed=None, source=None):
         """The graph of training: `training_loss`."""
-        return self.training_loss(input_ids, labels, pixel_values, vision_index, image_mask, position_ids, segment_ids,
-                                  noise_seed, source)
+        return self.training_loss(input_ids, labels, pixel_values, global_views, view_index, vision_index, image_mask,
+                                  position_ids, segment_ids, noise_seed, source)
 
 
 class LogitsGraph(nn.Cell):
@@ -229,7 +235,8 @@ class LogitsGraph(nn.Cell):
         super().__init__(auto_prefix=False)
         self.model = model
 
-    def construct(self, input_ids, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
-                  segment_ids=None):
+    def construct(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
+                  image_mask=None, position_ids=None, segment_ids=None):
         """float32 logits `(B, L, V)`; arguments as in `IXC25Model.training_loss`."""
-        return self.model.logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ids)
+        return self.model.logits(input_ids, pixel_values, global_views, view_index, vision_index, image_mask,
+                                 position_ids, segment_ids)

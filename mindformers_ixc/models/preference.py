@@ -155,8 +155,8 @@ class IXC25ForPreference(IXC25Model):
         # from here on the numbers are few, and whole on every device
         return self.mul_minus_one(self.sum_positions(self.reshape(losses, labels.shape), 1), -1.0)
 
-    def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None,
-                  reference_logps=None):
+    def construct(self, input_ids, labels=None, pixel_values=None, global_views=None, view_index=None,
+                  vision_index=None, image_mask=None, reference_logps=None):
         """Loss and report of pairs; arguments as in `mindformers_ixc.data.batch`, see `PreferenceLoss.construct`.
 
         In parallel runs the loss alone; the report is in `train_report`.
@@ -164,7 +164,7 @@ class IXC25ForPreference(IXC25Model):
         b, _, length = input_ids.shape
         table = None
         if pixel_values is not None:
-            table = self.vision_table(pixel_values)                                   # (B, T*k*k + 2, D)
+            table = self.vision_table(pixel_values, global_views, view_index)         # (B, T*k*k + 2, D)
             rows, width = table.shape[1], table.shape[2]
             table = self.tile_answers(self.reshape(table, (b, 1, rows, width)), (1, 2, 1, 1))
             table = self.reshape(table, (2 * b, rows, width))                         # (2B, T*k*k + 2, D)

@@ -154,12 +154,14 @@ def _inputs(fields: dict, config: IXC25Config, micro_batches: int) -> list[Tenso
     """A global batch as the data set gives it, without memory."""
     size = fields["runner_config"]["batch_size"] * config.parallel_config.data_parallel * micro_batches
     length, tiles, side = config.seq_length, config.max_tiles, config.vision_config.image_size
+    picture = (3, side, side)
 
     def empty(*shape: int, dtype: mstype.Type = mstype.int32) -> Tensor:
         return Tensor(shape=shape, dtype=dtype, init=Zero())
 
     texts = (size, 2, length) if _is_preference(fields) else (size, length)
-    batch = [empty(*texts), empty(*texts), empty(size, tiles, 3, side, side, dtype=mstype.float32), empty(*texts),
+    batch = [empty(*texts), empty(*texts), empty(size, tiles, *picture, dtype=mstype.uint8),
+             empty(size, config.max_images, *picture, dtype=mstype.float32), empty(size, tiles), empty(*texts),
              empty(*texts)]
     if config.packing:
         batch += [empty(*texts), empty(*texts)]

@@ -130,7 +130,7 @@ def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, Ep
                              config.max_tiles, seed)
         logger.info(f"{len(samples)} samples are packed into {len(packs)} sequences.")
     table = ConversationTable(processor, samples, config.seq_length, config.max_tiles, hd_num, share, packs,
-                              list(config.input_columns or BATCH_COLUMNS), seed)
+                              list(config.input_columns or BATCH_COLUMNS), seed, config.max_images)
     multimodal = [table.is_multimodal(i) for i in range(len(table))]
     logger.info(f"{sum(multimodal)} multimodal and {len(table) - sum(multimodal)} text-only sequences.")
     return table, make_epoch_planner([table.source_of(i) for i in range(len(table))], multimodal, names, mixture, seed,
@@ -190,4 +190,5 @@ def _preference_table(config: MindFormerConfig) -> PreferenceTable:
         logger.warning(f"{message} and are left out.")
     chosen, rejected, logps = zip(*fitting)
     return PreferenceTable(processor, chosen, rejected, logps, seq_length=config.seq_length,
-                           max_tiles=config.max_tiles, hd_num=hd_num, max_bad_share=share, columns=columns, seed=seed)
+                           max_tiles=config.max_tiles, hd_num=hd_num, max_bad_share=share, columns=columns, seed=seed,
+                           max_images=config.max_images)

@@ -16,9 +16,10 @@ from mindspore.ops import operations as P
 from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc.config import MODE_ADAPTERS
-from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
+from mindformers_ixc.data.batch import BATCH_COLUMNS, default_max_images, full_batches
 from mindformers_ixc.data.conversations import load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import fit_samples
+from mindformers_ixc.data.rows import check_images
 from mindformers_ixc.errors import ConfigError, TrainingError
 from mindformers_ixc.files import EVALUATIONS_FILE, read_metrics, write_whole
 from mindformers_ixc.generation.assistant import Assistant
@@ -70,9 +71,10 @@ class MeanLoss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.model, self.loss, self.reshape = model, FusedCrossEntropy(model.config.vocab_size), P.Reshape()
 
-    def construct(self, input_ids, labels, pixel_values, vision_index, image_mask):
+    def construct(self, input_ids, labels, pixel_values, global_views, view_index, vision_index, image_mask):
         """float32 scalar of the columns of a batch."""
-        logits = self.model.flat_logits(input_ids, pixel_values, vision_index, image_mask)     # (B*L, V)
+        logits = self.model.flat_logits(input_ids, pixel_values, global_views, view_index, vision_index,
+                                        image_mask)                                            # (B*L, V)
         return self.loss(logits, self.reshape(labels, (-1,)))
 
 
@@ -87,12 +89,14 @@ class HeldOut:
     def __init__(self, data: MindFormerConfig, options: dict):
         self.processor, self.options = section_processor(data), options
         hd_num = data.hd_num or HD_NUM_TRAINING
+        self.max_images = data.max_images or default_max_images(data.max_tiles)
         loader = data.data_loader or {}      # what it says of trust and of keys holds for held-out samples too
         samples = load_sources(options["dataset_dir"], options["image_folder"], image_root=loader.get("image_root"),
                                ignore_keys=loader.get("ignore_keys") or ())
         read_image_sizes(samples, self.processor.image_processor.exif)
         fitted = fit_samples(self.processor, samples, data.seq_length, data.max_tiles, hd_num)
         self.samples = [entry.sample for entry in fitted[:options["max_samples"]]]
+        check_images(self.samples, self.max_images)
         self.shape = (data.seq_length, data.max_tiles, hd_num)
 
     def rows(self, shuffled: bool):
@@ -106,7 +110,7 @@ class HeldOut:
                                if len(other.images) == len(images) and other.images != images), images)
             encoded = self.processor.encode_conversation(sample.turns, images, sample.where, hd_num)
             if len(encoded.input_ids) <= length and encoded.tiles <= tiles:
-                yield encoded.pad(length, tiles, self.processor.pad_token_id)
+                yield encoded.pad(length, tiles, self.max_images, self.processor.pad_token_id)
 
     def loss(self, mean_loss: MeanLoss, shuffled: bool = False) -> float:
         """Mean loss over labelled positions of all samples."""

@@ -61,6 +61,7 @@ def check_sections_agree(config: MindFormerConfig) -> None:
     model, data = config.model.model_config, config.train_dataset
     vision = model.vision_config or {}
     pairs = [("seq_length", model.seq_length, data.seq_length), ("max_tiles", model.max_tiles, data.max_tiles),
+             ("max_images", model.max_images, data.max_images),
              ("packing", bool(model.packing), bool(data.packing)),
              ("image_size", vision.get("image_size"), data.image_size),
              ("patch_size", vision.get("patch_size"), data.patch_size)]

@@ -26,7 +26,8 @@ FAKE = Path(__file__).parents[1] / "helpers" / "fake_msrun.py"
 TENSOR_PARALLEL = {"run_mode": "finetune", "parallel.parallel_mode": 1, "parallel.full_batch": True,
                    "parallel.gradients_mean": False, "parallel_config.model_parallel": 2,
                    "parallel_config.vocab_emb_dp": False, "model.model_config.plora_dropout": 0.0,
-                   "train_dataset.input_columns": "[input_ids, labels, pixel_values, vision_index, image_mask]"}
+                   "train_dataset.input_columns": "[input_ids, labels, pixel_values, global_views, view_index, "
+                                                  "vision_index, image_mask]"}
 FOLLOWS = "RuntimeError: cpu_parallel: rank 0 waited too long for rank 1"
 
 

@@ -10,6 +10,7 @@ from mindformers.tools.register import MindFormerConfig
 from PIL import Image
 
 import mindformers_ixc  # noqa: F401
+from mindformers_ixc.data.batch import BATCH_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.data.fitting import fit_samples
 from mindformers_ixc.data.rows import ConversationTable
@@ -27,7 +28,7 @@ def section(path, **fields) -> MindFormerConfig:
         "tokenizer": {"type": "InternLM2Tokenizer", "vocab_file": TOKENIZER}, "seq_length": 96, "max_tiles": 3,
         "hd_num": 2, "image_size": 56, "patch_size": 14, "batch_size": 2, "num_parallel_workers": 1,
         "python_multiprocessing": True, "prefetch_size": 1, "numa_enable": False, "repeat": 1, "seed": 5,
-        "drop_remainder": True, "input_columns": ["input_ids", "labels", "pixel_values", "vision_index", "image_mask"],
+        "drop_remainder": True, "input_columns": list(BATCH_COLUMNS),
         **fields})
 
 
@@ -57,11 +58,11 @@ def source(tmp_path):
 def test_batches_have_the_documented_columns(source):
     data = dataset(source)
     assert data.get_dataset_size() == 3
-    for ids, labels, pixels, index, mask in epochs(data, 1)[0]:
-        assert [a.dtype.name for a in (ids, labels, pixels, index, mask)] == [
-            "int32", "int32", "float32", "int32", "int32"]
+    for ids, labels, pixels, views, slots, index, mask in epochs(data, 1)[0]:
+        assert [a.dtype.name for a in (ids, labels, pixels, views, slots, index, mask)] == [
+            "int32", "int32", "uint8", "float32", "int32", "int32", "int32"]
         assert ids.shape == labels.shape == index.shape == mask.shape == (2, 96)
-        assert pixels.shape == (2, 3, 3, 56, 56)
+        assert (pixels.shape, views.shape, slots.shape) == ((2, 3, 3, 56, 56), (2, 1, 3, 56, 56), (2, 3))
         assert len({bool(row.any()) for row in mask}) == 1, "kinds must not mix in a batch"
 
 
@@ -145,7 +146,7 @@ def test_every_text_is_tokenised_once_for_measuring(source, monkeypatch):
     texts, encode = [], InternLM2Tokenizer.encode_text
     monkeypatch.setattr(InternLM2Tokenizer, "encode_text",
                         lambda self, text, **options: texts.append(text) or encode(self, text, **options))
-    columns = ["input_ids", "labels", "pixel_values", "vision_index", "image_mask", "position_ids", "segment_ids"]
+    columns = [*BATCH_COLUMNS, *PACKING_COLUMNS]
     data = dataset(source, packing=True, input_columns=columns, python_multiprocessing=False)
     prefix = len(texts) - len([text for text in texts if "number" in text])
     measured = [text for text in texts if "number" in text]

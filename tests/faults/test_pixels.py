@@ -203,8 +203,9 @@ def test_workers_decode_videos_and_leave_out_what_they_cannot_use(tmp_path, gold
                "numa_enable": False}
     data = build_dataset(MindFormerConfig(type="IXC25SFTDataset", dataset_config=MindFormerConfig(**section)))
     rows = list(data.create_dict_iterator(num_epochs=1, output_numpy=True))
-    tiles = sorted(int((row["pixel_values"] != 0).any(axis=(2, 3, 4)).sum()) for row in rows)
-    assert tiles == [2, 5]
+    local = sorted(int((row["pixel_values"] != 0).any(axis=(2, 3, 4)).sum()) for row in rows)
+    assert local == [1, 4]
+    assert all((row["view_index"] == [1, *[0] * 8]).all() and row["global_views"][:, 0].any() for row in rows)
 
 
 def test_another_requests_error_names_its_picture(tmp_path):

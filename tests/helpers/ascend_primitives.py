@@ -1,5 +1,7 @@
 """Compiles a training graph for a device that may not be there and prints its primitives as JSON.
 
+The line before lists the batch axes of its gathers.
+
 `ascend_primitives.py DEVICE FIELDS`, started with MS_SIMULATION_LEVEL=0; FIELDS are those of `IXC25Config`, as JSON.
 """
 from __future__ import annotations
@@ -29,6 +31,15 @@ class Gradients(nn.Cell):
         return self.grad(self.model, self.weights)(*inputs)
 
 
+def gather_batch_axes(graph: ModelProto) -> list[int]:
+    """`batch_dims`, the fourth input, of every Gather."""
+    nodes = [node for part in (graph.graph, *graph.functions) for node in part.node]
+    constants = {node.output[0]: node.attribute[0] for node in nodes if node.op_type == "Constant"}
+    names = {primitive.name: primitive.op_type for primitive in graph.primitives}
+    gathers = [node for node in nodes if names.get(node.op_type.removeprefix("REF::"), node.op_type) == "Gather"]
+    return [constants[node.input[3]].i for node in gathers]
+
+
 def main(device: str, fields: dict) -> None:
     ms.set_context(mode=ms.GRAPH_MODE)
     with assume_device(device), nn.no_init_parameters():
@@ -37,11 +48,14 @@ def main(device: str, fields: dict) -> None:
     step.set_train()
     side = fields["vision_config"]["image_size"]
     ids = Tensor(np.zeros((1, fields["seq_length"]), np.int32))
-    batch = [ids, ids, Tensor(np.zeros((1, fields["max_tiles"], 3, side, side), np.float32)), ids, ids]
+    batch = [ids, ids, Tensor(np.zeros((1, fields["max_tiles"], 3, side, side), np.uint8)),
+             Tensor(np.zeros((1, 1, 3, side, side), np.float32)), Tensor(np.zeros((1, fields["max_tiles"]), np.int32)),
+             ids, ids]
     batch += [ids, ids] if fields.get("packing") else []
     _cell_graph_executor.compile(step, *batch, phase="train", do_convert=False)
     graph, executor = ModelProto(), _cell_graph_executor._graph_executor
     graph.ParseFromString(executor.get_func_graph_proto(step.current_phase, "mind_ir", True))
+    print(json.dumps(gather_batch_axes(graph)))
     print(json.dumps(sorted({primitive.op_type for primitive in graph.primitives})))
 
 

@@ -23,11 +23,16 @@ SIZES = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 64, "num_hid
 
 
 def compiled(device: str, **fields) -> set[str]:
-    """Primitives of the training graph made for a device; in a process of its own, which stops at the front end."""
+    """Primitives of the training graph made for a device."""
+    return set(compiled_lines(device, **fields)[-1])
+
+
+def compiled_lines(device: str, **fields) -> list[list]:
+    """What the script prints; in a process of its own, which stops at the front end."""
     done = subprocess.run([sys.executable, str(SCRIPT), device, json.dumps({**SIZES, **fields})], check=False,
                           env={**os.environ, "MS_SIMULATION_LEVEL": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    return [json.loads(line) for line in done.stdout.splitlines()[-2:]]
 
 
 def test_the_device_is_assumed_for_a_while_only():
@@ -51,6 +56,15 @@ def test_what_is_not_asked_for_is_composed():
     found = compiled("Ascend", fused_norm=False)
     assert not {"FlashAttentionScore", "RotaryPositionEmbedding", "RmsNorm"} & found
     assert not {"FlashAttentionScore", "RmsNorm"} & compiled("CPU", use_flash_attention=True)
+
+
+@pytest.mark.slow
+def test_rows_of_vision_tables_are_taken_by_kernels_of_cann():
+    # a gather with a batch axis has none, forward or backward; Embedding and its gradient are aclnnEmbedding and
+    # aclnnEmbeddingDenseBackward in MindSpore's library of Ascend operators
+    batch_axes, found = compiled_lines("Ascend")
+    assert batch_axes and not any(batch_axes)
+    assert {"Embedding", "EmbeddingDenseBackward"} <= set(found)
 
 
 def test_masks_of_the_fused_kernel():

@@ -105,12 +105,19 @@ def batch_of(goldens, pictures: bool) -> list[np.ndarray]:
     return [ids, labels, pixels, index, mask]
 
 
+def columns_of(batch) -> list:
+    """Arguments of the network; all tiles are normalised."""
+    ids, labels, pixels, index, mask = map(Tensor, batch)
+    return [ids, labels, pixels, None, None, index, mask]
+
+
 def log_probabilities(model, batch) -> np.ndarray:
     """Summed log-probabilities of the answers from the logits of `IXC25ForCausalLM`, float64 `(B, 2)`."""
     ids, labels, pixels, index, mask = batch
     found = []
     for side in range(2):
-        logits = model(Tensor(ids[:, side]), None, Tensor(pixels), Tensor(index[:, side]), Tensor(mask[:, side]))
+        logits = model(Tensor(ids[:, side]), None, Tensor(pixels), vision_index=Tensor(index[:, side]),
+                       image_mask=Tensor(mask[:, side]))
         logits = logits.asnumpy().astype(np.float64)
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         labelled = labels[:, side] != -100
@@ -123,7 +130,7 @@ def test_the_model_has_the_loss_of_the_reference_outputs(goldens):
     golden = np.load(goldens / "t1" / "dpo.npz")
     reference = np.stack([golden["reference_chosen"], golden["reference_rejected"]], 1)
     model = model_of(goldens, preference={"beta": float(golden["beta"])})
-    loss, report = (out.asnumpy() for out in model(*map(Tensor, batch_of(goldens, False)), Tensor(reference)))
+    loss, report = (out.asnumpy() for out in model(*columns_of(batch_of(goldens, False)), Tensor(reference)))
     assert loss == pytest.approx(float(golden["loss"]), abs=1e-4)
     expected = [golden[name].sum() for name in ("reward_chosen", "reward_rejected")]
     np.testing.assert_allclose(report[:2], expected, atol=1e-4)
@@ -141,7 +148,7 @@ def test_the_reference_is_the_model_without_the_pair_and_gets_no_gradient(golden
     reference = log_probabilities(plain, batch)
     assert abs(policy - reference).max() > 0.5, "the pair must matter"
 
-    model, columns = model_of(goldens, preference={"beta": BETA, "label_smoothing": 0.1}), [*map(Tensor, batch)]
+    model, columns = model_of(goldens, preference={"beta": BETA, "label_smoothing": 0.1}), columns_of(batch)
     loss, report = (out.asnumpy() for out in model(*columns))
     assert loss == pytest.approx(expected_loss(policy, reference, "sigmoid", BETA, 0.1)[0], abs=1e-5)
     np.testing.assert_allclose(report, expected_report(policy, reference, BETA), atol=1e-3)

@@ -9,6 +9,7 @@ from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, M
 from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
 
 from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.models.preference import REPORT
 from mindformers_ixc.training import step as steps
@@ -17,7 +18,7 @@ from mindformers_ixc.training.step import StepPlan, plan_step
 from mindformers_ixc.training.trainer import IXC25Trainer
 
 YAMLS = Path(__file__).parents[2] / "yaml_configs"
-COLUMNS = ["input_ids", "labels", "pixel_values", "vision_index", "image_mask"]
+COLUMNS = list(BATCH_COLUMNS)
 ACCUMULATED = {"runner_config.gradient_accumulation_steps": 3}
 PLAIN, SOURCES = ({"train_dataset.input_columns": columns} for columns in (COLUMNS, [*COLUMNS, "source"]))
 AVERAGED = {"runner_wrapper.ema_decay": 0.9}
