@@ -71,11 +71,11 @@ class IXC25ForCausalLM(IXC25Model):
     tokenizer: SentencePieceText | None = None
 
     def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None,
-                  position_ids=None, segment_ids=None, noise_seed=None, source=None):
+                  position_ids=None, segment_ends=None, noise_seed=None, source=None):
         """Training loss, or logits when `labels` is `None`, as with MindFormers' own models; see `IXC25Model`."""
         if labels is None:
-            return self.logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ids, noise_seed)
-        return self.training_loss(input_ids, labels, pixel_values, vision_index, image_mask, position_ids, segment_ids,
+            return self.logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ends, noise_seed)
+        return self.training_loss(input_ids, labels, pixel_values, vision_index, image_mask, position_ids, segment_ends,
                                   noise_seed, source)
 
     @classmethod

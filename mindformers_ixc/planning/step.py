@@ -162,7 +162,7 @@ def _inputs(fields: dict, config: IXC25Config, micro_batches: int) -> list[Tenso
     batch = [empty(*texts), empty(*texts), empty(size, tiles, 3, side, side, dtype=mstype.float32), empty(*texts),
              empty(*texts)]
     if config.packing:
-        batch += [empty(*texts), empty(*texts)]
+        batch += [empty(*texts), empty(size, config.max_segments)]
     return batch
 
 

@@ -145,7 +145,7 @@ def test_every_text_is_tokenised_once_for_measuring(source, monkeypatch):
     texts, encode = [], InternLM2Tokenizer.encode_text
     monkeypatch.setattr(InternLM2Tokenizer, "encode_text",
                         lambda self, text, **options: texts.append(text) or encode(self, text, **options))
-    columns = ["input_ids", "labels", "pixel_values", "vision_index", "image_mask", "position_ids", "segment_ids"]
+    columns = ["input_ids", "labels", "pixel_values", "vision_index", "image_mask", "position_ids", "segment_ends"]
     data = dataset(source, packing=True, input_columns=columns, python_multiprocessing=False)
     prefix = len(texts) - len([text for text in texts if "number" in text])
     measured = [text for text in texts if "number" in text]
