@@ -77,10 +77,14 @@ DTYPE_FIELDS = ("compute_dtype", "param_init_type", "layernorm_compute_type", "s
 # What tensor parallel may do with the vision tower.
 VISION_PARALLEL = ("heads", "replicated")
 
-# Ascend's FlashAttentionScore takes lengths that are multiples of this, and a causal mask in a compressed form of this
-# side, whatever the length (MindSpore's documentation of the operator, sparse_mode 2).
-FLASH_LENGTH_MULTIPLE = 16
+# Ascend's FlashAttentionScore, by MindSpore 2.9's documentation of the operator: the side of a causal mask in compressed
+# form (sparse_mode 2 and 3), whatever the length, and the sequences that one call in layout TND takes.
 COMPRESSED_MASK = 2048
+MOST_SEGMENTS = 1024
+
+# What lengths had to be a multiple of by the documentation of MindFormers' FlashAttention (1.9). MindSpore 2.9's own
+# knows no such rule (lengths from 1 to 512k); `vision_config.pad_positions` is the switch.
+PADDED_MULTIPLE = 16
 
 
 class Field(NamedTuple):
@@ -116,6 +120,8 @@ VISION_FIELDS = {
     "intermediate_size": Field(4096, "width of the MLP"),
     "hidden_act": Field("quick_gelu", "only `quick_gelu`, which CLIP was trained with"),
     "layer_norm_eps": Field(1e-5, "epsilon of every LayerNorm"),
+    "pad_positions": Field(False, "pad the positions of a tile (1601) to a multiple of 16 for Ascend's fused attention, "
+                           "and mask them", False),
 }
 
 FIELDS = {
@@ -278,7 +284,8 @@ def _public(config: VisionConfig | ModelConfig, table: dict[str, Field]) -> dict
 MAY_BE_0 = ("plora_rank", "bos_token_id", "eos_token_id", "pad_token_id")
 
 # What a damaged file may not ask for: sizes are 32-bit numbers in graphs, and every layer is a cell.
-MOST, MOST_LAYERS = 2**31 - 1, 4096
+MOST = 2**31 - 1
+AT_MOST = {"num_hidden_layers": 4096, "max_segments": MOST_SEGMENTS}
 
 
 def _rule(name: str, field: Field) -> Rule:
@@ -290,7 +297,7 @@ def _rule(name: str, field: Field) -> Rule:
     if name in ("plora_alpha", "rms_norm_eps"):
         return above_0()
     if isinstance(field.default, int) or name in ("hd_num", "max_images"):
-        least, most = 0 if name in MAY_BE_0 else 1, MOST_LAYERS if name == "num_hidden_layers" else MOST
+        least, most = 0 if name in MAY_BE_0 else 1, AT_MOST.get(name, MOST)
         return Rule(lambda value: is_whole(value, least) and value <= most, f"a whole number from {least} to {most}")
     if name == "plora_dropout":
         return Rule(lambda value: is_number(value) and 0 <= value < 1, "a number of at least 0 and below 1")
@@ -338,6 +345,7 @@ class VisionConfig:
     intermediate_size: int
     hidden_act: str
     layer_norm_eps: float
+    pad_positions: bool
 
     def __init__(self, /, **given: Any):
         _assign(self, VISION_FIELDS, given)
@@ -365,8 +373,8 @@ class VisionConfig:
 
     @property
     def padded_positions(self) -> int:
-        """Positions of a tile as Ascend's fused attention takes them."""
-        return -(-self.positions // FLASH_LENGTH_MULTIPLE) * FLASH_LENGTH_MULTIPLE
+        """Positions of a tile as Ascend's fused attention takes them (1601 at 560 pixels, or 1616)."""
+        return -(-self.positions // PADDED_MULTIPLE) * PADDED_MULTIPLE if self.pad_positions else self.positions
 
     @property
     def tokens_per_side(self) -> int:

@@ -19,12 +19,15 @@ byte. `Tiles` of `mindformers_ixc.processing.image` holds the three columns of o
 
 The vision table of a sample has T * k * k + 2 rows: those of its tiles in order, then sub_GN, then glb_GN.
 
+A row of n packed conversations has S - n positions of padding at least (`mindformers_ixc.data.packing.segment_ends`): no
+segment is empty, their ends rise strictly and the last one is L.
+
 Columns that a run asks for in `input_columns`:
 
 | column | type | shape | holds |
 |---|---|---|---|
 | position_ids | int32 | (B, L) | position within its conversation; starts again at 0 where samples are packed |
-| segment_ids | int32 | (B, L) | number of the packed conversation, from 1; 0 in the padding |
+| segment_ends | int32 | (B, S) | where the row's S = `max_segments` segments end: packed conversations, then padding |
 | noise_seed | int32 | (B,) | seed of the dropout noise, from the run's seed and the sample's place in the run |
 | source | int32 | (B,) | number of the source, for losses by source |
 
@@ -44,7 +47,7 @@ from typing import Any
 
 PIXEL_COLUMNS = ("pixel_values", "global_views", "view_index")
 BATCH_COLUMNS = ("input_ids", "labels", *PIXEL_COLUMNS, "vision_index", "image_mask")
-PACKING_COLUMNS = ("position_ids", "segment_ids")
+PACKING_COLUMNS = ("position_ids", "segment_ends")
 EXTRA_COLUMNS = (*PACKING_COLUMNS, "noise_seed", "source")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mindformers_ixc.data.batch import default_max_images
+from mindformers_ixc.errors import PromptError
 from mindformers_ixc.processing.image import Tiles
 from mindformers_ixc.processing.processor import EncodedSample
 
@@ -47,8 +48,8 @@ def pack_samples(needs: Sequence[tuple[int, int]], groups: Sequence, seq_length:
     return packs
 
 
-def join_samples(samples: Sequence[EncodedSample], seq_length: int, max_tiles: int,
-                 pad_token_id: int, max_images: int | None = None) -> dict[str, np.ndarray]:
+def join_samples(samples: Sequence[EncodedSample], seq_length: int, max_tiles: int, pad_token_id: int,
+                 max_images: int | None = None, max_segments: int | None = None) -> dict[str, np.ndarray]:
     """Columns of a batch (`mindformers_ixc.data.batch`) for encoded samples in one sequence.
 
     Args:
@@ -57,27 +58,71 @@ def join_samples(samples: Sequence[EncodedSample], seq_length: int, max_tiles: i
         max_tiles: tiles T.
         pad_token_id: id of padded positions.
         max_images: global views I; by default half the tiles.
+        max_segments: segments S that the sequence is cut into, see `segment_ends`; without it a sequence is a single
+            sample and has none.
 
     Returns:
-        The ordinary columns and `position_ids`, `segment_ids`.
+        The ordinary columns, and with `max_segments` also `position_ids` and `segment_ends`.
 
     Raises:
-        PromptError: when they do not fit together.
+        PromptError: when they do not fit together; see `segment_ends`.
     """
+    images = max_images or default_max_images(max_tiles)
+    if max_segments is None:
+        if len(samples) != 1:
+            raise PromptError(f"A sequence of {len(samples)} samples needs max_segments, the segments it is cut into; "
+                              "without packing it holds a single sample.")
+        return samples[0].pad(seq_length, max_tiles, images, pad_token_id)
+    ends = segment_ends([len(sample.input_ids) for sample in samples], seq_length, max_segments)
     merged = samples[0] if len(samples) == 1 else EncodedSample(
         np.concatenate([sample.input_ids for sample in samples]),
         np.concatenate([_own_labels(sample) for sample in samples]),
         np.concatenate([sample.image_mask for sample in samples]),
         [grid for sample in samples for grid in sample.grids],
         Tiles.joined([sample.pictures for sample in samples]), samples[0].tokens_per_side)
-    columns = merged.pad(seq_length, max_tiles, max_images or default_max_images(max_tiles), pad_token_id)
-    lengths = [len(sample.input_ids) for sample in samples]
-    positions, segments = np.zeros(seq_length, np.int32), np.zeros(seq_length, np.int32)
-    positions[:sum(lengths)] = np.concatenate([np.arange(length) for length in lengths])
-    segments[:sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-    rest = seq_length - sum(lengths)
-    positions[sum(lengths):] = np.arange(rest)
-    return {**columns, "position_ids": positions, "segment_ids": segments}
+    columns = merged.pad(seq_length, max_tiles, images, pad_token_id)
+    lengths = np.diff(ends, prepend=0)
+    positions = np.arange(seq_length) - np.repeat(ends - lengths, lengths)
+    return {**columns, "position_ids": positions.astype(np.int32), "segment_ends": ends}
+
+
+def segment_ends(lengths: Sequence[int], seq_length: int, max_segments: int) -> np.ndarray:
+    """Where the segments of a packed sequence end: always as many, none of them empty, the last at the very end.
+
+    Ascend's fused attention takes the ends as a tensor of fixed shape and no segment of length 0, so the padding behind
+    the samples is cut into what is left of the S segments: one position each, the last one all the rest.
+
+    Args:
+        lengths: positions of each sample.
+        seq_length: positions L.
+        max_segments: segments S.
+
+    Returns:
+        int32 `(S,)`, strictly increasing, the last one L.
+
+    Raises:
+        PromptError: for no sample or an empty one, for samples longer than the sequence together, for more samples than
+            segments (one segment is the padding's, if there is any), and for too little padding to fill the segments
+            that are left.
+    """
+    used, rest = sum(lengths), max_segments - len(lengths)
+    if not len(lengths) or min(lengths) < 1:
+        raise PromptError(f"A packed sequence has samples of {list(lengths)} positions; it needs one sample at least, "
+                          "and none may be empty.")
+    if used > seq_length:
+        raise PromptError(f"Samples of {list(lengths)} positions are {used} together and do not fit seq_length "
+                          f"{seq_length}.")
+    padding = seq_length - used
+    if rest < (padding > 0):
+        raise PromptError(f"A packed sequence has {len(lengths)} samples and {padding} positions of padding, but "
+                          f"max_segments is {max_segments}, one of which is the padding's if there is any; raise "
+                          "max_segments or pack fewer samples together.")
+    if padding < rest:
+        raise PromptError(f"A packed sequence has {len(lengths)} samples and {padding} positions of padding, too few "
+                          f"for the {rest} segments that are left of max_segments {max_segments}, each of which needs "
+                          "one; lower max_segments or leave more padding.")
+    fill = [*range(used + 1, used + rest), seq_length] if rest else []
+    return np.array([*np.cumsum(lengths), *fill], np.int32)
 
 
 def _own_labels(sample: EncodedSample) -> np.ndarray:

@@ -68,6 +68,7 @@ class ConversationTable:
         columns: what a row holds, of `mindformers_ixc.data.batch`.
         seed: of the noise.
         max_images: pictures of a row; by default half the tiles.
+        max_segments: segments of a packed row; without it rows are not packed.
 
     Raises:
         DataError: for a sample with more pictures.
@@ -75,7 +76,9 @@ class ConversationTable:
 
     def __init__(self, processor: Processor, samples: Sequence[Conversation], seq_length: int, max_tiles: int,
                  hd_num: int, max_bad_share: float = MAX_BAD_SHARE, packs: Sequence[Sequence[int]] | None = None,
-                 columns: Sequence[str] = BATCH_COLUMNS, seed: int = 0, max_images: int | None = None):
+                 columns: Sequence[str] = BATCH_COLUMNS, seed: int = 0, max_images: int | None = None,
+                 max_segments: int | None = None):
+        self.max_segments = max_segments
         self.processor, self.samples = processor, list(samples)
         self.packs = [[i] for i in range(len(self.samples))] if packs is None else [list(pack) for pack in packs]
         self.seq_length, self.max_tiles, self.hd_num = seq_length, max_tiles, hd_num
@@ -128,7 +131,8 @@ class ConversationTable:
         members = [self.samples[i] for i in self.packs[index]]
         encoded = [self.processor.encode_conversation(sample.turns, sample.images, sample.where, self.hd_num)
                    for sample in members]
-        joined = join_samples(encoded, self.seq_length, self.max_tiles, self.processor.pad_token_id, self.max_images)
+        joined = join_samples(encoded, self.seq_length, self.max_tiles, self.processor.pad_token_id, self.max_images,
+                              self.max_segments)
         if not (joined["labels"] != IGNORE_INDEX).any():
             raise DataError(f"{self.describe(index)}: nothing in it carries loss; its answers are empty.")
         columns: dict[str, Column] = {**joined, "noise_seed": noise_seed(self.seed, place),

@@ -18,9 +18,9 @@ from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.device import is_parallel
-from mindformers_ixc.models.attention import AttentionCore
+from mindformers_ixc.models.attention import MASKED, AttentionCore
 from mindformers_ixc.models.configuration import IXC25Config
-from mindformers_ixc.models.internlm2 import MASKED, MergeHeads, SplitHeads
+from mindformers_ixc.models.internlm2 import MergeHeads, SplitHeads
 from mindformers_ixc.native import kernels
 
 if TYPE_CHECKING:

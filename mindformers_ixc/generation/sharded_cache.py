@@ -7,9 +7,9 @@ from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.generation.caches import TokenHeads
-from mindformers_ixc.models.attention import AttentionCore
+from mindformers_ixc.models.attention import BlockMasks, BlockwiseAttention
 from mindformers_ixc.models.configuration import IXC25Config
-from mindformers_ixc.models.internlm2 import CausalMask, MergeHeads, SplitHeads
+from mindformers_ixc.models.internlm2 import MergeHeads, SplitHeads
 
 
 class ShardedCache(nn.Cell):
@@ -34,8 +34,8 @@ class ShardedCache(nn.Cell):
         self.keys = Parameter(zeros, name="key_cache", requires_grad=False)
         self.values = Parameter(zeros, name="value_cache", requires_grad=False)
         self.split, self.merge, self.token_heads = SplitHeads(config), MergeHeads(config), TokenHeads(config)
-        self.core = AttentionCore(self.size, config.softmax_compute_type)
-        self.causal_mask = CausalMask(config, additive=True)
+        self.core = BlockwiseAttention(self.size, config.softmax_compute_type)
+        self.block_masks = BlockMasks(config.softmax_compute_type)
         self.mul_real, self.mul_place = P.Mul(), P.Mul()
         self.concat = P.Concat(2)
         self.assign = P.Assign()
@@ -54,7 +54,7 @@ class ShardedCache(nn.Cell):
         self.split.shard(1, tp)
         self.merge.shard(1, tp)
         self.core.shard(1, tp)
-        self.causal_mask.shard(1)
+        self.block_masks.shard(1)
         self.token_heads.shard(tp)
         self.softmax.shard((heads,))
         self.mul_place.shard((whole, heads))
@@ -64,8 +64,8 @@ class ShardedCache(nn.Cell):
             primitive.shard((heads, heads))
 
     def prefill_mask(self, length):
-        """As `ContiguousCache.prefill_mask`: one mask, for all queries at once."""
-        return self.causal_mask(length)
+        """As `ContiguousCache.prefill_mask`."""
+        return self.block_masks(length)
 
     def decode_mask(self, _, mask):
         """As `ContiguousCache.decode_mask`; the host made it."""

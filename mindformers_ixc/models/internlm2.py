@@ -1,7 +1,6 @@
 """InternLM2: the language model of IXC2.5, with consolidated QKV, grouped queries and Partial LoRA on every linear."""
 from __future__ import annotations
 
-import mindspore.common.dtype as mstype
 from mindspore import Parameter, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import functional as F
@@ -9,16 +8,12 @@ from mindspore.ops import operations as P
 from mindspore.ops.auto_generate import RotaryPositionEmbedding
 
 from mindformers_ixc.device import on_ascend
-from mindformers_ixc.models.attention import compressed_causal_mask, decoder_attention, uses_flash_attention
+from mindformers_ixc.models.attention import decoder_attention, decoder_mask
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.dropout import LAYER_MIX
 from mindformers_ixc.models.layers import PartialLoRALinear, RMSNorm
 from mindformers_ixc.native import kernels
 from mindformers_ixc.parallel.cuts import CUTS
-
-# Added to attention scores that must not be seen. Finite, so that a row with nothing to see is not NaN; exp() of it is
-# exactly 0 in float32 beside any real score.
-MASKED = -1e9
 
 
 class Choose(nn.Cell):
@@ -130,10 +125,15 @@ class SplitHeads(nn.Cell):
     """Rotated queries and keys, and values, from the consolidated product.
 
     The rows of `wqkv` are grouped by key/value head: for each of them its query heads, its key head, its value head.
+
+    Args:
+        config: sizes and dtype.
+        positions_first: leave positions in front of heads, as the product has them; otherwise heads come first.
     """
 
-    def __init__(self, config: IXC25Config):
+    def __init__(self, config: IXC25Config, positions_first: bool = False):
         super().__init__()
+        self.positions_first = positions_first
         self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
         self.rotary = RotaryEmbedding(config)
         self.packed = config.packing
@@ -154,7 +154,8 @@ class SplitHeads(nn.Cell):
             shape: `(B, L)`, a compile-time constant.
 
         Returns:
-            Queries `(B, KV, G, L, d)`, keys and values `(B, KV, L, d)`.
+            Queries `(B, KV, G, L, d)`, keys and values `(B, KV, L, d)`; with positions first `(B*L, KV*G, d)` and
+            `(B*L, KV, d)`.
         """
         b, length = shape
         kv, g, d = self.kv, self.groups, self.size
@@ -166,6 +167,9 @@ class SplitHeads(nn.Cell):
         value = self.strided_slice(qkv, (0, 0, 0, g + 1, 0), (b, length, kv, g + 2, d), steps)
         query = self.strided_slice(qk, (0, 0, 0, 0, 0), (b, length, kv, g, d), steps)        # (B, L, KV, G, d)
         key = self.strided_slice(qk, (0, 0, 0, g, 0), (b, length, kv, g + 1, d), steps)      # (B, L, KV, 1, d)
+        if self.positions_first:
+            keys = (b * length, kv, d)
+            return self.reshape(query, (b * length, kv * g, d)), self.reshape(key, keys), self.reshape(value, keys)
         query = self.to_query(query, (0, 2, 3, 1, 4))                                        # (B, KV, G, L, d)
         key = self.to_heads(self.reshape(key, (b, length, kv, d)), (0, 2, 1, 3))             # (B, KV, L, d)
         value = self.to_heads(self.reshape(value, (b, length, kv, d)), (0, 2, 1, 3))
@@ -180,17 +184,24 @@ class SplitHeads(nn.Cell):
 
 
 class MergeHeads(nn.Cell):
-    """Attention output `(B, KV, G, L, d)` as `wo` takes it, `(B*L, H*d)`."""
+    """Attention output, `(B, KV, G, L, d)` or with positions first `(B*L, H, d)`, as `wo` takes it, `(B*L, H*d)`.
 
-    def __init__(self, config: IXC25Config):
+    Args:
+        config: sizes.
+        positions_first: as in `SplitHeads`.
+    """
+
+    def __init__(self, config: IXC25Config, positions_first: bool = False):
         super().__init__()
+        self.positions_first = positions_first
         self.width = config.num_attention_heads * config.head_size
         self.to_positions = P.Transpose()
         self.reshape = P.Reshape()
 
     def construct(self, y, shape):
         """Brings heads together again; `shape` is `(B, L)`, a compile-time constant."""
-        y = self.to_positions(y, (0, 3, 1, 2, 4))                                            # (B, L, KV, G, d)
+        if not self.positions_first:
+            y = self.to_positions(y, (0, 3, 1, 2, 4))                                        # (B, L, KV, G, d)
         return self.reshape(y, (shape[0] * shape[1], self.width))                            # (B*L, H*d)
 
     def shard(self, dp: int, tp: int) -> None:
@@ -207,10 +218,10 @@ class Attention(nn.Cell):
         self.wqkv = PartialLoRALinear(config.hidden_size, width + 2 * config.num_key_value_heads * config.head_size,
                                       config, CUTS["wqkv"], salt=0)
         self.wo = PartialLoRALinear(width, config.hidden_size, config, CUTS["wo"], salt=1)
-        self.split = SplitHeads(config)
         self.core = decoder_attention(config)
+        self.split = SplitHeads(config, self.core.positions_first)
+        self.merge = MergeHeads(config, self.core.positions_first)
         self.packed = config.packing
-        self.merge = MergeHeads(config)
 
     def construct(self, x, image_mask, cos, sin, mask, adapters, shape, noise=None):
         """Attention over the whole sequence; arguments as in `DecoderLayer.construct`."""
@@ -288,7 +299,7 @@ class DecoderLayer(nn.Cell):
             image_mask: `(B*L, 1)` in the compute dtype, 1 on image positions, or `None`.
             cos: `(B or 1, L, 1, 1, d)`.
             sin: like `cos`.
-            mask: additive attention mask, broadcast to `(B, KV, G, L, L)`.
+            mask: what `attention.decoder_mask` made.
             adapters: names of the task LoRAs in use, a compile-time constant.
             shape: `(B, L)`, a compile-time constant.
             noise: int32 `(B*L, 1)`, seeds of the dropout; `None` for the device's generator.
@@ -325,64 +336,6 @@ class DecoderLayer(nn.Cell):
         self.add.shard(((rows, 1), (rows, 1)))
 
 
-class CausalMask(nn.Cell):
-    """Causal mask as the attention core takes it, made inside the graph so that no L x L constant is stored.
-
-    Args:
-        config: says which core that is, and the dtype of its softmax.
-        additive: the core is the composed one, whatever the configuration says.
-    """
-
-    def __init__(self, config: IXC25Config, additive: bool = False):
-        super().__init__()
-        self.greater = P.Greater()
-        self.not_equal = P.NotEqual()
-        self.logical_or = P.LogicalOr()
-        self.to_rows, self.to_columns, self.to_samples = P.ExpandDims(), P.ExpandDims(), P.ExpandDims()
-        self.cast = P.Cast()
-        self.mul, self.mul_packed = P.Mul(), P.Mul()
-        self.reshape = P.Reshape()
-        self.dtype = config.softmax_compute_type
-        self.is_flash = not additive and uses_flash_attention(config)
-        if self.is_flash:
-            self.compressed = compressed_causal_mask()
-
-    def construct(self, length, segments=None):
-        """The mask of a sequence length, for one conversation a row or several.
-
-        Args:
-            length: positions L, a compile-time constant.
-            segments: int32 `(B, L)`, number of the conversation of each position where several are packed.
-
-        Returns:
-            Additive, `(1, 1, 1, L, L)`, or `(B, 1, 1, L, L)` with segments: a position then sees its own conversation
-            only. For the fused kernel its compressed mask, or uint8 `(B, 1, L, L)`.
-        """
-        if self.is_flash and segments is None:
-            return self.compressed
-        positions = F.arange(length)
-        later = self.greater(self.reshape(positions, (1, length)), self.reshape(positions, (length, 1)))
-        if segments is None:
-            return self.reshape(self.mul(self.cast(later, self.dtype), MASKED), (1, 1, 1, length, length))
-        other = self.not_equal(self.to_rows(segments, 1), self.to_columns(segments, 2))          # (B, L, L)
-        hidden = self.logical_or(self.to_samples(later, 0), other)
-        if self.is_flash:
-            return self.reshape(self.cast(hidden, mstype.uint8), (segments.shape[0], 1, length, length))
-        hidden = self.mul_packed(self.cast(hidden, self.dtype), MASKED)
-        return self.reshape(hidden, (segments.shape[0], 1, 1, length, length))
-
-    def shard(self, dp: int) -> None:
-        """Every device makes the whole causal mask (cheaper than sending it) and that of its own packed samples."""
-        self.greater.shard(((1, 1), (1, 1)))
-        self.mul.shard(((1, 1), ()))
-        self.to_rows.shard(((dp, 1),))
-        self.to_columns.shard(((dp, 1),))
-        self.to_samples.shard(((1, 1),))
-        self.not_equal.shard(((dp, 1, 1), (dp, 1, 1)))
-        self.logical_or.shard(((1, 1, 1), (dp, 1, 1)))
-        self.mul_packed.shard(((dp, 1, 1), ()))
-
-
 class InternLM2Model(nn.Cell):
     """Embedding, decoder layers and final norm.
 
@@ -396,21 +349,21 @@ class InternLM2Model(nn.Cell):
         self.layers = nn.CellList([DecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.param_init_type,
                             config.layernorm_compute_type, config.fused_norm)
-        self.causal_mask = CausalMask(config)
+        self.mask = decoder_mask(config)
         self.mul_noise = P.Mul()
 
-    def construct(self, x, image_mask, cos, sin, adapters, shape, segments=None, noise=None):
+    def construct(self, x, image_mask, cos, sin, adapters, shape, segment_ends=None, noise=None):
         """Runs the layers over embeddings.
 
         Args:
-            segments: int32 `(B, L)`, see `CausalMask.construct`.
+            segment_ends: int32 `(B, S)`, where the segments of packed rows end.
             noise: int32 `(B*L, 1)`, seed of each position's dropout.
             x, image_mask, cos, sin, adapters, shape: as in `DecoderLayer.construct`.
 
         Returns:
             Tensor `(B*L, D)`.
         """
-        mask = self.causal_mask(shape[1], segments)
+        mask = self.mask(shape[1], segment_ends)
         for number, layer in enumerate(self.layers):
             seeds = None
             if noise is not None:   # every layer has noise of its own
@@ -424,5 +377,5 @@ class InternLM2Model(nn.Cell):
         for layer in self.layers:
             layer.shard(dp, tp, sequence)
         self.norm.shard(dp * tp if sequence else dp)
-        self.causal_mask.shard(dp)
+        self.mask.shard(dp)
         self.mul_noise.shard(((dp, 1), ()))

@@ -152,7 +152,7 @@ class IXC25Model(PreTrainedModel):
         return self.reshape(cos, shape), self.reshape(sin, shape)
 
     def hidden_states(self, input_ids, table=None, vision_index=None, image_mask=None, position_ids=None,
-                      segment_ids=None, noise_seed=None, adapters=()):
+                      segment_ends=None, noise_seed=None, adapters=()):
         """Output of the last norm, `(B*L, D)`, with images from a vision table `(B, T*k*k + 2, D)`."""
         b, length = input_ids.shape
         mask = None
@@ -164,25 +164,25 @@ class IXC25Model(PreTrainedModel):
         x = self.reshape(x, (b * length, -1))                                         # (B*L, D)
         cos, sin = self.rotary_tables_of(position_ids)
         noise = None if noise_seed is None else self.noise(noise_seed)
-        return self.model(x, mask, cos, sin, adapters, (b, length), segment_ids, noise)
+        return self.model(x, mask, cos, sin, adapters, (b, length), segment_ends, noise)
 
     def flat_logits(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
-                    image_mask=None, position_ids=None, segment_ids=None, noise_seed=None):
+                    image_mask=None, position_ids=None, segment_ends=None, noise_seed=None):
         """float32 logits `(B*L, V)`; arguments as in `training_loss`."""
         table = None if pixel_values is None else self.vision_table(pixel_values, global_views, view_index)
-        x = self.hidden_states(input_ids, table, vision_index, image_mask, position_ids, segment_ids, noise_seed,
+        x = self.hidden_states(input_ids, table, vision_index, image_mask, position_ids, segment_ends, noise_seed,
                                self.adapters)
         return self.cast(self.output(x), mstype.float32)                              # (B*L, V)
 
     def logits(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
-               image_mask=None, position_ids=None, segment_ids=None, noise_seed=None):
+               image_mask=None, position_ids=None, segment_ends=None, noise_seed=None):
         """float32 logits `(B, L, V)`; arguments as in `training_loss`."""
         flat = self.flat_logits(input_ids, pixel_values, global_views, view_index, vision_index, image_mask,
-                                position_ids, segment_ids, noise_seed)
+                                position_ids, segment_ends, noise_seed)
         return self.reshape(flat, (input_ids.shape[0], input_ids.shape[1], -1))
 
     def training_loss(self, input_ids, labels, pixel_values=None, global_views=None, view_index=None,
-                      vision_index=None, image_mask=None, position_ids=None, segment_ids=None, noise_seed=None,
+                      vision_index=None, image_mask=None, position_ids=None, segment_ends=None, noise_seed=None,
                       source=None):
         """The loss of a batch (`mindformers_ixc.data.batch`) in the form that `config.loss_form` says.
 
@@ -196,7 +196,7 @@ class IXC25Model(PreTrainedModel):
             vision_index: int32 `(B, L)`, row of the vision table each image position takes.
             image_mask: int32 `(B, L)`, 1 on image positions.
             position_ids: int32 `(B, L)`, for packed samples.
-            segment_ids: int32 `(B, L)`, for packed samples.
+            segment_ends: int32 `(B, S)`, where the segments of packed rows end, the padding's included.
             noise_seed: int32 `(B,)`, for dropout that resumes exactly.
             source: int32 `(B,)`, number of each sample's source; the form `sources` needs it, the others ignore it.
 
@@ -206,7 +206,7 @@ class IXC25Model(PreTrainedModel):
             `config.num_sources` sources the sum of losses and the number of labelled positions.
         """
         logits = self.flat_logits(input_ids, pixel_values, global_views, view_index, vision_index, image_mask,
-                                  position_ids, segment_ids, noise_seed)
+                                  position_ids, segment_ends, noise_seed)
         targets = self.reshape(labels, (-1,))
         if self.loss_form != "sources":
             return self.loss(logits, targets)
@@ -218,10 +218,10 @@ class IXC25Model(PreTrainedModel):
         return loss, F.stop_gradient(F.matmul(sums, members))
 
     def construct(self, input_ids, labels, pixel_values=None, global_views=None, view_index=None, vision_index=None,
-                  image_mask=None, position_ids=None, segment_ids=None, noise_seed=None, source=None):
+                  image_mask=None, position_ids=None, segment_ends=None, noise_seed=None, source=None):
         """The graph of training: `training_loss`."""
         return self.training_loss(input_ids, labels, pixel_values, global_views, view_index, vision_index, image_mask,
-                                  position_ids, segment_ids, noise_seed, source)
+                                  position_ids, segment_ends, noise_seed, source)
 
 
 class LogitsGraph(nn.Cell):
@@ -236,7 +236,7 @@ class LogitsGraph(nn.Cell):
         self.model = model
 
     def construct(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
-                  image_mask=None, position_ids=None, segment_ids=None):
+                  image_mask=None, position_ids=None, segment_ends=None):
         """float32 logits `(B, L, V)`; arguments as in `IXC25Model.training_loss`."""
         return self.model.logits(input_ids, pixel_values, global_views, view_index, vision_index, image_mask,
-                                 position_ids, segment_ids)
+                                 position_ids, segment_ends)

@@ -14,7 +14,14 @@ from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P
 
 from mindformers_ixc.config import VisionConfig
-from mindformers_ixc.models.attention import AttentionCore, FlashAttentionCore, padding_mask, uses_flash_attention
+from mindformers_ixc.models.attention import (
+    GIVEN,
+    NOTHING,
+    AttentionCore,
+    FlashAttention,
+    padding_mask,
+    uses_flash_attention,
+)
 from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
 from mindformers_ixc.models.layers import LayerNorm, Linear
 from mindformers_ixc.native import kernels
@@ -119,7 +126,8 @@ class VisionAttention(nn.Cell):
         self.q_proj = Linear(width, width, has_bias=True, cut=CUTS["q_proj"], **dtypes)
         self.out_proj = Linear(width, width, has_bias=True, cut=CUTS["out_proj"], **dtypes)
         if flash:
-            self.core = FlashAttentionCore(self.heads, self.head_size, compressed=False)
+            hides = GIVEN if config.padded_positions > config.positions else NOTHING
+            self.core = FlashAttention(self.heads, self.head_size, hides)
         else:
             self.core = AttentionCore(self.head_size, softmax_dtype)
         self.reshape = P.Reshape()
@@ -272,6 +280,7 @@ class IXC25VisionModel(PreTrainedModel):
         self.padded, self.mask = self.positions, None
         if self.is_flash:
             self.padded, self.mask = vision.padded_positions, padding_mask(vision)
+        if self.padded > self.positions:
             self.zeros = Tensor(np.zeros((1, self.padded - self.positions, self.width)), dtypes["compute_dtype"])
         self.tile_zeros, self.concat_zeros = P.Tile(), P.Concat(1)
         self.reshape = P.Reshape()

@@ -164,7 +164,7 @@ def _inputs(fields: dict, config: IXC25Config, micro_batches: int) -> list[Tenso
              empty(size, config.max_images, *picture, dtype=mstype.float32), empty(size, tiles), empty(*texts),
              empty(*texts)]
     if config.packing:
-        batch += [empty(*texts), empty(*texts)]
+        batch += [empty(*texts), empty(size, config.max_segments)]
     return batch
 
 

@@ -11,6 +11,7 @@ from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 from mindspore.dataset import GeneratorDataset, Sampler
 
+from mindformers_ixc.config import FIELDS
 from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.data.conversations import CAPTION_PROMPTS, load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import check_bad_pictures, fit_pairs, fit_samples
@@ -122,15 +123,17 @@ def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, Ep
     loader = IXC25DataLoader(seed=seed, mixture=mixture, exif=processor.image_processor.exif, **options)
     share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
     fitted = fit_samples(processor, loader.samples, config.seq_length, config.max_tiles, hd_num, share)
-    samples, packs = [entry.sample for entry in fitted], None
+    samples, packs, segments = [entry.sample for entry in fitted], None, None
     names = list(dict.fromkeys(sample.source for sample in loader.samples))
     if config.packing:
-        packs = pack_samples([(entry.positions, entry.tiles) for entry in fitted],
-                             [(sample.source, bool(sample.images)) for sample in samples], config.seq_length,
-                             config.max_tiles, seed)
+        segments = config.max_segments or FIELDS["max_segments"].default
+        # every segment that no sample takes is a position of padding at least
+        packs = pack_samples([(entry.positions - 1, entry.tiles) for entry in fitted],
+                             [(sample.source, bool(sample.images)) for sample in samples],
+                             config.seq_length - segments, config.max_tiles, seed)
         logger.info(f"{len(samples)} samples are packed into {len(packs)} sequences.")
     table = ConversationTable(processor, samples, config.seq_length, config.max_tiles, hd_num, share, packs,
-                              list(config.input_columns or BATCH_COLUMNS), seed, config.max_images)
+                              list(config.input_columns or BATCH_COLUMNS), seed, config.max_images, segments)
     multimodal = [table.is_multimodal(i) for i in range(len(table))]
     logger.info(f"{sum(multimodal)} multimodal and {len(table) - sum(multimodal)} text-only sequences.")
     return table, make_epoch_planner([table.source_of(i) for i in range(len(table))], multimodal, names, mixture, seed,
