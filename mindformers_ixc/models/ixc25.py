@@ -23,7 +23,7 @@ from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.dropout import PositionNoise
 from mindformers_ixc.models.internlm2 import Choose, InternLM2Model
 from mindformers_ixc.models.layers import Linear
-from mindformers_ixc.models.loss import IGNORE_INDEX, next_token_loss, token_losses
+from mindformers_ixc.models.loss import BatchLoss, HeadLosses, SourceSums
 from mindformers_ixc.models.pixels import SampleRows, TilePixels
 from mindformers_ixc.models.placement import set_pipeline_stages, share_graph
 from mindformers_ixc.models.recompute import apply_recompute
@@ -61,12 +61,11 @@ class IXC25Model(PreTrainedModel):
         self.model = InternLM2Model(config)
         self.output = Linear(config.hidden_size, config.vocab_size, sigma=config.initializer_range,
                              param_dtype=config.param_init_type, compute_dtype=config.compute_dtype, cut=CUTS["output"])
-        self.loss = next_token_loss(config)
-        self.token_losses = token_losses(config)
+        self.chunked_losses = HeadLosses(config)
+        self.loss, self.source_sums = BatchLoss(config), SourceSums(config)
         self.noise = PositionNoise(config.seq_length)
         self.gather_angles = P.Gather()
-        self.loss_form, self.num_sources = config.loss_form, config.num_sources
-        self.one, self.zero = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
+        self.loss_form = config.loss_form
         self.adapters = MODE_ADAPTERS[config.adapter_mode]
         self._freeze_unused_adapters()
         cos, sin = rotary_tables(config, config.seq_length)
@@ -166,19 +165,23 @@ class IXC25Model(PreTrainedModel):
         noise = None if noise_seed is None else self.noise(noise_seed)
         return self.model(x, mask, cos, sin, adapters, (b, length), segment_ends, noise)
 
-    def flat_logits(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
-                    image_mask=None, position_ids=None, segment_ends=None, noise_seed=None):
-        """float32 logits `(B*L, V)`; arguments as in `training_loss`."""
+    def states(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
+               image_mask=None, position_ids=None, segment_ends=None, noise_seed=None):
+        """Output of the last norm, `(B*L, D)`; arguments as in `training_loss`."""
         table = None if pixel_values is None else self.vision_table(pixel_values, global_views, view_index)
-        x = self.hidden_states(input_ids, table, vision_index, image_mask, position_ids, segment_ends, noise_seed,
-                               self.adapters)
-        return self.cast(self.output(x), mstype.float32)                              # (B*L, V)
+        return self.hidden_states(input_ids, table, vision_index, image_mask, position_ids, segment_ends, noise_seed,
+                                  self.adapters)
+
+    def head_losses(self, x, labels):
+        """float32 losses `(B, L)`, 0 where nothing is labelled, of the output of the last norm `(B*L, D)`."""
+        return self.chunked_losses(x, self.output.weight, labels)
 
     def logits(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
                image_mask=None, position_ids=None, segment_ends=None, noise_seed=None):
         """float32 logits `(B, L, V)`; arguments as in `training_loss`."""
-        flat = self.flat_logits(input_ids, pixel_values, global_views, view_index, vision_index, image_mask,
-                                position_ids, segment_ends, noise_seed)
+        x = self.states(input_ids, pixel_values, global_views, view_index, vision_index, image_mask, position_ids,
+                        segment_ends, noise_seed)
+        flat = self.cast(self.output(x), mstype.float32)                              # (B*L, V)
         return self.reshape(flat, (input_ids.shape[0], input_ids.shape[1], -1))
 
     def training_loss(self, input_ids, labels, pixel_values=None, global_views=None, view_index=None,
@@ -198,24 +201,19 @@ class IXC25Model(PreTrainedModel):
             position_ids: int32 `(B, L)`, for packed samples.
             segment_ends: int32 `(B, S)`, where the segments of packed rows end, the padding's included.
             noise_seed: int32 `(B,)`, for dropout that resumes exactly.
-            source: int32 `(B,)`, number of each sample's source; the form `sources` needs it, the others ignore it.
+            source: int32 `(B, L)`, number of each position's source; the form `sources` needs it, others ignore it.
 
         Returns:
             `mean`: float32 scalar, the mean over labelled positions. `sums`: the sum of losses and the number of
             labelled positions, float32 scalars. `sources`: the mean, and float32 `(2, R)`, of each of the R
             `config.num_sources` sources the sum of losses and the number of labelled positions.
         """
-        logits = self.flat_logits(input_ids, pixel_values, global_views, view_index, vision_index, image_mask,
-                                  position_ids, segment_ends, noise_seed)
-        targets = self.reshape(labels, (-1,))
+        x = self.states(input_ids, pixel_values, global_views, view_index, vision_index, image_mask, position_ids,
+                        segment_ends, noise_seed)
+        losses = self.head_losses(x, labels)
         if self.loss_form != "sources":
-            return self.loss(logits, targets)
-        losses = self.reshape(self.token_losses(logits, targets), labels.shape)       # (B, L)
-        counts = self.cast(self.not_equal(labels, IGNORE_INDEX), mstype.float32)
-        sums = F.stack((losses.sum(axis=1), counts.sum(axis=1)))                      # (2, B)
-        loss = sums[0].sum() / F.maximum(sums[1].sum(), 1.0)
-        members = F.one_hot(source, self.num_sources, self.one, self.zero)            # (B, R)
-        return loss, F.stop_gradient(F.matmul(sums, members))
+            return self.loss(losses, labels)
+        return self.loss(losses, labels), self.source_sums(losses, labels, source)
 
     def construct(self, input_ids, labels, pixel_values=None, global_views=None, view_index=None, vision_index=None,
                   image_mask=None, position_ids=None, segment_ends=None, noise_seed=None, source=None):

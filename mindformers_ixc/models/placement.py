@@ -40,5 +40,5 @@ def set_pipeline_stages(model: nn.Cell, parallel_config: TransformerOpParallelCo
     layers = model.model.layers
     for layer, stage in zip(layers, stages_of_layers(model.config, stages)):
         layer.pipeline_stage = stage
-    for cell in (model.model.norm, model.output, model.loss):
+    for cell in (model.model.norm, model.output, model.chunked_losses, model.loss, model.source_sums):
         cell.pipeline_stage = stages - 1

@@ -150,10 +150,9 @@ class IXC25ForPreference(IXC25Model):
 
     def answer_logps(self, rows, labels, adapters):
         """Summed log-probabilities of the labelled positions, float32 `(2B,)`."""
-        logits = self.cast(self.output(self.hidden_states(*rows, None, None, None, adapters)), mstype.float32)
-        losses = self.token_losses(logits, self.reshape(labels, (-1,)))
+        losses = self.head_losses(self.hidden_states(*rows, None, None, None, adapters), labels)
         # from here on the numbers are few, and whole on every device
-        return self.mul_minus_one(self.sum_positions(self.reshape(losses, labels.shape), 1), -1.0)
+        return self.mul_minus_one(self.sum_positions(losses, 1), -1.0)
 
     def construct(self, input_ids, labels=None, pixel_values=None, global_views=None, view_index=None,
                   vision_index=None, image_mask=None, reference_logps=None):

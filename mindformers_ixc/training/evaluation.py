@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
+import mindspore.common.dtype as mstype
 import numpy as np
 from mindformers.tools.register import MindFormerConfig
 from mindformers.tools.utils import get_output_root_path
 from mindspore import Tensor, nn
 from mindspore.dataset import GeneratorDataset
+from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 from mindspore.train.callback import Callback, RunContext
 
@@ -25,7 +27,7 @@ from mindformers_ixc.files import EVALUATIONS_FILE, read_metrics, write_whole
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.questions import questions_of
 from mindformers_ixc.models.ixc25 import IXC25Model
-from mindformers_ixc.models.loss import FusedCrossEntropy
+from mindformers_ixc.models.loss import IGNORE_INDEX
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.sections import check_names, check_section, of_type, one_of, whole
 from mindformers_ixc.training.datasets import section_processor
@@ -69,13 +71,14 @@ class MeanLoss(nn.Cell):
 
     def __init__(self, model: IXC25Model):
         super().__init__(auto_prefix=False)
-        self.model, self.loss, self.reshape = model, FusedCrossEntropy(model.config.vocab_size), P.Reshape()
+        self.model, self.not_equal, self.cast = model, P.NotEqual(), P.Cast()
 
     def construct(self, input_ids, labels, pixel_values, global_views, view_index, vision_index, image_mask):
         """float32 scalar of the columns of a batch."""
-        logits = self.model.flat_logits(input_ids, pixel_values, global_views, view_index, vision_index,
-                                        image_mask)                                            # (B*L, V)
-        return self.loss(logits, self.reshape(labels, (-1,)))
+        states = self.model.states(input_ids, pixel_values, global_views, view_index, vision_index, image_mask)
+        losses = self.model.head_losses(states, labels)
+        count = self.cast(self.not_equal(labels, IGNORE_INDEX), mstype.float32).sum()
+        return losses.sum() / F.maximum(count, 1.0)
 
 
 class HeldOut:

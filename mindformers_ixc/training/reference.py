@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from mindspore import Tensor, nn
-from mindspore.ops import operations as P
 from tqdm import tqdm
 
 from mindformers_ixc.config import read_fields
@@ -23,7 +22,6 @@ from mindformers_ixc.data.preferences import REFERENCE_COLUMN, load_preferences
 from mindformers_ixc.files import read_json_list, write_whole
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.models.ixc25 import IXC25Model
-from mindformers_ixc.models.loss import TokenLosses
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.resources import resolve_path
 
@@ -37,14 +35,12 @@ class AnswerLogps(nn.Cell):
 
     def __init__(self, model: IXC25Model):
         super().__init__(auto_prefix=False)
-        self.model, self.losses, self.reshape = model, TokenLosses(), P.Reshape()
+        self.model = model
 
     def construct(self, input_ids, labels, pixel_values, global_views, view_index, vision_index, image_mask):
         """float32 `(B,)` of the columns of a batch."""
-        logits = self.model.logits(input_ids, pixel_values, global_views, view_index, vision_index,
-                                   image_mask)                                                # (B, L, V)
-        losses = self.losses(self.reshape(logits, (-1, logits.shape[-1])), self.reshape(labels, (-1,)))
-        return -self.reshape(losses, labels.shape).sum(axis=1)
+        x = self.model.states(input_ids, pixel_values, global_views, view_index, vision_index, image_mask)   # (B*L, D)
+        return -self.model.head_losses(x, labels).sum(axis=1)
 
 
 def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "write", hd_num: int | None = None,
