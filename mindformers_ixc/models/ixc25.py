@@ -14,7 +14,6 @@ import mindspore.common.dtype as mstype
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
-from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.config import MODE_ADAPTERS
