@@ -64,8 +64,9 @@ def check_fields(fields: dict, source: str) -> None:
     _check_typed_sections(fields, source)
     _check_model(fields, source)
     _check_parts(fields, source)
-    if (fields.get("train_dataset_task") or {}).get("type") in ("IXC25SFTDataset", "IXC25PreferenceDataset"):
-        check_dataset_section(fields.get("train_dataset"))
+    task = (fields.get("train_dataset_task") or {}).get("type")
+    if task in ("IXC25SFTDataset", "IXC25PreferenceDataset"):
+        check_dataset_section(fields.get("train_dataset"), task == "IXC25PreferenceDataset")
     if fields.get("evaluation") is not None:
         evaluation_options(fields["evaluation"])
 

@@ -5,7 +5,6 @@ loss of its conversations unpacked, and only the padding is gone.
 """
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,38 +13,6 @@ from mindformers_ixc.data.batch import default_max_images
 from mindformers_ixc.errors import PromptError
 from mindformers_ixc.processing.image import Tiles
 from mindformers_ixc.processing.processor import EncodedSample
-
-
-def pack_samples(needs: Sequence[tuple[int, int]], groups: Sequence, seq_length: int, max_tiles: int,
-                 seed: int) -> list[list[int]]:
-    """Which samples share a sequence: first fit in an order by chance, so that packs mix long and short ones.
-
-    Args:
-        needs: (positions, tiles) of each sample; each fits alone.
-        groups: samples are only packed with others of an equal group (source and kind).
-        seq_length: positions of a sequence.
-        max_tiles: tiles of a sequence.
-        seed: of the order.
-
-    Returns:
-        Sample indices of each pack; every sample is in exactly one.
-    """
-    order = list(range(len(needs)))
-    random.Random(f"{seed} packing").shuffle(order)
-    packs: list[list[int]] = []
-    open_packs: dict[object, list[list]] = {}      # of each group: [positions left, tiles left, pack]
-    for index in order:
-        positions, tiles = needs[index]
-        candidates = open_packs.setdefault(groups[index], [])
-        room = next((entry for entry in candidates if entry[0] >= positions and entry[1] >= tiles), None)
-        if room is None:
-            room = [seq_length, max_tiles, []]
-            candidates.append(room)
-            packs.append(room[2])
-        room[0] -= positions
-        room[1] -= tiles
-        room[2].append(index)
-    return packs
 
 
 def join_samples(samples: Sequence[EncodedSample], seq_length: int, max_tiles: int, pad_token_id: int,

@@ -45,7 +45,7 @@ class PreferenceTable(ConversationTable):
         super().__init__(processor, chosen, **options)
         self.rejected, self.logps = list(rejected), list(logps)
 
-    def _encode(self, index: int, place: int) -> tuple[np.ndarray, ...]:
+    def _encode(self, index: int) -> dict[str, np.ndarray]:
         pair = (self.samples[index], self.rejected[index])
         encoded_images = self.processor.image_processor.cut(list(pair[0].images), self.hd_num, training=True,
                                                             where=pair[0].where)
@@ -59,7 +59,10 @@ class PreferenceTable(ConversationTable):
         columns.update({name: padded[0][name] for name in PIXEL_COLUMNS})
         if REFERENCE_COLUMN in self.columns:
             columns[REFERENCE_COLUMN] = np.array(self.logps[index], np.float32)
-        return tuple(columns[name] for name in self.columns)
+        return columns
+
+    def _join(self, members: list[tuple[int, Any]], place: int) -> dict[str, Any]:
+        return members[0][1]         # pairs are not packed
 
 
 def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,

@@ -20,7 +20,9 @@ from mindspore.train.callback import Callback, RunContext
 from mindformers_ixc import interruption
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
 from mindformers_ixc.checkpoint.start import OVERRIDE
+from mindformers_ixc.config import FIELDS
 from mindformers_ixc.data.rows import ConversationTable
+from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
 from mindformers_ixc.errors import ConfigError, DataError, TrainingError
 from mindformers_ixc.generation.assistant import Assistant
@@ -59,10 +61,13 @@ def check_sections_agree(config: MindFormerConfig) -> None:
         ConfigError: naming both keys and both values.
     """
     model, data = config.model.model_config, config.train_dataset
+    budget = row_budget(data)
     vision = model.vision_config or {}
     pairs = [("seq_length", model.seq_length, data.seq_length), ("max_tiles", model.max_tiles, data.max_tiles),
              ("max_images", model.max_images, data.max_images),
              ("packing", bool(model.packing), bool(data.packing)),
+             ("max_images", model.max_images or max(1, (model.max_tiles or budget.max_tiles) // 2), budget.max_images),
+             ("max_segments", model.max_segments or FIELDS["max_segments"].default, budget.max_segments),
              ("image_size", vision.get("image_size"), data.image_size),
              ("patch_size", vision.get("patch_size"), data.patch_size)]
     for key, ours, theirs in pairs:
@@ -176,6 +181,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         if dataset.get_dataset_size() == 0:
             raise DataError(f"train_dataset has fewer samples than a batch of {self.config.runner_config.batch_size}; "
                             "lower batch_size or gradient_accumulation_steps.")
+        dataset.plan_sampler.plan.check(self.config.runner_config.epochs or 1)
         self.plan = self.plan.with_sources(dataset.conversations.source_names)
         self.config.model.model_config.num_sources = len(self.plan.sources)
         self.log.bind(dataset, self.plan, self)
