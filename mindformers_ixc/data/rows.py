@@ -126,7 +126,8 @@ class ConversationTable:
         if not (joined["labels"] != IGNORE_INDEX).any():
             raise DataError(f"{self.describe(index)}: nothing in it carries loss; its answers are empty.")
         columns: dict[str, Column] = {**joined, "noise_seed": noise_seed(self.seed, place),
-                                      "source": np.int32(self.source_names.index(members[0].source))}
+                                      "source": np.full(self.seq_length, self.source_names.index(members[0].source),
+                                                        np.int32)}
         return tuple(columns[name] for name in self.columns)
 
 

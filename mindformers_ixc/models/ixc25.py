@@ -23,9 +23,10 @@ from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.dropout import PositionNoise
 from mindformers_ixc.models.internlm2 import Choose, InternLM2Model
 from mindformers_ixc.models.layers import Linear
-from mindformers_ixc.models.loss import IGNORE_INDEX, next_token_loss, token_losses
+from mindformers_ixc.models.loss import next_token_loss, token_losses
 from mindformers_ixc.models.placement import set_pipeline_stages, share_graph
 from mindformers_ixc.models.recompute import apply_recompute
+from mindformers_ixc.models.report import SourceSums, keep_report
 from mindformers_ixc.models.rotary import rotary_tables
 from mindformers_ixc.models.vision import VisionMerge, VisionProjector, VisionTower
 from mindformers_ixc.parallel.cuts import CUTS, check_degree
@@ -63,8 +64,12 @@ class IXC25Model(PreTrainedModel):
         self.token_losses = token_losses(config)
         self.noise = PositionNoise(config.seq_length)
         self.gather_angles = P.Gather()
-        self.loss_form, self.num_sources = config.loss_form, config.num_sources
-        self.one, self.zero = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
+        self.sums_losses, self.reports_sources = config.calculate_per_token_loss, config.loss_form == "sources"
+        self.keeps_report = is_parallel()
+        if self.reports_sources:
+            self.source_sums = SourceSums(config)
+            if self.keeps_report:
+                keep_report(self, 2, config.num_sources)
         self.adapters = MODE_ADAPTERS[config.adapter_mode]
         self._freeze_unused_adapters()
         cos, sin = rotary_tables(config, config.seq_length)
@@ -192,24 +197,28 @@ class IXC25Model(PreTrainedModel):
             position_ids: int32 `(B, L)`, for packed samples.
             segment_ids: int32 `(B, L)`, for packed samples.
             noise_seed: int32 `(B,)`, for dropout that resumes exactly.
-            source: int32 `(B,)`, number of each sample's source; the form `sources` needs it, the others ignore it.
+            source: int32 `(B, L)`, number of each position's source; the form `sources` needs it, the others ignore it.
 
         Returns:
             `mean`: float32 scalar, the mean over labelled positions. `sums`: the sum of losses and the number of
             labelled positions, float32 scalars. `sources`: the mean, and float32 `(2, R)`, of each of the R
-            `config.num_sources` sources the sum of losses and the number of labelled positions.
+            `config.num_sources` sources the sum of losses and the number of labelled positions. In parallel runs that
+            is added to the parameter `train_report`, and the mean (with `calculate_per_token_loss` the sum and the
+            number) is all that is returned.
         """
         logits = self.flat_logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ids,
                                   noise_seed)
         targets = self.reshape(labels, (-1,))
-        if self.loss_form != "sources":
+        if not self.reports_sources:
             return self.loss(logits, targets)
         losses = self.reshape(self.token_losses(logits, targets), labels.shape)       # (B, L)
-        counts = self.cast(self.not_equal(labels, IGNORE_INDEX), mstype.float32)
-        sums = F.stack((losses.sum(axis=1), counts.sum(axis=1)))                      # (2, B)
-        loss = sums[0].sum() / F.maximum(sums[1].sum(), 1.0)
-        members = F.one_hot(source, self.num_sources, self.one, self.zero)            # (B, R)
-        return loss, F.stop_gradient(F.matmul(sums, members))
+        report = F.stop_gradient(self.source_sums(losses, labels, source))
+        if not self.keeps_report:
+            return losses.sum() / F.maximum(report[1].sum(), 1.0), report
+        loss = self.loss(logits, targets)
+        if self.sums_losses:
+            return self.kept_report(loss[0], report), loss[1]
+        return self.kept_report(loss, report)
 
     def construct(self, input_ids, labels, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
                   segment_ids=None, noise_seed=None, source=None):
