@@ -472,7 +472,7 @@ class ModelConfig:
         check_value("task_lora_ranks", {} if no_pairs else self.task_lora_ranks, _SECTION)
         self.task_lora_ranks = dict(TASK_LORA_RANKS if no_pairs else self.task_lora_ranks)
         self.offset = 0 if self.offset is None else self.offset
-        if self.calculate_per_token_loss:
+        if self.calculate_per_token_loss and self.loss_form == "mean":
             self.loss_form = "sums"
         for name in DTYPE_FIELDS:
             setattr(self, name, _dtype(name, getattr(self, name)))

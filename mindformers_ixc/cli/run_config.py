@@ -6,9 +6,12 @@ from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
 from mindformers.tools.register.template import Config as Template
 
 from mindformers_ixc.checkpoint.start import OVERRIDE
-from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, VISION_FIELDS, Field
+from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, MODE_ADAPTERS, VISION_FIELDS, Field
+from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.preferences import REFERENCE_COLUMN
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.preference_options import needs_reference, preference_options
 from mindformers_ixc.sections import (
     ANYTHING,
     Rule,
@@ -17,6 +20,7 @@ from mindformers_ixc.sections import (
     check_value,
     check_values,
     hint,
+    is_number,
     like,
     of_type,
     one_of,
@@ -32,6 +36,9 @@ OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "
 
 _NAMES = Rule(lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
               "a list of fields of model.model_config")
+
+_DECAY = Rule(lambda value: is_number(value) and 0 <= value < 1, "a number of at least 0 and below 1")
+
 
 def check_fields(fields: dict, source: str) -> None:
     """Checks every key and the type of every plain value of a run's fields.
@@ -64,6 +71,10 @@ def check_fields(fields: dict, source: str) -> None:
     _check_typed_sections(fields, source)
     _check_model(fields, source)
     _check_parts(fields, source)
+    decay = (fields.get("runner_wrapper") or {}).get("ema_decay")
+    if decay is not None:
+        check_value("runner_wrapper.ema_decay", decay, _DECAY, source=source)
+    _check_preference(fields, source)
     task = (fields.get("train_dataset_task") or {}).get("type")
     if task in ("IXC25SFTDataset", "IXC25PreferenceDataset"):
         check_dataset_section(fields.get("train_dataset"), task == "IXC25PreferenceDataset")
@@ -109,6 +120,40 @@ def _check_model(fields: dict, source: str) -> None:
         config["vision_config"].setdefault("type", "IXC25VisionConfig")
         check_section(config["vision_config"], _signature_rules(VISION_FIELDS), "model.model_config.vision_config",
                       source=source)
+
+
+def _check_preference(fields: dict, source: str) -> None:
+    """Checks the options of preference pairs and their columns, and that network and data set are for pairs or not."""
+    model = fields["model"]
+    section = model["model_config"]
+    if section.get("type") != "IXC25Config":
+        return
+    learns = (model.get("arch") or {}).get("type") == "IXC25ForPreference"
+    kind = (fields.get("train_dataset_task") or {}).get("type")
+    columns = (fields.get("train_dataset") or {}).get("input_columns") or ()
+    has_reference = isinstance(columns, (list, tuple)) and REFERENCE_COLUMN in columns
+    if kind in ("IXC25SFTDataset", "IXC25PreferenceDataset") and learns != (kind == "IXC25PreferenceDataset"):
+        raise ConfigError(f"{source}: model.arch.type is {(model.get('arch') or {}).get('type')!r}, but "
+                          f"train_dataset_task.type is {kind!r}; IXC25ForPreference and IXC25PreferenceDataset belong "
+                          "together.")
+    if not learns:
+        if has_reference:
+            raise ConfigError(f"{source}: train_dataset.input_columns has {REFERENCE_COLUMN}, which only preference "
+                              "pairs have (model.arch.type IXC25ForPreference).")
+        return
+    options = preference_options(section.get("preference"))
+    mode = section.get("adapter_mode") or "base"
+    adapters = MODE_ADAPTERS.get(mode)      # an unknown mode is refused where the model is built
+    if adapters is not None and options["task"] not in adapters:
+        raise ConfigError(f"{source}: model.model_config.preference.task is '{options['task']}', which adapter_mode "
+                          f"'{mode}' does not use ({', '.join(adapters) or 'it uses none'}).")
+    if has_reference and not needs_reference(options):
+        raise ConfigError(f"{source}: train_dataset.input_columns has {REFERENCE_COLUMN}, but the loss "
+                          f"{options['loss']} compares with no reference; take the column out.")
+    foreign = [name for name in columns if name not in (*BATCH_COLUMNS, REFERENCE_COLUMN)]
+    if foreign:
+        raise ConfigError(f"{source}: train_dataset.input_columns has {', '.join(map(str, foreign))}, which preference "
+                          f"pairs do not have; they have {', '.join((*BATCH_COLUMNS, REFERENCE_COLUMN))}.")
 
 
 def _check_parts(fields: dict, source: str) -> None:

@@ -29,7 +29,7 @@ Columns that a run asks for in `input_columns`:
 | position_ids | int32 | (B, L) | position within its conversation; starts again at 0 where samples are packed |
 | segment_ends | int32 | (B, S) | where the row's S = `max_segments` segments end: packed conversations, then padding |
 | noise_seed | int32 | (B,) | seed of the dropout noise, from the run's seed and the sample's place in the run |
-| source | int32 | (B,) | number of the source, for losses by source |
+| source | int32 | (B, L) | number of each position's source, for losses by source; any in the padding |
 
 Preference pairs (`IXC25PreferenceDataset`) have input_ids, labels, vision_index and image_mask as (B, 2, L), the chosen
 answer first, one set of images for both, and where they were computed before
@@ -49,6 +49,21 @@ PIXEL_COLUMNS = ("pixel_values", "global_views", "view_index")
 BATCH_COLUMNS = ("input_ids", "labels", *PIXEL_COLUMNS, "vision_index", "image_mask")
 PACKING_COLUMNS = ("position_ids", "segment_ends")
 EXTRA_COLUMNS = (*PACKING_COLUMNS, "noise_seed", "source")
+
+# Axes of every column; those of preference pairs that have the pair's answers as a second axis have one more.
+COLUMN_RANKS = {"input_ids": 2, "labels": 2, "pixel_values": 5, "global_views": 5, "view_index": 2, "vision_index": 2,
+                "image_mask": 2, "position_ids": 2, "segment_ends": 2, "noise_seed": 1, "source": 2, "reference_logps": 2}
+ANSWER_COLUMNS = ("input_ids", "labels", "vision_index", "image_mask")
+
+
+def column_ranks(columns: Iterable[str], pairs: bool = False) -> list[int]:
+    """Axes of some columns.
+
+    Args:
+        columns: their names.
+        pairs: whether they are those of preference pairs.
+    """
+    return [COLUMN_RANKS[name] + (pairs and name in ANSWER_COLUMNS) for name in columns]
 
 
 def default_max_images(max_tiles: int) -> int:

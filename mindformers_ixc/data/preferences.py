@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ixc.data.batch import PIXEL_COLUMNS
+from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS
 from mindformers_ixc.data.conversations import Conversation, make_conversation, raise_errors
 from mindformers_ixc.data.forms import open_sample, read_pair
 from mindformers_ixc.data.paths import check_root, search_folders, shown
@@ -24,9 +24,6 @@ from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.resources import resolve_path
 
 REFERENCE_COLUMN = "reference_logps"
-
-# Columns that both answers have; the images are shared.
-ANSWER_COLUMNS = ("input_ids", "labels", "vision_index", "image_mask")
 
 
 class PreferenceTable(ConversationTable):

@@ -175,7 +175,7 @@ class ConversationTable:
     def _join(self, members: list[tuple[int, Any]], place: int) -> dict[str, Column]:
         """Columns of a row of samples with their numbers."""
         joined = join_samples([encoded for _, encoded in members], self.seq_length, self.max_tiles,
-                              self.processor.pad_token_id)
+                              self.processor.pad_token_id, self.max_images, self.max_segments)
         source, end = np.zeros(self.seq_length, np.int32), 0     # any number in the padding, where no label is
         for index, encoded in members:
             first, end = end, end + len(encoded.input_ids)

@@ -14,6 +14,7 @@ import mindspore.common.dtype as mstype
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
+from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.config import MODE_ADAPTERS
@@ -22,10 +23,11 @@ from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.dropout import PositionNoise
 from mindformers_ixc.models.internlm2 import Choose, InternLM2Model
 from mindformers_ixc.models.layers import Linear
-from mindformers_ixc.models.loss import BatchLoss, HeadLosses, SourceSums
+from mindformers_ixc.models.loss import BatchLoss, HeadLosses
 from mindformers_ixc.models.pixels import SampleRows, TilePixels
 from mindformers_ixc.models.placement import set_pipeline_stages, share_graph
 from mindformers_ixc.models.recompute import apply_recompute
+from mindformers_ixc.models.report import SourceSums, keep_report
 from mindformers_ixc.models.rotary import rotary_tables
 from mindformers_ixc.models.vision import VisionMerge, VisionProjector, VisionTower
 from mindformers_ixc.parallel.cuts import CUTS, check_degree
@@ -61,10 +63,15 @@ class IXC25Model(PreTrainedModel):
         self.output = Linear(config.hidden_size, config.vocab_size, sigma=config.initializer_range,
                              param_dtype=config.param_init_type, compute_dtype=config.compute_dtype, cut=CUTS["output"])
         self.chunked_losses = HeadLosses(config)
-        self.loss, self.source_sums = BatchLoss(config), SourceSums(config)
+        self.loss = BatchLoss(config)
         self.noise = PositionNoise(config.seq_length)
         self.gather_angles = P.Gather()
-        self.loss_form = config.loss_form
+        self.sums_losses, self.reports_sources = config.calculate_per_token_loss, config.loss_form == "sources"
+        self.keeps_report = is_parallel()
+        if self.reports_sources:
+            self.source_sums = SourceSums(config)
+            if self.keeps_report:
+                keep_report(self, 2, config.num_sources)
         self.adapters = MODE_ADAPTERS[config.adapter_mode]
         self._freeze_unused_adapters()
         cos, sin = rotary_tables(config, config.seq_length)
@@ -205,14 +212,22 @@ class IXC25Model(PreTrainedModel):
         Returns:
             `mean`: float32 scalar, the mean over labelled positions. `sums`: the sum of losses and the number of
             labelled positions, float32 scalars. `sources`: the mean, and float32 `(2, R)`, of each of the R
-            `config.num_sources` sources the sum of losses and the number of labelled positions.
+            `config.num_sources` sources the sum of losses and the number of labelled positions. In parallel runs that
+            is added to the parameter `train_report`, and the mean (with `calculate_per_token_loss` the sum and the
+            number) is all that is returned.
         """
         x = self.states(input_ids, pixel_values, global_views, view_index, vision_index, image_mask, position_ids,
                         segment_ends, noise_seed)
         losses = self.head_losses(x, labels)
-        if self.loss_form != "sources":
-            return self.loss(losses, labels)
-        return self.loss(losses, labels), self.source_sums(losses, labels, source)
+        loss = self.loss(losses, labels)
+        if not self.reports_sources:
+            return loss
+        report = F.stop_gradient(self.source_sums(losses, labels, source))
+        if not self.keeps_report:
+            return loss, report
+        if self.sums_losses:
+            return self.kept_report(loss[0], report), loss[1]
+        return self.kept_report(loss, report)
 
     def construct(self, input_ids, labels, pixel_values=None, global_views=None, view_index=None, vision_index=None,
                   image_mask=None, position_ids=None, segment_ends=None, noise_seed=None, source=None):

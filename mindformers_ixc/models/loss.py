@@ -7,14 +7,14 @@ losses and are dropped, and made again when the backward pass comes to them.
     hidden states (B*L, D) -> chunks (rows * c, D) -> logits (rows * c, V) -> losses (rows, c) -> (B, L)
 
 `rows` is the data-parallel degree, so that a device has `config.loss_chunk` positions at work, whatever the layout.
-The other cells make what a step needs of the losses of all positions: `BatchLoss` and `SourceSums`.
+`BatchLoss` makes the loss of a batch of the losses of all positions, `models.report.SourceSums` those of sources.
 """
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
 from mindformers.core.loss.loss import CrossEntropyLoss
 from mindformers.modules.transformer import TransformerOpParallelConfig
-from mindspore import Tensor, nn
+from mindspore import nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
@@ -210,31 +210,3 @@ class BatchLoss(nn.Cell):
         if self.gives_sums:
             return total, count
         return self.divide(total, self.maximum(count, 1.0))
-
-
-class SourceSums(nn.Cell):
-    """Of each source the sum of losses and the number of labelled positions.
-
-    Args:
-        config: gives the number of sources R and the data-parallel degree.
-    """
-
-    def __init__(self, config: IXC25Config):
-        super().__init__()
-        self.num_sources = config.num_sources
-        self.not_equal, self.cast, self.reshape = P.NotEqual(), P.Cast(), P.Reshape()
-        self.one_hot, self.concat, self.matmul = P.OneHot(), P.Concat(0), P.MatMul()
-        self.one, self.zero = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
-        if is_parallel():
-            dp = config.parallel_config.data_parallel
-            self.not_equal.shard(((1, dp), ()))
-            self.one_hot.shard(((dp, 1), (), ()))
-            self.concat.shard(((1, dp), (1, dp)))
-            self.matmul.shard(((1, dp), (dp, 1)))
-
-    def construct(self, losses, labels, source):
-        """float32 `(2, R)` of losses, int32 labels and int32 numbers of the source of each position, all `(B, L)`."""
-        labelled = self.cast(self.not_equal(self.reshape(labels, (1, -1)), IGNORE_INDEX), mstype.float32)
-        members = self.one_hot(self.reshape(source, (-1,)), self.num_sources, self.one, self.zero)     # (B*L, R)
-        sums = self.concat((self.reshape(losses, (1, -1)), labelled))                                  # (2, B*L)
-        return F.stop_gradient(self.matmul(sums, members))

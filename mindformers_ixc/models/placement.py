@@ -40,5 +40,7 @@ def set_pipeline_stages(model: nn.Cell, parallel_config: TransformerOpParallelCo
     layers = model.model.layers
     for layer, stage in zip(layers, stages_of_layers(model.config, stages)):
         layer.pipeline_stage = stage
-    for cell in (model.model.norm, model.output, model.chunked_losses, model.loss, model.source_sums):
+    for cell in (model.model.norm, model.output, model.chunked_losses, model.loss):
         cell.pipeline_stage = stages - 1
+    if model.reports_sources:
+        model.source_sums.pipeline_stage = model.kept_report.pipeline_stage = stages - 1

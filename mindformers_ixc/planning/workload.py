@@ -16,6 +16,7 @@ from mindformers_ixc.parallel.degrees import DEGREES, Degrees, degrees_of
 from mindformers_ixc.parallel.slices import placement
 from mindformers_ixc.parallel.stages import stages_of_layers
 from mindformers_ixc.parameters import Entry, layer_of, parameter_table
+from mindformers_ixc.preference_options import needs_reference
 from mindformers_ixc.sections import check_value, whole
 
 # Parameters MindSpore does not shard over replicas because they are small, KiB (its documented default).
@@ -306,7 +307,7 @@ def read_workload(fields: dict) -> Workload:
     parts, parallel = fields.get("train_parts"), fields.get("parallel_config") or {}
     return Workload(
         ModelTable(_config(fields)), layout, runner.get("batch_size") or 1, None if parts is None else tuple(parts),
-        preference, preference and "reference_logps" not in columns,
+        preference, preference and "reference_logps" not in columns and needs_reference(section.get("preference")),
         bool((fields.get("parallel") or {}).get("full_batch", True)), bool(parallel.get("vocab_emb_dp", True)),
         _sharding(fields), (fields.get("context") or {}).get("device_target") or "Ascend")
 
@@ -335,7 +336,7 @@ def place(workload: Workload, devices: int, options: dict[str, int | None] | Non
         layout = replace(layout, data_parallel=max(1, devices // (layout.model_parallel * layout.pipeline_stage)))
     batch = global_batch or workload.global_batch
     if "micro_batch_num" not in given and (given or global_batch):
-        parts = 1 if workload.preference else batch // (layout.data_parallel * workload.samples)
+        parts = batch // (layout.data_parallel * workload.samples)
         least = 1 if global_batch else layout.pipeline_stage
         layout = replace(layout, micro_batch_num=max(least, parts))
     if not global_batch and batch % (layout.data_parallel * layout.micro_batch_num):
@@ -353,8 +354,6 @@ def refusal(workload: Workload) -> str | None:
     """Why this package does not train a workload in its layout; `None` if it does."""
     if workload.preference and workload.layout.pipeline_stage > 1:
         return "Preference pairs have no pipeline stages; use data and tensor parallel."
-    if workload.preference and workload.micro_batches > 1:
-        return "Preference pairs are not accumulated in parallel runs; raise batch_size or data_parallel instead."
     ranks = workload.layout.data_parallel * workload.layout.model_parallel
     if workload.sharding.enabled and workload.sharding.size > ranks:
         return (f"parallel_optimizer_config.optimizer_weight_shard_size is {workload.sharding.size}, more than the "

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from mindformers.trainer.base_trainer import BaseTrainer
-from mindspore import nn
 from mindspore.dataset import GeneratorDataset
 from mindspore.train.callback import Callback, RunContext
 
@@ -21,6 +20,8 @@ from mindformers_ixc.device import has_loss, reports_loss
 from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import METRICS_FILE, read_metrics, write_whole
 from mindformers_ixc.models.preference import REPORT
+from mindformers_ixc.models.report import take_report
+from mindformers_ixc.training.averaging import averages_of
 from mindformers_ixc.training.step import StepPlan
 from mindformers_ixc.training.stopping import Stopping
 
@@ -68,7 +69,7 @@ class TrainingLog(Callback):
         self.start = self.trainer.config.runner_config.initial_step or 0
         self.batch_size = self.dataset.get_batch_size() * self.dataset.plan_sampler.ranks
         self.total = steps_of(self.trainer.config.runner_config, self.dataset)
-        self._start_average(run_context.original_args().train_network)
+        self.average = averages_of(run_context.original_args().train_network)
         self.writes = reports_loss()
         if self.writes:
             rows = {row["step"]: row for row in read_metrics(self.path) if _is_step(row)} if self.start else {}
@@ -76,15 +77,6 @@ class TrainingLog(Callback):
             write_whole(self.path, "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)
                                            if step <= self.start), sync=True)
         self.stopping.begin()
-
-    def _start_average(self, wrapper: nn.Cell) -> None:
-        """The moving average starts from the weights that were loaded, which MindFormers does after making it."""
-        if not getattr(wrapper, "has_average", False):
-            return
-        for weight, average in zip(wrapper.weights, wrapper.average):
-            if not self.start:
-                average.set_data(weight.value().copy())
-            self.average[weight.name] = average
 
     def on_train_step_begin(self, run_context: RunContext) -> None:
         """Notes when the step began, for its `seconds`."""
@@ -111,7 +103,7 @@ class TrainingLog(Callback):
         if self.plan.report:
             # a parallel run has no cell around the model that adds it up
             holder = self.trainer.trained_model if self.plan.in_model else parameters.train_network
-            row.update(self._report(holder.train_report.asnumpy()))
+            row.update(self._report(take_report(holder.train_report)))
         what = not_finite(parameters.net_outputs)
         if self.writes:
             self._append(json.dumps({**row, "loss": None} if what == "loss" else row) + "\n", parameters)

@@ -160,7 +160,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             schedule = dict(self.config.lr_schedule)
             self.config.grouped_lr_schedule = MindFormerConfig(**grouped_schedule(model, schedule, section))
             print(rates_table(model, schedule, section), file=sys.stderr, flush=True)
-        return super().create_optimizer_scheduler(network, model_params)
+        self.optimizer = self.plan.optimizer(super().create_optimizer_scheduler(network, model_params))
+        return self.optimizer
 
     def create_model_wrapper(self, network: nn.Cell, optimizer: nn.Cell):
         """Builds the train-step cell: MindFormers' own, or this package's where it is not enough."""

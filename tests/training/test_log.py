@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 
 from mindformers_ixc import interruption
 from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import METRICS_FILE, read_metrics
 from mindformers_ixc.models.preference import REPORT
 from mindformers_ixc.training import log as log_module
+from mindformers_ixc.training.averaging import AveragedOptimizer
 from mindformers_ixc.training.log import TrainingLog
 from mindformers_ixc.training.step import StepPlan
 
@@ -53,7 +54,7 @@ class FakeRun:
         self.parameters.net_outputs = (Tensor(np.float32(loss)), Tensor(overflow), Tensor(1.0),
                                        Tensor(np.float32(0.01)), norm)
         if report is not None:
-            (holder or self.wrapper).train_report = Tensor(np.array(report, np.float32))
+            (holder or self.wrapper).train_report = Parameter(Tensor(np.array(report, np.float32)))
         self.log.on_train_step_begin(self)
         self.log.on_train_step_end(self)
 
@@ -158,22 +159,26 @@ def test_sources_have_their_mean_losses_and_tokens(tmp_path):
 def test_preferences_have_the_means_of_their_pairs(tmp_path, in_model):
     run = FakeRun(tmp_path, report="preference", in_model=in_model)
     holder = run.model if in_model else run.wrapper
-    run.step(0.7, report=[2.0, -1.0, 3.0, 3.0, -40.0, -60.0, 4.0], holder=holder)
+    run.step(0.7, report=[2.0, -1.0, 3.0, 3.0, -40.0, -60.0, 6.0, 4.0], holder=holder)
     row = read_metrics(tmp_path / METRICS_FILE)[0]
     assert {name: row[name] for name in REPORT[:-1]} == {
         "reward_chosen": 0.5, "reward_rejected": -0.25, "reward_margin": 0.75, "reward_accuracy": 0.75,
-        "logp_chosen": -10.0, "logp_rejected": -15.0}
+        "logp_chosen": -10.0, "logp_rejected": -15.0, "nll_chosen": 1.5}
 
 
-@pytest.mark.parametrize(("start", "expected"), [(0, [1.0, 2.0]), (3, [9.0, 9.0])])
-def test_the_average_starts_from_loaded_weights_unless_it_was_loaded_too(tmp_path, start, expected):
-    weight, average = (Parameter(Tensor(np.array(value, np.float32)), name=name)
-                       for value, name in (([1.0, 2.0], "output.weight"), ([9.0, 9.0], "ema.output.weight")))
-    wrapper = SimpleNamespace(has_average=True, weights=[weight], average=[average])
-    run = FakeRun(tmp_path, start=start, wrapper=wrapper)
-    np.testing.assert_array_equal(run.log.average["output.weight"].asnumpy(), expected)
-    weight.set_data(Tensor(np.zeros(2, np.float32)))
-    np.testing.assert_array_equal(run.log.average["output.weight"].asnumpy(), expected)
+@pytest.mark.parametrize("averaged", [True, False])
+def test_the_log_knows_the_averages_by_the_names_of_the_weights(tmp_path, averaged):
+    optimizer = nn.SGD([Parameter(Tensor(np.ones(2, np.float32)), name="output.weight")], learning_rate=0.1)
+    optimizer = AveragedOptimizer(optimizer, 0.9) if averaged else optimizer
+    run = FakeRun(tmp_path, wrapper=SimpleNamespace(optimizer=optimizer))
+    assert {name: average.name for name, average in run.log.average.items()} == (
+        {"output.weight": "ema.output.weight"} if averaged else {})
+
+
+def test_a_report_is_zeroed_when_it_was_read(tmp_path):
+    run = FakeRun(tmp_path, report="sources", sources=("a.json",), in_model=True)
+    run.step(2.0, report=[[12.0], [8]], holder=run.model)
+    np.testing.assert_array_equal(run.model.train_report.asnumpy(), [[0], [0]])
 
 
 def test_a_row_that_was_cut_short_is_dropped_and_rows_that_are_there_twice_are_one(tmp_path):
