@@ -199,9 +199,6 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         self.log = TrainingLog(get_output_root_path(), on_error)
         callbacks = [*(callbacks or []), self.log]
         if config.get("evaluation"):
-            if is_parallel():
-                raise ConfigError("evaluation works in stand-alone runs only; take the section out and evaluate the "
-                                  "joined checkpoint (mindformers convert, mindformers eval).")
             callbacks.append(Evaluation(self, dict(config.evaluation), config.train_dataset))
         try:
             with safe_checkpoints(on_error), resumable_model():
