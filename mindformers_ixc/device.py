@@ -86,6 +86,8 @@ def measuring() -> Iterator[None]:
         return
     names = ("pipeline_result_broadcast", "strategy_ckpt_save_file", "dataset_strategy")
     before = {name: ms.get_auto_parallel_context(name) for name in names}
+    if not isinstance(before["dataset_strategy"], str):      # it is given as lists and taken as tuples
+        before["dataset_strategy"] = tuple(tuple(cut) for cut in before["dataset_strategy"])
     ms.set_auto_parallel_context(dataset_strategy=())       # or it would be asked for, whatever full_batch is
     ms.set_auto_parallel_context(pipeline_result_broadcast=True, strategy_ckpt_save_file="",
                                  dataset_strategy="full_batch")

@@ -242,6 +242,8 @@ class Evaluation(Callback):
             if reports_loss():
                 self._write()
         except OSError as error:
+            if not is_parallel():       # there the other ranks, which know nothing of it, must go on deciding alike
+                self.rows.pop()
             self._not_saved(error, step)
         logger.info("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
@@ -250,10 +252,11 @@ class Evaluation(Callback):
         values, metrics = {}, self.options["metrics"]
         model.set_train(False)
         if self.mean_loss is None:
+            self.mean_loss = MeanLoss(model)      # one cell, one graph
             if is_parallel():
+                self.mean_loss = of_whole_batches(self.mean_loss, model.config)
                 parts = row_parts(model.config)
                 self.options["batch_size"] = -(-self.options["batch_size"] // parts) * parts
-            self.mean_loss = of_whole_batches(MeanLoss(model), model.config)      # one cell, one graph
         if "loss" in metrics:
             values["loss"] = self.held_out.loss(self.mean_loss)
         if "shuffled_loss" in metrics:

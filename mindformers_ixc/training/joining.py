@@ -16,7 +16,7 @@ from mindspore.mint.distributed import barrier
 
 from mindformers_ixc.checkpoint.model_directory import ParameterTensor, write_tensors
 from mindformers_ixc.checkpoint.sources import AVERAGE_PREFIX
-from mindformers_ixc.checkpoint.strategy_file import STRATEGY_FILE, read_layouts, read_strategy
+from mindformers_ixc.checkpoint.strategy_file import STRATEGY_FILE, read_layouts, strategy_files
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.checkpoint.unused import UNUSED_FILE, unused_parameters
 from mindformers_ixc.device import group_size, rank
@@ -150,9 +150,12 @@ class Joiner:
         """Puts down what joining by hand needs beside the ranks' files and would find nowhere; rank 0 calls it."""
         if self._start:
             return
-        layouts = read_strategy(self.run / "strategy").layouts
-        unused: dict[str, LazyTensor] = {parameter.name: ParameterTensor(parameter) for parameter in self.model.get_parameters()
-                  if parameter.name not in layouts}
+        used: set[str] = set()
+        for file in strategy_files(self.run / "strategy"):
+            used.update(read_layouts(file)[1])
+        unused: dict[str, LazyTensor] = {
+            parameter.name: ParameterTensor(parameter) for parameter in self.model.get_parameters()
+            if parameter.name not in used}
         with whole_file(self.run / UNUSED_FILE) as path:
             write_tensors(path, unused)
 

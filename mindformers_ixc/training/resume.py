@@ -347,7 +347,8 @@ def is_complete(fields: dict) -> bool:
         return False
     record = check_same_run(fields, own / RECORD)
     finished = record.get("finished")
-    if finished is None or not (record.get("joined", True) or fields.get("no_join")):
+    joined = record.get("joined", True) or fields.get("no_join") or (own / "model").is_dir()
+    if finished is None or not joined:
         return False
     return all((own / name).is_dir() for name in finished if name in RESULTS)
 

@@ -345,7 +345,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
                     written.append("model_ema")
                 return written
         except PartsElsewhere as error:
-            self._close(f"{error} {how_to_join(get_output_root_path())}", [])
+            self._close(f"{error} {how_to_join(get_output_root_path())}", [],
+                        joined=False)
             return []
 
     def _leave_parts(self, model: IXC25Model) -> None:
