@@ -75,6 +75,8 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--load_checkpoint", metavar="PATH", help="weights to start from: a model directory or file")
     run.add_argument("--overwrite", action="store_true",
                      help="move an earlier run's files in the output folder to old-N there, instead of refusing it")
+    run.add_argument("--no_join", action="store_true",
+                     help="of a parallel run leave what each rank has saved, without a whole model in OUTPUT_DIR/model")
     run.add_argument("--use_parallel", metavar="BOOL", help="run under msrun with the file's parallel_config")
     run.add_argument("--predict_data", metavar="FILE", help="questions for run_mode predict, one JSON object a line")
     _add_no_verify(run)

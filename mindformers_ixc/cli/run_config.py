@@ -32,7 +32,7 @@ RUN_MODES = ("train", "finetune", "predict")
 
 # Top-level keys of this package beside MindFormers' own.
 OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation",
-                "on_save_error", OVERRIDE)
+                "on_save_error", "no_join", OVERRIDE)
 
 _NAMES = Rule(lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
               "a list of fields of model.model_config")
@@ -57,6 +57,8 @@ def check_fields(fields: dict, source: str) -> None:
     check_value("run_mode", fields.get("run_mode"), one_of(RUN_MODES), source=source)
     if fields.get("on_save_error") is not None:
         check_value("on_save_error", fields["on_save_error"], one_of(("stop", "continue")), source=source)
+    if fields.get("no_join") is not None:
+        check_value("no_join", fields["no_join"], of_type(bool), source=source)
     if fields.get(OVERRIDE) is not None:
         check_value(OVERRIDE, fields[OVERRIDE], _NAMES, source=source)
     for name in sections:
@@ -79,7 +81,10 @@ def check_fields(fields: dict, source: str) -> None:
     if task in ("IXC25SFTDataset", "IXC25PreferenceDataset"):
         check_dataset_section(fields.get("train_dataset"), task == "IXC25PreferenceDataset")
     if fields.get("evaluation") is not None:
-        evaluation_options(fields["evaluation"])
+        options = evaluation_options(fields["evaluation"])
+        if options["keep_best"] and fields.get("no_join") and fields.get("use_parallel"):
+            raise ConfigError(f"{source}: evaluation.keep_best keeps a whole model, but no_join (--no_join) leaves the "
+                              "ranks' parts as they are; take one of them out.")
 
 
 def _template_rules(template: type[Template]) -> dict[str, Rule]:

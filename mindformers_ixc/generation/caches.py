@@ -244,12 +244,12 @@ class TokenHeads(nn.Cell):
         return (self.slice(x, (0, 0, 0, 0), (b, kv, g, d)), self.slice(x, (0, 0, g, 0), (b, kv, 1, d)),
                 self.slice(x, (0, 0, g + 1, 0), (b, kv, 1, d)))
 
-    def shard(self, tp: int) -> None:
-        """Cuts key/value heads by `tp`; rows are whole on every device."""
-        heads = (1, tp, 1, 1)
-        self.gather_halves.shard(((1, tp, 1, 1, 1), (1,)))
+    def shard(self, tp: int, dp: int = 1) -> None:
+        """Cuts key/value heads by `tp` and rows by `dp`."""
+        heads = (dp, tp, 1, 1)
+        self.gather_halves.shard(((dp, tp, 1, 1, 1), (1,)))
         self.slice.shard((heads,))
-        self.mul.shard((heads, (1, 1, 1, 1)))
+        self.mul.shard((heads, (dp, 1, 1, 1)))
         self.add.shard((heads, heads))
 
 

@@ -27,6 +27,7 @@ from mindformers_ixc.generation.cells import (
     PromptLayer,
     TokenLayer,
     VisionTable,
+    of_whole_batches,
     stage_of,
     wrapped,
 )
@@ -65,7 +66,7 @@ class VisionGraph(InferenceGraph):
         self.passing = PassOn(stage_of(model.model.norm))
 
     def construct(self, pixel_values):
-        """Maps `(1, T, 3, P, P)` to the table `(1, T*k*k + 2, D)`."""
+        """Maps `(R, T, 3, P, P)`, R replicas, to their tables `(R, T*k*k + 2, D)`."""
         return self.passing(self.table(pixel_values))
 
 
@@ -153,7 +154,8 @@ class InferenceEngine:
         self.model = model
         self.config: IXC25Config = model.config
         self.between_steps: Callable[[], None] = lambda: None
-        self._vision = VisionGraph(model)
+        self.replicas = self.config.parallel_config.data_parallel if is_parallel() else 1
+        self._vision = of_whole_batches(VisionGraph(model), self.config)
         positions = self.config.vision_config.patches_per_side ** 2 + 1
         self.tiles_per_call = max(1, min(MOST_TILES, POSITIONS_PER_CALL // positions))
         self._slots: dict[tuple[int, int], Slot] = {}
@@ -180,13 +182,15 @@ class InferenceEngine:
         pixels, tokens = sample.pixel_values, self.config.vision_config.tokens_per_tile
         count, at_once = len(pixels), self.tiles_per_call
         padded = -(-count // at_once) * at_once
-        pieces = []
-        for start in range(0, padded, at_once):
-            tiles = np.zeros((1, at_once, *pixels.shape[1:]), np.float32)
-            chunk = pixels[start:start + at_once]
-            tiles[0, :len(chunk)] = chunk
-            pieces.append(self._vision(Tensor(tiles))[0])
-        table = F.concat([piece[:at_once * tokens] for piece in pieces] + [pieces[0][-2:]], 0)
+        pieces: list[Tensor] = []
+        for start in range(0, padded, at_once * self.replicas):
+            tiles = np.zeros((self.replicas * at_once, *pixels.shape[1:]), np.float32)
+            chunk = pixels[start:start + len(tiles)]
+            tiles[:len(chunk)] = chunk
+            tables = self._vision(Tensor(tiles.reshape(self.replicas, at_once, *pixels.shape[1:])))
+            pieces += [tables[row] for row in range(self.replicas)]
+        used = pieces[:padded // at_once]
+        table = F.concat([piece[:at_once * tokens] for piece in used] + [pieces[0][-2:]], 0)
         index = sample.vision_index(padded)[sample.image_mask == 1]
         return F.gather(table, Tensor(index), 0)
 
@@ -209,8 +213,9 @@ class InferenceEngine:
             self._slots[batch, positions] = make_slot(self.config, batch, positions)
         slot = self._slots[batch, positions]
         if mode not in slot.graphs:
-            slot.graphs[mode] = (PrefillGraph(self.model, slot.caches, mode),
-                                 DecodeGraph(self.model, slot.caches, mode))
+            slot.graphs[mode] = (
+                of_whole_batches(PrefillGraph(self.model, slot.caches, mode), self.config),
+                of_whole_batches(DecodeGraph(self.model, slot.caches, mode), self.config))
         return slot
 
     def decoder(self, samples: list[EncodedSample], max_new_tokens: int, mode: str = "base",

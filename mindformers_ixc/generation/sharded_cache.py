@@ -1,4 +1,4 @@
-"""A contiguous key/value cache that tensor parallel cuts by key/value heads."""
+"""A contiguous key/value cache that tensor parallel cuts by key/value heads, and data parallel by rows."""
 from __future__ import annotations
 
 from mindspore import Parameter, nn
@@ -19,8 +19,8 @@ class ShardedCache(nn.Cell):
     cannot be: new keys and values are multiplied by one-hot positions, which the host makes, and added.
 
     Args:
-        config: sizes and dtypes, and the tensor-parallel degree.
-        batch: rows B.
+        config: sizes and dtypes, and the data- and tensor-parallel degrees.
+        batch: rows B, a multiple of the data-parallel degree.
         positions: positions S of each.
     """
 
@@ -46,20 +46,21 @@ class ShardedCache(nn.Cell):
         self.scores = P.BatchMatMul(transpose_b=True)
         self.softmax = P.Softmax(-1)
         self.weighted_sum = P.BatchMatMul()
-        self.shard(config.parallel_config.model_parallel)
+        self.shard(config.parallel_config.data_parallel, config.parallel_config.model_parallel)
 
-    def shard(self, tp: int) -> None:
-        """Cuts key/value heads; rows and positions are whole on every device."""
-        heads, whole = (1, tp, 1, 1), (1, 1, 1, 1)
-        self.split.shard(1, tp)
-        self.merge.shard(1, tp)
-        self.core.shard(1, tp)
-        self.block_masks.shard(1)
-        self.token_heads.shard(tp)
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts rows and key/value heads; positions are whole on every device."""
+        heads, rows = (dp, tp, 1, 1), (dp, 1, 1, 1)
+        self.split.shard(dp, tp)
+        self.split.rotary.shard(dp, tp, packed=True)       # every row has tables of its own here
+        self.merge.shard(dp, tp)
+        self.core.shard(dp, tp)
+        self.block_masks.shard(dp)
+        self.token_heads.shard(tp, dp)
         self.softmax.shard((heads,))
-        self.mul_place.shard((whole, heads))
+        self.mul_place.shard((rows, heads))
         for primitive in (self.mul_real, self.add_mask):
-            primitive.shard((heads, whole))
+            primitive.shard((heads, rows))
         for primitive in (self.concat, self.assign, self.assign_add, self.scores, self.weighted_sum):
             primitive.shard((heads, heads))
 

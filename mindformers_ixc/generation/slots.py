@@ -105,7 +105,7 @@ class Slot:
 
     def __init__(self, caches: nn.CellList, config: IXC25Config):
         self.caches = caches
-        self.graphs: dict[str, tuple[InferenceGraph, InferenceGraph]] = {}
+        self.graphs: dict[str, tuple[nn.Cell, nn.Cell]] = {}
         self.movable = not is_parallel()
         self._parameters = [cache_half for cache in caches for cache_half in (cache.keys, cache.values)]
         self._layout = [(half.shape, mstype.dtype_to_nptype(half.dtype)) for half in self._parameters]
@@ -113,7 +113,8 @@ class Slot:
         self._as_built = True                           # the caches still have the memory they were built with
         self.attached: Contents | None = None
         self._reorder = None if is_parallel() else ReorderGraph(caches)
-        self._own = layers_of_rank(config, rank()) if is_parallel() else []
+        self._replicas = config.parallel_config.data_parallel
+        self._own = layers_of_rank(config, rank()) if is_parallel() and self._replicas == 1 else []
 
     def new_contents(self) -> Contents:
         """Contents for prompts that begin anew; a prompt overwrites what they hold."""
@@ -161,6 +162,9 @@ class Slot:
             self._reorder(source)
             return
         # every device holds whole rows of its heads, so each reorders its own; a graph would have to span all stages
+        if self._replicas > 1:
+            raise ConfigError(f"parallel_config.data_parallel is {self._replicas}, so the rows of a batch are on "
+                              "different devices, and beams cannot take over one another; use num_beams 1.")
         for layer in self._own:
             for parameter in (self.caches[layer].keys, self.caches[layer].values):
                 F.assign(parameter, F.gather(parameter, source, 0))
@@ -259,7 +263,7 @@ class PagedSlot(Slot):
 
 
 class ShardedSlot(Slot):
-    """Contiguous caches in parallel layouts, cut by key/value heads: the first axis is the batch.
+    """Contiguous caches in parallel layouts, cut by rows and key/value heads: the first axis is the batch.
 
     Args:
         config: sizes, dtypes and the layout.
@@ -295,6 +299,7 @@ def cache_bytes(config: IXC25Config, batch: int, positions: int) -> int:
 
 def make_slot(config: IXC25Config, batch: int, positions: int) -> Slot:
     """Paged caches on Ascend with `use_past`, contiguous ones everywhere else."""
-    if config.use_past and on_ascend():
+    replicas = config.parallel_config.data_parallel if is_parallel() else 1
+    if config.use_past and on_ascend() and replicas == 1:
         return PagedSlot(config, batch, positions)
     return (ShardedSlot if is_parallel() else ContiguousSlot)(config, batch, positions)

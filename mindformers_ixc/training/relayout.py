@@ -60,7 +60,7 @@ def joined(files: list[Path], strategy: Path, folder: Path, start: str | None) -
     for old in folder.glob("*"):
         shutil.rmtree(old, ignore_errors=True)
     with whole_folder(target) as unfinished:
-        source = _open(files, strategy, unfinished / "ranks")
+        source = open_ranks(files, strategy, unfinished / "ranks")
         _write(source, unfinished / WHOLE_FILE, start)
         shutil.rmtree(unfinished / "ranks", ignore_errors=True)
         _write_map(unfinished)
@@ -68,7 +68,7 @@ def joined(files: list[Path], strategy: Path, folder: Path, start: str | None) -
     return target
 
 
-def _open(files: list[Path], strategy: Path, links: Path) -> OpenedCheckpoint:
+def open_ranks(files: list[Path], strategy: Path, links: Path) -> OpenedCheckpoint:
     """Opens the files of all ranks together, by links to them alone: beside them lie those of other steps."""
     if len(files) == 1:
         return open_source(files[0])
