@@ -17,6 +17,7 @@ from mindformers_ixc.sections import (
     check_value,
     check_values,
     hint,
+    is_number,
     like,
     of_type,
     one_of,
@@ -28,7 +29,13 @@ RUN_MODES = ("train", "finetune", "predict")
 
 # Top-level keys of this package beside MindFormers' own.
 OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation",
-                "on_save_error", OVERRIDE)
+                "on_save_error", "device_tflops", "tensorboard", OVERRIDE)
+
+# More than any device has: such a number counts operations, or 10^9 of them.
+LARGEST_PEAK = 1e5
+
+_PEAK = Rule(lambda value: is_number(value) and 0 <= value <= LARGEST_PEAK,
+             "the peak of a device in 10^12 operations a second, from 0 (unknown: no MFU in the log) to 100000")
 
 _NAMES = Rule(lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
               "a list of fields of model.model_config")
@@ -50,6 +57,10 @@ def check_fields(fields: dict, source: str) -> None:
     check_value("run_mode", fields.get("run_mode"), one_of(RUN_MODES), source=source)
     if fields.get("on_save_error") is not None:
         check_value("on_save_error", fields["on_save_error"], one_of(("stop", "continue")), source=source)
+    if fields.get("device_tflops") is not None:
+        check_value("device_tflops", fields["device_tflops"], _PEAK, source=source)
+    if fields.get("tensorboard") is not None:      # MindFormers has a section of that name
+        check_value("tensorboard", fields["tensorboard"], of_type(bool, dict), source=source)
     if fields.get(OVERRIDE) is not None:
         check_value(OVERRIDE, fields[OVERRIDE], _NAMES, source=source)
     for name in sections:

@@ -31,7 +31,7 @@ RECORD = "run_config.json"
 # Model directories that a run leaves, and with them all that `--overwrite` moves aside.
 RESULTS = ("model", "trained_parts", "model_ema", "best")
 OWN = (*RESULTS, "checkpoint", "checkpoint_network", "checkpoint_trainable", METRICS_FILE, EVALUATIONS_FILE, "resume",
-       "strategy", "report", "report.html", RECORD)
+       "strategy", "report", "report.html", "tensorboard", RECORD)
 
 # Seconds that the ranks of a killed launch get to be gone before the next run begins.
 ORPHANS_S = 60

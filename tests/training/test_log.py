@@ -18,11 +18,15 @@ from mindformers_ixc.training.log import TrainingLog
 from mindformers_ixc.training.step import StepPlan
 
 SAMPLES = 6       # of the data set; batches of two, so that an epoch has three steps
+NEEDS = [(10, 2), (12, 0), (16, 4), (8, 2), (4, 0), (16, 3)]      # positions and tiles, of rows of 16 and 4
 
 
 def fake_dataset(batch_size: int = 2):
-    plan = SimpleNamespace(ranks=1, batch=lambda step: [(step * batch_size + i) % SAMPLES for i in range(batch_size)])
-    table = SimpleNamespace(describe=lambda i: f"charts.json, sample {i}")
+    def rows(step: int) -> list[list[int]]:
+        return [[(step * batch_size + i) % SAMPLES] for i in range(batch_size)]
+
+    plan = SimpleNamespace(ranks=1, rows=rows, row_shape=(16, 4), batch=lambda step: [row[0] for row in rows(step)])
+    table = SimpleNamespace(describe=lambda i: f"charts.json, sample {i}", needs=np.array(NEEDS), columns=())
     return SimpleNamespace(plan_sampler=plan, conversations=table, get_batch_size=lambda: batch_size,
                            get_dataset_size=lambda: SAMPLES // batch_size)
 
