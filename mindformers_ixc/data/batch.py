@@ -37,6 +37,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from mindformers_ixc.config import ModelConfig
+
 BATCH_COLUMNS = ("input_ids", "labels", "pixel_values", "vision_index", "image_mask")
 PACKING_COLUMNS = ("position_ids", "segment_ids")
 EXTRA_COLUMNS = (*PACKING_COLUMNS, "noise_seed", "source")
@@ -57,3 +59,25 @@ def full_batches(items: Iterable, size: int,
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch + [pad(batch[-1])] * (size - len(batch)), len(batch)
+
+
+def column_shapes(config: ModelConfig, columns: Iterable[str],
+                  answers: int = 1) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of a row in some columns, in their order.
+
+    Args:
+        config: lengths and sizes.
+        columns: names; without `global_views` the views are among the `pixel_values`, which are float32 then.
+        answers: of a row; 2 for preference pairs, whose texts have one axis more.
+    """
+    columns, vision, length = tuple(columns), config.vision_config, config.seq_length
+    texts = (length,) if answers == 1 else (answers, length)
+    picture = (3, vision.image_size, vision.image_size)
+    table: dict[str, tuple[str, tuple[int, ...]]] = {
+        **dict.fromkeys(("input_ids", "labels", "vision_index", "image_mask"), ("int32", texts)),
+        "pixel_values": ("uint8" if "global_views" in columns else "float32", (config.max_tiles, *picture)),
+        "global_views": ("float32", (config.max_images, *picture)), "view_index": ("int32", (config.max_tiles,)),
+        "position_ids": ("int32", (length,)), "segment_ends": ("int32", (config.max_segments,)),
+        "segment_ids": ("int32", (length,)),
+        "noise_seed": ("int32", ()), "source": ("int32", (length,)), "reference_logps": ("float32", (answers,))}
+    return {name: table[name] for name in columns}
