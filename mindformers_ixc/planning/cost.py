@@ -370,7 +370,7 @@ def _gradient_traffic(workload: Workload, stage: int, parameters: list[LocalPara
             continue
         add("gradient", "ReduceScatter", parameter.used_size * item, tuple(holders[:shards]))
         add("gradient", "AllReduce", parameter.size * item, tuple(holders[::shards]))
-        times = 2 if workload.sharding.gathers_again else 1
+        times = 2 if workload.gathers_again else 1
         add("optimizer", "AllGather", times * parameter.size * workload.gathered_bytes(parameter),
             tuple(holders[:shards]))
     # gradients that are spread as they are added up are scattered with every micro batch

@@ -143,7 +143,7 @@ def _copied_weights(workload: Workload, parameters: list[LocalParameter]) -> int
         if len(parameter.shape) < 2:
             continue
         held = parameter.item_bytes
-        if parameter.optimizer_shards > 1 and not workload.sharding.gathers_again:
+        if parameter.optimizer_shards > 1 and not workload.gathers_again:
             held = workload.gathered_bytes(parameter)
             total += parameter.used_size * held
         # the embedding's rows are taken from the parameter itself

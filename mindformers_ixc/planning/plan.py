@@ -190,7 +190,7 @@ def compile_stage(fields: dict, workload: Workload, stage: int, folder: Path, ev
 
 
 def _compiled_micro_batches(workload: Workload) -> int:
-    """As few as make the same graph as all: a single one is another step cell, and gathers weights before their cast."""
+    """As few as make the graph of all: a single one is another step cell, and gathers weights before their cast."""
     return max(workload.layout.pipeline_stage, 2 if workload.accumulates else 1)
 
 

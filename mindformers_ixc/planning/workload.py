@@ -34,7 +34,7 @@ class OptimizerSharding:
         threshold: bytes of a whole parameter below which it is left alone.
         size: devices of a shard group at most; -1 for all that hold a copy.
         shards_gradients: accumulated gradients are spread too.
-        gathers_again: weights are gathered a second time for the backward pass instead of kept.
+        gathers_again: weights may be gathered a second time for the backward pass instead of kept.
     """
 
     enabled: bool = False
@@ -218,11 +218,19 @@ class Workload:
 
     @property
     def shares_graph(self) -> bool:
-        """Whether micro batches share a graph (lazy inline), outside of which sharded weights are gathered, once a step.
+        """Whether micro batches share a graph (lazy inline); sharded weights are gathered outside of it, once a step.
 
         MindFormers turns it off where there is a single micro batch.
         """
         return self.target == "Ascend" and not self.config.disable_lazy_inline and self.accumulates
+
+    @property
+    def gathers_again(self) -> bool:
+        """Whether sharded weights are gathered a second time for the backward pass, and not kept.
+
+        MindSpore gathers again inside cells that are computed again; what is gathered outside of a shared graph is not.
+        """
+        return self.sharding.gathers_again and not self.shares_graph
 
     def gathered_bytes(self, parameter: LocalParameter) -> int:
         """Bytes a number has when optimizer sharding gathers a parameter: after the cast for its product, if it can."""
