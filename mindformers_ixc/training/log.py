@@ -25,6 +25,7 @@ from mindformers_ixc.files import METRICS_FILE, read_metrics, write_whole
 from mindformers_ixc.models.preference import REPORT
 from mindformers_ixc.operations import WITHOUT_REFERENCE
 from mindformers_ixc.parameters import part_of
+from mindformers_ixc.sections import is_whole
 from mindformers_ixc.training.step import PREFERENCE, StepPlan
 from mindformers_ixc.training.stopping import Stopping
 from mindformers_ixc.training.tensorboard import TENSORBOARD_FOLDER, ScalarFile
@@ -173,12 +174,13 @@ class TrainingLog(Callback):
         steps, self.last = range(self.last, step), step
         works = [work_of(self.dataset, number) for number in steps]
         samples = [index for work in works for index in work.samples]
-        found = {"samples": samples, "seconds": seconds / len(steps), "samples_per_second": len(samples) / seconds}
+        each = seconds / len(steps)
+        found: dict = {"samples": samples, "seconds": each, "samples_per_second": len(samples) / seconds}
         if not sinks:
             found["data_wait"] = (self.began - self.step_end.since) / seconds
         if self.throughput is not None:
             found.update(self.throughput.of(works, seconds))
-        found["seconds_left"] = self.time_left.after(found["seconds"], self.total - step)
+        found["seconds_left"] = self.time_left.after(each, self.total - step)
         return found
 
     def _record(self, row: dict, parameters: Any) -> None:
@@ -272,9 +274,10 @@ def log_options(config: Any) -> dict:
     Args:
         config: the run's `MindFormerConfig`. A section `tensorboard` is MindFormers' own.
     """
-    monitor = next((one for one in config.get("callbacks") or () if one.get("type") == "MFLossMonitor"), {})
+    monitor: dict = next((one for one in config.get("callbacks") or () if one.get("type") == "MFLossMonitor"), {})
+    every = monitor.get("per_print_times")
     return {"on_error": config.get("on_save_error") or "stop", "device_tflops": config.get("device_tflops") or 0.0,
-            "tensorboard": config.get("tensorboard") is True, "print_every": monitor.get("per_print_times") or 1}
+            "tensorboard": config.get("tensorboard") is True, "print_every": every if is_whole(every, 1) else 1}
 
 
 def steps_of(runner: Any, dataset: GeneratorDataset) -> int:
