@@ -304,7 +304,13 @@ def _add_plan(commands: Commands) -> None:
     plan.add_argument("--pipeline_stage", type=int, metavar="N", help="pipeline stages")
     plan.add_argument("--micro_batch_num", type=int, metavar="N", help="micro batches of a step; without a pipeline "
                       "they are accumulated")
-    plan.add_argument("--global_batch", type=int, metavar="N", help="samples of a step (default: the file's)")
+    plan.add_argument("--global_batch", type=int, metavar="N", help="samples (packed: rows) of a step "
+                      "(default: the file's)")
+    plan.add_argument("--data", metavar="DATA", help="samples that the rows are made of (as data_loader.dataset_dir): "
+                      "goodput, useful samples a second, days")
+    plan.add_argument("--mean_samples", type=float, metavar="X", help="samples of a packed row, instead of --data")
+    plan.add_argument("--steps", type=int, metavar="N", help="of the run, for its days (default with --data: the "
+                      "file's epochs)")
     plan.add_argument("--search", action="store_true", help="try every layout by formula, then compile the best")
     plan.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search shows (default: 10)")
     plan.add_argument("--no_compile", action="store_true", help="formulae only: takes no time, checks nothing")

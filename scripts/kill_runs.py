@@ -25,6 +25,8 @@ from pathlib import Path
 import psutil
 from safetensors.numpy import load_file
 
+from mindformers_ixc.training.throughput import TIMED
+
 ROOT = Path(__file__).parents[1]
 SAVE = ("[{type: MFLossMonitor}, {type: CheckpointMonitor, prefix: k, save_checkpoint_steps: 2, "
         "keep_checkpoint_max: 1, integrated_save: True, async_save: False, checkpoint_format: safetensors}]")
@@ -96,7 +98,7 @@ class Run:
     def result(self) -> dict:
         """What two runs of the same steps must have alike."""
         rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        found: dict = {"metrics": [{key: row[key] for key in row if key not in TIMES} for row in rows]}
+        found: dict = {"metrics": [{key: row[key] for key in row if key not in TIMED} for row in rows]}
         if self.parallel:
             for rank in range(2):
                 last = max((self.out / "checkpoint" / f"rank_{rank}").glob("k_*.safetensors"),

@@ -32,7 +32,13 @@ RUN_MODES = ("train", "finetune", "predict")
 
 # Top-level keys of this package beside MindFormers' own.
 OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation",
-                "on_save_error", "no_join", OVERRIDE)
+                "on_save_error", "no_join", "device_tflops", "tensorboard", OVERRIDE)
+
+# More than any device has: such a number counts operations, or 10^9 of them.
+LARGEST_PEAK = 1e5
+
+_PEAK = Rule(lambda value: is_number(value) and 0 <= value <= LARGEST_PEAK,
+             "the peak of a device in 10^12 operations a second, from 0 (unknown: no MFU in the log) to 100000")
 
 _NAMES = Rule(lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
               "a list of fields of model.model_config")
@@ -59,6 +65,10 @@ def check_fields(fields: dict, source: str) -> None:
         check_value("on_save_error", fields["on_save_error"], one_of(("stop", "continue")), source=source)
     if fields.get("no_join") is not None:
         check_value("no_join", fields["no_join"], of_type(bool), source=source)
+    if fields.get("device_tflops") is not None:
+        check_value("device_tflops", fields["device_tflops"], _PEAK, source=source)
+    if fields.get("tensorboard") is not None:      # MindFormers has a section of that name
+        check_value("tensorboard", fields["tensorboard"], of_type(bool, dict), source=source)
     if fields.get(OVERRIDE) is not None:
         check_value(OVERRIDE, fields[OVERRIDE], _NAMES, source=source)
     for name in sections:

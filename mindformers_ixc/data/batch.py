@@ -45,14 +45,14 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from mindformers_ixc.config import ModelConfig
+
 PIXEL_COLUMNS = ("pixel_values", "global_views", "view_index")
 BATCH_COLUMNS = ("input_ids", "labels", *PIXEL_COLUMNS, "vision_index", "image_mask")
 PACKING_COLUMNS = ("position_ids", "segment_ends")
 EXTRA_COLUMNS = (*PACKING_COLUMNS, "noise_seed", "source")
 
-# Axes of every column; those of preference pairs that have the pair's answers as a second axis have one more.
-COLUMN_RANKS = {"input_ids": 2, "labels": 2, "pixel_values": 5, "global_views": 5, "view_index": 2, "vision_index": 2,
-                "image_mask": 2, "position_ids": 2, "segment_ends": 2, "noise_seed": 1, "source": 2, "reference_logps": 2}
+# Columns of preference pairs that have the pair's answers as a second axis.
 ANSWER_COLUMNS = ("input_ids", "labels", "vision_index", "image_mask")
 
 
@@ -63,7 +63,7 @@ def column_ranks(columns: Iterable[str], pairs: bool = False) -> list[int]:
         columns: their names.
         pairs: whether they are those of preference pairs.
     """
-    return [COLUMN_RANKS[name] + (pairs and name in ANSWER_COLUMNS) for name in columns]
+    return [len(shape) + 1 for _, shape in column_shapes(ModelConfig(), columns, 2 if pairs else 1).values()]
 
 
 def default_max_images(max_tiles: int) -> int:
@@ -86,3 +86,24 @@ def full_batches(items: Iterable, size: int,
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch + [pad(batch[-1])] * (size - len(batch)), len(batch)
+
+
+def column_shapes(config: ModelConfig, columns: Iterable[str],
+                  answers: int = 1) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of a row in some columns, in their order.
+
+    Args:
+        config: lengths and sizes.
+        columns: names; without `global_views` the views are among the `pixel_values`, which are float32 then.
+        answers: of a row; 2 for preference pairs, whose texts have one axis more.
+    """
+    columns, vision, length = tuple(columns), config.vision_config, config.seq_length
+    texts = (length,) if answers == 1 else (answers, length)
+    picture = (3, vision.image_size, vision.image_size)
+    table: dict[str, tuple[str, tuple[int, ...]]] = {
+        **dict.fromkeys(ANSWER_COLUMNS, ("int32", texts)),
+        "pixel_values": ("uint8" if "global_views" in columns else "float32", (config.max_tiles, *picture)),
+        "global_views": ("float32", (config.max_images, *picture)), "view_index": ("int32", (config.max_tiles,)),
+        "position_ids": ("int32", (length,)), "segment_ends": ("int32", (config.max_segments,)),
+        "noise_seed": ("int32", ()), "source": ("int32", (length,)), "reference_logps": ("float32", (answers,))}
+    return {name: table[name] for name in columns}

@@ -30,6 +30,7 @@ from mindspore.train.mind_ir_pb2 import AttributeProto, ModelProto, NodeProto, P
 
 from mindformers_ixc.checkpoint.dtypes import dtype_bytes
 from mindformers_ixc.cpu_cluster.groups import simulate
+from mindformers_ixc.data.batch import BATCH_COLUMNS, PACKING_COLUMNS, column_shapes
 from mindformers_ixc.device import assume_device
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
@@ -153,19 +154,10 @@ def _micro_batched(model: IXC25Model, micro_batches: int) -> nn.Cell:
 def _inputs(fields: dict, config: IXC25Config, micro_batches: int) -> list[Tensor]:
     """A global batch as the data set gives it, without memory."""
     size = fields["runner_config"]["batch_size"] * config.parallel_config.data_parallel * micro_batches
-    length, tiles, side = config.seq_length, config.max_tiles, config.vision_config.image_size
-    picture = (3, side, side)
-
-    def empty(*shape: int, dtype: mstype.Type = mstype.int32) -> Tensor:
-        return Tensor(shape=shape, dtype=dtype, init=Zero())
-
-    texts = (size, 2, length) if _is_preference(fields) else (size, length)
-    batch = [empty(*texts), empty(*texts), empty(size, tiles, *picture, dtype=mstype.uint8),
-             empty(size, config.max_images, *picture, dtype=mstype.float32), empty(size, tiles), empty(*texts),
-             empty(*texts)]
-    if config.packing:
-        batch += [empty(*texts), empty(size, config.max_segments)]
-    return batch
+    columns = [*BATCH_COLUMNS, *(PACKING_COLUMNS if config.packing else ())]
+    shapes = column_shapes(config, columns, 2 if _is_preference(fields) else 1)
+    return [Tensor(shape=(size, *shape), dtype=getattr(mstype, dtype), init=Zero())
+            for dtype, shape in shapes.values()]
 
 
 def _describe(parameter: Parameter, layout: Sequence, trained: bool, groups: dict, devices: int) -> dict:

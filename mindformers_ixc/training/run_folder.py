@@ -32,7 +32,7 @@ RECORD = "run_config.json"
 SLICES = ".slices_{}"       # parts that ranks put down to be joined, by the name of what is made of them
 RESULTS = ("model", "trained_parts", "model_ema", "best")
 OWN = (*RESULTS, "checkpoint", "checkpoint_network", "checkpoint_trainable", METRICS_FILE, EVALUATIONS_FILE, "resume",
-       "strategy", "unused.safetensors", "report", "report.html", RECORD)
+       "strategy", "unused.safetensors", "report", "report.html", "tensorboard", RECORD)
 
 # Seconds that the ranks of a killed launch get to be gone before the next run begins.
 ORPHANS_S = 60

@@ -37,7 +37,7 @@ from mindformers_ixc.training.averaging import averaged_weights
 from mindformers_ixc.training.checkpoints import MONITOR, safe_checkpoints
 from mindformers_ixc.training.evaluation import Evaluation
 from mindformers_ixc.training.joining import Joiner, PartsElsewhere
-from mindformers_ixc.training.log import TrainingLog
+from mindformers_ixc.training.log import StepEnd, TrainingLog, log_options
 from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, stop_dropout, train_only
 from mindformers_ixc.training.resume import checkpoints_in, mark_finished
 from mindformers_ixc.training.run_folder import in_job
@@ -204,9 +204,12 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
     @staticmethod
     def sort_callbacks(default_callbacks: list[Callback]) -> list[Callback]:
-        """MindFormers' order, with the log first: a checkpoint's step has its row when the checkpoint is there."""
+        """MindFormers' order, with the log first: a checkpoint's step has its row when the checkpoint is there.
+
+        Last is what notes the end of a step: neither checkpoints nor evaluations are a wait for data.
+        """
         ordered = CausalLanguageModelingTrainer.sort_callbacks(default_callbacks)
-        return sorted(ordered, key=lambda callback: not isinstance(callback, TrainingLog))      # stable
+        return sorted(ordered, key=lambda callback: isinstance(callback, StepEnd) - isinstance(callback, TrainingLog))
 
     def create_train_dataset(self, default_args=None):
         """Builds the dataset; it says how many sources there are."""
@@ -236,8 +239,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         self.plan = plan_step(config)
         self.plan.put_into(config)
         on_error = config.get("on_save_error") or "stop"
-        self.log = TrainingLog(get_output_root_path(), on_error)
-        callbacks = [*(callbacks or []), self.log]
+        self.log = TrainingLog(get_output_root_path(), **log_options(config))
+        callbacks = [*(callbacks or []), self.log, self.log.step_end]
         if config.get("evaluation"):
             callbacks.append(Evaluation(self, dict(config.evaluation), config.train_dataset))
         try:

@@ -1,11 +1,14 @@
 """Time by formula: rings, products, pipelines, against numbers counted by hand."""
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from planned import recipe, workload
 
 from mindformers_ixc.parallel.degrees import Degrees
 from mindformers_ixc.planning.cost import Assumptions, Traffic, stage_traffic, stage_work, step_time
+from mindformers_ixc.planning.rows import RowMeans
 from mindformers_ixc.planning.workload import local_parameters
 
 ROUND = Assumptions(tflops=100, utilisation=0.5, server_bandwidth=100, network_bandwidth=10, latency=0)
@@ -58,6 +61,32 @@ def test_a_frozen_layer_has_no_gradient_of_its_weights():
     assert work.forward == products + attention
     assert work.backward == products + 2.5 * attention
     assert work.again == 0
+
+
+def test_packed_samples_see_only_themselves():
+    fields = recipe("sft", model__model_config__plora_rank=0, model__model_config__use_flash_attention=True,
+                    recompute_config__recompute=False, model__model_config__packing=True)
+    placed = workload(fields, Degrees(1, 1, 32, 32))
+    products = 2 * 8192 * (6144 * 4096 + 4096 * 4096 + 3 * 14336 * 4096)
+    squares = {None: 8192 ** 2, RowMeans(4.0): 8192 ** 2 / 4, RowMeans(4.0, 8000.0, 12.0, squares=1e7): 1e7}
+    for rows, square in squares.items():
+        known = dataclasses.replace(placed, rows=rows)
+        work = stage_work(known, 5, local_parameters(known)[5])
+        assert work.forward == products + 4 * square * 4096 / 2
+        assert work.backward == 2 * products + 2.5 * 4 * square * 4096 / 2
+
+
+def test_unpacked_rows_compute_their_whole_square():
+    rows = RowMeans(1.0, 3000.0, 6.0, squares=1e6)
+    plain = workload(recipe("sft", model__model_config__use_flash_attention=True), Degrees(1, 1, 32, 32))
+    known = dataclasses.replace(plain, rows=rows)
+    assert stage_work(known, 5, local_parameters(known)[5]) == stage_work(plain, 5, local_parameters(plain)[5])
+
+
+def test_the_head_is_computed_again_for_the_gradients_of_its_chunks():
+    fields = recipe("sft", recompute_config__recompute=False, model__model_config__use_flash_attention=True)
+    placed = workload(fields, Degrees(1, 1, 32, 32))
+    assert stage_work(placed, 31, local_parameters(placed)[31]).again == 2 * 8192 * 92544 * 4096
 
 
 def test_whole_low_rank_sides_are_computed_by_every_device():
