@@ -39,8 +39,6 @@ PARALLEL = {"parallel.parallel_mode": 1, "parallel.full_batch": True, "parallel.
             "model.model_config.plora_dropout": 0.0,
             "train_dataset.input_columns": "[input_ids, labels, pixel_values, global_views, view_index, vision_index, "
                                            "image_mask]"}
-# What differs between two runs of the same steps.
-TIMES = ("seconds", "samples_per_second")
 GONE_S = 60
 
 
