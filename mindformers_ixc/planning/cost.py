@@ -320,7 +320,8 @@ class _Sums:
         layers = vision.num_hidden_layers
         if workload.vision_degree > 1:
             self.sum(layers * 2 * tower, layers * 2, backward=workload.trains("vision"))
-            if workload.trains("vision") and workload.recomputed == config.num_hidden_layers:
+            if workload.trains("vision") and workload.recomputed == config.num_hidden_layers \
+                    and config.parallel_config.recompute.mp_comm_recompute:
                 self.sum(layers * tower, layers, backward=False)
         feeds = any(workload.trains(part) for part in ("vision", "projector", "separators"))
         self.sum(workload.samples * config.vision_rows * config.hidden_size * self.compute, 1, backward=feeds)

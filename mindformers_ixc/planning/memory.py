@@ -247,7 +247,7 @@ class _Sizes:
     def logits(self) -> float:
         """Logits of a chunk and their gradient in the compute dtype, and the loss's float32 copies."""
         config = self.workload.config
-        positions = self.workload.sequences * min(config.seq_length, config.loss_chunk)
+        positions = min(self.workload.positions, config.loss_chunk)
         return positions * config.vocab_size / self.tensor * (2 * self.compute + 4 * LOGIT_COPIES)
 
     @property

@@ -24,9 +24,9 @@ class RowMeans:
         positions: real positions of a row, `None` where only the number of samples is known.
         tiles: real tiles of a row, global views included.
         squares: sum of the squared lengths of a packed row's segments, that of its padding included.
-        rows: there are.
-        total: samples there are in them.
-        left_out: samples that fit no row.
+        rows: of an epoch.
+        total: samples of an epoch that fit.
+        left_out: samples of an epoch that fit no row.
     """
 
     samples: float
@@ -79,7 +79,8 @@ def usage(config: ModelConfig, trained: Iterable[str] | None, means: RowMeans | 
                  None if steps is None else steps * seconds / SECONDS_A_DAY)
 
 
-def describe_rows(positions: np.ndarray, tiles: np.ndarray, rows: Iterable[Iterable[int]], seq_length: int) -> RowMeans:
+def describe_rows(positions: np.ndarray, tiles: np.ndarray, rows: Iterable[Iterable[int]], seq_length: int,
+                  epoch: int | None = None) -> RowMeans:
     """Means over rows.
 
     Args:
@@ -87,7 +88,9 @@ def describe_rows(positions: np.ndarray, tiles: np.ndarray, rows: Iterable[Itera
         tiles: of each sample.
         rows: numbers of the samples of each row.
         seq_length: positions of a row.
+        epoch: samples of an epoch, of which these are some; by default all.
     """
+    scale = 1.0 if epoch is None else epoch / len(positions)
     members = [np.asarray(row, np.int64) for row in rows]
     number = np.repeat(np.arange(len(members)), [len(row) for row in members])
     order = np.concatenate(members)
@@ -95,12 +98,18 @@ def describe_rows(positions: np.ndarray, tiles: np.ndarray, rows: Iterable[Itera
     used = np.bincount(number, lengths, len(members))
     squares = np.bincount(number, lengths ** 2, len(members)) + (seq_length - used) ** 2
     return RowMeans(len(order) / len(members), float(used.mean()), float(tiles[order].sum() / len(members)),
-                    float(squares.mean()), len(members), len(order), len(positions) - len(order))
+                    float(squares.mean()), round(scale * len(members)), round(scale * len(order)),
+                    round(scale * (len(positions) - len(order))))
 
 
 def measure(section: Mapping) -> Any:
     """Needs of all samples of a `train_dataset` section: arrays `positions`, `tiles`, `images`, `sources`."""
     return importlib.import_module("mindformers_ixc.data.advice").measure(section)
+
+
+def drawn(needs: Any, mixture: Mapping | None, seed: int) -> Any:
+    """Those of the samples that an epoch draws, or as many of them as tell enough."""
+    return importlib.import_module("mindformers_ixc.data.advice").drawn(needs, mixture, seed)
 
 
 def pack(positions: np.ndarray, tiles: np.ndarray, images: np.ndarray, seed: int, **budget: int) -> Any:
@@ -109,7 +118,7 @@ def pack(positions: np.ndarray, tiles: np.ndarray, images: np.ndarray, seed: int
 
 
 def read_rows(section: Mapping, config: ModelConfig) -> RowMeans:
-    """Means over the rows that a run makes of its data, mixtures left aside.
+    """Means over the rows that a run makes of its data.
 
     Args:
         section: `train_dataset`.
@@ -118,7 +127,10 @@ def read_rows(section: Mapping, config: ModelConfig) -> RowMeans:
     Raises:
         DataError: for unusable data, or when no sample fits.
     """
-    needs = measure(section)
+    needs, seed = measure(section), section.get("seed") or 0
+    mixture = (section.get("data_loader") or {}).get("mixture")
+    epoch = (mixture or {}).get("samples_per_epoch") or len(needs.positions)
+    needs = drawn(needs, mixture, seed)
     positions, tiles, images = (np.asarray(column) for column in (needs.positions, needs.tiles, needs.images))
     # the padding of a packed row is cut into segments of one position at least
     longest = config.seq_length - (config.max_segments - 1 if config.packing else 0)
@@ -129,11 +141,11 @@ def read_rows(section: Mapping, config: ModelConfig) -> RowMeans:
                         f"positions, and the one with the fewest tiles {tiles.min()}. Raise them.")
     rows: Iterable[Iterable[int]] = ([index] for index in fits)
     if config.packing:
-        packed = pack(positions[fits], tiles[fits], images[fits], section.get("seed") or 0,
+        packed = pack(positions[fits], tiles[fits], images[fits], seed,
                       seq_length=config.seq_length, max_tiles=config.max_tiles, max_images=config.max_images,
                       max_segments=config.max_segments)
         rows = (fits[row] for row in packed.lists())
-    return describe_rows(positions, tiles, rows, config.seq_length)
+    return describe_rows(positions, tiles, rows, config.seq_length, epoch)
 
 
 def steps_of_run(fields: Mapping, means: RowMeans, global_batch: int) -> int:
@@ -147,10 +159,8 @@ def steps_of_run(fields: Mapping, means: RowMeans, global_batch: int) -> int:
     Raises:
         ConfigError: when an epoch is less than a step.
     """
-    loader = (fields.get("train_dataset") or {}).get("data_loader") or {}
-    samples = (loader.get("mixture") or {}).get("samples_per_epoch") or means.total or 0
-    of_epoch = int(samples / means.samples) // global_batch
+    of_epoch = (means.rows or 0) // global_batch
     if not of_epoch:
-        raise ConfigError(f"The data are {samples} samples, fewer than a step of {global_batch * means.samples:.0f}; "
-                          "say with --steps how many steps the run has.")
+        raise ConfigError(f"An epoch of the data has {means.total} samples, fewer than a step of "
+                          f"{global_batch * means.samples:.0f}; say with --steps how many steps the run has.")
     return of_epoch * ((fields.get("runner_config") or {}).get("epochs") or 1)

@@ -233,9 +233,12 @@ class Workload:
         return self.sharding.gathers_again and not self.shares_graph
 
     def gathered_bytes(self, parameter: LocalParameter) -> int:
-        """Bytes a number has when optimizer sharding gathers a parameter: after the cast for its product, if it can."""
-        vector = len(parameter.shape) < 2
-        if vector or parameter.name == "model.tok_embeddings.weight":
+        """Bytes a number has when optimizer sharding gathers a parameter: after its cast, if it is cast.
+
+        Norms and the embedding are used in the dtype they are kept in.
+        """
+        is_norm = len(parameter.shape) < 2 and "norm" in parameter.name
+        if is_norm or parameter.name == "model.tok_embeddings.weight":
             return parameter.item_bytes
         return dtype_bytes(self.config.compute_dtype)
 

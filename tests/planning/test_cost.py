@@ -105,6 +105,15 @@ def test_a_tensor_parallel_step_sums_twice_a_layer_and_its_gradients_do_too():
     assert found["forward", "AllReduce", group].bytes == expected + 3 * 8192 * 4       # and those of the loss
 
 
+def test_sums_of_the_tower_are_done_again_only_if_that_is_asked_for():
+    group, tower = tuple(range(8)), 24 * 2 * 19 * 1601 * 1024 * 2
+    asked = {again: traffic_of(recipe("sft", recompute_config__mp_comm_recompute=again), Degrees(1, 8))
+             for again in (True, False)}
+    more = asked[True]["forward", "AllReduce", group].bytes - asked[False]["forward", "AllReduce", group].bytes
+    wide, narrow = 8192 * 4096 * 2, 8192 * 256 * 2
+    assert more == tower / 2 + 32 * (wide + 2 * narrow)
+
+
 def test_sequence_parallel_sends_as_much_in_other_operators():
     layout = Degrees(1, 8)
     cut = traffic_of(recipe("sft", parallel_config__use_seq_parallel=True), layout)

@@ -180,3 +180,22 @@ def test_the_update_counts_when_there_are_few_activations():
     terms = terms_of(recipe("sft", model__model_config__seq_length=64, model__model_config__max_tiles=1),
                      Degrees(1, 8, 1, 2))
     assert set(terms) == {"inputs of the step", "unscaled gradients"}
+
+
+def test_sharded_weights_are_gathered_in_the_dtype_of_their_products():
+    placed = workload(recipe("sft"), Degrees(2, 4, 1, 32))
+    matrices = [own for own in local_parameters(placed)[0] if len(own.shape) > 1]
+    table = next(own for own in matrices if own.name == "model.tok_embeddings.weight")
+    gathered = [own for own in matrices if own.optimizer_shards > 1]
+    assert table in gathered and sum(own.used_size for own in gathered) > 0.99 * sum(own.used_size for own in matrices)
+    expected = 2 * (sum(own.used_size for own in gathered) + table.used_size)       # bfloat16, the embedding float32
+    found = terms_of(recipe("sft"), Degrees(2, 4, 1, 32))["gathered and cast weights"]
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_weights_are_gathered_again_only_where_no_graph_is_shared():
+    again = {"recompute_config__parallel_optimizer_comm_recompute": True}
+    kept = terms_of(recipe("sft"), Degrees(2, 4, 1, 32))["gathered and cast weights"]
+    assert terms_of(recipe("sft", **again), Degrees(2, 4, 1, 32))["gathered and cast weights"] == kept
+    alone = recipe("sft", model__model_config__disable_lazy_inline=True, **again)
+    assert terms_of(alone, Degrees(2, 4, 1, 32))["gathered and cast weights"] < 0.3 * kept

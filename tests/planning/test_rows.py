@@ -40,6 +40,7 @@ def data(monkeypatch):
         return SimpleNamespace(lists=lambda: iter([[2, 0, 1]]))
 
     monkeypatch.setattr(rows_module, "measure", measure)
+    monkeypatch.setattr(rows_module, "drawn", lambda needs, mixture, seed: needs)
     monkeypatch.setattr(rows_module, "pack", pack)
     return asked
 
@@ -55,6 +56,11 @@ def test_rows_of_a_recipe(data):
     packed = read_rows({"seed": 3}, ModelConfig(seq_length=8192, max_tiles=19, packing=True))
     assert (packed.samples, packed.positions, packed.tiles, packed.rows) == (3.0, 6000.0, 12.0, 1)
     assert packed.squares == 3000 ** 2 + 1000 ** 2 + 2000 ** 2 + 2192 ** 2
+
+
+def test_an_epoch_may_draw_more_samples_than_were_measured(data):
+    found = read_rows({"data_loader": {"mixture": {"samples_per_epoch": 4000}}}, ModelConfig(seq_length=8192))
+    assert (found.samples, found.rows, found.total, found.left_out) == (1.0, 3000, 3000, 1000)
 
 
 def test_data_of_which_nothing_fits_are_refused(data):
@@ -77,9 +83,7 @@ def test_steps_are_the_epochs_of_the_recipe():
     fields = {"runner_config": {"epochs": 3}}
     means = RowMeans(3.0, total=3000, rows=1000)
     assert steps_of_run(fields, means, 64) == 3 * (1000 // 64)
-    mixed = {**fields, "train_dataset": {"data_loader": {"mixture": {"samples_per_epoch": 6000}}}}
-    assert steps_of_run(mixed, means, 64) == 3 * (2000 // 64)
-    with pytest.raises(ConfigError, match="The data are 3000 samples, fewer than a step of 6000"):
+    with pytest.raises(ConfigError, match="An epoch of the data has 3000 samples, fewer than a step of 6000"):
         steps_of_run(fields, means, 2000)
 
 
