@@ -198,4 +198,5 @@ def test_log_probabilities_are_needed_of_every_pair_when_they_are_a_column(tmp_p
     path = write(tmp_path, [{**PAIR, REFERENCE_COLUMN: [-1.0, -2.0]}, PAIR])
     with pytest.raises(DataError, match="reference_logps, but not every pair has that field"):
         dataset(path)
-    assert [len(batch) for batch in batches(dataset(path, input_columns=list(BATCH_COLUMNS)))] == [5, 5]
+    found = batches(dataset(path, input_columns=list(BATCH_COLUMNS)))
+    assert [len(batch) for batch in found] == [len(BATCH_COLUMNS)] * 2

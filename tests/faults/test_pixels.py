@@ -11,6 +11,7 @@ import odd_videos
 import pytest
 from PIL import Image
 
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.data.conversations import Conversation, load_conversations, read_image_sizes
 from mindformers_ixc.data.fitting import check_bad_pictures, fit_samples
 from mindformers_ixc.data.rows import ConversationTable, make_processor
@@ -184,7 +185,7 @@ def test_a_picture_whose_decoder_fails_is_left_out_of_training(tmp_path, monkeyp
 
     monkeypatch.setattr("PIL.BmpImagePlugin.BmpImageFile.load", fail)
     table = ConversationTable(processor(), samples, 96, 3, 1)
-    assert len(table[2]) == 5
+    assert len(table[2]) == len(BATCH_COLUMNS)
     assert table.bad_samples == 1
 
 

@@ -66,12 +66,12 @@ REFUSED = [
     # batches
     ({"runner_config.gradient_accumulation_steps": 3, "parallel_config.pipeline_stage": 2,
       "parallel_config.micro_batch_num": 2}, 2, "set it to 1 and parallel_config.micro_batch_num to 6 for the same"),
-    ({"parallel.full_batch": False, "parallel_config.data_parallel": 2, "parallel.dataset_strategy": [[1, 1]] * 7}, 2,
+    ({"parallel.full_batch": False, "parallel_config.data_parallel": 2, "parallel.dataset_strategy": [[1, 1]] * 9}, 2,
      r"dataset_strategy is \[\[1, 1\], .*data_parallel \(2\)"),
     ({"parallel.full_batch": False, "parallel_config.data_parallel": 2, "parallel.dataset_strategy": [[2, 1], [1, 1]]},
      2, r"dataset_strategy is \[\[2, 1\], \[1, 1\]\];"),
     ({"parallel.full_batch": False, "parallel_config.data_parallel": 2, "parallel.dataset_strategy": [[2, 1]]}, 2,
-     "dataset_strategy has 1 lists, but train_dataset.input_columns has 7 columns"),
+     "dataset_strategy has 1 lists, but train_dataset.input_columns has 9 columns"),
     ({"parallel_config.use_seq_parallel": True, "parallel_config.model_parallel": 4, "train_dataset.seq_length": 158,
       "model.model_config.seq_length": 158}, 4, "seq_length 158 does not divide into the 4 .* such as 156 or 160"),
     # no devices
@@ -144,7 +144,7 @@ def test_every_launcher_is_understood(monkeypatch, nothing_starts, name):
       "parallel_config.data_parallel": 4}, 4),
     ({"parallel.parallel_mode": 3, "parallel.gradients_mean": True, "parallel_config.data_parallel": 4}, 4),
     ({"parallel_config.data_parallel": 2, "parallel.full_batch": False,
-      "parallel.dataset_strategy": [[2, 1]] * 7}, 2),
+      "parallel.dataset_strategy": [[2, 1]] * 9}, 2),
     ({"parallel": None, "parallel_config.data_parallel": 2}, 2)])
 def test_what_works_is_let_through(options, devices):
     check_run(fields_of(options), devices)

@@ -42,8 +42,9 @@ def batch() -> list[Tensor]:
     labels = np.where(rng.random((3, 12)) < 0.5, ids, -100).astype(np.int32)
     mask = np.zeros_like(ids)
     mask[:, 2] = 1
-    return [Tensor(ids), Tensor(labels), Tensor(rng.normal(size=(3, 1, 3, 28, 28)).astype(np.float32)), Tensor(mask),
-            Tensor(mask)]
+    pixels = rng.integers(0, 256, (3, 1, 3, 28, 28), np.uint8)
+    views, slots = rng.normal(size=(3, 1, 3, 28, 28)).astype(np.float32), np.array([[1], [0], [1]], np.int32)
+    return [*map(Tensor, (ids, labels, pixels, views, slots, mask, mask))]
 
 
 @pytest.fixture(scope="module")
