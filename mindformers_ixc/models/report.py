@@ -69,6 +69,9 @@ class KeptReport(nn.Cell):
         super().__init__()
         self.train_report = Parameter(Tensor(np.zeros(shape, np.float32)), name=REPORT_NAME, requires_grad=False)
         self.add = P.AssignAdd()
+        if is_parallel():
+            whole = (1,) * len(shape)      # left to itself the compiler cuts it over the devices
+            self.add.shard((whole, whole))
 
     def construct(self, loss, report):
         """The loss, which now comes after its report has been added."""

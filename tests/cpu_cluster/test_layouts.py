@@ -10,7 +10,8 @@ pytestmark = pytest.mark.slow
 
 def test_a_pipeline_of_tensor_parallel_stages_trains_as_one_process_does(tmp_path):
     parity.write_start(tmp_path / "start")
-    alone = {**parity.options_of(parity.Layout(), 1, 1000), "load_checkpoint": tmp_path / "start"}
+    alone = {**parity.options_of(parity.Layout(), 1, 1000), **parity.write_sources(tmp_path),
+             "load_checkpoint": tmp_path / "start"}
     parity.run(parity.Layout(), tmp_path / "single", alone)
     assert parity.check_layouts(tmp_path, ["tp2pp2"], 1) == 0
     steps, _, weights = parity.compare(tmp_path / "single", tmp_path / "tp2pp2")
