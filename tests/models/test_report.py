@@ -8,6 +8,8 @@ import pytest
 from mindspore import Tensor, nn
 
 from mindformers_ixc.checkpoint.sources import is_state
+from mindformers_ixc.models.layers import Linear
+from mindformers_ixc.models.placement import mark_backward_end
 from mindformers_ixc.models.report import REPORT_NAME, SourceSums, keep_report, take_report
 
 
@@ -42,3 +44,23 @@ def test_a_kept_report_is_the_sum_of_those_since_it_was_taken():
             assert cell(Tensor(3.5), Tensor(np.array(part, np.float32) + step)).asnumpy() == 3.5
         np.testing.assert_array_equal(take_report(cell.train_report), [11 + 2 * step, 22 + 2 * step])
     np.testing.assert_array_equal(cell.train_report.asnumpy(), [0, 0])
+
+
+class Frozen(nn.Cell):
+    """The names of the parts that matter: a tower, a layer and a head."""
+
+    def __init__(self, tower: bool, layer: bool):
+        super().__init__()
+        self.vit, self.layer, self.output = (Linear(2, 2) for _ in range(3))
+        self.vit.weight.requires_grad, self.layer.weight.requires_grad = tower, layer
+        self.output.weight.requires_grad = False
+
+
+@pytest.mark.parametrize(("tower", "layer", "marked"), [(True, True, None), (False, True, "layer"),
+                                                        (False, False, "output")])
+def test_the_end_of_a_backward_pass_is_marked_where_the_tower_is_frozen(tower, layer, marked):
+    model = Frozen(tower, layer)
+    mark_backward_end(model)
+    found = [name for name in ("vit", "layer", "output")
+             if "first_parameter_cnode" in getattr(model, name).matmul.attrs]
+    assert found == ([marked] if marked else [])
