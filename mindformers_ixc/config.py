@@ -168,7 +168,8 @@ FIELDS = {
     "packing": Field(False, "training sequences hold several conversations (as `train_dataset.packing`)", False),
     "num_sources": Field(1, "sources that losses are reported for (`loss_form: sources`); set by the trainer", False),
     "preference": Field(None, "with `arch.type: IXC25ForPreference`: `task` (the pair that trains), `loss` (`sigmoid`, "
-                        "`ipo`), `beta`, `label_smoothing`", False, "dpo, sigmoid, 0.1, 0"),
+                        "`ipo`, `simpo`, `orpo`), `beta`, and what the loss has: `label_smoothing`, `rpo_alpha`, "
+                        "`gamma`", False, "dpo, sigmoid, 0.1, 0, 0"),
     "use_past": Field(False, "paged and flash attention while decoding on Ascend; must be False in training", False,
                       "False (chat, eval and predict: True)"),
     "block_size": Field(16, "positions of a block of the paged cache (MindFormers' default)", False),

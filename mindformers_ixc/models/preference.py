@@ -155,7 +155,9 @@ class PreferenceLoss(nn.Cell):
                    self.rejected(policy), nll, self.ones(margin))
         report = F.stop_gradient(self.sum_entries(self.join(entries), 0))
         if self.summed:
-            return self.sum(losses), F.stop_gradient(self.sum(self.ones(margin))), report
+            # counted from the data: what is known while compiling becomes a constant of every pipeline stage
+            real = self.cast(self.greater(self.chosen(tokens), 0.0), mstype.float32)
+            return self.sum(losses), F.stop_gradient(self.sum(real)), report
         return self.mean(losses), report
 
 

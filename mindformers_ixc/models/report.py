@@ -67,8 +67,13 @@ class KeptReport(nn.Cell):
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.train_report = Parameter(Tensor(np.zeros(shape, np.float32)), name=REPORT_NAME, requires_grad=False)
+        # whole on every device, also where optimizer sharding cuts parameters however small
+        self.train_report = Parameter(Tensor(np.zeros(shape, np.float32)), name=REPORT_NAME, requires_grad=False,
+                                      parallel_optimizer=False)
         self.add = P.AssignAdd()
+        if is_parallel():
+            whole = (1,) * len(shape)      # left to itself the compiler cuts it over the devices
+            self.add.shard((whole, whole))
 
     def construct(self, loss, report):
         """The loss, which now comes after its report has been added."""

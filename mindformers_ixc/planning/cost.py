@@ -345,7 +345,8 @@ def _pipeline_traffic(workload: Workload, stage: int) -> list[Traffic]:
     for there, operators in ((rank + ranks, ("Send", "Receive")), (rank - ranks, ("Receive", "Send"))):
         if 0 <= there < layout.devices:
             group = tuple(sorted((rank, there)))
-            found += [Traffic("pipeline", operator, size, workload.micro_batches, group) for operator in operators]
+            for operator, times in zip(operators, (2 if workload.reference else 1, 1)):    # forward and gradient
+                found.append(Traffic("pipeline", operator, times * size, times * workload.micro_batches, group))
     return found
 
 

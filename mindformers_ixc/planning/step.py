@@ -34,6 +34,7 @@ from mindformers_ixc.data.batch import BATCH_COLUMNS, PACKING_COLUMNS, column_sh
 from mindformers_ixc.device import assume_device
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.models.placement import mark_backward_end
 from mindformers_ixc.models.preference import IXC25ForPreference
 from mindformers_ixc.parameters import parameter_table, part_of
 from mindformers_ixc.planning.few_layers import can_shorten, shorten
@@ -113,6 +114,7 @@ def _build(fields: dict, micro_batches: int) -> tuple[
             train_only(model, fields["train_parts"])
         if not any("Plora" in parameter.name for parameter in model.trainable_params()):
             stop_dropout(model)
+        mark_backward_end(model)
         rate = CosineWithWarmUpLR(learning_rate=1e-4, warmup_steps=10, total_steps=100)
         # MindFormers' AdamW holds the same two moments, but is a dozen operators a parameter, most of the whole graph
         optimizer = nn.AdamWeightDecay(model.trainable_params(), learning_rate=rate, weight_decay=0.1)

@@ -380,8 +380,6 @@ def place(workload: Workload, devices: int, options: dict[str, int | None] | Non
 
 def refusal(workload: Workload) -> str | None:
     """Why this package does not train a workload in its layout; `None` if it does."""
-    if workload.preference and workload.layout.pipeline_stage > 1:
-        return "Preference pairs have no pipeline stages; use data and tensor parallel."
     ranks = workload.layout.data_parallel * workload.layout.model_parallel
     if workload.sharding.enabled and workload.sharding.size > ranks:
         return (f"parallel_optimizer_config.optimizer_weight_shard_size is {workload.sharding.size}, more than the "

@@ -31,6 +31,7 @@ from mindformers_ixc.generation.options import GenerationOptions, check_mode, kn
 from mindformers_ixc.generation.predict import predict
 from mindformers_ixc.generation.requests import read_requests
 from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.models.placement import mark_backward_end
 from mindformers_ixc.parallel.degrees import inference_layout
 from mindformers_ixc.parameters import part_of
 from mindformers_ixc.training.averaging import averaged_weights
@@ -182,6 +183,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
                 train_only(model, self.config.train_parts)
             if not any(part_of(parameter.name) == "partial_lora" for parameter in model.trainable_params()):
                 stop_dropout(model)
+            if is_parallel():
+                mark_backward_end(model)
             print(parts_table(model), file=sys.stderr, flush=True)
         return network
 
