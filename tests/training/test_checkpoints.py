@@ -38,8 +38,8 @@ class FakeRun:
         network = nn.TrainOneStepCell(nn.Dense(2, 2), nn.SGD([Parameter(Tensor([1.0]), "w")]))
         outputs = (Tensor(np.float32(1)), Tensor(False), Tensor(1.0), Tensor(np.float32(0.1)), None)
         self.parameters = Parameters(net_outputs=outputs, cur_step_num=0, cur_epoch_num=1, batch_num=9,
-                                          epoch_num=2, train_network=network, network=network, optimizer=None,
-                                          dataset_sink_mode=False)
+                                     epoch_num=2, train_network=network, network=network, optimizer=None,
+                                     dataset_sink_mode=False)
 
     def original_args(self):
         return self.parameters
