@@ -86,6 +86,7 @@ def measuring() -> Iterator[None]:
         return
     names = ("pipeline_result_broadcast", "strategy_ckpt_save_file", "dataset_strategy")
     before = {name: ms.get_auto_parallel_context(name) for name in names}
+    full_batch = ms.get_auto_parallel_context("full_batch")
     if not isinstance(before["dataset_strategy"], str):      # it is given as lists and taken as tuples
         before["dataset_strategy"] = tuple(tuple(cut) for cut in before["dataset_strategy"])
     ms.set_auto_parallel_context(dataset_strategy=())       # or it would be asked for, whatever full_batch is
@@ -94,4 +95,6 @@ def measuring() -> Iterator[None]:
     try:
         yield
     finally:
+        if not full_batch:
+            ms.set_auto_parallel_context(dataset_strategy="data_parallel")      # a strategy alone would leave it on
         ms.set_auto_parallel_context(**before)

@@ -31,8 +31,9 @@ class ShardedCache(nn.Cell):
         self.dtype, self.softmax_dtype = config.compute_dtype, config.softmax_compute_type
         # an initializer, so that a device makes its slice of its own stage's only
         zeros = initializer("zeros", (batch, self.kv, positions, self.size), config.compute_dtype)
-        self.keys = Parameter(zeros, name="key_cache", requires_grad=False)
-        self.values = Parameter(zeros, name="value_cache", requires_grad=False)
+        # beside a training step whose parameters are cut over the replicas as well, these are not
+        self.keys = Parameter(zeros, name="key_cache", requires_grad=False, parallel_optimizer=False)
+        self.values = Parameter(zeros, name="value_cache", requires_grad=False, parallel_optimizer=False)
         self.split, self.merge, self.token_heads = SplitHeads(config), MergeHeads(config), TokenHeads(config)
         self.core = BlockwiseAttention(self.size, config.softmax_compute_type)
         self.block_masks = BlockMasks(config.softmax_compute_type)

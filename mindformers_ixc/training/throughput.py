@@ -62,10 +62,10 @@ def work_of(dataset: Any, step: int) -> Work:
         step: counted from 0 over the whole run.
     """
     table, sampler = dataset.conversations, dataset.plan_sampler
-    rows = sampler.rows(step) if hasattr(sampler, "rows") else [table.packs[row] for row in sampler.batch(step)]
+    rows = sampler.rows(step)
     samples = tuple(chain.from_iterable(rows))
     measured = [_measure(table, index) for index in samples]
-    length, tiles = getattr(sampler, "row_shape", None) or (table.seq_length, table.max_tiles)
+    length, tiles = sampler.row_shape
     sequences = 2 if _has_pairs(table) else 1
     return Work(samples, tuple(chain.from_iterable(lengths for lengths, _ in measured)),
                 sum(count for _, count in measured), len(rows) * sequences * length, len(rows) * tiles)
@@ -77,10 +77,10 @@ def _has_pairs(table: Any) -> bool:
 
 def _measure(table: Any, index: int) -> tuple[list[int], int]:
     """Positions of each sequence of a sample, and its tiles."""
-    if hasattr(table, "needs") and not _has_pairs(table):
+    if not _has_pairs(table):
         positions, tiles = table.needs[index]
         return [int(positions)], int(tiles)
-    sides = [table.samples[index], *([table.rejected[index]] if _has_pairs(table) else [])]
+    sides = [table.samples[index], table.rejected[index]]
     needs = [table.processor.conversation_length(side.turns, side.sizes, table.hd_num, side.where, side.images)
              for side in sides]
     return [positions for positions, _ in needs], needs[0][1]      # both answers look at the same pictures

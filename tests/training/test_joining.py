@@ -34,7 +34,8 @@ class FakeRun:
         public = random_model.make(folder / "public")
         self.folder = folder / "run"
         convert(public, self.folder, tensor_parallel=2, pipeline_stages=2, mode="base")
-        (self.folder / "config.json").unlink()
+        for name in ("config.json", "digests.json"):         # of convert, not of a run
+            (self.folder / name).unlink()
         self.whole = {name: tensor.whole() for name, tensor in open_source(public).tensors.items()}
         self.unused = {name for name in self.whole if "post_layernorm" in name or ".lora_" in name}
         layouts = {name: layout for name, layout in expected_layouts(read_config(public), 2, 2, "base").items()
@@ -66,9 +67,9 @@ class FakeRun:
     def joined(self, checkpoints: bool, lacking: tuple[int, ...] = ()):
         """Lets every rank put down its part, rank 0 last."""
         for rank in reversed(range(RANKS)):
-            checkpoint = checkpoints_in(self.folder / "checkpoint" / f"rank_{rank}")[0] if checkpoints else None
             if rank in lacking:
                 continue
+            checkpoint = checkpoints_in(self.folder / "checkpoint" / f"rank_{rank}")[0] if checkpoints else None
             with self.joiner(rank).joined("model", checkpoint) as found:
                 if rank == 0:
                     yield found
@@ -112,7 +113,7 @@ def test_slices_of_a_killed_run_are_swept(tmp_path, monkeypatch):
 def test_joining_by_hand_gives_the_same(tmp_path, monkeypatch, start):
     run = FakeRun(tmp_path, monkeypatch, start)
     if not start:
-        with pytest.raises(CheckpointError, match="post_layernorm"):
+        with pytest.raises(CheckpointError, match="122 parameters are missing"):
             convert(run.folder, tmp_path / "early", to="hf")
     run.joiner(0).leave_unused()
     assert (run.folder / UNUSED_FILE).exists() != start
