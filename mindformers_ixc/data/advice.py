@@ -20,14 +20,17 @@ from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.processing.tokenizer import Tokenizer
 
 # Samples that budgets are compared on; of more, so many are drawn.
-COMPARED = 20000
+COMPARED = 8000
 
 # A smaller budget is as good as a larger one whose goodput is higher by this much only.
-AS_GOOD = 0.01
+AS_GOOD = 0.02
 
-# Lengths of rows that are tried, as multiples of the longest sample, and what they are rounded up to.
-LENGTHS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-ROUNDED = ((4096, 512), (512, 64), (0, 8))
+# Lengths of rows that are tried, as multiples of the longest sample, and of one that nine of ten do not exceed (where
+# samples are much alike, rows must hold a whole number of them); and what they are rounded up to.
+OF_LONGEST = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+OF_MOST = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14)
+MOST = 0.9
+ROUNDED = ((4096, 256), (512, 64), (0, 8))
 
 
 @dataclass(frozen=True)
@@ -190,16 +193,20 @@ def candidates(needs: Needs, max_segments: int) -> list[Budget]:
     """
     least = Budget(int(needs.positions.max()) + max_segments - 1, max(1, int(needs.tiles.max())),
                    max(1, int(needs.images.max())), max_segments)
+    most = np.quantile(needs.positions, MOST) + 1, np.quantile(needs.tiles, MOST)
     tiles_a_position = needs.tiles.sum() / needs.positions.sum()
-    budgets = []
-    for factor in LENGTHS:
-        length = math.ceil(factor * least.seq_length)
+    budgets = set()
+    wanted = [(math.ceil(factor * least.seq_length), 0) for factor in OF_LONGEST]
+    wanted += [(math.ceil(factor * most[0]) + max_segments, math.ceil(factor * most[1])) for factor in OF_MOST]
+    for length, tiles in wanted:
+        if not least.seq_length <= length <= OF_LONGEST[-1] * least.seq_length:
+            continue
         step = next(step for above, step in ROUNDED if length > above)
         length = -(-length // step) * step
-        mean = (length - max_segments) * tiles_a_position
-        for tiles in sorted({max(least.max_tiles, math.ceil(mean) + more) for more in (0, 1, 2)}):
-            budgets.append(Budget(length, tiles, max(least.max_images, tiles // 2), max_segments))
-    return budgets
+        mean = math.ceil((length - max_segments) * tiles_a_position)
+        for number in {max(least.max_tiles, choice) for choice in (mean, mean + 1, mean + 2, tiles)}:
+            budgets.add(Budget(length, number, max(least.max_images, number // 2), max_segments))
+    return sorted(budgets)
 
 
 def best_of_lengths(advices: Iterable[Advice]) -> list[Advice]:
