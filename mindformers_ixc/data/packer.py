@@ -31,6 +31,9 @@ CLASSES, CLASS_SIZE = 2048, 32
 # Segments are scarce when the samples left need this share of the rows that their positions or tiles need.
 SEGMENTS_SCARCE = 0.9
 
+# Samples for a row's second place that are tried to the row's end.
+TRIED_SECONDS = 8
+
 # The scarcer of positions and tiles counts more when a row is filled, by this power of the ratio; found by trying.
 SCARCITY = 4
 
@@ -108,8 +111,8 @@ def pack(positions: np.ndarray, tiles: np.ndarray, images: np.ndarray, seed: int
     """Rows of several samples that fill both positions and tiles.
 
     Each row begins with the sample that is largest by the budgets and takes what then leaves the least room, by both
-    budgets at once: where pictures have taken the tiles, text fills the positions. For the second place every number of
-    tiles is tried to the end.
+    budgets at once: where pictures have taken the tiles, text fills the positions. For the second place the
+    numbers of tiles that suit best are all tried to the end.
 
     The number of rows depends on the sizes only, not on the seed or the order of the samples.
 
@@ -247,7 +250,8 @@ class _RowFinder:
         empty = (self.room, self.budget.max_tiles, self.budget.max_images)
         first = min(self._choices(empty, []))
         room, row = _after(empty, first), [first[-1]]
-        ends = [self._fill(_after(room, second), [*row, second[-1]]) for second in self._choices(room, row)]
+        seconds = sorted(self._choices(room, row))[:TRIED_SECONDS]
+        ends = [self._fill(_after(room, second), [*row, second[-1]]) for second in seconds]
         return min(ends)[1] if ends else row
 
     def _fill(self, room: tuple[int, int, int], row: list[int]) -> tuple[float, list[int]]:

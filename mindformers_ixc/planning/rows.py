@@ -1,14 +1,14 @@
 """What the rows of a data set hold, and what a step is worth for it: the part of a plan that depends on the data."""
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.data.advice import drawn, measure
+from mindformers_ixc.data.packer import pack
 from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.operations import goodput, training_costs
 
@@ -100,21 +100,6 @@ def describe_rows(positions: np.ndarray, tiles: np.ndarray, rows: Iterable[Itera
     return RowMeans(len(order) / len(members), float(used.mean()), float(tiles[order].sum() / len(members)),
                     float(squares.mean()), round(scale * len(members)), round(scale * len(order)),
                     round(scale * (len(positions) - len(order))))
-
-
-def measure(section: Mapping) -> Any:
-    """Needs of all samples of a `train_dataset` section: arrays `positions`, `tiles`, `images`, `sources`."""
-    return importlib.import_module("mindformers_ixc.data.advice").measure(section)
-
-
-def drawn(needs: Any, mixture: Mapping | None, seed: int) -> Any:
-    """Those of the samples that an epoch draws, or as many of them as tell enough."""
-    return importlib.import_module("mindformers_ixc.data.advice").drawn(needs, mixture, seed)
-
-
-def pack(positions: np.ndarray, tiles: np.ndarray, images: np.ndarray, seed: int, **budget: int) -> Any:
-    """Rows of several samples (`mindformers_ixc.data.packer.pack`)."""
-    return importlib.import_module("mindformers_ixc.data.packer").pack(positions, tiles, images, seed, **budget)
 
 
 def read_rows(section: Mapping, config: ModelConfig) -> RowMeans:

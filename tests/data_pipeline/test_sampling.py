@@ -204,7 +204,7 @@ def test_a_packed_epoch_has_every_sample_once(count, batch_rows, seed):
     assert plan.epoch_rows < count / 2 or plan.epoch_rows < len(packing.positions) / 3 + batch_rows + 5
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(st.integers(6, 90), st.integers(10, 300), st.integers(1, 12))
 def test_packed_mixtures_are_exact(count, samples, batch_rows):
     plan, packing = packed(count, {"weights": [3, 2, 1], "samples_per_epoch": samples}, batch_rows)
