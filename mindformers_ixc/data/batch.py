@@ -20,8 +20,8 @@ Columns that a run asks for in `input_columns`:
 |---|---|---|---|
 | position_ids | int32 | (B, L) | position within its conversation; starts again at 0 where samples are packed |
 | segment_ids | int32 | (B, L) | number of the packed conversation, from 1; 0 in the padding |
-| noise_seed | int32 | (B,) | seed of the dropout noise, from the run's seed and the sample's place in the run |
-| source | int32 | (B,) | number of the source, for losses by source |
+| noise_seed | int32 | (B,) | seed of the dropout noise, from the run's seed and the row's place in the run |
+| source | int32 | (B, L) | number of each position's source, for losses by source; any in the padding |
 
 Preference pairs (`IXC25PreferenceDataset`) have input_ids, labels, vision_index and image_mask as (B, 2, L), the chosen
 answer first, one set of images for both, and where they were computed before
