@@ -28,7 +28,7 @@ Columns that a run asks for in `input_columns`:
 |---|---|---|---|
 | position_ids | int32 | (B, L) | position within its conversation; starts again at 0 where samples are packed |
 | segment_ends | int32 | (B, S) | where the row's S = `max_segments` segments end: packed conversations, then padding |
-| noise_seed | int32 | (B,) | seed of the dropout noise, from the run's seed and the sample's place in the run |
+| noise_seed | int32 | (B,) | seed of the dropout noise, from the run's seed and the row's place in the run |
 | source | int32 | (B, L) | number of each position's source, for losses by source; any in the padding |
 
 Preference pairs (`IXC25PreferenceDataset`) have input_ids, labels, vision_index and image_mask as (B, 2, L), the chosen
