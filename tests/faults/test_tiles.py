@@ -41,7 +41,8 @@ def test_a_row_of_18_tiles_and_a_view_is_21_megabytes(tmp_path):
 def test_a_sample_with_more_pictures_than_views_is_named():
     samples = [conversation(0, ["a.png"]), conversation(1, ["a.png", "b.png"])]
     with pytest.raises(DataError, match=r"^data\.json, sample 1.*: its 2 pictures do not fit "
-                                        r"train_dataset\.max_images 1; raise that and model\.model_config\.max_images, or leave the sample out"):
+                                        r"train_dataset\.max_images 1; raise that and model\.model_config\.max_images, "
+                                        r"or leave the sample out"):
         ConversationTable(processor(56), samples, 96, 8, 1, max_images=1)
     assert ConversationTable(processor(56), samples, 96, 8, 1).max_images == 4
 
