@@ -163,12 +163,14 @@ FIELDS = {
     "num_sources": Field(1, "sources that losses are reported for (`loss_form: sources`); set by the trainer", False),
     "preference": Field(None, "with `arch.type: IXC25ForPreference`: `task` (the pair that trains), `loss` (`sigmoid`, "
                         "`ipo`), `beta`, `label_smoothing`", False, "dpo, sigmoid, 0.1, 0"),
-    "use_past": Field(False, "paged and flash attention while decoding on Ascend; must be False in training", False,
-                      "False (chat, eval and predict: True)"),
-    "block_size": Field(16, "positions of a block of the paged cache (MindFormers' default)", False),
-    "num_blocks": Field(1024, "blocks of the paged cache, shared by the rows of a batch", False),
+    "use_past": Field(False, "paged and flash attention in inference on Ascend, the tower's too; must be False in "
+                      "training", False, "False (chat, eval and predict: True)"),
+    "block_size": Field(128, "positions of a block of Ascend's paged cache: a multiple of 16, at most 16384 / head "
+                        "size", False),
+    "num_blocks": Field(None, "blocks of the paged cache, shared by the rows of a batch; fewer than a request needs "
+                        "are refused", False, "what the request's rows need"),
     "use_flash_attention": Field(False, "train with Ascend's fused attention (float16 or bfloat16); other devices "
-                                 "compose it", False),
+                                 "compose it. Inference goes by `use_past`", False),
     "rope_parameters": Field(None, "newer spelling of `rope_theta` and `rope_scaling`, read as these: `{rope_type: "
                              "dynamic, factor: f, rope_theta: t}`", False),
     "dynamic_ntk": Field("public", "rotary base of decoding beyond the trained length: `public` (each new key by the "
@@ -289,7 +291,7 @@ def _rule(name: str, field: Field) -> Rule:
         return ANYTHING
     if name in ("plora_alpha", "rms_norm_eps"):
         return above_0()
-    if isinstance(field.default, int) or name in ("hd_num", "max_images"):
+    if isinstance(field.default, int) or name in ("hd_num", "max_images", "num_blocks"):
         least, most = 0 if name in MAY_BE_0 else 1, MOST_LAYERS if name == "num_hidden_layers" else MOST
         return Rule(lambda value: is_whole(value, least) and value <= most, f"a whole number from {least} to {most}")
     if name == "plora_dropout":
@@ -435,7 +437,7 @@ class ModelConfig:
     preference: dict | None
     use_past: bool
     block_size: int
-    num_blocks: int
+    num_blocks: int | None
     use_flash_attention: bool
     rope_parameters: None
     dynamic_ntk: str
