@@ -21,9 +21,8 @@ BOOST = {"jit_level": "O0", "infer_boost": "on"}
 ENVIRONMENT = {"MS_ALLOC_CONF": "enable_vmm:False", "CPU_AFFINITY": "True",
                "MS_INTERNAL_DISABLE_CUSTOM_KERNEL_LIST": "PagedAttention"}
 
-# What paged attention takes: blocks of a multiple of 16 positions (shape inference of MindSpore's PagedAttention), at
-# most 128 x 128 numbers of a head (PagedAttentionOperation in CANN's Ascend Transformer Boost, which recommends 128
-# positions).
+# What paged attention takes (PagedAttentionOperation of CANN's Ascend Transformer Boost): blocks of a multiple of 16
+# positions, at most 128 x 128 numbers of a head; 128 positions are recommended.
 BLOCK_MULTIPLE, BLOCK_NUMBERS = 16, 128 * 128
 
 

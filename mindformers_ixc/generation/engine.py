@@ -153,6 +153,7 @@ class InferenceEngine:
 
     Attributes:
         between_steps: called before every token but the first; what it raises ends decoding.
+        vision: graph of `tiles_per_call` tiles.
         caches: keys and values in memory.
         generation: grows with every `reset`; decoders of an earlier one are not continued.
     """
@@ -163,7 +164,7 @@ class InferenceEngine:
         self.model = model
         self.config: IXC25Config = model.config
         self.between_steps: Callable[[], None] = lambda: None
-        self._vision = VisionGraph(model)
+        self.vision = VisionGraph(model)
         self.tiles_per_call = ASCEND_TILES if model.vit.vision_tower.vision_model.is_flash else \
             max(1, min(MOST_TILES, POSITIONS_PER_CALL // self.config.vision_config.positions))
         self._slots: dict[tuple[int, int], Slot] = {}
@@ -203,7 +204,7 @@ class InferenceEngine:
             tiles = np.zeros((1, at_once, *pixels.shape[1:]), np.float32)
             chunk = pixels[start:start + at_once]
             tiles[0, :len(chunk)] = chunk
-            pieces.append(self._vision(Tensor(tiles))[0])
+            pieces.append(self.vision(Tensor(tiles))[0])
         table = F.concat([piece[:at_once * tokens] for piece in pieces] + [pieces[0][-2:]], 0)
         index = sample.vision_index(padded)[sample.image_mask == 1]
         return F.gather(table, Tensor(index), 0)
