@@ -269,7 +269,9 @@ class PagedCache(nn.Cell):
         self.heads, self.kv, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_size
         self.groups, self.dtype = config.query_groups, config.compute_dtype
         shape = (blocks, config.block_size, self.kv, self.size)
-        self.manager = PagedAttentionMgr(self.heads, self.size, self.kv, shape, compute_dtype=self.dtype)
+        # heads of a device: the parallel compiler cuts tensors, not these two numbers (MindFormers divides them too)
+        tp = config.parallel_config.model_parallel if is_parallel() else 1
+        self.manager = PagedAttentionMgr(self.heads // tp, self.size, self.kv // tp, shape, compute_dtype=self.dtype)
         self.keys, self.values = self.manager.key_cache, self.manager.value_cache
         # sparse_mode 2: causal, by a mask of one size for all lengths; BNSD is the layout the split gives
         self.flash = FlashAttention(self.heads, scale_value=self.size ** -0.5, next_tokens=0, input_layout="BNSD",
