@@ -1,6 +1,6 @@
 """Compiles the inference graphs with Ascend's leaf cells, front end only, without a device.
 
-    python scripts/compile_ascend.py            # tiny sizes, seconds
+    python scripts/compile_ascend.py            # the 7B model's heads in small layers, seconds
     python scripts/compile_ascend.py --config DIR_WITH_CONFIG_JSON
     python scripts/compile_ascend.py --public   # the 7B model's sizes; nothing of it is allocated
     python scripts/compile_ascend.py --tensor 2 --stages 2      # each stage of a parallel layout
@@ -47,9 +47,10 @@ BROKEN = "broken rules"
 
 PRELOADED = "COMPILE_ASCEND_PRELOADED"
 
-TINY = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "plora_rank": 4, "task_lora_ranks": {"web": 4},
-        "vision_config": {"image_size": 56, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+# Few and narrow layers, but the 7B model's heads: 32 of 128 for 8 of keys and values, 16 of 64 in the tower.
+TINY = {"vocab_size": 512, "hidden_size": 4096, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "plora_rank": 4, "task_lora_ranks": {"web": 4},
+        "vision_config": {"image_size": 56, "hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16,
                           "intermediate_size": 32}}
 
 

@@ -1,9 +1,9 @@
-"""Compiles a training graph for a device that may not be there and prints what is in it as JSON.
+"""Compiles training graphs for a device that may not be there and prints what is in them as JSON.
 
-`ascend_primitives.py DEVICE FIELDS [TENSOR]`, started with MS_SIMULATION_LEVEL=0; FIELDS are those of `IXC25Config`, as
-JSON, and `noise`: whether dropout is seeded; TENSOR is the number of tensor-parallel devices. The last line is an
-object: `primitives`, their names; `checked`, how many operators there are that rules of scripts/ascend_rules.py are
-about, by name; `broken`, the rules they break.
+`ascend_primitives.py DEVICE TENSOR FIELDS...`: TENSOR is the number of tensor-parallel devices; the FIELDS of each
+graph, as JSON, are those of `IXC25Config` and `noise`: whether dropout is seeded. The last line is a list of objects:
+`primitives`, their names; `checked`, how many operators there are that rules of scripts/ascend_rules.py are about, by
+name; `broken`, the rules they break.
 """
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import ascend_rules
 import mindspore as ms
 import numpy as np
+from compile_ascend import join_cluster
 from mindspore import Tensor, nn
 from mindspore.common.api import _cell_graph_executor
 from mindspore.train.mind_ir_pb2 import ModelProto
@@ -67,13 +68,9 @@ def columns(config: IXC25Config, noise: bool) -> dict[str, Tensor]:
     return {**found, "noise_seed": Tensor(np.zeros(1, np.int32))} if noise else found
 
 
-def main(device: str, fields: dict, tensor: int = 1) -> None:
-    ms.set_context(mode=ms.GRAPH_MODE)
+def compiled(device: str, fields: dict) -> dict:
+    """What the training graph of a configuration holds."""
     noise = fields.pop("noise", False)
-    if tensor > 1:
-        from compile_ascend import join_cluster
-
-        fields |= join_cluster(tensor, 1, 0)
     config = IXC25Config(**fields)
     with assume_device(device), nn.no_init_parameters():
         model = IXC25ForCausalLM(config)
@@ -84,10 +81,15 @@ def main(device: str, fields: dict, tensor: int = 1) -> None:
     graph, executor = ModelProto(), _cell_graph_executor._graph_executor
     graph.ParseFromString(executor.get_func_graph_proto(step.current_phase, "mind_ir", True))
     checked = ascend_rules.operators(graph)
-    print(json.dumps({"primitives": sorted({primitive.op_type for primitive in graph.primitives}),
-                      "checked": Counter(operator.name for operator in checked),
-                      "broken": ascend_rules.broken(checked)}))
+    return {"primitives": sorted({primitive.op_type for primitive in graph.primitives}),
+            "checked": Counter(operator.name for operator in checked), "broken": ascend_rules.broken(checked)}
+
+
+def main(device: str, tensor: int, given: list[dict]) -> None:
+    ms.set_context(mode=ms.GRAPH_MODE)
+    layout = join_cluster(tensor, 1, 0)
+    print(json.dumps([compiled(device, {**fields, **layout}) for fields in given]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]), *map(int, sys.argv[3:]))
+    main(sys.argv[1], int(sys.argv[2]), [json.loads(fields) for fields in sys.argv[3:]])

@@ -1,7 +1,8 @@
 """Every fused operator of the compiled training and inference graphs keeps what is documented of it.
 
 The rules, with their sources, are the table of scripts/ascend_rules.py. First each of them is shown to notice its own
-breach; then they walk the graphs, with heads as the 7B model has them.
+breach; then they walk the training graphs, with heads as the 7B model has them. scripts/compile_ascend.py walks those
+of inference (its tests are in tests/generation/test_slots.py).
 """
 from __future__ import annotations
 
@@ -144,50 +145,40 @@ def test_every_rule_has_a_source_and_a_breach():
     assert all("mindspore 2.9" in rule.source or "CANN" in rule.source for rule in RULES)
 
 
-def trained(tensor: int, **fields) -> dict:
-    """What the helper found in a training graph."""
+def trained(tensor: int, *given: dict) -> list[dict]:
+    """What the helper found in training graphs, each of some fields; in a process that stops at the front end."""
     helper = ROOT / "tests" / "helpers" / "ascend_primitives.py"
-    done = subprocess.run([sys.executable, helper, "Ascend", json.dumps({**TRAINING, **fields}), str(tensor)],
-                          capture_output=True, text=True, check=False, env=os.environ)
+    fields = [json.dumps({**TRAINING, **changes}) for changes in given]
+    done = subprocess.run([sys.executable, helper, "Ascend", str(tensor), *fields], capture_output=True, text=True,
+                          check=False, env=os.environ)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tensor", "packing"), [(1, False), (1, True), (2, False)])
-def test_the_training_graphs_keep_the_rules(tensor, packing):
-    found = trained(tensor, packing=packing)
-    assert found["broken"] == []
-    # attention of decoder and tower; the decoder's norms and the last one
-    expected = {"FlashAttentionScore": 2, "RmsNorm": 3, "RotaryPositionEmbedding": 1}
-    assert found["checked"] == {name + end: count for name, count in expected.items() for end in ("", "Grad")}
-    # seeded noise: these have aclnn kernels, the shift has none
-    assert {"BitwiseAnd", "BitwiseXor", "FloorDiv"} <= set(found["primitives"])
-    assert "RightShift" not in found["primitives"]
-
-
-def inferred(folder: Path, *options: str, **fields) -> str:
-    """What scripts/compile_ascend.py says of a model's inference graphs; it fails when a rule is broken."""
-    (folder / "config.json").write_text(json.dumps(ModelConfig(**fields).to_public_dict()), encoding="utf-8")
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "compile_ascend.py", "--config", folder, *options],
-                          capture_output=True, text=True, check=False, env=os.environ)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--tensor", "2"]], ids=["alone", "tp2"])
-def test_the_inference_graphs_keep_the_rules(options, tmp_path):
-    """With tensor parallel, paged attention had the heads of all devices for the cache of one."""
-    said = inferred(tmp_path, *options, **HEADS)
-    assert "all fused operations are there and keep the rules" in said
+@pytest.mark.parametrize(("tensor", "given"), [(1, [{}, {"packing": True}]), (2, [{}])], ids=["alone", "tp2"])
+def test_the_training_graphs_keep_the_rules(tensor, given):
+    for found in trained(tensor, *given):
+        assert found["broken"] == []
+        # attention of decoder and tower; the decoder's norms and the last one
+        expected = {"FlashAttentionScore": 2, "RmsNorm": 3, "RotaryPositionEmbedding": 1}
+        assert found["checked"] == {name + end: count for name, count in expected.items() for end in ("", "Grad")}
+        assert "Softmax" not in found["primitives"]          # neither the decoder nor the tower holds scores
+        # seeded noise: these have aclnn kernels, the shift has none
+        assert {"BitwiseAnd", "BitwiseXor", "FloorDiv"} <= set(found["primitives"])
+        assert "RightShift" not in found["primitives"]
 
 
 @pytest.mark.slow
 def test_no_tensor_of_a_long_prompt_is_the_square_of_its_length(tmp_path):
     """The mask was: 0.6 GB at 24,576 positions, 9.7 GB at 98,304."""
-    small = {**HEADS, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
-    said = inferred(tmp_path, "--rows", "1", "--prompt", "24000", "98000", **small)
-    shapes = [[int(side) for side in found.split(",")] for found in re.findall(r"prefill: .*tensor: \((.*?)\);", said)]
+    fields = {**HEADS, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(ModelConfig(**fields).to_public_dict()), encoding="utf-8")
+    script = ROOT / "scripts" / "compile_ascend.py"
+    done = subprocess.run([sys.executable, script, "--config", tmp_path, "--rows", "1", "--prompt", "24000", "98000"],
+                          capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = re.findall(r"prefill: .*tensor: \((.*?)\);", done.stdout)
+    shapes = [[int(side) for side in shape.split(",")] for shape in found]
     assert [max(shape) for shape in shapes] == [24576, 98304]
     assert all(math.prod(shape) <= 512 * max(shape) for shape in shapes)      # as wide as the linears at most
