@@ -19,8 +19,8 @@ byte. `Tiles` of `mindformers_ixc.processing.image` holds the three columns of o
 
 The vision table of a sample has T * k * k + 2 rows: those of its tiles in order, then sub_GN, then glb_GN.
 
-A row of n packed conversations has S - n positions of padding at least (`mindformers_ixc.data.packing.segment_ends`): no
-segment is empty, their ends rise strictly and the last one is L.
+A row of n packed conversations has S - n positions of padding at least (`mindformers_ixc.data.packing.segment_ends`):
+no segment is empty, their ends rise strictly and the last one is L.
 
 Columns that a run asks for in `input_columns`:
 

@@ -19,6 +19,7 @@ from mindformers_ixc.checkpoint.model_directory import save_model_directory
 from mindformers_ixc.config import FIELDS, ModelConfig, read_config
 from mindformers_ixc.errors import GenerationError, PromptError
 from mindformers_ixc.files import write_whole
+from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.loading import load_weights
 from mindformers_ixc.generation.options import (
@@ -98,6 +99,8 @@ class IXC25ForCausalLM(IXC25Model):
         if config is None:
             overrides = {key: value for key, value in kwargs.items() if key in FIELDS}
             config = read_config(pretrained_model_name_or_path, IXC25Config, **overrides)
+        if config.use_past:
+            prepare_inference(paged=True)
         model = cls(config)
         load_weights(model, pretrained_model_name_or_path)
         model.set_train(False)

@@ -141,6 +141,7 @@ class HeadLosses(nn.Cell):
         self.reshape = P.Reshape()
         self.slice_states, self.slice_labels = P.StridedSlice(), P.StridedSlice()
         self.concat = P.Concat(1)
+        self.dp = 0       # of parallel runs
         self.add_zero = P.Add().add_prim_attr("keep_alive", True)
         self.sequence = False
         if is_parallel():
@@ -153,6 +154,7 @@ class HeadLosses(nn.Cell):
         self.add_zero.shard(((dp, 1), ()))
         self.slice_states.shard(((dp, 1, 1),))
         self.slice_labels.shard(((dp, 1),))
+        self.dp = dp
 
     def construct(self, x, weight, labels):
         """float32 losses `(B, L)`, 0 where nothing is labelled.
@@ -167,19 +169,38 @@ class HeadLosses(nn.Cell):
         rows, width = self.rows, x.shape[1]
         count = x.shape[0] // rows
         x, targets = self.reshape(x, (rows, count, width)), self.reshape(labels, (rows, count))
+        if count <= self.chunk_size:
+            return self.reshape(self.chunk(x, weight, targets), labels.shape)
         done = ()
-        for start in range(0, count, self.chunk_size):
-            end = min(start + self.chunk_size, count)
-            part, own = x, targets
-            if end - start < count:
-                part = self.slice_states(x, (0, start, 0), (rows, end, width), (1, 1, 1))
-                own = self.slice_labels(targets, (0, start), (rows, end), (1, 1))
+        for part, own in zip(self.pieces(x, self.slice_states), self.pieces(targets, self.slice_labels)):
             if done:
                 before, part, weight = self.in_order(done[-1], part, weight)
                 done = (*done[:-1], before)
             done = (*done, self.chunk(part, weight, own))
-        losses = self.concat(done) if len(done) > 1 else done[0]
-        return self.reshape(losses, labels.shape)
+        return self.reshape(self.concat(done), labels.shape)
+
+    def pieces(self, x, strided_slice):
+        """`(rows, n, ...)` cut into chunks along its second axis, as a tuple.
+
+        All of one size come from one operator, whose gradient joins theirs; that of a slice is as large as the whole.
+        """
+        count = x.shape[1]
+        whole, rest = count // self.chunk_size, count % self.chunk_size
+        if rest == 0:
+            return self.split(x, whole)
+        start, end, steps = (0,) * x.ndim, x.shape, (1,) * x.ndim
+        last = strided_slice(x, (0, count - rest, *start[2:]), end, steps)
+        first = strided_slice(x, start, (end[0], count - rest, *end[2:]), steps)
+        return (*self.split(first, whole), last)
+
+    def split(self, x, pieces):
+        """`(rows, n, ...)` cut into equal pieces along its second axis, as a tuple."""
+        if pieces == 1:
+            return (x,)
+        split = P.Split(1, pieces)
+        if self.dp:
+            split.shard(((self.dp, *(1,) * (x.ndim - 1)),))
+        return split(x)
 
 
 class BatchLoss(nn.Cell):
