@@ -1,8 +1,8 @@
 """Next-token cross entropy from hidden states: the head and the loss a chunk of positions at a time.
 
 Logits are by far the widest activation: with 92544 pieces, 8192 positions are 3 GB in float32, and a loss holds them
-several times. So the head is part of the loss here. Positions are cut into chunks; a chunk's logits are made, give their
-losses and are dropped, and made again when the backward pass comes to them.
+several times. So the head is part of the loss here. Positions are cut into chunks; a chunk's logits are made, give
+their losses and are dropped, and made again when the backward pass comes to them.
 
     hidden states (B*L, D) -> chunks (rows * c, D) -> logits (rows * c, V) -> losses (rows, c) -> (B, L)
 

@@ -11,7 +11,8 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.ops import operations as P
 
 from mindformers_ixc.models.configuration import IXC25Config
-from mindformers_ixc.models.loss import IGNORE_INDEX, BatchLoss, HeadLosses, SourceSums
+from mindformers_ixc.models.loss import IGNORE_INDEX, BatchLoss, HeadLosses
+from mindformers_ixc.models.report import SourceSums
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 2, 7, 8, 13
 POSITIONS = ROWS * LENGTH

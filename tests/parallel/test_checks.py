@@ -13,7 +13,7 @@ from mindformers_ixc.cli import job
 from mindformers_ixc.cli import launch as launching
 from mindformers_ixc.cli import run as running
 from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml
-from mindformers_ixc.data.batch import BATCH_COLUMNS, COLUMN_RANKS, EXTRA_COLUMNS
+from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, column_ranks
 from mindformers_ixc.parallel.checks import (
     SIZE_VARIABLES,
     check_global_batch,
@@ -281,4 +281,6 @@ def test_nothing_is_derived_where_it_is_not_asked_for(options):
 
 
 def test_every_column_has_a_rank():
-    assert {*BATCH_COLUMNS, *EXTRA_COLUMNS, "reference_logps"} <= set(COLUMN_RANKS)
+    columns = [*BATCH_COLUMNS, *EXTRA_COLUMNS, "reference_logps"]
+    assert column_ranks(columns) == [2, 2, 5, 5, 2, 2, 2, 2, 2, 1, 2, 2]
+    assert column_ranks(columns, pairs=True) == [3, 3, 5, 5, 2, 3, 3, 2, 2, 1, 2, 2]
