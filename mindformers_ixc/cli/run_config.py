@@ -86,10 +86,10 @@ def check_fields(fields: dict, source: str) -> None:
     decay = (fields.get("runner_wrapper") or {}).get("ema_decay")
     if decay is not None:
         check_value("runner_wrapper.ema_decay", decay, _DECAY, source=source)
-    _check_preference(fields, source)
     task = (fields.get("train_dataset_task") or {}).get("type")
     if task in ("IXC25SFTDataset", "IXC25PreferenceDataset"):
         check_dataset_section(fields.get("train_dataset"), task == "IXC25PreferenceDataset")
+    _check_preference(fields, source)
     if fields.get("evaluation") is not None:
         options = evaluation_options(fields["evaluation"])
         if options["keep_best"] and fields.get("no_join") and fields.get("use_parallel"):

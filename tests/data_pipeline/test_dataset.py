@@ -176,7 +176,7 @@ def packed_table(tmp_path, rows, bad=()) -> ConversationTable:
     packed = Rows(order, np.cumsum([0, *map(len, rows)]).astype(np.int32))
     plan = RunPlan(lambda epoch: packed, len(rows), 1)
     columns = ["input_ids", "labels", "pixel_values", "vision_index", "image_mask", "source"]
-    return ConversationTable(PROCESSOR, samples, 128, 8, 1, 0.5, None, columns, plan=plan)
+    return ConversationTable(PROCESSOR, samples, 128, 8, 1, 0.5, None, columns, max_segments=6, plan=plan)
 
 
 def columns_of(table, place: int) -> dict:

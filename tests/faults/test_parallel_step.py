@@ -13,7 +13,7 @@ from mindformers_ixc.parallel.checks import check_run
 YAMLS = Path(__file__).parents[2] / "yaml_configs"
 PARALLEL = {"use_parallel": True, "parallel.parallel_mode": 1, "parallel.full_batch": True,
             "parallel.gradients_mean": False}
-COLUMNS = ["input_ids", "labels", "pixel_values", "vision_index", "image_mask"]
+COLUMNS = ["input_ids", "labels", "pixel_values", "global_views", "view_index", "vision_index", "image_mask"]
 PREFERENCE = "model.model_config.preference"
 
 

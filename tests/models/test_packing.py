@@ -57,8 +57,8 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_samples():
         return model(*batch).asnumpy(), [g.asnumpy() for g in grad(model, weights)(*batch)]
 
     model.max_tiles = 6
-    apart = loss_and_gradients([join_samples([sample], SEQ_LENGTH, 6, 2, 5) for sample in samples], 6)
-    packed = loss_and_gradients([join_samples(samples, SEQ_LENGTH, 6, 2, 5)], 6)
+    apart = loss_and_gradients([join_samples([sample], SEQ_LENGTH, 6, 2, max_segments=5) for sample in samples], 6)
+    packed = loss_and_gradients([join_samples(samples, SEQ_LENGTH, 6, 2, max_segments=5)], 6)
     assert packed[0] == pytest.approx(apart[0], rel=1e-5)
     for one, other in zip(packed[1], apart[1]):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
