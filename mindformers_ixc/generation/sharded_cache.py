@@ -29,11 +29,12 @@ class ShardedCache(nn.Cell):
         self.batch, self.positions = batch, positions
         self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
         self.dtype, self.softmax_dtype = config.compute_dtype, config.softmax_compute_type
-        # an initializer, so that a device makes its slice of its own stage's only
-        zeros = initializer("zeros", (batch, self.kv, positions, self.size), config.compute_dtype)
+        # initializers, so that a device makes its slice of its own stage's only; each has its own, which is used up
+        keys, values = (initializer("zeros", (batch, self.kv, positions, self.size), config.compute_dtype)
+                        for _ in range(2))
         # beside a training step whose parameters are cut over the replicas as well, these are not
-        self.keys = Parameter(zeros, name="key_cache", requires_grad=False, parallel_optimizer=False)
-        self.values = Parameter(zeros, name="value_cache", requires_grad=False, parallel_optimizer=False)
+        self.keys = Parameter(keys, name="key_cache", requires_grad=False, parallel_optimizer=False)
+        self.values = Parameter(values, name="value_cache", requires_grad=False, parallel_optimizer=False)
         self.split, self.merge, self.token_heads = SplitHeads(config), MergeHeads(config), TokenHeads(config)
         self.core = BlockwiseAttention(self.size, config.softmax_compute_type)
         self.block_masks = BlockMasks(config.softmax_compute_type)
