@@ -118,11 +118,11 @@ def test_every_form_gives_the_row_of_the_public_one(folder):
                 {"type": "text", "text": "1 "}, {"type": "image_url", "image_url": {"url": "b.png"}},
                 {"type": "text", "text": " 2 "}, {"type": "image"}])}])]:
         expected = rows(load_conversations(write(folder, public)))
-        assert expected[2].any() and expected[4].any()     # pixels, and positions that take them
+        assert expected[2].any() and expected[6].any()     # pixels, and positions that take them
         lines = "\ufeff" + "\n".join(map(json.dumps, same))
         for found in (rows(load_conversations(write(folder, same))),
                       rows(load_conversations(write(folder, lines.encode(), "same.jsonl")))):
-            assert len(found) == len(expected) == 5
+            assert len(found) == len(expected) == 7
             assert all(np.array_equal(one, other) for one, other in zip(found, expected))
 
 

@@ -10,17 +10,20 @@ from mindformers_ixc.planning.workload import LocalParameter, Workload, local_pa
 
 RECIPES = Path(__file__).parents[2] / "yaml_configs"
 
-# Tensor parallel 8 without sequence parallel or fused kernels: what the formulae are counted by hand for.
+# Tensor parallel 8 without sequence parallel, fused kernels or packing: what the formulae are counted by hand for.
 PLAIN = {"parallel_config__data_parallel": 1, "parallel_config__model_parallel": 8,
          "parallel_config__use_seq_parallel": False, "parallel__full_batch": True, "parallel__dataset_strategy": None,
          "runner_config__gradient_accumulation_steps": 64, "recompute_config__mp_comm_recompute": True,
-         "model__model_config__use_flash_attention": False, "model__model_config__apply_rope_fusion": False}
+         "model__model_config__use_flash_attention": False, "model__model_config__apply_rope_fusion": False,
+         "model__model_config__packing": False, "model__model_config__max_tiles": 19,
+         "model__model_config__max_images": None, "train_dataset__input_columns": None}
 
 
 def recipe(name: str, **overrides) -> dict:
     """Fields of a recipe with some replaced; `a__b=1` is `a.b: 1`. What recipes may choose otherwise is `PLAIN`."""
     fields = read_yaml(RECIPES / f"ixc25_{name}.yaml")
-    for key, value in {**({} if name.endswith("_tiny") else PLAIN), **overrides}.items():
+    length = {} if name.startswith("web") else {"model__model_config__seq_length": 8192}
+    for key, value in {**({} if name.endswith("_tiny") else {**PLAIN, **length}), **overrides}.items():
         section, *parts = fields, *key.split("__")
         for part in parts[:-1]:
             section = section.setdefault(part, {})

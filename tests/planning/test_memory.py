@@ -173,7 +173,8 @@ def test_a_frozen_vision_tower_keeps_nothing():
 def test_every_device_gets_the_whole_batch_with_full_batch():
     whole = terms_of(recipe("sft"), Degrees(4, 2, 1, 2))["inputs of the step"]
     own = terms_of(recipe("sft", parallel__full_batch=False), Degrees(4, 2, 1, 2))["inputs of the step"]
-    assert whole == 4 * own == 8 * (19 * 3 * 560 * 560 * 4 + 4 * 8192 * 4)
+    picture = 3 * 560 * 560         # 19 tiles as bytes, 9 global views in float32, and what says which is which
+    assert whole == 4 * own == 8 * (19 * picture + 9 * picture * 4 + 19 * 4 + 4 * 8192 * 4)
 
 
 def test_the_update_counts_when_there_are_few_activations():

@@ -20,7 +20,11 @@ from mindformers_ixc.planning.rows import RowMeans, describe_rows, read_rows, st
 from mindformers_ixc.planning.workload import local_parameters, place, read_workload
 
 POSITIONS, TILES, IMAGES = (np.array(column) for column in ([3000, 1000, 2000, 9000], [7, 0, 5, 30], [1, 0, 1, 1]))
-WORDS = ["--config", str(SFT), "--devices", "8", "--no_compile"]
+WORDS = ["--config", str(SFT), "--devices", "8", "--no_compile", "--runner_config.gradient_accumulation_steps", "32"]
+SHAPE = {"seq_length": 8192, "max_tiles": 19, "max_images": 9}
+for name, value in {**SHAPE, "packing": False}.items():
+    WORDS += [f"--model.model_config.{name}", str(value), f"--train_dataset.{name}", str(value)]
+WORDS += ["--train_dataset.input_columns", f"[{', '.join(BATCH_COLUMNS)}]"]
 PACKING = ["--model.model_config.packing", "True", "--train_dataset.packing", "True", "--train_dataset.input_columns",
            f"[{', '.join((*BATCH_COLUMNS, *PACKING_COLUMNS))}]"]
 
