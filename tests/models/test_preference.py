@@ -229,7 +229,7 @@ def test_a_loss_without_a_reference_computes_none(goldens, monkeypatch, loss):
                         lambda self, *inputs: passes.append(inputs[-1]) or answers(self, *inputs))
     ms.set_context(mode=ms.PYNATIVE_MODE)
     try:
-        value, report = (out.asnumpy() for out in model(*map(Tensor, batch)))
+        value, report = (out.asnumpy() for out in model(*columns_of(batch)))
     finally:
         ms.set_context(mode=ms.GRAPH_MODE)
     assert passes == [("sft", "dpo")]

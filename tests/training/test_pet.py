@@ -64,7 +64,7 @@ def test_a_step_changes_the_trained_pair_and_nothing_else(tmp_path, monkeypatch)
     before = {p.name: p.asnumpy().copy() for p in network.get_parameters()}
     step = nn.TrainOneStepCell(network, nn.Adam(network.trainable_params(), learning_rate=0.1))
     ids = Tensor(np.arange(8, dtype=np.int32)[None] + 3)
-    step(ids, ids, Tensor(np.zeros((1, 1, 3, 28, 28), np.float32)), Tensor(np.zeros((1, 8), np.int32)),
+    step(ids, ids, Tensor(np.zeros((1, 1, 3, 28, 28), np.float32)), None, None, Tensor(np.zeros((1, 8), np.int32)),
          Tensor(np.zeros((1, 8), np.int32)))
     changed = {p.name for p in network.get_parameters() if p.name in before and (p.asnumpy() != before[p.name]).any()}
     # B starts at zero, so in the first step only B has a gradient
