@@ -118,8 +118,7 @@ class BlockwiseAttention(AttentionCore):
 
     def __init__(self, head_size: int, softmax_dtype: mstype.Type = mstype.float32):
         super().__init__(head_size, softmax_dtype)
-        self.cut_queries, self.cut_keys = P.StridedSlice(), P.StridedSlice()
-        self.concat = P.Concat(3)
+        self.blocks = QueryBlocks(head_size, softmax_dtype)
 
     def construct(self, query, key, value, masks):
         """As `AttentionCore.construct`, keys and queries of the same L positions.
@@ -134,30 +133,94 @@ class BlockwiseAttention(AttentionCore):
             Tensor `(B, KV, G, L, d)`.
         """
         query = self.mul(query, self.scale)
-        b, kv, g, length, d = query.shape
-        if length <= BLOCK:
+        if len(masks) == 1:
             return self.attend(query, key, value, masks[0])
+        return self.blocks(query, key, value, masks)
+
+    def shard(self, dp: int, tp: int, packed: bool = False) -> None:
+        """Cuts samples by `dp` and key/value heads by `tp`; packed samples have masks of their own."""
+        super().shard(dp, tp, packed)
+        self.blocks.shard(dp, tp, packed)
+
+
+class QueryBlocks(AttentionCore):
+    """Attention of scaled queries in several blocks, whose backward pass keeps no scores but computes them again.
+
+    The gradient is written out: left to the compiler, the scores of all blocks and layers are in memory together, in
+    spite of `Cell.recompute`. The parallel compiler does not look into it, so it works on a device's own samples and
+    heads, for which nothing has to be sent.
+    """
+
+    def __init__(self, head_size: int, softmax_dtype: mstype.Type):
+        super().__init__(head_size, softmax_dtype)
+        self.cut_queries, self.cut_keys = P.StridedSlice(), P.StridedSlice()
+        self.concat, self.concat_keys = P.Concat(3), P.Concat(2)
+        self.transposed = P.BatchMatMul(transpose_a=True)
+
+    def construct(self, query, key, value, masks):
+        """As `BlockwiseAttention.construct`, of queries that are scaled already."""
         done = None
         # one after the other, or their scores would live together; the largest first, whose memory serves the rest
         for number in range(len(masks) - 1, -1, -1):
-            start, end = number * BLOCK, min(number * BLOCK + BLOCK, length)
-            part = self.cut_queries(query, (0, 0, 0, start, 0), (b, kv, g, end, d), (1, 1, 1, 1, 1))
             if done is not None:
-                part = F.depend(part, done)
-            seen_keys = self.cut_keys(key, (0, 0, 0, 0), (b, kv, end, d), (1, 1, 1, 1))
-            seen_values = self.cut_keys(value, (0, 0, 0, 0), (b, kv, end, d), (1, 1, 1, 1))
-            y = self.attend(part, seen_keys, seen_values, masks[number])                # (B, KV, G, c, d)
+                query = F.depend(query, done)
+            part, keys, values = self.block(query, key, value, masks[number].shape)
+            y = self.attend(part, keys, values, masks[number])                          # (B, KV, G, c, d)
             # in pairs: a strategy of Concat has as many entries as inputs
             done = y if done is None else self.concat((y, done))
         return done                                                                     # (B, KV, G, L, d)
 
+    def block(self, query, key, value, shape):
+        """Queries `(B, KV, G, c, d)`, keys and values `(B, KV, S, d)` of a block; its mask ends in `(c, S)`."""
+        b, kv, g, _, d = query.shape
+        start, end = shape[4] - shape[3], shape[4]
+        part = self.cut_queries(query, (0, 0, 0, start, 0), (b, kv, g, end, d), (1, 1, 1, 1, 1))
+        if end == key.shape[2]:
+            return part, key, value
+        stop, steps = (b, kv, end, d), (1, 1, 1, 1)
+        return (part, self.cut_keys(key, (0, 0, 0, 0), stop, steps), self.cut_keys(value, (0, 0, 0, 0), stop, steps))
+
+    def bprop(self, query, key, value, masks, out, dout):
+        """Gradients of queries, keys and values; the masks have none."""
+        d_query, d_key, d_value, none = None, None, None, ()
+        rest = F.sum(self.cast(dout, self.dtype) * self.cast(out, self.dtype), -1, True)     # (B, KV, G, L, 1)
+        for number in range(len(masks) - 1, -1, -1):
+            mask = masks[number]
+            none = (F.zeros_like(mask), *none)
+            start, end = mask.shape[4] - mask.shape[3], mask.shape[4]
+            if number < len(masks) - 1:
+                query = F.depend(query, d_value)
+            part, keys, values = self.block(query, key, value, mask.shape)
+            b, kv, g, c, d = part.shape
+            rows, scores_of = (b, kv, g * c, d), (b, kv, g, c, end)
+            part, d_part = self.reshape(part, rows), self.reshape(dout[:, :, :, start:end], rows)
+            scores = self.reshape(self.cast(self.scores(part, keys), self.dtype), scores_of)
+            weights = self.softmax(scores + mask)                                       # (B, KV, G, c, S)
+            d_weights = self.reshape(self.cast(self.scores(d_part, values), self.dtype), scores_of)
+            d_scores = weights * (d_weights - rest[:, :, :, start:end])
+            flat = (b, kv, g * c, end)
+            weights = self.reshape(self.cast(weights, value.dtype), flat)
+            d_scores = self.reshape(self.cast(d_scores, key.dtype), flat)
+            q = self.reshape(self.weighted_sum(d_scores, keys), (b, kv, g, c, d))
+            k, v = self.transposed(d_scores, part), self.transposed(weights, d_part)    # (B, KV, S, d)
+            if d_value is None:
+                d_query, d_key, d_value = q, k, v
+            else:
+                d_query = self.concat((q, d_query))
+                d_key = self.concat_keys((d_key[:, :, :end] + k, d_key[:, :, end:]))
+                d_value = self.concat_keys((d_value[:, :, :end] + v, d_value[:, :, end:]))
+        return d_query, d_key, d_value, none
+
     def shard(self, dp: int, tp: int, packed: bool = False) -> None:
-        """Cuts samples by `dp` and key/value heads by `tp`; packed samples have masks of their own."""
+        """As `AttentionCore.shard`."""
         super().shard(dp, tp, packed)
         heads = (dp, tp, 1, 1, 1)
         self.cut_queries.shard((heads,))
         self.cut_keys.shard(((dp, tp, 1, 1),))
         self.concat.shard((heads, heads))
+
+    def recompute(self, **kwargs: bool) -> None:
+        """Nothing to do: no scores are kept."""
 
 
 class BlockMasks(nn.Cell):

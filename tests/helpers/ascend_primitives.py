@@ -38,7 +38,7 @@ def main(device: str, fields: dict) -> None:
     side = fields["vision_config"]["image_size"]
     ids = Tensor(np.zeros((1, fields["seq_length"]), np.int32))
     batch = [ids, ids, Tensor(np.zeros((1, fields["max_tiles"], 3, side, side), np.float32)), ids, ids]
-    batch += [ids, ids] if fields.get("packing") else []
+    batch += [ids, Tensor(np.zeros((1, fields["max_segments"]), np.int32))] if fields.get("packing") else []
     _cell_graph_executor.compile(step, *batch, phase="train", do_convert=False)
     graph, executor = ModelProto(), _cell_graph_executor._graph_executor
     graph.ParseFromString(executor.get_func_graph_proto(step.current_phase, "mind_ir", True))

@@ -17,7 +17,7 @@ from mindformers_ixc.models.attention import compressed_causal_mask, padding_mas
 SCRIPT = Path(__file__).parents[1] / "helpers" / "ascend_primitives.py"
 SIZES = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1,
          "num_attention_heads": 2, "num_key_value_heads": 1, "plora_rank": 4, "plora_alpha": 4, "task_lora_ranks": {},
-         "seq_length": 32, "max_tiles": 2, "compute_dtype": "bfloat16",
+         "seq_length": 32, "max_segments": 4, "max_tiles": 2, "compute_dtype": "bfloat16",
          "vision_config": {"image_size": 56, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
                            "intermediate_size": 32}}
 
