@@ -70,6 +70,7 @@ class AttentionCore(nn.Cell):
         self.weighted_sum = P.BatchMatMul()
         self.softmax = P.Softmax(-1)
         self.mul = P.Mul()
+        self.repeat_mask = P.Tile()
         self.add_mask = P.Add()
         self.reshape = P.Reshape()
         self.cast = P.Cast()
@@ -96,19 +97,30 @@ class AttentionCore(nn.Cell):
         query = self.reshape(query, (b, kv, g * length, d))                             # (B, KV, G*L, d)
         scores = self.cast(self.scores(query, key), self.dtype)                         # (B, KV, G*L, S)
         if mask is not None:
-            scores = self.add_mask(self.reshape(scores, (b, kv, g, length, s)), mask)   # (B, KV, G, L, S)
+            scores = self.masked(self.reshape(scores, (b, kv, g, length, s)), mask)     # (B, KV, G, L, S)
             scores = self.reshape(scores, (b, kv, g * length, s))                       # (B, KV, G*L, S)
         weights = self.cast(self.softmax(scores), value.dtype)
         return self.reshape(self.weighted_sum(weights, value), (b, kv, g, length, d))   # (B, KV, G, L, d)
 
-    def shard(self, dp: int, tp: int, packed: bool = False) -> None:
-        """Cuts samples by `dp` and key/value heads by `tp`; packed samples have masks of their own."""
+    def masked(self, scores, mask):
+        """Adds a mask `(B or 1, 1, 1, L, S)` to scores `(B, KV, G, L, S)`.
+
+        The mask is repeated first: a kernel of the CPU that broadcasts keeps two 8-byte indices for each of its results
+        as long as the graph lives, four times the scores of every layer.
+        """
+        b, kv, g, _, _ = scores.shape
+        return self.add_mask(scores, self.repeat_mask(mask, (b // mask.shape[0], kv, g, 1, 1)))
+
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts samples by `dp` and key/value heads by `tp`."""
         heads = (dp, tp, 1, 1)
         self.mul.shard(((dp, tp, 1, 1, 1), ()))
         self.scores.shard((heads, heads))
         self.softmax.shard((heads,))
         self.weighted_sum.shard((heads, heads))
-        self.add_mask.shard(((dp, tp, 1, 1, 1), (dp if packed else 1, 1, 1, 1, 1)))
+        # an axis that Tile repeats is cut in its result only
+        self.repeat_mask.shard(((dp, tp, 1, 1, 1),))
+        self.add_mask.shard(((dp, tp, 1, 1, 1), (dp, tp, 1, 1, 1)))
 
 
 class BlockwiseAttention(AttentionCore):
@@ -137,18 +149,17 @@ class BlockwiseAttention(AttentionCore):
             return self.attend(query, key, value, masks[0])
         return self.blocks(query, key, value, masks)
 
-    def shard(self, dp: int, tp: int, packed: bool = False) -> None:
-        """Cuts samples by `dp` and key/value heads by `tp`; packed samples have masks of their own."""
-        super().shard(dp, tp, packed)
-        self.blocks.shard(dp, tp, packed)
+    def shard(self, dp: int, tp: int) -> None:
+        """As `AttentionCore.shard`."""
+        super().shard(dp, tp)
+        self.blocks.shard(dp, tp)
 
 
 class QueryBlocks(AttentionCore):
     """Attention of scaled queries in several blocks, whose backward pass keeps no scores but computes them again.
 
-    The gradient is written out: left to the compiler, the scores of all blocks and layers are in memory together, in
-    spite of `Cell.recompute`. The parallel compiler does not look into it, so it works on a device's own samples and
-    heads, for which nothing has to be sent.
+    The gradient is written out, because the compiler's own keeps the scores of every block and layer. The parallel
+    compiler does not look into it: it works on a device's own samples and heads, for which nothing has to be sent.
     """
 
     def __init__(self, head_size: int, softmax_dtype: mstype.Type):
@@ -195,9 +206,10 @@ class QueryBlocks(AttentionCore):
             rows, scores_of = (b, kv, g * c, d), (b, kv, g, c, end)
             part, d_part = self.reshape(part, rows), self.reshape(dout[:, :, :, start:end], rows)
             scores = self.reshape(self.cast(self.scores(part, keys), self.dtype), scores_of)
-            weights = self.softmax(scores + mask)                                       # (B, KV, G, c, S)
+            weights = self.softmax(self.masked(scores, mask))                           # (B, KV, G, c, S)
             d_weights = self.reshape(self.cast(self.scores(d_part, values), self.dtype), scores_of)
-            d_scores = weights * (d_weights - rest[:, :, :, start:end])
+            # repeated as masks are, see `masked`
+            d_scores = weights * (d_weights - F.tile(rest[:, :, :, start:end], (1, 1, 1, 1, end)))
             flat = (b, kv, g * c, end)
             weights = self.reshape(self.cast(weights, value.dtype), flat)
             d_scores = self.reshape(self.cast(d_scores, key.dtype), flat)
@@ -211,9 +223,9 @@ class QueryBlocks(AttentionCore):
                 d_value = self.concat_keys((d_value[:, :, :end] + v, d_value[:, :, end:]))
         return d_query, d_key, d_value, none
 
-    def shard(self, dp: int, tp: int, packed: bool = False) -> None:
+    def shard(self, dp: int, tp: int) -> None:
         """As `AttentionCore.shard`."""
-        super().shard(dp, tp, packed)
+        super().shard(dp, tp)
         heads = (dp, tp, 1, 1, 1)
         self.cut_queries.shard((heads,))
         self.cut_keys.shard(((dp, tp, 1, 1),))
@@ -329,7 +341,7 @@ class FlashAttention(nn.Cell):
         _, _, _, y = self.attention(query, key, value, None, None, None, mask, None)    # (B, H, L, d)
         return self.reshape(y, (b, kv, g, length, d))                                   # (B, KV, G, L, d)
 
-    def shard(self, dp: int, tp: int, packed: bool = False) -> None:
+    def shard(self, dp: int, tp: int) -> None:
         """Cuts samples by `dp` and key/value heads by `tp`; given masks are one for all samples."""
         masks = {NOTHING: (), CAUSAL: ((1, 1),), GIVEN: ((1, 1, 1, 1),)}
         self.attention.shard(((dp, tp, 1, 1),) * 3 + masks[self.hides])
@@ -374,7 +386,7 @@ class PackedFlashAttention(nn.Cell):
         _, _, _, y = self.attention(query, key, value, None, None, None, causal, None, lengths, lengths)
         return y
 
-    def shard(self, dp: int, tp: int, packed: bool = True) -> None:
+    def shard(self, dp: int, tp: int) -> None:
         """Cuts rows, and with them their lengths, by `dp` and key/value heads by `tp`."""
         self.attention.shard(((dp, tp, 1),) * 3 + ((1, 1), (dp,), (dp,)))
 
