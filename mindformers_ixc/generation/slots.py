@@ -19,8 +19,8 @@ from mindformers_ixc.device import is_parallel, on_ascend, rank
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, PagedCache
 from mindformers_ixc.generation.sharded_cache import ShardedCache
-from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.attention import MASKED
+from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.native import kernels
 from mindformers_ixc.parallel.slices import layers_of_rank
 

@@ -1,7 +1,6 @@
 """InternLM2: the language model of IXC2.5, with consolidated QKV, grouped queries and Partial LoRA on every linear."""
 from __future__ import annotations
 
-import mindspore.common.dtype as mstype
 from mindspore import Parameter, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import functional as F
@@ -15,6 +14,7 @@ from mindformers_ixc.models.dropout import LAYER_MIX
 from mindformers_ixc.models.layers import PartialLoRALinear, RMSNorm
 from mindformers_ixc.native import kernels
 from mindformers_ixc.parallel.cuts import CUTS
+
 
 class Choose(nn.Cell):
     """`where(condition, x, y)` of embeddings by position.
