@@ -75,6 +75,8 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--load_checkpoint", metavar="PATH", help="weights to start from: a model directory or file")
     run.add_argument("--overwrite", action="store_true",
                      help="move an earlier run's files in the output folder to old-N there, instead of refusing it")
+    run.add_argument("--no_join", action="store_true",
+                     help="of a parallel run leave what each rank has saved, without a whole model in OUTPUT_DIR/model")
     run.add_argument("--use_parallel", metavar="BOOL", help="run under msrun with the file's parallel_config")
     run.add_argument("--predict_data", metavar="FILE", help="questions for run_mode predict, one JSON object a line")
     _add_no_verify(run)
@@ -239,13 +241,22 @@ def _add_inspect(commands: Commands) -> None:
 
 def _add_data(commands: Commands) -> None:
     data = commands.add_parser(
-        "data", formatter_class=Help, help="published datasets to conversation files",
-        description="Converts a dataset as it is published to a conversation file and prints the number of samples.",
+        "data", formatter_class=Help, help="published datasets to conversation files; which rows suit some data",
+        description="Converts a dataset as it is published to a conversation file and prints the number of samples. "
+                    "`data plan DATA --config FILE` measures conversation files and says which seq_length and "
+                    "max_tiles suit them when samples are packed; any key of FILE can be overridden, as with `run`.",
         epilog="examples:\n  mindformers data coco_captions captions_train2017.json coco.json --images train2017\n"
                "  mindformers data vqa_v2 v2_OpenEnded_mscoco_train2014_questions.json "
-               "v2_mscoco_train2014_annotations.json vqa.json")
-    data.add_argument("kind", metavar="KIND", help="coco_captions, vqa_v2, text_vqa, ocr_vqa, share_gpt or llava")
-    data.add_argument("files", nargs="+", metavar="FILE", help="the published files, then the file to be written")
+               "v2_mscoco_train2014_annotations.json vqa.json\n"
+               "  mindformers data plan data.txt --config yaml_configs/ixc25_sft.yaml "
+               "--train_dataset.tokenizer.vocab_file PUBLIC/tokenizer.model")
+    data.add_argument("kind", metavar="KIND",
+                      help="coco_captions, vqa_v2, text_vqa, ocr_vqa, share_gpt or llava; or plan")
+    data.add_argument("files", nargs="+", metavar="FILE",
+                      help="the published files, then the file to be written; of plan the data")
+    data.add_argument("--config", metavar="FILE", help="of plan: YAML file of the run")
+    data.add_argument("--global_batch", type=int, metavar="N", help="of plan: samples of a step (default: the file's)")
+    data.add_argument("--json", action="store_true", help="of plan: JSON instead of text")
     data.add_argument("--images", metavar="DIR", help="put in front of picture names")
     data.add_argument("--split", choices=["train", "validation", "test"], help="of ocr_vqa (default: train)")
 
@@ -302,7 +313,13 @@ def _add_plan(commands: Commands) -> None:
     plan.add_argument("--pipeline_stage", type=int, metavar="N", help="pipeline stages")
     plan.add_argument("--micro_batch_num", type=int, metavar="N", help="micro batches of a step; without a pipeline "
                       "they are accumulated")
-    plan.add_argument("--global_batch", type=int, metavar="N", help="samples of a step (default: the file's)")
+    plan.add_argument("--global_batch", type=int, metavar="N", help="samples (packed: rows) of a step "
+                      "(default: the file's)")
+    plan.add_argument("--data", metavar="DATA", help="samples that the rows are made of (as data_loader.dataset_dir): "
+                      "goodput, useful samples a second, days")
+    plan.add_argument("--mean_samples", type=float, metavar="X", help="samples of a packed row, instead of --data")
+    plan.add_argument("--steps", type=int, metavar="N", help="of the run, for its days (default with --data: the "
+                      "file's epochs)")
     plan.add_argument("--search", action="store_true", help="try every layout by formula, then compile the best")
     plan.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search shows (default: 10)")
     plan.add_argument("--no_compile", action="store_true", help="formulae only: takes no time, checks nothing")
@@ -384,12 +401,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         argv: words without the program's name; by default the process's.
 
     Returns:
-        `command` (`None` without one) and its arguments. `rest` has words that are none of them: overrides of `run` and
-        `plan`. Those of `launch` are `run_words`, parsed once more as `run`'s in `run`.
+        `command` (`None` without one) and its arguments. `rest` has words that are none of them: overrides of `run`,
+        `plan` and `data plan`. Those of `launch` are `run_words`, parsed once more as `run`'s in `run`.
     """
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command not in ("run", "launch", "plan"):
+    overrides = arguments.command in ("run", "launch", "plan") or getattr(arguments, "kind", None) == "plan"
+    if rest and not overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
     if arguments.command == "launch":

@@ -5,7 +5,7 @@
 
 1080p JPEGs, hd_num 18, the training transform. The other side does what the public code does: Pillow's resize and white
 padding, ToTensor, Normalize, torch's bicubic resize for the global view, and a torch DataLoader with two worker
-processes. Both hand over batches of one picture; the tiles are compared.
+processes. Both hand over batches of one picture, this package's with local tiles as bytes; the tiles are compared.
 """
 from __future__ import annotations
 
@@ -114,12 +114,15 @@ def main() -> int:
     arguments = parser.parse_args()
 
     import mindformers_ixc  # noqa: F401 - before torch, as decord wants it
+    from mindformers_ixc.data.batch import BATCH_COLUMNS, PIXEL_COLUMNS
+    from mindformers_ixc.processing.image import Tiles
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = make_pictures(folder, arguments.pictures)
         dataset, times = own_dataset(folder, paths), {"ours": [], "torchvision": []}
-        first = next(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))[2][0]
+        row = next(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
+        first = Tiles(*(row[BATCH_COLUMNS.index(name)][0] for name in PIXEL_COLUMNS)).normalised()
         other = TorchPictures(paths)[0].numpy()
         difference = float(np.abs(first[:len(other)] - other).max())
         for _ in range(arguments.rounds):

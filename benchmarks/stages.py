@@ -94,14 +94,14 @@ def same_logits(before: Path, after: Path, mode: str, name: str) -> bool:
     processor = Assistant.from_directory(before / "model").processor
     samples = [processor.encode_chat(**question.request(None)) for question in questions(name)[:8]]
     shape = (max(len(sample.input_ids) for sample in samples), max(sample.tiles for sample in samples))
-    padded = [sample.pad(*shape, processor.pad_token_id) for sample in samples]
-    columns = {column: Tensor(np.stack([row[column] for row in padded])) for column in BATCH_COLUMNS}
+    images = max(len(sample.pictures.views) for sample in samples)
+    padded = [sample.pad(*shape, images, processor.pad_token_id) for sample in samples]
+    columns = [None if name == "labels" else Tensor(np.stack([row[name] for row in padded])) for name in BATCH_COLUMNS]
     found = []
     for folder in (before, after):
         model = load_model(folder / "model", IXC25ForCausalLM, adapter_mode=mode, seq_length=shape[0],
                            max_tiles=shape[1])
-        found.append(model(columns["input_ids"], None, columns["pixel_values"], columns["vision_index"],
-                           columns["image_mask"]).asnumpy())
+        found.append(model(*columns).asnumpy())
     return found[0].tobytes() == found[1].tobytes()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from mindformers_ixc.processing.image import pixel_scale
+
 VISION = "vit.vision_tower.vision_model."
 
 
@@ -36,11 +38,11 @@ class TorchTrainer:
         self.optimizer.step()
         return loss.item()
 
-    def loss(self, input_ids, labels, pixel_values, vision_index, image_mask):
+    def loss(self, input_ids, labels, pixel_values, global_views, view_index, vision_index, image_mask):
         """Mean cross entropy over labelled positions of a batch (`mindformers_ixc.data.batch`)."""
         b, length = input_ids.shape
         tokens = F.embedding(input_ids.long(), self.p["model.tok_embeddings.weight"], self.config.pad_token_id)
-        table = self.vision_table(pixel_values)                                               # (B, rows, D)
+        table = self.vision_table(self.tiles(pixel_values, global_views, view_index.long()))  # (B, rows, D)
         images = table.gather(1, vision_index.long()[..., None].expand(-1, -1, table.shape[-1]))
         mask = image_mask.bool()[..., None]                                                   # (B, L, 1)
         x = torch.where(mask, images, tokens)
@@ -49,6 +51,14 @@ class TorchTrainer:
             x = self.layer(x, mask, angles, f"model.layers.{i}.")
         logits = F.linear(self.rms(x, "model.norm.weight"), self.p["output.weight"])
         return F.cross_entropy(logits.view(b * length, -1), labels.long().view(-1), ignore_index=-100)
+
+    @staticmethod
+    def tiles(pixel_values, global_views, view_index):
+        """Normalised tiles `(B, T, 3, P, P)`, from bytes and global views."""
+        scale, shift = (torch.from_numpy(value)[:, None, None] for value in pixel_scale())
+        local = pixel_values.float() * scale + shift
+        index = (view_index - 1).clamp(0)[:, :, None, None, None].expand_as(local)
+        return torch.where((view_index > 0)[:, :, None, None, None], global_views.gather(1, index), local)
 
     def vision_table(self, pixels):
         """Projected rows of every tile, then the two separators, `(B, T * n + 2, D)`."""

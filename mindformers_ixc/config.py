@@ -77,8 +77,8 @@ DTYPE_FIELDS = ("compute_dtype", "param_init_type", "layernorm_compute_type", "s
 # What tensor parallel may do with the vision tower.
 VISION_PARALLEL = ("heads", "replicated")
 
-# Ascend's FlashAttentionScore, by MindSpore 2.9's documentation of the operator: the side of a causal mask in compressed
-# form (sparse_mode 2 and 3), whatever the length, and the sequences that one call in layout TND takes.
+# Ascend's FlashAttentionScore, by MindSpore 2.9's documentation of the operator: the side of a causal mask in its
+# compressed form (sparse_mode 2 and 3), whatever the length, and the sequences that one call in layout TND takes.
 COMPRESSED_MASK = 2048
 MOST_SEGMENTS = 1024
 
@@ -120,8 +120,8 @@ VISION_FIELDS = {
     "intermediate_size": Field(4096, "width of the MLP"),
     "hidden_act": Field("quick_gelu", "only `quick_gelu`, which CLIP was trained with"),
     "layer_norm_eps": Field(1e-5, "epsilon of every LayerNorm"),
-    "pad_positions": Field(False, "pad the positions of a tile (1601) to a multiple of 16 for Ascend's fused attention, "
-                           "and mask them", False),
+    "pad_positions": Field(False, "pad the positions of a tile (1601) to a multiple of 16 for Ascend's fused "
+                           "attention, and mask them", False),
 }
 
 FIELDS = {
@@ -168,13 +168,16 @@ FIELDS = {
     "packing": Field(False, "training sequences hold several conversations (as `train_dataset.packing`)", False),
     "num_sources": Field(1, "sources that losses are reported for (`loss_form: sources`); set by the trainer", False),
     "preference": Field(None, "with `arch.type: IXC25ForPreference`: `task` (the pair that trains), `loss` (`sigmoid`, "
-                        "`ipo`), `beta`, `label_smoothing`", False, "dpo, sigmoid, 0.1, 0"),
-    "use_past": Field(False, "paged and flash attention while decoding on Ascend; must be False in training", False,
-                      "False (chat, eval and predict: True)"),
-    "block_size": Field(16, "positions of a block of the paged cache (MindFormers' default)", False),
-    "num_blocks": Field(1024, "blocks of the paged cache, shared by the rows of a batch", False),
+                        "`ipo`, `simpo`, `orpo`), `beta`, and what the loss has: `label_smoothing`, `rpo_alpha`, "
+                        "`gamma`", False, "dpo, sigmoid, 0.1, 0, 0"),
+    "use_past": Field(False, "paged and flash attention in inference on Ascend, the tower's too; must be False in "
+                      "training", False, "False (chat, eval and predict: True)"),
+    "block_size": Field(128, "positions of a block of Ascend's paged cache: a multiple of 16, at most 16384 / head "
+                        "size", False),
+    "num_blocks": Field(None, "blocks of the paged cache, shared by the rows of a batch; fewer than a request needs "
+                        "are refused", False, "what the request's rows need"),
     "use_flash_attention": Field(False, "train with Ascend's fused attention (float16 or bfloat16); other devices "
-                                 "compose it", False),
+                                 "compose it. Inference goes by `use_past`", False),
     "rope_parameters": Field(None, "newer spelling of `rope_theta` and `rope_scaling`, read as these: `{rope_type: "
                              "dynamic, factor: f, rope_theta: t}`", False),
     "dynamic_ntk": Field("public", "rotary base of decoding beyond the trained length: `public` (each new key by the "
@@ -296,7 +299,7 @@ def _rule(name: str, field: Field) -> Rule:
         return ANYTHING
     if name in ("plora_alpha", "rms_norm_eps"):
         return above_0()
-    if isinstance(field.default, int) or name in ("hd_num", "max_images"):
+    if isinstance(field.default, int) or name in ("hd_num", "max_images", "num_blocks"):
         least, most = 0 if name in MAY_BE_0 else 1, AT_MOST.get(name, MOST)
         return Rule(lambda value: is_whole(value, least) and value <= most, f"a whole number from {least} to {most}")
     if name == "plora_dropout":
@@ -443,7 +446,7 @@ class ModelConfig:
     preference: dict | None
     use_past: bool
     block_size: int
-    num_blocks: int
+    num_blocks: int | None
     use_flash_attention: bool
     rope_parameters: None
     dynamic_ntk: str
@@ -472,7 +475,7 @@ class ModelConfig:
         check_value("task_lora_ranks", {} if no_pairs else self.task_lora_ranks, _SECTION)
         self.task_lora_ranks = dict(TASK_LORA_RANKS if no_pairs else self.task_lora_ranks)
         self.offset = 0 if self.offset is None else self.offset
-        if self.calculate_per_token_loss:
+        if self.calculate_per_token_loss and self.loss_form == "mean":
             self.loss_form = "sums"
         for name in DTYPE_FIELDS:
             setattr(self, name, _dtype(name, getattr(self, name)))

@@ -72,3 +72,29 @@ def has_loss() -> bool:
 def share_results() -> None:
     """Lets every rank have what the last pipeline stage computes: each of them chooses the next token."""
     ms.set_auto_parallel_context(pipeline_result_broadcast=True)
+
+
+@contextmanager
+def measuring() -> Iterator[None]:
+    """Lets graphs be compiled and run that measure a model while it trains, beside the graph of its step.
+
+    Their inputs are whole batches on every device, every rank gets what they compute, and the strategy file stays the
+    training step's: MindSpore writes it anew for each graph that it compiles, and checkpoints are joined by it.
+    """
+    if not is_parallel():
+        yield
+        return
+    names = ("pipeline_result_broadcast", "strategy_ckpt_save_file", "dataset_strategy")
+    before = {name: ms.get_auto_parallel_context(name) for name in names}
+    full_batch = ms.get_auto_parallel_context("full_batch")
+    if not isinstance(before["dataset_strategy"], str):      # it is given as lists and taken as tuples
+        before["dataset_strategy"] = tuple(tuple(cut) for cut in before["dataset_strategy"])
+    ms.set_auto_parallel_context(dataset_strategy=())       # or it would be asked for, whatever full_batch is
+    ms.set_auto_parallel_context(pipeline_result_broadcast=True, strategy_ckpt_save_file="",
+                                 dataset_strategy="full_batch")
+    try:
+        yield
+    finally:
+        if not full_batch:
+            ms.set_auto_parallel_context(dataset_strategy="data_parallel")      # a strategy alone would leave it on
+        ms.set_auto_parallel_context(**before)

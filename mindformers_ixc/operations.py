@@ -2,7 +2,8 @@
 
 A product of N rows with a weight of P numbers is 2 N P operations forward. Counted are the products of the tower with
 its attention, of the projector and of the language model with its head and its low-rank pairs. Embeddings, norms, gates
-and softmaxes are left out, as usual.
+and softmaxes are left out, as usual. They are the model's operations: what recomputation does again is not counted, and
+of the attention of a segment the masked half is (so it is by the usual formula of model FLOPs utilisation).
 """
 from __future__ import annotations
 
@@ -38,13 +39,23 @@ class Costs:
         return self.position * positions + self.tile * tiles + self.pair * sum(float(n) * n for n in lengths)
 
 
-def training_costs(config: ModelConfig, trained: Collection[str] | None = None) -> Costs:
+def training_costs(config: ModelConfig, trained: Collection[str] | None = None, reference: str | None = None) -> Costs:
     """Costs of a training step.
 
     Args:
         config: sizes, and the task LoRAs in use (`adapter_mode`).
         trained: parts that train (keys of `parameters.PARTS`); `None` for all.
+        reference: the task LoRA that learns from preferences, if the step computes the reference too. That is the
+            forward pass of the language model once more, without that pair; pictures are encoded once for both.
     """
+    costs = _costs(config, trained, MODE_ADAPTERS[config.adapter_mode])
+    if reference is None:
+        return costs
+    other = _costs(config, (), [task for task in MODE_ADAPTERS[config.adapter_mode] if task != reference])
+    return Costs(costs.tile, costs.position + other.position, costs.pair + other.pair)
+
+
+def _costs(config: ModelConfig, trained: Collection[str] | None, tasks: Collection[str]) -> Costs:
     def factor(part: str) -> float:
         return TRAINED if trained is None or part in trained else FROZEN
 
@@ -54,7 +65,7 @@ def training_costs(config: ModelConfig, trained: Collection[str] | None = None) 
             + factor("projector") * 2.0 * vision.tokens_per_tile * (merged * width + width * width))
     shapes = linear_shapes(config).values()
     layer = factor("language") * 2.0 * sum(math.prod(shape) for shape in shapes)
-    ranks = {f"task_lora.{task}": config.task_lora_ranks.get(task, 0) for task in MODE_ADAPTERS[config.adapter_mode]}
+    ranks = {f"task_lora.{task}": config.task_lora_ranks.get(task, 0) for task in tasks}
     for part, rank in {"partial_lora": config.plora_rank, **ranks}.items():
         layer += factor(part) * 2.0 * rank * sum(sum(shape) for shape in shapes)
     head = factor("language") * 2.0 * config.vocab_size * width

@@ -1,17 +1,18 @@
 """Compiles the inference graphs with Ascend's leaf cells, front end only, without a device.
 
-    python scripts/compile_ascend.py            # tiny sizes, seconds
+    python scripts/compile_ascend.py            # the 7B model's heads in small layers, seconds
     python scripts/compile_ascend.py --config DIR_WITH_CONFIG_JSON
     python scripts/compile_ascend.py --public   # the 7B model's sizes; nothing of it is allocated
     python scripts/compile_ascend.py --tensor 2 --stages 2      # each stage of a parallel layout
 
 MindSpore's simulation stops behind the front end, so neither Ascend's package nor weights are needed. The script fails
-unless the prefill graph holds flash attention and the write to the paged cache, the decode graph paged attention, and
-both the fused RMSNorm.
+unless the ViT's graph holds flash attention, the prefill graph that and the write to the paged cache, the decode graph
+paged attention, and both the fused RMSNorm; and when one of them breaks what is documented of it (ascend_rules.py).
 """
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from collections import Counter
 
 os.environ["MS_SIMULATION_LEVEL"] = "0"   # read while MindSpore is imported
 
+import ascend_rules
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
@@ -35,16 +37,20 @@ from mindformers_ixc.generation.engine import InferenceEngine, bucket
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.parallel.degrees import Degrees, inference_layout
 
-NEEDED = {"prefill": {"FlashAttentionScore", "ReshapeAndCache", "RmsNorm"},
+NEEDED = {"ViT": {"FlashAttentionScore"},
+          "prefill": {"FlashAttentionScore", "ReshapeAndCache", "RmsNorm"},
           "decode": {"PagedAttention", "ReshapeAndCache", "RmsNorm"}}
 
 MESSAGES = ("AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "Broadcast", "Send", "Receive")
 
+BROKEN = "broken rules"
+
 PRELOADED = "COMPILE_ASCEND_PRELOADED"
 
-TINY = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "plora_rank": 4, "task_lora_ranks": {"web": 4},
-        "vision_config": {"image_size": 56, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+# Few and narrow layers, but the 7B model's heads: 32 of 128 for 8 of keys and values, 16 of 64 in the tower.
+TINY = {"vocab_size": 512, "hidden_size": 4096, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "plora_rank": 4, "task_lora_ranks": {"web": 4},
+        "vision_config": {"image_size": 56, "hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16,
                           "intermediate_size": 32}}
 
 
@@ -56,7 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel devices of a stage")
     parser.add_argument("--stages", type=int, default=1, help="pipeline stages")
     parser.add_argument("--rank", type=int, default=0, help="rank whose graphs are compiled")
-    parser.add_argument("--prompt", type=int, default=100, help="positions of the prompt")
+    parser.add_argument("--rows", type=int, default=2, help="prompts of a batch")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[100], help="positions of the prompts, one after "
+                        "the other")
     parser.add_argument("--new", type=int, default=50, help="new tokens")
     return parser.parse_args()
 
@@ -81,56 +89,75 @@ def join_cluster(tensor: int, stages: int, rank: int) -> dict:
 
 
 def operations(graph, *inputs, phase: str) -> Counter:
-    """Compiles a graph and counts the primitives in it; shows what a rank sends."""
+    """Compiles a graph and counts the primitives in it; shows what a rank sends, its largest tensor, broken rules."""
     start = time.perf_counter()
     _cell_graph_executor.compile(graph, *inputs, phase=phase, do_convert=False)
     proto = _cell_graph_executor._graph_executor.get_func_graph_proto(graph.current_phase, "mind_ir", True)
     model = ModelProto()
     model.ParseFromString(proto)
-    nodes = (node for part in (model.graph, *model.functions) for node in part.node)
-    # "REF::AllReduce:29" is an AllReduce
-    found = Counter(node.op_type.split("::")[-1].split(":")[0] for node in nodes)
+    found = Counter(ascend_rules.kind(node) for part in (model.graph, *model.functions) for node in part.node)
+    found[BROKEN] = len(broken := ascend_rules.broken(ascend_rules.operators(model)))
+    print(*broken, sep="\n", end="\n" if broken else "")
+    largest = max(ascend_rules.tensors(model), key=math.prod)
     messages = ", ".join(f"{found[name]} {name}" for name in MESSAGES if found[name]) or "none"
-    print(f"{phase}: compiled in {time.perf_counter() - start:.1f} s; messages: {messages}", flush=True)
+    print(f"{phase}: compiled in {time.perf_counter() - start:.1f} s; largest tensor: {largest}; messages: {messages}",
+          flush=True)
     return found
 
 
-def compile_graphs(model, prompt: int, new: int, batch: int = 2) -> dict[str, Counter]:
+def compile_vision(engine: InferenceEngine) -> Counter:
+    """Primitives of the graph of as many tiles as it takes at once."""
+    side = engine.config.vision_config.image_size
+    tiles = Tensor(np.zeros((1, engine.tiles_per_call, 3, side, side), np.float32))
+    return operations(engine.vision, tiles, phase="ViT")
+
+
+def compile_graphs(engine: InferenceEngine, prompt: int, new: int, rows: int) -> dict[str, Counter]:
     """Primitives of the prefill and decode graph of a batch."""
-    config, positions = model.config, bucket(prompt)
-    slot = InferenceEngine(model).slot(batch, bucket(prompt + new), "base")
-    print(f"caches: {type(slot).__name__}")
-    lengths, size = np.full(batch, prompt, np.int32), config.head_size
-    ids = Tensor(np.zeros((batch, positions), np.int32))
-    embeds = Tensor(np.zeros((batch, positions, config.hidden_size), np.float32))   # the graph casts
-    tables = Tensor(np.zeros((batch, positions, 1, 1, size), np.float32))
+    config, positions = engine.config, bucket(prompt)
+    slot = engine.slot(rows, bucket(prompt + new), "base")
+    print(f"caches: {type(slot).__name__} of {slot.bytes / 2**20:.1f} MiB for {rows} x {positions} positions")
+    lengths, size = np.full(rows, prompt, np.int32), config.head_size
+    ids = Tensor(np.zeros((rows, positions), np.int32))
+    embeds = Tensor(np.zeros((rows, positions, config.hidden_size), np.float32))   # the graph casts
+    tables = Tensor(np.zeros((rows, positions, 1, 1, size), np.float32))
     prefill, decode = slot.graphs["base"]
     found = {"prefill": operations(prefill, ids, embeds, ids, tables, tables, Tensor(slot.start(lengths, positions)),
                                    Tensor(lengths - 1), phase="prefill")}
-    tables = Tensor(np.zeros((batch, 1, config.query_groups + 2, size), np.float32))
+    tables = Tensor(np.zeros((rows, 1, config.query_groups + 2, size), np.float32))
     places = [Tensor(value) for value in slot.places(lengths)]
     found["decode"] = operations(decode, Tensor(lengths[:, None]), tables, tables, *places, phase="decode")
     return found
 
 
+def problems(found: dict[str, Counter]) -> dict[str, list[str]]:
+    """What each graph lacks, and whether it breaks a rule."""
+    wrong = {phase: sorted(NEEDED[phase] - counts.keys()) + [BROKEN] * bool(counts[BROKEN])
+             for phase, counts in found.items()}
+    return {phase: names for phase, names in wrong.items() if names}
+
+
 def main() -> int:
-    """Compiles and checks; 1 when a fused operation is missing."""
+    """Compiles and checks; 1 when a fused operation is missing or breaks a rule."""
     arguments = parse()
     ms.set_context(mode=ms.GRAPH_MODE)
-    dtypes = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16", "use_past": True,
+    fields = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16", "use_past": True,
               **join_cluster(arguments.tensor, arguments.stages, arguments.rank)}
     if arguments.config:
-        config = read_config(arguments.config, IXC25Config, **dtypes)
+        config = read_config(arguments.config, IXC25Config, **fields)
     else:
-        config = IXC25Config(**dtypes, **({} if arguments.public else TINY))
+        config = IXC25Config(**fields, **({} if arguments.public else TINY))
+    wrong: dict[str, list[str]] = {}
     with assume_device("Ascend"), nn.no_init_parameters():
         model = IXC25ForCausalLM(config)
         model.set_train(False)
-        found = compile_graphs(model, arguments.prompt, arguments.new)
-    missing = {phase: sorted(needed - found[phase].keys()) for phase, needed in NEEDED.items()
-               if needed - found[phase].keys()}
-    print(f"missing: {missing}" if missing else "all fused operations are there")
-    return 1 if missing else 0
+        engine = InferenceEngine(model)
+        if arguments.rank < arguments.tensor:       # the first stage has the tower
+            wrong |= problems({"ViT": compile_vision(engine)})
+        for prompt in arguments.prompt:
+            wrong |= problems(compile_graphs(engine, prompt, arguments.new, arguments.rows))
+    print(f"missing: {wrong}" if wrong else "all fused operations are there and keep the rules")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from pathlib import Path
 import psutil
 from safetensors.numpy import load_file
 
+from mindformers_ixc.training.throughput import TIMED
+
 ROOT = Path(__file__).parents[1]
 SAVE = ("[{type: MFLossMonitor}, {type: CheckpointMonitor, prefix: k, save_checkpoint_steps: 2, "
         "keep_checkpoint_max: 1, integrated_save: True, async_save: False, checkpoint_format: safetensors}]")
@@ -35,9 +37,8 @@ TINY = {"epochs": 1, "callbacks": SAVE, "model.model_config.num_hidden_layers": 
 PARALLEL = {"parallel.parallel_mode": 1, "parallel.full_batch": True, "parallel.gradients_mean": False,
             "parallel_config.model_parallel": 2, "parallel_config.vocab_emb_dp": False, "run_mode": "finetune",
             "model.model_config.plora_dropout": 0.0,
-            "train_dataset.input_columns": "[input_ids, labels, pixel_values, vision_index, image_mask]"}
-# What differs between two runs of the same steps.
-TIMES = ("seconds", "samples_per_second")
+            "train_dataset.input_columns": "[input_ids, labels, pixel_values, global_views, view_index, vision_index, "
+                                           "image_mask]"}
 GONE_S = 60
 
 
@@ -95,7 +96,7 @@ class Run:
     def result(self) -> dict:
         """What two runs of the same steps must have alike."""
         rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        found: dict = {"metrics": [{key: row[key] for key in row if key not in TIMES} for row in rows]}
+        found: dict = {"metrics": [{key: row[key] for key in row if key not in TIMED} for row in rows]}
         if self.parallel:
             for rank in range(2):
                 last = max((self.out / "checkpoint" / f"rank_{rank}").glob("k_*.safetensors"),

@@ -3,10 +3,11 @@
     python scripts/parallel_parity.py [--layouts tp2 pp2 ...] [--steps 20] [--out FOLDER]
 
 Everything goes through `mindformers launch`: MindFormers' Trainer, the tiny YAML with real pictures, everything
-training (Partial LoRA and the web pair among it), gradient clipping, from one checkpoint. Every step's loss and the
-weights joined from the ranks must be those of the single process within 1e-5. `resume` interrupts a run twice and goes
-on in another layout each time (tp 2, single, pp 2). `preferences` trains one pair by DPO, all else frozen; losses and
-gradient norms are compared. `inference` answers questions with a cache: logits of prompts and steps within 1e-5 of
+training (Partial LoRA and the web pair among it), gradient clipping, losses by source and a moving average, from one
+checkpoint. Every step's loss, gradient norm and losses of sources, and the weights and averages joined from the ranks
+must be those of the single process within 1e-5. `resume` interrupts a run twice and goes on in another layout each time
+(tp 2, single, pp 2). `preferences` trains one pair by DPO, all else frozen; losses, gradient norms and rewards are
+compared. `inference` answers questions with a cache: logits of prompts and steps within 1e-5 of
 the largest, ids of greedy decoding and beams equal, and the file that run mode predict writes the same. Prints a table;
 returns 1 if a bar is missed.
 """
@@ -31,6 +32,7 @@ PREFERENCES = CONFIG.with_name("ixc25_dpo_tiny.yaml")
 PREDICT = CONFIG.with_name("predict_ixc25.yaml")
 OTHERS = ("resume", "preferences", "inference")
 BAR = 1e-5
+SMALLEST = 1.0               # rewards begin near 0, as differences of large sums
 GLOBAL_BATCH, STEPS_AN_EPOCH = 8, 7          # 56 samples
 
 
@@ -58,7 +60,7 @@ CALLBACKS = ("[{type: MFLossMonitor}, {type: CheckpointMonitor, prefix: p, save_
              "keep_checkpoint_max: 1, integrated_save: False, async_save: False, checkpoint_format: safetensors}]")
 SHARED = {"run_mode": "finetune", "model.model_config.adapter_mode": "web", "model.model_config.plora_dropout": 0.0,
           "train_parts": "[vision, projector, separators, partial_lora, language, task_lora.web]",
-          "train_dataset.input_columns": "[input_ids, labels, pixel_values, vision_index, image_mask]",
+          "runner_wrapper.ema_decay": 0.9,
           "lr_schedule.learning_rate": 1e-4}
 
 
@@ -119,6 +121,20 @@ def run(layout: Layout, out: Path, options: dict, config: Path = CONFIG) -> None
         raise SystemExit(f"{out.name}: {out.with_suffix('.log').read_text()[-3000:]}")
 
 
+def write_sources(folder: Path) -> dict:
+    """Two sources of the recipe's samples; the override that names them."""
+    from mindformers_ixc.demo import demo_path
+
+    train = demo_path("train.json")
+    rows = json.loads(train.read_text(encoding="utf-8"))
+    for row in rows:
+        row["image"] = str(train.parent / row["image"])
+    files = [folder / f"source_{number}.json" for number in range(2)]
+    for number, file in enumerate(files):
+        file.write_text(json.dumps(rows[number::2]), encoding="utf-8")
+    return {"train_dataset.data_loader.dataset_dir": f"[{files[0]}, {files[1]}]"}
+
+
 def rows_of(out: Path) -> list[dict]:
     """What a run has written so far of its steps."""
     path = out / "metrics.jsonl"
@@ -127,26 +143,47 @@ def rows_of(out: Path) -> list[dict]:
 
 
 def weights_of(out: Path) -> dict[str, np.ndarray]:
-    """Weights of a run's last checkpoint, joined from its ranks."""
+    """Weights and averages of a run's last checkpoint, joined from its ranks."""
     from mindformers_ixc.checkpoint.model_directory import read_as
-    from mindformers_ixc.checkpoint.sources import open_source
+    from mindformers_ixc.checkpoint.sources import AVERAGE_PREFIX, open_source
     from mindformers_ixc.parameters import part_of
 
-    source = open_source(out / "model" if (out / "model").is_dir() else out)
-    return {name: read_as(tensor, "F32") for name, tensor in source.tensors.items() if part_of(name)}
+    source = open_source(out / "checkpoint")
+    return {name: read_as(tensor, "F32") for name, tensor in source.tensors.items()
+            if part_of(name.removeprefix(AVERAGE_PREFIX))}
+
+
+def numbers_of(row: dict) -> dict[str, float]:
+    """What a step's row says that is the same in every layout."""
+    found = {key: value for key, value in row.items()
+             if key in ("loss", "grad_norm", "tokens") or key.startswith(("reward_", "logp_", "nll_"))}
+    for source, values in row.get("sources", {}).items():
+        found.update({f"{source} {key}": value for key, value in values.items()})
+    return found
+
+
+def worst_difference(ours: list[dict], theirs: list[dict]) -> float:
+    """Largest difference of a number of the steps that both have, relative to it (or to 1, of those below)."""
+    worst = 0.0
+    for mine, other in zip(ours, theirs, strict=False):
+        mine, other = numbers_of(mine), numbers_of(other)
+        assert mine.keys() == other.keys()
+        worst = max(worst, *(abs(mine[key] - other[key]) / max(abs(other[key]), SMALLEST) for key in mine))
+    return worst
 
 
 def compare(expected: Path, out: Path) -> tuple[int, float, float]:
-    """Steps, largest relative difference of a loss, and largest difference of a weight relative to the largest."""
+    """Steps, largest relative difference of a number, and largest difference of a weight relative to the largest."""
     ours, theirs = rows_of(out), rows_of(expected)
-    losses = [abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(ours, theirs, strict=False)]
+    worst = worst_difference(ours, theirs)
     assert [row["samples"] for row in ours] == [row["samples"] for row in theirs[:len(ours)]]
     if len(ours) < len(theirs):
-        return len(ours), max(losses), float("nan")
+        return len(ours), worst, float("nan")
     whole, joined = weights_of(expected), weights_of(out)
+    assert any(name.startswith("ema.") for name in joined)
     differences = [float(np.abs(joined[name] - whole[name]).max() / max(np.abs(whole[name]).max(), 1.0))
                    for name in joined]
-    return len(ours), max(losses), max(differences)
+    return len(ours), worst, max(differences)
 
 
 def check_layouts(out: Path, names: list[str], epochs: int) -> int:
@@ -157,7 +194,7 @@ def check_layouts(out: Path, names: list[str], epochs: int) -> int:
         began = time.perf_counter()
         run(LAYOUTS[name], out / name, {**options_of(LAYOUTS[name], -(-few // STEPS_AN_EPOCH) if few else epochs, 1000),
                                         **({"lr_schedule.total_steps": epochs * STEPS_AN_EPOCH} if few else {}),
-                                        "load_checkpoint": out / "start"})
+                                        **write_sources(out), "load_checkpoint": out / "start"})
         steps, loss, weight = compare(out / "single", out / name)
         good = loss <= BAR and not weight > BAR
         failed += not good
@@ -175,7 +212,7 @@ def check_resume(out: Path, epochs: int) -> int:
     previous = None
     for number, (layout, until) in enumerate(legs):
         leg = target.with_name(f"resumed_{number}")
-        options = {**options_of(layout, epochs, 1), "load_checkpoint": previous or out / "start"}
+        options = {**options_of(layout, epochs, 1), **write_sources(out), "load_checkpoint": previous or out / "start"}
         if previous:
             options["resume_training"] = True
         process = start(layout, leg, options)
@@ -197,19 +234,19 @@ def check_resume(out: Path, epochs: int) -> int:
     return int(not good)
 
 
-def check_preferences(out: Path) -> int:
-    """DPO of one pair, everything else frozen, in tp 2 and dp 2; returns how many miss the bar."""
+def check_preferences(out: Path, names: tuple[str, ...] = ("tp2", "dp2", "tp2accumulated", "pp2")) -> int:
+    """DPO of one pair, everything else frozen, in some layouts; returns how many miss the bar."""
     failed, first = 0, out / "dpo_start"
     write_start(first, PREFERENCES)
-    for name, layout in (("single", Layout()), ("tp2", LAYOUTS["tp2"]), ("dp2", LAYOUTS["dp2"])):
+    for name, layout in (("single", Layout()), *((name, LAYOUTS[name]) for name in names)):
         began = time.perf_counter()
         options = {**options_of(layout, 1, 1000), "load_checkpoint": first, "train_parts": "[task_lora.dpo]",
-                   "model.model_config.adapter_mode": "write"}
+                   "model.model_config.adapter_mode": "write", "model.model_config.preference.rpo_alpha": 0.5}
         run(layout, out / f"dpo_{name}", options, PREFERENCES)
         if name == "single":
             continue
-        ours, theirs = (rows_of(out / f"dpo_{one}") for one in (name, "single"))
-        worst = max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(ours, theirs) for key in ("loss", "grad_norm"))
+        ours = rows_of(out / f"dpo_{name}")
+        worst = worst_difference(ours, rows_of(out / "dpo_single"))
         failed += not worst <= BAR
         print(f"{'dpo ' + name:14} {len(ours):5} {worst:15.1e} {'':>18} {time.perf_counter() - began:8.0f} "
               f"{'ok' if worst <= BAR else 'MISSED'}", flush=True)
@@ -266,7 +303,8 @@ def main() -> int:
             write_start(out / "start")
         trains = set(arguments.layouts) & {*LAYOUTS, "resume"}
         if trains and not (out / "single" / "model").is_dir():
-            run(Layout(), out / "single", {**options_of(Layout(), epochs, 1000), "load_checkpoint": out / "start"})
+            run(Layout(), out / "single", {**options_of(Layout(), epochs, 1000), **write_sources(out),
+                                           "load_checkpoint": out / "start"})
         print(f"{'layout':14} {'steps':>5} {'loss, relative':>15} {'weights, relative':>18} {'seconds':>8}")
         failed = check_layouts(out, [name for name in arguments.layouts if name in LAYOUTS], epochs)
         if "resume" in arguments.layouts:

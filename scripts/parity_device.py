@@ -14,12 +14,13 @@ from mindspore.ops import functional as F
 from parity_rows import Row, output, row
 
 from mindformers_ixc.config import MODE_ADAPTERS, read_config
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions
 from mindformers_ixc.models.rotary import rotary_tables
-from mindformers_ixc.processing.image import Grid, bicubic_resize, image_to_tiles, image_token_rows, normalise
+from mindformers_ixc.processing.image import Grid, Tiles, bicubic_resize, image_to_tiles, image_token_rows, normalise
 from mindformers_ixc.processing.processor import EncodedSample
 from mindformers_ixc.processing.prompt import shift_labels
 
@@ -43,9 +44,9 @@ def sample_of(ids: np.ndarray, images, config) -> EncodedSample:
     cut = [tiles_of(image, side) for image in ([images] if isinstance(images, np.ndarray) else images)]
     mask = (ids < 0).astype(np.int32)
     ids = np.where(ids < 0, config.pad_token_id, ids).astype(np.int32)
-    nothing = np.zeros((0, 3, side, side), np.float32)
+    tiles = Tiles.of_normalised(np.concatenate([Tiles.none(side).views, *(pixels for pixels, _ in cut)]))
     return EncodedSample(input_ids=ids, labels=np.full_like(ids, -100), image_mask=mask,
-                         grids=[grid for _, grid in cut], pixel_values=np.concatenate([nothing, *(t for t, _ in cut)]),
+                         grids=[grid for _, grid in cut], pictures=tiles,
                          tokens_per_side=config.vision_config.tokens_per_side)
 
 
@@ -138,9 +139,9 @@ def whole_model_logits(folder: Path, ids: np.ndarray, image: np.ndarray, mode: s
     """Logits `(L, V)` from ids and pixels `(3, H, W)`, through the model's own `construct`."""
     tiles = 1 + tiles_of(image, read_config(folder).vision_config.image_size)[1].tiles
     model = load_model(folder, IXC25ForCausalLM, seq_length=len(ids), max_tiles=tiles, adapter_mode=mode)
-    batch = sample_of(ids, image, model.config).pad(len(ids), tiles, model.config.pad_token_id)
-    columns = (batch["input_ids"], None, batch["pixel_values"], batch["vision_index"], batch["image_mask"])
-    return model(*[None if column is None else Tensor(column[None]) for column in columns]).asnumpy()[0]
+    batch = sample_of(ids, image, model.config).pad(len(ids), tiles, tiles, model.config.pad_token_id)
+    columns = [None if name == "labels" else Tensor(batch[name][None]) for name in BATCH_COLUMNS]
+    return model(*columns).asnumpy()[0]
 
 
 def training_batch(folder: Path, **overrides):
@@ -152,11 +153,11 @@ def training_batch(folder: Path, **overrides):
     model = load_model(folder, seq_length=length, max_tiles=count, plora_dropout=0.0, **overrides)
     columns = []
     for i, ids in enumerate(reference["ids"]):
-        batch = sample_of(ids, reference[f"image_{i}"][0], model.config).pad(length, count, model.config.pad_token_id)
+        batch = sample_of(ids, reference[f"image_{i}"][0], model.config).pad(length, count, count,
+                                                                                  model.config.pad_token_id)
         labels = np.where(reference["attention_mask"][i] == 1, reference["labels"][i], -100).astype(np.int32)
-        columns.append((batch["input_ids"], shift_labels(labels), batch["pixel_values"], batch["vision_index"],
-                        batch["image_mask"]))
-    return reference, model, [Tensor(np.stack(column)) for column in zip(*columns)]
+        columns.append({**batch, "labels": shift_labels(labels)})
+    return reference, model, [Tensor(np.stack([row[name] for row in columns])) for name in BATCH_COLUMNS]
 
 
 def check_training(folder: Path) -> list[Row]:

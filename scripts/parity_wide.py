@@ -18,6 +18,7 @@ from mindspore.ops import functional as F
 from parity_device import MODES, gradient_error, logits_of, sample_of, whole_model_logits
 from parity_rows import Row, output, row
 
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions
@@ -84,11 +85,10 @@ def padded_columns(model: IXC25Model, rows: list[tuple], length: int) -> list[Te
     """Arguments of the training loss, of rows `(ids, images, labels)`; labels are not shifted."""
     config, columns = model.config, []
     for ids, images, labels in rows:
-        batch = sample_of(ids, images, config).pad(length, config.max_tiles, config.pad_token_id)
+        batch = sample_of(ids, images, config).pad(length, config.max_tiles, config.max_tiles, config.pad_token_id)
         labels = np.pad(labels, (0, length - len(labels)), constant_values=-100).astype(np.int32)
-        columns.append((batch["input_ids"], shift_labels(labels), batch["pixel_values"], batch["vision_index"],
-                        batch["image_mask"]))
-    return [Tensor(np.stack(column)) for column in zip(*columns)]
+        columns.append({**batch, "labels": shift_labels(labels)})
+    return [Tensor(np.stack([row[name] for row in columns])) for name in BATCH_COLUMNS]
 
 
 def training_batch(folder: Path, mode: str) -> tuple[IXC25Model, list[Tensor]]:
@@ -238,9 +238,9 @@ class PairLoss(nn.Cell):
         super().__init__(auto_prefix=False)
         self.model, self.reference, self.beta = model, Tensor(reference.astype(np.float32)), beta
 
-    def log_probabilities(self, input_ids, labels, pixels, index, mask):
+    def log_probabilities(self, input_ids, labels, *pictures):
         """Summed log-probabilities of the labels, `(B,)`."""
-        log_probabilities = F.log_softmax(self.model.logits(input_ids, pixels, index, mask), -1)
+        log_probabilities = F.log_softmax(self.model.logits(input_ids, *pictures), -1)
         picked = F.gather_elements(log_probabilities, 2, F.maximum(labels, 0).expand_dims(-1))[..., 0]
         return (picked * (labels >= 0).astype(ms.float32)).sum(-1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.ops import operations as P
 
 from mindformers_ixc.checkpoint import strategy_file
+from mindformers_ixc.generation import ascend
 from mindformers_ixc.models.dropout import SeededDropout
 
 MINDSPORE = Path(ms.__file__).parent
@@ -235,8 +237,26 @@ def test_ascends_attention_has_the_parts_that_are_used():
     manager = PagedAttentionMgr(2, 8, 2, (3, 16, 2, 8), compute_dtype=mstype.float16)
     assert manager.key_cache.shape == manager.value_cache.shape == (3, 16, 2, 8)
     assert callable(manager.paged_attn) and callable(manager.shard)
-    flash = FlashAttention(2, scale_value=0.5, next_tokens=0, input_layout="BNSD")
+    flash = FlashAttention(2, scale_value=0.5, next_tokens=0, input_layout="BNSD", sparse_mode=2)
     assert isinstance(flash.flash_attention, P.nn_ops.FlashAttentionScore)
+
+
+def test_inference_kernels_are_switched_on_as_mindformers_does_it(monkeypatch):
+    from mindformers.core.context.build_context import MFContextOperator, MSContextOperator
+    from mindspore.context import get_jit_config
+
+    told: dict = {}
+    MSContextOperator._set_predict_jit_config(SimpleNamespace(config={"run_mode": "predict"}), {}, told)
+    assert told == {"jit_config": ascend.BOOST}
+    environment: dict = {}
+    monkeypatch.setattr(os, "environ", environment)
+    made = SimpleNamespace(run_mode="predict", use_graceful_exit=False, _get_precision_env=dict,
+                           config=SimpleNamespace(get_value=lambda _, default: default))
+    MFContextOperator.set_env(made, use_past=True)
+    assert ascend.ENVIRONMENT.items() <= environment.items()
+    assert isinstance(get_jit_config(), dict)
+    assert callable(ms.hal.get_device_properties)
+    assert ms.runtime.memory_allocated() == 0
 
 
 def test_the_rate_of_a_built_dropout_can_be_changed():

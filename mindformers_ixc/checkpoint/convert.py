@@ -10,10 +10,11 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from mindformers_ixc.checkpoint.model_config import config_of
+from mindformers_ixc.checkpoint.model_config import config_of, run_record
 from mindformers_ixc.checkpoint.sources import AVERAGE_PREFIX, OpenedCheckpoint, is_state, open_source
 from mindformers_ixc.checkpoint.start import check_tensor, mismatch
 from mindformers_ixc.checkpoint.tensors import LazyTensor
+from mindformers_ixc.checkpoint.unused import of_ranks
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
 from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.errors import CheckpointError
@@ -110,6 +111,12 @@ def select_tensors(source: OpenedCheckpoint, config: ModelConfig, options: Optio
         else:
             surplus.append(name)
     missing = [name for name in table if name not in source.tensors]
+    if missing and source.kind == "ranks":
+        found = of_ranks(source, run_record(source)[1], missing)
+        for name, tensor in found.items():
+            check_tensor(source, name, tensor, table[name].shape)
+        chosen.update(found)
+        missing = [name for name in missing if name not in found]
     if missing or surplus:
         raise CheckpointError(mismatch(source.path, missing, surplus))
     if is_run and left_out:

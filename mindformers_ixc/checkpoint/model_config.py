@@ -50,6 +50,8 @@ def _run_record(source: OpenedCheckpoint) -> ModelConfig | None:
                               f"name the model's {CONFIG_FILE} with --config.")
     given = {key: value for key, value in fields.items() if FIELDS.get(key, _NOT_PUBLIC).public or key in ALIASES}
     config = ModelConfig(**given) if start is None else config_of(open_source(str(start), verify=False))
+    if isinstance(given.get("plora_dropout"), (int, float)):
+        config.plora_dropout = given["plora_dropout"]       # says how a run trains, not what its weights are
     odd = [key for key in given if key in FIELDS and key != "vision_config" and given[key] is not None
            and given[key] != getattr(config, key)]
     if odd:

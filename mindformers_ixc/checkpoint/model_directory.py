@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.checkpoint.start import Recipe, match_tensors
 from mindformers_ixc.checkpoint.streaming import say_not_finite
 from mindformers_ixc.checkpoint.tensor_file import TensorFile
-from mindformers_ixc.checkpoint.tensors import LazyTensor, PartOfTensor
+from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor, PartOfTensor
 from mindformers_ixc.config import CONFIG_FILE
 from mindformers_ixc.device import is_parallel, rank
 from mindformers_ixc.errors import CheckpointError
@@ -108,6 +109,26 @@ def save_model_directory(model: nn.Cell, target: str | os.PathLike,
         image_options: further arguments of `ImageProcessor` that the model was trained with and that are not its
             defaults: `transparency`, `exif`.
     """
+    write_model_directory(model, weights_of(model, parameters), target, tokenizer_file, hd_num, image_options)
+
+
+def weights_of(model: nn.Cell, names: Iterable[str] | None = None) -> dict[str, LazyTensor]:
+    """Parameters in a model's memory by name, all or some of them."""
+    wanted = None if names is None else set(names)
+    return {parameter.name: ParameterTensor(parameter) for parameter in model.get_parameters()
+            if wanted is None or parameter.name in wanted}
+
+
+def write_model_directory(model: nn.Cell, tensors: dict[str, LazyTensor], target: str | os.PathLike,
+                          tokenizer_file: str | os.PathLike | None = None, hd_num: int | None = None,
+                          image_options: dict[str, Any] | None = None) -> None:
+    """Writes a model directory whose weights are not, or not all, in the model's memory, a few rows at a time.
+
+    Args:
+        model: gives the configuration.
+        tensors: the weights, by public name.
+        target, tokenizer_file, hd_num, image_options: as in `save_model_directory`.
+    """
     with whole_folder(target) as folder:
         config = model.config.to_public_dict()
         config["torch_dtype"] = str(next(iter(model.get_parameters())).dtype).lower()
@@ -117,20 +138,40 @@ def save_model_directory(model: nn.Cell, target: str | os.PathLike,
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer_file is not None:
             Tokenizer(str(tokenizer_file)).save_pretrained(str(folder))
-        write_digests(folder, known={WEIGHTS_FILE: _write_weights(model, folder / WEIGHTS_FILE, parameters)})
+        write_digests(folder, known={WEIGHTS_FILE: write_tensors(folder / WEIGHTS_FILE, tensors)})
 
 
-def _write_weights(model: nn.Cell, path: Path, names: list[str] | None) -> dict[str, str]:
-    """Writes the weights; returns the SHA-256 of each tensor, of what was in memory."""
-    parameters = [parameter for parameter in model.get_parameters() if names is None or parameter.name in set(names)]
-    file = TensorFile(path, [(p.name, _format(p), tuple(p.shape)) for p in parameters])
+class ParameterTensor(LazyTensor):
+    """A parameter that is in the model's memory; in a parallel run this device's slice of it."""
+
+    def __init__(self, parameter: Parameter):
+        self.parameter, self.dtype, self.shape = parameter, _format(parameter), tuple(parameter.shape)
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """Rows `begin` to `end`; see `LazyTensor`."""
+        parameter = self.parameter.init_data() if self.parameter.has_init else self.parameter   # in no graph
+        value = np.ascontiguousarray(parameter.asnumpy())
+        value = value.view(np.uint16) if self.dtype == "BF16" else value
+        return value[begin:end] if self.shape else value
+
+    def pieces(self, limit: int = PIECE) -> Iterator[tuple[int, np.ndarray]]:
+        """One piece: it is fetched from the device as a whole anyway."""
+        yield 0, self.rows(0, self.shape[0] if self.shape else 1)
+
+
+def write_tensors(path: Path, tensors: dict[str, LazyTensor]) -> dict[str, str]:
+    """Writes a safetensors file; returns the SHA-256 of each tensor, of what was in memory."""
+    file = TensorFile(path, [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
     sums = {}
     try:
         file.open()
-        for parameter in parameters:
-            value = np.ascontiguousarray(parameter.asnumpy())
-            file.write(parameter.name, 0, value.view(np.uint16) if _format(parameter) == "BF16" else value)
-            sums[parameter.name] = hashlib.sha256(value.reshape(-1).view(np.uint8).data).hexdigest()
+        for name, tensor in tensors.items():
+            digest = hashlib.sha256()
+            for begin, piece in tensor.pieces():
+                piece = np.ascontiguousarray(piece)
+                file.write(name, begin, piece)
+                digest.update(piece.reshape(-1).view(np.uint8).data)
+            sums[name] = digest.hexdigest()
     finally:
         file.close()
     return sums

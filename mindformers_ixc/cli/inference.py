@@ -6,6 +6,7 @@ import logging
 
 import mindspore as ms
 
+from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.generation.assistant import Assistant
 
 # Ascend's paged and flash attention take 16 bits; the released weights are bfloat16.
@@ -31,11 +32,12 @@ def image_options(arguments: argparse.Namespace) -> dict:
 
 
 def prepare_device(arguments: argparse.Namespace) -> None:
-    """Graph mode on `arguments.device_target`, quiet unless `arguments.verbose`."""
+    """Graph mode on `arguments.device_target`, with its inference kernels; quiet unless `arguments.verbose`."""
     if not arguments.verbose:
         quiet_mindformers()
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device(arguments.device_target)
+    prepare_inference()
 
 
 def generation_options(arguments: argparse.Namespace) -> dict:

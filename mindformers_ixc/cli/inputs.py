@@ -25,7 +25,7 @@ def check_inputs(arguments: argparse.Namespace) -> None:
     run = arguments.run if arguments.command == "launch" else arguments
     if getattr(run, "register_path", None) and not Path(run.register_path).is_dir():
         raise NotADirectoryError(f"--register_path {run.register_path} is not a folder.")
-    if run.command in ("run", "plan"):
+    if run.command in ("run", "plan") or (run.command == "data" and run.config):
         read_yaml(run.config)
     for name in ("image", "data", "pairs"):
         given = getattr(arguments, name, None) or []
@@ -44,6 +44,6 @@ def _targets(arguments: argparse.Namespace) -> dict[str, str]:
         return {"--predictions": arguments.predictions}
     if arguments.command == "reference":
         return {"TARGET": arguments.target}
-    if arguments.command == "data" and len(arguments.files) > 1:
+    if arguments.command == "data" and arguments.kind != "plan" and len(arguments.files) > 1:
         return {"the file to be written,": arguments.files[-1]}
     return {}

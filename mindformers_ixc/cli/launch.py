@@ -24,7 +24,7 @@ from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.interruption import JOB, name_of
 from mindformers_ixc.parallel.checks import check_run
 from mindformers_ixc.parallel.degrees import degrees_of
-from mindformers_ixc.training.resume import CHOSEN, chosen_checkpoint, is_complete, mark_finished, step_of
+from mindformers_ixc.training.resume import CHOSEN, chosen_checkpoint, closing_of, is_complete, mark_finished, step_of
 from mindformers_ixc.training.run_folder import claimed
 from mindformers_ixc.training.starting import adopt_start
 from mindformers_ixc.training.stopping import ask_ranks
@@ -64,7 +64,11 @@ def launch(arguments: argparse.Namespace) -> int:
             step = step_of(chosen_checkpoint(fields)[1][0])
         code = _run_ranks(arguments, fields, ranks, folder, step)
         if code == 0:
-            mark_finished(folder, [])
+            closing = closing_of(folder)
+            if closing is None:        # another model's trainer notes nothing
+                mark_finished(folder, [])
+            elif closing:
+                print(closing, file=sys.stderr, flush=True)
         return code
 
 

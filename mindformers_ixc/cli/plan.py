@@ -5,7 +5,7 @@ import argparse
 import json
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.parallel.degrees import DEGREES
 from mindformers_ixc.planning.cost import Assumptions
 from mindformers_ixc.planning.plan import Plan, make_plan
+from mindformers_ixc.planning.rows import RowMeans, read_rows, steps_of_run
 from mindformers_ixc.planning.search import Candidate, Search, search
 from mindformers_ixc.planning.text import plan_text, search_text
 from mindformers_ixc.planning.workload import Workload, place, read_workload
-from mindformers_ixc.sections import check_value, whole
+from mindformers_ixc.sections import Rule, check_value, is_number, whole
 
 # Of a device, unless an option or the YAML's context.max_device_memory says otherwise.
 DEVICE_MEMORY = "64GB"
@@ -66,13 +67,9 @@ def plan(arguments: argparse.Namespace) -> int:
         ConfigError: for a wrong key, value or layout; nothing has been compiled then.
         LayoutError: when a graph does not compile.
     """
-    fields = read_yaml(arguments.config)
-    apply_overrides(fields, parse_overrides(arguments.rest))
-    tie_data_section(fields)
-    check_fields(fields, arguments.config)
-    _adopt_start(fields)
-    memory, assumptions = _device_memory(arguments, fields), _assumptions(arguments)
-    asked = read_workload(fields)
+    fields = _fields(arguments)
+    memory, assumptions = _device_memory(arguments, fields), _assumptions(arguments, fields)
+    asked = _with_rows(arguments, fields, read_workload(fields))
     workload: Workload | None
     name, found = Path(arguments.config).name, None
     if arguments.search:
@@ -85,12 +82,56 @@ def plan(arguments: argparse.Namespace) -> int:
     made = None
     if workload is not None and not (found and arguments.no_compile):
         made = make_plan(fields, workload, memory, assumptions, not arguments.no_compile,
-                         lambda line: print(line, file=sys.stderr, flush=True), arguments.every_layer)
+                         lambda line: print(line, file=sys.stderr, flush=True), arguments.every_layer,
+                         _steps(arguments, fields, workload))
         if not arguments.json:
             print(("\nThe first of them:\n" if found else "") + plan_text(name, made), file=arguments.answers)
     if arguments.json:
         print(json.dumps(_as_json(found, made), indent=1), file=arguments.answers)
     return 0 if workload is not None and (made is None or made.fits) else 1
+
+
+def _fields(arguments: argparse.Namespace) -> dict:
+    """The YAML's fields with the overrides, checked."""
+    fields = read_yaml(arguments.config)
+    apply_overrides(fields, parse_overrides(arguments.rest))
+    if arguments.data is not None:
+        apply_overrides(fields, {"train_dataset.data_loader.dataset_dir": arguments.data})
+    tie_data_section(fields)
+    check_fields(fields, arguments.config)
+    _adopt_start(fields)
+    return fields
+
+
+def _with_rows(arguments: argparse.Namespace, fields: dict, workload: Workload) -> Workload:
+    """The workload with what its rows hold, as the data or an option say."""
+    if arguments.mean_samples is not None:
+        _check_mean_samples(arguments, workload)
+        return replace(workload, rows=RowMeans(arguments.mean_samples))
+    if arguments.data is None:
+        return workload
+    if workload.preference:
+        raise ConfigError("--data is given with a recipe for preference pairs, which are not packed and are not "
+                          "measured; leave it out.")
+    return replace(workload, rows=read_rows(fields.get("train_dataset") or {}, workload.config))
+
+
+def _check_mean_samples(arguments: argparse.Namespace, workload: Workload) -> None:
+    if arguments.data is not None:
+        raise ConfigError("--mean_samples and --data both say how many samples share a row; give one of them.")
+    if not workload.config.packing:
+        raise ConfigError("--mean_samples is given, but model.model_config.packing is False, so a row is one sample.")
+    check_value("--mean_samples", arguments.mean_samples,
+                Rule(lambda value: is_number(value) and 1 <= value <= workload.config.max_segments,
+                     f"a number from 1 to max_segments {workload.config.max_segments}"))
+
+
+def _steps(arguments: argparse.Namespace, fields: dict, workload: Workload) -> int | None:
+    """Steps of the run, if they are known."""
+    if arguments.steps is not None:
+        check_value("--steps", arguments.steps, whole(1))
+        return arguments.steps
+    return steps_of_run(fields, workload.rows, workload.global_batch) if arguments.data and workload.rows else None
 
 
 def _device_memory(arguments: argparse.Namespace, fields: dict) -> int:
@@ -100,14 +141,15 @@ def _device_memory(arguments: argparse.Namespace, fields: dict) -> int:
     return read_memory(own, "context.max_device_memory") if own else read_memory(DEVICE_MEMORY)
 
 
-def _assumptions(arguments: argparse.Namespace) -> Assumptions:
+def _assumptions(arguments: argparse.Namespace, fields: dict) -> Assumptions:
+    peak = {"tflops": fields["device_tflops"]} if fields.get("device_tflops") else {}
     given = {field.name: getattr(arguments, field.name) for field in fields_of(Assumptions)
              if getattr(arguments, field.name, None) is not None}
     for name, value in given.items():
         if value <= 0 or (name == "utilisation" and value > 1):
             limits = "above 0, and 1 at most" if name == "utilisation" else "above 0"
             raise ConfigError(f"--{name} is {value:g}; it must be {limits}.")
-    return Assumptions(**given)
+    return Assumptions(**{**peak, **given})
 
 
 def _degrees(arguments: argparse.Namespace) -> dict[str, int | None]:

@@ -15,9 +15,27 @@ from mindformers_ixc.files import EVALUATIONS_FILE, METRICS_FILE, read_metrics, 
 CURVES = (("loss", "Loss", "loss", False), ("learning_rate", "Learning rate", "learning_rate", False),
           ("grad_norm", "Gradient norm before clipping", "grad_norm", True),
           ("throughput", "Samples a second", "samples_per_second", False),
+          ("goodput", "Goodput: share of the operations that real positions and tiles need", "goodput", False),
+          ("tflops", "Model TFLOPS a device", "tflops", False),
+          ("mfu", "Model FLOPs utilisation (MFU)", "mfu", False),
+          ("data_wait", "Share of a step spent waiting for data", "data_wait", False),
           ("reward_margin", "Reward margin", "reward_margin", False),
           ("reward_accuracy", "Reward accuracy", "reward_accuracy", False),
           ("logp_chosen", "Log-probability of chosen answers", "logp_chosen", False))
+
+# Curves of two keys: what is real, and what was computed.
+PAIRS = (("positions", "Positions a second", "positions_per_second"), ("tiles", "Tiles a second", "tiles_per_second"))
+
+# Keys whose first value is that of the compiler, not of the run.
+SLOW_START = ("samples_per_second", "tflops", "mfu", "data_wait", "positions_per_second", "tiles_per_second",
+              "computed_positions_per_second", "computed_tiles_per_second")
+
+# Rows of the table, by key of `metrics.jsonl`: medians of the steps after the first.
+SPEEDS = {"samples_per_second": ("samples a second", "{:.3g}"),
+          "positions_per_second": ("positions a second", "{:,.0f}"),
+          "tiles_per_second": ("tiles a second", "{:.3g}"), "goodput": ("goodput", "{:.1%}"),
+          "tflops": ("model TFLOPS a device", "{:.3g}"), "mfu": ("MFU", "{:.1%}"),
+          "data_wait": ("waiting for data", "{:.1%}")}
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -64,10 +82,10 @@ def draw(rows: list[dict], evaluations: list[dict]) -> list[tuple[str, str, byte
     """
     charts = []
     for name, title, key, logarithmic in CURVES:
-        lines = {"": [(row["step"], row[key]) for row in rows if row.get(key) is not None]}
-        if name == "throughput":   # the first step compiles
-            lines = {"": lines[""][1:]}
-        charts.append((name, title, _plot(lines, title, logarithmic)))
+        charts.append((name, title, _plot({"": _curve(rows, key)}, title, logarithmic)))
+    for name, title, key in PAIRS:
+        lines = {"real": _curve(rows, key), "computed": _curve(rows, f"computed_{key}")}
+        charts.append((name, title, _plot(lines, title, False)))
     sources = dict.fromkeys(source for row in rows for source in row.get("sources", {}))
     by_source = {Path(source).name: [(row["step"], row["sources"][source]["loss"]) for row in rows
                                      if source in row.get("sources", {})] for source in sources}
@@ -106,6 +124,12 @@ def _plot(lines: dict[str, list[tuple[float, float]]], title: str, logarithmic: 
     return buffer.getvalue()
 
 
+def _curve(rows: list[dict], key: str) -> list[tuple[float, float]]:
+    """Steps and values of a key."""
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return points[1:] if key in SLOW_START else points
+
+
 def _table(rows: list[dict], evaluations: list[dict]) -> str:
     last, seconds = rows[-1], [row["seconds"] for row in rows[1:]] or [rows[0]["seconds"]]
     first, final = ("not finite" if row["loss"] is None else f"{row['loss']:.4g}" for row in (rows[0], last))
@@ -113,6 +137,10 @@ def _table(rows: list[dict], evaluations: list[dict]) -> str:
              "median seconds a step": f"{statistics.median(seconds):.3g}",
              "labelled tokens": sum(row.get("tokens", 0) for row in rows) or "",
              "steps skipped for overflow": sum(row["overflow"] for row in rows)}
+    for key, (name, form) in SPEEDS.items():
+        values = [row[key] for row in rows[1:] or rows if row.get(key) is not None]
+        if values:
+            facts[name] = form.format(statistics.median(values))
     facts.update({f"held-out {key}": f"{value:.4g}" for key, value in (evaluations[-1] if evaluations else {}).items()
                   if key != "step"})
     return "<table>" + "".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in facts.items()) + "</table>"

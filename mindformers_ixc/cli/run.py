@@ -20,7 +20,7 @@ from mindformers_ixc.cli.run_config import check_fields
 from mindformers_ixc.cli.yaml_file import merged_fields
 from mindformers_ixc.cpu_cluster.groups import install
 from mindformers_ixc.cpu_cluster.loading import load_on_cpu
-from mindformers_ixc.parallel.checks import check_run
+from mindformers_ixc.parallel.checks import check_run, complete_parallel
 from mindformers_ixc.training.resume import is_complete, prepare_resume, record_run
 from mindformers_ixc.training.run_folder import answers, claimed, in_job, locked
 from mindformers_ixc.training.starting import adopt_start
@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_fields(fields, arguments.config)
     adopt_start(fields, say=reports())
     check_run(fields)
+    complete_parallel(fields)
     output_dir = Path(fields.setdefault("output_dir", "output")).resolve()
     fields["output_dir"] = str(output_dir)
     with _folder(output_dir, fields, arguments):

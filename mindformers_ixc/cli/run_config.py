@@ -6,9 +6,12 @@ from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
 from mindformers.tools.register.template import Config as Template
 
 from mindformers_ixc.checkpoint.start import OVERRIDE
-from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, VISION_FIELDS, Field
+from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, MODE_ADAPTERS, VISION_FIELDS, Field
+from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.preferences import REFERENCE_COLUMN
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.preference_options import needs_reference, preference_options
 from mindformers_ixc.sections import (
     ANYTHING,
     Rule,
@@ -17,6 +20,7 @@ from mindformers_ixc.sections import (
     check_value,
     check_values,
     hint,
+    is_number,
     like,
     of_type,
     one_of,
@@ -28,10 +32,19 @@ RUN_MODES = ("train", "finetune", "predict")
 
 # Top-level keys of this package beside MindFormers' own.
 OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation",
-                "on_save_error", OVERRIDE)
+                "on_save_error", "no_join", "device_tflops", "tensorboard", OVERRIDE)
+
+# More than any device has: such a number counts operations, or 10^9 of them.
+LARGEST_PEAK = 1e5
+
+_PEAK = Rule(lambda value: is_number(value) and 0 <= value <= LARGEST_PEAK,
+             "the peak of a device in 10^12 operations a second, from 0 (unknown: no MFU in the log) to 100000")
 
 _NAMES = Rule(lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
               "a list of fields of model.model_config")
+
+_DECAY = Rule(lambda value: is_number(value) and 0 <= value < 1, "a number of at least 0 and below 1")
+
 
 def check_fields(fields: dict, source: str) -> None:
     """Checks every key and the type of every plain value of a run's fields.
@@ -50,6 +63,12 @@ def check_fields(fields: dict, source: str) -> None:
     check_value("run_mode", fields.get("run_mode"), one_of(RUN_MODES), source=source)
     if fields.get("on_save_error") is not None:
         check_value("on_save_error", fields["on_save_error"], one_of(("stop", "continue")), source=source)
+    if fields.get("no_join") is not None:
+        check_value("no_join", fields["no_join"], of_type(bool), source=source)
+    if fields.get("device_tflops") is not None:
+        check_value("device_tflops", fields["device_tflops"], _PEAK, source=source)
+    if fields.get("tensorboard") is not None:      # MindFormers has a section of that name
+        check_value("tensorboard", fields["tensorboard"], of_type(bool, dict), source=source)
     if fields.get(OVERRIDE) is not None:
         check_value(OVERRIDE, fields[OVERRIDE], _NAMES, source=source)
     for name in sections:
@@ -64,10 +83,18 @@ def check_fields(fields: dict, source: str) -> None:
     _check_typed_sections(fields, source)
     _check_model(fields, source)
     _check_parts(fields, source)
-    if (fields.get("train_dataset_task") or {}).get("type") in ("IXC25SFTDataset", "IXC25PreferenceDataset"):
-        check_dataset_section(fields.get("train_dataset"))
+    decay = (fields.get("runner_wrapper") or {}).get("ema_decay")
+    if decay is not None:
+        check_value("runner_wrapper.ema_decay", decay, _DECAY, source=source)
+    task = (fields.get("train_dataset_task") or {}).get("type")
+    if task in ("IXC25SFTDataset", "IXC25PreferenceDataset"):
+        check_dataset_section(fields.get("train_dataset"), task == "IXC25PreferenceDataset")
+    _check_preference(fields, source)
     if fields.get("evaluation") is not None:
-        evaluation_options(fields["evaluation"])
+        options = evaluation_options(fields["evaluation"])
+        if options["keep_best"] and fields.get("no_join") and fields.get("use_parallel"):
+            raise ConfigError(f"{source}: evaluation.keep_best keeps a whole model, but no_join (--no_join) leaves the "
+                              "ranks' parts as they are; take one of them out.")
 
 
 def _template_rules(template: type[Template]) -> dict[str, Rule]:
@@ -108,6 +135,40 @@ def _check_model(fields: dict, source: str) -> None:
         config["vision_config"].setdefault("type", "IXC25VisionConfig")
         check_section(config["vision_config"], _signature_rules(VISION_FIELDS), "model.model_config.vision_config",
                       source=source)
+
+
+def _check_preference(fields: dict, source: str) -> None:
+    """Checks the options of preference pairs and their columns, and that network and data set are for pairs or not."""
+    model = fields["model"]
+    section = model["model_config"]
+    if section.get("type") != "IXC25Config":
+        return
+    learns = (model.get("arch") or {}).get("type") == "IXC25ForPreference"
+    kind = (fields.get("train_dataset_task") or {}).get("type")
+    columns = (fields.get("train_dataset") or {}).get("input_columns") or ()
+    has_reference = isinstance(columns, (list, tuple)) and REFERENCE_COLUMN in columns
+    if kind in ("IXC25SFTDataset", "IXC25PreferenceDataset") and learns != (kind == "IXC25PreferenceDataset"):
+        raise ConfigError(f"{source}: model.arch.type is {(model.get('arch') or {}).get('type')!r}, but "
+                          f"train_dataset_task.type is {kind!r}; IXC25ForPreference and IXC25PreferenceDataset belong "
+                          "together.")
+    if not learns:
+        if has_reference:
+            raise ConfigError(f"{source}: train_dataset.input_columns has {REFERENCE_COLUMN}, which only preference "
+                              "pairs have (model.arch.type IXC25ForPreference).")
+        return
+    options = preference_options(section.get("preference"))
+    mode = section.get("adapter_mode") or "base"
+    adapters = MODE_ADAPTERS.get(mode)      # an unknown mode is refused where the model is built
+    if adapters is not None and options["task"] not in adapters:
+        raise ConfigError(f"{source}: model.model_config.preference.task is '{options['task']}', which adapter_mode "
+                          f"'{mode}' does not use ({', '.join(adapters) or 'it uses none'}).")
+    if has_reference and not needs_reference(options):
+        raise ConfigError(f"{source}: train_dataset.input_columns has {REFERENCE_COLUMN}, but the loss "
+                          f"{options['loss']} compares with no reference; take the column out.")
+    foreign = [name for name in columns if name not in (*BATCH_COLUMNS, REFERENCE_COLUMN)]
+    if foreign:
+        raise ConfigError(f"{source}: train_dataset.input_columns has {', '.join(map(str, foreign))}, which preference "
+                          f"pairs do not have; they have {', '.join((*BATCH_COLUMNS, REFERENCE_COLUMN))}.")
 
 
 def _check_parts(fields: dict, source: str) -> None:

@@ -172,6 +172,8 @@ def merged_fields(arguments: argparse.Namespace) -> dict:
         overrides["use_parallel"] = read_value(arguments.use_parallel)
     if arguments.predict_data is not None:
         overrides["input_data"] = arguments.predict_data
+    if getattr(arguments, "no_join", False):
+        overrides["no_join"] = True
     apply_overrides(fields, overrides)
     tie_data_section(fields)
     return fields

@@ -1,21 +1,26 @@
 """What crosses from host to device: the columns of a batch, documented here and nowhere else.
 
-With B samples, L = `seq_length` positions, T = `max_tiles` tiles of P x P pixels and k x k tokens a tile (letters as in
-`mindformers_ixc.models`):
+With B samples, L = `seq_length` positions, T = `max_tiles` tiles of P x P pixels and k x k tokens a tile, and
+I = `max_images` pictures (letters as in `mindformers_ixc.models`):
 
 | column | type | shape | holds |
 |---|---|---|---|
 | input_ids | int32 | (B, L) | token ids; the padding id at image positions and in the padding on the right |
 | labels | int32 | (B, L) | already shifted: the target of each position, -100 where there is no loss |
-| pixel_values | float32 | (B, T, 3, P, P) | normalised tiles, zeros after them |
+| pixel_values | uint8 | (B, T, 3, P, P) | pixels of the local tiles, zeros in all other slots |
+| global_views | float32 | (B, I, 3, P, P) | normalised global views of the pictures in their order, then zeros |
+| view_index | int32 | (B, T) | 0: the slot is a local tile, i > 0: it is global view i - 1 of the sample |
 | vision_index | int32 | (B, L) | row of the vision table each image position takes; 0 elsewhere |
 | image_mask | int32 | (B, L) | 1 on image positions |
 
-Of each image the global view comes first, then its tiles row by row. The vision table of a sample has T * k * k + 2
-rows: those of its tiles in order, then sub_GN, then glb_GN.
+Of each image the global view comes first, then its tiles row by row. A local tile travels as bytes, and the network
+normalises it (`mindformers_ixc.models.pixels`); a global view is a bicubic resize of the normalised picture and fits no
+byte. `Tiles` of `mindformers_ixc.processing.image` holds the three columns of one sample.
 
-A row of n packed conversations has S - n positions of padding at least (`mindformers_ixc.data.packing.segment_ends`): no
-segment is empty, their ends rise strictly and the last one is L.
+The vision table of a sample has T * k * k + 2 rows: those of its tiles in order, then sub_GN, then glb_GN.
+
+A row of n packed conversations has S - n positions of padding at least (`mindformers_ixc.data.packing.segment_ends`):
+no segment is empty, their ends rise strictly and the last one is L.
 
 Columns that a run asks for in `input_columns`:
 
@@ -23,8 +28,8 @@ Columns that a run asks for in `input_columns`:
 |---|---|---|---|
 | position_ids | int32 | (B, L) | position within its conversation; starts again at 0 where samples are packed |
 | segment_ends | int32 | (B, S) | where the row's S = `max_segments` segments end: packed conversations, then padding |
-| noise_seed | int32 | (B,) | seed of the dropout noise, from the run's seed and the sample's place in the run |
-| source | int32 | (B,) | number of the source, for losses by source |
+| noise_seed | int32 | (B,) | seed of the dropout noise, from the run's seed and the row's place in the run |
+| source | int32 | (B, L) | number of each position's source, for losses by source; any in the padding |
 
 Preference pairs (`IXC25PreferenceDataset`) have input_ids, labels, vision_index and image_mask as (B, 2, L), the chosen
 answer first, one set of images for both, and where they were computed before
@@ -40,9 +45,30 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-BATCH_COLUMNS = ("input_ids", "labels", "pixel_values", "vision_index", "image_mask")
+from mindformers_ixc.config import ModelConfig
+
+PIXEL_COLUMNS = ("pixel_values", "global_views", "view_index")
+BATCH_COLUMNS = ("input_ids", "labels", *PIXEL_COLUMNS, "vision_index", "image_mask")
 PACKING_COLUMNS = ("position_ids", "segment_ends")
 EXTRA_COLUMNS = (*PACKING_COLUMNS, "noise_seed", "source")
+
+# Columns of preference pairs that have the pair's answers as a second axis.
+ANSWER_COLUMNS = ("input_ids", "labels", "vision_index", "image_mask")
+
+
+def column_ranks(columns: Iterable[str], pairs: bool = False) -> list[int]:
+    """Axes of some columns.
+
+    Args:
+        columns: their names.
+        pairs: whether they are those of preference pairs.
+    """
+    return [len(shape) + 1 for _, shape in column_shapes(ModelConfig(), columns, 2 if pairs else 1).values()]
+
+
+def default_max_images(max_tiles: int) -> int:
+    """I where nobody says it: a picture takes two of the T tiles at least, its global view and one of its own."""
+    return max(1, max_tiles // 2)
 
 
 def full_batches(items: Iterable, size: int,
@@ -60,3 +86,24 @@ def full_batches(items: Iterable, size: int,
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch + [pad(batch[-1])] * (size - len(batch)), len(batch)
+
+
+def column_shapes(config: ModelConfig, columns: Iterable[str],
+                  answers: int = 1) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of a row in some columns, in their order.
+
+    Args:
+        config: lengths and sizes.
+        columns: names; without `global_views` the views are among the `pixel_values`, which are float32 then.
+        answers: of a row; 2 for preference pairs, whose texts have one axis more.
+    """
+    columns, vision, length = tuple(columns), config.vision_config, config.seq_length
+    texts = (length,) if answers == 1 else (answers, length)
+    picture = (3, vision.image_size, vision.image_size)
+    table: dict[str, tuple[str, tuple[int, ...]]] = {
+        **dict.fromkeys(ANSWER_COLUMNS, ("int32", texts)),
+        "pixel_values": ("uint8" if "global_views" in columns else "float32", (config.max_tiles, *picture)),
+        "global_views": ("float32", (config.max_images, *picture)), "view_index": ("int32", (config.max_tiles,)),
+        "position_ids": ("int32", (length,)), "segment_ends": ("int32", (config.max_segments,)),
+        "noise_seed": ("int32", ()), "source": ("int32", (length,)), "reference_logps": ("float32", (answers,))}
+    return {name: table[name] for name in columns}

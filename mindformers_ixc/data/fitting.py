@@ -30,8 +30,8 @@ class Fitted(NamedTuple):
     tiles: int
 
 
-def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_tiles: int,
-              hd_num: int) -> tuple[int, tuple[int, int]]:
+def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_tiles: int, hd_num: int,
+              max_images: int | None = None) -> tuple[int, tuple[int, int]]:
     """How many question-answer pairs of a conversation fit, counted from its start.
 
     Args:
@@ -40,6 +40,7 @@ def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_t
         seq_length: positions at most.
         max_tiles: tiles at most.
         hd_num: tiles of an image at most.
+        max_images: pictures at most; `None` for any number.
 
     Returns:
         Number of pairs, and (positions, tiles) of the whole conversation if all fit, else of the first pair that does
@@ -53,7 +54,8 @@ def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_t
     for count in range(pairs, 0, -1):
         part = first_pairs(sample, count)
         needed = processor.conversation_length(part.turns, part.sizes, hd_num, sample.where, part.images)
-        if needed[0] <= seq_length and needed[1] <= max_tiles:
+        few = max_images is None or len(part.images) <= max_images
+        if needed[0] <= seq_length and needed[1] <= max_tiles and few:
             return count, needed
         shortest = needed
     return 0, shortest
@@ -88,7 +90,8 @@ def check_bad_pictures(errors: Sequence[ImageError], total: int, max_bad_share: 
 
 
 def fit_samples(processor: Processor, samples: Sequence[Conversation], seq_length: int, max_tiles: int,
-                hd_num: int, max_bad_share: float = MAX_BAD_SHARE) -> list[Fitted]:
+                hd_num: int, max_bad_share: float = MAX_BAD_SHARE, max_images: int | None = None,
+                max_segments: int | None = None) -> list[Fitted]:
     """Cuts conversations to the fixed shapes, only between whole pairs, and reports what was lost.
 
     Args:
@@ -98,19 +101,27 @@ def fit_samples(processor: Processor, samples: Sequence[Conversation], seq_lengt
         max_tiles: tiles at most.
         hd_num: tiles of an image at most.
         max_bad_share: share of samples with a picture that cannot be partitioned that may be left out.
+        max_images: pictures at most; `None` for any number.
+        max_segments: of packed rows, whose padding takes `max_segments` - 1 positions beside a single sample;
+            `None` without packing.
 
     Raises:
         DataError: when nothing fits, with the lengths that would, or too many pictures cannot be used.
     """
-    kept, cut, dropped, needs, bad = [], 0, 0, [], []
+    longest = seq_length if max_segments is None else seq_length - max_segments + 1
+    shapes = f"seq_length {seq_length} and max_tiles {max_tiles}" if max_images is None else \
+        f"seq_length {seq_length}, max_tiles {max_tiles} and max_images {max_images}"
+    if max_segments is not None:
+        shapes += f" (max_segments {max_segments} leaves {longest} positions to a sample)"
+    kept, cut, dropped, needs, bad = [], 0, [], [], []
     for sample in tqdm(samples, desc="measuring samples", unit="sample", disable=len(samples) < PROGRESS_FROM):
         try:
-            pairs, needed = fit_pairs(processor, sample, seq_length, max_tiles, hd_num)
+            pairs, needed = fit_pairs(processor, sample, longest, max_tiles, hd_num, max_images)
         except ImageError as error:
             bad.append(error)
             continue
         if pairs == 0:
-            dropped += 1
+            dropped.append(len(first_pairs(sample, 1).images))
             needs.append(needed)
             continue
         part = first_pairs(sample, pairs)
@@ -118,15 +129,14 @@ def fit_samples(processor: Processor, samples: Sequence[Conversation], seq_lengt
         kept.append(Fitted(part, *needed))
     check_bad_pictures(bad, len(samples), max_bad_share)
     if needs:
+        pictures = f" and {max(dropped)} pictures" if max_images is not None and max(dropped) > max_images else ""
         fits = (f"the shortest dropped sample's first question and answer need {min(n for n, _ in needs)} positions "
                 f"and {min(t for _, t in needs)} tiles, the longest {max(n for n, _ in needs)} and "
-                f"{max(t for _, t in needs)}")
+                f"{max(t for _, t in needs)}{pictures}")
         if not kept:
-            raise DataError(f"None of the {len(samples)} samples fits seq_length {seq_length} and max_tiles "
-                            f"{max_tiles}: {fits}. Raise them or lower hd_num (now {hd_num}).")
-        logger.warning(f"{dropped} of {len(samples)} samples do not fit seq_length {seq_length} and max_tiles "
-                       f"{max_tiles} and are left out: {fits}.")
+            raise DataError(f"None of the {len(samples)} samples fits {shapes}: {fits}. Raise them or lower hd_num "
+                            f"(now {hd_num}).")
+        logger.warning(f"{len(dropped)} of {len(samples)} samples do not fit {shapes} and are left out: {fits}.")
     if cut:
-        logger.warning(f"{cut} of {len(samples)} conversations are cut between whole turns to fit seq_length "
-                       f"{seq_length} and max_tiles {max_tiles}.")
+        logger.warning(f"{cut} of {len(samples)} conversations are cut between whole turns to fit {shapes}.")
     return kept

@@ -1,11 +1,21 @@
-"""From the samples of several sources to the plan of an epoch."""
+"""From the samples of several sources to the plan of a run."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from mindformers_ixc.data.sampling import MixtureSource, plan_epoch, plan_mixture
+import numpy as np
+
+from mindformers_ixc.data.packed_plan import Packing, plan_packed
+from mindformers_ixc.data.sampling import (
+    MixtureSource,
+    RunPlan,
+    draw_samples,
+    plan_batches,
+    plan_epoch,
+    plan_mixture,
+)
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.sections import above_0, check_section, is_number, of_type, whole
 
@@ -13,8 +23,8 @@ from mindformers_ixc.sections import above_0, check_section, is_number, of_type,
 MIXTURE_RULES = {"weights": of_type(list, dict), "temperature": above_0(),
                  "samples_per_epoch": whole(0, " (0: as many as there are)")}
 
-# What makes the plan of an epoch from (global batch size, epoch).
-EpochPlanner = Callable[[int, int], "list[list[int]]"]
+# What makes the plan of a run from the rows of a global batch.
+Planner = Callable[[int], RunPlan]
 
 
 def mixture_weights(sizes: dict[str, int], section: dict) -> dict[str, float]:
@@ -57,9 +67,27 @@ def mixture_weights(sizes: dict[str, int], section: dict) -> dict[str, float]:
     return weights
 
 
-def make_epoch_planner(sources: Sequence[str], multimodal: Sequence[bool], names: Sequence[str], section: dict | None,
-                       seed: int, shuffle: bool, drop_remainder: bool) -> EpochPlanner:
-    """The plan of a run.
+def check_shares(weights: dict[str, float], samples: int) -> None:
+    """Checks that every source has a sample in every epoch.
+
+    Args:
+        weights: of each source.
+        samples: of an epoch.
+
+    Raises:
+        DataError: naming a source that has none.
+    """
+    total = sum(weights.values())
+    for name, weight in weights.items():
+        if weight / total * samples < 1:
+            raise DataError(f"The weight {weight:g} of the source {name} is {weight / total:.2g} of all weights, less "
+                            f"than one of the {samples} samples of an epoch, so epochs would leave it out; raise the "
+                            "weight or samples_per_epoch, or leave the source out.")
+
+
+def make_planner(sources: Sequence[str], multimodal: Sequence[bool], names: Sequence[str], section: dict | None,
+                 seed: int, shuffle: bool, drop_remainder: bool, packing: Packing | None = None) -> Planner:
+    """What makes the plan of a run.
 
     Args:
         sources: name of each sample's source.
@@ -69,22 +97,40 @@ def make_epoch_planner(sources: Sequence[str], multimodal: Sequence[bool], names
         seed: of the run.
         shuffle: whether epochs are shuffled (a mixture always is).
         drop_remainder: see `plan_epoch`.
+        packing: how samples share rows, which then mix sources and kinds; `None`: rows of a sample each, batches of a
+            kind each.
 
     Raises:
-        DataError: see `mixture_weights`.
+        DataError: see `mixture_weights` and `check_shares`.
     """
     if section is None:
+        if packing is not None:
+            return partial(plan_packed, partial(_everything, len(sources)), packing, seed, True, shuffle)
         kinds = [[i for i, has in enumerate(multimodal) if has == wanted] for wanted in (True, False)]
-        return partial(_epoch, kinds, seed, shuffle, drop_remainder)
+        return partial(plan_batches, partial(_epoch, kinds, seed, shuffle, drop_remainder))
     members = {name: [i for i, source in enumerate(sources) if source == name] for name in names}
     weights = mixture_weights({name: len(indices) for name, indices in members.items()}, section)
+    samples = section.get("samples_per_epoch") or len(sources)
+    check_shares(weights, samples)
+    if packing is not None:
+        draw = partial(_drawn, list(members.values()), list(weights.values()), seed, samples)
+        return partial(plan_packed, draw, packing, seed, False, True)
     parts = []
     for name, indices in members.items():
         for kind, wanted in enumerate((True, False)):
             chosen = [i for i in indices if multimodal[i] == wanted]
             if chosen:   # a source of both kinds shares its weight between them by number
                 parts.append(MixtureSource(kind, weights[name] * len(chosen) / len(indices), chosen))
-    return partial(_mixture, parts, seed, section.get("samples_per_epoch") or len(sources))
+    return partial(plan_batches, partial(_mixture, parts, seed, samples))
+
+
+def _everything(count: int, epoch: int) -> np.ndarray:
+    return np.arange(count, dtype=np.int32)
+
+
+def _drawn(sources: Sequence[Sequence[int]], weights: Sequence[float], seed: int, samples: int,
+           epoch: int) -> np.ndarray:
+    return draw_samples(sources, weights, seed, epoch, samples)
 
 
 def _epoch(kinds: Sequence[Sequence[int]], seed: int, shuffle: bool, drop_remainder: bool, batch_size: int,

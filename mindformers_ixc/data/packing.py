@@ -5,49 +5,18 @@ loss of its conversations unpacked, and only the padding is gone.
 """
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 import numpy as np
 
+from mindformers_ixc.data.batch import default_max_images
 from mindformers_ixc.errors import PromptError
+from mindformers_ixc.processing.image import Tiles
 from mindformers_ixc.processing.processor import EncodedSample
 
 
-def pack_samples(needs: Sequence[tuple[int, int]], groups: Sequence, seq_length: int, max_tiles: int,
-                 seed: int) -> list[list[int]]:
-    """Which samples share a sequence: first fit in an order by chance, so that packs mix long and short ones.
-
-    Args:
-        needs: (positions, tiles) of each sample; each fits alone.
-        groups: samples are only packed with others of an equal group (source and kind).
-        seq_length: positions of a sequence.
-        max_tiles: tiles of a sequence.
-        seed: of the order.
-
-    Returns:
-        Sample indices of each pack; every sample is in exactly one.
-    """
-    order = list(range(len(needs)))
-    random.Random(f"{seed} packing").shuffle(order)
-    packs: list[list[int]] = []
-    open_packs: dict[object, list[list]] = {}      # of each group: [positions left, tiles left, pack]
-    for index in order:
-        positions, tiles = needs[index]
-        candidates = open_packs.setdefault(groups[index], [])
-        room = next((entry for entry in candidates if entry[0] >= positions and entry[1] >= tiles), None)
-        if room is None:
-            room = [seq_length, max_tiles, []]
-            candidates.append(room)
-            packs.append(room[2])
-        room[0] -= positions
-        room[1] -= tiles
-        room[2].append(index)
-    return packs
-
-
 def join_samples(samples: Sequence[EncodedSample], seq_length: int, max_tiles: int, pad_token_id: int,
-                 max_segments: int | None = None) -> dict[str, np.ndarray]:
+                 max_images: int | None = None, max_segments: int | None = None) -> dict[str, np.ndarray]:
     """Columns of a batch (`mindformers_ixc.data.batch`) for encoded samples in one sequence.
 
     Args:
@@ -55,6 +24,7 @@ def join_samples(samples: Sequence[EncodedSample], seq_length: int, max_tiles: i
         seq_length: positions L.
         max_tiles: tiles T.
         pad_token_id: id of padded positions.
+        max_images: global views I; by default half the tiles.
         max_segments: segments S that the sequence is cut into, see `segment_ends`; without it a sequence is a single
             sample and has none.
 
@@ -64,19 +34,20 @@ def join_samples(samples: Sequence[EncodedSample], seq_length: int, max_tiles: i
     Raises:
         PromptError: when they do not fit together; see `segment_ends`.
     """
+    images = max_images or default_max_images(max_tiles)
     if max_segments is None:
         if len(samples) != 1:
             raise PromptError(f"A sequence of {len(samples)} samples needs max_segments, the segments it is cut into; "
                               "without packing it holds a single sample.")
-        return samples[0].pad(seq_length, max_tiles, pad_token_id)
+        return samples[0].pad(seq_length, max_tiles, images, pad_token_id)
     ends = segment_ends([len(sample.input_ids) for sample in samples], seq_length, max_segments)
     merged = samples[0] if len(samples) == 1 else EncodedSample(
         np.concatenate([sample.input_ids for sample in samples]),
         np.concatenate([_own_labels(sample) for sample in samples]),
         np.concatenate([sample.image_mask for sample in samples]),
         [grid for sample in samples for grid in sample.grids],
-        np.concatenate([sample.pixel_values for sample in samples]), samples[0].tokens_per_side)
-    columns = merged.pad(seq_length, max_tiles, pad_token_id)
+        Tiles.joined([sample.pictures for sample in samples]), samples[0].tokens_per_side)
+    columns = merged.pad(seq_length, max_tiles, images, pad_token_id)
     lengths = np.diff(ends, prepend=0)
     positions = np.arange(seq_length) - np.repeat(ends - lengths, lengths)
     return {**columns, "position_ids": positions.astype(np.int32), "segment_ends": ends}

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS
 from mindformers_ixc.data.conversations import Conversation, make_conversation, raise_errors
 from mindformers_ixc.data.forms import open_sample, read_pair
 from mindformers_ixc.data.paths import check_root, search_folders, shown
@@ -23,9 +24,6 @@ from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.resources import resolve_path
 
 REFERENCE_COLUMN = "reference_logps"
-
-# Columns that both answers have; the images are shared.
-ANSWER_COLUMNS = ("input_ids", "labels", "vision_index", "image_mask")
 
 
 class PreferenceTable(ConversationTable):
@@ -44,21 +42,24 @@ class PreferenceTable(ConversationTable):
         super().__init__(processor, chosen, **options)
         self.rejected, self.logps = list(rejected), list(logps)
 
-    def _encode(self, index: int, place: int) -> tuple[np.ndarray, ...]:
+    def _encode(self, index: int) -> dict[str, np.ndarray]:
         pair = (self.samples[index], self.rejected[index])
-        encoded_images = self.processor.image_processor.preprocess(list(pair[0].images), self.hd_num, training=True,
-                                                                   where=pair[0].where)
+        encoded_images = self.processor.image_processor.cut(list(pair[0].images), self.hd_num, training=True,
+                                                            where=pair[0].where)
         padded = []
         for sample in pair:
             encoded = self.processor.encode_conversation(sample.turns, sample.images, sample.where, self.hd_num,
                                                          encoded_images)
             # the answers are compared, not what ends every conversation alike
-            padded.append(encoded.pad(self.seq_length, self.max_tiles, self.processor.pad_token_id))
+            padded.append(encoded.pad(self.seq_length, self.max_tiles, self.max_images, self.processor.pad_token_id))
         columns = {name: np.stack([row[name] for row in padded]) for name in ANSWER_COLUMNS}
-        columns["pixel_values"] = padded[0]["pixel_values"]
+        columns.update({name: padded[0][name] for name in PIXEL_COLUMNS})
         if REFERENCE_COLUMN in self.columns:
             columns[REFERENCE_COLUMN] = np.array(self.logps[index], np.float32)
-        return tuple(columns[name] for name in self.columns)
+        return columns
+
+    def _join(self, members: list[tuple[int, Any]], place: int) -> dict[str, Any]:
+        return members[0][1]         # pairs are not packed
 
 
 def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,

@@ -5,13 +5,14 @@ import logging
 import multiprocessing
 import zlib
 from collections.abc import Sequence
-from typing import Protocol, Union
+from typing import Any, Protocol, Union
 
 import numpy as np
 
-from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.batch import BATCH_COLUMNS, default_max_images
 from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.data.packing import join_samples
+from mindformers_ixc.data.sampling import RunPlan
 from mindformers_ixc.errors import DataError, ImageError, VideoError
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
@@ -52,10 +53,11 @@ class SharedFlags:
 
 
 class ConversationTable:
-    """Random access to encoded, padded samples; MindSpore's worker processes read from it.
+    """Encoded, padded rows by their places in the run; MindSpore's worker processes read from it.
 
-    A row is one conversation, or several packed into one sequence. A row with an image that turns out to be damaged
-    only when it is decoded is replaced by the next row of the same kind.
+    A row is one conversation, or several packed into one sequence, as the plan of the run says. A sample with an image
+    that turns out to be damaged only when it is decoded is left out of its row; a row that has no other sample takes
+    the next sample of the same kind instead.
 
     Args:
         processor: encodes samples.
@@ -63,78 +65,138 @@ class ConversationTable:
         seq_length: positions of a row.
         max_tiles: tiles of a row.
         hd_num: tiles of an image at most.
-        max_bad_share: share of damaged rows above which reading stops.
-        packs: indices of the samples of each row; by default every sample is a row.
+        max_bad_share: share of damaged samples above which reading stops.
+        needs: positions and tiles of each sample, int `(n, 2)`; by default they are measured when they are asked for.
         columns: what a row holds, of `mindformers_ixc.data.batch`.
         seed: of the noise.
+        max_images: pictures of a row; by default half the tiles.
         max_segments: segments of a packed row; without it rows are not packed.
+        plan: which samples the row at a place of the run holds; without one, samples take turns.
+
+    Raises:
+        DataError: for a sample with more pictures.
     """
 
     def __init__(self, processor: Processor, samples: Sequence[Conversation], seq_length: int, max_tiles: int,
-                 hd_num: int, max_bad_share: float = MAX_BAD_SHARE, packs: Sequence[Sequence[int]] | None = None,
-                 columns: Sequence[str] = BATCH_COLUMNS, seed: int = 0, max_segments: int | None = None):
-        self.max_segments = max_segments
+                 hd_num: int, max_bad_share: float = MAX_BAD_SHARE, needs: np.ndarray | None = None,
+                 columns: Sequence[str] = BATCH_COLUMNS, seed: int = 0, max_images: int | None = None,
+                 max_segments: int | None = None, plan: RunPlan | None = None):
         self.processor, self.samples = processor, list(samples)
-        self.packs = [[i] for i in range(len(self.samples))] if packs is None else [list(pack) for pack in packs]
         self.seq_length, self.max_tiles, self.hd_num = seq_length, max_tiles, hd_num
-        self.max_bad_share, self.columns, self.seed = max_bad_share, tuple(columns), seed
+        self.max_images, self.max_segments = max_images or default_max_images(max_tiles), max_segments
+        self.max_bad_share, self.columns, self.seed, self.plan = max_bad_share, tuple(columns), seed, plan
         self.source_names = list(dict.fromkeys(sample.source for sample in self.samples))
-        self._bad = SharedFlags(len(self.packs))
+        self._source_numbers = {name: number for number, name in enumerate(self.source_names)}
+        self._needs = needs
+        self._bad = SharedFlags(len(self.samples))
+        check_images(self.samples, self.max_images)
 
     def __len__(self) -> int:
-        return len(self.packs)
+        """Number of samples."""
+        return len(self.samples)
 
-    def __getitem__(self, code: int) -> tuple[Column, ...]:
-        """The row `code % len(self)`; `code // len(self)` is its place in the run (`PlanSampler`)."""
-        place, index = divmod(int(code), len(self))
-        kind, error = self.is_multimodal(index), None
-        for step in range(len(self)):
+    def __getitem__(self, place: int) -> tuple[Column, ...]:
+        """The row at a place of the run.
+
+        Raises:
+            DataError: when too many samples are damaged, or an answer is empty.
+        """
+        place = int(place)
+        row = [place % len(self)] if self.plan is None else self.plan.row(place)
+        members = [(index, sample) for index in row if (sample := self._try(index)) is not None]
+        columns = self._join(members or [self._instead_of(row[0])], place)
+        return tuple(columns[name] for name in self.columns)
+
+    def _try(self, index: int) -> Any:
+        """A sample encoded, `None` if an image of it is damaged."""
+        if self._bad[index]:
+            return None
+        try:
+            return self._encode(index)
+        except (ImageError, VideoError) as failure:
+            self._bad.set(index)
+            logger.warning(f"Left out: {failure}")
+            if self.bad_samples > max(1, self.max_bad_share * len(self)):
+                raise self._too_many(failure) from failure
+            return None
+
+    def _instead_of(self, index: int) -> tuple[int, Any]:
+        """The next sample of the kind of a damaged one, with its number."""
+        for step in range(1, len(self)):
             candidate = (index + step) % len(self)
-            if self.is_multimodal(candidate) != kind or self._bad[candidate]:
-                continue
-            try:
-                return self._encode(candidate, place)
-            except (ImageError, VideoError) as failure:
-                error = failure
-                self._bad.set(candidate)
-                logger.warning(f"Left out: {failure}")
-                if self.bad_samples > max(1, self.max_bad_share * len(self)):
-                    break
-        raise DataError(f"{self.bad_samples} of {len(self)} samples have damaged pictures, more than the share "
-                        f"max_bad_share {self.max_bad_share} allows. The last one: {error}")
+            if self.is_multimodal(candidate) == self.is_multimodal(index):
+                sample = self._try(candidate)
+                if sample is not None:
+                    return candidate, sample
+        raise self._too_many("there is no other sample of its kind")
+
+    def _too_many(self, last: object) -> DataError:
+        return DataError(f"{self.bad_samples} of {len(self)} samples have damaged pictures, more than the share "
+                         f"max_bad_share {self.max_bad_share} allows. The last one: {last}")
 
     @property
     def bad_samples(self) -> int:
-        """Rows found damaged so far, by any worker."""
+        """Samples found damaged so far, by any worker."""
         return self._bad.count()
 
+    @property
+    def needs(self) -> np.ndarray:
+        """Positions and tiles of every sample, int `(n, 2)`."""
+        if self._needs is None:
+            self._needs = np.array([self.processor.conversation_length(sample.turns, sample.sizes, self.hd_num,
+                                                                       sample.where, sample.images)
+                                    for sample in self.samples], np.int32).reshape(-1, 2)
+        return self._needs
+
     def is_multimodal(self, index: int) -> bool:
-        """Whether a row has images."""
-        return bool(self.samples[self.packs[index][0]].images)
+        """Whether a sample has images."""
+        return bool(self.samples[index].images)
 
     def source_of(self, index: int) -> str:
-        """Name of a row's source."""
-        return self.samples[self.packs[index][0]].source
+        """Name of a sample's source."""
+        return self.samples[index].source
 
     def describe(self, index: int) -> str:
-        """Names a row's samples in messages."""
-        return " and ".join(self.samples[i].where for i in self.packs[index])
+        """Names a sample in messages."""
+        return self.samples[index].where
 
-    def _encode(self, index: int, place: int) -> tuple[Column, ...]:
-        members = [self.samples[i] for i in self.packs[index]]
-        encoded = [self.processor.encode_conversation(sample.turns, sample.images, sample.where, self.hd_num)
-                   for sample in members]
-        joined = join_samples(encoded, self.seq_length, self.max_tiles, self.processor.pad_token_id,
-                              self.max_segments)
-        if not (joined["labels"] != IGNORE_INDEX).any():
+    def _encode(self, index: int) -> Any:
+        """A sample as `_join` takes it.
+
+        Raises:
+            ImageError: for a damaged picture; VideoError for a video.
+        """
+        sample = self.samples[index]
+        encoded = self.processor.encode_conversation(sample.turns, sample.images, sample.where, self.hd_num)
+        if not (encoded.labels[1:] != IGNORE_INDEX).any():       # nothing predicts the first one
             raise DataError(f"{self.describe(index)}: nothing in it carries loss; its answers are empty.")
-        columns: dict[str, Column] = {**joined, "noise_seed": noise_seed(self.seed, place),
-                                      "source": np.int32(self.source_names.index(members[0].source))}
-        return tuple(columns[name] for name in self.columns)
+        return encoded
+
+    def _join(self, members: list[tuple[int, Any]], place: int) -> dict[str, Column]:
+        """Columns of a row of samples with their numbers."""
+        joined = join_samples([encoded for _, encoded in members], self.seq_length, self.max_tiles,
+                              self.processor.pad_token_id, self.max_images, self.max_segments)
+        source, end = np.zeros(self.seq_length, np.int32), 0     # any number in the padding, where no label is
+        for index, encoded in members:
+            first, end = end, end + len(encoded.input_ids)
+            source[first:end] = self._source_numbers[self.source_of(index)]
+        return {**joined, "noise_seed": noise_seed(self.seed, place), "source": source}
+
+
+def check_images(samples: Sequence[Conversation], max_images: int) -> None:
+    """Refuses samples with more pictures than a row has global views.
+
+    Raises:
+        DataError: naming the sample with the most of them.
+    """
+    most = max(samples, key=lambda sample: len(sample.images), default=None)
+    if most is not None and len(most.images) > max_images:
+        raise DataError(f"{most.where}: its {len(most.images)} pictures do not fit train_dataset.max_images "
+                        f"{max_images}; raise that and model.model_config.max_images, or leave the sample out.")
 
 
 def noise_seed(seed: int, place: int) -> np.int32:
-    """Seed of the dropout noise of the sample at a place of the run."""
+    """Seed of the dropout noise of the row at a place of the run."""
     return np.int32(zlib.crc32(f"{seed} {place}".encode()) & 0x7FFFFFFF)
 
 

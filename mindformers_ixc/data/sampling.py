@@ -1,6 +1,6 @@
-"""Which samples make up which batch of which epoch: pure functions of seed and epoch.
+"""Which samples make up which row and batch of which epoch: pure functions of seed and epoch.
 
-A sample's *place* is its number in the run, over all epochs and ranks. What a rank draws, and the noise of its dropout,
+A row's *place* is its number in the run, over all epochs and ranks. What a rank draws, and the noise of its dropout,
 depend on places alone, so a run that is resumed at any step, or fed by other worker processes, sees the same.
 """
 from __future__ import annotations
@@ -11,8 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mindformers_ixc.data.packer import Rows
+
 # Steps of this size through [0, 1) leave gaps as even as they can be, for any number of steps (the golden ratio).
 GOLDEN_STEP = (5 ** 0.5 - 1) / 2
+
+# Places of such a sequence that are counted at a time, which bounds the memory.
+COUNTED = 1 << 20
+
+# Epochs whose rows are kept: a resumed iteration goes over two.
+KEPT_EPOCHS = 2
 
 
 def plan_epoch(kinds: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int, shuffle: bool,
@@ -126,47 +134,127 @@ def _pass_after_pass(indices: Sequence[int], seed: str, start: int, count: int) 
     return drawn[skip:skip + count]
 
 
-class PlanSampler:
-    """Gives one epoch's samples of one data-parallel rank; each iteration is the next epoch.
+def draw_samples(sources: Sequence[Sequence[int]], weights: Sequence[float], seed: int, epoch: int,
+                 samples: int) -> np.ndarray:
+    """The samples of one epoch of a mixture, exactly as many as are asked for.
 
-    What it gives is `place * count + index`, so that whoever reads a sample also knows its place in the run.
+    Sources follow one another as `spread` says, over all epochs as if they were one; each is gone through pass after
+    pass.
 
     Args:
-        plan: batches (of sample indices) of an epoch, for a global batch size and the epoch's number.
-        count: number of samples that `plan` chooses from.
-        batch_size: samples of a rank's batch.
-        shard: (rank, ranks): a global batch holds `ranks` consecutive rank batches.
+        sources: sample indices of each source.
+        weights: of each source.
+        seed: of the run.
+        epoch: counted from 0.
+        samples: of an epoch.
+
+    Returns:
+        int32 `(samples,)`.
+    """
+    before = np.zeros(len(sources), np.int64)
+    for first in range(0, epoch * samples, COUNTED):
+        before += np.bincount(spread(weights, first, min(first + COUNTED, epoch * samples)), minlength=len(sources))
+    picks = spread(weights, epoch * samples, (epoch + 1) * samples)
+    drawn = np.empty(samples, np.int32)
+    for number, indices in enumerate(sources):
+        here = np.flatnonzero(picks == number)
+        drawn[here] = _pass_after_pass(indices, f"{seed} source {number}", int(before[number]), len(here))
+    return drawn
+
+
+class RunPlan:
+    """The rows of every epoch of a run.
+
+    Every process that reads rows has one and works out the same.
+
+    Args:
+        make: rows of an epoch, counted from 0; always as many.
+        epoch_rows: so many.
+        batch_rows: rows of a global batch; `epoch_rows` is a multiple of them.
+        mean_samples: samples of a row on average.
+        check: checks that so many epochs can be made; by default all can.
     """
 
-    def __init__(self, plan: Callable[[int, int], list[list[int]]], count: int, batch_size: int,
-                 shard: tuple[int, int] = (0, 1)):
-        self.plan, self.count, self.batch_size = plan, count, batch_size
+    def __init__(self, make: Callable[[int], Rows], epoch_rows: int, batch_rows: int, mean_samples: float = 1.0,
+                 check: Callable[[int], None] = lambda epochs: None):
+        self._make, self.epoch_rows, self.batch_rows, self.mean_samples = make, epoch_rows, batch_rows, mean_samples
+        self.check = check
+        self._known: dict[int, Rows] = {}
+
+    def __deepcopy__(self, memo: dict) -> RunPlan:
+        # MindSpore copies a data source for its workers; plans do not change, and millions of indices take time
+        return self
+
+    def epoch(self, number: int) -> Rows:
+        """Rows of an epoch, counted from 0."""
+        rows = self._known.get(number)
+        if rows is None:
+            rows = self._make(number)
+            self._known = {**dict(list(self._known.items())[1 - KEPT_EPOCHS:]), number: rows}
+        return rows
+
+    def row(self, place: int) -> list[int]:
+        """Sample indices of the row at a place of the run."""
+        epoch, number = divmod(place, self.epoch_rows)
+        return self.epoch(epoch).row(number)
+
+    def batch(self, step: int) -> list[list[int]]:
+        """Rows of the global batch of a step, counted from 0 over the whole run."""
+        return [self.row(step * self.batch_rows + i) for i in range(self.batch_rows)]
+
+
+def plan_batches(batches: Callable[[int, int], list[list[int]]], batch_rows: int) -> RunPlan:
+    """The plan of a run whose rows hold a sample each.
+
+    Args:
+        batches: of sample indices, of (global batch size, epoch); in every epoch as many.
+        batch_rows: the global batch size.
+    """
+    def make(epoch: int) -> Rows:
+        order = np.array(batches(batch_rows, epoch), np.int32).reshape(-1)
+        return Rows(order, np.arange(len(order) + 1, dtype=np.int32))
+
+    return RunPlan(make, len(make(0)), batch_rows)
+
+
+class PlanSampler:
+    """Gives one epoch's places of one data-parallel rank; each iteration is the next epoch.
+
+    Args:
+        plan: rows of the run.
+        batch_size: rows of a rank's batch.
+        shard: (rank, ranks): a global batch holds `ranks` consecutive rank batches.
+        row_shape: positions and tiles that a row computes, for reports.
+    """
+
+    def __init__(self, plan: RunPlan, batch_size: int, shard: tuple[int, int] = (0, 1),
+                 row_shape: tuple[int, int] = (0, 0)):
+        self.plan, self.batch_size, self.row_shape = plan, batch_size, row_shape
         self.rank, self.ranks = shard
         self.epoch = self.skip = 0
-        self.epoch_size = len(plan(batch_size * self.ranks, 0)) * batch_size * self.ranks
 
     def __len__(self) -> int:
-        """Samples of an epoch."""
-        return self.epoch_size // self.ranks
+        """Rows of an epoch."""
+        return self.plan.epoch_rows // self.ranks
 
-    def indices(self, epoch: int) -> list[int]:
-        """This rank's sample indices of an epoch."""
-        return [code % self.count for code in self.codes(epoch)]
+    @property
+    def mean_samples(self) -> float:
+        """Samples of a row on average."""
+        return self.plan.mean_samples
 
-    def codes(self, epoch: int) -> list[int]:
-        """This rank's samples of an epoch, each with its place."""
-        size = self.batch_size * self.ranks
-        start, codes = self.rank * self.batch_size, []
-        for number, batch in enumerate(self.plan(size, epoch)):
-            first = epoch * self.epoch_size + number * size
-            codes += [(first + i) * self.count + batch[i] for i in range(start, start + self.batch_size)]
-        return codes
+    def places(self, epoch: int) -> list[int]:
+        """Places of this rank's rows of an epoch."""
+        size, total = self.batch_size * self.ranks, self.plan.epoch_rows
+        first = np.arange(epoch * total, (epoch + 1) * total, size) + self.rank * self.batch_size
+        return (first[:, None] + np.arange(self.batch_size)).reshape(-1).tolist()
+
+    def rows(self, step: int) -> list[list[int]]:
+        """Rows, as sample indices, of the global batch of a step, counted from 0 over the whole run."""
+        return self.plan.batch(step)
 
     def batch(self, step: int) -> list[int]:
-        """Sample indices of the global batch of a step, counted from 0 over the whole run."""
-        size = self.batch_size * self.ranks
-        epoch, number = divmod(step, self.epoch_size // size)
-        return self.plan(size, epoch)[number]
+        """Sample indices of the global batch of a step."""
+        return [index for row in self.rows(step) for index in row]
 
     def start_at(self, step: int) -> None:
         """Makes the next iteration begin at a step, counted from 0 over the whole run.
@@ -174,12 +262,12 @@ class PlanSampler:
         Iterations stay as long as an epoch (MindSpore insists), so each then ends inside one; the trainer stops at the
         last step of the run.
         """
-        self.epoch, self.skip = divmod(step, self.epoch_size // (self.batch_size * self.ranks))
+        self.epoch, self.skip = divmod(step, self.plan.epoch_rows // self.plan.batch_rows)
 
     def __iter__(self) -> Iterator[int]:
-        codes = self.codes(self.epoch)
+        places = self.places(self.epoch)
         if self.skip:
             rest = self.skip * self.batch_size
-            codes = codes[rest:] + self.codes(self.epoch + 1)[:rest]
+            places = places[rest:] + self.places(self.epoch + 1)[:rest]
         self.epoch += 1
-        return iter(codes)
+        return iter(places)

@@ -3,11 +3,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from mindformers_ixc.config import FIELDS
 from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
+from mindformers_ixc.data.packer import Budget
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.pictures import EXIF, TRANSPARENCY
-from mindformers_ixc.sections import Rule, check_section, of_type, one_of
+from mindformers_ixc.sections import Rule, check_section, of_type, one_of, whole
 
 
 def is_list_of_texts(value: object) -> bool:
@@ -18,9 +20,11 @@ def is_list_of_texts(value: object) -> bool:
 # Keys of the `train_dataset` section; MindFormers' own ones come last.
 DATASET_RULES = {
     "data_loader": of_type(dict, required=True), "tokenizer": of_type(dict, required=True),
-    "seq_length": of_type(int, required=True), "max_tiles": of_type(int, required=True), "hd_num": of_type(int),
+    "seq_length": of_type(int, required=True), "max_tiles": of_type(int, required=True),
+    "hd_num": of_type(int),
     "image_transform": of_type(str), "transparency": one_of(TRANSPARENCY), "exif": one_of(EXIF),
     "image_size": of_type(int), "patch_size": of_type(int),
+    "max_images": whole(1), "max_segments": whole(2),
     "max_bad_share": of_type(float), "packing": of_type(bool), "seed": of_type(int),
     "control_tokens": of_type(bool), "input_columns": of_type(list),
     "batch_size": of_type(int, required=True), "drop_remainder": of_type(bool), "num_parallel_workers": of_type(int),
@@ -32,8 +36,23 @@ LOADER_RULES = {"type": of_type(str), "dataset_dir": of_type(str, list), "image_
                 "shuffle": of_type(bool), "caption_prompts": of_type(list), "mixture": of_type(dict)}
 
 
-def check_dataset_section(section: Any) -> None:
+def row_budget(section: Any) -> Budget:
+    """What a row holds at most, by a `train_dataset` section.
+
+    Args:
+        section: checked, as a mapping.
+    """
+    max_tiles = section["max_tiles"]
+    return Budget(section["seq_length"], max_tiles, section.get("max_images") or max(1, max_tiles // 2),
+                  section.get("max_segments") or FIELDS["max_segments"].default)
+
+
+def check_dataset_section(section: Any, preferences: bool = False) -> None:
     """Checks keys and values of a `train_dataset` section as the user wrote it.
+
+    Args:
+        section: of the YAML.
+        preferences: whether it is of preference pairs.
 
     Raises:
         DataError: naming the key, its value and the choices.
@@ -52,3 +71,8 @@ def check_dataset_section(section: Any) -> None:
     if bool(section.get("packing")) != all(name in columns for name in PACKING_COLUMNS):
         raise DataError(f"train_dataset.packing is {section.get('packing')!r}; with packing, and only then, "
                         f"input_columns has {' and '.join(PACKING_COLUMNS)}.")
+    if section.get("packing"):
+        if preferences:
+            raise DataError("train_dataset.packing is True, but preference pairs are not packed: the two answers of a "
+                            "pair are a row each; take packing out, here and in model.model_config.")
+        row_budget(section).check()

@@ -12,6 +12,7 @@ import numpy as np
 from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.errors import ConfigError, GenerationError
+from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.generation.engine import CachedDecoder, InferenceEngine
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions, check_mode, known_options
@@ -58,6 +59,7 @@ class Assistant:
             image_options: arguments of `ImageProcessor` that replace the directory's: `transparency`, `exif`.
             **overrides: runtime fields of `IXC25Config`; `use_past` is True unless it says otherwise.
         """
+        prepare_inference()
         model = load_model(directory, **{"use_past": True, **overrides})
         return cls(model, Processor.from_directory(directory, **(image_options or {})))
 

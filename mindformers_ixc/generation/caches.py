@@ -244,37 +244,41 @@ class TokenHeads(nn.Cell):
         return (self.slice(x, (0, 0, 0, 0), (b, kv, g, d)), self.slice(x, (0, 0, g, 0), (b, kv, 1, d)),
                 self.slice(x, (0, 0, g + 1, 0), (b, kv, 1, d)))
 
-    def shard(self, tp: int) -> None:
-        """Cuts key/value heads by `tp`; rows are whole on every device."""
-        heads = (1, tp, 1, 1)
-        self.gather_halves.shard(((1, tp, 1, 1, 1), (1,)))
+    def shard(self, tp: int, dp: int = 1) -> None:
+        """Cuts key/value heads by `tp` and rows by `dp`."""
+        heads = (dp, tp, 1, 1)
+        self.gather_halves.shard(((dp, tp, 1, 1, 1), (1,)))
         self.slice.shard((heads,))
-        self.mul.shard((heads, (1, 1, 1, 1)))
+        self.mul.shard((heads, (dp, 1, 1, 1)))
         self.add.shard((heads, heads))
 
 
 class PagedCache(nn.Cell):
     """One layer's keys and values in blocks, with Ascend's kernels: flash attention for prompts, paged for tokens.
 
-    The cells are MindFormers' own, the ones its models use with `use_past`, `block_size` and `num_blocks`.
+    The cells are MindFormers' own, the ones its models use with `use_past`.
 
     Args:
         config: sizes and dtypes; float16 or bfloat16, which the kernels take.
+        blocks: blocks of `config.block_size` positions, shared by the rows of a batch.
+        mask: `compressed_causal_mask`; one tensor serves all layers.
     """
 
-    def __init__(self, config: IXC25Config):
+    def __init__(self, config: IXC25Config, blocks: int, mask: Tensor):
         super().__init__()
         self.heads, self.kv, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_size
         self.groups, self.dtype = config.query_groups, config.compute_dtype
-        blocks = (config.num_blocks, config.block_size, self.kv, self.size)
-        self.manager = PagedAttentionMgr(self.heads, self.size, self.kv, blocks, compute_dtype=self.dtype)
+        shape = (blocks, config.block_size, self.kv, self.size)
+        # heads of a device: the parallel compiler cuts tensors, not these two numbers (MindFormers divides them too)
+        tp = config.parallel_config.model_parallel if is_parallel() else 1
+        self.manager = PagedAttentionMgr(self.heads // tp, self.size, self.kv // tp, shape, compute_dtype=self.dtype)
         self.keys, self.values = self.manager.key_cache, self.manager.value_cache
-        # sparse_mode 0: the mask says it all; BNSD is the layout the split gives
-        self.flash = FlashAttention(self.heads, scale_value=self.size ** -0.5, next_tokens=0, input_layout="BNSD")
+        # sparse_mode 2: causal, by a mask of one size for all lengths; BNSD is the layout the split gives
+        self.flash = FlashAttention(self.heads, scale_value=self.size ** -0.5, next_tokens=0, input_layout="BNSD",
+                                    sparse_mode=2)
+        self.mask = mask
         self.split, self.merge, self.token_heads = SplitHeads(config), MergeHeads(config), TokenHeads(config)
         self.to_positions = P.Transpose()
-        self.greater = P.Greater()
-        self.cast = P.Cast()
         self.reshape = P.Reshape()
         if is_parallel():
             self.shard(config.parallel_config)
@@ -288,14 +292,11 @@ class PagedCache(nn.Cell):
         self.split.shard(1, tp)
         self.merge.shard(1, tp)
         self.token_heads.shard(tp)
-        self.greater.shard(((1, 1), (1, 1)))
         self.to_positions.shard((heads,))
 
-    def prefill_mask(self, length):
-        """What `prefill` of every layer takes as `mask`: uint8 `(L, L)`, 1 where a position must not be seen."""
-        positions = F.arange(length)
-        return self.cast(self.greater(self.reshape(positions, (1, length)), self.reshape(positions, (length, 1))),
-                         mstype.uint8)
+    def prefill_mask(self, _):
+        """What `prefill` of every layer takes as `mask`: the kernel's compressed causal mask, whatever the length."""
+        return self.mask
 
     def decode_mask(self, *_):
         """No mask: paged attention goes by the lengths."""

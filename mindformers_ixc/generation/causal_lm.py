@@ -19,6 +19,7 @@ from mindformers_ixc.checkpoint.model_directory import save_model_directory
 from mindformers_ixc.config import FIELDS, ModelConfig, read_config
 from mindformers_ixc.errors import GenerationError, PromptError
 from mindformers_ixc.files import write_whole
+from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.loading import load_weights
 from mindformers_ixc.generation.options import (
@@ -39,6 +40,7 @@ from mindformers_ixc.generation.webpage import (
 )
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.processing.image import Tiles
 from mindformers_ixc.processing.messages import History, read_history
 from mindformers_ixc.processing.processor import EncodedSample, ImageProcessor, Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX
@@ -70,13 +72,15 @@ class IXC25ForCausalLM(IXC25Model):
 
     tokenizer: SentencePieceText | None = None
 
-    def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None,
-                  position_ids=None, segment_ends=None, noise_seed=None, source=None):
+    def construct(self, input_ids, labels=None, pixel_values=None, global_views=None, view_index=None,
+                  vision_index=None, image_mask=None, position_ids=None, segment_ends=None, noise_seed=None,
+                  source=None):
         """Training loss, or logits when `labels` is `None`, as with MindFormers' own models; see `IXC25Model`."""
         if labels is None:
-            return self.logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ends, noise_seed)
-        return self.training_loss(input_ids, labels, pixel_values, vision_index, image_mask, position_ids, segment_ends,
-                                  noise_seed, source)
+            return self.logits(input_ids, pixel_values, global_views, view_index, vision_index, image_mask,
+                               position_ids, segment_ends, noise_seed)
+        return self.training_loss(input_ids, labels, pixel_values, global_views, view_index, vision_index, image_mask,
+                                  position_ids, segment_ends, noise_seed, source)
 
     @classmethod
     def from_pretrained_experimental_mode(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any,
@@ -95,6 +99,8 @@ class IXC25ForCausalLM(IXC25Model):
         if config is None:
             overrides = {key: value for key, value in kwargs.items() if key in FIELDS}
             config = read_config(pretrained_model_name_or_path, IXC25Config, **overrides)
+        if config.use_past:
+            prepare_inference(paged=True)
         model = cls(config)
         load_weights(model, pretrained_model_name_or_path)
         model.set_train(False)
@@ -386,10 +392,10 @@ def sample_of(ids: np.ndarray, row: int, attention_mask: np.ndarray | None, pixe
     if not len(ids):
         raise PromptError(f"Prompt {row} is empty; a prompt needs at least one token.")
     if pixels is None or image_mask is None or index is None or not image_mask[row].any():
-        nothing = np.zeros((0, 3, vision.image_size, vision.image_size), np.float32)
-        return EncodedSample(ids, np.full_like(ids, IGNORE_INDEX), np.zeros_like(ids), [], nothing,
-                             vision.tokens_per_side)
-    return EncodedSample(ids, np.full_like(ids, IGNORE_INDEX), image_mask[row][real].astype(np.int32), [], pixels[row],
+        return EncodedSample(ids, np.full_like(ids, IGNORE_INDEX), np.zeros_like(ids), [],
+                             Tiles.none(vision.image_size), vision.tokens_per_side)
+    tiles = Tiles.of_normalised(pixels[row])
+    return EncodedSample(ids, np.full_like(ids, IGNORE_INDEX), image_mask[row][real].astype(np.int32), [], tiles,
                          vision.tokens_per_side, index[row][real])
 
 

@@ -9,11 +9,14 @@ from typing import Union
 
 import mindspore.common.dtype as mstype
 from mindspore import nn
+from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
 from mindspore.ops import operations as P
 
 from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc.device import is_parallel
 from mindformers_ixc.generation.caches import ContiguousCache, PagedCache
 from mindformers_ixc.generation.sharded_cache import ShardedCache
+from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.internlm2 import DecoderLayer
 from mindformers_ixc.models.ixc25 import IXC25Model
 
@@ -24,6 +27,20 @@ Cache = Union[ContiguousCache, PagedCache, ShardedCache]
 def stage_of(cell: nn.Cell) -> int | None:
     """Pipeline stage of a cell, `None` without a pipeline."""
     return getattr(cell, "pipeline_stage", None)       # MindSpore has no default for it
+
+
+def row_parts(config: IXC25Config) -> int:
+    """What the rows of a batch must divide by in a parallel layout: the devices that share decoded positions."""
+    layout = config.parallel_config
+    return layout.data_parallel * (layout.model_parallel if layout.use_seq_parallel else 1)
+
+
+def of_whole_batches(graph: nn.Cell, config: IXC25Config) -> nn.Cell:
+    """A graph that takes whole batches on every device; where there are replicas, the compiler gives each its share.
+
+    Without replicas no input is cut, and nothing is to be done.
+    """
+    return _VirtualDatasetCell(graph) if is_parallel() and config.parallel_config.data_parallel > 1 else graph
 
 
 class StageCell(nn.Cell):
@@ -48,7 +65,7 @@ class VisionTable(StageCell):
 
     def construct(self, pixel_values):
         """Maps `(1, T, 3, P, P)` to `(1, T*k*k + 2, D)`."""
-        return self.model.vision_table(pixel_values, True)
+        return self.model.vision_table(pixel_values, infer=True)
 
 
 class Hop(StageCell):

@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import mindspore as ms
 import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
-from mindformers_ixc.device import is_parallel
+from mindformers_ixc.device import is_parallel, on_ascend
 from mindformers_ixc.errors import GenerationError
+from mindformers_ixc.generation.ascend import device_memory, devices, prepare_inference, prompt_bytes
 from mindformers_ixc.generation.cache_pool import CachePool
 from mindformers_ixc.generation.caches import decode_tables
 from mindformers_ixc.generation.cells import (
@@ -27,6 +29,7 @@ from mindformers_ixc.generation.cells import (
     PromptLayer,
     TokenLayer,
     VisionTable,
+    of_whole_batches,
     stage_of,
     wrapped,
 )
@@ -43,6 +46,12 @@ SHORTEST_BUCKET = 128
 # The ViT graph takes as many tiles at once as have this many positions together, at least one and at most five; the
 # last call is padded with empty tiles. Tiles of 560 pixels go alone: more at once are no faster and need more memory.
 POSITIONS_PER_CALL, MOST_TILES = 2048, 5
+
+# On Ascend, where attention is fused and holds no scores: a graph there is launched kernel by kernel, about 700 of them
+# for the ViT whatever the number of tiles, which at some 10 microseconds each is as long as a tile of 560 pixels takes
+# to compute (1.2 TFLOP). Eight at once make launching a small part, three calls do for a picture of 24, and the largest
+# tensor of a layer is 105 MB. Reckoned, not measured.
+ASCEND_TILES = 8
 
 
 def bucket(length: int) -> int:
@@ -65,7 +74,7 @@ class VisionGraph(InferenceGraph):
         self.passing = PassOn(stage_of(model.model.norm))
 
     def construct(self, pixel_values):
-        """Maps `(1, T, 3, P, P)` to the table `(1, T*k*k + 2, D)`."""
+        """Maps `(R, T, 3, P, P)`, R replicas, to their tables `(R, T*k*k + 2, D)`."""
         return self.passing(self.table(pixel_values))
 
 
@@ -145,27 +154,39 @@ class InferenceEngine:
 
     Attributes:
         between_steps: called before every token but the first; what it raises ends decoding.
+        vision: graph of `tiles_per_call` tiles.
         caches: keys and values in memory.
         generation: grows with every `reset`; decoders of an earlier one are not continued.
     """
 
     def __init__(self, model: IXC25Model):
+        if model.config.use_past:
+            prepare_inference(paged=True)
         self.model = model
         self.config: IXC25Config = model.config
         self.between_steps: Callable[[], None] = lambda: None
-        self._vision = VisionGraph(model)
-        positions = self.config.vision_config.patches_per_side ** 2 + 1
-        self.tiles_per_call = max(1, min(MOST_TILES, POSITIONS_PER_CALL // positions))
+        self.replicas = self.config.parallel_config.data_parallel if is_parallel() else 1
+        self.vision = of_whole_batches(VisionGraph(model), self.config)
+        self.tiles_per_call = ASCEND_TILES if model.vit.vision_tower.vision_model.is_flash else \
+            max(1, min(MOST_TILES, POSITIONS_PER_CALL // self.config.vision_config.positions))
         self._slots: dict[tuple[int, int], Slot] = {}
         self.caches, self.generation = CachePool(), 0
         self._tables: dict[float, tuple[np.ndarray, np.ndarray]] = {}
 
     def _check_memory(self, rows: int, positions: int) -> None:
-        scores = 4 * rows * self.config.vocab_size
-        needed, there = cache_bytes(self.config, rows, positions) + scores, _memory_bytes()
+        needed, there, where = cache_bytes(self.config, rows, positions), _memory_bytes(), "this machine has"
+        if on_ascend():
+            memory = device_memory()
+            if memory is None:
+                return
+            needed = needed // devices(self.config) + prompt_bytes(self.config, rows, positions)
+            # weights are there already; what other answers left can go
+            there = memory - ms.runtime.memory_allocated() + self.caches.bytes
+            where = "beside the weights this device has"
+        needed += 4 * rows * self.config.vocab_size      # scores
         if needed > there:
             raise GenerationError(f"{rows} rows (prompts x num_beams) of {positions} positions need "
-                                  f"{needed / 2**30:.0f} GiB for keys, values and scores; this machine has "
+                                  f"{needed / 2**30:.0f} GiB for keys, values and scores; {where} "
                                   f"{there / 2**30:.0f} GiB. Ask for fewer beams, prompts or new tokens.")
 
     def reset(self) -> None:
@@ -180,13 +201,15 @@ class InferenceEngine:
         pixels, tokens = sample.pixel_values, self.config.vision_config.tokens_per_tile
         count, at_once = len(pixels), self.tiles_per_call
         padded = -(-count // at_once) * at_once
-        pieces = []
-        for start in range(0, padded, at_once):
-            tiles = np.zeros((1, at_once, *pixels.shape[1:]), np.float32)
-            chunk = pixels[start:start + at_once]
-            tiles[0, :len(chunk)] = chunk
-            pieces.append(self._vision(Tensor(tiles))[0])
-        table = F.concat([piece[:at_once * tokens] for piece in pieces] + [pieces[0][-2:]], 0)
+        pieces: list[Tensor] = []
+        for start in range(0, padded, at_once * self.replicas):
+            tiles = np.zeros((self.replicas * at_once, *pixels.shape[1:]), np.float32)
+            chunk = pixels[start:start + len(tiles)]
+            tiles[:len(chunk)] = chunk
+            tables = self.vision(Tensor(tiles.reshape(self.replicas, at_once, *pixels.shape[1:])))
+            pieces += [tables[row] for row in range(self.replicas)]
+        used = pieces[:padded // at_once]
+        table = F.concat([piece[:at_once * tokens] for piece in used] + [pieces[0][-2:]], 0)
         index = sample.vision_index(padded)[sample.image_mask == 1]
         return F.gather(table, Tensor(index), 0)
 
@@ -209,8 +232,9 @@ class InferenceEngine:
             self._slots[batch, positions] = make_slot(self.config, batch, positions)
         slot = self._slots[batch, positions]
         if mode not in slot.graphs:
-            slot.graphs[mode] = (PrefillGraph(self.model, slot.caches, mode),
-                                 DecodeGraph(self.model, slot.caches, mode))
+            slot.graphs[mode] = (
+                of_whole_batches(PrefillGraph(self.model, slot.caches, mode), self.config),
+                of_whole_batches(DecodeGraph(self.model, slot.caches, mode), self.config))
         return slot
 
     def decoder(self, samples: list[EncodedSample], max_new_tokens: int, mode: str = "base",

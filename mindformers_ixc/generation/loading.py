@@ -8,6 +8,7 @@ from mindspore import nn
 
 from mindformers_ixc.checkpoint.model_directory import load_weights
 from mindformers_ixc.config import read_config
+from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
 
@@ -27,6 +28,8 @@ def load_model(directory: str | os.PathLike, model_class: type[IXC25Model] = IXC
         The model in evaluation mode.
     """
     config = read_config(directory, IXC25Config, **overrides)
+    if config.use_past:
+        prepare_inference(paged=True)
     with nn.no_init_parameters():    # the weights come from the files: drawing them first takes time and memory
         model = model_class(config)
     load_weights(model, directory)

@@ -8,6 +8,7 @@ from mindformers.pipeline.base_pipeline import Pipeline
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ixc.errors import PromptError
+from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.options import known_options
 from mindformers_ixc.generation.requests import error_sentence, read_request
@@ -53,6 +54,7 @@ class MultimodalChatPipeline(Pipeline):
 
     def __init__(self, model: IXC25Model, tokenizer: SentencePieceText | None = None,
                  image_processor: ImageProcessor | None = None, processor: Processor | None = None, **kwargs: Any):
+        prepare_inference()
         if processor is None:
             # MindFormers hands over the directory's tokenizer but knows no image processor for it
             image_processor = image_processor or ImageProcessor.from_config(model.config.to_public_dict())

@@ -1,4 +1,4 @@
-"""A contiguous key/value cache that tensor parallel cuts by key/value heads."""
+"""A contiguous key/value cache that tensor parallel cuts by key/value heads, and data parallel by rows."""
 from __future__ import annotations
 
 from mindspore import Parameter, nn
@@ -19,8 +19,8 @@ class ShardedCache(nn.Cell):
     cannot be: new keys and values are multiplied by one-hot positions, which the host makes, and added.
 
     Args:
-        config: sizes and dtypes, and the tensor-parallel degree.
-        batch: rows B.
+        config: sizes and dtypes, and the data- and tensor-parallel degrees.
+        batch: rows B, a multiple of the data-parallel degree.
         positions: positions S of each.
     """
 
@@ -29,10 +29,12 @@ class ShardedCache(nn.Cell):
         self.batch, self.positions = batch, positions
         self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
         self.dtype, self.softmax_dtype = config.compute_dtype, config.softmax_compute_type
-        # an initializer, so that a device makes its slice of its own stage's only
-        zeros = initializer("zeros", (batch, self.kv, positions, self.size), config.compute_dtype)
-        self.keys = Parameter(zeros, name="key_cache", requires_grad=False)
-        self.values = Parameter(zeros, name="value_cache", requires_grad=False)
+        # initializers, so that a device makes its slice of its own stage's only; each has its own, which is used up
+        keys, values = (initializer("zeros", (batch, self.kv, positions, self.size), config.compute_dtype)
+                        for _ in range(2))
+        # beside a training step whose parameters are cut over the replicas as well, these are not
+        self.keys = Parameter(keys, name="key_cache", requires_grad=False, parallel_optimizer=False)
+        self.values = Parameter(values, name="value_cache", requires_grad=False, parallel_optimizer=False)
         self.split, self.merge, self.token_heads = SplitHeads(config), MergeHeads(config), TokenHeads(config)
         self.core = BlockwiseAttention(self.size, config.softmax_compute_type)
         self.block_masks = BlockMasks(config.softmax_compute_type)
@@ -46,20 +48,21 @@ class ShardedCache(nn.Cell):
         self.scores = P.BatchMatMul(transpose_b=True)
         self.softmax = P.Softmax(-1)
         self.weighted_sum = P.BatchMatMul()
-        self.shard(config.parallel_config.model_parallel)
+        self.shard(config.parallel_config.data_parallel, config.parallel_config.model_parallel)
 
-    def shard(self, tp: int) -> None:
-        """Cuts key/value heads; rows and positions are whole on every device."""
-        heads, whole = (1, tp, 1, 1), (1, 1, 1, 1)
-        self.split.shard(1, tp)
-        self.merge.shard(1, tp)
-        self.core.shard(1, tp)
-        self.block_masks.shard(1)
-        self.token_heads.shard(tp)
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts rows and key/value heads; positions are whole on every device."""
+        heads, rows = (dp, tp, 1, 1), (dp, 1, 1, 1)
+        self.split.shard(dp, tp)
+        self.split.rotary.shard(dp, tp, packed=True)       # every row has tables of its own here
+        self.merge.shard(dp, tp)
+        self.core.shard(dp, tp)
+        self.block_masks.shard(dp)
+        self.token_heads.shard(tp, dp)
         self.softmax.shard((heads,))
-        self.mul_place.shard((whole, heads))
+        self.mul_place.shard((rows, heads))
         for primitive in (self.mul_real, self.add_mask):
-            primitive.shard((heads, whole))
+            primitive.shard((heads, rows))
         for primitive in (self.concat, self.assign, self.assign_add, self.scores, self.weighted_sum):
             primitive.shard((heads, heads))
 

@@ -17,9 +17,10 @@ from mindspore.ops import operations as P
 
 from mindformers_ixc.device import is_parallel, on_ascend, rank
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.generation.ascend import blocks_needed, check_blocks
 from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, PagedCache
 from mindformers_ixc.generation.sharded_cache import ShardedCache
-from mindformers_ixc.models.attention import MASKED
+from mindformers_ixc.models.attention import MASKED, compressed_causal_mask
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.native import kernels
 from mindformers_ixc.parallel.slices import layers_of_rank
@@ -105,7 +106,7 @@ class Slot:
 
     def __init__(self, caches: nn.CellList, config: IXC25Config):
         self.caches = caches
-        self.graphs: dict[str, tuple[InferenceGraph, InferenceGraph]] = {}
+        self.graphs: dict[str, tuple[nn.Cell, nn.Cell]] = {}
         self.movable = not is_parallel()
         self._parameters = [cache_half for cache in caches for cache_half in (cache.keys, cache.values)]
         self._layout = [(half.shape, mstype.dtype_to_nptype(half.dtype)) for half in self._parameters]
@@ -113,7 +114,8 @@ class Slot:
         self._as_built = True                           # the caches still have the memory they were built with
         self.attached: Contents | None = None
         self._reorder = None if is_parallel() else ReorderGraph(caches)
-        self._own = layers_of_rank(config, rank()) if is_parallel() else []
+        self._replicas = config.parallel_config.data_parallel
+        self._own = layers_of_rank(config, rank()) if is_parallel() and self._replicas == 1 else []
 
     def new_contents(self) -> Contents:
         """Contents for prompts that begin anew; a prompt overwrites what they hold."""
@@ -161,6 +163,9 @@ class Slot:
             self._reorder(source)
             return
         # every device holds whole rows of its heads, so each reorders its own; a graph would have to span all stages
+        if self._replicas > 1:
+            raise ConfigError(f"parallel_config.data_parallel is {self._replicas}, so the rows of a batch are on "
+                              "different devices, and beams cannot take over one another; use num_beams 1.")
         for layer in self._own:
             for parameter in (self.caches[layer].keys, self.caches[layer].values):
                 F.assign(parameter, F.gather(parameter, source, 0))
@@ -200,7 +205,7 @@ class PagedSlot(Slot):
     """Paged caches: MindFormers' block tables say which blocks a row owns.
 
     Args:
-        config: sizes and dtypes, `block_size` and `num_blocks`.
+        config: sizes and dtypes, `block_size` and `num_blocks` (see `blocks_needed`).
         batch: rows.
         positions: positions of each row at most.
 
@@ -212,14 +217,11 @@ class PagedSlot(Slot):
         if config.compute_dtype == mstype.float32:
             raise ConfigError("compute_dtype is float32; paged and flash attention take float16 or bfloat16. Choose "
                               "one of them, or use_past: False for attention that takes all.")
-        size, blocks = config.block_size, config.num_blocks
-        self.blocks_a_row = -(-positions // size)
-        if batch * self.blocks_a_row > blocks:
-            raise ConfigError(f"num_blocks is {blocks}, but {batch} row(s) of up to {positions} positions take "
-                              f"{batch * self.blocks_a_row} blocks of block_size {size}; raise num_blocks or ask for "
-                              "less at once.")
-        super().__init__(nn.CellList([PagedCache(config) for _ in range(config.num_hidden_layers)]), config)
-        self.batch, self.blocks, self.block_size = batch, blocks, size
+        blocks, mask = blocks_needed(config, batch, positions), compressed_causal_mask()
+        self.blocks_a_row = -(-positions // config.block_size)
+        layers = range(config.num_hidden_layers)
+        super().__init__(nn.CellList([PagedCache(config, blocks, mask) for _ in layers]), config)
+        self.batch, self.blocks, self.block_size = batch, blocks, config.block_size
         self.tables = self.new_tables()
 
     def new_tables(self) -> BlockTables:
@@ -259,7 +261,7 @@ class PagedSlot(Slot):
 
 
 class ShardedSlot(Slot):
-    """Contiguous caches in parallel layouts, cut by key/value heads: the first axis is the batch.
+    """Contiguous caches in parallel layouts, cut by rows and key/value heads: the first axis is the batch.
 
     Args:
         config: sizes, dtypes and the layout.
@@ -288,13 +290,17 @@ class ShardedSlot(Slot):
 
 def cache_bytes(config: IXC25Config, batch: int, positions: int) -> int:
     """Bytes of the keys and values of all layers for a batch of that many rows and positions, on all devices."""
-    entries = config.num_blocks * config.block_size if config.use_past and on_ascend() else batch * positions
+    entries = batch * positions
+    if config.use_past and on_ascend():
+        entries = blocks_needed(config, batch, positions) * config.block_size
     itemsize = np.dtype(mstype.dtype_to_nptype(config.compute_dtype)).itemsize
     return 2 * config.num_hidden_layers * entries * config.num_key_value_heads * config.head_size * itemsize
 
 
 def make_slot(config: IXC25Config, batch: int, positions: int) -> Slot:
     """Paged caches on Ascend with `use_past`, contiguous ones everywhere else."""
-    if config.use_past and on_ascend():
+    replicas = config.parallel_config.data_parallel if is_parallel() else 1
+    if config.use_past and on_ascend() and replicas == 1:
+        check_blocks(config)
         return PagedSlot(config, batch, positions)
     return (ShardedSlot if is_parallel() else ContiguousSlot)(config, batch, positions)

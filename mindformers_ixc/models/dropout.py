@@ -79,7 +79,8 @@ class SeededDropout(nn.Cell):
         columns = np.random.RandomState((features, salt)).randint(-2 ** 31, 2 ** 31 - 1, (1, features))
         self.columns = Tensor(columns, mstype.int32)                                     # (1, F)
         self.xor_columns, self.xor_shifted = P.BitwiseXor(), P.BitwiseXor()
-        self.shift_right, self.shift = P.RightShift(), Tensor([[FEATURE_SHIFT]], mstype.int32)
+        self.low_bits, self.below = P.BitwiseAnd(), Tensor([[2 ** FEATURE_SHIFT - 1]], mstype.int32)
+        self.clear_low, self.move_down = P.Sub(), P.FloorDiv()
         self.mul_first, self.mul_second, self.mul_kept, self.mul_factor = P.Mul(), P.Mul(), P.Mul(), P.Mul()
         self.greater_equal = P.GreaterEqual()
         self.cast = P.Cast()
@@ -100,17 +101,25 @@ class SeededDropout(nn.Cell):
         if noise is None:
             return self.generated(x)
         bits = self.mul_first(self.xor_columns(noise, self.columns), FEATURE_MIX_FIRST)  # (N, F)
-        bits = self.mul_second(self.xor_shifted(bits, self.shift_right(bits, self.shift)), FEATURE_MIX_SECOND)
+        bits = self.mul_second(self.xor_shifted(bits, self.shifted(bits)), FEATURE_MIX_SECOND)
         kept = self.cast(self.greater_equal(bits, self.limit), x.dtype)
         return self.mul_factor(self.mul_kept(x, kept), self.factor)
+
+    def shifted(self, bits):
+        """`bits >> FEATURE_SHIFT` of int32 `(N, F)`, with the sign.
+
+        Without RightShift, which Ascend has no aclnn kernel for. The low bits go first: what is left is a multiple of
+        the divisor with 16 significant bits, so the quotient is exact wherever it is computed, in float32 too.
+        """
+        return self.move_down(self.clear_low(bits, self.low_bits(bits, self.below)), 2 ** FEATURE_SHIFT)
 
     def shard(self, dp: int, tp: int) -> None:
         """Cuts positions by `dp` and features by `tp`."""
         cut = (dp, tp)
         self.generated.dropout.shard((cut,))
         self.xor_columns.shard(((dp, 1), (1, tp)))
-        self.shift_right.shard((cut, (1, 1)))
-        for primitive in (self.xor_shifted, self.mul_kept):
+        self.low_bits.shard((cut, (1, 1)))
+        for primitive in (self.xor_shifted, self.clear_low, self.mul_kept):
             primitive.shard((cut, cut))
-        for primitive in (self.mul_first, self.mul_second, self.greater_equal, self.mul_factor):
+        for primitive in (self.mul_first, self.move_down, self.mul_second, self.greater_equal, self.mul_factor):
             primitive.shard((cut, ()))

@@ -1,11 +1,13 @@
 """InternLM2: the language model of IXC2.5, with consolidated QKV, grouped queries and Partial LoRA on every linear."""
 from __future__ import annotations
 
+import functools
+import logging
+
 from mindspore import Parameter, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
-from mindspore.ops.auto_generate import RotaryPositionEmbedding
 
 from mindformers_ixc.device import on_ascend
 from mindformers_ixc.models.attention import decoder_attention, decoder_mask
@@ -14,6 +16,13 @@ from mindformers_ixc.models.dropout import LAYER_MIX
 from mindformers_ixc.models.layers import PartialLoRALinear, RMSNorm
 from mindformers_ixc.native import kernels
 from mindformers_ixc.parallel.cuts import CUTS
+
+try:       # deprecated, and announced to go after MindSpore 2.9
+    from mindspore.ops.auto_generate import RotaryPositionEmbedding
+except ImportError:
+    RotaryPositionEmbedding = None
+
+logger = logging.getLogger(__name__)
 
 
 class Choose(nn.Cell):
@@ -78,18 +87,29 @@ class TokenEmbedding(nn.Cell):
         self.choose.shard(dp)
 
 
+@functools.cache
+def _warn_of_missing_rotary() -> None:
+    """Says once, not in every layer, that the rotary embedding is composed."""
+    logger.warning("apply_rope_fusion is True, but this MindSpore has no RotaryPositionEmbedding any more; the rotary "
+                   "embedding is composed of other operators. Set apply_rope_fusion to False.")
+
+
 class RotaryEmbedding(nn.Cell):
     """Rotates pairs of one head by the position's angle (halves convention).
 
     Args:
-        config: head size, and whether Ascend's fused operator is to be taken (`apply_rope_fusion`).
+        config: head size, and whether Ascend's fused operator is to be taken (`apply_rope_fusion`) where there is one.
     """
 
     def __init__(self, config: IXC25Config):
         super().__init__()
         self.size, self.half = config.head_size, config.head_size // 2
         self.is_fused = config.apply_rope_fusion and on_ascend()
-        self.rotate = RotaryPositionEmbedding()
+        if self.is_fused and RotaryPositionEmbedding is None:
+            _warn_of_missing_rotary()
+            self.is_fused = False
+        if self.is_fused:
+            self.rotate = RotaryPositionEmbedding()
         self.reshape = P.Reshape()
         self.strided_slice = P.StridedSlice()
         self.neg = P.Neg()
@@ -113,7 +133,8 @@ class RotaryEmbedding(nn.Cell):
     def shard(self, dp: int, tp: int, packed: bool = False) -> None:
         """Cuts samples and key/value groups; the tables are one for all samples unless those are packed."""
         heads, samples = (dp, 1, tp, 1, 1), dp if packed else 1
-        self.rotate.shard(((dp, 1, tp, 1), (samples, 1, 1, 1), (samples, 1, 1, 1)))
+        if self.is_fused:
+            self.rotate.shard(((dp, 1, tp, 1), (samples, 1, 1, 1), (samples, 1, 1, 1)))
         self.strided_slice.shard((heads,))
         self.neg.shard((heads,))
         self.concat.shard((heads, heads))

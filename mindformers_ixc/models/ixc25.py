@@ -23,9 +23,11 @@ from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.dropout import PositionNoise
 from mindformers_ixc.models.internlm2 import Choose, InternLM2Model
 from mindformers_ixc.models.layers import Linear
-from mindformers_ixc.models.loss import IGNORE_INDEX, next_token_loss, token_losses
+from mindformers_ixc.models.loss import BatchLoss, HeadLosses
+from mindformers_ixc.models.pixels import SampleRows, TilePixels
 from mindformers_ixc.models.placement import set_pipeline_stages, share_graph
 from mindformers_ixc.models.recompute import apply_recompute
+from mindformers_ixc.models.report import SourceSums, keep_report
 from mindformers_ixc.models.rotary import rotary_tables
 from mindformers_ixc.models.vision import VisionMerge, VisionProjector, VisionTower
 from mindformers_ixc.parallel.cuts import CUTS, check_degree
@@ -48,6 +50,7 @@ class IXC25Model(PreTrainedModel):
 
     def __init__(self, config: IXC25Config):
         super().__init__(config, auto_prefix=True)
+        self.tile_pixels = TilePixels(config.compute_dtype)
         self.vit = VisionTower(config)
         self.vision_merge = VisionMerge(config)
         self.vision_proj = VisionProjector(config)
@@ -59,20 +62,23 @@ class IXC25Model(PreTrainedModel):
         self.model = InternLM2Model(config)
         self.output = Linear(config.hidden_size, config.vocab_size, sigma=config.initializer_range,
                              param_dtype=config.param_init_type, compute_dtype=config.compute_dtype, cut=CUTS["output"])
-        self.loss = next_token_loss(config)
-        self.token_losses = token_losses(config)
+        self.chunked_losses = HeadLosses(config)
+        self.loss = BatchLoss(config)
         self.noise = PositionNoise(config.seq_length)
         self.gather_angles = P.Gather()
-        self.loss_form, self.num_sources = config.loss_form, config.num_sources
-        self.one, self.zero = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
+        self.sums_losses, self.reports_sources = config.calculate_per_token_loss, config.loss_form == "sources"
+        self.keeps_report = is_parallel()
+        if self.reports_sources:
+            self.source_sums = SourceSums(config)
+            if self.keeps_report:
+                keep_report(self, 2, config.num_sources)
         self.adapters = MODE_ADAPTERS[config.adapter_mode]
         self._freeze_unused_adapters()
         cos, sin = rotary_tables(config, config.seq_length)
         self.cos = Tensor(cos[None, :, None, None, :])                                # (1, L, 1, 1, d)
         self.sin = Tensor(sin[None, :, None, None, :])
         self.dtype = config.compute_dtype
-        self.image_size = config.vision_config.image_size
-        self.gather_rows = P.Gather(batch_dims=1)
+        self.sample_rows = SampleRows()
         self.not_equal = P.NotEqual()
         self.choose = Choose()
         self.cast = P.Cast()
@@ -94,10 +100,11 @@ class IXC25Model(PreTrainedModel):
         """
         dp, tp = parallel_config.data_parallel, parallel_config.model_parallel
         check_degree(self.config, tp)
+        self.tile_pixels.shard(dp)
         self.vit.shard(dp, tp if self.config.vision_parallel == "heads" else 1)
         self.vision_merge.shard(dp)
         self.vision_proj.shard(dp, tp)
-        self.gather_rows.shard(((dp, 1, 1), (dp, 1)))
+        self.sample_rows.shard(dp, tp)
         self.not_equal.shard(((dp, 1), ()))
         self.gather_angles.shard(((1, 1), (dp, 1)))
         self.choose.shard(dp)
@@ -117,25 +124,25 @@ class IXC25Model(PreTrainedModel):
             if part_of(parameter.name) in unused:
                 parameter.requires_grad = False
 
-    def merged_rows(self, pixel_values, infer=False):
-        """Rows of the vision table before the projector, `(B, T*k*k + 2, 4C)`, of `(B, T, 3, P, P)` tiles.
+    def merged_rows(self, pixel_values, global_views=None, view_index=None, infer=False):
+        """Rows of the vision table before the projector, `(B, T*k*k + 2, 4C)`; tiles as in `TilePixels.construct`.
 
         `infer`, a compile-time constant, leaves gradients out.
         """
-        b, t = pixel_values.shape[0], pixel_values.shape[1]
-        pixels = self.reshape(pixel_values, (b * t, 3, self.image_size, self.image_size))
-        return self.vision_merge(self.vit(pixels, infer), self.plora_sub_GN, self.plora_glb_GN, b)
+        pixels = self.tile_pixels(pixel_values, global_views, view_index)             # (B*T, 3, P, P)
+        batch = pixel_values.shape[0]
+        return self.vision_merge(self.vit(pixels, infer), self.plora_sub_GN, self.plora_glb_GN, batch)
 
-    def vision_table(self, pixel_values, infer=False):
-        """The vision table `(B, T*k*k + 2, D)` of `(B, T, 3, P, P)` tiles; `infer` as in `merged_rows`."""
-        rows = self.merged_rows(pixel_values, infer)
+    def vision_table(self, pixel_values, global_views=None, view_index=None, infer=False):
+        """The vision table `(B, T*k*k + 2, D)`; arguments as in `merged_rows`."""
+        rows = self.merged_rows(pixel_values, global_views, view_index, infer)
         b, count, merged = rows.shape
         return self.reshape(self.vision_proj(self.reshape(rows, (b * count, merged))), (b, count, -1))
 
     def embed(self, input_ids, table, vision_index, image_mask):
         """Token embeddings with image positions taken from the vision table, `(B, L, D)`."""
         tokens = self.model.tok_embeddings(input_ids)
-        images = self.gather_rows(table, vision_index, 1)                             # (B, L, D)
+        images = self.sample_rows(table, vision_index)                                # (B, L, D)
         return self.choose(self.not_equal(image_mask, 0), images, tokens)
 
     def rotary_tables_of(self, position_ids):
@@ -164,58 +171,69 @@ class IXC25Model(PreTrainedModel):
         noise = None if noise_seed is None else self.noise(noise_seed)
         return self.model(x, mask, cos, sin, adapters, (b, length), segment_ends, noise)
 
-    def flat_logits(self, input_ids, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
-                    segment_ends=None, noise_seed=None):
-        """float32 logits `(B*L, V)`; arguments as in `training_loss`."""
-        table = None if pixel_values is None else self.vision_table(pixel_values)
-        x = self.hidden_states(input_ids, table, vision_index, image_mask, position_ids, segment_ends, noise_seed,
-                               self.adapters)
-        return self.cast(self.output(x), mstype.float32)                              # (B*L, V)
+    def states(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
+               image_mask=None, position_ids=None, segment_ends=None, noise_seed=None):
+        """Output of the last norm, `(B*L, D)`; arguments as in `training_loss`."""
+        table = None if pixel_values is None else self.vision_table(pixel_values, global_views, view_index)
+        return self.hidden_states(input_ids, table, vision_index, image_mask, position_ids, segment_ends, noise_seed,
+                                  self.adapters)
 
-    def logits(self, input_ids, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
-               segment_ends=None, noise_seed=None):
+    def head_losses(self, x, labels):
+        """float32 losses `(B, L)`, 0 where nothing is labelled, of the output of the last norm `(B*L, D)`."""
+        return self.chunked_losses(x, self.output.weight, labels)
+
+    def logits(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
+               image_mask=None, position_ids=None, segment_ends=None, noise_seed=None):
         """float32 logits `(B, L, V)`; arguments as in `training_loss`."""
-        flat = self.flat_logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ends,
-                                noise_seed)
+        x = self.states(input_ids, pixel_values, global_views, view_index, vision_index, image_mask, position_ids,
+                        segment_ends, noise_seed)
+        flat = self.cast(self.output(x), mstype.float32)                              # (B*L, V)
         return self.reshape(flat, (input_ids.shape[0], input_ids.shape[1], -1))
 
-    def training_loss(self, input_ids, labels, pixel_values=None, vision_index=None, image_mask=None,
-                      position_ids=None, segment_ends=None, noise_seed=None, source=None):
+    def training_loss(self, input_ids, labels, pixel_values=None, global_views=None, view_index=None,
+                      vision_index=None, image_mask=None, position_ids=None, segment_ends=None, noise_seed=None,
+                      source=None):
         """The loss of a batch (`mindformers_ixc.data.batch`) in the form that `config.loss_form` says.
 
         Args:
             input_ids: int32 `(B, L)`; the padding id at image positions and in the padding on the right.
             labels: int32 `(B, L)`, already shifted: the target of each position, -100 where there is none.
-            pixel_values: float32 `(B, T, 3, P, P)` normalised tiles; `None` for text only.
+            pixel_values: uint8 `(B, T, 3, P, P)`, local tiles; or float32, all tiles normalised, then the next two are
+                `None`; `None` for text only.
+            global_views: float32 `(B, I, 3, P, P)`, the normalised global views.
+            view_index: int32 `(B, T)`, 0 for a local tile, i > 0 for global view i - 1.
             vision_index: int32 `(B, L)`, row of the vision table each image position takes.
             image_mask: int32 `(B, L)`, 1 on image positions.
             position_ids: int32 `(B, L)`, for packed samples.
             segment_ends: int32 `(B, S)`, where the segments of packed rows end, the padding's included.
             noise_seed: int32 `(B,)`, for dropout that resumes exactly.
-            source: int32 `(B,)`, number of each sample's source; the form `sources` needs it, the others ignore it.
+            source: int32 `(B, L)`, number of each position's source; the form `sources` needs it, others ignore it.
 
         Returns:
             `mean`: float32 scalar, the mean over labelled positions. `sums`: the sum of losses and the number of
             labelled positions, float32 scalars. `sources`: the mean, and float32 `(2, R)`, of each of the R
-            `config.num_sources` sources the sum of losses and the number of labelled positions.
+            `config.num_sources` sources the sum of losses and the number of labelled positions. In parallel runs that
+            is added to the parameter `train_report`, and the mean (with `calculate_per_token_loss` the sum and the
+            number) is all that is returned.
         """
-        logits = self.flat_logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ends,
-                                  noise_seed)
-        targets = self.reshape(labels, (-1,))
-        if self.loss_form != "sources":
-            return self.loss(logits, targets)
-        losses = self.reshape(self.token_losses(logits, targets), labels.shape)       # (B, L)
-        counts = self.cast(self.not_equal(labels, IGNORE_INDEX), mstype.float32)
-        sums = F.stack((losses.sum(axis=1), counts.sum(axis=1)))                      # (2, B)
-        loss = sums[0].sum() / F.maximum(sums[1].sum(), 1.0)
-        members = F.one_hot(source, self.num_sources, self.one, self.zero)            # (B, R)
-        return loss, F.stop_gradient(F.matmul(sums, members))
+        x = self.states(input_ids, pixel_values, global_views, view_index, vision_index, image_mask, position_ids,
+                        segment_ends, noise_seed)
+        losses = self.head_losses(x, labels)
+        loss = self.loss(losses, labels)
+        if not self.reports_sources:
+            return loss
+        report = F.stop_gradient(self.source_sums(losses, labels, source))
+        if not self.keeps_report:
+            return loss, report
+        if self.sums_losses:
+            return self.kept_report(loss[0], report), loss[1]
+        return self.kept_report(loss, report)
 
-    def construct(self, input_ids, labels, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
-                  segment_ends=None, noise_seed=None, source=None):
+    def construct(self, input_ids, labels, pixel_values=None, global_views=None, view_index=None, vision_index=None,
+                  image_mask=None, position_ids=None, segment_ends=None, noise_seed=None, source=None):
         """The graph of training: `training_loss`."""
-        return self.training_loss(input_ids, labels, pixel_values, vision_index, image_mask, position_ids, segment_ends,
-                                  noise_seed, source)
+        return self.training_loss(input_ids, labels, pixel_values, global_views, view_index, vision_index, image_mask,
+                                  position_ids, segment_ends, noise_seed, source)
 
 
 class LogitsGraph(nn.Cell):
@@ -229,7 +247,8 @@ class LogitsGraph(nn.Cell):
         super().__init__(auto_prefix=False)
         self.model = model
 
-    def construct(self, input_ids, pixel_values=None, vision_index=None, image_mask=None, position_ids=None,
-                  segment_ends=None):
+    def construct(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
+                  image_mask=None, position_ids=None, segment_ends=None):
         """float32 logits `(B, L, V)`; arguments as in `IXC25Model.training_loss`."""
-        return self.model.logits(input_ids, pixel_values, vision_index, image_mask, position_ids, segment_ends)
+        return self.model.logits(input_ids, pixel_values, global_views, view_index, vision_index, image_mask,
+                                 position_ids, segment_ends)

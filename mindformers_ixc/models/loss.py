@@ -1,49 +1,36 @@
-"""Next-token cross entropy, the mean over labelled positions.
+"""Next-token cross entropy from hidden states: the head and the loss a chunk of positions at a time.
 
-MindFormers' loss is the one that the parallel compiler can cut by vocabulary; in a stand-alone run it holds about twice
-as many copies of the logits (a one-hot matrix among them) as the fused operators, which matters when a vocabulary of
-92544 pieces meets 24 GiB of a laptop.
+Logits are by far the widest activation: with 92544 pieces, 8192 positions are 3 GB in float32, and a loss holds them
+several times. So the head is part of the loss here. Positions are cut into chunks; a chunk's logits are made, give
+their losses and are dropped, and made again when the backward pass comes to them.
+
+    hidden states (B*L, D) -> chunks (rows * c, D) -> logits (rows * c, V) -> losses (rows, c) -> (B, L)
+
+`rows` is the data-parallel degree, so that a device has `config.loss_chunk` positions at work, whatever the layout.
+`BatchLoss` makes the loss of a batch of the losses of all positions, `models.report.SourceSums` those of sources.
 """
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
-import numpy as np
 from mindformers.core.loss.loss import CrossEntropyLoss
 from mindformers.modules.transformer import TransformerOpParallelConfig
-from mindspore import Tensor, nn
+from mindspore import nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.parallel.cuts import CUTS, product_strategy
 
 # Labels with this value carry no loss (the convention of PyTorch's cross entropy, which the public code relies on).
 IGNORE_INDEX = -100
 
 
-class FusedCrossEntropy(nn.Cell):
-    """Mean cross entropy by the fused log-softmax and negative log-likelihood operators.
-
-    Args:
-        classes: V.
-    """
-
-    def __init__(self, classes: int):
-        super().__init__()
-        self.log_softmax = P.LogSoftmax(-1)
-        self.nll = P.NLLLoss(reduction="sum", ignore_index=IGNORE_INDEX)
-        self.weight = Tensor(np.ones(classes, np.float32))
-
-    def construct(self, logits, labels):
-        """Scalar loss of float32 logits `(N, V)` and int32 labels `(N,)`; 0 when nothing is labelled."""
-        total, count = self.nll(self.log_softmax(logits), labels, self.weight)
-        return total / F.maximum(count, 1.0)
-
-
 class TokenLosses(nn.Cell):
     """Cross entropy of every position, 0 where nothing is labelled; for one device.
 
-    Composed, because the unreduced NLLLoss leaves ignored positions undefined on the CPU (MindSpore 2.9).
+    Composed, because the unreduced NLLLoss leaves ignored positions undefined on the CPU (MindSpore 2.9). Nothing of
+    the logits' size is broadcast: the CPU's kernels keep 16 bytes of indices for every number of such a result.
     """
 
     def __init__(self):
@@ -62,53 +49,6 @@ class TokenLosses(nn.Cell):
         return -picked * self.cast(labelled, mstype.float32)
 
 
-class SummedCrossEntropy(nn.Cell):
-    """Sum of the losses and number of labelled positions, from a cell that gives each position's loss.
-
-    Micro batches of a step have different numbers of labelled positions; MindFormers' pipeline and accumulation cells
-    add both up and divide once (`calculate_per_token_loss`), so that the step is that of the whole batch.
-    """
-
-    def __init__(self, config: IXC25Config):
-        super().__init__()
-        self.losses = token_losses(config)
-        self.not_equal, self.sum_losses, self.sum_labelled = P.NotEqual(), P.ReduceSum(), P.ReduceSum()
-        self.cast = P.Cast()
-        if is_parallel():
-            dp = config.parallel_config.data_parallel
-            self.not_equal.shard(((dp,), ()))
-            for primitive in (self.sum_losses, self.sum_labelled):
-                primitive.shard(((dp,),))
-
-    def construct(self, logits, labels):
-        """Two float32 scalars of float32 logits `(N, V)` and int32 labels `(N,)`."""
-        labelled = self.cast(self.not_equal(labels, IGNORE_INDEX), mstype.float32)
-        return self.sum_losses(self.losses(logits, labels)), self.sum_labelled(labelled)
-
-
-class ParallelCrossEntropy(nn.Cell):
-    """MindFormers' cross entropy with -100 for unlabelled positions; the vocabulary is cut as the head cuts it.
-
-    Args:
-        config: gives the data-parallel and tensor-parallel degrees.
-    """
-
-    def __init__(self, config: IXC25Config):
-        super().__init__()
-        dp = config.parallel_config.data_parallel
-        self.loss = CrossEntropyLoss(parallel_config=_degrees(config),
-                                     calculate_per_token_loss=config.calculate_per_token_loss)
-        self.not_equal = P.NotEqual().shard(((dp,), ()))
-        self.cast = P.Cast()
-        self.mul = P.Mul().shard(((dp,), (dp,)))
-
-    def construct(self, logits, labels):
-        """Loss of float32 logits `(N, V)` and int32 labels `(N,)`; sum and count with `calculate_per_token_loss`."""
-        labelled = self.not_equal(labels, IGNORE_INDEX)
-        targets = self.mul(labels, self.cast(labelled, mstype.int32))
-        return self.loss(logits, targets, self.cast(labelled, mstype.float32))
-
-
 class ParallelTokenLosses(nn.Cell):
     """`TokenLosses` from the two cells that MindFormers' cross entropy is made of, the vocabulary cut.
 
@@ -118,8 +58,9 @@ class ParallelTokenLosses(nn.Cell):
 
     def __init__(self, config: IXC25Config):
         super().__init__()
-        dp, tp = config.parallel_config.data_parallel, config.parallel_config.model_parallel
-        cells = CrossEntropyLoss(parallel_config=_degrees(config))
+        parallel = config.parallel_config
+        dp, tp = parallel.data_parallel, parallel.model_parallel
+        cells = CrossEntropyLoss(parallel_config=TransformerOpParallelConfig(data_parallel=dp, model_parallel=tp))
         self.log_softmax, self.nll = cells._log_softmax, cells._nllloss
         self.not_equal = P.NotEqual().shard(((dp,), ()))
         self.cast = P.Cast()
@@ -136,18 +77,157 @@ class ParallelTokenLosses(nn.Cell):
         return self.mul_mask(losses, self.cast(labelled, mstype.float32))
 
 
-def _degrees(config: IXC25Config) -> TransformerOpParallelConfig:
-    parallel = config.parallel_config
-    return TransformerOpParallelConfig(data_parallel=parallel.data_parallel, model_parallel=parallel.model_parallel)
-
-
 def token_losses(config: IXC25Config) -> nn.Cell:
     """The cell of each position's loss for the current parallel mode."""
     return ParallelTokenLosses(config) if is_parallel() else TokenLosses()
 
 
-def next_token_loss(config: IXC25Config) -> nn.Cell:
-    """The loss cell for the current parallel mode."""
-    if is_parallel():
-        return ParallelCrossEntropy(config)
-    return SummedCrossEntropy(config) if config.calculate_per_token_loss else FusedCrossEntropy(config.vocab_size)
+class ChunkLosses(nn.Cell):
+    """Head and loss of one chunk. It is recomputed: only its inputs and the losses stay for the backward pass.
+
+    Args:
+        config: gives the compute dtype and the degrees.
+    """
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        self.losses = token_losses(config)
+        self.matmul = P.MatMul(transpose_b=True)
+        self.cast, self.reshape = P.Cast(), P.Reshape()
+        self.dtype = config.compute_dtype
+        if is_parallel():
+            parallel = config.parallel_config
+            self.matmul.shard(product_strategy(CUTS["output"], parallel.data_parallel, parallel.model_parallel))
+
+    def construct(self, x, weight, labels):
+        """Losses `(rows, c)` of hidden states `(rows, c, D)`, the head's weight `(V, D)` and labels `(rows, c)`.
+
+        The weight is cast here, so that the chunks' gradients for it are added up in the dtype it is kept in.
+        """
+        flat = self.cast(self.reshape(x, (-1, x.shape[-1])), self.dtype)                         # (rows * c, D)
+        logits = self.cast(self.matmul(flat, self.cast(weight, self.dtype)), mstype.float32)      # (rows * c, V)
+        return self.reshape(self.losses(logits, self.reshape(labels, (-1,))), labels.shape)
+
+
+class InOrder(nn.Cell):
+    """Puts one chunk after another, forward and backward; otherwise their logits may live at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        # an operator, because recomputation waits for the gradient's operators and looks through what only orders
+        self.add_zero = P.Add().add_prim_attr("keep_alive", True)
+
+    def construct(self, losses, x, weight):
+        """The losses of a chunk, and hidden states and weight for the next one, which waits for them."""
+        return losses, F.depend(x, losses), F.depend(weight, losses)
+
+    def bprop(self, losses, x, weight, out, dout):
+        """The gradient of the losses waits for the gradients that the next chunk gives."""
+        return self.add_zero(F.depend(dout[0], (dout[1], dout[2])), 0.0), dout[1], dout[2]
+
+
+class HeadLosses(nn.Cell):
+    """Losses of all positions from the output of the last norm, a chunk of positions after the other.
+
+    Args:
+        config: gives `loss_chunk` (positions of a chunk on each device), the compute dtype and the degrees.
+    """
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        self.chunk_size, self.rows = config.loss_chunk, 1
+        self.chunk, self.in_order = ChunkLosses(config), InOrder()
+        self.chunk.recompute()
+        self.reshape = P.Reshape()
+        self.slice_states, self.slice_labels = P.StridedSlice(), P.StridedSlice()
+        self.concat = P.Concat(1)
+        self.dp = 0       # of parallel runs
+        self.add_zero = P.Add().add_prim_attr("keep_alive", True)
+        self.sequence = False
+        if is_parallel():
+            self._shard(config.parallel_config)
+
+    def _shard(self, parallel: TransformerOpParallelConfig) -> None:
+        """Every device has its share of the positions in one row, which is then cut into chunks."""
+        self.rows = dp = parallel.data_parallel
+        self.sequence = parallel.model_parallel > 1 and parallel.use_seq_parallel
+        self.add_zero.shard(((dp, 1), ()))
+        self.slice_states.shard(((dp, 1, 1),))
+        self.slice_labels.shard(((dp, 1),))
+        self.dp = dp
+
+    def construct(self, x, weight, labels):
+        """float32 losses `(B, L)`, 0 where nothing is labelled.
+
+        Args:
+            x: hidden states `(B*L, D)`.
+            weight: the head's, `(V, D)`.
+            labels: int32 `(B, L)`.
+        """
+        if self.sequence:
+            x = self.add_zero(x, 0)       # whole positions come together once, not for every chunk
+        rows, width = self.rows, x.shape[1]
+        count = x.shape[0] // rows
+        x, targets = self.reshape(x, (rows, count, width)), self.reshape(labels, (rows, count))
+        if count <= self.chunk_size:
+            return self.reshape(self.chunk(x, weight, targets), labels.shape)
+        done = ()
+        for part, own in zip(self.pieces(x, self.slice_states), self.pieces(targets, self.slice_labels)):
+            if done:
+                before, part, weight = self.in_order(done[-1], part, weight)
+                done = (*done[:-1], before)
+            done = (*done, self.chunk(part, weight, own))
+        return self.reshape(self.concat(done), labels.shape)
+
+    def pieces(self, x, strided_slice):
+        """`(rows, n, ...)` cut into chunks along its second axis, as a tuple.
+
+        All of one size come from one operator, whose gradient joins theirs; that of a slice is as large as the whole.
+        """
+        count = x.shape[1]
+        whole, rest = count // self.chunk_size, count % self.chunk_size
+        if rest == 0:
+            return self.split(x, whole)
+        start, end, steps = (0,) * x.ndim, x.shape, (1,) * x.ndim
+        last = strided_slice(x, (0, count - rest, *start[2:]), end, steps)
+        first = strided_slice(x, start, (end[0], count - rest, *end[2:]), steps)
+        return (*self.split(first, whole), last)
+
+    def split(self, x, pieces):
+        """`(rows, n, ...)` cut into equal pieces along its second axis, as a tuple."""
+        if pieces == 1:
+            return (x,)
+        split = P.Split(1, pieces)
+        if self.dp:
+            split.shard(((self.dp, *(1,) * (x.ndim - 1)),))
+        return split(x)
+
+
+class BatchLoss(nn.Cell):
+    """The loss of a batch from the losses of its positions.
+
+    Micro batches of a step have different numbers of labelled positions; MindFormers' pipeline and accumulation cells
+    add sums and numbers up and divide once (`calculate_per_token_loss`), so that the step is that of the whole batch.
+
+    Args:
+        config: gives the form and the data-parallel degree.
+    """
+
+    def __init__(self, config: IXC25Config):
+        super().__init__()
+        self.gives_sums = config.loss_form == "sums" or config.calculate_per_token_loss
+        self.not_equal, self.sum_losses, self.sum_labelled = P.NotEqual(), P.ReduceSum(), P.ReduceSum()
+        self.cast, self.divide, self.maximum = P.Cast(), P.RealDiv(), P.Maximum()
+        if is_parallel():
+            dp = config.parallel_config.data_parallel
+            self.not_equal.shard(((dp, 1), ()))
+            for primitive in (self.sum_losses, self.sum_labelled):
+                primitive.shard(((dp, 1),))
+
+    def construct(self, losses, labels):
+        """The mean over labelled positions, or the sum and their number, of losses and int32 labels `(B, L)`."""
+        labelled = self.cast(self.not_equal(labels, IGNORE_INDEX), mstype.float32)
+        total, count = self.sum_losses(losses), self.sum_labelled(labelled)
+        if self.gives_sums:
+            return total, count
+        return self.divide(total, self.maximum(count, 1.0))

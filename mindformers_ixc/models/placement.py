@@ -24,6 +24,23 @@ def share_graph(cell: nn.Cell) -> None:
     __init__(cell)
 
 
+def mark_backward_end(model: nn.Cell) -> None:
+    """Tells the compiler where the backward pass of a micro batch ends, if the tower does not train.
+
+    Accumulating without stages, MindSpore (2.9) lets a micro batch wait for the gradient of the first operator that
+    takes a parameter. That is the tower's first; where it is frozen there is no such gradient and the compiler gives up
+    ("Cannot find grad_accumulation border node"). Its mark is an attribute that any operator may have.
+
+    Args:
+        model: of a parallel run, whose parameters say whether they train.
+    """
+    if any(parameter.requires_grad for parameter in model.vit.get_parameters()):
+        return
+    first = next((cell for _, cell in model.cells_and_names() if hasattr(cell, "matmul")
+                  and any(parameter.requires_grad for parameter in cell.get_parameters(expand=False))), model.output)
+    first.matmul.add_prim_attr("first_parameter_cnode", 0)
+
+
 def set_pipeline_stages(model: nn.Cell, parallel_config: TransformerOpParallelConfig) -> None:
     """Gives every cell of the model its `pipeline_stage`; with one stage there is nothing to do.
 
@@ -40,5 +57,7 @@ def set_pipeline_stages(model: nn.Cell, parallel_config: TransformerOpParallelCo
     layers = model.model.layers
     for layer, stage in zip(layers, stages_of_layers(model.config, stages)):
         layer.pipeline_stage = stage
-    for cell in (model.model.norm, model.output, model.loss):
+    for cell in (model.model.norm, model.output, model.chunked_losses, model.loss):
         cell.pipeline_stage = stages - 1
+    if model.reports_sources:
+        model.source_sums.pipeline_stage = model.kept_report.pipeline_stage = stages - 1

@@ -1,17 +1,13 @@
-"""Direct preference optimisation of one task LoRA: the reference is the same model with that pair left out.
+"""Preference optimisation of one task LoRA: the reference is the same model with that pair left out.
 
-    h = (log p(chosen) - log p(rejected)) - (log p_ref(chosen) - log p_ref(rejected))
-    sigmoid:  -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)        (arXiv 2305.18290, label smoothing s)
-    ipo:      (h - 1 / (2 beta))^2                                          (arXiv 2310.12036)
-
-So no second model is in memory, and images are encoded once for all four passes.
+So no second model is in memory, and images are encoded once for all passes. The losses, some of which need no
+reference, are those of `mindformers_ixc.preference_options`.
 """
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
-import numpy as np
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindspore import Parameter, Tensor, nn
+from mindspore import nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
@@ -19,95 +15,150 @@ from mindformers_ixc.device import is_parallel
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
-from mindformers_ixc.sections import above_0, check_section, of_type, one_of
-
-LOSSES = ("sigmoid", "ipo")
-DEFAULTS = {"task": "dpo", "loss": "sigmoid", "beta": 0.1, "label_smoothing": 0.0}
-RULES = {"task": of_type(str), "loss": one_of(LOSSES), "beta": above_0(), "label_smoothing": of_type(float)}
+from mindformers_ixc.models.loss import IGNORE_INDEX
+from mindformers_ixc.models.report import keep_report
+from mindformers_ixc.preference_options import REFERENCE_FREE, preference_options
 
 # Entries of the report of a step, in their order; the last is the number of pairs that the others are sums over.
 REPORT = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected",
-          "pairs")
-REPORT_NAME = "train_report"
+          "nll_chosen", "pairs")
+
+# Of odds, the smallest -log p: an answer that is certain in float32 has no odds.
+LEAST_NLL = 1e-6
 
 
-def preference_options(section: dict | None) -> dict:
-    """Options of `model_config.preference` with their defaults.
+class AnswerSums(nn.Cell):
+    """Log-probability and number of tokens of every answer, float32 `(B, 2)` each.
 
-    Raises:
-        ConfigError: for an unknown option or value.
+    Args:
+        dp: data-parallel degree; `None` in stand-alone runs.
     """
-    check_section(section or {}, RULES, "model_config.preference")
-    options = {**DEFAULTS, **{key: value for key, value in (section or {}).items() if value is not None}}
-    if not 0 <= options["label_smoothing"] < 0.5 or (options["loss"] == "ipo" and options["label_smoothing"]):
-        raise ConfigError(f"model_config.preference.label_smoothing is {options['label_smoothing']!r}; the sigmoid "
-                          "loss takes 0 up to 0.5, ipo takes none.")
-    return options
+
+    def __init__(self, dp: int | None = None):
+        super().__init__()
+        self.not_equal, self.cast, self.reshape = P.NotEqual(), P.Cast(), P.Reshape()
+        self.sum_losses, self.sum_tokens, self.negative = P.ReduceSum(), P.ReduceSum(), P.Mul()
+        if dp is not None:
+            self.not_equal.shard(((dp, 1), ()))
+            for primitive in (self.sum_losses, self.sum_tokens):
+                primitive.shard(((dp, 1),))
+            self.negative.shard(((dp,), ()))
+
+    def construct(self, losses, labels):
+        """Takes losses and labels of all positions, `(2B, L)`, an answer a row and those of a pair together."""
+        shape = (labels.shape[0] // 2, 2)
+        tokens = self.sum_tokens(self.cast(self.not_equal(labels, IGNORE_INDEX), mstype.float32), 1)
+        return self.reshape(self.negative(self.sum_losses(losses, 1), -1.0), shape), self.reshape(tokens, shape)
 
 
 class PreferenceLoss(nn.Cell):
-    """Loss and report of pairs from their log-probabilities.
+    """Loss and report of pairs from their log-probabilities; the options are those of `preference_options`.
 
     Args:
-        loss: `sigmoid` or `ipo`.
-        beta: strength of the tie to the reference.
+        loss: `sigmoid`, `ipo`, `simpo` or `orpo`.
+        beta: strength of the tie to the reference; without one a factor of rewards, or weight of the odds ratio.
         label_smoothing: share of pairs taken to be the wrong way round.
+        rpo_alpha: weight of the chosen answer's negative log-likelihood a token.
+        gamma: margin that rewards shall differ by.
+        summed: gives the sum of the losses and the number of pairs instead of the mean.
     """
 
-    def __init__(self, loss: str, beta: float, label_smoothing: float):
+    def __init__(self, loss: str, beta: float, label_smoothing: float = 0.0, rpo_alpha: float = 0.0,
+                 gamma: float = 0.0, summed: bool = False):
         super().__init__()
-        self.is_ipo, self.beta, self.smoothing = loss == "ipo", beta, label_smoothing
-        self.sub, self.add = P.Sub(), P.Add()
-        self.mul_number, self.add_number, self.min_number = P.Mul(), P.Add(), P.Minimum()
-        self.strided_slice = P.StridedSlice()
-        self.square, self.absolute, self.exp, self.log = P.Square(), P.Abs(), P.Exp(), P.Log()
-        self.mean = P.ReduceMean()
+        self.loss, self.beta, self.smoothing, self.alpha, self.gamma = loss, beta, label_smoothing, rpo_alpha, gamma
+        self.has_reference, self.summed = loss not in REFERENCE_FREE, summed
+        self.sub, self.add, self.div = P.Sub(), P.Add(), P.Div()
+        self.mul_number, self.add_number, self.min_number, self.greater = P.Mul(), P.Add(), P.Minimum(), P.Greater()
+        self.at_least_one = P.Maximum()
+        self.first, self.second = P.StridedSlice(), P.StridedSlice()
+        self.square, self.absolute, self.exp, self.tanh, self.log = P.Square(), P.Abs(), P.Exp(), P.Tanh(), P.Log()
+        self.sum, self.sum_entries, self.ones = P.ReduceSum(), P.ReduceSum(), P.OnesLike()
+        self.mean, self.cast, self.join = P.ReduceMean(), P.Cast(), P.Concat(1)
 
-    def shard(self) -> None:
-        """Everything is whole on every device: left to itself the compiler cuts pairs over tensor-parallel devices, and
-        gradients that those take for copies of each other are not."""
-        whole, number = (1, 1), ()
-        for primitive in (self.sub, self.add):
-            primitive.shard((whole, whole))
-        for primitive in (self.mul_number, self.add_number, self.min_number):
-            primitive.shard((whole, number))
-        for primitive in (self.strided_slice, self.square, self.absolute, self.exp, self.log, self.mean):
-            primitive.shard((whole,))
+    def shard(self, dp: int) -> None:
+        """Pairs are cut over the replicas and nothing else: left to itself the compiler cuts them over tensor-parallel
+        devices too, and gradients that those take for copies of each other are not."""
+        pairs, number = (dp, 1), ()
+        for primitive in (self.sub, self.add, self.div):
+            primitive.shard((pairs, pairs))
+        for primitive in (self.mul_number, self.add_number, self.min_number, self.greater, self.at_least_one):
+            primitive.shard((pairs, number))
+        for primitive in (self.first, self.second, self.square, self.absolute, self.exp, self.tanh, self.log, self.sum,
+                          self.sum_entries, self.ones, self.mean):
+            primitive.shard((pairs,))
+        self.join.shard((pairs,) * len(REPORT))
 
     def log_sigmoid(self, x):
         """Without overflow on either side, of `(B, 1)`."""
         shrunk = self.exp(self.mul_number(self.absolute(x), -1.0))
         return self.sub(self.min_number(x, 0.0), self.log(self.add_number(shrunk, 1.0)))
 
-    def construct(self, policy, reference):
-        """Takes summed log-probabilities (chosen, rejected), float32 `(B, 2)` each.
+    def log_odds(self, x):
+        """`log(p / (1 - p))` of a log-probability `(B, 2)`; that of certainty is taken to be `-LEAST_NLL`."""
+        x = self.min_number(x, -LEAST_NLL)
+        # 1 - exp(x) = -2 t / (1 - t) with t = tanh(x / 2), exact near 0, where the CPU's expm1 (MindSpore 2.9) is not
+        t = self.mul_number(self.tanh(self.mul_number(x, 0.5)), -1.0)
+        rest = self.sub(self.log(self.mul_number(t, 2.0)), self.log(self.add_number(t, 1.0)))
+        return self.sub(x, rest)
 
-        Returns:
-            Scalar loss and the report, float32, the entries of `REPORT`: sums of chosen and rejected rewards, margins,
-            right orders, policy log-probabilities of chosen and rejected, and the number of pairs.
+    def chosen(self, x):
+        """The chosen answers' column of `(B, 2)`, `(B, 1)`."""
+        return self.first(x, (0, 0), (x.shape[0], 1), (1, 1))
+
+    def rejected(self, x):
+        """The rejected answers' column of `(B, 2)`, `(B, 1)`."""
+        return self.second(x, (0, 1), (x.shape[0], 2), (1, 1))
+
+    def losses(self, margin, nll, each):
+        """Losses `(B, 1)` of pairs.
+
+        Args:
+            margin: rewards of the chosen less those of the rejected, `(B, 1)`.
+            nll: negative log-likelihood of the chosen a token, `(B, 1)`.
+            each: log-probabilities a token, `(B, 2)`.
         """
-        pairs, steps = policy.shape[0], (1, 1)
-        rewards = self.mul_number(self.sub(policy, reference), self.beta)              # (B, 2)
-        chosen = self.strided_slice(rewards, (0, 0), (pairs, 1), steps)                # (B, 1)
-        rejected = self.strided_slice(rewards, (0, 1), (pairs, 2), steps)              # (B, 1)
-        margin = self.sub(chosen, rejected)                                            # (B, 1)
-        if self.is_ipo:
+        if self.loss == "orpo":
+            odds = self.log_odds(each)
+            ratio = self.log_sigmoid(self.sub(self.chosen(odds), self.rejected(odds)))
+            return self.add(nll, self.mul_number(ratio, -self.beta))
+        if self.loss == "simpo":
+            return self.mul_number(self.log_sigmoid(self.add_number(margin, -self.gamma)), -1.0)
+        if self.loss == "ipo":
             loss = self.square(self.add_number(self.mul_number(margin, 1.0 / self.beta), -1.0 / (2.0 * self.beta)))
         else:
             loss = self.mul_number(self.log_sigmoid(margin), self.smoothing - 1.0)
             if self.smoothing:
                 wrong_way = self.log_sigmoid(self.mul_number(margin, -1.0))
                 loss = self.add(loss, self.mul_number(wrong_way, -self.smoothing))
-        return self.mean(loss), F.stop_gradient(self.report(rewards, margin, policy))
+        if self.alpha:
+            loss = self.add(loss, self.mul_number(nll, self.alpha))
+        return loss
 
-    @staticmethod
-    def report(rewards, margin, policy):
-        """The report; see `construct`."""
-        right = F.cast(margin > 0, mstype.float32)
-        sums = {"reward_chosen": rewards[:, 0].sum(), "reward_rejected": rewards[:, 1].sum(),
-                "reward_margin": margin.sum(), "reward_accuracy": right.sum(), "logp_chosen": policy[:, 0].sum(),
-                "logp_rejected": policy[:, 1].sum(), "pairs": F.ones_like(margin).sum()}
-        return F.stack([sums[name] for name in REPORT])
+    def construct(self, policy, tokens, reference=None):
+        """Takes float32 `(B, 2)` each, chosen and rejected: summed log-probabilities, numbers of tokens, and the
+        reference's log-probabilities if the loss has a reference.
+
+        Returns:
+            Scalar loss (or sum and number of pairs, float32 scalars) and the report, float32, the entries of `REPORT`:
+            sums of chosen and rejected rewards, margins, right orders, policy log-probabilities of chosen and rejected,
+            negative log-likelihoods a token of the chosen, and the number of pairs. Rewards are `beta` times the
+            log-probability less the reference's, or, without a reference, times that a token.
+        """
+        each = self.div(policy, self.at_least_one(tokens, 1.0))                        # (B, 2)
+        rewards = self.mul_number(self.sub(policy, reference) if self.has_reference else each, self.beta)
+        margin = self.sub(self.chosen(rewards), self.rejected(rewards))                # (B, 1)
+        nll = self.mul_number(self.chosen(each), -1.0)
+        losses = self.losses(margin, nll, each)
+        right = self.cast(self.greater(margin, 0.0), mstype.float32)
+        entries = (self.chosen(rewards), self.rejected(rewards), margin, right, self.chosen(policy),
+                   self.rejected(policy), nll, self.ones(margin))
+        report = F.stop_gradient(self.sum_entries(self.join(entries), 0))
+        if self.summed:
+            # counted from the data: what is known while compiling becomes a constant of every pipeline stage
+            real = self.cast(self.greater(self.chosen(tokens), 0.0), mstype.float32)
+            return self.sum(losses), F.stop_gradient(self.sum(real)), report
+        return self.mean(losses), report
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS)
@@ -118,53 +169,46 @@ class IXC25ForPreference(IXC25Model):
         config: `adapter_mode` must use the task that trains (`write` for `dpo`); `preference` has the options.
 
     Raises:
-        ConfigError: for unknown options, a mode without the task, or several pipeline stages.
+        ConfigError: for unknown options, or a mode without the task.
     """
 
     def __init__(self, config: IXC25Config):
         super().__init__(config)
         options = preference_options(config.preference)
-        if options["task"] not in self.adapters:
-            raise ConfigError(f"model_config.preference.task is '{options['task']}', which adapter_mode "
+        task = options.pop("task")
+        if task not in self.adapters:
+            raise ConfigError(f"model_config.preference.task is '{task}', which adapter_mode "
                               f"'{config.adapter_mode}' does not use ({', '.join(self.adapters) or 'it uses none'}).")
-        if config.parallel_config.pipeline_stage > 1:
-            raise ConfigError(f"parallel_config.pipeline_stage is {config.parallel_config.pipeline_stage}, but a "
-                              "preference step's report of rewards cannot travel between stages; set it to 1 and use "
-                              "data and tensor parallel.")
-        self.without_task = tuple(name for name in self.adapters if name != options["task"])
-        self.preference_loss = PreferenceLoss(options["loss"], options["beta"], options["label_smoothing"])
+        self.without_task = tuple(name for name in self.adapters if name != task)
+        parallel = config.parallel_config
+        self.preference_loss = PreferenceLoss(**options, summed=config.calculate_per_token_loss)
+        self.has_reference = self.preference_loss.has_reference
+        self.answer_sums = AnswerSums(parallel.data_parallel if is_parallel() else None)
         self.tile_answers = P.Tile()
-        self.sum_positions = P.ReduceSum()
-        # of two outputs the parallel compiler finds no loss, and would not divide the loss's gradient by the devices
-        # that compute it alike; so there the report is put down instead of given out
-        self.keeps_report = is_parallel()
-        self.mul_minus_one = P.Mul()
         if is_parallel():
-            dp = config.parallel_config.data_parallel
-            self.tile_answers.shard(((dp, 1, 1, 1),))
-            self.sum_positions.shard(((dp, 1),))
-            self.mul_minus_one.shard(((1,), ()))
-            self.preference_loss.shard()
-            self.train_report = Parameter(Tensor(np.zeros(len(REPORT), np.float32)), name=REPORT_NAME,
-                                          requires_grad=False)
+            self.tile_answers.shard(((parallel.data_parallel, 1, 1, 1),))
+            self.preference_loss.shard(parallel.data_parallel)
+            keep_report(self, len(REPORT))
+            if parallel.pipeline_stage > 1:
+                for cell in (self.answer_sums, self.preference_loss, self.kept_report):
+                    cell.pipeline_stage = parallel.pipeline_stage - 1
 
     def answer_logps(self, rows, labels, adapters):
-        """Summed log-probabilities of the labelled positions, float32 `(2B,)`."""
-        logits = self.cast(self.output(self.hidden_states(*rows, None, None, None, adapters)), mstype.float32)
-        losses = self.token_losses(logits, self.reshape(labels, (-1,)))
-        # from here on the numbers are few, and whole on every device
-        return self.mul_minus_one(self.sum_positions(self.reshape(losses, labels.shape), 1), -1.0)
+        """Summed log-probabilities and numbers of the labelled positions, float32 `(B, 2)` each."""
+        losses = self.head_losses(self.hidden_states(*rows, None, None, None, adapters), labels)
+        return self.answer_sums(losses, labels)
 
-    def construct(self, input_ids, labels=None, pixel_values=None, vision_index=None, image_mask=None,
-                  reference_logps=None):
+    def construct(self, input_ids, labels=None, pixel_values=None, global_views=None, view_index=None,
+                  vision_index=None, image_mask=None, reference_logps=None):
         """Loss and report of pairs; arguments as in `mindformers_ixc.data.batch`, see `PreferenceLoss.construct`.
 
-        In parallel runs the loss alone; the report is in `train_report`.
+        In parallel runs the loss alone (or the sum of losses and the number of pairs); the report is added to the
+        parameter `train_report`.
         """
         b, _, length = input_ids.shape
         table = None
         if pixel_values is not None:
-            table = self.vision_table(pixel_values)                                   # (B, T*k*k + 2, D)
+            table = self.vision_table(pixel_values, global_views, view_index)         # (B, T*k*k + 2, D)
             rows, width = table.shape[1], table.shape[2]
             table = self.tile_answers(self.reshape(table, (b, 1, rows, width)), (1, 2, 1, 1))
             table = self.reshape(table, (2 * b, rows, width))                         # (2B, T*k*k + 2, D)
@@ -172,11 +216,11 @@ class IXC25ForPreference(IXC25Model):
         labels = self.reshape(labels, shape)
         inputs = (self.reshape(input_ids, shape), table, self.reshape(vision_index, shape),
                   self.reshape(image_mask, shape))
-        policy = self.reshape(self.answer_logps(inputs, labels, self.adapters), (b, 2))
-        if reference_logps is None:
-            reference = F.stop_gradient(self.answer_logps(inputs, labels, self.without_task))
-            reference_logps = self.reshape(reference, (b, 2))
-        loss, report = self.preference_loss(policy, reference_logps)
+        policy, tokens = self.answer_logps(inputs, labels, self.adapters)
+        if self.has_reference and reference_logps is None:
+            reference_logps = F.stop_gradient(self.answer_logps(inputs, labels, self.without_task)[0])
+        outputs = self.preference_loss(policy, tokens, reference_logps)
         if self.keeps_report:
-            return F.depend(loss, F.assign(self.train_report, report))
-        return loss, report
+            loss = self.kept_report(outputs[0], outputs[-1])
+            return (loss, outputs[1]) if self.sums_losses else loss
+        return outputs

@@ -14,6 +14,7 @@ from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P
 
 from mindformers_ixc.config import VisionConfig
+from mindformers_ixc.device import on_ascend
 from mindformers_ixc.models.attention import (
     GIVEN,
     NOTHING,
@@ -232,6 +233,12 @@ class VisionLayer(nn.Cell):
         self.add.shard(((dp, 1), (dp, 1)))
 
 
+def _infers_on_ascend(config: IXC25Config | IXC25VisionConfig) -> bool:
+    """Whether a tower is for inference with Ascend's kernels, whatever training takes: those hold no scores."""
+    return (bool(getattr(config, "use_past", False)) and on_ascend()
+            and getattr(config, "compute_dtype", None) in (mstype.float16, mstype.bfloat16))
+
+
 class VisionEncoder(nn.Cell):
     """The stack of encoder layers."""
 
@@ -271,7 +278,7 @@ class IXC25VisionModel(PreTrainedModel):
         norm = (vision.hidden_size, vision.layer_norm_eps, param_dtype, norm_dtype)
         self.embeddings = VisionEmbeddings(vision, param_dtype, dtypes["compute_dtype"])
         self.pre_layrnorm = LayerNorm(*norm)          # the public name is misspelt so
-        self.is_flash = uses_flash_attention(config)
+        self.is_flash = uses_flash_attention(config) or _infers_on_ascend(config)
         self.encoder = VisionEncoder(vision, dtypes, norm_dtype, softmax_dtype, self.is_flash)
         self.post_layernorm = LayerNorm(*norm)
         for parameter in self.post_layernorm.get_parameters():

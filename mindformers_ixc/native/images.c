@@ -117,18 +117,18 @@ int resize_image(const uint8_t *in, int width, int height, uint8_t *out, int out
     return status;
 }
 
-/* uint8 (rows * P, columns * P, 3) -> float32 (rows * columns, 3, P, P), P `side`, by a table (3, 256). */
-void cut_tiles(const uint8_t *in, int rows, int columns, int side, const float *table, float *out) {
+/* uint8 (rows * P, columns * P, 3) -> uint8 (rows * columns, 3, P, P), P `side`. */
+void split_tiles(const uint8_t *in, int rows, int columns, int side, uint8_t *out) {
     const int64_t width = 3 * (int64_t)columns * side, area = (int64_t)side * side;
     for (int64_t y = 0; y < (int64_t)rows * side; ++y)
         for (int column = 0; column < columns; ++column) {
             const uint8_t *pixel = in + y * width + 3 * (int64_t)column * side;
-            float *red = out + ((y / side) * columns + column) * 3 * area + (y % side) * side;
-            float *green = red + area, *blue = green + area;
+            uint8_t *red = out + ((y / side) * columns + column) * 3 * area + (y % side) * side;
+            uint8_t *green = red + area, *blue = green + area;
             for (int x = 0; x < side; ++x, pixel += 3) {
-                red[x] = table[pixel[0]];
-                green[x] = table[256 + pixel[1]];
-                blue[x] = table[512 + pixel[2]];
+                red[x] = pixel[0];
+                green[x] = pixel[1];
+                blue[x] = pixel[2];
             }
         }
 }

@@ -22,11 +22,11 @@ def _functions():
     if library() is None:
         return None
     functions = ctypes.CDLL(library())
-    if not all(hasattr(functions, name) for name in ("resize_image", "cut_tiles", "shrink_image")):   # older sources
+    if not all(hasattr(functions, name) for name in ("resize_image", "split_tiles", "shrink_image")):   # older sources
         return None
     functions.resize_image.argtypes = [_BYTES, ctypes.c_int, ctypes.c_int, _BYTES, ctypes.c_int, ctypes.c_int]
-    functions.cut_tiles.argtypes = [_BYTES, ctypes.c_int, ctypes.c_int, ctypes.c_int, _FLOATS, _FLOATS]
-    functions.cut_tiles.restype = None
+    functions.split_tiles.argtypes = [_BYTES, ctypes.c_int, ctypes.c_int, ctypes.c_int, _BYTES]
+    functions.split_tiles.restype = None
     functions.shrink_image.argtypes = [_BYTES, ctypes.c_int, ctypes.c_int, _INDICES, _FLOATS, _INDICES, _FLOATS,
                                          _FLOATS, _FLOATS]
     functions.shrink_image.restype = None
@@ -57,22 +57,28 @@ def resize(pixels: np.ndarray, out: np.ndarray) -> None:
         raise MemoryError(f"No memory to resize a picture to {width} x {height} pixels.")
 
 
-def tiles(pixels: np.ndarray, side: int, table: np.ndarray,
-          taps: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Global view and tiles, float32 `(1 + rows * columns, 3, P, P)`.
+def cut(pixels: np.ndarray, out: np.ndarray) -> None:
+    """Cuts an image into tiles of separate colours, row by row.
 
     Args:
         pixels: uint8 `(rows * P, columns * P, 3)`.
-        side: P, of a tile.
-        table: normalised value of each pixel value, float32 `(3, 256)`.
-        taps: indices and weights `(P, 4)` of the rows and of the columns of the global view.
+        out: uint8 `(rows * columns, 3, P, P)` for the result.
     """
-    pixels = np.ascontiguousarray(pixels)
-    rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
-    result = np.empty((1 + rows * columns, 3, side, side), np.float32)
+    side = out.shape[-1]
+    _functions().split_tiles(np.ascontiguousarray(pixels), pixels.shape[0] // side, pixels.shape[1] // side, side, out)
+
+
+def shrink(pixels: np.ndarray, table: np.ndarray, taps: Sequence[tuple[np.ndarray, np.ndarray]],
+           out: np.ndarray) -> None:
+    """Resizes a normalised image to one tile, bicubically.
+
+    Args:
+        pixels: uint8 `(height, width, 3)`.
+        table: normalised value of each pixel value, float32 `(3, 256)`.
+        taps: indices and weights `(P, 4)` of the rows and of the columns.
+        out: float32 `(3, P, P)` for the result.
+    """
     (row_indices, row_weights), (column_indices, column_weights) = taps
-    _functions().shrink_image(pixels, pixels.shape[1], side, np.ascontiguousarray(row_indices),
-                                np.ascontiguousarray(row_weights), np.ascontiguousarray(column_indices),
-                                np.ascontiguousarray(column_weights), table, result[0])
-    _functions().cut_tiles(pixels, rows, columns, side, table, result[1:])
-    return result
+    _functions().shrink_image(np.ascontiguousarray(pixels), pixels.shape[1], out.shape[-1],
+                              np.ascontiguousarray(row_indices), np.ascontiguousarray(row_weights),
+                              np.ascontiguousarray(column_indices), np.ascontiguousarray(column_weights), table, out)

@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 
 from mindformers_ixc.config import ModelConfig, read_config
+from mindformers_ixc.data.batch import BATCH_COLUMNS, column_ranks
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.parallel.cuts import allowed_degrees, check_degree, check_stages
 from mindformers_ixc.parallel.degrees import Degrees, degrees_of, inference_layout
@@ -18,6 +19,9 @@ DATA_MODES = (0, 3, "DATA_PARALLEL", "HYBRID_PARALLEL")
 # Degrees of MindFormers that this model's cells do not have, and where they stand.
 ABSENT_DEGREES = {"context_parallel": "parallel_config.", "expert_parallel": "parallel_config.",
                   "seq_split_num": "parallel_config.", "micro_batch_interleave_num": ""}
+
+# MindFormers' defaults of the section `parallel`, where the file says nothing.
+DEFAULTS = {"parallel_mode": 1, "full_batch": True, "gradients_mean": False}
 
 # How launchers tell a process the number of processes: msrun, rank tables, mpirun.
 SIZE_VARIABLES = ("MS_WORKER_NUM", "RANK_SIZE", "OMPI_COMM_WORLD_SIZE")
@@ -80,8 +84,7 @@ def check_run(fields: dict, devices: int | None = None) -> None:
         if value not in (None, 1):
             raise ConfigError(f"{where}{name} is {value!r}, which this model does not have; the only choice is 1. It "
                               "has data_parallel, model_parallel and pipeline_stage.")
-    # MindFormers' defaults where the file says nothing
-    parallel = {"parallel_mode": 1, "full_batch": True, "gradients_mean": False, **(fields.get("parallel") or {})}
+    parallel = {**DEFAULTS, **(fields.get("parallel") or {})}
     mode = parallel["parallel_mode"]
     if isinstance(mode, bool) or mode not in (*GRAPH_MODES, *DATA_MODES):
         raise ConfigError(f"parallel.parallel_mode is {mode!r}; the choices are 0 (data parallel), 1 (semi-auto "
@@ -150,16 +153,35 @@ def _check_batches(fields: dict, parallel: dict, layout: Degrees) -> None:
     if parallel["full_batch"]:
         return
     strategy = parallel.get("dataset_strategy")
+    if strategy is None:
+        return      # `complete_parallel` derives it
     columns = (fields.get("train_dataset") or {}).get("input_columns")
     if not isinstance(strategy, (list, tuple)) or not strategy or not all(
             isinstance(cut, (list, tuple)) and list(cut[:1]) == [layout.data_parallel] for cut in strategy):
         raise ConfigError(
-            f"parallel.full_batch is False and parallel.dataset_strategy is {strategy!r}; set full_batch to True, or "
-            "dataset_strategy to one list for each column, which begins with data_parallel "
-            f"({layout.data_parallel}) and goes on with ones.")
+            f"parallel.full_batch is False and parallel.dataset_strategy is {strategy!r}; leave it out, or give one "
+            f"list for each column, which begins with data_parallel ({layout.data_parallel}) and goes on with ones.")
     if columns and len(strategy) != len(columns):
         raise ConfigError(f"parallel.dataset_strategy has {len(strategy)} lists, but train_dataset.input_columns has "
                           f"{len(columns)} columns; give one list for each.")
+
+
+def complete_parallel(fields: dict) -> None:
+    """Says of every column how it is cut, in a run in which each replica reads its own samples and nobody said it.
+
+    Args:
+        fields: of the YAML, checked; `parallel.dataset_strategy` is put in.
+    """
+    parallel = {**DEFAULTS, **(fields.get("parallel") or {})}
+    section = (fields.get("model") or {}).get("model_config") or {}
+    if (section.get("type") != "IXC25Config" or not fields.get("use_parallel") or fields.get("run_mode") == "predict"
+            or parallel["parallel_mode"] not in GRAPH_MODES or parallel["full_batch"]
+            or parallel.get("dataset_strategy") is not None):
+        return
+    columns = (fields.get("train_dataset") or {}).get("input_columns") or BATCH_COLUMNS
+    pairs = (fields.get("train_dataset_task") or {}).get("type") == "IXC25PreferenceDataset"
+    replicas = degrees_of(fields).data_parallel
+    fields["parallel"]["dataset_strategy"] = [[replicas] + [1] * (rank - 1) for rank in column_ranks(columns, pairs)]
 
 
 def check_global_batch(layout: Degrees, global_batch: int) -> None:

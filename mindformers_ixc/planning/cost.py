@@ -182,6 +182,8 @@ def _feeds_gradient(workload: Workload, part: str) -> bool:
 def _is_recomputed(workload: Workload, parameter: LocalParameter) -> bool:
     if parameter.layer is not None:
         return parameter.layer < workload.recomputed
+    if parameter.name == "output.weight":       # the loss makes the logits of a chunk a second time
+        return True
     return (parameter.part == "vision" and ".encoder." in parameter.name and workload.trains("vision")
             and workload.recomputed == workload.config.num_hidden_layers)
 
@@ -189,9 +191,11 @@ def _is_recomputed(workload: Workload, parameter: LocalParameter) -> bool:
 def _attention_work(workload: Workload, stage: int) -> tuple[float, float, float]:
     """Scores and weighted sums: forward, backward, again."""
     config = workload.config
-    layer = 4.0 * workload.sequences * config.seq_length ** 2 * config.num_attention_heads * config.head_size
-    # the fused kernel leaves out the masked half, and computes the scores again in its backward pass
-    layer *= (0.5 if workload.flash and not config.packing else 1.0) / workload.layout.model_parallel
+    # the fused kernel leaves out the masked half and what packed samples have with each other, and computes the scores
+    # again in its backward pass
+    squares = 0.5 * workload.squares if workload.flash else float(config.seq_length ** 2)
+    layer = 4.0 * workload.sequences * squares * config.num_attention_heads * config.head_size
+    layer /= workload.layout.model_parallel
     back = 2.5 if workload.flash else 2.0
     layers = [number for number, place in enumerate(workload.layer_stages) if place == stage]
     forward, backward = len(layers) * layer, len(layers) * layer * back
@@ -316,7 +320,8 @@ class _Sums:
         layers = vision.num_hidden_layers
         if workload.vision_degree > 1:
             self.sum(layers * 2 * tower, layers * 2, backward=workload.trains("vision"))
-            if workload.trains("vision") and workload.recomputed == config.num_hidden_layers:
+            if workload.trains("vision") and workload.recomputed == config.num_hidden_layers \
+                    and config.parallel_config.recompute.mp_comm_recompute:
                 self.sum(layers * tower, layers, backward=False)
         feeds = any(workload.trains(part) for part in ("vision", "projector", "separators"))
         self.sum(workload.samples * config.vision_rows * config.hidden_size * self.compute, 1, backward=feeds)
@@ -340,7 +345,8 @@ def _pipeline_traffic(workload: Workload, stage: int) -> list[Traffic]:
     for there, operators in ((rank + ranks, ("Send", "Receive")), (rank - ranks, ("Receive", "Send"))):
         if 0 <= there < layout.devices:
             group = tuple(sorted((rank, there)))
-            found += [Traffic("pipeline", operator, size, workload.micro_batches, group) for operator in operators]
+            for operator, times in zip(operators, (2 if workload.reference else 1, 1)):    # forward and gradient
+                found.append(Traffic("pipeline", operator, times * size, times * workload.micro_batches, group))
     return found
 
 
@@ -366,7 +372,7 @@ def _gradient_traffic(workload: Workload, stage: int, parameters: list[LocalPara
             continue
         add("gradient", "ReduceScatter", parameter.used_size * item, tuple(holders[:shards]))
         add("gradient", "AllReduce", parameter.size * item, tuple(holders[::shards]))
-        times = 2 if workload.sharding.gathers_again else 1
+        times = 2 if workload.gathers_again else 1
         add("optimizer", "AllGather", times * parameter.size * workload.gathered_bytes(parameter),
             tuple(holders[:shards]))
     # gradients that are spread as they are added up are scattered with every micro batch

@@ -43,7 +43,8 @@ def compile_forward(job: dict) -> None:
     ids = Tensor(np.zeros((stages, POSITIONS), np.int32))
     side = config.vision_config.image_size
     pixels = Tensor(np.zeros((stages, TILES, 3, side, side), np.float32))
-    _cell_graph_executor.compile(LogitsGraph(model), ids, pixels, ids, ids, phase="layout", do_convert=False)
+    _cell_graph_executor.compile(LogitsGraph(model), ids, pixels, None, None, ids, ids, phase="layout",
+                                 do_convert=False)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,20 @@ is in docs/scaling.md. All sizes are bytes of one device.
 """
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mindformers_ixc.checkpoint.dtypes import dtype_bytes
 from mindformers_ixc.config import COMPRESSED_MASK
+from mindformers_ixc.data.batch import column_shapes
 from mindformers_ixc.planning.workload import LocalParameter, Workload
 
 # MindFormers' AdamW keeps two moments, and gradients after unscaling, in float32.
 MOMENT_BYTES = 4
 
-# Float32 tensors as large as the logits that are alive at once in MindFormers' cross entropy: log-softmax, one-hot
+# Float32 tensors as large as the logits of a chunk that are alive at once in the cross entropy: log-softmax, one-hot
 # labels, softmax, gradient.
 LOGIT_COPIES = 4
 
@@ -122,7 +124,7 @@ def _backward_terms(workload: Workload, stage: int, parameters: list[LocalParame
     if last:
         at_work["logits and loss"] = sizes.logits()
         if workload.reference:
-            terms["logits of the policy"] = 2 * 4 * sizes.logit_count
+            terms["losses of the policy"] = 2 * 4 * workload.positions
     name = max(at_work, key=at_work.__getitem__)
     terms[f"at work: {name}"] = at_work[name]
     return {name: int(size) for name, size in terms.items() if size}
@@ -141,7 +143,7 @@ def _copied_weights(workload: Workload, parameters: list[LocalParameter]) -> int
         if len(parameter.shape) < 2:
             continue
         held = parameter.item_bytes
-        if parameter.optimizer_shards > 1 and not workload.sharding.gathers_again:
+        if parameter.optimizer_shards > 1 and not workload.gathers_again:
             held = workload.gathered_bytes(parameter)
             total += parameter.used_size * held
         # the embedding's rows are taken from the parameter itself
@@ -173,16 +175,13 @@ class _Sizes:
         self.rows = workload.positions / (self.tensor if workload.sequence_parallel else 1)
         # a norm in another dtype reads a copy of its input, and so does its gradient
         self.norm_copy = self.norm if self.norm != self.compute else 0
-        self.logit_count = workload.positions * config.vocab_size / self.tensor
 
     def inputs(self) -> int:
         """The batch as the data pipeline hands it over."""
-        workload, config = self.workload, self.workload.config
-        samples = workload.global_batch if workload.full_batch else workload.samples * workload.micro_batches
-        pixels = 4 * config.max_tiles * 3 * config.vision_config.image_size ** 2
-        columns = 6 if config.packing else 4                 # ids, labels, image mask, vision index, all int32
-        texts = 4 * columns * config.seq_length * (2 if workload.preference else 1)
-        return samples * (pixels + texts)
+        workload = self.workload
+        rows = workload.global_batch if workload.full_batch else workload.samples * workload.micro_batches
+        columns = column_shapes(workload.config, workload.columns, 2 if workload.preference else 1)
+        return rows * sum(math.prod(shape) * dtype_bytes(dtype) for dtype, shape in columns.values())
 
     def scores(self, sequences: float, heads: float, length: int) -> float:
         """Attention weights that are kept: in the softmax's dtype and, where that differs, the products'."""
@@ -239,15 +238,17 @@ class _Sizes:
         return again + gradients
 
     def mask(self) -> float:
-        """The causal mask; of packed samples one each."""
+        """The causal mask, which the fused attention takes in a compressed form; else of packed samples one each."""
         config, length = self.workload.config, self.workload.config.seq_length
         if self.workload.flash:
-            return self.workload.sequences * length ** 2 if config.packing else COMPRESSED_MASK ** 2
+            return COMPRESSED_MASK ** 2
         return (self.workload.sequences if config.packing else 1) * length ** 2 * self.softmax
 
     def logits(self) -> float:
-        """Logits and their gradient in the compute dtype, and the loss's float32 copies."""
-        return self.logit_count * (2 * self.compute + 4 * LOGIT_COPIES)
+        """Logits of a chunk and their gradient in the compute dtype, and the loss's float32 copies."""
+        config = self.workload.config
+        positions = min(self.workload.positions, config.loss_chunk)
+        return positions * config.vocab_size / self.tensor * (2 * self.compute + 4 * LOGIT_COPIES)
 
     @property
     def tile_positions(self) -> int:

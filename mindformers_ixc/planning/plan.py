@@ -20,6 +20,7 @@ from mindformers_ixc.parallel.degrees import DEGREES
 from mindformers_ixc.parameters import OPTIMIZER_STATE, layer_of, part_of
 from mindformers_ixc.planning.cost import Assumptions, StepTime, Traffic, stage_traffic, step_time
 from mindformers_ixc.planning.memory import StageMemory, stage_memory
+from mindformers_ixc.planning.rows import Usage, usage
 from mindformers_ixc.planning.workload import LocalParameter, Workload, local_parameters
 
 GIB = 2 ** 30
@@ -79,6 +80,7 @@ class Plan:
         checked: parameters whose slices were added up.
         problems: parameters whose slices do not make the whole, or that no stage has.
         notes: what else is worth knowing.
+        usage: what the step is worth for the data.
     """
 
     workload: Workload
@@ -90,6 +92,7 @@ class Plan:
     checked: int
     problems: list[str]
     notes: list[str]
+    usage: Usage
 
     @property
     def fits(self) -> bool:
@@ -104,6 +107,7 @@ class Plan:
                 "compiled": self.compiled, "stages": [self._stage(stage) for stage in self.stages],
                 "parameters": cut_table(self.stages), "slices": {"checked": self.checked, "problems": self.problems},
                 "time": {**asdict(self.time), "total": self.time.total, "efficiency": self.time.efficiency},
+                "rows": asdict(self.workload.rows) if self.workload.rows else None, "usage": asdict(self.usage),
                 "assumptions": asdict(self.assumptions), "notes": self.notes,
                 "warnings": [warning for stage in self.stages for warning in stage.warnings]}
 
@@ -121,7 +125,8 @@ class Plan:
 
 
 def make_plan(fields: dict, workload: Workload, device_memory: int, assumptions: Assumptions, compiled: bool = True,
-              progress: Callable[[str], None] = lambda _: None, every_layer: bool = False) -> Plan:
+              progress: Callable[[str], None] = lambda _: None, every_layer: bool = False,
+              steps: int | None = None) -> Plan:
     """Memory, messages and time of a training step, stage by stage.
 
     Args:
@@ -132,6 +137,7 @@ def make_plan(fields: dict, workload: Workload, device_memory: int, assumptions:
         compiled: compile the graphs; otherwise everything is by formula.
         progress: is told what is being done.
         every_layer: compile all layers; otherwise three of a kind, which the others are like (`few_layers`).
+        steps: of the run, if known.
 
     Raises:
         BuildError: when the simulation of a cluster cannot be built here.
@@ -154,7 +160,8 @@ def make_plan(fields: dict, workload: Workload, device_memory: int, assumptions:
     problems = check_slices(by_formula, stages)
     return Plan(workload, device_memory, assumptions, compiled, stages, time,
                 sum(len(stage.parameters) for stage in stages), problems,
-                _notes(fields, workload, device_memory, by_formula, stages))
+                _notes(fields, workload, device_memory, by_formula, stages),
+                usage(workload.config, workload.trained_parts, workload.rows, workload.global_batch, time.total, steps))
 
 
 def compile_stage(fields: dict, workload: Workload, stage: int, folder: Path, every_layer: bool = False) -> dict:
@@ -183,7 +190,8 @@ def compile_stage(fields: dict, workload: Workload, stage: int, folder: Path, ev
 
 
 def _compiled_micro_batches(workload: Workload) -> int:
-    return workload.layout.pipeline_stage
+    """As few as make the graph of all: a single one is another step cell, and gathers weights before their cast."""
+    return max(workload.layout.pipeline_stage, 2 if workload.accumulates else 1)
 
 
 def _placed_fields(fields: dict, workload: Workload) -> dict:
@@ -336,14 +344,24 @@ def _notes(fields: dict, workload: Workload, device_memory: int, by_formula: lis
                      "full_batch False and a dataset_strategy it would be "
                      f"{inputs / workload.layout.data_parallel / GIB:.1f} GiB.")
     elif inputs > _LARGE_BATCH * device_memory:
-        notes.append(f"The batch of a step takes {inputs / GIB:.1f} GiB of every device: pictures are float32, and all "
-                     "micro batches arrive together.")
+        notes.append(f"The batch of a step takes {inputs / GIB:.1f} GiB of every device: all micro batches arrive "
+                     f"together{_of_views(workload)}.")
     unlike = [parameter.name for own, stage in zip(by_formula, stages)
               for parameter in _unlike(own, stage.parameters)]
     if unlike:
         notes.append(f"The compiler's slices of {len(unlike)} parameters are not those of the formulae, so --search is "
                      f"not to be trusted here: {', '.join(unlike[:3])}{' and more' if len(unlike) > 3 else ''}.")
     return notes
+
+
+def _of_views(workload: Workload) -> str:
+    """What of a batch could be smaller."""
+    if "global_views" not in workload.columns:
+        return ", and pictures are float32: with global_views and view_index in input_columns tiles are bytes"
+    pixels = 3 * workload.config.vision_config.image_size ** 2
+    share = 4 * workload.config.max_images / (4 * workload.config.max_images + workload.config.max_tiles)
+    return (f"; {share:.0%} of its pictures are the {workload.config.max_images} float32 global views of a row "
+            f"({4 * pixels / 2 ** 20:.1f} MiB each), so a smaller max_images helps") if share > 0.5 else ""
 
 
 def _unlike(own: list[LocalParameter], found: list[LocalParameter]) -> list[LocalParameter]:

@@ -30,9 +30,11 @@ from mindspore.train.mind_ir_pb2 import AttributeProto, ModelProto, NodeProto, P
 
 from mindformers_ixc.checkpoint.dtypes import dtype_bytes
 from mindformers_ixc.cpu_cluster.groups import simulate
+from mindformers_ixc.data.batch import BATCH_COLUMNS, PACKING_COLUMNS, column_shapes
 from mindformers_ixc.device import assume_device
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.models.placement import mark_backward_end
 from mindformers_ixc.models.preference import IXC25ForPreference
 from mindformers_ixc.parameters import parameter_table, part_of
 from mindformers_ixc.planning.few_layers import can_shorten, shorten
@@ -112,6 +114,7 @@ def _build(fields: dict, micro_batches: int) -> tuple[
             train_only(model, fields["train_parts"])
         if not any("Plora" in parameter.name for parameter in model.trainable_params()):
             stop_dropout(model)
+        mark_backward_end(model)
         rate = CosineWithWarmUpLR(learning_rate=1e-4, warmup_steps=10, total_steps=100)
         # MindFormers' AdamW holds the same two moments, but is a dozen operators a parameter, most of the whole graph
         optimizer = nn.AdamWeightDecay(model.trainable_params(), learning_rate=rate, weight_decay=0.1)
@@ -153,17 +156,10 @@ def _micro_batched(model: IXC25Model, micro_batches: int) -> nn.Cell:
 def _inputs(fields: dict, config: IXC25Config, micro_batches: int) -> list[Tensor]:
     """A global batch as the data set gives it, without memory."""
     size = fields["runner_config"]["batch_size"] * config.parallel_config.data_parallel * micro_batches
-    length, tiles, side = config.seq_length, config.max_tiles, config.vision_config.image_size
-
-    def empty(*shape: int, dtype: mstype.Type = mstype.int32) -> Tensor:
-        return Tensor(shape=shape, dtype=dtype, init=Zero())
-
-    texts = (size, 2, length) if _is_preference(fields) else (size, length)
-    batch = [empty(*texts), empty(*texts), empty(size, tiles, 3, side, side, dtype=mstype.float32), empty(*texts),
-             empty(*texts)]
-    if config.packing:
-        batch += [empty(*texts), empty(size, config.max_segments)]
-    return batch
+    columns = [*BATCH_COLUMNS, *(PACKING_COLUMNS if config.packing else ())]
+    shapes = column_shapes(config, columns, 2 if _is_preference(fields) else 1)
+    return [Tensor(shape=(size, *shape), dtype=getattr(mstype, dtype), init=Zero())
+            for dtype, shape in shapes.values()]
 
 
 def _describe(parameter: Parameter, layout: Sequence, trained: bool, groups: dict, devices: int) -> dict:

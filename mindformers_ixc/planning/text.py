@@ -36,9 +36,8 @@ def plan_text(name: str, plan: Plan) -> str:
 
 def describe(workload: Workload) -> str:
     """Layout and batch in words."""
-    samples = "1 sample" if workload.samples == 1 else f"{workload.samples} samples"
-    if workload.preference:
-        samples = samples.replace("sample", "pair")
+    noun = "pair" if workload.preference else "row" if workload.config.packing else "sample"
+    samples = f"{workload.samples} {noun}{'' if workload.samples == 1 else 's'}"
     micro = "1 micro batch" if workload.micro_batches == 1 else f"{workload.micro_batches} micro batches"
     return f"{workload.layout}, {micro} of {samples}, global batch {workload.global_batch}"
 
@@ -88,7 +87,26 @@ def _time_lines(plan: Plan) -> Iterator[str]:
     yield from _wrapped([f"Time of a step, by formula and {assumed(plan.assumptions)}"])
     yield (f"products {_seconds(time.compute)} + messages {_seconds(time.communication)} + pipeline bubble "
            f"{_seconds(time.bubble)} = {_seconds(time.total)}")
-    yield f"{plan.workload.global_batch / time.total:,.2f} samples a second; efficiency {time.efficiency:.0%}"
+    noun = "rows" if plan.workload.config.packing else "samples"
+    yield f"{plan.workload.global_batch / time.total:,.2f} {noun} a second; efficiency {time.efficiency:.0%}"
+    yield from _usage_lines(plan)
+
+
+def _usage_lines(plan: Plan) -> Iterator[str]:
+    """What the step is worth for the data."""
+    means, worth = plan.workload.rows, plan.usage
+    if means is not None and means.positions is not None:
+        config, left = plan.workload.config, f"; {means.left_out:,} do not fit" if means.left_out else ""
+        yield (f"{means.total:,} samples in {means.rows:,} rows{left}: {means.samples:.2f} samples, "
+               f"{means.positions:,.0f} of {config.seq_length:,} positions and {means.tiles:.1f} of {config.max_tiles} "
+               f"tiles a row")
+    share = "" if worth.goodput is None else f"; goodput {worth.goodput:.0%}"
+    if plan.workload.config.packing and worth.samples is not None:
+        yield f"{worth.samples:,.0f} samples a step, {worth.samples_per_second:,.2f} useful samples a second{share}"
+    elif share:
+        yield share.removeprefix("; ")
+    if worth.steps is not None:
+        yield f"{worth.steps:,} steps take {worth.days:,.1f} days"
 
 
 def _seconds(value: float) -> str:

@@ -10,12 +10,15 @@ from functools import cached_property
 
 from mindformers_ixc.checkpoint.dtypes import dtype_bytes
 from mindformers_ixc.config import MODE_ADAPTERS, ModelConfig, ParallelOptions, recomputed_layers
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.parallel.checks import ABSENT_DEGREES, check_global_batch, check_possible
 from mindformers_ixc.parallel.degrees import DEGREES, Degrees, degrees_of
 from mindformers_ixc.parallel.slices import placement
 from mindformers_ixc.parallel.stages import stages_of_layers
 from mindformers_ixc.parameters import Entry, layer_of, parameter_table
+from mindformers_ixc.planning.rows import RowMeans
+from mindformers_ixc.preference_options import needs_reference
 from mindformers_ixc.sections import check_value, whole
 
 # Parameters MindSpore does not shard over replicas because they are small, KiB (its documented default).
@@ -31,7 +34,7 @@ class OptimizerSharding:
         threshold: bytes of a whole parameter below which it is left alone.
         size: devices of a shard group at most; -1 for all that hold a copy.
         shards_gradients: accumulated gradients are spread too.
-        gathers_again: weights are gathered a second time for the backward pass instead of kept.
+        gathers_again: weights may be gathered a second time for the backward pass instead of kept.
     """
 
     enabled: bool = False
@@ -134,6 +137,8 @@ class Workload:
         whole_table: without pipeline stages the embedding is whole on every device (MindFormers' `vocab_emb_dp`).
         sharding: of optimizer states.
         target: the YAML's `context.device_target`.
+        columns: of the batch.
+        rows: what the rows hold, if the data or a number of samples a row were given.
     """
 
     table: ModelTable
@@ -146,6 +151,8 @@ class Workload:
     whole_table: bool = False
     sharding: OptimizerSharding = OptimizerSharding()
     target: str = "Ascend"
+    columns: tuple[str, ...] = BATCH_COLUMNS
+    rows: RowMeans | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -164,8 +171,19 @@ class Workload:
 
     @property
     def global_batch(self) -> int:
-        """Samples of a step over all devices."""
+        """Samples (rows where samples are packed) of a step over all devices."""
         return self.samples * self.layout.data_parallel * self.micro_batches
+
+    @property
+    def squares(self) -> float:
+        """Sum of the squared lengths of a sequence's segments, as the attention computes them.
+
+        Packed samples see only themselves; unless the data said how long they are, they are taken to be equally long.
+        """
+        length = self.config.seq_length
+        if not self.config.packing or self.rows is None:
+            return float(length ** 2)
+        return self.rows.squares if self.rows.squares is not None else length ** 2 / max(1.0, self.rows.samples)
 
     @property
     def sequences(self) -> int:
@@ -200,16 +218,27 @@ class Workload:
 
     @property
     def shares_graph(self) -> bool:
-        """Whether micro batches share a graph (lazy inline), outside of which sharded weights are gathered.
+        """Whether micro batches share a graph (lazy inline); sharded weights are gathered outside of it, once a step.
 
         MindFormers turns it off where there is a single micro batch.
         """
         return self.target == "Ascend" and not self.config.disable_lazy_inline and self.accumulates
 
+    @property
+    def gathers_again(self) -> bool:
+        """Whether sharded weights are gathered a second time for the backward pass, and not kept.
+
+        MindSpore gathers again inside cells that are computed again; what is gathered outside of a shared graph is not.
+        """
+        return self.sharding.gathers_again and not self.shares_graph
+
     def gathered_bytes(self, parameter: LocalParameter) -> int:
-        """Bytes a number has when optimizer sharding gathers a parameter: after the cast for its product, if it can."""
-        vector = len(parameter.shape) < 2
-        if self.shares_graph or vector or parameter.name == "model.tok_embeddings.weight":
+        """Bytes a number has when optimizer sharding gathers a parameter: after its cast, if it is cast.
+
+        Norms and the embedding are used in the dtype they are kept in.
+        """
+        is_norm = len(parameter.shape) < 2 and "norm" in parameter.name
+        if is_norm or parameter.name == "model.tok_embeddings.weight":
             return parameter.item_bytes
         return dtype_bytes(self.config.compute_dtype)
 
@@ -302,13 +331,13 @@ def read_workload(fields: dict) -> Workload:
     if layout.pipeline_stage == 1:       # MindFormers then counts accumulation steps instead
         layout = replace(layout, micro_batch_num=runner.get("gradient_accumulation_steps") or 1)
     preference = ((fields["model"].get("arch") or {}).get("type")) == "IXC25ForPreference"
-    columns = (fields.get("train_dataset") or {}).get("input_columns") or []
+    columns = tuple((fields.get("train_dataset") or {}).get("input_columns") or BATCH_COLUMNS)
     parts, parallel = fields.get("train_parts"), fields.get("parallel_config") or {}
     return Workload(
         ModelTable(_config(fields)), layout, runner.get("batch_size") or 1, None if parts is None else tuple(parts),
-        preference, preference and "reference_logps" not in columns,
+        preference, preference and "reference_logps" not in columns and needs_reference(section.get("preference")),
         bool((fields.get("parallel") or {}).get("full_batch", True)), bool(parallel.get("vocab_emb_dp", True)),
-        _sharding(fields), (fields.get("context") or {}).get("device_target") or "Ascend")
+        _sharding(fields), (fields.get("context") or {}).get("device_target") or "Ascend", columns)
 
 
 def place(workload: Workload, devices: int, options: dict[str, int | None] | None = None,
@@ -335,7 +364,7 @@ def place(workload: Workload, devices: int, options: dict[str, int | None] | Non
         layout = replace(layout, data_parallel=max(1, devices // (layout.model_parallel * layout.pipeline_stage)))
     batch = global_batch or workload.global_batch
     if "micro_batch_num" not in given and (given or global_batch):
-        parts = 1 if workload.preference else batch // (layout.data_parallel * workload.samples)
+        parts = batch // (layout.data_parallel * workload.samples)
         least = 1 if global_batch else layout.pipeline_stage
         layout = replace(layout, micro_batch_num=max(least, parts))
     if not global_batch and batch % (layout.data_parallel * layout.micro_batch_num):
@@ -351,10 +380,6 @@ def place(workload: Workload, devices: int, options: dict[str, int | None] | Non
 
 def refusal(workload: Workload) -> str | None:
     """Why this package does not train a workload in its layout; `None` if it does."""
-    if workload.preference and workload.layout.pipeline_stage > 1:
-        return "Preference pairs have no pipeline stages; use data and tensor parallel."
-    if workload.preference and workload.micro_batches > 1:
-        return "Preference pairs are not accumulated in parallel runs; raise batch_size or data_parallel instead."
     ranks = workload.layout.data_parallel * workload.layout.model_parallel
     if workload.sharding.enabled and workload.sharding.size > ranks:
         return (f"parallel_optimizer_config.optimizer_weight_shard_size is {workload.sharding.size}, more than the "

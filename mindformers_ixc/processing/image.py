@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +19,9 @@ from mindformers_ixc.native import images
 from mindformers_ixc.processing.pictures import ImageSource, load_image, pixels_of
 
 __all__ = ["BICUBIC_A", "HD_NUM_SEVERAL", "HD_NUM_SINGLE", "HD_NUM_TRAINING", "IMAGE_MEAN", "IMAGE_STD", "WHITE",
-           "Grid", "ImageSource", "Partition", "bicubic_resize", "image_to_tiles", "image_token_count",
-           "image_token_rows", "load_image", "normalise", "partition_image", "partition_pixels", "plan_partition",
-           "resize_image"]
+           "Grid", "ImageSource", "Partition", "Tiles", "bicubic_resize", "cut_image", "image_to_tiles",
+           "image_token_count", "image_token_rows", "load_image", "normalise", "partition_image", "partition_pixels",
+           "pixel_scale", "plan_partition", "resize_image"]
 
 # CLIP's pixel statistics (public preprocessor of CLIP ViT-L/14).
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -66,6 +68,71 @@ class Partition(NamedTuple):
     offset: tuple[int, int]
     transposed: bool
     grid: Grid
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of P x P pixels, those of one picture after another, as they go to the device.
+
+    Local tiles are bytes, so a picture takes little more than a fourth of what it takes normalised. Global views are
+    bicubic resizes of normalised pictures, which no byte holds, and stand apart.
+
+    Attributes:
+        local: uint8 `(t, 3, P, P)`, the pixels of local tiles; zeros in the slots of global views.
+        views: float32 `(n, 3, P, P)`, the normalised global views, in the order of their slots.
+        view_index: int32 `(t,)`, 0 for a local tile, i > 0 for global view i - 1.
+    """
+
+    local: np.ndarray
+    views: np.ndarray
+    view_index: np.ndarray
+
+    @classmethod
+    def none(cls, side: int) -> Tiles:
+        """No tiles, of P = `side`."""
+        shape = (0, 3, side, side)
+        return cls(np.zeros(shape, np.uint8), np.zeros(shape, np.float32), np.zeros(0, np.int32))
+
+    @classmethod
+    def of_normalised(cls, pixels: np.ndarray) -> Tiles:
+        """Tiles of which only the normalised values are known, float32 `(t, 3, P, P)`: each is kept like a view."""
+        nothing = np.broadcast_to(np.zeros((), np.uint8), pixels.shape)
+        return cls(nothing, pixels, np.arange(1, len(pixels) + 1, dtype=np.int32))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tiles]) -> Tiles:
+        """The tiles of one or several parts, one part after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        before = np.cumsum([0, *(len(part.views) for part in parts)])
+        index = [np.where(part.view_index > 0, part.view_index + count, 0) for part, count in zip(parts, before)]
+        return cls(np.concatenate([part.local for part in parts]), np.concatenate([part.views for part in parts]),
+                   np.concatenate(index).astype(np.int32))
+
+    def __len__(self) -> int:
+        return len(self.view_index)
+
+    @property
+    def side(self) -> int:
+        """P, of a tile."""
+        return self.local.shape[-1]
+
+    def first(self, count: int) -> Tiles:
+        """The first `count` tiles."""
+        index = self.view_index[:count]
+        return Tiles(self.local[:count], self.views[:index.max(initial=0)], index)
+
+    def normalised(self) -> np.ndarray:
+        """All tiles normalised, float32 `(t, 3, P, P)`."""
+        if np.array_equal(self.view_index, np.arange(1, len(self.views) + 1)):
+            return self.views
+        result = np.empty(self.local.shape, np.float32)
+        for slot, view in enumerate(self.view_index):
+            if view:
+                result[slot] = self.views[view - 1]
+            else:
+                _normalise_planes(self.local[slot], result[slot])
+        return result
 
 
 def plan_partition(width: int, height: int, hd_num: int, tile_size: int = 560, training: bool = False) -> Partition:
@@ -163,15 +230,27 @@ def resize_image(image: Image.Image, size: tuple[int, int], out: np.ndarray | No
     return out
 
 
+def pixel_scale() -> tuple[np.ndarray, np.ndarray]:
+    """Scale and shift of each channel, float32 `(3,)`: a normalised pixel is `pixel * scale + shift`.
+
+    The host and the network (`mindformers_ixc.models.pixels`) compute it alike, in float32.
+    """
+    scale = (1.0 / (255.0 * np.array(IMAGE_STD))).astype(np.float32)
+    return scale, (-np.array(IMAGE_MEAN) / np.array(IMAGE_STD)).astype(np.float32)
+
+
 def normalise(pixels: np.ndarray) -> np.ndarray:
     """uint8 `(height, width, 3)` to normalised float32 `(3, height, width)`."""
-    scale = (1.0 / (255.0 * np.array(IMAGE_STD))).astype(np.float32)
-    shift = (-np.array(IMAGE_MEAN) / np.array(IMAGE_STD)).astype(np.float32)
     planes = np.empty((3, *pixels.shape[:2]), np.float32)
-    for channel in range(3):
-        np.multiply(pixels[..., channel], scale[channel], out=planes[channel], casting="unsafe")
-        planes[channel] += shift[channel]
+    _normalise_planes(pixels.transpose(2, 0, 1), planes)
     return planes
+
+
+def _normalise_planes(pixels: np.ndarray, out: np.ndarray) -> None:
+    """uint8 `(3, height, width)` to normalised float32 of the same shape."""
+    for plane, scale, shift, result in zip(pixels, *pixel_scale(), out):
+        np.multiply(plane, scale, out=result, casting="unsafe")
+        result += shift
 
 
 @functools.cache
@@ -216,7 +295,7 @@ def bicubic_resize(pixels: np.ndarray, size: int) -> np.ndarray:
     return result
 
 
-def image_to_tiles(image: Image.Image | np.ndarray, tile_size: int) -> np.ndarray:
+def cut_image(image: Image.Image | np.ndarray, tile_size: int) -> Tiles:
     """Cuts a padded image into its global view and its local tiles.
 
     Args:
@@ -224,19 +303,29 @@ def image_to_tiles(image: Image.Image | np.ndarray, tile_size: int) -> np.ndarra
         tile_size: side P of a tile.
 
     Returns:
-        float32 `(1 + rows * columns, 3, P, P)`, normalised: the global view, then the tiles row by row.
+        `1 + rows * columns` tiles: the global view, then the local tiles row by row.
     """
+    pixels = np.asarray(image)
+    rows, columns = pixels.shape[0] // tile_size, pixels.shape[1] // tile_size
+    shape = (3, tile_size, tile_size)
+    local, view = np.empty((1 + rows * columns, *shape), np.uint8), np.empty((1, *shape), np.float32)
+    local[0] = 0
     if images.available():
-        pixels = np.asarray(image)
         taps = [_bicubic_taps(length, tile_size) for length in pixels.shape[:2]]
-        return images.tiles(pixels, tile_size, _normalised_values(), taps)
-    planes = normalise(np.asarray(image))
-    rows, columns = planes.shape[1] // tile_size, planes.shape[2] // tile_size
-    tiles = np.empty((1 + rows * columns, 3, tile_size, tile_size), np.float32)
-    tiles[0] = bicubic_resize(planes, tile_size)
-    local = planes.reshape(3, rows, tile_size, columns, tile_size).transpose(1, 3, 0, 2, 4)   # (rows, columns, 3, P, P)
-    tiles[1:].reshape(rows, columns, 3, tile_size, tile_size)[:] = local
-    return tiles
+        images.shrink(pixels, _normalised_values(), taps, view[0])
+        images.cut(pixels, local[1:])
+    else:
+        view[0] = bicubic_resize(normalise(pixels), tile_size)
+        cut = pixels.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
+        local[1:].reshape(rows, columns, *shape)[:] = cut                                 # (rows, columns, 3, P, P)
+    index = np.zeros(len(local), np.int32)
+    index[0] = 1
+    return Tiles(local, view, index)
+
+
+def image_to_tiles(image: Image.Image | np.ndarray, tile_size: int) -> np.ndarray:
+    """`cut_image`, normalised: float32 `(1 + rows * columns, 3, P, P)`."""
+    return cut_image(image, tile_size).normalised()
 
 
 def image_token_count(grid: Grid, tokens_per_side: int) -> int:

@@ -19,7 +19,8 @@ from mindformers_ixc.processing.image import (
     HD_NUM_TRAINING,
     Grid,
     ImageSource,
-    image_to_tiles,
+    Tiles,
+    cut_image,
     image_token_count,
     image_token_rows,
     load_image,
@@ -68,7 +69,8 @@ class EncodedSample:
         labels: int32 `(n,)`, not shifted, -100 where there is no loss.
         image_mask: int32 `(n,)`, 1 on image positions.
         grids: tiles of each image.
-        pixel_values: float32 `(t, 3, P, P)`: for each image its global view, then its tiles.
+        pictures: t tiles: for each image its global view, then its tiles. Given as float32 `(t, 3, P, P)`, normalised,
+            they are all kept like global views.
         tokens_per_side: tokens along a side of a tile.
         table_index: int32 `(n,)`, row of a vision table of t tiles for each image position, where that is given and not
             worked out from the grids.
@@ -78,20 +80,29 @@ class EncodedSample:
     labels: np.ndarray
     image_mask: np.ndarray
     grids: list[Grid]
-    pixel_values: np.ndarray
+    pictures: Tiles
     tokens_per_side: int
     table_index: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pictures, Tiles):
+            self.pictures = Tiles.of_normalised(np.asarray(self.pictures, np.float32))
 
     @property
     def tiles(self) -> int:
         """Tiles of all images, global views included."""
-        return len(self.pixel_values)
+        return len(self.pictures)
+
+    @property
+    def pixel_values(self) -> np.ndarray:
+        """The tiles normalised, float32 `(t, 3, P, P)`, as inference takes them; computed anew each time."""
+        return self.pictures.normalised()
 
     def vision_index(self, max_tiles: int) -> np.ndarray:
         """Row of the vision table for each position, int32 `(n,)`; 0 at text positions."""
         if self.table_index is not None:     # the separators' rows move with the table's end
             tokens = self.tokens_per_side ** 2
-            end = len(self.pixel_values) * tokens
+            end = self.tiles * tokens
             moved = self.table_index - end + max_tiles * tokens
             return np.where(self.table_index >= end, moved, self.table_index).astype(np.int32)
         index, first, rows = np.zeros(len(self.input_ids), np.int32), 0, []
@@ -102,37 +113,48 @@ class EncodedSample:
             index[self.image_mask == 1] = np.concatenate(rows)
         return index
 
-    def pad(self, seq_length: int, max_tiles: int, pad_token_id: int) -> dict[str, np.ndarray]:
+    def pad(self, seq_length: int, max_tiles: int, max_images: int, pad_token_id: int) -> dict[str, np.ndarray]:
         """Pads to the fixed shapes of a batch.
 
         Args:
             seq_length: positions L.
             max_tiles: tiles T.
+            max_images: global views I.
             pad_token_id: id of padded positions.
 
         Returns:
             The columns of `mindformers_ixc.data.batch`.
 
         Raises:
-            PromptError: when the sample is larger than the shapes.
+            PromptError: when the sample is larger than the shapes, in positions, tiles or pictures.
         """
-        n, tiles, side = len(self.input_ids), self.tiles, self.pixel_values.shape[-1]
+        n, tiles, views = len(self.input_ids), self.tiles, len(self.pictures.views)
         if n > seq_length or tiles > max_tiles:
             raise PromptError(f"A sample of {n} positions and {tiles} tiles does not fit seq_length {seq_length} and "
                               f"max_tiles {max_tiles}.")
+        if views > max_images:
+            raise PromptError(f"A sample of {views} pictures does not fit max_images {max_images}; raise "
+                              "train_dataset.max_images and model.model_config.max_images.")
         rest = seq_length - n
-        pixels = self.pixel_values
-        if tiles < max_tiles:
-            pixels = np.zeros((max_tiles, 3, side, side), np.float32)
-            pixels[:tiles] = self.pixel_values
         index = self.vision_index(max_tiles)
         return {
             "input_ids": np.pad(self.input_ids, (0, rest), constant_values=pad_token_id).astype(np.int32),
             "labels": np.pad(shift_labels(self.labels), (0, rest), constant_values=IGNORE_INDEX).astype(np.int32),
-            "pixel_values": pixels,
+            "pixel_values": _lengthened(self.pictures.local, max_tiles),
+            "global_views": _lengthened(self.pictures.views, max_images),
+            "view_index": _lengthened(self.pictures.view_index, max_tiles),
             "vision_index": np.pad(index, (0, rest)).astype(np.int32),
             "image_mask": np.pad(self.image_mask, (0, rest)).astype(np.int32),
         }
+
+
+def _lengthened(rows: np.ndarray, count: int) -> np.ndarray:
+    """`rows` with zeros behind them, `count` in all."""
+    if len(rows) == count:
+        return rows
+    result = np.zeros((count, *rows.shape[1:]), rows.dtype)
+    result[:len(rows)] = rows
+    return result
 
 
 class ImageProcessor:
@@ -206,6 +228,16 @@ class ImageProcessor:
 
     def preprocess(self, images: ImageSource | list[ImageSource] | tuple[ImageSource, ...], hd_num: int | None = None,
                    training: bool = False, where: str = "", **kwargs: object) -> tuple[np.ndarray, list[Grid]]:
+        """Normalised tiles of one sample's images, one image after the other; arguments as in `cut`.
+
+        Returns:
+            float32 `(t, 3, P, P)` and the list of grids.
+        """
+        tiles, grids = self.cut(images, hd_num, training, where)
+        return tiles.normalised(), grids
+
+    def cut(self, images: ImageSource | list[ImageSource] | tuple[ImageSource, ...], hd_num: int | None = None,
+            training: bool = False, where: str = "") -> tuple[Tiles, list[Grid]]:
         """Tiles of one sample's images, one image after the other.
 
         Args:
@@ -216,7 +248,11 @@ class ImageProcessor:
             where: what the images belong to, for messages.
 
         Returns:
-            float32 `(t, 3, P, P)` and the list of grids.
+            The tiles, of each image its global view first, and the list of grids.
+
+        Raises:
+            ImageError: for an image that cannot be read or cut.
+            VideoError: for a video that cannot be read.
         """
         if not isinstance(images, (list, tuple)):
             images = [images]
@@ -229,10 +265,8 @@ class ImageProcessor:
         for source in images:
             padded = self._padded(source, where, limit, training_transform)
             grids.append(Grid(padded.shape[0] // self.image_size, padded.shape[1] // self.image_size))
-            tiles.append(image_to_tiles(padded, self.image_size))
-        if not tiles:
-            return np.zeros((0, 3, self.image_size, self.image_size), np.float32), []
-        return tiles[0] if len(tiles) == 1 else np.concatenate(tiles), grids
+            tiles.append(cut_image(padded, self.image_size))
+        return Tiles.joined(tiles) if tiles else Tiles.none(self.image_size), grids
 
     def _padded(self, source: ImageSource, where: str, hd_num: int, training_transform: bool) -> np.ndarray:
         """uint8 `(rows * P, columns * P, 3)` of an image or video."""
@@ -349,9 +383,9 @@ class Processor:
         else:
             pieces = chat_pieces(chat_turns(query, rounds, system))
         pieces = self._with_places(pieces, images, self._public(control_tokens))
-        pixels, grids = self.image_processor.preprocess(images, hd_num)
+        tiles, grids = self.image_processor.cut(images, hd_num)
         shown = grids[:pieces.count(PICTURE)]       # the public rule may leave pictures out
-        return self._assemble(pieces, shown, pixels[:sum(grid.tiles + 1 for grid in shown)])
+        return self._assemble(pieces, shown, tiles.first(sum(grid.tiles + 1 for grid in shown)))
 
     def _public(self, control_tokens: bool | None) -> bool:
         return self.control_tokens if control_tokens is None else control_tokens
@@ -372,7 +406,7 @@ class Processor:
 
     def encode_conversation(self, turns: Sequence[tuple[str, str]], images: Sequence[ImageSource] = (), where: str = "",
                             hd_num: int | None = None,
-                            encoded_images: tuple[np.ndarray, list[Grid]] | None = None) -> EncodedSample:
+                            encoded_images: tuple[Tiles, list[Grid]] | None = None) -> EncodedSample:
         """Encodes a conversation for training.
 
         The answers carry loss, each with its end of turn, and so does what follows the last one. As in the public code,
@@ -384,16 +418,15 @@ class Processor:
             images: images in the order of their places.
             where: what the conversation belongs to, for messages.
             hd_num: tiles of an image at most.
-            encoded_images: what the image processor gave for `images`, if that was asked before.
+            encoded_images: what `ImageProcessor.cut` gave for `images`, if that was asked before.
 
         Raises:
             PromptError: when places and images differ in number, or a text is none.
             ImageError: for an image that cannot be read.
         """
         pieces = self._conversation(turns, len(images), where)
-        pixels, grids = encoded_images or self.image_processor.preprocess(list(images), hd_num, training=True,
-                                                                          where=where)
-        sample = self._assemble(pieces, grids, pixels)
+        tiles, grids = encoded_images or self.image_processor.cut(list(images), hd_num, training=True, where=where)
+        sample = self._assemble(pieces, grids, tiles)
         if self.control_tokens:
             ids = np.where(sample.image_mask == 1, IGNORE_INDEX, sample.input_ids)
             ends = np.flatnonzero(ids == self.end_of_turn_id)
@@ -460,7 +493,7 @@ class Processor:
             return self._known[piece.text]
         return self.tokenizer.encode_text(piece.text, control_tokens=piece.kind == "control")
 
-    def _assemble(self, pieces: Sequence[Piece], grids: list[Grid], pixels: np.ndarray) -> EncodedSample:
+    def _assemble(self, pieces: Sequence[Piece], grids: list[Grid], tiles: Tiles) -> EncodedSample:
         """Joins the ids of texts and the spans of images, with labels where a piece is learnt."""
         ids: list[int] = []
         labels: list[int] = []
@@ -474,4 +507,4 @@ class Processor:
             masked = len(self._known[piece.header]) if piece.learnt and piece.header else 0
             labels += [IGNORE_INDEX] * masked + new[masked:] if piece.learnt else [IGNORE_INDEX] * len(new)
         return EncodedSample(np.array(ids, np.int32), np.array(labels, np.int32), np.array(mask, np.int32), grids,
-                             pixels, self.image_processor.tokens_per_side)
+                             tiles, self.image_processor.tokens_per_side)

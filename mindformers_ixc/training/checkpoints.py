@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,11 @@ class SafeCheckpointMonitor(CheckpointMonitor):
     """
 
     on_error = "stop"              # the YAML's `on_save_error`
+    _newest: tuple[int, Path] | None = None      # step in this process, and file, of what was saved last
+    _target: Path                  # the file that was written last
     _append_step_num: int          # steps of the epoch that were done before the run was resumed
     _older_to_go = False           # whether older ones wait for the other ranks to have written theirs
+    saved: Saved | None = None     # told of what is written
 
     def save_checkpoint(self, cb_params: Any) -> None:
         """Saves a checkpoint, then lets go of those above `keep_checkpoint_max`; none of a step that failed.
@@ -56,12 +60,14 @@ class SafeCheckpointMonitor(CheckpointMonitor):
         try:
             super().save_checkpoint(cb_params)
         except (OSError, RuntimeError, SafetensorError) as error:
+            self._newest = None
             self._not_saved(error, done + here, cb_params)
             return
         finally:
             self._config._keep_checkpoint_max = keep
             cb_params.cur_step_num, cb_params.cur_epoch_num, self._append_step_num = here, epoch, done
             self._last_triggered_step = here
+        self._newest = here, self._target
         self._older_to_go = True
         if not is_parallel():
             self._delete_older()
@@ -84,7 +90,7 @@ class SafeCheckpointMonitor(CheckpointMonitor):
 
     def remove_redundancy(self, network, cur_file, append_dict, train_network) -> None:
         """What MindFormers calls to write: here first under a name that nobody looks for."""
-        target = Path(cur_file)
+        self._target = target = Path(cur_file)
         unfinished = target.with_name(f"unfinished_{target.name}")
         super().remove_redundancy(network, str(unfinished), append_dict, train_network)
         with open(unfinished, "rb") as file:
@@ -116,10 +122,25 @@ class SafeCheckpointMonitor(CheckpointMonitor):
         if "run_failed" in run_context.original_args():
             return
         super().end(run_context)
+        if self.saved is not None and self._newest is not None:
+            step, path = self._newest
+            if step == run_context.original_args().cur_step_num:
+                self.saved.final = path
+
+
+@dataclass
+class Saved:
+    """What a run has saved.
+
+    Attributes:
+        final: this rank's checkpoint of the last step; `None` if there is none.
+    """
+
+    final: Path | None = None
 
 
 @contextmanager
-def safe_checkpoints(on_error: str = "stop") -> Iterator[None]:
+def safe_checkpoints(on_error: str = "stop") -> Iterator[Saved]:
     """Makes the YAML's `CheckpointMonitor` the safe one for a while.
 
     MindFormers' trainer hands its settings to callbacks of that type's name only, so the name has to stay; other
@@ -127,11 +148,14 @@ def safe_checkpoints(on_error: str = "stop") -> Iterator[None]:
 
     Args:
         on_error: `stop` or `continue`, when a checkpoint cannot be written.
+
+    Yields:
+        What the run has saved, known when it has ended.
     """
     before = MindFormerRegister.get_cls(MindFormerModuleType.CALLBACK, MONITOR)
-    SafeCheckpointMonitor.on_error = on_error
+    SafeCheckpointMonitor.on_error, SafeCheckpointMonitor.saved = on_error, Saved()
     MindFormerRegister.register_cls(SafeCheckpointMonitor, MindFormerModuleType.CALLBACK, alias=MONITOR)
     try:
-        yield
+        yield SafeCheckpointMonitor.saved
     finally:
         MindFormerRegister.register_cls(before, MindFormerModuleType.CALLBACK, alias=MONITOR)

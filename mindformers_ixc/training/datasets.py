@@ -6,20 +6,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 from mindformers.dataset.base_dataset import BaseDataset
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 from mindspore.dataset import GeneratorDataset, Sampler
 
-from mindformers_ixc.config import FIELDS
 from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.data.conversations import CAPTION_PROMPTS, load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import check_bad_pictures, fit_pairs, fit_samples
-from mindformers_ixc.data.mixture import EpochPlanner, make_epoch_planner
-from mindformers_ixc.data.packing import pack_samples
+from mindformers_ixc.data.mixture import Planner, make_planner
+from mindformers_ixc.data.packed_plan import Packing
 from mindformers_ixc.data.preferences import REFERENCE_COLUMN, PreferenceTable, load_preferences
 from mindformers_ixc.data.rows import MAX_BAD_SHARE, ConversationTable, make_processor
 from mindformers_ixc.data.sampling import PlanSampler
+from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.processing.processor import Processor
@@ -40,17 +41,19 @@ def section_processor(config: MindFormerConfig) -> Processor:
     return make_processor(config, build_tokenizer(dict(config.tokenizer)))
 
 
-def batched(cls, table: ConversationTable, planner: EpochPlanner, config: MindFormerConfig) -> GeneratorDataset:
-    """A MindSpore dataset of batches from a table and the plans of its epochs.
+def batched(cls, table: ConversationTable, planner: Planner, config: MindFormerConfig) -> GeneratorDataset:
+    """A MindSpore dataset of batches from a table and the plan of its rows.
 
     Args:
         cls: MindFormers' dataset class, which knows this rank's share.
-        table: rows.
-        planner: plans of the epochs.
+        table: rows; gets the plan.
+        planner: makes the plan of the run.
         config: the `train_dataset` section.
     """
     rank, ranks = cls._generate_shard_info()
-    sampler = MindSporeSampler(planner, len(table), config.batch_size, (0, 1) if ranks is None else (rank, ranks))
+    shard = (0, 1) if ranks is None else (rank, ranks)
+    table.plan = planner(config.batch_size * shard[1])
+    sampler = MindSporeSampler(table.plan, config.batch_size, shard, (config.seq_length, config.max_tiles))
     workers, cores = config.num_parallel_workers or 1, os.cpu_count() or 1
     if workers > cores:      # MindSpore takes no more
         logger.warning(f"train_dataset.num_parallel_workers is {workers}, but this machine has {cores} cores; {cores} "
@@ -115,29 +118,30 @@ class IXC25SFTDataset(BaseDataset):
         return batched(cls, table, planner, config)
 
 
-def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, EpochPlanner]:
+def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, Planner]:
     options = {key: value for key, value in config.data_loader.items() if key != "type"}
     mixture = dict(options.pop("mixture")) if options.get("mixture") else None
-    seed = config.seed or 0
+    seed, budget = config.seed or 0, row_budget(config)
     processor, hd_num = section_processor(config), config.hd_num or HD_NUM_TRAINING
     loader = IXC25DataLoader(seed=seed, mixture=mixture, exif=processor.image_processor.exif, **options)
     share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
-    fitted = fit_samples(processor, loader.samples, config.seq_length, config.max_tiles, hd_num, share)
-    samples, packs, segments = [entry.sample for entry in fitted], None, None
-    names = list(dict.fromkeys(sample.source for sample in loader.samples))
+    fitted = fit_samples(processor, loader.samples, config.seq_length, config.max_tiles, hd_num, share,
+                         budget.max_images, budget.max_segments if config.packing else None)
+    samples = [entry.sample for entry in fitted]
+    needs = np.array([(entry.positions, entry.tiles) for entry in fitted], np.int32).reshape(-1, 2)
+    table = ConversationTable(processor, samples, config.seq_length, config.max_tiles, hd_num, share, needs,
+                              list(config.input_columns or BATCH_COLUMNS), seed, budget.max_images,
+                              budget.max_segments if config.packing else None)
+    multimodal = [bool(sample.images) for sample in samples]
+    logger.info(f"{sum(multimodal)} multimodal and {len(table) - sum(multimodal)} text-only samples.")
+    packing = None
     if config.packing:
-        segments = config.max_segments or FIELDS["max_segments"].default
-        # every segment that no sample takes is a position of padding at least
-        packs = pack_samples([(entry.positions - 1, entry.tiles) for entry in fitted],
-                             [(sample.source, bool(sample.images)) for sample in samples],
-                             config.seq_length - segments, config.max_tiles, seed)
-        logger.info(f"{len(samples)} samples are packed into {len(packs)} sequences.")
-    table = ConversationTable(processor, samples, config.seq_length, config.max_tiles, hd_num, share, packs,
-                              list(config.input_columns or BATCH_COLUMNS), seed, segments)
-    multimodal = [table.is_multimodal(i) for i in range(len(table))]
-    logger.info(f"{sum(multimodal)} multimodal and {len(table) - sum(multimodal)} text-only sequences.")
-    return table, make_epoch_planner([table.source_of(i) for i in range(len(table))], multimodal, names, mixture, seed,
-                                     loader.shuffle, config.get("drop_remainder", True))
+        images = np.array([len(sample.images) for sample in samples], np.int32)
+        numbers = np.array([table.source_names.index(sample.source) for sample in samples], np.int32)
+        packing = Packing(needs[:, 0], needs[:, 1], images, numbers, budget)
+    names = list(dict.fromkeys(sample.source for sample in loader.samples))
+    return table, make_planner([sample.source for sample in samples], multimodal, names, mixture, seed, loader.shuffle,
+                               config.get("drop_remainder", True), packing)
 
 
 @MindFormerRegister.register(MindFormerModuleType.DATASET)
@@ -154,9 +158,8 @@ class IXC25PreferenceDataset(BaseDataset):
         cls.init_dataset_config(config)
         table = _preference_table(config)
         multimodal = [table.is_multimodal(i) for i in range(len(table))]
-        planner = make_epoch_planner([sample.source for sample in table.samples], multimodal, table.source_names, None,
-                                     table.seed, config.data_loader.get("shuffle", True),
-                                     config.get("drop_remainder", True))
+        planner = make_planner([sample.source for sample in table.samples], multimodal, table.source_names, None,
+                               table.seed, config.data_loader.get("shuffle", True), config.get("drop_remainder", True))
         return batched(cls, table, planner, config)
 
 
@@ -193,4 +196,5 @@ def _preference_table(config: MindFormerConfig) -> PreferenceTable:
         logger.warning(f"{message} and are left out.")
     chosen, rejected, logps = zip(*fitting)
     return PreferenceTable(processor, chosen, rejected, logps, seq_length=config.seq_length,
-                           max_tiles=config.max_tiles, hd_num=hd_num, max_bad_share=share, columns=columns, seed=seed)
+                           max_tiles=config.max_tiles, hd_num=hd_num, max_bad_share=share, columns=columns, seed=seed,
+                           max_images=config.max_images)

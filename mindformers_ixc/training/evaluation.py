@@ -12,19 +12,22 @@ from mindformers.tools.register import MindFormerConfig
 from mindformers.tools.utils import get_output_root_path
 from mindspore import Tensor, nn
 from mindspore.dataset import GeneratorDataset
-from mindspore.ops import operations as P
+from mindspore.mint.distributed import barrier
+from mindspore.ops import functional as F
 from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc.config import MODE_ADAPTERS
-from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
+from mindformers_ixc.data.batch import BATCH_COLUMNS, default_max_images, full_batches
 from mindformers_ixc.data.conversations import load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import fit_samples
+from mindformers_ixc.data.rows import check_images
+from mindformers_ixc.device import is_parallel, measuring, reports_loss
 from mindformers_ixc.errors import ConfigError, TrainingError
 from mindformers_ixc.files import EVALUATIONS_FILE, read_metrics, write_whole
 from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.cells import of_whole_batches, row_parts
 from mindformers_ixc.generation.questions import questions_of
 from mindformers_ixc.models.ixc25 import IXC25Model
-from mindformers_ixc.models.loss import FusedCrossEntropy
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.sections import check_names, check_section, of_type, one_of, whole
 from mindformers_ixc.training.datasets import section_processor
@@ -68,12 +71,15 @@ class MeanLoss(nn.Cell):
 
     def __init__(self, model: IXC25Model):
         super().__init__(auto_prefix=False)
-        self.model, self.loss, self.reshape = model, FusedCrossEntropy(model.config.vocab_size), P.Reshape()
+        self.model = model
 
-    def construct(self, input_ids, labels, pixel_values, vision_index, image_mask):
+    def construct(self, input_ids, labels, pixel_values, global_views, view_index, vision_index, image_mask):
         """float32 scalar of the columns of a batch."""
-        logits = self.model.flat_logits(input_ids, pixel_values, vision_index, image_mask)     # (B*L, V)
-        return self.loss(logits, self.reshape(labels, (-1,)))
+        states = self.model.states(input_ids, pixel_values, global_views, view_index, vision_index, image_mask)
+        loss = self.model.loss(self.model.head_losses(states, labels), labels)
+        if isinstance(loss, tuple):      # sum and count, of a step in micro batches
+            return loss[0] / F.maximum(loss[1], 1.0)
+        return loss
 
 
 class HeldOut:
@@ -87,12 +93,14 @@ class HeldOut:
     def __init__(self, data: MindFormerConfig, options: dict):
         self.processor, self.options = section_processor(data), options
         hd_num = data.hd_num or HD_NUM_TRAINING
+        self.max_images = data.max_images or default_max_images(data.max_tiles)
         loader = data.data_loader or {}      # what it says of trust and of keys holds for held-out samples too
         samples = load_sources(options["dataset_dir"], options["image_folder"], image_root=loader.get("image_root"),
                                ignore_keys=loader.get("ignore_keys") or ())
         read_image_sizes(samples, self.processor.image_processor.exif)
         fitted = fit_samples(self.processor, samples, data.seq_length, data.max_tiles, hd_num)
         self.samples = [entry.sample for entry in fitted[:options["max_samples"]]]
+        check_images(self.samples, self.max_images)
         self.shape = (data.seq_length, data.max_tiles, hd_num)
 
     def rows(self, shuffled: bool):
@@ -106,7 +114,7 @@ class HeldOut:
                                if len(other.images) == len(images) and other.images != images), images)
             encoded = self.processor.encode_conversation(sample.turns, images, sample.where, hd_num)
             if len(encoded.input_ids) <= length and encoded.tiles <= tiles:
-                yield encoded.pad(length, tiles, self.processor.pad_token_id)
+                yield encoded.pad(length, tiles, self.max_images, self.processor.pad_token_id)
 
     def loss(self, mean_loss: MeanLoss, shuffled: bool = False) -> float:
         """Mean loss over labelled positions of all samples."""
@@ -167,21 +175,27 @@ class Evaluation(Callback):
         self.trainer, self.options = trainer, evaluation_options(section)
         self.held_out = HeldOut(data, self.options)
         self.path = Path(get_output_root_path()) / EVALUATIONS_FILE
-        self.mean_loss: MeanLoss | None = None
+        self.mean_loss: nn.Cell | None = None
         self.steps = 0       # of the whole run, once it has begun
+        # what was measured so far, one row a step: in a parallel run every rank measures, knows all rows and so
+        # decides alike, and one of them writes
+        self.rows: list[dict] = []
 
     def on_train_begin(self, run_context: RunContext) -> None:
         """Drops rows of steps that will be done again, and makes up what the step gone on from lacks."""
         runner = self.trainer.config.runner_config
         start = runner.initial_step or 0
         self.steps = steps_of(runner, self.trainer.train_dataset)
-        rows = [row for row in self._rows() if row["step"] <= start] if start else []
-        if self.path.exists():
-            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows), sync=True)
+        self.rows = [row for row in self._read() if row["step"] <= start] if start else []
+        has_best = (self.path.parent / "best").is_dir()
+        if is_parallel():
+            barrier()        # all have read what is there before one of them writes
+        if self.path.exists() and reports_loss():
+            self._write()
         if start and self._is_due(start):
-            if not any(row["step"] == start for row in rows):
+            if not self._is_measured(start):
                 self._measure(start)
-            elif self._is_best(rows) and not (self.path.parent / "best").is_dir():
+            elif self._is_best(self.rows) and not has_best:
                 self.trainer.save_directory("best")
 
     def _is_due(self, step: int) -> bool:
@@ -196,42 +210,60 @@ class Evaluation(Callback):
     def on_train_end(self, run_context: RunContext) -> None:
         """Measures the final model; not one that was stopped on the way."""
         done = self._done(run_context)
-        if done >= self.steps and not any(row["step"] == done for row in self._rows()):
+        if done >= self.steps and not self._is_measured(done):
             self._measure(done)
 
     def _done(self, run_context: RunContext) -> int:
         initial = self.trainer.config.runner_config.initial_step or 0
         return initial + run_context.original_args().cur_step_num
 
-    def _rows(self) -> list[dict]:
-        """What was measured so far, one row a step, in their order."""
+    def _read(self) -> list[dict]:
+        """What an earlier run has measured, one row a step, in their order."""
         rows = {row["step"]: row for row in read_metrics(self.path) if isinstance(row.get("step"), int)}
         return [rows[step] for step in sorted(rows)]
 
+    def _write(self) -> None:
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows), sync=True)
+
+    def _is_measured(self, step: int) -> bool:
+        return any(row["step"] == step for row in self.rows)
+
     def _measure(self, step: int) -> None:
-        model = self.trainer.trained_model
         row: dict[str, float] = {"step": step}
-        metrics = self.options["metrics"]
+        with measuring():
+            row.update(self._values(self.trainer.trained_model))
+        self.rows = [old for old in self.rows if old["step"] < step] + [row]
+        try:
+            if self._is_best(self.rows):      # before the row: a run that is killed in between measures again
+                self.trainer.save_directory("best")
+            if reports_loss():
+                self._write()
+        except OSError as error:
+            if not is_parallel():       # there the other ranks, which know nothing of it, must go on deciding alike
+                self.rows.pop()
+            self._not_saved(error, step)
+        logger.info("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+    def _values(self, model: IXC25Model) -> dict[str, float]:
+        """Every metric that was asked for."""
+        values, metrics = {}, self.options["metrics"]
         model.set_train(False)
         if self.mean_loss is None:
             self.mean_loss = MeanLoss(model)      # one cell, one graph
+            if is_parallel():
+                self.mean_loss = of_whole_batches(self.mean_loss, model.config)
+                parts = row_parts(model.config)
+                self.options["batch_size"] = -(-self.options["batch_size"] // parts) * parts
         if "loss" in metrics:
-            row["loss"] = self.held_out.loss(self.mean_loss)
+            values["loss"] = self.held_out.loss(self.mean_loss)
         if "shuffled_loss" in metrics:
-            row["shuffled_loss"] = self.held_out.loss(self.mean_loss, shuffled=True)
-        if any(metric in SCORES for metric in metrics):
-            row.update(score_answers(*self.held_out.answers(self._assistant(model)),
-                                     [metric for metric in metrics if metric in SCORES]))
+            values["shuffled_loss"] = self.held_out.loss(self.mean_loss, shuffled=True)
+        scores = [metric for metric in metrics if metric in SCORES]
+        if scores:
+            values.update(score_answers(*self.held_out.answers(self._assistant(model)), scores))
             self._assistant(model).engine.caches.clear()      # memory that training needs
         model.set_train(True)
-        rows = [old for old in self._rows() if old["step"] < step] + [row]
-        try:
-            if self._is_best(rows):      # before the row: a run that is killed in between measures again
-                self.trainer.save_directory("best")
-            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows), sync=True)
-        except OSError as error:
-            self._not_saved(error, step)
-        logger.info("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        return values
 
     def _not_saved(self, error: OSError, step: int) -> None:
         """Says that a measurement could not be written, and ends the run unless it is to go on."""

@@ -12,40 +12,58 @@ from typing import Any
 
 import numpy as np
 from mindformers.trainer.base_trainer import BaseTrainer
-from mindspore import nn
 from mindspore.dataset import GeneratorDataset
 from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc import interruption
-from mindformers_ixc.device import has_loss, reports_loss
+from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.data.preferences import REFERENCE_COLUMN
+from mindformers_ixc.device import group_size, has_loss, reports_loss
 from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import METRICS_FILE, read_metrics, write_whole
 from mindformers_ixc.models.preference import REPORT
-from mindformers_ixc.training.step import StepPlan
+from mindformers_ixc.models.report import take_report
+from mindformers_ixc.parameters import part_of
+from mindformers_ixc.preference_options import needs_reference
+from mindformers_ixc.sections import is_whole
+from mindformers_ixc.training.averaging import averages_of
+from mindformers_ixc.training.step import PREFERENCE, StepPlan
 from mindformers_ixc.training.stopping import Stopping
+from mindformers_ixc.training.tensorboard import TENSORBOARD_FOLDER, ScalarFile
+from mindformers_ixc.training.throughput import Throughput, TimeLeft, line, scalars, work_of
 
 
 class TrainingLog(Callback):
     """Writes `metrics.jsonl`, one JSON object a step, and stops a run whose loss is no number.
 
-    Each row has step, epoch, loss, learning_rate, grad_norm, overflow, seconds, samples_per_second, and `samples`, the
-    batch's rows of the data set; with sources `sources`: loss and labelled tokens of each, and `tokens` of all; for
-    preference pairs the rewards.
+    Each row has step, epoch, loss, learning_rate, grad_norm, overflow; `samples`, the numbers of the batch's samples;
+    `seconds` of a step, `data_wait`, the share of them that went by before the batch was there (unknown with a data
+    sink, where the device itself takes it), `seconds_left` of the run, `samples_per_second`, and what
+    `throughput.Throughput` gives; with sources `sources`: loss and labelled tokens of each, and `tokens` of all; for
+    preference pairs the rewards. Some of it is printed as a line, and all of it may be drawn in TensorBoard.
 
     Args:
         folder: the run's.
         on_error: `stop` or `continue`, when a row cannot be written: the YAML's `on_save_error`.
+        device_tflops: peak of a device, 10^12 operations a second; 0 if unknown.
+        tensorboard: whether the numbers go to `<folder>/tensorboard` too.
+        print_every: steps between two lines on standard error.
 
     Attributes:
         stopped_after: the step after which the run stopped because it was asked to, else `None`.
+        step_end: `StepEnd`, which has to be the last callback of the run.
     """
 
-    def __init__(self, folder: str | os.PathLike, on_error: str = "stop"):
+    def __init__(self, folder: str | os.PathLike, on_error: str = "stop", device_tflops: float = 0.0,
+                 tensorboard: bool = False, print_every: int = 1):
         self.path, self.on_error = Path(folder) / METRICS_FILE, on_error
+        self.device_tflops, self.tensorboard, self.print_every = device_tflops, tensorboard, print_every
         self.average: dict = {}
         self.stopping = Stopping(Path(folder))
         self.stopped_after: int | None = None
         self.lost_rows = False
+        self.step_end = StepEnd()
+        self.scalars: ScalarFile | None = None
 
     def bind(self, dataset: GeneratorDataset, plan: StepPlan, trainer: BaseTrainer) -> None:
         """Tells what is known only once the data are there.
@@ -66,28 +84,40 @@ class TrainingLog(Callback):
     def on_train_begin(self, run_context: RunContext) -> None:
         """Drops rows of steps that will be done again."""
         self.start = self.trainer.config.runner_config.initial_step or 0
-        self.batch_size = self.dataset.get_batch_size() * self.dataset.plan_sampler.ranks
+        self.last = self.printed = self.start
         self.total = steps_of(self.trainer.config.runner_config, self.dataset)
-        self._start_average(run_context.original_args().train_network)
+        self.average = averages_of(run_context.original_args().train_network)
         self.writes = reports_loss()
         if self.writes:
             rows = {row["step"]: row for row in read_metrics(self.path) if _is_step(row)} if self.start else {}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)
                                            if step <= self.start), sync=True)
+            self.throughput, self.time_left = self._throughput(), TimeLeft()
+            if self.tensorboard:
+                self._open_scalars(run_context.original_args())
         self.stopping.begin()
+        self.step_end.mark()
 
-    def _start_average(self, wrapper: nn.Cell) -> None:
-        """The moving average starts from the weights that were loaded, which MindFormers does after making it."""
-        if not getattr(wrapper, "has_average", False):
-            return
-        for weight, average in zip(wrapper.weights, wrapper.average):
-            if not self.start:
-                average.set_data(weight.value().copy())
-            self.average[weight.name] = average
+    def _throughput(self) -> Throughput | None:
+        """What numbers of operations rest on; none for a model that is not this package's."""
+        model = self.trainer.trained_model
+        config = getattr(model, "config", None)
+        if not isinstance(config, ModelConfig):
+            return None
+        trained = {str(part_of(parameter.name)) for parameter in model.trainable_params()}
+        return Throughput(config, trained, group_size(), self.device_tflops, self._reference(config))
+
+    def _reference(self, config: ModelConfig) -> str | None:
+        """The task LoRA which the reference that a step computes does without, if it computes one."""
+        options = config.preference or {}
+        if self.plan.report != PREFERENCE or not needs_reference(options) \
+                or REFERENCE_COLUMN in self.dataset.conversations.columns:
+            return None
+        return options.get("task", "dpo")
 
     def on_train_step_begin(self, run_context: RunContext) -> None:
-        """Notes when the step began, for its `seconds`."""
+        """Notes when the batch was there."""
         self.began = time.perf_counter()
 
     def on_train_step_end(self, run_context: RunContext) -> None:
@@ -102,19 +132,18 @@ class TrainingLog(Callback):
         if step >= self.total and not parameters.dataset_sink_mode:
             run_context.request_stop()     # an iteration over the data that began inside an epoch goes on too far
         row = {"step": step, "epoch": (step - 1) // parameters.batch_num + 1, "loss": _number(loss),
-               "learning_rate": _number(rate), "overflow": bool(np.any(overflow.asnumpy())),
-               "samples": [int(index) for index in self.dataset.plan_sampler.batch(step - 1)]}
+               "learning_rate": _number(rate), "overflow": bool(np.any(overflow.asnumpy()))}
         if norm is not None:
             row["grad_norm"] = _number(norm)
-        row["seconds"] = time.perf_counter() - self.began
-        row["samples_per_second"] = self.batch_size / row["seconds"]
+        if self.writes:
+            row.update(self._speed(step, parameters.dataset_sink_mode))
         if self.plan.report:
             # a parallel run has no cell around the model that adds it up
             holder = self.trainer.trained_model if self.plan.in_model else parameters.train_network
-            row.update(self._report(holder.train_report.asnumpy()))
+            row.update(self._report(take_report(holder.train_report)))
         what = not_finite(parameters.net_outputs)
         if self.writes:
-            self._append(json.dumps({**row, "loss": None} if what == "loss" else row) + "\n", parameters)
+            self._record({**row, "loss": None} if what == "loss" else row, parameters)
         if what:
             parameters.run_failed = True
             raise TrainingError(f"Step {step}: the {what} of this batch is not finite (its samples: "
@@ -124,17 +153,69 @@ class TrainingLog(Callback):
         if step < self.total and self.stopping.is_due(step):
             self.stopped_after = step
             run_context.request_stop()
+        self.step_end.mark()
 
     def on_train_end(self, run_context: RunContext) -> None:
         """Notes that what follows is written whole before the process may end."""
         interruption.current.phase = "ending"
+        self._close_scalars()
 
-    def _append(self, line: str, parameters: Any) -> None:
+    def _speed(self, step: int, sinks: bool) -> dict:
+        """How fast the steps were that have ended since the last row, what they were fed, and what is left."""
+        seconds = time.perf_counter() - (self.began if sinks else self.step_end.since)
+        steps, self.last = range(self.last, step), step
+        works = [work_of(self.dataset, number) for number in steps]
+        samples = [index for work in works for index in work.samples]
+        each = seconds / len(steps)
+        found: dict = {"samples": samples, "seconds": each, "samples_per_second": len(samples) / seconds}
+        if not sinks:
+            found["data_wait"] = (self.began - self.step_end.since) / seconds
+        if self.throughput is not None:
+            found.update(self.throughput.of(works, seconds))
+        found["seconds_left"] = self.time_left.after(each, self.total - step)
+        return found
+
+    def _record(self, row: dict, parameters: Any) -> None:
+        """Writes a row down wherever it belongs."""
+        step = row["step"]
+        self._append(json.dumps(row) + "\n", parameters)
+        if self.scalars is not None:
+            try:
+                self.scalars.write(step, scalars(row))
+            except OSError as error:
+                self._lose_scalars(error, parameters)
+        if step - self.printed >= self.print_every or step == self.total:
+            self.printed = step
+            print(line(row, self.total), file=sys.stderr, flush=True)
+
+    def _open_scalars(self, parameters: Any) -> None:
+        try:
+            self.scalars = ScalarFile(self.path.parent / TENSORBOARD_FOLDER, self.start + 1)
+        except OSError as error:
+            self._lose_scalars(error, parameters)
+
+    def _close_scalars(self) -> None:
+        if self.scalars is not None:
+            with contextlib.suppress(OSError):      # of what was written before
+                self.scalars.close()
+            self.scalars = None
+
+    def _lose_scalars(self, error: OSError, parameters: Any) -> None:
+        """Of a file that could not be written whole TensorBoard reads no further, so it is given up."""
+        self._close_scalars()
+        sentence = (f"{self.path.parent / TENSORBOARD_FOLDER}: the numbers of a step could not be written "
+                    f"({error.strerror or error})")
+        if self.on_error == "stop":
+            parameters.run_failed = True
+            raise TrainingError(f"{sentence}. Make room, then go on with resume_training.") from error
+        print(f"{sentence}; the run goes on without TensorBoard, as on_save_error says.", file=sys.stderr, flush=True)
+
+    def _append(self, text: str, parameters: Any) -> None:
         """Appends a row; of one that cannot be written whole nothing stays."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as file:
-                file.write(line.encode())
+                file.write(text.encode())
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(self.path, size)
@@ -154,6 +235,41 @@ class TrainingLog(Callback):
         by_source = {name: {"loss": float(total / count), "tokens": int(count)}
                      for name, total, count in zip(self.plan.sources, *report) if count}
         return {"sources": by_source, "tokens": int(report[1].sum())}
+
+
+class StepEnd(Callback):
+    """Knows since when a run has been waiting for its next batch: as the last callback, since all others are done.
+
+    Attributes:
+        since: seconds of `time.perf_counter`.
+    """
+
+    def __init__(self) -> None:
+        self.mark()
+
+    def mark(self) -> None:
+        """The wait for the next batch begins now."""
+        self.since = time.perf_counter()
+
+    def on_train_begin(self, run_context: RunContext) -> None:
+        """Begins the wait for the first batch."""
+        self.mark()
+
+    def on_train_step_end(self, run_context: RunContext) -> None:
+        """Begins the wait for the next batch."""
+        self.mark()
+
+
+def log_options(config: Any) -> dict:
+    """Arguments of `TrainingLog` that stand in a run's YAML.
+
+    Args:
+        config: the run's `MindFormerConfig`. A section `tensorboard` is MindFormers' own.
+    """
+    monitor: dict = next((one for one in config.get("callbacks") or () if one.get("type") == "MFLossMonitor"), {})
+    every = monitor.get("per_print_times")
+    return {"on_error": config.get("on_save_error") or "stop", "device_tflops": config.get("device_tflops") or 0.0,
+            "tensorboard": config.get("tensorboard") is True, "print_every": every if is_whole(every, 1) else 1}
 
 
 def steps_of(runner: Any, dataset: GeneratorDataset) -> int:

@@ -12,18 +12,16 @@ from pathlib import Path
 
 import numpy as np
 from mindspore import Tensor, nn
-from mindspore.ops import operations as P
 from tqdm import tqdm
 
 from mindformers_ixc.config import read_fields
-from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
+from mindformers_ixc.data.batch import BATCH_COLUMNS, default_max_images, full_batches
 from mindformers_ixc.data.conversations import Conversation, read_image_sizes
 from mindformers_ixc.data.forms import LISTS, MEDIA_KEYS
 from mindformers_ixc.data.preferences import REFERENCE_COLUMN, load_preferences
 from mindformers_ixc.files import read_json_list, write_whole
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.models.ixc25 import IXC25Model
-from mindformers_ixc.models.loss import TokenLosses
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.resources import resolve_path
 
@@ -37,13 +35,12 @@ class AnswerLogps(nn.Cell):
 
     def __init__(self, model: IXC25Model):
         super().__init__(auto_prefix=False)
-        self.model, self.losses, self.reshape = model, TokenLosses(), P.Reshape()
+        self.model = model
 
-    def construct(self, input_ids, labels, pixel_values, vision_index, image_mask):
+    def construct(self, input_ids, labels, pixel_values, global_views, view_index, vision_index, image_mask):
         """float32 `(B,)` of the columns of a batch."""
-        logits = self.model.logits(input_ids, pixel_values, vision_index, image_mask)         # (B, L, V)
-        losses = self.losses(self.reshape(logits, (-1, logits.shape[-1])), self.reshape(labels, (-1,)))
-        return -self.reshape(losses, labels.shape).sum(axis=1)
+        x = self.model.states(input_ids, pixel_values, global_views, view_index, vision_index, image_mask)   # (B*L, D)
+        return -self.model.head_losses(x, labels).sum(axis=1)
 
 
 def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "write", hd_num: int | None = None,
@@ -105,7 +102,7 @@ def _answer_logps(directory: str, mode: str, processor: Processor, answers: Sequ
     model = AnswerLogps(load_model(directory, adapter_mode=mode, seq_length=length, max_tiles=max(1, tiles)))
     found: list[float] = []
     rows = (processor.encode_conversation(sample.turns, sample.images, sample.where, hd_num)
-            .pad(length, max(1, tiles), processor.pad_token_id) for sample in answers)
+            .pad(length, max(1, tiles), default_max_images(tiles), processor.pad_token_id) for sample in answers)
     for batch, real in tqdm(full_batches(rows, batch_size), total=-(-len(answers) // batch_size), desc="reference",
                             unit="batch", disable=None):
         columns = [Tensor(np.stack([row[name] for row in batch])) for name in BATCH_COLUMNS]

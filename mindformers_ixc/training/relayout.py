@@ -18,6 +18,7 @@ from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import whole_folder
+from mindformers_ixc.models.report import REPORT_NAME
 from mindformers_ixc.parameters import part_of
 
 # What MindFormers writes into a checkpoint beside the parameters, and looks for in this file of a folder.
@@ -60,7 +61,7 @@ def joined(files: list[Path], strategy: Path, folder: Path, start: str | None) -
     for old in folder.glob("*"):
         shutil.rmtree(old, ignore_errors=True)
     with whole_folder(target) as unfinished:
-        source = _open(files, strategy, unfinished / "ranks")
+        source = open_ranks(files, strategy, unfinished / "ranks")
         _write(source, unfinished / WHOLE_FILE, start)
         shutil.rmtree(unfinished / "ranks", ignore_errors=True)
         _write_map(unfinished)
@@ -68,7 +69,7 @@ def joined(files: list[Path], strategy: Path, folder: Path, start: str | None) -
     return target
 
 
-def _open(files: list[Path], strategy: Path, links: Path) -> OpenedCheckpoint:
+def open_ranks(files: list[Path], strategy: Path, links: Path) -> OpenedCheckpoint:
     """Opens the files of all ranks together, by links to them alone: beside them lie those of other steps."""
     if len(files) == 1:
         return open_source(files[0])
@@ -95,7 +96,8 @@ def _wait_for(target: Path) -> Path:
 
 
 def _write(source: OpenedCheckpoint, path: Path, start: str | None) -> None:
-    tensors: dict[str, LazyTensor] = {name: tensor for name, tensor in source.tensors.items() if name not in COUNTERS}
+    left_out = (*COUNTERS, REPORT_NAME)      # the report of a step that has ended, whose place the layout decides
+    tensors: dict[str, LazyTensor] = {name: tensor for name, tensor in source.tensors.items() if name not in left_out}
     tensors.update(_unused(source, start))
     file = TensorFile(path, [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()])
     try:

@@ -26,7 +26,7 @@ SAME_SECTIONS = ("seed", "train_dataset", "train_parts", "part_learning_rates", 
 FREE_KEYS = {"num_parallel_workers", "python_multiprocessing", "prefetch_size", "numa_enable", "max_bad_share",
              "batch_size"}
 # What a record has beside those sections: degrees, the weights the run began with, its name, what it left at its end.
-OTHER_KEYS = ("layout", "start", "run", "finished")
+OTHER_KEYS = ("layout", "start", "run", "finished", "joined", "closing")
 
 # The step, as `epoch_step`, that `mindformers launch` has found whole; its ranks need not read every checkpoint again.
 CHOSEN = "MINDFORMERS_IXC_RESUME_STEP"
@@ -313,16 +313,26 @@ def _earlier_record(fields: dict, own: Path) -> dict:
     return read_record(path) if path.is_file() else {}
 
 
-def mark_finished(output_dir: str | os.PathLike, results: list[str]) -> None:
+def mark_finished(output_dir: str | os.PathLike, results: list[str], closing: str = "", joined: bool = True) -> None:
     """Notes in a run's record that it has come to its end.
 
     Args:
         output_dir: folder of the run.
         results: names of the model directories it has left there.
+        closing: what the user is told at the end.
+        joined: whether that is all; not where the ranks' parts of a parallel run were left as they are.
     """
     path = Path(output_dir) / RECORD
     if path.is_file():
-        write_whole(path, json.dumps({**read_record(path), "finished": results}, indent=1, sort_keys=True), sync=True)
+        record = {**read_record(path), "finished": results, "joined": joined, "closing": closing}
+        write_whole(path, json.dumps(record, indent=1, sort_keys=True), sync=True)
+
+
+def closing_of(output_dir: str | os.PathLike) -> str | None:
+    """What a run that has come to its end told the user; `None` if it has not noted its end."""
+    path = Path(output_dir) / RECORD
+    record = read_record(path) if path.is_file() else {}
+    return None if record.get("finished") is None else str(record.get("closing") or "")
 
 
 def is_complete(fields: dict) -> bool:
@@ -335,8 +345,12 @@ def is_complete(fields: dict) -> bool:
     given = Path(fields.get("load_checkpoint") or own).resolve()
     if not fields.get("resume_training") or given != own or not (own / RECORD).is_file():
         return False
-    finished = check_same_run(fields, own / RECORD).get("finished")
-    return finished is not None and all((own / name).is_dir() for name in finished if name in RESULTS)
+    record = check_same_run(fields, own / RECORD)
+    finished = record.get("finished")
+    joined = record.get("joined", True) or fields.get("no_join") or (own / "model").is_dir()
+    if finished is None or not joined:
+        return False
+    return all((own / name).is_dir() for name in finished if name in RESULTS)
 
 
 def check_same_run(fields: dict, record: Path) -> dict:

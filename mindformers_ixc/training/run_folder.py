@@ -29,9 +29,10 @@ LOCK_FILE = "run.lock"
 RECORD = "run_config.json"
 
 # Model directories that a run leaves, and with them all that `--overwrite` moves aside.
+SLICES = ".slices_{}"       # parts that ranks put down to be joined, by the name of what is made of them
 RESULTS = ("model", "trained_parts", "model_ema", "best")
 OWN = (*RESULTS, "checkpoint", "checkpoint_network", "checkpoint_trainable", METRICS_FILE, EVALUATIONS_FILE, "resume",
-       "strategy", "report", "report.html", RECORD)
+       "strategy", "unused.safetensors", "report", "report.html", "tensorboard", RECORD)
 
 # Seconds that the ranks of a killed launch get to be gone before the next run begins.
 ORPHANS_S = 60
@@ -161,6 +162,9 @@ def sweep(folder: Path) -> None:
             if path.name.startswith("unfinished_") or (re.fullmatch(r"tmp[a-z0-9_]{8}", path.name) and path.is_file()):
                 found.append(path.name)
                 path.unlink()
+    for slices in folder.glob(SLICES.format("*")):
+        shutil.rmtree(slices, ignore_errors=True)
+        found.append(slices.name)
     for name in ("stop_request", "stop_after"):       # of `stopping.py`
         (folder / name).unlink(missing_ok=True)
     if found:

@@ -2,7 +2,8 @@
 
 MindFormers' trainer builds data, network and step cell in an order of its own, each from sections that it changes on
 the way. Everything this package has to say about them is said here, once: `StepPlan.put_into` before that, `cell` when
-MindFormers has decided on its own step cell.
+MindFormers has decided on its own step cell. Where graphs are cut the step cells and micro batches are MindFormers',
+and what they cannot do is done inside: a report is a parameter of the network, a moving average the optimizer's.
 """
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mindformers.tools.register import MindFormerConfig
+from mindspore import nn
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.device import is_parallel
-from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.models.preference import REPORT
+from mindformers_ixc.training.averaging import AveragedOptimizer
 from mindformers_ixc.training.wrapper import portable_wrapper
 
 # The column that asks for the losses of sources, and what a step can report.
@@ -35,6 +37,9 @@ class StepPlan:
         own_cell: whether the step cell is this package's, whatever the YAML or MindFormers say.
         labels_column: number of the column that parts are weighed by; `None` weighs them the same.
         in_model: whether the report is a parameter of the model, instead of an output for the step cell.
+        per_token: whether the network gives the sum of losses and what it is to be divided by, which MindFormers' step
+            adds up over micro batches and divides once.
+        ema_decay: share of the moving average of the weights that a step keeps; `None` for no average.
         sources: names of the sources; empty until the data are there.
     """
 
@@ -44,6 +49,8 @@ class StepPlan:
     own_cell: bool = False
     labels_column: int | None = None
     in_model: bool = False
+    per_token: bool = False
+    ema_decay: float | None = None
     sources: tuple[str, ...] = ()
 
     def with_sources(self, names: Iterable[str]) -> StepPlan:
@@ -64,13 +71,19 @@ class StepPlan:
             config: the run's `MindFormerConfig`, changed in place.
         """
         config.model.model_config.loss_form = self.loss_form
-        if self.loss_form == "sums":
+        if self.per_token:
             config.calculate_per_token_loss = True
+        if self.ema_decay is not None:       # step cells take no such argument
+            config.runner_wrapper.pop("ema_decay")
         if not is_parallel():
             # MindFormers accumulates in semi-auto parallel only and would silently not do it here: a batch is as large
             # as all its parts together, and the step cell takes it apart
             config.runner_config.gradient_accumulation_steps = 1
             config.runner_config.batch_size *= self.micro_batches
+
+    def optimizer(self, optimizer: nn.Cell) -> nn.Cell:
+        """The optimizer that the step cell is built with."""
+        return optimizer if self.ema_decay is None else AveragedOptimizer(optimizer, self.ema_decay)
 
     def cell(self, name: str) -> dict:
         """Entries of the section `runner_wrapper` that the step cell is built from.
@@ -89,28 +102,18 @@ def plan_step(config: MindFormerConfig) -> StepPlan:
 
     Args:
         config: the run's `MindFormerConfig`.
-
-    Raises:
-        ConfigError: for preference pairs in micro batches of a parallel step, whose report MindFormers' accumulating
-            step does not take, and for what works in stand-alone runs only.
     """
     columns = list(config.train_dataset.input_columns or BATCH_COLUMNS)
     accumulated = config.runner_config.gradient_accumulation_steps or 1
-    averages = config.runner_wrapper.get("ema_decay") is not None
+    decay = config.runner_wrapper.get("ema_decay")
     preference = config.model.arch.type == "IXC25ForPreference"
     report = PREFERENCE if preference else SOURCES if SOURCE_COLUMN in columns else None
-    loss_form, micro_batches, parallel = "mean", accumulated, is_parallel()
-    if report == SOURCES:
-        loss_form = "sources"
-    if parallel:
-        micro_batches = 1
-        if accumulated > 1 or (config.parallel_config.pipeline_stage or 1) > 1:
-            if preference:
-                raise ConfigError(f"runner_config.gradient_accumulation_steps is {accumulated}, but preference pairs "
-                                  "are not accumulated in parallel runs; raise batch_size or data_parallel instead.")
+    loss_form = SOURCES if report == SOURCES else "mean"
+    if is_parallel():
+        per_token = accumulated > 1 or (config.parallel_config.pipeline_stage or 1) > 1
+        if per_token and report != SOURCES:
             loss_form = "sums"
-    own_cell = micro_batches > 1 or averages or report is not None
-    if parallel and (averages or report == SOURCES):
-        raise ConfigError("runner_wrapper.ema_decay and the column source work in stand-alone runs only.")
-    return StepPlan(loss_form, report, micro_batches, own_cell,
-                    None if preference or not own_cell else columns.index("labels"), parallel and preference)
+        return StepPlan(loss_form, report, in_model=report is not None, per_token=per_token, ema_decay=decay)
+    own_cell = accumulated > 1 or report is not None
+    return StepPlan(loss_form, report, accumulated, own_cell,
+                    None if preference or not own_cell else columns.index("labels"), ema_decay=decay)

@@ -18,9 +18,12 @@ from mindspore import Model, nn
 from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc import interruption
-from mindformers_ixc.checkpoint.model_directory import save_model_directory
+from mindformers_ixc.checkpoint.model_directory import weights_of, write_model_directory
 from mindformers_ixc.checkpoint.start import OVERRIDE
+from mindformers_ixc.checkpoint.tensors import LazyTensor
+from mindformers_ixc.config import FIELDS
 from mindformers_ixc.data.rows import ConversationTable
+from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
 from mindformers_ixc.errors import ConfigError, DataError, TrainingError
 from mindformers_ixc.generation.assistant import Assistant
@@ -28,14 +31,17 @@ from mindformers_ixc.generation.options import GenerationOptions, check_mode, kn
 from mindformers_ixc.generation.predict import predict
 from mindformers_ixc.generation.requests import read_requests
 from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.models.placement import mark_backward_end
 from mindformers_ixc.parallel.degrees import inference_layout
 from mindformers_ixc.parameters import part_of
 from mindformers_ixc.training.averaging import averaged_weights
 from mindformers_ixc.training.checkpoints import MONITOR, safe_checkpoints
 from mindformers_ixc.training.evaluation import Evaluation
-from mindformers_ixc.training.log import TrainingLog
+from mindformers_ixc.training.joining import Joiner, PartsElsewhere
+from mindformers_ixc.training.log import StepEnd, TrainingLog, log_options
 from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, stop_dropout, train_only
 from mindformers_ixc.training.resume import checkpoints_in, mark_finished
+from mindformers_ixc.training.run_folder import in_job
 from mindformers_ixc.training.starting import load_start
 from mindformers_ixc.training.step import StepPlan, plan_step
 
@@ -59,9 +65,13 @@ def check_sections_agree(config: MindFormerConfig) -> None:
         ConfigError: naming both keys and both values.
     """
     model, data = config.model.model_config, config.train_dataset
+    budget = row_budget(data)
     vision = model.vision_config or {}
     pairs = [("seq_length", model.seq_length, data.seq_length), ("max_tiles", model.max_tiles, data.max_tiles),
+             ("max_images", model.max_images, data.max_images),
              ("packing", bool(model.packing), bool(data.packing)),
+             ("max_images", model.max_images or max(1, (model.max_tiles or budget.max_tiles) // 2), budget.max_images),
+             ("max_segments", model.max_segments or FIELDS["max_segments"].default, budget.max_segments),
              ("image_size", vision.get("image_size"), data.image_size),
              ("patch_size", vision.get("patch_size"), data.patch_size)]
     for key, ours, theirs in pairs:
@@ -73,6 +83,35 @@ def check_sections_agree(config: MindFormerConfig) -> None:
         raise ConfigError(f"The tokenizer {data.tokenizer.vocab_file} has {pieces} pieces, more than "
                           f"model.model_config.vocab_size {model.vocab_size}; raise vocab_size or take the model's "
                           "own tokenizer.")
+
+
+def how_to_join(folder: str | os.PathLike) -> str:
+    """The command that joins what the ranks of a run have saved."""
+    return (f"Join the parts with\n    mindformers convert {folder} {os.path.join(folder, 'model')} --to hf")
+
+
+def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: ConversationTable | None) -> str:
+    """What a run says at its end: what it has left, and what to type.
+
+    Args:
+        folder: of the run.
+        written: names of the directories in it.
+        model: the trained model.
+        table: the training samples, of which one is taken as an example.
+    """
+    lines = []
+    if "trained_parts" in written:
+        parts = sorted({str(part_of(parameter.name)) for parameter in model.trainable_params()})
+        lines += [f"Of it, {', '.join(parts)} alone are in {folder}/trained_parts; put them on any checkpoint with",
+                  f"    mindformers merge BASE TARGET --attach {folder}/trained_parts"]
+    image, question = "PICTURE", "QUESTION"
+    sample = next((s for s in (table.samples if table else []) if len(s.images) == 1), None)
+    if sample is not None:
+        image = str(sample.images[0])
+        question = next(text for role, text in sample.turns if role == "user")
+    lines += [f"The trained model is in {folder / 'model'}. Ask it about a picture:",
+              f'    mindformers chat --model {folder / "model"} --image {image} "{question}"']
+    return "\n".join(lines)
 
 
 class ResumableModel(Model):
@@ -144,6 +183,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
                 train_only(model, self.config.train_parts)
             if not any(part_of(parameter.name) == "partial_lora" for parameter in model.trainable_params()):
                 stop_dropout(model)
+            if is_parallel():
+                mark_backward_end(model)
             print(parts_table(model), file=sys.stderr, flush=True)
         return network
 
@@ -154,7 +195,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             schedule = dict(self.config.lr_schedule)
             self.config.grouped_lr_schedule = MindFormerConfig(**grouped_schedule(model, schedule, section))
             print(rates_table(model, schedule, section), file=sys.stderr, flush=True)
-        return super().create_optimizer_scheduler(network, model_params)
+        self.optimizer = self.plan.optimizer(super().create_optimizer_scheduler(network, model_params))
+        return self.optimizer
 
     def create_model_wrapper(self, network: nn.Cell, optimizer: nn.Cell):
         """Builds the train-step cell: MindFormers' own, or this package's where it is not enough."""
@@ -165,9 +207,12 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
     @staticmethod
     def sort_callbacks(default_callbacks: list[Callback]) -> list[Callback]:
-        """MindFormers' order, with the log first: a checkpoint's step has its row when the checkpoint is there."""
+        """MindFormers' order, with the log first: a checkpoint's step has its row when the checkpoint is there.
+
+        Last is what notes the end of a step: neither checkpoints nor evaluations are a wait for data.
+        """
         ordered = CausalLanguageModelingTrainer.sort_callbacks(default_callbacks)
-        return sorted(ordered, key=lambda callback: not isinstance(callback, TrainingLog))      # stable
+        return sorted(ordered, key=lambda callback: isinstance(callback, StepEnd) - isinstance(callback, TrainingLog))
 
     def create_train_dataset(self, default_args=None):
         """Builds the dataset; it says how many sources there are."""
@@ -175,6 +220,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         if dataset.get_dataset_size() == 0:
             raise DataError(f"train_dataset has fewer samples than a batch of {self.config.runner_config.batch_size}; "
                             "lower batch_size or gradient_accumulation_steps.")
+        dataset.plan_sampler.plan.check(self.config.runner_config.epochs or 1)
         self.plan = self.plan.with_sources(dataset.conversations.source_names)
         self.config.model.model_config.num_sources = len(self.plan.sources)
         self.log.bind(dataset, self.plan, self)
@@ -196,15 +242,12 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         self.plan = plan_step(config)
         self.plan.put_into(config)
         on_error = config.get("on_save_error") or "stop"
-        self.log = TrainingLog(get_output_root_path(), on_error)
-        callbacks = [*(callbacks or []), self.log]
+        self.log = TrainingLog(get_output_root_path(), **log_options(config))
+        callbacks = [*(callbacks or []), self.log, self.log.step_end]
         if config.get("evaluation"):
-            if is_parallel():
-                raise ConfigError("evaluation works in stand-alone runs only; take the section out and evaluate the "
-                                  "joined checkpoint (mindformers convert, mindformers eval).")
             callbacks.append(Evaluation(self, dict(config.evaluation), config.train_dataset))
         try:
-            with safe_checkpoints(on_error), resumable_model():
+            with safe_checkpoints(on_error) as saved, resumable_model():
                 super().train(config=config, network=network, dataset=dataset, wrapper=wrapper, optimizer=optimizer,
                               callbacks=callbacks, **kwargs)
         except RuntimeError as error:
@@ -220,7 +263,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         if table is not None and table.bad_samples:
             logger.warning(f"{table.bad_samples} of {len(table)} samples had damaged pictures and were left out.")
         try:
-            self._save_model(table)
+            self._save_model(table, saved.final)
         except OSError as error:
             raise TrainingError(f"Training is done, but its results could not be written to {get_output_root_path()} "
                                 f"({error.strerror or error}); the last checkpoint is there. Make room, then write "
@@ -250,47 +293,107 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         who = interruption.name_of(number) if number else "The launcher"
         print(f"{who} stopped the run after step {step}; {kept}.", file=sys.stderr, flush=True)
 
-    def _save_model(self, table: ConversationTable | None) -> None:
-        if is_parallel():
-            logger.info("Every rank has saved its own part; join them with `mindformers convert`.")
-            return
-        if not reports_loss():
-            return
-        folder, model = get_output_root_path(), self.trained_model
+    def _save_model(self, table: ConversationTable | None, checkpoint: Path | None) -> None:
+        """Leaves the trained model as directories, and says what to do with them.
+
+        Args:
+            table: the training samples, of which one is taken as an example.
+            checkpoint: this process's checkpoint of the last step, if it has one.
+        """
+        folder, model = Path(get_output_root_path()), self.trained_model
+        if not is_parallel() and not reports_loss():
+            return      # replicas are alike
         if not isinstance(model, IXC25Model):
-            mark_finished(folder, [])
+            if rank() == 0:
+                mark_finished(folder, [])
             return
-        written = ["model"]
-        parts = sorted({str(part_of(parameter.name)) for parameter in model.trainable_params()})
-        if self.config.get("train_parts") is not None or model is not self.real_model:      # PET trains parts too
-            names = [parameter.name for parameter in model.trainable_params()]
+        if is_parallel() and self.config.get("no_join"):
+            self._leave_parts(model)
+            return
+        written = self._save_joined(model, checkpoint) if is_parallel() else self._save_whole(model)
+        if not written:
+            return
+        if (folder / "best").is_dir():
+            written.append("best")
+        self._close(closing_lines(folder, written, model, table), written)
+
+    def _close(self, text: str, written: list[str], joined: bool = True) -> None:
+        """Says what the run has left, and notes it; of several ranks' output the launcher's is the last."""
+        mark_finished(get_output_root_path(), written, text, joined)
+        if not in_job():
+            print(text, file=sys.stderr, flush=True)
+
+    def _partial(self, model: IXC25Model) -> list[str] | None:
+        """Names of what trained, if that is to be had alone; PET trains parts too."""
+        if self.config.get("train_parts") is None and model is self.real_model:
+            return None
+        return [parameter.name for parameter in model.trainable_params()]
+
+    def _save_whole(self, model: IXC25Model) -> list[str]:
+        """Writes directories from memory; returns their names."""
+        written, names = ["model"], self._partial(model)
+        if names is not None:
             self.save_directory("trained_parts", names)
             written.append("trained_parts")
-            print(f"Of it, {', '.join(parts)} alone are in {folder}/trained_parts; put them on any checkpoint with\n"
-                  f"    mindformers merge BASE TARGET --attach {folder}/trained_parts", file=sys.stderr, flush=True)
         self.save_directory("model")
         if self.log is not None and self.log.average:
             with averaged_weights(model, self.log.average):
                 self.save_directory("model_ema")
             written.append("model_ema")
-        if os.path.isdir(os.path.join(folder, "best")):
-            written.append("best")
-        mark_finished(folder, written)
-        target = os.path.join(folder, "model")
-        image, question = "PICTURE", "QUESTION"
-        sample = next((s for s in (table.samples if table else []) if len(s.images) == 1), None)
-        if sample is not None:
-            image = str(sample.images[0])
-            question = next(text for role, text in sample.turns if role == "user")
-        print(f"The trained model is in {target}. Ask it about a picture:\n"
-              f'    mindformers chat --model {target} --image {image} "{question}"', file=sys.stderr, flush=True)
+        return written
+
+    def _save_joined(self, model: IXC25Model, checkpoint: Path | None) -> list[str]:
+        """Joins the ranks' parts to directories; returns their names, none where this rank wrote none."""
+        averages = self.log.average if self.log is not None else {}
+        try:
+            with Joiner(Path(get_output_root_path()), model).joined("model", checkpoint, averages) as whole:
+                if whole is None:
+                    return []
+                written, names = ["model"], self._partial(model)
+                if names is not None:
+                    self._write_directory("trained_parts", {name: whole.weights[name] for name in names})
+                    written.append("trained_parts")
+                self._write_directory("model", whole.weights)
+                if whole.averages:
+                    self._write_directory("model_ema", {**whole.weights, **whole.averages})
+                    written.append("model_ema")
+                return written
+        except PartsElsewhere as error:
+            self._close(f"{error} {how_to_join(get_output_root_path())}", [],
+                        joined=False)
+            return []
+
+    def _leave_parts(self, model: IXC25Model) -> None:
+        """Says how to join what the ranks have saved."""
+        if rank() == 0:
+            folder = Path(get_output_root_path())
+            Joiner(folder, model).leave_unused()
+            self._close(f"Every rank's part of the trained model is in {folder}/checkpoint. {how_to_join(folder)}", [],
+                        joined=False)
 
     def save_directory(self, name: str, parameters: list[str] | None = None) -> None:
-        """Writes a model directory below the run's folder, with all parameters or some."""
+        """Writes a model directory below the run's folder, with all parameters or some; every rank calls it.
+
+        In a parallel run it is joined, and not written where parts of the model are not to be seen.
+        """
+        model = self.trained_model
+        if not is_parallel():
+            if reports_loss():
+                self._write_directory(name, weights_of(model, parameters))
+            return
+        try:
+            with Joiner(Path(get_output_root_path()), model).joined(name) as whole:
+                if whole is not None:
+                    self._write_directory(name, {key: tensor for key, tensor in whole.weights.items()
+                                                 if parameters is None or key in parameters})
+        except PartsElsewhere as error:
+            print(f"{error} So {name} is not written.", file=sys.stderr, flush=True)
+
+    def _write_directory(self, name: str, tensors: dict[str, LazyTensor]) -> None:
         data = self.config.train_dataset
-        save_model_directory(self.trained_model, os.path.join(get_output_root_path(), name),
-                             data.tokenizer.vocab_file, data.hd_num, parameters,
-                             {key: data[key] for key in ("transparency", "exif") if data.get(key)})
+        write_model_directory(self.trained_model, tensors, os.path.join(get_output_root_path(), name),
+                              data.tokenizer.vocab_file, data.hd_num,
+                              {key: data[key] for key in ("transparency", "exif") if data.get(key)})
 
     def predict(self, config=None, input_data=None, network=None, tokenizer=None, **kwargs):
         """Answers the questions of a JSON-lines file with the model directory `load_checkpoint`.

@@ -17,9 +17,7 @@ from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.models.loss import IGNORE_INDEX
-
-# What the names of averaged weights start with, in checkpoints too.
-AVERAGE_PREFIX = "ema"
+from mindformers_ixc.models.report import REPORT_NAME
 
 _sum_of = C.MultitypeFuncGraph("sum_of_gradient")
 
@@ -46,7 +44,6 @@ class FiniteGradientCheck:
 
 _add = C.MultitypeFuncGraph("add_gradients")
 _times = C.MultitypeFuncGraph("times_gradient")
-_move_average = C.MultitypeFuncGraph("move_average")
 
 
 @_add.register("Tensor", "Tensor")
@@ -59,18 +56,13 @@ def _times_tensor(factor, gradient):
     return F.cast(gradient, mstype.float32) * factor
 
 
-@_move_average.register("Tensor", "Tensor", "Tensor")
-def _move_average_tensor(decay, average, weight):
-    return F.assign(average, average * decay + F.cast(weight, average.dtype) * (1.0 - decay))
-
-
 @MindFormerRegister.register(MindFormerModuleType.WRAPPER)
 class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
-    """`MFTrainOneStepCell` for stand-alone runs on any back end, which can do three more things.
+    """`MFTrainOneStepCell` for any back end, which can do two more things where graphs are not cut.
 
-    MindFormers accumulates gradients in semi-auto parallel only; this cell goes through the batch in micro batches. It
-    keeps a moving average of the trained weights. And it takes a network that gives `(loss, report)` and holds the
-    step's report, summed over micro batches, in `train_report` (the outputs are as many as MindFormers' monitor reads).
+    MindFormers accumulates gradients in semi-auto parallel only; this cell goes through the batch in micro batches. And
+    it takes a network that gives `(loss, report)` and holds the step's report, summed over micro batches and replicas,
+    in `train_report` (the outputs are as many as MindFormers' monitor reads).
 
     Args:
         network: gives the loss, or loss and report.
@@ -78,26 +70,20 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
         micro_batches: parts of a batch, one after another; divides the batch.
         labels_column: which input has the labels: the parts' losses then weigh as their labelled positions, so that the
             step is that of the whole batch. `None` weighs all parts the same (losses that are means over samples).
-        ema_decay: share of the moving average that a step keeps; `None` for none.
         report_shape: shape of the report; `None` if the network gives just a loss.
         **kwargs: see `MFTrainOneStepCell`.
     """
 
     def __init__(self, network: nn.Cell, optimizer: nn.Cell, micro_batches: int = 1, labels_column: int | None = None,
-                 ema_decay: float | None = None, report_shape: tuple | None = None, **kwargs):
+                 report_shape: tuple | None = None, **kwargs):
         super().__init__(network, optimizer, **kwargs)
         self.micro_batches, self.labels_column = micro_batches, labels_column
         self.map = C.HyperMap()
         self.has_report = report_shape is not None
         if report_shape is not None:
-            self.train_report = Parameter(Tensor(np.zeros(report_shape, np.float32)), name="train_report",
+            self.train_report = Parameter(Tensor(np.zeros(report_shape, np.float32)), name=REPORT_NAME,
                                           requires_grad=False)
-        self.has_average = ema_decay is not None
-        if self.has_average:
-            self.decay = Tensor(ema_decay, mstype.float32)
-            self.average = self.weights.clone(prefix=AVERAGE_PREFIX, init="same")
-            for parameter in self.average:
-                parameter.requires_grad = False
+            self.sum_replicas = P.AllReduce() if self.reducer_flag else None      # data parallel mode
 
     def construct(self, *inputs):
         """One step; the outputs are those of `MFTrainOneStepCell`."""
@@ -112,13 +98,11 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
             grads, norm = self.clip_grad_norm(grads)
         rate = self.current_rate()
         if self.has_report:
+            if self.sum_replicas is not None:
+                report = self.sum_replicas(report)
             loss = F.depend(loss, F.assign(self.train_report, report))
         if not overflow:
-            done = self.optimizer(grads)
-            loss = F.depend(loss, done)
-            if self.has_average:
-                weights = F.depend(self.weights, done)
-                loss = F.depend(loss, self.map(F.partial(_move_average, self.decay), self.average, weights))
+            loss = F.depend(loss, self.optimizer(grads))
         return loss, overflow, scale, rate, norm
 
     def current_rate(self):

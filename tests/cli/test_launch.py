@@ -11,14 +11,19 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 import mindformers_ixc_cli
+from mindformers_ixc.checkpoint.convert import convert
+from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.cli import job
 from mindformers_ixc.cli import launch as launching
+from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import read_metrics
+from mindformers_ixc.training.resume import mark_finished
 from mindformers_ixc.training.run_folder import LOCK_FILE
 
 TINY = Path(__file__).parents[2] / "yaml_configs" / "ixc25_sft_tiny.yaml"
@@ -26,7 +31,8 @@ FAKE = Path(__file__).parents[1] / "helpers" / "fake_msrun.py"
 TENSOR_PARALLEL = {"run_mode": "finetune", "parallel.parallel_mode": 1, "parallel.full_batch": True,
                    "parallel.gradients_mean": False, "parallel_config.model_parallel": 2,
                    "parallel_config.vocab_emb_dp": False, "model.model_config.plora_dropout": 0.0,
-                   "train_dataset.input_columns": "[input_ids, labels, pixel_values, vision_index, image_mask]"}
+                   "train_dataset.input_columns": "[input_ids, labels, pixel_values, global_views, view_index, "
+                                                  "vision_index, image_mask]"}
 FOLLOWS = "RuntimeError: cpu_parallel: rank 0 waited too long for rank 1"
 
 
@@ -89,6 +95,21 @@ def test_a_good_run_shows_the_log_of_the_rank_that_reports_the_loss(fake, tmp_pa
     assert "half a line\n" in shown and "of the other" not in shown and "error" not in shown
     assert str(tmp_path / "out" / "rank_logs") in shown
     assert (tmp_path / "out" / "rank_logs" / "worker_1.log").read_text() == "of the other\n"
+
+
+def test_the_last_lines_are_what_the_run_has_noted_of_its_end(fake, tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").mkdir()
+    record = tmp_path / "out" / "run_config.json"
+    record.write_text(json.dumps({"layout": [1, 2, 1]}))
+
+    def ended(fields):        # rank 0 notes it while the launcher waits
+        mark_finished(tmp_path / "out", ["model"], "The trained model is here.\n    ask it")
+        return False
+
+    monkeypatch.setattr(launching, "is_complete", ended)
+    assert fake({"0": [["log", "[INFO] of the framework\n"]]}) == 0
+    assert capsys.readouterr().err.endswith("The trained model is here.\n    ask it\n")
+    assert json.loads(record.read_text())["finished"] == ["model"]
 
 
 def test_with_pipeline_stages_that_is_the_first_of_the_last_stage(fake, capsys):
@@ -423,7 +444,7 @@ def test_a_launch_that_goes_well(tmp_path):
     launcher = start(out, epochs=1)
     shown = launcher.communicate(timeout=600)[0]
     assert launcher.returncode == 0, shown[-3000:]
-    assert "error" not in shown.splitlines()[-1]
+    assert shown.splitlines()[-1].startswith(f"    mindformers chat --model {out}/model --image ")
     rows = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) > 5
     logs = {log.name: log.read_text(errors="replace") for log in (out / "rank_logs").iterdir()}
@@ -431,3 +452,92 @@ def test_a_launch_that_goes_well(tmp_path):
     assert all("Training Over" in logs[f"worker_{rank}.log"] for rank in (0, 1))
     assert "Training Over" in shown
     assert not processes_of(out)
+
+
+COMMAND = str(Path(sys.executable).with_name("mindformers"))
+# The rate is low, for Adam makes whole steps of a gradient's last digits where gradients are small.
+SHORT = {"run_mode": "finetune", "auto_trans_ckpt": True, "runner_config.epochs": 1, "lr_schedule.learning_rate": 1e-5,
+         "model.model_config.plora_dropout": 0.0, "train_dataset.input_columns": TENSOR_PARALLEL[
+             "train_dataset.input_columns"],
+         "evaluation.dataset_dir": "pkg:mindformers_ixc/demo/train.json", "evaluation.every": 7,
+         "evaluation.metrics": "[loss, shuffled_loss, exact_match, cider]", "evaluation.max_new_tokens": 12,
+         "evaluation.max_samples": 5, "evaluation.batch_size": 3, "evaluation.keep_best": "loss"}
+WHOLE = {"parallel.parallel_mode": 1, "parallel.full_batch": True, "parallel.gradients_mean": False}
+HALF = {"runner_config.batch_size": 2, "train_dataset.batch_size": 2}
+LAYOUTS = {
+    "tp2": {**WHOLE, "parallel_config.model_parallel": 2},
+    "tp2_sequence": {**WHOLE, "parallel_config.model_parallel": 2, "parallel_config.use_seq_parallel": True},
+    "dp2": {**WHOLE, **HALF, "parallel_config.data_parallel": 2},
+    "dp2_sharded": {**WHOLE, **HALF, "parallel_config.data_parallel": 2, "parallel.full_batch": False,
+                    "parallel.dataset_strategy": "[[2, 1], [2, 1], [2, 1, 1, 1, 1], [2, 1], [2, 1]]",
+                    "parallel.enable_parallel_optimizer": True,
+                    "parallel.parallel_optimizer_config": "{parallel_optimizer_threshold: 0}"},
+    "pp2": {**WHOLE, **HALF, "parallel_config.pipeline_stage": 2, "parallel_config.micro_batch_num": 2}}
+
+
+def finished(words: list, out: Path, options: dict) -> list[str]:
+    """Runs a command to its end; its output's lines."""
+    command = [COMMAND, *map(str, words), "--config", str(TINY), "--output_dir", str(out), *words_of(options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> tuple[Path, Path, list[str]]:
+    """A model that answers a little, a short run of one process from there, and what that one said."""
+    folder = tmp_path_factory.mktemp("alone")
+    finished(["run"], folder / "first", {"run_mode": "train", "runner_config.epochs": 15})
+    start = folder / "first" / "model"
+    lines = finished(["run"], folder / "out", {**SHORT, "load_checkpoint": start})
+    return start, folder / "out", lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_parallel_run_evaluates_and_ends_as_a_single_one(alone, tmp_path, layout):
+    start, single, said = alone
+    out = tmp_path / "out"
+    lines = finished(["launch", "-n", 2], out, {**SHORT, **LAYOUTS[layout], "load_checkpoint": start})
+    assert lines[-2:] == [line.replace(str(single), str(out)) for line in said[-2:]]
+    expected, rows = read_metrics(single / "evaluations.jsonl"), read_metrics(out / "evaluations.jsonl")
+    assert [row["step"] for row in rows] == [7, 14]
+    for row, other in zip(rows, expected, strict=True):
+        for name, value in other.items():
+            assert row[name] == pytest.approx(value, rel=0 if name == "exact_match" else 1e-5), name
+    convert(out / "checkpoint", tmp_path / "by_hand", to="hf", config=out / "model")
+    by_hand = open_source(tmp_path / "by_hand").tensors
+    for name in ("model", "best"):       # the last measurement is the best one
+        joined, whole = (open_source(folder / name).tensors for folder in (out, single))
+        assert set(joined) == set(whole) == set(by_hand)
+        for key, tensor in joined.items():
+            np.testing.assert_array_equal(tensor.whole(), by_hand[key].whole(), err_msg=key)
+            np.testing.assert_allclose(tensor.whole(), whole[key].whole(), atol=1e-5, err_msg=key)
+    for file in ("config.json", "tokenizer.model"):
+        assert (out / "model" / file).read_bytes() == (single / "model" / file).read_bytes()
+    question = ["--image", str(demo_path("images/astronaut.jpg")), "What is shown in the picture?"]
+    answers = [subprocess.run([COMMAND, "chat", "--model", str(folder / "model"), *question], capture_output=True,
+                              check=True).stdout for folder in (out, single)]
+    assert answers[0] == answers[1] != b""
+
+
+@pytest.mark.slow
+def test_parts_are_left_and_joined_by_a_resume(tmp_path):
+    out = tmp_path / "out"
+    options = {**TENSOR_PARALLEL, "run_mode": "train", "runner_config.epochs": 1, "train_parts": "[projector]"}
+    lines = finished(["launch", "-n", 2, "--no_join"], out, options)
+    assert lines[-2:] == [f"Every rank's part of the trained model is in {out}/checkpoint. Join the parts with",
+                          f"    mindformers convert {out} {out}/model --to hf"]
+    assert not (out / "model").exists()
+    convert(out, tmp_path / "by_hand", to="hf")
+    assert "has come to its end" in finished(["launch", "-n", 2, "--no_join"], out, {
+        **options, "resume_training": True})[-1]
+    lines = finished(["launch", "-n", 2], out, {**options, "resume_training": True})
+    assert lines[-1].startswith(f"    mindformers chat --model {out}/model --image ")
+    joined, by_hand = (open_source(folder).tensors for folder in (out / "model", tmp_path / "by_hand"))
+    assert set(joined) == set(by_hand)
+    for name, tensor in joined.items():
+        np.testing.assert_array_equal(tensor.whole(), by_hand[name].whole(), err_msg=name)
+    parts = open_source(out / "trained_parts").tensors
+    assert parts and all(name.startswith("vision_proj") for name in parts)

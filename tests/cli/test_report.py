@@ -65,7 +65,27 @@ def test_the_table_sums_the_run_up(tmp_path):
     page = make_run(tmp_path, rows, [{"step": 2, "loss": 1.5}, {"step": 4, "loss": 0.5, "anls": 61.25}])
     assert facts(page) == {
         "steps": "4", "first loss": "4", "last loss": "1", "median seconds a step": "0.75", "labelled tokens": "100",
-        "steps skipped for overflow": "1", "held-out loss": "0.5", "held-out anls": "61.25"}
+        "steps skipped for overflow": "1", "samples a second": "8", "held-out loss": "0.5", "held-out anls": "61.25"}
+
+
+def test_speeds_are_medians_of_the_steps_after_the_first_and_have_curves(tmp_path):
+    def fast(step):
+        return row(step, goodput=0.9 + 0.01 * step, positions_per_second=1000.0 * step, tiles_per_second=2.0 * step,
+                   computed_positions_per_second=1200.0 * step, computed_tiles_per_second=3.0 * step,
+                   tflops=100.0 * step, mfu=0.1 * step, data_wait=0.5 / step)
+
+    page = make_run(tmp_path, [fast(step) for step in range(1, 5)])
+    found = facts(page)
+    assert {key: found[key] for key in ("positions a second", "tiles a second", "goodput", "model TFLOPS a device",
+                                        "MFU", "waiting for data")} == {
+        "positions a second": "3,000", "tiles a second": "6", "goodput": "93.0%", "model TFLOPS a device": "300",
+        "MFU": "30.0%", "waiting for data": "16.7%"}
+    assert set(pictures_of(tmp_path)) == BASIC | {"goodput", "positions", "tiles", "tflops", "mfu", "data_wait"}
+
+
+def test_without_a_peak_nothing_is_said_of_its_share(tmp_path):
+    page = make_run(tmp_path, [row(step, tflops=1.0) for step in (1, 2)])
+    assert "MFU" not in page and "mfu" not in pictures_of(tmp_path)
 
 
 def test_the_title_is_the_folder_as_text(tmp_path):

@@ -52,6 +52,10 @@ def test_override_through_a_value_is_refused():
 @pytest.mark.parametrize(("key", "value", "words"), [
     ("sead", 1, ["unknown key sead", "seed"]),
     ("run_mode", "trian", ["trian", "finetune"]),
+    *[("device_tflops", value, ["device_tflops is", "it must be the peak of a device in 10^12 operations a second"])
+      for value in (-1, "fast", float("nan"), float("inf"), 3.2e14, True, [320])],
+    ("tensorboard", "out", ["tensorboard is 'out'", "true or false or a section"]),
+    ("tensorboard", 1, ["tensorboard is 1"]),
     ("runner_config.epoch", 3, ["runner_config.epoch", "epochs"]),
     ("runner_config.epochs", "three", ["runner_config.epochs", "'three'", "whole number"]),
     ("runner_config.sink_mode", 1, ["sink_mode", "true or false"]),
@@ -130,3 +134,10 @@ def test_offsets_are_a_number_a_list_or_auto(value):
     fields = read_yaml(TINY)
     fields["model"]["model_config"]["offset"] = value
     check_fields(fields, "my.yaml")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("device_tflops", 0), ("device_tflops", 353.5), ("device_tflops", None), ("tensorboard", True),
+    ("tensorboard", False), ("tensorboard", {"tensorboard_dir": "./out"})])
+def test_keys_of_the_log(key, value):
+    check_fields({**read_yaml(TINY), key: value}, "my.yaml")

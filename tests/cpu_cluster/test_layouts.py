@@ -10,7 +10,8 @@ pytestmark = pytest.mark.slow
 
 def test_a_pipeline_of_tensor_parallel_stages_trains_as_one_process_does(tmp_path):
     parity.write_start(tmp_path / "start")
-    alone = {**parity.options_of(parity.Layout(), 1, 1000), "load_checkpoint": tmp_path / "start"}
+    alone = {**parity.options_of(parity.Layout(), 1, 1000), **parity.write_sources(tmp_path),
+             "load_checkpoint": tmp_path / "start"}
     parity.run(parity.Layout(), tmp_path / "single", alone)
     assert parity.check_layouts(tmp_path, ["tp2pp2"], 1) == 0
     steps, _, weights = parity.compare(tmp_path / "single", tmp_path / "tp2pp2")
@@ -20,3 +21,15 @@ def test_a_pipeline_of_tensor_parallel_stages_trains_as_one_process_does(tmp_pat
 
 def test_preferences_with_everything_else_frozen(tmp_path):
     assert parity.check_preferences(tmp_path) == 0
+
+
+def test_accumulation_with_a_frozen_tower_and_replicas_that_read_their_own_samples(tmp_path):
+    parity.write_start(tmp_path / "start")
+    shared = {**parity.write_sources(tmp_path), "load_checkpoint": tmp_path / "start",
+              "train_parts": "[projector, separators, task_lora.web]"}
+    parity.run(parity.Layout(), tmp_path / "single", {**parity.options_of(parity.Layout(), 1, 1000), **shared})
+    for name, more in (("tp2accumulated", {}), ("dp2", {"parallel.full_batch": False})):
+        layout = parity.LAYOUTS[name]
+        parity.run(layout, tmp_path / name, {**parity.options_of(layout, 1, 1000), **shared, **more})
+        steps, numbers, weights = parity.compare(tmp_path / "single", tmp_path / name)
+        assert (steps, max(numbers, weights) <= parity.BAR) == (parity.STEPS_AN_EPOCH, True), (name, numbers, weights)

@@ -12,6 +12,7 @@ from parallel_answers import run_ranks
 
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.config import read_config
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.loading import load_model
 
@@ -26,7 +27,9 @@ def batch(config) -> dict[str, np.ndarray]:
     mask = np.zeros((2, LENGTH), np.int32)
     mask[0, 2:12] = mask[1, 5:9] = 1
     return {"input_ids": rng.integers(3, config.vocab_size, (2, LENGTH)).astype(np.int32) * (1 - mask) + 2 * mask,
-            "pixel_values": rng.standard_normal((2, 3, 3, side, side)).astype(np.float32),
+            "pixel_values": rng.integers(0, 256, (2, 3, 3, side, side), np.uint8),
+            "global_views": rng.standard_normal((2, 2, 3, side, side)).astype(np.float32),
+            "view_index": np.array([[1, 0, 2], [0, 1, 0]], np.int32),
             "vision_index": rng.integers(0, rows, (2, LENGTH)).astype(np.int32) * mask, "image_mask": mask}
 
 
@@ -39,7 +42,7 @@ def test_logits_equal_the_single_process(tmp_path, goldens):
     run_ranks(2, tmp_path, HELPERS / "rank_logits.py", tmp_path / "cut", tmp_path / "inputs.npz",
               tmp_path / "logits.npy")
     expected = model(Tensor(arrays["input_ids"]), None,
-                     *(Tensor(arrays[name]) for name in ("pixel_values", "vision_index", "image_mask"))).asnumpy()
+                     *(Tensor(arrays[name]) for name in BATCH_COLUMNS[2:])).asnumpy()
     found = np.load(tmp_path / "logits.npy")
     assert found.shape == expected.shape
     # sums over devices are taken in another order: float32's resolution of the largest logit

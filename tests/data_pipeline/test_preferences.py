@@ -125,14 +125,16 @@ def test_a_row_has_both_answers_and_one_set_of_pictures(source):
         row = dict(zip(COLUMNS, table[i]))
         assert {name: value.shape for name, value in row.items()} == {
             "input_ids": (2, 96), "labels": (2, 96), "vision_index": (2, 96), "image_mask": (2, 96),
-            "pixel_values": (3, 3, 56, 56), "reference_logps": (2,)}
+            "pixel_values": (3, 3, 56, 56), "global_views": (1, 3, 56, 56), "view_index": (3,),
+            "reference_logps": (2,)}
         np.testing.assert_array_equal(row[REFERENCE_COLUMN], np.array(logps, np.float32))
         for side, sample in enumerate((chosen, rejected)):
             single = PROCESSOR.encode_conversation(sample.turns, sample.images, hd_num=2).pad(
-                96, 3, TOKENIZER.pad_token_id)
+                96, 3, 1, TOKENIZER.pad_token_id)
             for name in ("input_ids", "labels", "vision_index", "image_mask"):
                 np.testing.assert_array_equal(row[name][side], single[name])
-            np.testing.assert_array_equal(row["pixel_values"], single["pixel_values"])
+            for name in ("pixel_values", "global_views", "view_index"):
+                np.testing.assert_array_equal(row[name], single[name])
         assert row["pixel_values"].any() == row["image_mask"].any() == (i < 3)
         np.testing.assert_array_equal(row["image_mask"][0], row["image_mask"][1])
 
@@ -162,8 +164,9 @@ def test_mindformers_builds_batches_of_pairs(source):
     data = dataset(source, batch_size=2, drop_remainder=False)
     table, seen = table_of(source), set()
     for batch in batches(data):
-        assert [column.dtype.name for column in batch] == ["int32", "int32", "float32", "int32", "int32", "float32"]
-        assert [len(column) for column in batch] == [2] * 6
+        assert [column.dtype.name for column in batch] == [
+            "int32", "int32", "uint8", "float32", "int32", "int32", "int32", "float32"]
+        assert [len(column) for column in batch] == [2] * len(COLUMNS)
         for i, logps in enumerate(batch[-1]):
             number = round(-float(logps[0]) - 0.5)
             seen.add(number)
@@ -195,4 +198,5 @@ def test_log_probabilities_are_needed_of_every_pair_when_they_are_a_column(tmp_p
     path = write(tmp_path, [{**PAIR, REFERENCE_COLUMN: [-1.0, -2.0]}, PAIR])
     with pytest.raises(DataError, match="reference_logps, but not every pair has that field"):
         dataset(path)
-    assert [len(batch) for batch in batches(dataset(path, input_columns=list(BATCH_COLUMNS)))] == [5, 5]
+    found = batches(dataset(path, input_columns=list(BATCH_COLUMNS)))
+    assert [len(batch) for batch in found] == [len(BATCH_COLUMNS)] * 2

@@ -11,6 +11,7 @@ import odd_videos
 import pytest
 from PIL import Image
 
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.data.conversations import Conversation, load_conversations, read_image_sizes
 from mindformers_ixc.data.fitting import check_bad_pictures, fit_samples
 from mindformers_ixc.data.rows import ConversationTable, make_processor
@@ -184,7 +185,7 @@ def test_a_picture_whose_decoder_fails_is_left_out_of_training(tmp_path, monkeyp
 
     monkeypatch.setattr("PIL.BmpImagePlugin.BmpImageFile.load", fail)
     table = ConversationTable(processor(), samples, 96, 3, 1)
-    assert len(table[2]) == 5
+    assert len(table[2]) == len(BATCH_COLUMNS)
     assert table.bad_samples == 1
 
 
@@ -203,8 +204,9 @@ def test_workers_decode_videos_and_leave_out_what_they_cannot_use(tmp_path, gold
                "numa_enable": False}
     data = build_dataset(MindFormerConfig(type="IXC25SFTDataset", dataset_config=MindFormerConfig(**section)))
     rows = list(data.create_dict_iterator(num_epochs=1, output_numpy=True))
-    tiles = sorted(int((row["pixel_values"] != 0).any(axis=(2, 3, 4)).sum()) for row in rows)
-    assert tiles == [2, 5]
+    local = sorted(int((row["pixel_values"] != 0).any(axis=(2, 3, 4)).sum()) for row in rows)
+    assert local == [1, 4]
+    assert all((row["view_index"] == [1, *[0] * 8]).all() and row["global_views"][:, 0].any() for row in rows)
 
 
 def test_another_requests_error_names_its_picture(tmp_path):

@@ -27,6 +27,7 @@ from mindformers_ixc.checkpoint.model_directory import load_weights, save_model_
 from mindformers_ixc.checkpoint.start import Recipe
 from mindformers_ixc.cli.yaml_file import load_yaml, parse_overrides, read_yaml
 from mindformers_ixc.config import FIELDS, VISION_FIELDS, ModelConfig, read_config
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import CheckpointError, ConfigError
 from mindformers_ixc.files import read_metrics
@@ -240,8 +241,8 @@ def test_the_first_loss_of_a_run_is_that_of_the_directorys_model(tmp_path):
     columns = list(zip(*(table[index] for index in row["samples"])))
     batch = {name: Tensor(np.stack(column)) for name, column in zip(table.columns, columns)}
     trained = load_model(tmp_path / "m", IXC25ForCausalLM, seq_length=data["seq_length"], max_tiles=data["max_tiles"])
-    logits = trained(batch["input_ids"], None, batch["pixel_values"], batch["vision_index"],
-                     batch["image_mask"]).asnumpy().astype(np.float64)
+    columns = [None if name == "labels" else batch[name] for name in BATCH_COLUMNS]
+    logits = trained(*columns).asnumpy().astype(np.float64)
     labels = batch["labels"].asnumpy()
     logps = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) \
         - logits.max(-1, keepdims=True)

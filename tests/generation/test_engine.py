@@ -11,6 +11,7 @@ from mindspore import Tensor
 from parity_device import sample_of
 
 from mindformers_ixc import native
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.errors import GenerationError
 from mindformers_ixc.generation import caches as cache
 from mindformers_ixc.generation import slots
@@ -71,9 +72,9 @@ def prompt(model, length: int, images: int, seed: int) -> EncodedSample:
 
 def whole_logits(model, sample: EncodedSample) -> np.ndarray:
     """Logits after the last position, from the model's own construct over the whole sequence."""
-    batch = sample.pad(64, 6, 2)
-    columns = (batch["input_ids"], None, batch["pixel_values"], batch["vision_index"], batch["image_mask"])
-    logits = model(*[None if column is None else Tensor(column[None]) for column in columns]).asnumpy()
+    batch = sample.pad(64, 6, 6, 2)
+    columns = [None if name == "labels" else Tensor(batch[name][None]) for name in BATCH_COLUMNS]
+    logits = model(*columns).asnumpy()
     return logits[0, len(sample.input_ids) - 1]
 
 

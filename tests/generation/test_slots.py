@@ -100,4 +100,6 @@ def test_ascends_graphs_compile_with_its_fused_cells(layout, prefill, decode):
     assert "caches: PagedSlot" in done.stdout
     messages = dict(re.findall(r"(prefill|decode): .*; messages: (.*)", done.stdout))
     assert messages == {"prefill": prefill, "decode": decode}
-    assert "all fused operations are there" in done.stdout
+    assert "all fused operations are there and keep the rules" in done.stdout
+    # two blocks of 128 positions for each row of up to 192
+    assert "caches: PagedSlot of 4.0 MiB for 2 x 128 positions" in done.stdout

@@ -38,9 +38,10 @@ def main(directory: str, folder: str) -> None:
         step = IXC25TrainOneStepCell(network, AdamW(model.trainable_params(), learning_rate=rate), use_clip_grad=True)
     step.set_train()
     ids, side = Tensor(np.zeros((2, 16), np.int32)), config.vision_config.image_size
-    pixels = Tensor(np.zeros((2, 2, 3, side, side), np.float32))
+    pixels = Tensor(np.zeros((2, 2, 3, side, side), np.uint8))
+    views, slots = Tensor(np.zeros((2, 1, 3, side, side), np.float32)), Tensor(np.zeros((2, 2), np.int32))
     trained = [parameter.name for parameter in model.trainable_params()]
-    _cell_graph_executor.compile(step, ids, ids, pixels, ids, ids, phase="train", do_convert=False)
+    _cell_graph_executor.compile(step, ids, ids, pixels, views, slots, ids, ids, phase="train", do_convert=False)
     text = next(Path(folder).rglob("*_validate_*.ir")).read_text(encoding="utf-8")
     # the compiler names what it adds: sums of products in the forward pass, and changes of layout between operators
     forward = len(re.findall(r"= AllReduce\(%\d+\) \{instance name: forward_op", text))

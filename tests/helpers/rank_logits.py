@@ -14,6 +14,7 @@ from mindspore.communication import get_group_size, get_rank, init
 
 from mindformers_ixc.config import read_config
 from mindformers_ixc.cpu_cluster.groups import install
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.models.configuration import IXC25Config
 
@@ -33,7 +34,7 @@ def main(checkpoint: Path, inputs: Path, result: Path) -> None:
     model = IXC25ForCausalLM(config)
     model.set_train(False)
     batch = [Tensor(arrays["input_ids"]), None,
-             *(Tensor(arrays[name]) for name in ("pixel_values", "vision_index", "image_mask"))]
+             *(Tensor(arrays[name]) for name in BATCH_COLUMNS[2:])]
     model.compile(*batch)       # from here on the parameters have the rank's shapes
     file, = (checkpoint / "checkpoint" / f"rank_{rank}").iterdir()
     missing, surplus = ms.load_param_into_net(model, ms.load_checkpoint(str(file), format="safetensors"))

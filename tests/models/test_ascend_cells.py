@@ -1,4 +1,4 @@
-"""What the YAML chooses of Ascend's fused operators: they are in the training graph, and only there."""
+"""What the YAML does not choose of Ascend's fused operators is composed; what it does is in test_ascend_rules."""
 from __future__ import annotations
 
 import json
@@ -23,11 +23,16 @@ SIZES = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 64, "num_hid
 
 
 def compiled(device: str, **fields) -> set[str]:
-    """Primitives of the training graph made for a device; in a process of its own, which stops at the front end."""
-    done = subprocess.run([sys.executable, str(SCRIPT), device, json.dumps({**SIZES, **fields})], check=False,
+    """Primitives of the training graph made for a device."""
+    return set(described(device, **fields)["primitives"])
+
+
+def described(device: str, **fields) -> dict:
+    """What the script says of a graph; in a process of its own, which stops at the front end."""
+    done = subprocess.run([sys.executable, str(SCRIPT), device, "1", json.dumps({**SIZES, **fields})], check=False,
                           env={**os.environ, "MS_SIMULATION_LEVEL": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    return json.loads(done.stdout.splitlines()[-1])[0]
 
 
 def test_the_device_is_assumed_for_a_while_only():
@@ -38,24 +43,26 @@ def test_the_device_is_assumed_for_a_while_only():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", [False, True])
-def test_fused_operators_and_their_gradients_are_compiled(packing):
-    found = compiled("Ascend", use_flash_attention=True, apply_rope_fusion=True, packing=packing)
-    fused = {"FlashAttentionScore", "RotaryPositionEmbedding", "RmsNorm"}
-    assert fused | {f"{name}Grad" for name in fused} <= found
-    assert "Softmax" not in found          # neither the decoder nor the tower holds scores
-
-
-@pytest.mark.slow
 def test_what_is_not_asked_for_is_composed():
     found = compiled("Ascend", fused_norm=False)
     assert not {"FlashAttentionScore", "RotaryPositionEmbedding", "RmsNorm"} & found
     assert not {"FlashAttentionScore", "RmsNorm"} & compiled("CPU", use_flash_attention=True)
 
 
+@pytest.mark.slow
+def test_rows_of_vision_tables_are_taken_by_kernels_of_cann():
+    # a gather with a batch axis has none, forward or backward; Embedding and its gradient are aclnnEmbedding and
+    # aclnnEmbeddingDenseBackward in MindSpore's library of Ascend operators
+    found = described("Ascend")
+    assert found["gather_batch_axes"] and not any(found["gather_batch_axes"])
+    assert {"Embedding", "EmbeddingDenseBackward"} <= set(found["primitives"])
+
+
 def test_masks_of_the_fused_kernel():
-    assert VisionConfig().padded_positions == 1616 and VisionConfig(image_size=28).padded_positions == 16
-    hidden = padding_mask(VisionConfig(image_size=56)).asnumpy()
+    assert VisionConfig().padded_positions == 1601 and padding_mask(VisionConfig()) is None
+    padded = VisionConfig(image_size=56, pad_positions=True)
+    assert VisionConfig(pad_positions=True).padded_positions == 1616 and padded.padded_positions == 32
+    hidden = padding_mask(padded).asnumpy()
     assert hidden.shape == (1, 1, 32, 32) and hidden.dtype == np.uint8
     assert not hidden[..., :17].any() and hidden[..., 17:].all()
     causal = compressed_causal_mask().asnumpy()

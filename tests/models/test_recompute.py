@@ -39,7 +39,8 @@ def loss_and_gradients(model) -> dict[str, np.ndarray]:
     columns = [ids, np.roll(ids, -1, 1), rng.normal(size=(2, 1, 3, 28, 28)).astype(np.float32), np.zeros_like(ids),
                mask]
     seeds = Tensor(np.array([3, 5], np.int32))      # of the dropout, which a second pass has to draw again
-    inputs = (*map(Tensor, columns), None, None, seeds)
+    ids, labels, pixels, index, mask = map(Tensor, columns)
+    inputs = (ids, labels, pixels, None, None, index, mask, None, None, seeds)
     weights = ms.ParameterTuple(model.trainable_params())
     loss, gradients = ms.value_and_grad(model, None, weights)(*inputs)
     found = {weight.name: gradient.asnumpy() for weight, gradient in zip(weights, gradients)}

@@ -13,7 +13,15 @@ from mindformers_ixc.cli import job
 from mindformers_ixc.cli import launch as launching
 from mindformers_ixc.cli import run as running
 from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml
-from mindformers_ixc.parallel.checks import SIZE_VARIABLES, check_global_batch, check_possible, check_run, layouts_for
+from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, column_ranks
+from mindformers_ixc.parallel.checks import (
+    SIZE_VARIABLES,
+    check_global_batch,
+    check_possible,
+    check_run,
+    complete_parallel,
+    layouts_for,
+)
 from mindformers_ixc.parallel.degrees import DEGREES, Degrees, degrees_of
 
 YAMLS = Path(__file__).parents[2] / "yaml_configs"
@@ -58,14 +66,12 @@ REFUSED = [
     # batches
     ({"runner_config.gradient_accumulation_steps": 3, "parallel_config.pipeline_stage": 2,
       "parallel_config.micro_batch_num": 2}, 2, "set it to 1 and parallel_config.micro_batch_num to 6 for the same"),
-    ({"parallel.full_batch": False, "parallel_config.data_parallel": 2}, 2,
-     r"full_batch is False and parallel.dataset_strategy is None; set full_batch to True, or .*data_parallel \(2\)"),
-    ({"parallel.full_batch": False, "parallel_config.data_parallel": 2, "parallel.dataset_strategy": [[1, 1]] * 7}, 2,
+    ({"parallel.full_batch": False, "parallel_config.data_parallel": 2, "parallel.dataset_strategy": [[1, 1]] * 9}, 2,
      r"dataset_strategy is \[\[1, 1\], .*data_parallel \(2\)"),
     ({"parallel.full_batch": False, "parallel_config.data_parallel": 2, "parallel.dataset_strategy": [[2, 1], [1, 1]]},
      2, r"dataset_strategy is \[\[2, 1\], \[1, 1\]\];"),
     ({"parallel.full_batch": False, "parallel_config.data_parallel": 2, "parallel.dataset_strategy": [[2, 1]]}, 2,
-     "dataset_strategy has 1 lists, but train_dataset.input_columns has 7 columns"),
+     "dataset_strategy has 1 lists, but train_dataset.input_columns has 9 columns"),
     ({"parallel_config.use_seq_parallel": True, "parallel_config.model_parallel": 4, "train_dataset.seq_length": 158,
       "model.model_config.seq_length": 158}, 4, "seq_length 158 does not divide into the 4 .* such as 156 or 160"),
     # no devices
@@ -138,7 +144,7 @@ def test_every_launcher_is_understood(monkeypatch, nothing_starts, name):
       "parallel_config.data_parallel": 4}, 4),
     ({"parallel.parallel_mode": 3, "parallel.gradients_mean": True, "parallel_config.data_parallel": 4}, 4),
     ({"parallel_config.data_parallel": 2, "parallel.full_batch": False,
-      "parallel.dataset_strategy": [[2, 1]] * 7}, 2),
+      "parallel.dataset_strategy": [[2, 1]] * 9}, 2),
     ({"parallel": None, "parallel_config.data_parallel": 2}, 2)])
 def test_what_works_is_let_through(options, devices):
     check_run(fields_of(options), devices)
@@ -237,3 +243,44 @@ def test_a_global_batch_divides_or_is_refused_with_its_neighbours(data, micro, b
     near = f"such as {below} or {below + parts}." if below else f"such as {parts}."
     assert str(refused.value).startswith(f"A global batch of {batch} does not divide into {data} replicas")
     assert str(refused.value).endswith(f"choose a multiple of {parts}, {near}")
+
+
+COLUMN_CUTS = {"input_ids": [2, 1], "labels": [2, 1], "pixel_values": [2, 1, 1, 1, 1], "vision_index": [2, 1],
+               "image_mask": [2, 1], "noise_seed": [2], "source": [2, 1], "position_ids": [2, 1]}
+OWN_SAMPLES = {"parallel.full_batch": False, "parallel_config.data_parallel": 2}
+
+
+@pytest.mark.parametrize("columns", [None, ["labels", "noise_seed", "pixel_values", "position_ids"]])
+def test_how_columns_are_cut_is_derived(columns):
+    fields = fields_of(OWN_SAMPLES)
+    if columns:
+        fields["train_dataset"]["input_columns"] = columns
+    check_run(fields, 2)
+    complete_parallel(fields)
+    names = fields["train_dataset"]["input_columns"]
+    assert fields["parallel"]["dataset_strategy"] == [COLUMN_CUTS[name] for name in names]
+
+
+def test_answers_of_pairs_have_one_axis_more():
+    fields = read_yaml(YAMLS / "ixc25_dpo_tiny.yaml")
+    apply_overrides(fields, {**PARALLEL, **OWN_SAMPLES, "train_dataset.input_columns": [
+        *BATCH_COLUMNS, "reference_logps"]})
+    complete_parallel(fields)
+    cuts = dict(zip(fields["train_dataset"]["input_columns"], fields["parallel"]["dataset_strategy"]))
+    assert cuts["input_ids"] == cuts["labels"] == cuts["image_mask"] == [2, 1, 1]
+    assert (cuts["pixel_values"], cuts["reference_logps"]) == ([2, 1, 1, 1, 1], [2, 1])
+
+
+@pytest.mark.parametrize("options", [
+    {"parallel.full_batch": True}, {"parallel.parallel_mode": 0}, {"use_parallel": False}, {"run_mode": "predict"},
+    {"parallel.dataset_strategy": [[2, 1]] * 7}])
+def test_nothing_is_derived_where_it_is_not_asked_for(options):
+    fields = fields_of({**OWN_SAMPLES, **options})
+    complete_parallel(fields)
+    assert fields["parallel"].get("dataset_strategy") == options.get("parallel.dataset_strategy")
+
+
+def test_every_column_has_a_rank():
+    columns = [*BATCH_COLUMNS, *EXTRA_COLUMNS, "reference_logps"]
+    assert column_ranks(columns) == [2, 2, 5, 5, 2, 2, 2, 2, 2, 1, 2, 2]
+    assert column_ranks(columns, pairs=True) == [3, 3, 5, 5, 2, 3, 3, 2, 2, 1, 2, 2]

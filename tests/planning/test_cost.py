@@ -1,11 +1,14 @@
 """Time by formula: rings, products, pipelines, against numbers counted by hand."""
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from planned import recipe, workload
 
 from mindformers_ixc.parallel.degrees import Degrees
 from mindformers_ixc.planning.cost import Assumptions, Traffic, stage_traffic, stage_work, step_time
+from mindformers_ixc.planning.rows import RowMeans
 from mindformers_ixc.planning.workload import local_parameters
 
 ROUND = Assumptions(tflops=100, utilisation=0.5, server_bandwidth=100, network_bandwidth=10, latency=0)
@@ -60,6 +63,32 @@ def test_a_frozen_layer_has_no_gradient_of_its_weights():
     assert work.again == 0
 
 
+def test_packed_samples_see_only_themselves():
+    fields = recipe("sft", model__model_config__plora_rank=0, model__model_config__use_flash_attention=True,
+                    recompute_config__recompute=False, model__model_config__packing=True)
+    placed = workload(fields, Degrees(1, 1, 32, 32))
+    products = 2 * 8192 * (6144 * 4096 + 4096 * 4096 + 3 * 14336 * 4096)
+    squares = {None: 8192 ** 2, RowMeans(4.0): 8192 ** 2 / 4, RowMeans(4.0, 8000.0, 12.0, squares=1e7): 1e7}
+    for rows, square in squares.items():
+        known = dataclasses.replace(placed, rows=rows)
+        work = stage_work(known, 5, local_parameters(known)[5])
+        assert work.forward == products + 4 * square * 4096 / 2
+        assert work.backward == 2 * products + 2.5 * 4 * square * 4096 / 2
+
+
+def test_unpacked_rows_compute_their_whole_square():
+    rows = RowMeans(1.0, 3000.0, 6.0, squares=1e6)
+    plain = workload(recipe("sft", model__model_config__use_flash_attention=True), Degrees(1, 1, 32, 32))
+    known = dataclasses.replace(plain, rows=rows)
+    assert stage_work(known, 5, local_parameters(known)[5]) == stage_work(plain, 5, local_parameters(plain)[5])
+
+
+def test_the_head_is_computed_again_for_the_gradients_of_its_chunks():
+    fields = recipe("sft", recompute_config__recompute=False, model__model_config__use_flash_attention=True)
+    placed = workload(fields, Degrees(1, 1, 32, 32))
+    assert stage_work(placed, 31, local_parameters(placed)[31]).again == 2 * 8192 * 92544 * 4096
+
+
 def test_whole_low_rank_sides_are_computed_by_every_device():
     alone, cut = (workload(recipe("sft"), Degrees(1, degree)) for degree in (1, 8))
     one, eighth = (stage_work(placed, 0, local_parameters(placed)[0]).forward for placed in (alone, cut))
@@ -74,6 +103,15 @@ def test_a_tensor_parallel_step_sums_twice_a_layer_and_its_gradients_do_too():
     expected = 32 * 2 * (wide + narrow) + 24 * 2 * tower + table + rows
     assert found["backward", "AllReduce", group].bytes == expected
     assert found["forward", "AllReduce", group].bytes == expected + 3 * 8192 * 4       # and those of the loss
+
+
+def test_sums_of_the_tower_are_done_again_only_if_that_is_asked_for():
+    group, tower = tuple(range(8)), 24 * 2 * 19 * 1601 * 1024 * 2
+    asked = {again: traffic_of(recipe("sft", recompute_config__mp_comm_recompute=again), Degrees(1, 8))
+             for again in (True, False)}
+    more = asked[True]["forward", "AllReduce", group].bytes - asked[False]["forward", "AllReduce", group].bytes
+    wide, narrow = 8192 * 4096 * 2, 8192 * 256 * 2
+    assert more == tower / 2 + 32 * (wide + 2 * narrow)
 
 
 def test_sequence_parallel_sends_as_much_in_other_operators():

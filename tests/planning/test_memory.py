@@ -4,9 +4,10 @@ from __future__ import annotations
 import pytest
 from planned import recipe, workload
 
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.parallel.degrees import Degrees
-from mindformers_ixc.planning.memory import activation_terms, stage_memory
-from mindformers_ixc.planning.workload import local_parameters
+from mindformers_ixc.planning.memory import _Sizes, activation_terms, stage_memory
+from mindformers_ixc.planning.workload import local_parameters, read_workload
 
 # Numbers a device of tensor parallel 8 holds of the 7B model without task LoRAs, counted by hand.
 DECODER_LAYER = (6144 * 4096 + 4096 * 4096 + 3 * 14336 * 4096) // 8 + 2 * 4096
@@ -76,11 +77,59 @@ def test_unused_task_loras_are_not_in_the_graph():
     assert not any("post_layernorm" in name for name in names)
 
 
-def test_logits_are_the_vocabulary_cut_by_tensor_parallel():
-    # compute dtype twice (logits and gradient), float32 four times, of 8192 positions
-    terms = terms_of(recipe("sft", recompute_config__recompute=True, model__model_config__use_flash_attention=True),
-                     Degrees(1, 1))
-    assert terms["at work: logits and loss"] == 8192 * 92544 * (2 * 2 + 4 * 4)
+@pytest.mark.parametrize(("chunk", "positions"), [(4096, 4096), (10 ** 6, 8192)])
+def test_logits_are_those_of_a_chunk_and_cut_by_tensor_parallel(chunk, positions):
+    # compute dtype twice (logits and gradient), float32 four times; small layers, so that the logits are the largest
+    fields = recipe("sft", recompute_config__recompute=True, model__model_config__use_flash_attention=True,
+                    model__model_config__loss_chunk=chunk, model__model_config__intermediate_size=64,
+                    model__model_config__plora_rank=0, model__model_config__max_tiles=1)
+    for degree in (1, 4):
+        terms = terms_of(fields, Degrees(1, degree))
+        assert terms["at work: logits and loss"] == positions * 92544 * (2 * 2 + 4 * 4) / degree
+
+
+def test_the_chunk_is_a_quarter_of_the_logits_at_the_most():
+    whole, chunks = (_logits(recipe("sft", model__model_config__loss_chunk=chunk)) for chunk in (8192, 1024))
+    assert whole == 8192 * 92544 * (2 * 2 + 4 * 4) / 8 and chunks == whole / 8
+
+
+def _logits(fields: dict) -> float:
+    return _Sizes(workload(fields, Degrees(1, 8))).logits()
+
+
+def test_packed_rows_need_no_mask_of_their_own_on_ascend():
+    fused = {"model__model_config__use_flash_attention": True, "model__model_config__packing": True}
+    assert terms_of(recipe("sft", **fused), Degrees(1, 8))["causal mask"] == 2048 ** 2
+    composed = recipe("sft", model__model_config__packing=True)
+    assert terms_of(composed, Degrees(1, 8))["causal mask"] == 8192 ** 2 * 4
+
+
+def test_tiles_travel_as_bytes_and_global_views_as_numbers():
+    columns = ["input_ids", "labels", "pixel_values", "global_views", "view_index", "vision_index", "image_mask",
+               "position_ids", "segment_ends", "noise_seed", "source"]
+    fields = recipe("sft", train_dataset__input_columns=columns, model__model_config__max_images=5,
+                    model__model_config__max_segments=16)
+    bytes_of_a_row = (19 * 3 * 560 ** 2 + 5 * 3 * 560 ** 2 * 4                # tiles, global views
+                      + 4 * (4 * 8192 + 19 + 8192 + 16 + 1 + 8192))           # texts, views, segments, seed, source
+    assert terms_of(fields, Degrees(1, 8, 1, 2))["inputs of the step"] == 2 * bytes_of_a_row
+
+
+def test_a_pair_has_two_texts_and_one_set_of_pictures():
+    fields = recipe("dpo", parallel__full_batch=True, train_dataset__input_columns=[
+        "input_ids", "labels", "pixel_values", "global_views", "view_index", "vision_index", "image_mask",
+        "reference_logps"], model__model_config__max_images=2)
+    config = read_workload(fields).config
+    tiles, length = config.max_tiles, config.seq_length
+    assert terms_of(fields, Degrees(1, 8))["inputs of the step"] == (
+        tiles * 3 * 560 ** 2 + 2 * 3 * 560 ** 2 * 4 + 4 * (2 * 4 * length + tiles + 2))
+
+
+def test_a_step_with_a_reference_keeps_the_losses_of_the_policy_not_its_logits():
+    fields = recipe("dpo", train_dataset__input_columns=list(BATCH_COLUMNS))
+    config = read_workload(fields).config
+    terms = terms_of(fields, Degrees(1, 8))
+    assert terms["losses of the policy"] == 2 * 4 * 2 * config.seq_length
+    assert "logits of the policy" not in terms
 
 
 def test_recomputed_layers_keep_their_inputs_only():
@@ -131,3 +180,22 @@ def test_the_update_counts_when_there_are_few_activations():
     terms = terms_of(recipe("sft", model__model_config__seq_length=64, model__model_config__max_tiles=1),
                      Degrees(1, 8, 1, 2))
     assert set(terms) == {"inputs of the step", "unscaled gradients"}
+
+
+def test_sharded_weights_are_gathered_in_the_dtype_of_their_products():
+    placed = workload(recipe("sft"), Degrees(2, 4, 1, 32))
+    matrices = [own for own in local_parameters(placed)[0] if len(own.shape) > 1]
+    table = next(own for own in matrices if own.name == "model.tok_embeddings.weight")
+    gathered = [own for own in matrices if own.optimizer_shards > 1]
+    assert table in gathered and sum(own.used_size for own in gathered) > 0.99 * sum(own.used_size for own in matrices)
+    expected = 2 * (sum(own.used_size for own in gathered) + table.used_size)       # bfloat16, the embedding float32
+    found = terms_of(recipe("sft"), Degrees(2, 4, 1, 32))["gathered and cast weights"]
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_weights_are_gathered_again_only_where_no_graph_is_shared():
+    again = {"recompute_config__parallel_optimizer_comm_recompute": True}
+    kept = terms_of(recipe("sft"), Degrees(2, 4, 1, 32))["gathered and cast weights"]
+    assert terms_of(recipe("sft", **again), Degrees(2, 4, 1, 32))["gathered and cast weights"] == kept
+    alone = recipe("sft", model__model_config__disable_lazy_inline=True, **again)
+    assert terms_of(alone, Degrees(2, 4, 1, 32))["gathered and cast weights"] < 0.3 * kept

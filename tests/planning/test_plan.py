@@ -72,12 +72,21 @@ def test_messages_of_micro_batches_are_multiplied(compiler, sharded):
     assert (gradient.purpose, gradient.bytes, gradient.count, gradient.per_step) == ("gradient", 1000, 1, True)
 
 
-def test_one_compiled_micro_batch_stands_for_those_that_are_accumulated():
+def test_two_compiled_micro_batches_stand_for_those_that_are_accumulated():
     placed = workload(recipe("sft"), Degrees(1, 8, 1, 64))
+    rows = (operator("AllReduce", "forward", 10, list(range(8))), operator("AllReduce", "forward", 10, list(range(8))),
+            operator("AllReduce", "norm", 4, list(range(8)), per_step=True))
+    forward, norm = read_stage(placed, 0, answer(placed, 0, rows)).traffic
+    assert (forward.bytes, forward.count, forward.per_step) == (640, 64, False)
+    assert (norm.bytes, norm.per_step) == (4, True)
+
+
+def test_of_a_single_micro_batch_what_is_sent_once_is_known_by_its_purpose():
+    placed = workload(recipe("sft"), Degrees(1, 8))
     rows = (operator("AllReduce", "forward", 10, list(range(8)), per_step=True),
             operator("AllReduce", "norm", 4, list(range(8)), per_step=True))
     forward, norm = read_stage(placed, 0, answer(placed, 0, rows)).traffic
-    assert (forward.bytes, forward.per_step) == (640, False)
+    assert (forward.bytes, forward.per_step) == (10, False)
     assert (norm.bytes, norm.per_step) == (4, True)
 
 

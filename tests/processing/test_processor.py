@@ -115,22 +115,27 @@ def test_a_video_in_training_is_as_long_as_it_was_measured(goldens, hd_num):
 def test_padding_gives_the_columns_of_a_batch():
     sample = PROCESSOR.encode_conversation([("user", "What?"), ("assistant", "A cat")], [PICTURE])
     n, tiles = len(sample.input_ids), sample.tiles
-    batch = sample.pad(n + 5, tiles + 2, 2)
+    batch = sample.pad(n + 5, tiles + 2, 3, 2)
     assert {name: (value.dtype.name, value.shape) for name, value in batch.items()} == {
         "input_ids": ("int32", (n + 5,)), "labels": ("int32", (n + 5,)), "vision_index": ("int32", (n + 5,)),
-        "image_mask": ("int32", (n + 5,)), "pixel_values": ("float32", (tiles + 2, 3, 56, 56))}
+        "image_mask": ("int32", (n + 5,)), "pixel_values": ("uint8", (tiles + 2, 3, 56, 56)),
+        "global_views": ("float32", (3, 3, 56, 56)), "view_index": ("int32", (tiles + 2,))}
     assert batch["labels"][n - 2] == sample.input_ids[-1]
     assert (batch["labels"][n - 1:] == -100).all()
     rows = image_token_rows(sample.grids[0], 0, 2, tiles + 2)
     np.testing.assert_array_equal(batch["vision_index"][batch["image_mask"] == 1], rows)
     assert batch["vision_index"][batch["image_mask"] == 0].max() == 0
     assert not batch["pixel_values"][tiles:].any()
+    assert not batch["global_views"][1:].any()
+    assert batch["view_index"].tolist() == [1, *[0] * (tiles + 1)]
 
 
 def test_what_does_not_fit_is_refused():
     sample = PROCESSOR.encode_conversation([("user", "What?"), ("assistant", "A cat")], [PICTURE])
     with pytest.raises(PromptError, match=r"does not fit seq_length 10"):
-        sample.pad(10, 9, 2)
+        sample.pad(10, 9, 1, 2)
+    with pytest.raises(PromptError, match=r"A sample of 1 pictures does not fit max_images 0; raise train_dataset"):
+        sample.pad(len(sample.input_ids), 9, 0, 2)
 
 
 def test_transform_of_training_is_a_choice():

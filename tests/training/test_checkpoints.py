@@ -19,6 +19,13 @@ from mindformers_ixc.training.checkpoints import SafeCheckpointMonitor
 from mindformers_ixc.training.resume import checkpoints_in
 
 
+class Parameters(SimpleNamespace):
+    """What callbacks are told of a run."""
+
+    def __contains__(self, name: str) -> bool:
+        return hasattr(self, name)
+
+
 class FakeRun:
     """Steps of a run whose monitor saves after each of them."""
 
@@ -30,9 +37,9 @@ class FakeRun:
         self.folder = Path(self.monitor._directory)
         network = nn.TrainOneStepCell(nn.Dense(2, 2), nn.SGD([Parameter(Tensor([1.0]), "w")]))
         outputs = (Tensor(np.float32(1)), Tensor(False), Tensor(1.0), Tensor(np.float32(0.1)), None)
-        self.parameters = SimpleNamespace(net_outputs=outputs, cur_step_num=0, cur_epoch_num=1, batch_num=9,
-                                          epoch_num=2, train_network=network, network=network, optimizer=None,
-                                          dataset_sink_mode=False)
+        self.parameters = Parameters(net_outputs=outputs, cur_step_num=0, cur_epoch_num=1, batch_num=9,
+                                     epoch_num=2, train_network=network, network=network, optimizer=None,
+                                     dataset_sink_mode=False)
 
     def original_args(self):
         return self.parameters
@@ -114,3 +121,16 @@ def test_a_rank_lets_go_of_a_step_when_every_rank_has_a_newer_one(tmp_path, monk
     assert run.step() == [2, 3, 4]        # it could not write 3: only 2 is everywhere
     other_saves(4)
     assert run.step() == [4, 5]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_checkpoint_of_the_last_step_is_known_at_the_end_if_there_is_one(tmp_path, full_disk, monkeypatch, fails):
+    with checkpoints.safe_checkpoints("continue") as saved:
+        run = FakeRun(tmp_path)
+        run.step()
+        full_disk["error"] = ERRORS[0] if fails else None
+        run.step()
+        run.monitor.end(run)          # nothing new to save, or again in vain
+    assert saved.final == (None if fails else run.folder / "t_rank_0-1_2.safetensors")
+    monkeypatch.setattr(SafeCheckpointMonitor, "on_error", "stop")
+    monkeypatch.setattr(SafeCheckpointMonitor, "saved", None)

@@ -11,8 +11,10 @@ import pytest
 from mindformers.tools.register import MindFormerConfig
 from mindspore import Tensor
 
+from mindformers_ixc import device
 from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.errors import TrainingError
+from mindformers_ixc.generation.cells import row_parts
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.preference import IXC25ForPreference
@@ -40,8 +42,9 @@ def batch() -> list[Tensor]:
     labels = np.where(rng.random((3, 12)) < 0.5, ids, -100).astype(np.int32)
     mask = np.zeros_like(ids)
     mask[:, 2] = 1
-    return [Tensor(ids), Tensor(labels), Tensor(rng.normal(size=(3, 1, 3, 28, 28)).astype(np.float32)), Tensor(mask),
-            Tensor(mask)]
+    pixels = rng.integers(0, 256, (3, 1, 3, 28, 28), np.uint8)
+    views, slots = rng.normal(size=(3, 1, 3, 28, 28)).astype(np.float32), np.array([[1], [0], [1]], np.int32)
+    return [*map(Tensor, (ids, labels, pixels, views, slots, mask, mask))]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,39 @@ def test_batches_weigh_as_their_labelled_positions_and_rest_is_blank():
     own, others = list(held_out.rows(False)), list(held_out.rows(True))
     assert len(own) == len(others) == 5
     assert any((a["pixel_values"] != b["pixel_values"]).any() for a, b in zip(own, others))
+
+
+def test_rows_are_padded_to_what_the_devices_share(monkeypatch):
+    model = SimpleNamespace(config=SimpleNamespace(parallel_config=SimpleNamespace(
+        data_parallel=2, model_parallel=3, use_seq_parallel=True)), set_train=lambda on: None)
+    callback = evaluation.Evaluation.__new__(evaluation.Evaluation)
+    callback.options, callback.mean_loss = {"batch_size": 4, "metrics": []}, None
+    monkeypatch.setattr(evaluation, "is_parallel", lambda: True)
+    monkeypatch.setattr(evaluation, "MeanLoss", lambda model: "graph")
+    monkeypatch.setattr(evaluation, "of_whole_batches", lambda graph, config: graph)
+    assert callback._values(model) == {} and callback.options["batch_size"] == 6
+    model.config.parallel_config.use_seq_parallel = False
+    callback.mean_loss = None
+    assert callback._values(model) == {} and callback.options["batch_size"] == 6
+    assert row_parts(model.config) == 2
+
+
+def test_measuring_leaves_the_training_steps_context_and_strategy_file_alone(tmp_path):
+    names = ("parallel_mode", "dataset_strategy", "strategy_ckpt_save_file", "pipeline_result_broadcast", "full_batch")
+    training = {"parallel_mode": "semi_auto_parallel", "dataset_strategy": ((2, 1), (2, 1, 1, 1, 1)),
+                "strategy_ckpt_save_file": str(tmp_path / "strategy.ckpt")}
+    try:
+        for strategy in (((2, 1), (2, 1, 1, 1, 1)), "full_batch", "data_parallel"):
+            ms.set_auto_parallel_context(**{**training, "dataset_strategy": strategy})
+            before = [ms.get_auto_parallel_context(name) for name in names]
+            with device.measuring():
+                assert ms.get_auto_parallel_context("full_batch")
+                assert ms.get_auto_parallel_context("dataset_strategy") == "full_batch"
+                assert ms.get_auto_parallel_context("pipeline_result_broadcast")
+                assert not ms.get_auto_parallel_context("strategy_ckpt_save_file")
+            assert [ms.get_auto_parallel_context(name) for name in names] == before
+    finally:
+        ms.reset_auto_parallel_context()
 
 
 class FakeTraining:
@@ -148,6 +184,16 @@ def test_a_resumed_run_has_the_rows_of_one_that_was_not_interrupted(tmp_path, mo
     assert run.results() == WHOLE
     assert run.measured == [step for step in (2, 4, 6)
                             if step > start or (step == start and lost in ("row", "cut", "all"))]
+
+
+def test_of_several_ranks_all_measure_and_decide_and_one_writes(tmp_path, monkeypatch):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(evaluation, "reports_loss", lambda name=name: name == "one")
+        run = FakeTraining(tmp_path / name, monkeypatch).run()
+        assert run.measured == [2, 4, 6]
+        assert (tmp_path / name / "best" / "step").read_text() == "4"        # every rank puts its part down
+        assert (tmp_path / name / "evaluations.jsonl").exists() == (name == "one")
 
 
 def test_a_run_that_was_stopped_on_the_way_measures_no_end(tmp_path, monkeypatch):

@@ -3,26 +3,35 @@ from __future__ import annotations
 
 import errno
 import json
+import struct
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
+from tensorboardX.proto.event_pb2 import Event
 
 from mindformers_ixc import interruption
+from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import METRICS_FILE, read_metrics
 from mindformers_ixc.models.preference import REPORT
+from mindformers_ixc.operations import training_costs
 from mindformers_ixc.training import log as log_module
-from mindformers_ixc.training.log import TrainingLog
+from mindformers_ixc.training.averaging import AveragedOptimizer
+from mindformers_ixc.training.log import TrainingLog, log_options
 from mindformers_ixc.training.step import StepPlan
 
 SAMPLES = 6       # of the data set; batches of two, so that an epoch has three steps
+NEEDS = [(10, 2), (12, 0), (16, 4), (8, 2), (4, 0), (16, 3)]      # positions and tiles, of rows of 16 and 4
 
 
 def fake_dataset(batch_size: int = 2):
-    plan = SimpleNamespace(ranks=1, batch=lambda step: [(step * batch_size + i) % SAMPLES for i in range(batch_size)])
-    table = SimpleNamespace(describe=lambda i: f"charts.json, sample {i}")
+    def rows(step: int) -> list[list[int]]:
+        return [[(step * batch_size + i) % SAMPLES] for i in range(batch_size)]
+
+    plan = SimpleNamespace(ranks=1, rows=rows, row_shape=(16, 4), batch=lambda step: [row[0] for row in rows(step)])
+    table = SimpleNamespace(describe=lambda i: f"charts.json, sample {i}", needs=np.array(NEEDS), columns=())
     return SimpleNamespace(plan_sampler=plan, conversations=table, get_batch_size=lambda: batch_size,
                            get_dataset_size=lambda: SAMPLES // batch_size)
 
@@ -30,15 +39,16 @@ def fake_dataset(batch_size: int = 2):
 class FakeRun:
     """One run of MindSpore: its context, and steps with given outputs."""
 
-    def __init__(self, folder, start: int = 0, epochs: int = 2, wrapper=None, batch_size: int = 2, **plan):
-        self.log, self.stopped = TrainingLog(folder), False
+    def __init__(self, folder, start: int = 0, epochs: int = 2, wrapper=None, batch_size: int = 2, model=None,
+                 options=None, sinks: bool = False, **plan):
+        self.log, self.stopped = TrainingLog(folder, **(options or {})), False
         runner = SimpleNamespace(initial_step=start, epochs=epochs)
-        self.model = SimpleNamespace()
+        self.model = model or SimpleNamespace()
         trainer = SimpleNamespace(config=SimpleNamespace(runner_config=runner), trained_model=self.model)
         self.log.bind(fake_dataset(batch_size), StepPlan(**plan), trainer)
         self.wrapper = wrapper or SimpleNamespace()
         self.parameters = SimpleNamespace(train_network=self.wrapper, batch_num=3, cur_step_num=0,
-                                          dataset_sink_mode=False)
+                                          dataset_sink_mode=sinks)
         self.log.on_train_begin(self)
 
     def original_args(self):
@@ -53,7 +63,7 @@ class FakeRun:
         self.parameters.net_outputs = (Tensor(np.float32(loss)), Tensor(overflow), Tensor(1.0),
                                        Tensor(np.float32(0.01)), norm)
         if report is not None:
-            (holder or self.wrapper).train_report = Tensor(np.array(report, np.float32))
+            (holder or self.wrapper).train_report = Parameter(Tensor(np.array(report, np.float32)))
         self.log.on_train_step_begin(self)
         self.log.on_train_step_end(self)
 
@@ -72,6 +82,163 @@ def test_every_step_is_one_row(tmp_path):
     assert all(row["learning_rate"] == pytest.approx(0.01) for row in rows)
     assert all(row["samples_per_second"] == pytest.approx(2 / row["seconds"]) for row in rows)
     assert "tokens" not in rows[0]
+
+
+CONFIG = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                     num_key_value_heads=2, plora_rank=0, task_lora_ranks={}, seq_length=16, max_tiles=4,
+                     vision_config={"image_size": 28, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16,
+                                    "num_attention_heads": 2})
+
+
+def fake_model(*names: str):
+    """A model of which some parameters train."""
+    return SimpleNamespace(config=CONFIG, trainable_params=lambda: [SimpleNamespace(name=name) for name in names])
+
+
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(log_module.time, "perf_counter", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def timed_step(run: FakeRun, clock: Clock, wait: float, work: float, after: float = 0.0) -> None:
+    """A step after a wait for its batch, and what other callbacks do after it."""
+    run.parameters.cur_step_num += 1
+    run.parameters.net_outputs = (Tensor(np.float32(1.0)), Tensor(False), Tensor(1.0), Tensor(np.float32(0.01)), None)
+    clock.now += wait
+    run.log.on_train_step_begin(run)
+    clock.now += work
+    run.log.on_train_step_end(run)
+    clock.now += after
+    run.log.step_end.on_train_step_end(run)
+
+
+def test_the_numbers_of_a_step_by_hand(tmp_path, clock):
+    run = FakeRun(tmp_path, model=fake_model("model.layers.0.attention.wo.weight", "output.weight"),
+                  options={"device_tflops": 2e-6})
+    timed_step(run, clock, wait=1.0, work=3.0)                       # samples 0 and 1: 22 positions, 2 tiles
+    timed_step(run, clock, wait=0.0, work=2.0)                       # samples 2 and 3: 24 positions, 6 tiles
+    first, second = read_metrics(tmp_path / METRICS_FILE)
+    costs = training_costs(CONFIG, ["language"])
+    assert (first["samples"], first["positions"], first["tiles"]) == ([0, 1], 22, 2)
+    assert (first["seconds"], first["data_wait"], first["samples_per_second"]) == (4.0, 0.25, 0.5)
+    assert (first["positions_per_second"], first["computed_positions_per_second"]) == (22 / 4, 32 / 4)
+    assert (first["tiles_per_second"], first["computed_tiles_per_second"]) == (2 / 4, 8 / 4)
+    assert first["goodput"] == pytest.approx(costs.of(22, 2) / costs.of(32, 8))
+    operations = costs.of(22, 2) + costs.pair * (10 ** 2 + 12 ** 2)
+    assert first["tflops"] == pytest.approx(operations / 4 / 1e12)
+    assert first["mfu"] == pytest.approx(operations / 4 / 2e6)
+    assert (second["positions"], second["tiles"], second["data_wait"], second["seconds"]) == (24, 6, 0.0, 2.0)
+    assert (first["seconds_left"], second["seconds_left"]) == (5 * 4.0, 4 * 3.0)          # medians of 4, and of 4 and 2
+
+
+def test_checkpoints_and_evaluations_are_no_wait_for_data(tmp_path, clock):
+    run = FakeRun(tmp_path)
+    timed_step(run, clock, wait=0.0, work=2.0, after=50.0)
+    timed_step(run, clock, wait=1.0, work=1.0)
+    rows = read_metrics(tmp_path / METRICS_FILE)
+    assert [(row["seconds"], row["data_wait"]) for row in rows] == [(2.0, 0.0), (2.0, 0.5)]
+
+
+def test_a_data_sink_hides_the_wait_and_a_row_may_stand_for_several_steps(tmp_path, clock):
+    run = FakeRun(tmp_path, model=fake_model("output.weight"), sinks=True)
+    run.parameters.cur_step_num = 1                   # sink_size 2: the counter goes on by two
+    timed_step(run, clock, wait=1.0, work=3.0)
+    row, = read_metrics(tmp_path / METRICS_FILE)
+    assert "data_wait" not in row
+    assert (row["step"], row["samples"], row["positions"], row["seconds"]) == (2, [0, 1, 2, 3], 46, 1.5)
+    assert (row["samples_per_second"], row["positions_per_second"]) == (4 / 3, 46 / 3)
+
+
+def test_a_model_of_others_has_no_operations(tmp_path):
+    run = FakeRun(tmp_path)
+    run.step(1.0)
+    row, = read_metrics(tmp_path / METRICS_FILE)
+    assert "goodput" not in row and "tflops" not in row and row["samples_per_second"] > 0
+
+
+def test_lines_are_printed_every_so_many_steps_and_at_the_end(tmp_path, capsys, clock):
+    run = FakeRun(tmp_path, model=fake_model("output.weight"), options={"print_every": 4, "device_tflops": 1e-5})
+    for _ in range(6):
+        timed_step(run, clock, wait=0.5, work=1.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 4/6", "step 6/6"]
+    assert lines[0].startswith("step 4/6: loss 1.0000, 2 s, 1 samples/s, 11 of 16 positions/s, 1 of 4 tiles/s, goodpu")
+    assert "GFLOPS a device (MFU " in lines[0] and lines[0].endswith("waited 25% for data, 4 s left")
+
+
+def test_another_rank_writes_and_measures_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(log_module, "reports_loss", lambda: False)
+    monkeypatch.setattr(log_module, "work_of", lambda *_: pytest.fail("measured"))
+    run = FakeRun(tmp_path, options={"tensorboard": True}, model=fake_model("output.weight"))
+    run.step(1.0)
+    run.log.on_train_end(run)
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().err
+
+
+def test_tensorboard_has_the_numbers_of_every_step(tmp_path):
+    run = FakeRun(tmp_path, report="sources", sources=("a", "b"), options={"tensorboard": True})
+    run.step(2.0, report=[[6.0, 0.0], [3.0, 0.0]])
+    run.step(1.0, report=[[6.0, 4.0], [3.0, 2.0]])
+    run.log.on_train_end(run)
+    file, = (tmp_path / "tensorboard").iterdir()
+    assert file.name.startswith("events.out.tfevents.")
+    found = events(file)
+    assert [event.session_log.status for event in found if event.HasField("session_log")] == [1]
+    values = {(event.step, value.tag): value.simple_value for event in found for value in event.summary.value}
+    assert values[1, "loss"] == 2.0 and values[2, "loss"] == 1.0
+    assert values[2, "loss/a"] == 2.0 and values[2, "tokens/b"] == 2.0 and (1, "loss/b") not in values
+    assert {(2, "seconds"), (2, "samples_per_second"), (2, "learning_rate"), (2, "data_wait")} <= set(values)
+
+
+def events(file) -> list:
+    """Events of a TensorBoard file, read by its format: length, checksum, event, checksum."""
+    content, found = file.read_bytes(), []
+    while content:
+        length, = struct.unpack("<Q", content[:8])
+        found.append(Event.FromString(content[12:12 + length]))
+        content = content[16 + length:]
+    return found
+
+
+def test_a_resumed_run_hides_what_tensorboard_has_of_the_steps_it_does_again(tmp_path):
+    run = FakeRun(tmp_path, start=4, options={"tensorboard": True})
+    run.log.on_train_end(run)
+    file, = (tmp_path / "tensorboard").iterdir()
+    assert [event.step for event in events(file) if event.HasField("session_log")] == [5]
+
+
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_numbers_that_tensorboard_cannot_take(tmp_path, monkeypatch, capsys, on_error):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = FakeRun(tmp_path, options={"tensorboard": True, "on_error": on_error})
+    monkeypatch.setattr(log_module.ScalarFile, "write", full)
+    if on_error == "stop":
+        with pytest.raises(TrainingError, match=r"tensorboard: the numbers of a step could not be written \(No space"):
+            run.step(1.0)
+        assert run.parameters.run_failed
+    else:
+        run.step(1.0)
+        run.step(1.0)
+        assert capsys.readouterr().err.count("the run goes on without TensorBoard") == 1
+    assert read_metrics(tmp_path / METRICS_FILE)
+
+
+def test_options_of_the_log_stand_in_the_recipe():
+    assert log_options({"callbacks": [{"type": "MFLossMonitor", "per_print_times": 10}], "tensorboard": True,
+                        "device_tflops": 320, "on_save_error": "continue"}) == {
+        "on_error": "continue", "device_tflops": 320, "tensorboard": True, "print_every": 10}
+    assert log_options({"tensorboard": {"tensorboard_dir": "x"}}) == {
+        "on_error": "stop", "device_tflops": 0.0, "tensorboard": False, "print_every": 1}
 
 
 def test_the_run_is_asked_to_stop_at_its_last_step_also_when_resumed(tmp_path):
@@ -158,22 +325,26 @@ def test_sources_have_their_mean_losses_and_tokens(tmp_path):
 def test_preferences_have_the_means_of_their_pairs(tmp_path, in_model):
     run = FakeRun(tmp_path, report="preference", in_model=in_model)
     holder = run.model if in_model else run.wrapper
-    run.step(0.7, report=[2.0, -1.0, 3.0, 3.0, -40.0, -60.0, 4.0], holder=holder)
+    run.step(0.7, report=[2.0, -1.0, 3.0, 3.0, -40.0, -60.0, 6.0, 4.0], holder=holder)
     row = read_metrics(tmp_path / METRICS_FILE)[0]
     assert {name: row[name] for name in REPORT[:-1]} == {
         "reward_chosen": 0.5, "reward_rejected": -0.25, "reward_margin": 0.75, "reward_accuracy": 0.75,
-        "logp_chosen": -10.0, "logp_rejected": -15.0}
+        "logp_chosen": -10.0, "logp_rejected": -15.0, "nll_chosen": 1.5}
 
 
-@pytest.mark.parametrize(("start", "expected"), [(0, [1.0, 2.0]), (3, [9.0, 9.0])])
-def test_the_average_starts_from_loaded_weights_unless_it_was_loaded_too(tmp_path, start, expected):
-    weight, average = (Parameter(Tensor(np.array(value, np.float32)), name=name)
-                       for value, name in (([1.0, 2.0], "output.weight"), ([9.0, 9.0], "ema.output.weight")))
-    wrapper = SimpleNamespace(has_average=True, weights=[weight], average=[average])
-    run = FakeRun(tmp_path, start=start, wrapper=wrapper)
-    np.testing.assert_array_equal(run.log.average["output.weight"].asnumpy(), expected)
-    weight.set_data(Tensor(np.zeros(2, np.float32)))
-    np.testing.assert_array_equal(run.log.average["output.weight"].asnumpy(), expected)
+@pytest.mark.parametrize("averaged", [True, False])
+def test_the_log_knows_the_averages_by_the_names_of_the_weights(tmp_path, averaged):
+    optimizer = nn.SGD([Parameter(Tensor(np.ones(2, np.float32)), name="output.weight")], learning_rate=0.1)
+    optimizer = AveragedOptimizer(optimizer, 0.9) if averaged else optimizer
+    run = FakeRun(tmp_path, wrapper=SimpleNamespace(optimizer=optimizer))
+    assert {name: average.name for name, average in run.log.average.items()} == (
+        {"output.weight": "ema.output.weight"} if averaged else {})
+
+
+def test_a_report_is_zeroed_when_it_was_read(tmp_path):
+    run = FakeRun(tmp_path, report="sources", sources=("a.json",), in_model=True)
+    run.step(2.0, report=[[12.0], [8]], holder=run.model)
+    np.testing.assert_array_equal(run.model.train_report.asnumpy(), [[0], [0]])
 
 
 def test_a_row_that_was_cut_short_is_dropped_and_rows_that_are_there_twice_are_one(tmp_path):

@@ -52,12 +52,11 @@ def pairs(tmp_path):
 def expected_logp(directory, mode: str, answer) -> float:
     """Of one answer alone, in float64 from the logits."""
     sample = _processor(str(directory), "training").encode_conversation(answer.turns, answer.images, answer.where, 2)
-    row = sample.pad(len(sample.input_ids), max(1, sample.tiles), 0)
+    row = sample.pad(len(sample.input_ids), max(1, sample.tiles), 1, 0)
     model = load_model(directory, IXC25ForCausalLM, adapter_mode=mode, seq_length=len(sample.input_ids),
                        max_tiles=max(1, sample.tiles))
-    columns = {name: Tensor(row[name][None]) for name in BATCH_COLUMNS}
-    logits = model(columns["input_ids"], None, columns["pixel_values"], columns["vision_index"],
-                   columns["image_mask"]).asnumpy()[0].astype(np.float64)
+    columns = [None if name == "labels" else Tensor(row[name][None]) for name in BATCH_COLUMNS]
+    logits = model(*columns).asnumpy()[0].astype(np.float64)
     logps = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) \
         - logits.max(-1, keepdims=True)
     return sum(logps[i, label] for i, label in enumerate(row["labels"]) if label != -100)

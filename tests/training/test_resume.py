@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.training import resume
 from mindformers_ixc.training.resume import (
     check_same_run,
     checkpoints_in,
@@ -177,3 +178,17 @@ def test_resuming_another_configuration_leaves_nothing_behind(finished):
         prepare_resume(fields)
     assert not (folder / "resume").exists()
     assert not fields.get("resume_training")
+
+
+def test_a_run_whose_ranks_were_not_joined_is_complete_only_for_who_does_not_want_that(tmp_path):
+    fields = {"output_dir": str(tmp_path), "resume_training": True}
+    resume.record_run({"output_dir": str(tmp_path)})
+    assert resume.closing_of(tmp_path) is None and not resume.is_complete(fields)
+    resume.mark_finished(tmp_path, [], "Join them.", joined=False)
+    assert resume.closing_of(tmp_path) == "Join them."
+    assert not resume.is_complete(fields)
+    assert resume.is_complete({**fields, "no_join": True})
+    (tmp_path / "model").mkdir()                    # joined by hand
+    assert resume.is_complete(fields)
+    resume.mark_finished(tmp_path, ["model", "best"])
+    assert not resume.is_complete(fields)

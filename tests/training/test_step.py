@@ -4,12 +4,14 @@ from __future__ import annotations
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 from mindformers.trainer.causal_language_modeling import CausalLanguageModelingTrainer
+from mindspore import Parameter, Tensor, nn
 
 from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml
-from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.models.preference import REPORT
 from mindformers_ixc.training import step as steps
 from mindformers_ixc.training.checkpoints import MONITOR, SafeCheckpointMonitor, safe_checkpoints
@@ -17,7 +19,7 @@ from mindformers_ixc.training.step import StepPlan, plan_step
 from mindformers_ixc.training.trainer import IXC25Trainer
 
 YAMLS = Path(__file__).parents[2] / "yaml_configs"
-COLUMNS = ["input_ids", "labels", "pixel_values", "vision_index", "image_mask"]
+COLUMNS = list(BATCH_COLUMNS)
 ACCUMULATED = {"runner_config.gradient_accumulation_steps": 3}
 PLAIN, SOURCES = ({"train_dataset.input_columns": columns} for columns in (COLUMNS, [*COLUMNS, "source"]))
 AVERAGED = {"runner_wrapper.ema_decay": 0.9}
@@ -39,9 +41,9 @@ def parallel(monkeypatch):
 @pytest.mark.parametrize(("changes", "expected"), [
     ((PLAIN,), StepPlan()),
     ((PLAIN, ACCUMULATED), StepPlan(micro_batches=3, own_cell=True, labels_column=1)),
-    ((PLAIN, AVERAGED), StepPlan(own_cell=True, labels_column=1)),
+    ((PLAIN, AVERAGED), StepPlan(ema_decay=0.9)),
     ((SOURCES,), StepPlan("sources", "sources", own_cell=True, labels_column=1)),
-    ((SOURCES, ACCUMULATED, AVERAGED), StepPlan("sources", "sources", 3, True, 1)),
+    ((SOURCES, ACCUMULATED, AVERAGED), StepPlan("sources", "sources", 3, True, 1, ema_decay=0.9)),
     (({"train_dataset.input_columns": ["labels", "input_ids", "source"]},),
      StepPlan("sources", "sources", own_cell=True, labels_column=0)),
     (({"train_dataset.input_columns": None},), StepPlan())])
@@ -55,25 +57,33 @@ def test_a_stand_alone_step_on_preferences_weighs_its_parts_the_same():
     assert plan.report_shape == (len(REPORT),)
 
 
-@pytest.mark.parametrize(("changes", "loss_form"), [((), "mean"), ((ACCUMULATED,), "sums"), ((STAGES,), "sums")])
-def test_micro_batches_of_a_parallel_step_are_mindformers(parallel, changes, loss_form):
-    assert plan_step(config_of(PLAIN, *changes)) == StepPlan(loss_form)
+@pytest.mark.parametrize(("changes", "per_token"), [((), False), ((ACCUMULATED,), True), ((STAGES,), True)])
+def test_micro_batches_of_a_parallel_step_are_mindformers(parallel, changes, per_token):
+    form = "sums" if per_token else "mean"
+    assert plan_step(config_of(PLAIN, *changes)) == StepPlan(form, per_token=per_token)
+    assert plan_step(config_of(PLAIN, AVERAGED, *changes)) == StepPlan(form, per_token=per_token, ema_decay=0.9)
 
 
-def test_a_parallel_step_on_preferences_keeps_its_report_in_the_model(parallel):
-    plan = plan_step(config_of(name="dpo"))
-    assert plan == StepPlan(report="preference", own_cell=True, in_model=True)
+@pytest.mark.parametrize(("changes", "per_token"), [((), False), ((ACCUMULATED,), True), ((STAGES,), True)])
+@pytest.mark.parametrize(("name", "columns", "report"), [("dpo", {}, "preference"), ("sft", SOURCES, "sources")])
+def test_a_parallel_step_keeps_its_report_in_the_model(parallel, name, columns, report, changes, per_token):
+    plan = plan_step(config_of(columns, *changes, name=name))
+    form = "sources" if report == "sources" else "sums" if per_token else "mean"
+    assert plan == StepPlan(form, report, in_model=True, per_token=per_token)
     assert plan.report_shape is None
+    assert plan.cell("MFTrainOneStepCell") == {"type": "IXC25TrainOneStepCell"}
 
 
-@pytest.mark.parametrize(("name", "changes", "words"), [
-    ("sft", (SOURCES,), r"ema_decay and the column source work in stand-alone runs only"),
-    ("sft", (PLAIN, AVERAGED), r"ema_decay and the column source work in stand-alone runs only"),
-    ("dpo", (ACCUMULATED,), r"gradient_accumulation_steps is 3, but preference pairs are not accumulated"),
-    ("dpo", (STAGES,), r"gradient_accumulation_steps is 1, but preference pairs are not accumulated")])
-def test_what_a_parallel_step_cannot_do_is_refused(parallel, name, changes, words):
-    with pytest.raises(ConfigError, match=words):
-        plan_step(config_of(*changes, name=name))
+def test_the_average_is_the_optimizers(parallel):
+    config = config_of(PLAIN, AVERAGED)
+    plan = plan_step(config)
+    plan.put_into(config)
+    assert "ema_decay" not in config.runner_wrapper
+    weight = Parameter(Tensor(np.ones(2, np.float32)), name="weight")
+    ours = plan.optimizer(nn.SGD([weight], learning_rate=0.1))
+    assert [parameter.name for parameter in ours.average] == ["ema.weight"]
+    plain = nn.SGD([weight], learning_rate=0.1)
+    assert StepPlan().optimizer(plain) is plain
 
 
 def test_a_plan_does_not_change_and_is_completed_by_the_data():
@@ -103,12 +113,13 @@ def test_a_stand_alone_batch_is_as_large_as_its_parts_together():
     assert not config.calculate_per_token_loss
 
 
-def test_a_parallel_batch_is_left_to_mindformers(parallel):
-    config = config_of(PLAIN, ACCUMULATED)
+@pytest.mark.parametrize(("columns", "form"), [(PLAIN, "sums"), (SOURCES, "sources")])
+def test_a_parallel_batch_is_left_to_mindformers(parallel, columns, form):
+    config = config_of(columns, ACCUMULATED)
     size = config.runner_config.batch_size
     plan_step(config).put_into(config)
     assert (config.runner_config.batch_size, config.runner_config.gradient_accumulation_steps) == (size, 3)
-    assert config.model.model_config.loss_form == "sums"
+    assert config.model.model_config.loss_form == form
     assert config.calculate_per_token_loss is True
 
 
