@@ -70,6 +70,7 @@ class AttentionCore(nn.Cell):
         self.weighted_sum = P.BatchMatMul()
         self.softmax = P.Softmax(-1)
         self.mul = P.Mul()
+        self.repeat_mask = P.Tile()
         self.add_mask = P.Add()
         self.reshape = P.Reshape()
         self.cast = P.Cast()
@@ -96,19 +97,30 @@ class AttentionCore(nn.Cell):
         query = self.reshape(query, (b, kv, g * length, d))                             # (B, KV, G*L, d)
         scores = self.cast(self.scores(query, key), self.dtype)                         # (B, KV, G*L, S)
         if mask is not None:
-            scores = self.add_mask(self.reshape(scores, (b, kv, g, length, s)), mask)   # (B, KV, G, L, S)
+            scores = self.masked(self.reshape(scores, (b, kv, g, length, s)), mask)     # (B, KV, G, L, S)
             scores = self.reshape(scores, (b, kv, g * length, s))                       # (B, KV, G*L, S)
         weights = self.cast(self.softmax(scores), value.dtype)
         return self.reshape(self.weighted_sum(weights, value), (b, kv, g, length, d))   # (B, KV, G, L, d)
 
-    def shard(self, dp: int, tp: int, packed: bool = False) -> None:
-        """Cuts samples by `dp` and key/value heads by `tp`; packed samples have masks of their own."""
+    def masked(self, scores, mask):
+        """Adds a mask `(B or 1, 1, 1, L, S)` to scores `(B, KV, G, L, S)`.
+
+        The mask is repeated first: a kernel of the CPU that broadcasts keeps two 8-byte indices for each of its results
+        as long as the graph lives, four times the scores of every layer.
+        """
+        b, kv, g, _, _ = scores.shape
+        return self.add_mask(scores, self.repeat_mask(mask, (b // mask.shape[0], kv, g, 1, 1)))
+
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts samples by `dp` and key/value heads by `tp`."""
         heads = (dp, tp, 1, 1)
         self.mul.shard(((dp, tp, 1, 1, 1), ()))
         self.scores.shard((heads, heads))
         self.softmax.shard((heads,))
         self.weighted_sum.shard((heads, heads))
-        self.add_mask.shard(((dp, tp, 1, 1, 1), (dp if packed else 1, 1, 1, 1, 1)))
+        # an axis that Tile repeats is cut in its result only
+        self.repeat_mask.shard(((dp, tp, 1, 1, 1),))
+        self.add_mask.shard(((dp, tp, 1, 1, 1), (dp, tp, 1, 1, 1)))
 
 
 class BlockwiseAttention(AttentionCore):
@@ -118,8 +130,7 @@ class BlockwiseAttention(AttentionCore):
 
     def __init__(self, head_size: int, softmax_dtype: mstype.Type = mstype.float32):
         super().__init__(head_size, softmax_dtype)
-        self.cut_queries, self.cut_keys = P.StridedSlice(), P.StridedSlice()
-        self.concat = P.Concat(3)
+        self.blocks = QueryBlocks(head_size, softmax_dtype)
 
     def construct(self, query, key, value, masks):
         """As `AttentionCore.construct`, keys and queries of the same L positions.
@@ -134,30 +145,94 @@ class BlockwiseAttention(AttentionCore):
             Tensor `(B, KV, G, L, d)`.
         """
         query = self.mul(query, self.scale)
-        b, kv, g, length, d = query.shape
-        if length <= BLOCK:
+        if len(masks) == 1:
             return self.attend(query, key, value, masks[0])
+        return self.blocks(query, key, value, masks)
+
+    def shard(self, dp: int, tp: int) -> None:
+        """As `AttentionCore.shard`."""
+        super().shard(dp, tp)
+        self.blocks.shard(dp, tp)
+
+
+class QueryBlocks(AttentionCore):
+    """Attention of scaled queries in several blocks, whose backward pass keeps no scores but computes them again.
+
+    The gradient is written out, because the compiler's own keeps the scores of every block and layer. The parallel
+    compiler does not look into it: it works on a device's own samples and heads, for which nothing has to be sent.
+    """
+
+    def __init__(self, head_size: int, softmax_dtype: mstype.Type):
+        super().__init__(head_size, softmax_dtype)
+        self.cut_queries, self.cut_keys = P.StridedSlice(), P.StridedSlice()
+        self.concat, self.concat_keys = P.Concat(3), P.Concat(2)
+        self.transposed = P.BatchMatMul(transpose_a=True)
+
+    def construct(self, query, key, value, masks):
+        """As `BlockwiseAttention.construct`, of queries that are scaled already."""
         done = None
         # one after the other, or their scores would live together; the largest first, whose memory serves the rest
         for number in range(len(masks) - 1, -1, -1):
-            start, end = number * BLOCK, min(number * BLOCK + BLOCK, length)
-            part = self.cut_queries(query, (0, 0, 0, start, 0), (b, kv, g, end, d), (1, 1, 1, 1, 1))
             if done is not None:
-                part = F.depend(part, done)
-            seen_keys = self.cut_keys(key, (0, 0, 0, 0), (b, kv, end, d), (1, 1, 1, 1))
-            seen_values = self.cut_keys(value, (0, 0, 0, 0), (b, kv, end, d), (1, 1, 1, 1))
-            y = self.attend(part, seen_keys, seen_values, masks[number])                # (B, KV, G, c, d)
+                query = F.depend(query, done)
+            part, keys, values = self.block(query, key, value, masks[number].shape)
+            y = self.attend(part, keys, values, masks[number])                          # (B, KV, G, c, d)
             # in pairs: a strategy of Concat has as many entries as inputs
             done = y if done is None else self.concat((y, done))
         return done                                                                     # (B, KV, G, L, d)
 
-    def shard(self, dp: int, tp: int, packed: bool = False) -> None:
-        """Cuts samples by `dp` and key/value heads by `tp`; packed samples have masks of their own."""
-        super().shard(dp, tp, packed)
+    def block(self, query, key, value, shape):
+        """Queries `(B, KV, G, c, d)`, keys and values `(B, KV, S, d)` of a block; its mask ends in `(c, S)`."""
+        b, kv, g, _, d = query.shape
+        start, end = shape[4] - shape[3], shape[4]
+        part = self.cut_queries(query, (0, 0, 0, start, 0), (b, kv, g, end, d), (1, 1, 1, 1, 1))
+        if end == key.shape[2]:
+            return part, key, value
+        stop, steps = (b, kv, end, d), (1, 1, 1, 1)
+        return (part, self.cut_keys(key, (0, 0, 0, 0), stop, steps), self.cut_keys(value, (0, 0, 0, 0), stop, steps))
+
+    def bprop(self, query, key, value, masks, out, dout):
+        """Gradients of queries, keys and values; the masks have none."""
+        d_query, d_key, d_value, none = None, None, None, ()
+        rest = F.sum(self.cast(dout, self.dtype) * self.cast(out, self.dtype), -1, True)     # (B, KV, G, L, 1)
+        for number in range(len(masks) - 1, -1, -1):
+            mask = masks[number]
+            none = (F.zeros_like(mask), *none)
+            start, end = mask.shape[4] - mask.shape[3], mask.shape[4]
+            if number < len(masks) - 1:
+                query = F.depend(query, d_value)
+            part, keys, values = self.block(query, key, value, mask.shape)
+            b, kv, g, c, d = part.shape
+            rows, scores_of = (b, kv, g * c, d), (b, kv, g, c, end)
+            part, d_part = self.reshape(part, rows), self.reshape(dout[:, :, :, start:end], rows)
+            scores = self.reshape(self.cast(self.scores(part, keys), self.dtype), scores_of)
+            weights = self.softmax(self.masked(scores, mask))                           # (B, KV, G, c, S)
+            d_weights = self.reshape(self.cast(self.scores(d_part, values), self.dtype), scores_of)
+            # repeated as masks are, see `masked`
+            d_scores = weights * (d_weights - F.tile(rest[:, :, :, start:end], (1, 1, 1, 1, end)))
+            flat = (b, kv, g * c, end)
+            weights = self.reshape(self.cast(weights, value.dtype), flat)
+            d_scores = self.reshape(self.cast(d_scores, key.dtype), flat)
+            q = self.reshape(self.weighted_sum(d_scores, keys), (b, kv, g, c, d))
+            k, v = self.transposed(d_scores, part), self.transposed(weights, d_part)    # (B, KV, S, d)
+            if d_value is None:
+                d_query, d_key, d_value = q, k, v
+            else:
+                d_query = self.concat((q, d_query))
+                d_key = self.concat_keys((d_key[:, :, :end] + k, d_key[:, :, end:]))
+                d_value = self.concat_keys((d_value[:, :, :end] + v, d_value[:, :, end:]))
+        return d_query, d_key, d_value, none
+
+    def shard(self, dp: int, tp: int) -> None:
+        """As `AttentionCore.shard`."""
+        super().shard(dp, tp)
         heads = (dp, tp, 1, 1, 1)
         self.cut_queries.shard((heads,))
         self.cut_keys.shard(((dp, tp, 1, 1),))
         self.concat.shard((heads, heads))
+
+    def recompute(self, **kwargs: bool) -> None:
+        """Nothing to do: no scores are kept."""
 
 
 class BlockMasks(nn.Cell):
@@ -266,7 +341,7 @@ class FlashAttention(nn.Cell):
         _, _, _, y = self.attention(query, key, value, None, None, None, mask, None)    # (B, H, L, d)
         return self.reshape(y, (b, kv, g, length, d))                                   # (B, KV, G, L, d)
 
-    def shard(self, dp: int, tp: int, packed: bool = False) -> None:
+    def shard(self, dp: int, tp: int) -> None:
         """Cuts samples by `dp` and key/value heads by `tp`; given masks are one for all samples."""
         masks = {NOTHING: (), CAUSAL: ((1, 1),), GIVEN: ((1, 1, 1, 1),)}
         self.attention.shard(((dp, tp, 1, 1),) * 3 + masks[self.hides])
@@ -311,7 +386,7 @@ class PackedFlashAttention(nn.Cell):
         _, _, _, y = self.attention(query, key, value, None, None, None, causal, None, lengths, lengths)
         return y
 
-    def shard(self, dp: int, tp: int, packed: bool = True) -> None:
+    def shard(self, dp: int, tp: int) -> None:
         """Cuts rows, and with them their lengths, by `dp` and key/value heads by `tp`."""
         self.attention.shard(((dp, tp, 1),) * 3 + ((1, 1), (dp,), (dp,)))
 

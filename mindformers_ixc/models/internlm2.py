@@ -242,7 +242,6 @@ class Attention(nn.Cell):
         self.core = decoder_attention(config)
         self.split = SplitHeads(config, self.core.positions_first)
         self.merge = MergeHeads(config, self.core.positions_first)
-        self.packed = config.packing
 
     def construct(self, x, image_mask, cos, sin, mask, adapters, shape, noise=None):
         """Attention over the whole sequence; arguments as in `DecoderLayer.construct`."""
@@ -251,7 +250,7 @@ class Attention(nn.Cell):
 
     def shard(self, dp: int, tp: int, sequence: bool) -> None:
         """Cuts samples and key/value groups."""
-        self.core.shard(dp, tp, self.packed)
+        self.core.shard(dp, tp)
         for cell in (self.split, self.merge):
             cell.shard(dp, tp)
         for linear in (self.wqkv, self.wo):

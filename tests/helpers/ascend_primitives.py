@@ -3,12 +3,14 @@
 `ascend_primitives.py DEVICE TENSOR FIELDS...`: TENSOR is the number of tensor-parallel devices; the FIELDS of each
 graph, as JSON, are those of `IXC25Config` and `noise`: whether dropout is seeded. The last line is a list of objects:
 `primitives`, their names; `checked`, how many operators there are that rules of scripts/ascend_rules.py are about, by
-name; `broken`, the rules they break; `gather_batch_axes`, those of its gathers.
+name; `broken`, the rules they break; `gather_batch_axes`, those of its gathers; `largest`, numbers of the largest
+tensor.
 """
 from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -94,7 +96,8 @@ def compiled(device: str, fields: dict) -> dict:
     checked = ascend_rules.operators(graph)
     return {"primitives": sorted({primitive.op_type for primitive in graph.primitives}),
             "checked": Counter(operator.name for operator in checked), "broken": ascend_rules.broken(checked),
-            "gather_batch_axes": gather_batch_axes(graph)}
+            "gather_batch_axes": gather_batch_axes(graph),
+            "largest": max(math.prod(shape) for shape in ascend_rules.tensors(graph))}
 
 
 def main(device: str, tensor: int, given: list[dict]) -> None:

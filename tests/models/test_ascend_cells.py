@@ -50,6 +50,15 @@ def test_what_is_not_asked_for_is_composed():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_no_scores_of_composed_attention_are_as_large_as_the_square_of_a_length(packing):
+    length, heads, block = 4096, 2, 512
+    found = described("CPU", seq_length=length, packing=packing)
+    assert "Softmax" in found["primitives"]
+    assert found["largest"] == heads * block * length        # of the last block of queries; not heads * length * length
+
+
+@pytest.mark.slow
 def test_rows_of_vision_tables_are_taken_by_kernels_of_cann():
     # a gather with a batch axis has none, forward or backward; Embedding and its gradient are aclnnEmbedding and
     # aclnnEmbeddingDenseBackward in MindSpore's library of Ascend operators
