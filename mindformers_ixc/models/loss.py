@@ -126,6 +126,22 @@ class InOrder(nn.Cell):
         return self.add_zero(F.depend(dout[0], (dout[1], dout[2])), 0.0), dout[1], dout[2]
 
 
+class ForwardFirst(nn.Cell):
+    """Lets the backward pass of the last chunk wait for the forward pass of all: a mean's gradient needs no loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_zero = P.Add().add_prim_attr("keep_alive", True)       # as in `InOrder`
+
+    def construct(self, losses):
+        """The losses as they are."""
+        return losses
+
+    def bprop(self, losses, out, dout):
+        """Their gradient, once they are there."""
+        return (self.add_zero(F.depend(dout, losses), 0.0),)
+
+
 class HeadLosses(nn.Cell):
     """Losses of all positions from the output of the last norm, a chunk of positions after the other.
 
@@ -136,7 +152,7 @@ class HeadLosses(nn.Cell):
     def __init__(self, config: IXC25Config):
         super().__init__()
         self.chunk_size, self.rows = config.loss_chunk, 1
-        self.chunk, self.in_order = ChunkLosses(config), InOrder()
+        self.chunk, self.in_order, self.forward_first = ChunkLosses(config), InOrder(), ForwardFirst()
         self.chunk.recompute()
         self.reshape = P.Reshape()
         self.slice_states, self.slice_labels = P.StridedSlice(), P.StridedSlice()
@@ -167,19 +183,38 @@ class HeadLosses(nn.Cell):
         rows, width = self.rows, x.shape[1]
         count = x.shape[0] // rows
         x, targets = self.reshape(x, (rows, count, width)), self.reshape(labels, (rows, count))
+        if count <= self.chunk_size:
+            return self.reshape(self.chunk(x, weight, targets), labels.shape)
         done = ()
-        for start in range(0, count, self.chunk_size):
-            end = min(start + self.chunk_size, count)
-            part, own = x, targets
-            if end - start < count:
-                part = self.slice_states(x, (0, start, 0), (rows, end, width), (1, 1, 1))
-                own = self.slice_labels(targets, (0, start), (rows, end), (1, 1))
+        for part, own in zip(self.pieces(x, self.slice_states), self.pieces(targets, self.slice_labels)):
             if done:
                 before, part, weight = self.in_order(done[-1], part, weight)
                 done = (*done[:-1], before)
             done = (*done, self.chunk(part, weight, own))
-        losses = self.concat(done) if len(done) > 1 else done[0]
-        return self.reshape(losses, labels.shape)
+        return self.reshape(self.forward_first(self.concat(done)), labels.shape)
+
+    def pieces(self, x, strided_slice):
+        """`(rows, n, ...)` cut into chunks along its second axis, as a tuple.
+
+        All of one size come from one operator, whose gradient joins theirs; that of a slice is as large as the whole.
+        """
+        count = x.shape[1]
+        whole, rest = count // self.chunk_size, count % self.chunk_size
+        if rest == 0:
+            return self.split(x, whole)
+        start, end, steps = (0,) * x.ndim, x.shape, (1,) * x.ndim
+        last = strided_slice(x, (0, count - rest, *start[2:]), end, steps)
+        first = strided_slice(x, start, (end[0], count - rest, *end[2:]), steps)
+        return (*self.split(first, whole), last)
+
+    def split(self, x, pieces):
+        """`(rows, n, ...)` cut into equal pieces along its second axis, as a tuple."""
+        if pieces == 1:
+            return (x,)
+        split = P.Split(1, pieces)
+        if self.rows > 1:
+            split.shard(((self.rows, *(1,) * (x.ndim - 1)),))
+        return split(x)
 
 
 class BatchLoss(nn.Cell):
