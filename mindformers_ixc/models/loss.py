@@ -126,6 +126,22 @@ class InOrder(nn.Cell):
         return self.add_zero(F.depend(dout[0], (dout[1], dout[2])), 0.0), dout[1], dout[2]
 
 
+class ForwardFirst(nn.Cell):
+    """Lets the backward pass of the last chunk wait for the forward pass of all: a mean's gradient needs no loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_zero = P.Add().add_prim_attr("keep_alive", True)       # as in `InOrder`
+
+    def construct(self, losses):
+        """The losses as they are."""
+        return losses
+
+    def bprop(self, losses, out, dout):
+        """Their gradient, once they are there."""
+        return (self.add_zero(F.depend(dout, losses), 0.0),)
+
+
 class HeadLosses(nn.Cell):
     """Losses of all positions from the output of the last norm, a chunk of positions after the other.
 
@@ -136,7 +152,7 @@ class HeadLosses(nn.Cell):
     def __init__(self, config: IXC25Config):
         super().__init__()
         self.chunk_size, self.rows = config.loss_chunk, 1
-        self.chunk, self.in_order = ChunkLosses(config), InOrder()
+        self.chunk, self.in_order, self.forward_first = ChunkLosses(config), InOrder(), ForwardFirst()
         self.chunk.recompute()
         self.reshape = P.Reshape()
         self.slice_states, self.slice_labels = P.StridedSlice(), P.StridedSlice()
@@ -177,7 +193,7 @@ class HeadLosses(nn.Cell):
                 before, part, weight = self.in_order(done[-1], part, weight)
                 done = (*done[:-1], before)
             done = (*done, self.chunk(part, weight, own))
-        return self.reshape(self.concat(done), labels.shape)
+        return self.reshape(self.forward_first(self.concat(done)), labels.shape)
 
     def pieces(self, x, strided_slice):
         """`(rows, n, ...)` cut into chunks along its second axis, as a tuple.
@@ -198,8 +214,8 @@ class HeadLosses(nn.Cell):
         if pieces == 1:
             return (x,)
         split = P.Split(1, pieces)
-        if self.dp:
-            split.shard(((self.dp, *(1,) * (x.ndim - 1)),))
+        if self.rows > 1:
+            split.shard(((self.rows, *(1,) * (x.ndim - 1)),))
         return split(x)
 
 

@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-import ascend_primitives as primitives       # first: it sets what MindSpore reads while it is imported
+import ascend_primitives as primitives  # first: it sets what MindSpore reads while it is imported
 import ascend_rules
 import mindspore as ms
 import numpy as np
