@@ -157,7 +157,6 @@ class HeadLosses(nn.Cell):
         self.reshape = P.Reshape()
         self.slice_states, self.slice_labels = P.StridedSlice(), P.StridedSlice()
         self.concat = P.Concat(1)
-        self.dp = 0       # of parallel runs
         self.add_zero = P.Add().add_prim_attr("keep_alive", True)
         self.sequence = False
         if is_parallel():
@@ -170,7 +169,6 @@ class HeadLosses(nn.Cell):
         self.add_zero.shard(((dp, 1), ()))
         self.slice_states.shard(((dp, 1, 1),))
         self.slice_labels.shard(((dp, 1),))
-        self.dp = dp
 
     def construct(self, x, weight, labels):
         """float32 losses `(B, L)`, 0 where nothing is labelled.

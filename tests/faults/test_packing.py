@@ -29,7 +29,7 @@ def test_preference_pairs_are_not_packed():
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"seq_length": 20}, "Rows of seq_length 20 with max_segments 32 hold no sample"),
+    ({"seq_length": 10}, "Rows of seq_length 10 with max_segments 16 hold no sample"),
     ({"max_segments": 1}, "max_segments is 1; it must be a whole number of at least 2"),
     ({"max_segments": 300}, "Rows of seq_length 256 with max_segments 300 hold no sample"),
     ({"max_images": 0}, "max_images is 0; it must be a whole number of at least 1"),

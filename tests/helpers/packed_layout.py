@@ -1,7 +1,7 @@
 """Compiles the training graph of packed rows for Ascend as a rank of a cluster that is not there; prints JSON.
 
-`packed_layout.py DATA TENSOR FIELDS FOLDER`, started with the variables of `preload_environment(simulated=True)`; FIELDS
-are those of `IXC25Config`, two rows a replica. The last line has `attention`, for each fused attention of the decoder
+`packed_layout.py DATA TENSOR FIELDS FOLDER`, started with the variables of `preload_environment(simulated=True)`;
+FIELDS are those of `IXC25Config`, two rows a replica. The last line has `attention`, for each fused attention of the decoder
 its name and the shapes of query and key, `lengths`, dtype and number of the lengths that the kernels take, and
 `layout_changes`, the scopes of what the compiler sends to change a tensor's layout.
 """
@@ -43,7 +43,8 @@ def main(data: int, tensor: int, fields: dict, folder: str) -> None:
     step.set_train()
     _cell_graph_executor.compile(step, *given.values(), phase="train", do_convert=False)
     graph = ModelProto()
-    graph.ParseFromString(_cell_graph_executor._graph_executor.get_func_graph_proto(step.current_phase, "mind_ir", True))
+    executor = _cell_graph_executor._graph_executor
+    graph.ParseFromString(executor.get_func_graph_proto(step.current_phase, "mind_ir", True))
     attention = [[one.name, one.query.shape, one.key.shape]
                  for one in ascend_rules.operators(graph, ("FlashAttentionScore", "FlashAttentionScoreGrad"))
                  if one.layout == "TND"]

@@ -1,4 +1,4 @@
-"""The two attentions of packed rows: segments and masks, the fused one's layout and lengths, the composed one's blocks."""
+"""The two attentions of packed rows: segments, masks, the fused one's layout and lengths, the composed one's blocks."""
 from __future__ import annotations
 
 import json
@@ -78,7 +78,7 @@ def test_lengths_accumulate_over_a_replicas_rows_and_start_again_with_the_next(r
     found = lengths_of(ends, 16, replicas).reshape(replicas, -1)
     rows = 4 // replicas
     for own, share in zip(found, np.split(ends, replicas)):
-        assert own[0] == share[0][0] and own[-1] == 16 * rows          # the last is T of the replica, as the kernel asks
+        assert own[0] == share[0][0] and own[-1] == 16 * rows     # the last is T of the replica
         assert np.diff(own, prepend=0).min() >= 1                      # no segment is empty
         np.testing.assert_array_equal(np.diff(own, prepend=0),
                                       np.concatenate([np.diff(row, prepend=0) for row in share]))

@@ -245,7 +245,8 @@ def test_a_global_batch_divides_or_is_refused_with_its_neighbours(data, micro, b
     assert str(refused.value).endswith(f"choose a multiple of {parts}, {near}")
 
 
-COLUMN_CUTS = {"input_ids": [2, 1], "labels": [2, 1], "pixel_values": [2, 1, 1, 1, 1], "vision_index": [2, 1],
+COLUMN_CUTS = {"input_ids": [2, 1], "labels": [2, 1], "pixel_values": [2, 1, 1, 1, 1],
+               "global_views": [2, 1, 1, 1, 1], "view_index": [2, 1], "vision_index": [2, 1],
                "image_mask": [2, 1], "noise_seed": [2], "source": [2, 1], "position_ids": [2, 1]}
 OWN_SAMPLES = {"parallel.full_batch": False, "parallel_config.data_parallel": 2}
 
