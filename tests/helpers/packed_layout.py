@@ -1,8 +1,8 @@
 """Compiles the training graph of packed rows for Ascend as a rank of a cluster that is not there; prints JSON.
 
 `packed_layout.py DATA TENSOR FIELDS FOLDER`, started with the variables of `preload_environment(simulated=True)`;
-FIELDS are those of `IXC25Config`, two rows a replica. The last line has `attention`, for each fused attention of the decoder
-its name and the shapes of query and key, `lengths`, dtype and number of the lengths that the kernels take, and
+FIELDS are those of `IXC25Config`, two rows a replica. The last line has `attention`, for each fused attention of the
+decoder its name and the shapes of query and key, `lengths`, dtype and number of the lengths that the kernels take, and
 `layout_changes`, the scopes of what the compiler sends to change a tensor's layout.
 """
 from __future__ import annotations
