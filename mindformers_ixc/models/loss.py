@@ -197,24 +197,27 @@ class HeadLosses(nn.Cell):
         """`(rows, n, ...)` cut into chunks along its second axis, as a tuple.
 
         All of one size come from one operator, whose gradient joins theirs; that of a slice is as large as the whole.
+        With replicas every chunk is a slice: an operator that is made here, in the graph, cannot be given a strategy.
         """
-        count = x.shape[1]
-        whole, rest = count // self.chunk_size, count % self.chunk_size
+        count, size = x.shape[1], self.chunk_size
+        whole, rest = count // size, count % size
+        start, end, steps = (0,) * x.ndim, x.shape, (1,) * x.ndim
+        if self.rows > 1:
+            found = ()
+            for place in range(0, count, size):
+                stop = (end[0], min(place + size, count), *end[2:])
+                found += (strided_slice(x, (0, place, *start[2:]), stop, steps),)
+            return found
         if rest == 0:
             return self.split(x, whole)
-        start, end, steps = (0,) * x.ndim, x.shape, (1,) * x.ndim
         last = strided_slice(x, (0, count - rest, *start[2:]), end, steps)
         first = strided_slice(x, start, (end[0], count - rest, *end[2:]), steps)
         return (*self.split(first, whole), last)
 
-    def split(self, x, pieces):
+    @staticmethod
+    def split(x, pieces):
         """`(rows, n, ...)` cut into equal pieces along its second axis, as a tuple."""
-        if pieces == 1:
-            return (x,)
-        split = P.Split(1, pieces)
-        if self.rows > 1:
-            split.shard(((self.rows, *(1,) * (x.ndim - 1)),))
-        return split(x)
+        return (x,) if pieces == 1 else P.Split(1, pieces)(x)
 
 
 class BatchLoss(nn.Cell):
