@@ -61,7 +61,8 @@ CALLBACKS = ("[{type: MFLossMonitor}, {type: CheckpointMonitor, prefix: p, save_
 SHARED = {"run_mode": "finetune", "model.model_config.adapter_mode": "web", "model.model_config.plora_dropout": 0.0,
           "train_parts": "[vision, projector, separators, partial_lora, language, task_lora.web]",
           "runner_wrapper.ema_decay": 0.9,
-          "lr_schedule.learning_rate": 1e-4}
+          "lr_schedule.learning_rate": 1e-4,
+          "model.model_config.loss_chunk": 150}      # several chunks, the last one shorter
 
 
 def write_start(folder: Path, config: Path = CONFIG) -> None:

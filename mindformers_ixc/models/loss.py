@@ -17,6 +17,7 @@ from mindformers.modules.transformer import TransformerOpParallelConfig
 from mindspore import nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
+from mindspore.parallel import Layout
 
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.models.configuration import IXC25Config
@@ -94,36 +95,50 @@ class ChunkLosses(nn.Cell):
         self.losses = token_losses(config)
         self.matmul = P.MatMul(transpose_b=True)
         self.cast, self.reshape = P.Cast(), P.Reshape()
-        self.dtype = config.compute_dtype
         if is_parallel():
             parallel = config.parallel_config
             self.matmul.shard(product_strategy(CUTS["output"], parallel.data_parallel, parallel.model_parallel))
 
     def construct(self, x, weight, labels):
-        """Losses `(rows, c)` of hidden states `(rows, c, D)`, the head's weight `(V, D)` and labels `(rows, c)`.
-
-        The weight is cast here, so that the chunks' gradients for it are added up in the dtype it is kept in.
-        """
-        flat = self.cast(self.reshape(x, (-1, x.shape[-1])), self.dtype)                         # (rows * c, D)
-        logits = self.cast(self.matmul(flat, self.cast(weight, self.dtype)), mstype.float32)      # (rows * c, V)
+        """Losses `(rows, c)` of `(rows, c, D)` and `(V, D)`, both in the compute dtype, and labels `(rows, c)`."""
+        logits = self.cast(self.matmul(self.reshape(x, (-1, x.shape[-1])), weight), mstype.float32)   # (rows * c, V)
         return self.reshape(self.losses(logits, self.reshape(labels, (-1,))), labels.shape)
 
 
-class InOrder(nn.Cell):
-    """Puts one chunk after another, forward and backward; otherwise their logits may live at the same time."""
+def layout_of(config: IXC25Config) -> Layout:
+    """Axes of the devices of a stage. A bare strategy would cut a weight over the wrong neighbours where dp > 1."""
+    parallel = config.parallel_config
+    return Layout((parallel.data_parallel, parallel.model_parallel), ("dp", "tp"))
 
-    def __init__(self):
+
+class After(nn.Cell):
+    """Puts one chunk after another, forward and backward; otherwise their logits may live at the same time.
+
+    Args:
+        config: gives the degrees.
+        cut: for each axis of the tensor the name of the devices' axis that cuts it, "None" where it is whole.
+    """
+
+    def __init__(self, config: IXC25Config, cut: tuple[str, ...]):
         super().__init__()
+        self.expand, self.squeeze, self.parallel = P.ExpandDims(), P.Squeeze(0), is_parallel()
+        if self.parallel:
+            layout = layout_of(config)
+            self.expand.shard((layout(*cut),))
+            self.squeeze.shard((layout("None", *cut),))
         # an operator, because recomputation waits for the gradient's operators and looks through what only orders
         self.add_zero = P.Add().add_prim_attr("keep_alive", True)
 
-    def construct(self, losses, x, weight):
-        """The losses of a chunk, and hidden states and weight for the next one, which waits for them."""
-        return losses, F.depend(x, losses), F.depend(weight, losses)
+    def construct(self, x, losses):
+        """Hidden states or weight for the next chunk, which waits for the losses of this one."""
+        x = F.depend(x, losses)
+        if self.parallel:      # the compiler needs an operator in a cell with its own gradient; these move no data
+            x = self.squeeze(self.expand(x, 0))
+        return x
 
-    def bprop(self, losses, x, weight, out, dout):
-        """The gradient of the losses waits for the gradients that the next chunk gives."""
-        return self.add_zero(F.depend(dout[0], (dout[1], dout[2])), 0.0), dout[1], dout[2]
+    def bprop(self, x, losses, out, dout):
+        """The losses' gradient gets nothing from here, but only once the next chunk's gradients are there."""
+        return dout, self.add_zero(F.depend(F.zeros_like(losses), dout), 0.0)
 
 
 class ForwardFirst(nn.Cell):
@@ -131,7 +146,7 @@ class ForwardFirst(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.add_zero = P.Add().add_prim_attr("keep_alive", True)       # as in `InOrder`
+        self.add_zero = P.Add().add_prim_attr("keep_alive", True)       # as in `After`
 
     def construct(self, losses):
         """The losses as they are."""
@@ -152,23 +167,33 @@ class HeadLosses(nn.Cell):
     def __init__(self, config: IXC25Config):
         super().__init__()
         self.chunk_size, self.rows = config.loss_chunk, 1
-        self.chunk, self.in_order, self.forward_first = ChunkLosses(config), InOrder(), ForwardFirst()
+        self.chunk, self.forward_first = ChunkLosses(config), ForwardFirst()
+        self.after_states = After(config, ("dp", "None", "None"))
+        self.after_weight = After(config, ("tp", "None"))
         self.chunk.recompute()
-        self.reshape = P.Reshape()
+        self.dtype = config.compute_dtype
+        self.cast, self.reshape = P.Cast(), P.Reshape()
         self.slice_states, self.slice_labels = P.StridedSlice(), P.StridedSlice()
-        self.concat = P.Concat(1)
-        self.add_zero = P.Add().add_prim_attr("keep_alive", True)
-        self.sequence = False
-        if is_parallel():
-            self._shard(config.parallel_config)
+        self.join = P.Concat(1)
+        # cells with gradients of their own hide from the parallel compiler what comes before and after them: these
+        # operators say how it is cut. Positions are gathered (sequence parallel) and the weight's gradient is summed
+        # over devices once, not for every chunk
+        self.add_states, self.add_weight, self.add_losses = (P.Add().add_prim_attr("keep_alive", True)
+                                                             for _ in range(3))
+        self.parallel = is_parallel()
+        if self.parallel:
+            self._shard(config)
 
-    def _shard(self, parallel: TransformerOpParallelConfig) -> None:
+    def _shard(self, config: IXC25Config) -> None:
         """Every device has its share of the positions in one row, which is then cut into chunks."""
-        self.rows = dp = parallel.data_parallel
-        self.sequence = parallel.model_parallel > 1 and parallel.use_seq_parallel
-        self.add_zero.shard(((dp, 1), ()))
+        self.rows = dp = config.parallel_config.data_parallel
+        layout = layout_of(config)
+        self.add_states.shard(((dp, 1), ()))
+        self.add_weight.shard((layout("tp", "None"), layout()))
+        self.add_losses.shard(((dp, 1), ()))
         self.slice_states.shard(((dp, 1, 1),))
         self.slice_labels.shard(((dp, 1),))
+        self.join.shard(((dp, 1), (dp, 1)))
 
     def construct(self, x, weight, labels):
         """float32 losses `(B, L)`, 0 where nothing is labelled.
@@ -178,46 +203,26 @@ class HeadLosses(nn.Cell):
             weight: the head's, `(V, D)`.
             labels: int32 `(B, L)`.
         """
-        if self.sequence:
-            x = self.add_zero(x, 0)       # whole positions come together once, not for every chunk
+        x, weight = self.cast(x, self.dtype), self.cast(weight, self.dtype)
+        if self.parallel:
+            x, weight = self.add_states(x, 0), self.add_weight(weight, 0)
         rows, width = self.rows, x.shape[1]
         count = x.shape[0] // rows
         x, targets = self.reshape(x, (rows, count, width)), self.reshape(labels, (rows, count))
         if count <= self.chunk_size:
             return self.reshape(self.chunk(x, weight, targets), labels.shape)
-        done = ()
-        for part, own in zip(self.pieces(x, self.slice_states), self.pieces(targets, self.slice_labels)):
-            if done:
-                before, part, weight = self.in_order(done[-1], part, weight)
-                done = (*done[:-1], before)
-            done = (*done, self.chunk(part, weight, own))
-        return self.reshape(self.forward_first(self.concat(done)), labels.shape)
-
-    def pieces(self, x, strided_slice):
-        """`(rows, n, ...)` cut into chunks along its second axis, as a tuple.
-
-        All of one size come from one operator, whose gradient joins theirs; that of a slice is as large as the whole.
-        With replicas every chunk is a slice: an operator that is made here, in the graph, cannot be given a strategy.
-        """
-        count, size = x.shape[1], self.chunk_size
-        whole, rest = count // size, count % size
-        start, end, steps = (0,) * x.ndim, x.shape, (1,) * x.ndim
-        if self.rows > 1:
-            found = ()
-            for place in range(0, count, size):
-                stop = (end[0], min(place + size, count), *end[2:])
-                found += (strided_slice(x, (0, place, *start[2:]), stop, steps),)
-            return found
-        if rest == 0:
-            return self.split(x, whole)
-        last = strided_slice(x, (0, count - rest, *start[2:]), end, steps)
-        first = strided_slice(x, start, (end[0], count - rest, *end[2:]), steps)
-        return (*self.split(first, whole), last)
-
-    @staticmethod
-    def split(x, pieces):
-        """`(rows, n, ...)` cut into equal pieces along its second axis, as a tuple."""
-        return (x,) if pieces == 1 else P.Split(1, pieces)(x)
+        losses = last = None
+        for start in range(0, count, self.chunk_size):
+            end = min(start + self.chunk_size, count)
+            if last is not None:      # cut from what has waited, so that its gradient is one running sum
+                x, weight = self.after_states(x, last), self.after_weight(weight, last)
+                losses = last if losses is None else self.join((losses, last))
+            part = self.slice_states(x, (0, start, 0), (rows, end, width), (1, 1, 1))
+            last = self.chunk(part, weight, self.slice_labels(targets, (0, start), (rows, end), (1, 1)))
+        losses = self.forward_first(self.join((losses, last)))
+        if self.parallel:
+            losses = self.add_losses(losses, 0.0)
+        return self.reshape(losses, labels.shape)
 
 
 class BatchLoss(nn.Cell):

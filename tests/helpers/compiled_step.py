@@ -29,8 +29,9 @@ def main(directory: str, folder: str) -> None:
     ms.set_device("CPU")
     simulate(0, 4)
     ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", device_num=4, global_rank=0, full_batch=True)
-    config = read_config(directory, IXC25Config, seq_length=16, max_tiles=2, adapter_mode="web", parallel_config={
-        "data_parallel": 2, "model_parallel": 2, "vocab_emb_dp": False})
+    # 16 positions a device: two chunks and a shorter one
+    config = read_config(directory, IXC25Config, seq_length=16, max_tiles=2, adapter_mode="web", loss_chunk=6,
+                         parallel_config={"data_parallel": 2, "model_parallel": 2, "vocab_emb_dp": False})
     with nn.no_init_parameters():
         model = IXC25ForCausalLM(config)
         network = _VirtualDatasetCell(model)
