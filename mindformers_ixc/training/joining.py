@@ -15,7 +15,7 @@ from mindspore import Parameter
 from mindspore.mint.distributed import barrier
 
 from mindformers_ixc.checkpoint.model_directory import ParameterTensor, write_tensors
-from mindformers_ixc.checkpoint.sources import AVERAGE_PREFIX
+from mindformers_ixc.checkpoint.sources import AVERAGE_PREFIX, is_state
 from mindformers_ixc.checkpoint.strategy_file import STRATEGY_FILE, read_layouts, strategy_files
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.checkpoint.unused import UNUSED_FILE, unused_parameters
@@ -54,7 +54,10 @@ class Joiner:
     """
 
     def __init__(self, run: Path, model: IXC25Model):
-        self.run, self.model = run, model
+        self.run = run
+        # beside them the network may keep a step's report, which is none of a model's parameters
+        self.parameters = {parameter.name: parameter for parameter in model.get_parameters()
+                           if not is_state(parameter.name)}
 
     @contextmanager
     def joined(self, name: str, checkpoint: Path | None = None,
@@ -92,8 +95,7 @@ class Joiner:
         """Writes the slices that this rank's graph uses."""
         folder.mkdir(parents=True, exist_ok=True)
         _, layouts = read_layouts(self.run / "strategy" / STRATEGY_FILE.format(rank()))
-        held = {parameter.name: parameter for parameter in self.model.get_parameters()}
-        held.update({f"{AVERAGE_PREFIX}{name}": parameter for name, parameter in averages.items()})
+        held = {**self.parameters, **{f"{AVERAGE_PREFIX}{name}": average for name, average in averages.items()}}
         write_tensors(folder / f"slices_rank_{rank()}-1_1.safetensors",
                       {name: ParameterTensor(parameter) for name, parameter in held.items() if name in layouts})
 
@@ -120,7 +122,7 @@ class Joiner:
 
     def _whole(self, files: list[Path], links: Path) -> Whole:
         source = open_ranks(files, self.run / "strategy", links)
-        names = [parameter.name for parameter in self.model.get_parameters()]
+        names = list(self.parameters)
         found = {**self._unused(name for name in names if name not in source.tensors), **source.tensors}
         lacking = [name for name in names if name not in found]
         if lacking:
@@ -143,8 +145,7 @@ class Joiner:
         """Parameters that no rank's graph uses: from where the run began, or as they were drawn."""
         if self._start:
             return unused_parameters(self.run, self._start, names)
-        held = {parameter.name: parameter for parameter in self.model.get_parameters()}
-        return {name: ParameterTensor(held[name]) for name in names}
+        return {name: ParameterTensor(self.parameters[name]) for name in names}
 
     def leave_unused(self) -> None:
         """Puts down what joining by hand needs beside the ranks' files and would find nowhere; rank 0 calls it."""
@@ -153,9 +154,8 @@ class Joiner:
         used: set[str] = set()
         for file in strategy_files(self.run / "strategy"):
             used.update(read_layouts(file)[1])
-        unused: dict[str, LazyTensor] = {
-            parameter.name: ParameterTensor(parameter) for parameter in self.model.get_parameters()
-            if parameter.name not in used}
+        unused: dict[str, LazyTensor] = {name: ParameterTensor(parameter)
+                                         for name, parameter in self.parameters.items() if name not in used}
         with whole_file(self.run / UNUSED_FILE) as path:
             write_tensors(path, unused)
 

@@ -19,6 +19,7 @@ from mindformers_ixc.checkpoint.unused import UNUSED_FILE
 from mindformers_ixc.checkpoint.writing import expected_layouts
 from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.models.report import REPORT_NAME
 from mindformers_ixc.training import joining
 from mindformers_ixc.training.joining import Joiner, PartsElsewhere
 from mindformers_ixc.training.resume import checkpoints_in
@@ -61,6 +62,7 @@ class FakeRun:
         """What a rank makes; parameters that are not its stage's are whatever they were drawn as."""
         self.monkeypatch.setattr(joining, "rank", lambda: rank)
         parameters = [Parameter(Tensor(self.own[rank].get(name, value)), name) for name, value in self.whole.items()]
+        parameters.append(Parameter(Tensor(np.zeros((2, 3), np.float32)), REPORT_NAME))       # what a step reports
         return Joiner(self.folder, SimpleNamespace(get_parameters=lambda: parameters))
 
     @contextmanager
