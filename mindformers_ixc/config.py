@@ -396,6 +396,11 @@ class VisionConfig:
         return {**_public(self, VISION_FIELDS), "model_type": self.model_type}
 
 
+def default_max_images(max_tiles: int) -> int:
+    """Pictures of a row where nobody says how many: each has two tiles at least, its global view and one of its own."""
+    return max(1, max_tiles // 2)
+
+
 class ModelConfig:
     """Configuration of IXC2.5, with the defaults of the 7B model.
 
@@ -472,8 +477,8 @@ class ModelConfig:
         self.rms_norm_eps = float(self.rms_norm_eps)
         self.rope_theta, self.rope_scaling, self.rope_parameters = rope.theta or self.rope_theta, rope.scaling, None
         self.vision_config = self._vision(self.vision_config)
-        if self.max_images is None:       # a picture is a global view and one tile at least
-            self.max_images = max(1, self.max_tiles // 2)
+        if self.max_images is None:
+            self.max_images = default_max_images(self.max_tiles)
         check_value("task_lora_ranks", {} if no_pairs else self.task_lora_ranks, _SECTION)
         self.task_lora_ranks = dict(TASK_LORA_RANKS if no_pairs else self.task_lora_ranks)
         self.offset = 0 if self.offset is None else self.offset

@@ -66,11 +66,6 @@ def column_ranks(columns: Iterable[str], pairs: bool = False) -> list[int]:
     return [len(shape) + 1 for _, shape in column_shapes(ModelConfig(), columns, 2 if pairs else 1).values()]
 
 
-def default_max_images(max_tiles: int) -> int:
-    """I where nobody says it: a picture takes two of the T tiles at least, its global view and one of its own."""
-    return max(1, max_tiles // 2)
-
-
 def full_batches(items: Iterable, size: int,
                  pad: Callable[[Any], Any] = lambda last: last) -> Iterator[tuple[list, int]]:
     """Batches of one size, so that one graph computes all of them.

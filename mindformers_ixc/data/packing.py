@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mindformers_ixc.data.batch import default_max_images
+from mindformers_ixc.config import default_max_images
 from mindformers_ixc.errors import PromptError
 from mindformers_ixc.processing.image import Tiles
 from mindformers_ixc.processing.processor import EncodedSample

@@ -9,7 +9,8 @@ from typing import Any, Protocol, Union
 
 import numpy as np
 
-from mindformers_ixc.data.batch import BATCH_COLUMNS, default_max_images
+from mindformers_ixc.config import default_max_images
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.data.packing import join_samples
 from mindformers_ixc.data.sampling import RunPlan

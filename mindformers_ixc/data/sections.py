@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mindformers_ixc.config import FIELDS
+from mindformers_ixc.config import FIELDS, default_max_images
 from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.data.packer import Budget
@@ -43,7 +43,7 @@ def row_budget(section: Any) -> Budget:
         section: checked, as a mapping.
     """
     max_tiles = section["max_tiles"]
-    return Budget(section["seq_length"], max_tiles, section.get("max_images") or max(1, max_tiles // 2),
+    return Budget(section["seq_length"], max_tiles, section.get("max_images") or default_max_images(max_tiles),
                   section.get("max_segments") or FIELDS["max_segments"].default)
 
 

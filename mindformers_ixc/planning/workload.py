@@ -18,7 +18,7 @@ from mindformers_ixc.parallel.slices import placement
 from mindformers_ixc.parallel.stages import stages_of_layers
 from mindformers_ixc.parameters import Entry, layer_of, parameter_table
 from mindformers_ixc.planning.rows import RowMeans
-from mindformers_ixc.preference_options import needs_reference
+from mindformers_ixc.preference_options import TASK, needs_reference
 from mindformers_ixc.sections import check_value, whole
 
 # Parameters MindSpore does not shard over replicas because they are small, KiB (its documented default).
@@ -250,7 +250,7 @@ class Workload:
     @property
     def preference_task(self) -> str:
         """The task LoRA that learns from preferences, which the reference does without."""
-        return (self.config.preference or {}).get("task", "dpo")
+        return (self.config.preference or {}).get("task", TASK)
 
     @property
     def cuts_vocabulary(self) -> bool:

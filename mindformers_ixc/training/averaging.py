@@ -10,8 +10,7 @@ from mindspore.common.initializer import Zero, initializer
 from mindspore.ops import composite as C
 from mindspore.ops import functional as F
 
-# What the names of averaged weights start with, in checkpoints too.
-AVERAGE_PREFIX = "ema"
+from mindformers_ixc.checkpoint.sources import AVERAGE_PREFIX
 
 _begin_average = C.MultitypeFuncGraph("begin_average")
 _move_average = C.MultitypeFuncGraph("move_average")
@@ -75,7 +74,7 @@ def _averaged(parameter: Parameter) -> Parameter:
     parameter.param_info.cloned_obj.append(average)
     average.is_init = False
     average.set_data(initializer(Zero(), shape=parameter.shape, dtype=mstype.float32))
-    average.name = f"{AVERAGE_PREFIX}.{parameter.name}"
+    average.name = f"{AVERAGE_PREFIX}{parameter.name}"
     average.requires_grad = False
     return average
 

@@ -17,10 +17,11 @@ from mindspore.ops import functional as F
 from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc.config import MODE_ADAPTERS
-from mindformers_ixc.data.batch import BATCH_COLUMNS, default_max_images, full_batches
+from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
 from mindformers_ixc.data.conversations import load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import fit_samples
 from mindformers_ixc.data.rows import check_images
+from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.device import is_parallel, measuring, reports_loss
 from mindformers_ixc.errors import ConfigError, TrainingError
 from mindformers_ixc.files import EVALUATIONS_FILE, read_metrics, write_whole
@@ -93,7 +94,7 @@ class HeldOut:
     def __init__(self, data: MindFormerConfig, options: dict):
         self.processor, self.options = section_processor(data), options
         hd_num = data.hd_num or HD_NUM_TRAINING
-        self.max_images = data.max_images or default_max_images(data.max_tiles)
+        self.max_images = row_budget(data).max_images
         loader = data.data_loader or {}      # what it says of trust and of keys holds for held-out samples too
         samples = load_sources(options["dataset_dir"], options["image_folder"], image_root=loader.get("image_root"),
                                ignore_keys=loader.get("ignore_keys") or ())

@@ -24,7 +24,7 @@ from mindformers_ixc.files import METRICS_FILE, read_metrics, write_whole
 from mindformers_ixc.models.preference import REPORT
 from mindformers_ixc.models.report import take_report
 from mindformers_ixc.parameters import part_of
-from mindformers_ixc.preference_options import needs_reference
+from mindformers_ixc.preference_options import needs_reference, preference_options
 from mindformers_ixc.sections import is_whole
 from mindformers_ixc.training.averaging import averages_of
 from mindformers_ixc.training.step import PREFERENCE, StepPlan
@@ -110,11 +110,10 @@ class TrainingLog(Callback):
 
     def _reference(self, config: ModelConfig) -> str | None:
         """The task LoRA which the reference that a step computes does without, if it computes one."""
-        options = config.preference or {}
-        if self.plan.report != PREFERENCE or not needs_reference(options) \
+        if self.plan.report != PREFERENCE or not needs_reference(config.preference) \
                 or REFERENCE_COLUMN in self.dataset.conversations.columns:
             return None
-        return options.get("task", "dpo")
+        return preference_options(config.preference)["task"]
 
     def on_train_step_begin(self, run_context: RunContext) -> None:
         """Notes when the batch was there."""

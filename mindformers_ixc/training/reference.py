@@ -14,8 +14,8 @@ import numpy as np
 from mindspore import Tensor, nn
 from tqdm import tqdm
 
-from mindformers_ixc.config import read_fields
-from mindformers_ixc.data.batch import BATCH_COLUMNS, default_max_images, full_batches
+from mindformers_ixc.config import default_max_images, read_fields
+from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
 from mindformers_ixc.data.conversations import Conversation, read_image_sizes
 from mindformers_ixc.data.forms import LISTS, MEDIA_KEYS
 from mindformers_ixc.data.preferences import REFERENCE_COLUMN, load_preferences

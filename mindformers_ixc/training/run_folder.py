@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mindformers_ixc.checkpoint.unused import UNUSED_FILE
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import EVALUATIONS_FILE, METRICS_FILE, tidy
 from mindformers_ixc.interruption import JOB
@@ -28,11 +29,13 @@ from mindformers_ixc.interruption import JOB
 LOCK_FILE = "run.lock"
 RECORD = "run_config.json"
 
+# Parts that ranks put down to be joined, by the name of what is made of them.
+SLICES = ".slices_{}"
+
 # Model directories that a run leaves, and with them all that `--overwrite` moves aside.
-SLICES = ".slices_{}"       # parts that ranks put down to be joined, by the name of what is made of them
 RESULTS = ("model", "trained_parts", "model_ema", "best")
 OWN = (*RESULTS, "checkpoint", "checkpoint_network", "checkpoint_trainable", METRICS_FILE, EVALUATIONS_FILE, "resume",
-       "strategy", "unused.safetensors", "report", "report.html", "tensorboard", RECORD)
+       "strategy", UNUSED_FILE, "report", "report.html", "tensorboard", RECORD)
 
 # Seconds that the ranks of a killed launch get to be gone before the next run begins.
 ORPHANS_S = 60

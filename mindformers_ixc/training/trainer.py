@@ -21,7 +21,7 @@ from mindformers_ixc import interruption
 from mindformers_ixc.checkpoint.model_directory import weights_of, write_model_directory
 from mindformers_ixc.checkpoint.start import OVERRIDE
 from mindformers_ixc.checkpoint.tensors import LazyTensor
-from mindformers_ixc.config import FIELDS
+from mindformers_ixc.config import FIELDS, default_max_images
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
@@ -68,9 +68,9 @@ def check_sections_agree(config: MindFormerConfig) -> None:
     budget = row_budget(data)
     vision = model.vision_config or {}
     pairs = [("seq_length", model.seq_length, data.seq_length), ("max_tiles", model.max_tiles, data.max_tiles),
-             ("max_images", model.max_images, data.max_images),
              ("packing", bool(model.packing), bool(data.packing)),
-             ("max_images", model.max_images or max(1, (model.max_tiles or budget.max_tiles) // 2), budget.max_images),
+             ("max_images", model.max_images or default_max_images(model.max_tiles or budget.max_tiles),
+              budget.max_images),
              ("max_segments", model.max_segments or FIELDS["max_segments"].default, budget.max_segments),
              ("image_size", vision.get("image_size"), data.image_size),
              ("patch_size", vision.get("patch_size"), data.patch_size)]
@@ -87,7 +87,7 @@ def check_sections_agree(config: MindFormerConfig) -> None:
 
 def how_to_join(folder: str | os.PathLike) -> str:
     """The command that joins what the ranks of a run have saved."""
-    return (f"Join the parts with\n    mindformers convert {folder} {os.path.join(folder, 'model')} --to hf")
+    return f"Join the parts with\n    mindformers convert {folder} {os.path.join(folder, 'model')} --to hf"
 
 
 def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: ConversationTable | None) -> str:
@@ -359,8 +359,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
                     written.append("model_ema")
                 return written
         except PartsElsewhere as error:
-            self._close(f"{error} {how_to_join(get_output_root_path())}", [],
-                        joined=False)
+            self._close(f"{error} {how_to_join(get_output_root_path())}", [], joined=False)
             return []
 
     def _leave_parts(self, model: IXC25Model) -> None:

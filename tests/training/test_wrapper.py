@@ -8,7 +8,8 @@ from mindformers.core.optim import AdamW
 from mindspore import Parameter, Tensor, nn
 from mindspore.ops import functional as F
 
-from mindformers_ixc.training.averaging import AVERAGE_PREFIX, AveragedOptimizer, averaged_weights, averages_of
+from mindformers_ixc.checkpoint.sources import AVERAGE_PREFIX
+from mindformers_ixc.training.averaging import AveragedOptimizer, averaged_weights, averages_of
 from mindformers_ixc.training.wrapper import IXC25TrainOneStepCell, portable_wrapper
 
 WIDTH, LENGTH, RATE = 8, 6, 0.25
@@ -115,7 +116,7 @@ def average_of(cell) -> np.ndarray:
 def test_the_average_keeps_its_share_of_every_step():
     decay, x, labels = 0.75, *batch((6, 6))
     cell = cell_of(ema_decay=decay)
-    assert [parameter.name for parameter in averages_of(cell).values()] == [f"{AVERAGE_PREFIX}.weight"]
+    assert [parameter.name for parameter in averages_of(cell).values()] == [f"{AVERAGE_PREFIX}weight"]
     assert not any(parameter.name.startswith(AVERAGE_PREFIX) for parameter in cell.trainable_params())
     loaded = START + 1                       # a checkpoint that is loaded when all cells are there
     cell.network.weight.set_data(Tensor(loaded))
