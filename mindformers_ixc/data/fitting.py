@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from mindformers_ixc.data.conversations import LISTED_ERRORS, PROGRESS_FROM, Conversation
 from mindformers_ixc.data.forms import count_places
+from mindformers_ixc.data.packer import longest_sample
 from mindformers_ixc.data.rows import MAX_BAD_SHARE
 from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.processing.processor import Processor
@@ -108,7 +109,7 @@ def fit_samples(processor: Processor, samples: Sequence[Conversation], seq_lengt
     Raises:
         DataError: when nothing fits, with the lengths that would, or too many pictures cannot be used.
     """
-    longest = seq_length if max_segments is None else seq_length - max_segments + 1
+    longest = seq_length if max_segments is None else longest_sample(seq_length, max_segments)
     shapes = f"seq_length {seq_length} and max_tiles {max_tiles}" if max_images is None else \
         f"seq_length {seq_length}, max_tiles {max_tiles} and max_images {max_images}"
     if max_segments is not None:

@@ -38,6 +38,11 @@ TRIED_SECONDS = 8
 SCARCITY = 4
 
 
+def longest_sample(seq_length: int, max_segments: int) -> int:
+    """Positions of a sample that fits a packed row, see `Budget.longest`."""
+    return seq_length - max_segments + 1
+
+
 class Budget(NamedTuple):
     """What a row holds at most.
 
@@ -56,7 +61,7 @@ class Budget(NamedTuple):
     @property
     def longest(self) -> int:
         """Positions of a sample at most: alone in a row it has `max_segments` - 1 segments of padding behind it."""
-        return self.seq_length - self.max_segments + 1
+        return longest_sample(self.seq_length, self.max_segments)
 
     def check(self) -> None:
         """Checks that a row holds anything at all.

@@ -42,6 +42,15 @@ class PreferenceTable(ConversationTable):
         super().__init__(processor, chosen, **options)
         self.rejected, self.logps = list(rejected), list(logps)
 
+    @property
+    def needs(self) -> np.ndarray:
+        """Positions of either answer's sequence and the tiles that both look at, int `(n, 3)`."""
+        if self._needs is None:
+            sides = [(self._measure(chosen), self._measure(rejected))
+                     for chosen, rejected in zip(self.samples, self.rejected)]
+            self._needs = np.array([(chosen[0], *rejected) for chosen, rejected in sides], np.int32).reshape(-1, 3)
+        return self._needs
+
     def _encode(self, index: int) -> dict[str, np.ndarray]:
         pair = (self.samples[index], self.rejected[index])
         encoded_images = self.processor.image_processor.cut(list(pair[0].images), self.hd_num, training=True,

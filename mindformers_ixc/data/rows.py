@@ -67,7 +67,8 @@ class ConversationTable:
         max_tiles: tiles of a row.
         hd_num: tiles of an image at most.
         max_bad_share: share of damaged samples above which reading stops.
-        needs: positions and tiles of each sample, int `(n, 2)`; by default they are measured when they are asked for.
+        needs: positions of each sample's sequence (of a pair both) and its tiles, int `(n, 2)` or `(n, 3)`; by default
+            they are measured when they are asked for.
         columns: what a row holds, of `mindformers_ixc.data.batch`.
         seed: of the noise.
         max_images: pictures of a row; by default half the tiles.
@@ -142,12 +143,13 @@ class ConversationTable:
 
     @property
     def needs(self) -> np.ndarray:
-        """Positions and tiles of every sample, int `(n, 2)`."""
+        """Positions of every sample's sequence and its tiles, int `(n, 2)`."""
         if self._needs is None:
-            self._needs = np.array([self.processor.conversation_length(sample.turns, sample.sizes, self.hd_num,
-                                                                       sample.where, sample.images)
-                                    for sample in self.samples], np.int32).reshape(-1, 2)
+            self._needs = np.array([self._measure(sample) for sample in self.samples], np.int32).reshape(-1, 2)
         return self._needs
+
+    def _measure(self, sample: Conversation) -> tuple[int, int]:
+        return self.processor.conversation_length(sample.turns, sample.sizes, self.hd_num, sample.where, sample.images)
 
     def is_multimodal(self, index: int) -> bool:
         """Whether a sample has images."""

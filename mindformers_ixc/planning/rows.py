@@ -8,7 +8,7 @@ import numpy as np
 
 from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.data.advice import drawn, measure
-from mindformers_ixc.data.packer import pack
+from mindformers_ixc.data.packer import Budget, pack
 from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.operations import goodput, training_costs
 
@@ -114,23 +114,20 @@ def read_rows(section: Mapping, config: ModelConfig) -> RowMeans:
     """
     needs, seed = measure(section), section.get("seed") or 0
     mixture = (section.get("data_loader") or {}).get("mixture")
-    epoch = (mixture or {}).get("samples_per_epoch") or len(needs.positions)
+    epoch = (mixture or {}).get("samples_per_epoch") or len(needs)
     needs = drawn(needs, mixture, seed)
-    positions, tiles, images = (np.asarray(column) for column in (needs.positions, needs.tiles, needs.images))
-    # the padding of a packed row is cut into segments of one position at least
-    longest = config.seq_length - (config.max_segments - 1 if config.packing else 0)
-    fits = np.flatnonzero((positions <= longest) & (tiles <= config.max_tiles) & (images <= config.max_images))
+    budget = Budget(config.seq_length, config.max_tiles, config.max_images, config.max_segments)
+    fits = np.flatnonzero(needs.fits(budget, config.packing))
     if not len(fits):
-        raise DataError(f"None of the {len(positions)} samples fits a row of seq_length {config.seq_length}, max_tiles "
-                        f"{config.max_tiles} and max_images {config.max_images}; the shortest needs {positions.min()} "
-                        f"positions, and the one with the fewest tiles {tiles.min()}. Raise them.")
+        raise DataError(f"None of the {len(needs)} samples fits a row of seq_length {config.seq_length}, max_tiles "
+                        f"{config.max_tiles} and max_images {config.max_images}; the shortest needs "
+                        f"{needs.positions.min()} positions, and the one with the fewest tiles {needs.tiles.min()}. "
+                        "Raise them.")
     rows: Iterable[Iterable[int]] = ([index] for index in fits)
     if config.packing:
-        packed = pack(positions[fits], tiles[fits], images[fits], seed,
-                      seq_length=config.seq_length, max_tiles=config.max_tiles, max_images=config.max_images,
-                      max_segments=config.max_segments)
-        rows = (fits[row] for row in packed.lists())
-    return describe_rows(positions, tiles, rows, config.seq_length, epoch)
+        own = needs.take(fits)
+        rows = (fits[row] for row in pack(own.positions, own.tiles, own.images, seed, **budget._asdict()).lists())
+    return describe_rows(needs.positions, needs.tiles, rows, config.seq_length, epoch)
 
 
 def steps_of_run(fields: Mapping, means: RowMeans, global_batch: int) -> int:

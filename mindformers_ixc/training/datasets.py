@@ -186,7 +186,7 @@ def _preference_table(config: MindFormerConfig) -> PreferenceTable:
             bad.append(error)
     check_bad_pictures(bad, len(pairs), share)
     pairs = usable
-    fitting = [pair for pair, sides in zip(pairs, measured) if all(count for count, _ in sides)]
+    fitting = [(pair, sides) for pair, sides in zip(pairs, measured) if all(count for count, _ in sides)]
     if len(fitting) < len(pairs):
         longest = max(positions for sides in measured for _, (positions, _) in sides)
         message = (f"{len(pairs) - len(fitting)} of {len(pairs)} pairs do not fit seq_length {config.seq_length} "
@@ -194,7 +194,9 @@ def _preference_table(config: MindFormerConfig) -> PreferenceTable:
         if not fitting:
             raise DataError(f"{message}, so nothing is left to train on; raise them.")
         logger.warning(f"{message} and are left out.")
-    chosen, rejected, logps = zip(*fitting)
+    chosen, rejected, logps = zip(*(pair for pair, _ in fitting))
+    # both answers look at the same pictures
+    needs = np.array([(one[0], *other) for _, ((_, one), (_, other)) in fitting], np.int32)
     return PreferenceTable(processor, chosen, rejected, logps, seq_length=config.seq_length,
-                           max_tiles=config.max_tiles, hd_num=hd_num, max_bad_share=share, columns=columns, seed=seed,
-                           max_images=config.max_images)
+                           max_tiles=config.max_tiles, hd_num=hd_num, max_bad_share=share, needs=needs, columns=columns,
+                           seed=seed, max_images=config.max_images)

@@ -64,26 +64,11 @@ def work_of(dataset: Any, step: int) -> Work:
     table, sampler = dataset.conversations, dataset.plan_sampler
     rows = sampler.rows(step)
     samples = tuple(chain.from_iterable(rows))
-    measured = [_measure(table, index) for index in samples]
+    needs = table.needs[list(samples)]                 # positions of each sequence of a sample, then its tiles
     length, tiles = sampler.row_shape
-    sequences = 2 if _has_pairs(table) else 1
-    return Work(samples, tuple(chain.from_iterable(lengths for lengths, _ in measured)),
-                sum(count for _, count in measured), len(rows) * sequences * length, len(rows) * tiles)
-
-
-def _has_pairs(table: Any) -> bool:
-    return getattr(table, "rejected", None) is not None
-
-
-def _measure(table: Any, index: int) -> tuple[list[int], int]:
-    """Positions of each sequence of a sample, and its tiles."""
-    if not _has_pairs(table):
-        positions, tiles = table.needs[index]
-        return [int(positions)], int(tiles)
-    sides = [table.samples[index], table.rejected[index]]
-    needs = [table.processor.conversation_length(side.turns, side.sizes, table.hd_num, side.where, side.images)
-             for side in sides]
-    return [positions for positions, _ in needs], needs[0][1]      # both answers look at the same pictures
+    sequences = needs.shape[1] - 1
+    return Work(samples, tuple(needs[:, :-1].reshape(-1).tolist()), int(needs[:, -1].sum()),
+                len(rows) * sequences * length, len(rows) * tiles)
 
 
 class Throughput:

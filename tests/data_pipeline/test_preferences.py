@@ -68,6 +68,16 @@ def test_a_pair_is_two_conversations_that_differ_in_the_answer(source):
         assert chosen.source == str(source)
 
 
+def test_what_a_pair_needs_is_measured_while_it_is_read(source, monkeypatch):
+    table = dataset(source).conversations
+    monkeypatch.setattr(table.processor, "conversation_length", None)      # nothing is measured a second time
+    for index, (*lengths, tiles) in enumerate(table.needs.tolist()):
+        sides = [table.processor.encode_conversation(side[index].turns, side[index].images, "", table.hd_num)
+                 for side in (table.samples, table.rejected)]
+        assert lengths == [len(side.input_ids) for side in sides] and {tiles} == {side.tiles for side in sides}
+    assert lengths[0] != lengths[1] and len(table.needs) == 5
+
+
 def test_pairs_without_log_probabilities_have_none(tmp_path):
     assert [logps for _, _, logps in load_preferences(write(tmp_path, [PAIR]))] == [None]
 

@@ -11,6 +11,7 @@ from planned import recipe
 from test_plan import SFT, run
 
 from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.data.advice import Needs
 from mindformers_ixc.data.batch import BATCH_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.operations import training_costs
@@ -36,7 +37,7 @@ def data(monkeypatch):
 
     def measure(section):
         asked.append(section)
-        return SimpleNamespace(positions=POSITIONS, tiles=TILES, images=IMAGES, sources=np.zeros(4, int))
+        return Needs(POSITIONS, TILES, IMAGES, np.zeros(4, int))
 
     def pack(positions, tiles, images, seed, *, seq_length, max_tiles, max_images, max_segments):
         assert (positions.sum(), tiles.sum(), images.sum()) == (6000, 12, 2)

@@ -18,10 +18,6 @@ def dataset(rows, **table):
     return SimpleNamespace(conversations=SimpleNamespace(**table), plan_sampler=sampler)
 
 
-def side(positions: int, tiles: int):
-    return SimpleNamespace(turns=positions, sizes=tiles, where="", images=())
-
-
 def test_packed_rows_count_their_samples():
     work = work_of(dataset([[[0, 1], [2]], [[3]]], needs=NEEDS), 0)
     assert (work.samples, work.lengths, work.positions, work.tiles) == ((0, 1, 2), (10, 12, 16), 38, 6)
@@ -30,9 +26,7 @@ def test_packed_rows_count_their_samples():
 
 
 def test_a_pair_has_two_texts_and_one_set_of_pictures():
-    processor = SimpleNamespace(conversation_length=lambda turns, sizes, *_: (turns, sizes))
-    work = work_of(dataset([[[0]]], samples=[side(10, 3)], rejected=[side(14, 3)], processor=processor, hd_num=2,
-                           needs=NEEDS), 0)
+    work = work_of(dataset([[[0]]], needs=np.array([[10, 14, 3]], np.int32)), 0)
     assert (work.lengths, work.tiles) == ((10, 14), 3)
     assert (work.computed_positions, work.computed_tiles) == (64, 6)
 
