@@ -241,9 +241,12 @@ def operators(model: Any, names: Sequence[str] = TABLED) -> list[Operator]:
     Raises:
         ValueError: when an input's shape is not in the graph.
     """
-    known = dict(_values(model))
+    known, parts = dict(_values(model)), (model.graph, *model.functions)
+    for node in (node for part in parts for node in part.node if kind(node) == "TensorToTuple"):
+        # The graph knows how long such a tuple is and none of its numbers: it is the tensor that it is made of.
+        known[node.output[0]] = known[node.input[0]]
     found = []
-    for part in (model.graph, *model.functions):
+    for part in parts:
         for node in part.node:
             name = kind(node)
             if name in names:

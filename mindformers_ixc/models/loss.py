@@ -189,7 +189,8 @@ class HeadLosses(nn.Cell):
         self.rows = dp = config.parallel_config.data_parallel
         layout = layout_of(config)
         self.add_states.shard(((dp, 1), ()))
-        self.add_weight.shard((layout("tp", "None"), layout()))
+        tp = config.parallel_config.model_parallel
+        self.add_weight.shard((layout("tp", "None"), layout()) if dp > 1 else ((tp, 1), ()))
         self.add_losses.shard(((dp, 1), ()))
         self.slice_states.shard(((dp, 1, 1),))
         self.slice_labels.shard(((dp, 1),))
