@@ -210,26 +210,6 @@ def test_a_parameter_says_whether_it_is_cut_already():
     assert parameter.sliced is False
 
 
-def test_mindformers_cross_entropy_is_made_of_two_cells():
-    from mindformers.core.loss.loss import CrossEntropyLoss
-    from mindformers.modules.transformer import TransformerOpParallelConfig
-
-    cells = CrossEntropyLoss(parallel_config=TransformerOpParallelConfig(data_parallel=1, model_parallel=1))
-    logits = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
-    labels = np.array([0, 6, 3, 3, 1], np.int32)
-
-    class Losses(nn.Cell):
-        def __init__(self):
-            super().__init__()
-            self.log_softmax, self.nll = cells._log_softmax, cells._nllloss
-
-        def construct(self, x, y):
-            return self.nll(*self.log_softmax(x, y))
-
-    expected = np.log(np.exp(logits).sum(-1)) - logits[np.arange(5), labels]
-    np.testing.assert_allclose(Losses()(Tensor(logits), Tensor(labels)).asnumpy().reshape(-1), expected, rtol=1e-5)
-
-
 def test_ascends_attention_has_the_parts_that_are_used():
     from mindformers.modules.flash_attention import FlashAttention
     from mindformers.modules.paged_attention_mgr import PagedAttentionMgr

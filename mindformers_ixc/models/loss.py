@@ -12,9 +12,7 @@ their losses and are dropped, and made again when the backward pass comes to the
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
-from mindformers.core.loss.loss import CrossEntropyLoss
-from mindformers.modules.transformer import TransformerOpParallelConfig
-from mindspore import nn
+from mindspore import Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 from mindspore.parallel import Layout
@@ -51,7 +49,11 @@ class TokenLosses(nn.Cell):
 
 
 class ParallelTokenLosses(nn.Cell):
-    """`TokenLosses` from the two cells that MindFormers' cross entropy is made of, the vocabulary cut.
+    """`TokenLosses` with positions and vocabulary cut; every device gets the losses of its share of the positions.
+
+    MindFormers' cross entropy has cells with gradients of their own. Those are no operators of the backward pass to
+    the recomputation, which then keeps what they take: a copy of all the logits, wherever micro batches do not share a
+    graph. So this is operators only; two more sums of a number per position go with their gradients.
 
     Args:
         config: gives the data-parallel and tensor-parallel degrees.
@@ -59,23 +61,25 @@ class ParallelTokenLosses(nn.Cell):
 
     def __init__(self, config: IXC25Config):
         super().__init__()
-        parallel = config.parallel_config
-        dp, tp = parallel.data_parallel, parallel.model_parallel
-        cells = CrossEntropyLoss(parallel_config=TransformerOpParallelConfig(data_parallel=dp, model_parallel=tp))
-        self.log_softmax, self.nll = cells._log_softmax, cells._nllloss
-        self.not_equal = P.NotEqual().shard(((dp,), ()))
-        self.cast = P.Cast()
-        self.mul, self.mul_mask = P.Mul().shard(((dp,), (dp,))), P.Mul().shard(((dp,), (dp,)))
-        # as in MindFormers' cell: whatever has to be moved is moved before those two, whose gradients are their own
-        self.add_zero = P.Add().shard(((dp, tp), ())).add_prim_attr("keep_alive", True)
-        self.add_zero_targets = P.Add().shard(((dp,), ())).add_prim_attr("keep_alive", True)
+        dp, tp = config.parallel_config.data_parallel, config.parallel_config.model_parallel
+        self.labelled, self.cast = P.NotEqual().shard(((dp,), ())), P.Cast()
+        self.mul = P.Mul().shard(((dp,), (dp,)))
+        self.one_hot = P.OneHot().shard(((dp, tp), (), ()))
+        self.on, self.off = Tensor(1.0, mstype.float32), Tensor(0.0, mstype.float32)
+        self.largest = P.ReduceMax(keep_dims=True).shard(((dp, tp),))
+        self.shift = P.Sub().shard(((dp, tp), (dp, 1)))
+        self.exp = P.Exp().shard(((dp, tp),))
+        self.pick = P.Mul().shard(((dp, tp), (dp, tp)))
+        self.sum = P.ReduceSum().shard(((dp, tp),))
+        self.log, self.sub = P.Log().shard(((dp,),)), P.Sub().shard(((dp,), (dp,)))
 
     def construct(self, logits, labels):
         """Losses `(N,)` of float32 logits `(N, V)` and int32 labels `(N,)`."""
-        labelled = self.not_equal(labels, IGNORE_INDEX)
-        targets = self.add_zero_targets(self.mul(labels, self.cast(labelled, mstype.int32)), 0)
-        losses = self.nll(*self.log_softmax(self.add_zero(logits, 0), targets))
-        return self.mul_mask(losses, self.cast(labelled, mstype.float32))
+        labelled = self.cast(self.labelled(labels, IGNORE_INDEX), mstype.int32)
+        targets = self.one_hot(self.mul(labels, labelled), logits.shape[-1], self.on, self.off)    # (N, V)
+        shifted = self.shift(logits, F.stop_gradient(self.largest(logits, -1)))
+        total, picked = self.sum(self.exp(shifted), -1), self.sum(self.pick(shifted, targets), -1)
+        return self.mul(self.sub(self.log(total), picked), self.cast(labelled, mstype.float32))
 
 
 def token_losses(config: IXC25Config) -> nn.Cell:

@@ -185,7 +185,10 @@ class IXC25ForPreference(IXC25Model):
         self.has_reference = self.preference_loss.has_reference
         self.answer_sums = AnswerSums(parallel.data_parallel if is_parallel() else None)
         self.tile_answers = P.Tile()
+        # what is reshaped twice gets its cut from what comes after, and would be gathered
+        self.keep_cut = P.Add().add_prim_attr("keep_alive", True)
         if is_parallel():
+            self.keep_cut.shard(((parallel.data_parallel, 1), ()))
             self.tile_answers.shard(((parallel.data_parallel, 1, 1, 1),))
             self.preference_loss.shard(parallel.data_parallel)
             keep_report(self, len(REPORT))
@@ -215,7 +218,7 @@ class IXC25ForPreference(IXC25Model):
         shape = (2 * b, length)
         labels = self.reshape(labels, shape)
         inputs = (self.reshape(input_ids, shape), table, self.reshape(vision_index, shape),
-                  self.reshape(image_mask, shape))
+                  self.keep_cut(self.reshape(image_mask, shape), 0))
         policy, tokens = self.answer_logps(inputs, labels, self.adapters)
         if self.has_reference and reference_logps is None:
             reference_logps = F.stop_gradient(self.answer_logps(inputs, labels, self.without_task)[0])

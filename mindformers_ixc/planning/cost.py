@@ -229,7 +229,7 @@ def stage_traffic(workload: Workload, stage: int, parameters: list[LocalParamete
 
     They are those of the graphs MindSpore's compiler makes: the gradient of a sum over devices is again such a sum.
     """
-    return [*_tensor_traffic(workload, stage), *_pipeline_traffic(workload, stage),
+    return [*_tensor_traffic(workload, stage), *_loss_traffic(workload, stage), *_pipeline_traffic(workload, stage),
             *_gradient_traffic(workload, stage, parameters), *_norm_traffic(workload, stage)]
 
 
@@ -242,7 +242,7 @@ def _tensor_traffic(workload: Workload, stage: int) -> list[Traffic]:
     if stage == 0:
         sums.add_vision()
     if stage == layout.pipeline_stage - 1:
-        sums.add("forward", "AllReduce", 3 * workload.positions * 4, 3)       # maximum, sum, picked logit
+        sums.add_losses()
         if workload.sequence_parallel:
             sums.gather(1)                                                    # for the head
     base = workload.first_rank(stage)
@@ -329,11 +329,29 @@ class _Sums:
             table = workload.positions * config.hidden_size * dtype_bytes(config.param_init_type)
             self.sum(table, 1, backward=workload.trains("language"))
 
+    def add_losses(self) -> None:
+        """Adds the cross entropy of each chunk of positions: maximum, sum and picked logit, the first two twice."""
+        positions = self.workload.positions
+        chunks, forward = -(-positions // self.workload.config.loss_chunk), 8 if self.workload.reference else 5
+        self.add("forward", "AllReduce", forward * positions * 4, forward * chunks)
+        self.add("backward", "AllReduce", 2 * positions * 4, 2 * chunks)
+
     def traffic(self, group: tuple[int, ...]) -> list[Traffic]:
         """The messages of a step."""
         micro = self.workload.micro_batches
         return [Traffic(purpose, operator, micro * size, micro * count, group)
                 for (purpose, operator), (size, count) in self.sizes.items()]
+
+
+def _loss_traffic(workload: Workload, stage: int) -> list[Traffic]:
+    """Sum and number of the losses of all replicas, and the gradient of the sum; 4 bytes each."""
+    layout, micro = workload.layout, workload.micro_batches
+    if layout.data_parallel == 1 or stage < layout.pipeline_stage - 1:
+        return []
+    base = workload.first_rank(stage)
+    group = tuple(range(base, base + layout.data_parallel * layout.model_parallel, layout.model_parallel))
+    return [Traffic("forward", "AllReduce", 2 * micro * 4, 2 * micro, group),
+            Traffic("backward", "AllReduce", micro * 4, micro, group)]
 
 
 def _pipeline_traffic(workload: Workload, stage: int) -> list[Traffic]:
@@ -363,15 +381,11 @@ def _gradient_traffic(workload: Workload, stage: int, parameters: list[LocalPara
             entry[1] += 1
 
     for parameter in parameters:
-        if not parameter.trained:
-            continue
         holders = range(base, base + ranks, tensor if parameter.replicas < ranks else 1)
         shards, item = parameter.optimizer_shards, parameter.item_bytes
-        if shards == 1:
-            add("gradient", "AllReduce", parameter.size * item, tuple(holders))
-            continue
-        add("gradient", "ReduceScatter", parameter.used_size * item, tuple(holders[:shards]))
-        add("gradient", "AllReduce", parameter.size * item, tuple(holders[::shards]))
+        if parameter.trained:
+            add("gradient", "ReduceScatter", parameter.used_size * item, tuple(holders[:shards]))
+            add("gradient", "AllReduce", parameter.size * item, tuple(holders[::shards]))
         times = 2 if workload.gathers_again else 1
         add("optimizer", "AllGather", times * parameter.size * workload.gathered_bytes(parameter),
             tuple(holders[:shards]))

@@ -21,10 +21,6 @@ COMPILED = 3
 _DECODER = re.compile(r"(?<=model\.layers\.)(\d+)(?=\.)|(?<=layers-CellList/)(\d+)(?=-DecoderLayer)")
 _VISION = re.compile(r"(?<=\.encoder\.layers\.)(\d+)(?=\.)|(?<=layers-CellList/)(\d+)(?=-VisionLayer)")
 
-# Scope of the backward pass of what is recomputed, and the number an operator has in its scope.
-_RECOMPUTED_GRADIENTS = "Gradients/recompute_"
-_OPERATOR_NUMBER = re.compile(r"-op\d+")
-
 
 @dataclass(frozen=True)
 class Shortened:
@@ -44,27 +40,7 @@ class Shortened:
 
     def operators(self, rows: list[dict]) -> list[dict]:
         """Communication operators of the real model from those of the shortened one."""
-        shared = [row for row in rows if row["scope"].startswith(_RECOMPUTED_GRADIENTS)]
-        own = [row for row in rows if not row["scope"].startswith(_RECOMPUTED_GRADIENTS)]
-        return self._expanded(own, "scope") + self._shared_gradients(shared)
-
-    def _shared_gradients(self, rows: list[dict]) -> list[dict]:
-        """The same of gradients of recomputed layers, which the compiler puts down to the first layer, all of them."""
-        found: list[dict] = []
-        for pattern, layers in ((_VISION, self.vision), (_DECODER, self.decoder)):
-            kinds: dict[str, list[dict]] = {}
-            for row in rows:
-                if pattern.search(row["scope"]):
-                    kind = _OPERATOR_NUMBER.sub("", pattern.sub("", row["scope"]))
-                    kinds.setdefault(repr({**row, "scope": kind}), []).append(row)
-            real = [layer for stands_for in layers.values() for layer in stands_for]
-            for alike in kinds.values():
-                each, left = divmod(len(alike), len(layers))
-                # one that is left over belongs to one end, as many as layers but one to all but an end
-                for layer in real * each + (real[:1] * left if left < len(layers) - 1 else real[1:]):
-                    found.append({**alike[0], "scope": pattern.sub(str(layer), alike[0]["scope"])})
-        rest = [row for row in rows if not (_VISION.search(row["scope"]) or _DECODER.search(row["scope"]))]
-        return found + rest
+        return self._expanded(rows, "scope")
 
     def _expanded(self, rows: list[dict], key: str) -> list[dict]:
         found = []

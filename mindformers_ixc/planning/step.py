@@ -184,14 +184,27 @@ def _graph(step: nn.Cell) -> ModelProto:
 def _communication(model: ModelProto, rank: int, micro_batches: int) -> Iterator[dict]:
     """Communication operators of a compiled graph, each with how many `times` it runs."""
     primitives = {primitive.name: primitive for primitive in model.primitives}
-    calls = _calls(model)
+    calls, scopes = _calls(model), _forward_scopes(model)
     for graph in (model.graph, *model.functions):
         made = {output: node for node in graph.node for output in node.output}
         for node in graph.node:
             primitive = primitives.get(node.op_type.rpartition("::")[2])
             if primitive is not None and primitive.op_type in OPERATORS:
                 row = _describe_operator(primitive, node, made, rank, micro_batches)
+                if row["purpose"] == "backward" and (key := _forward_id(node)) in scopes:
+                    row["scope"] = scopes[key]
                 yield {**row, "times": calls[graph.name]}
+
+
+def _forward_id(node: NodeProto) -> bytes | None:
+    """What a communication operator of the forward pass and those of its gradient have in common."""
+    return next((entry.s for entry in node.primal_attr if entry.name == "forward_comm_node_unique_id"), None)
+
+
+def _forward_scopes(model: ModelProto) -> dict[bytes | None, str]:
+    """Scopes of gradients by that: their own is that of the first operator of the kind, whatever cell it is in."""
+    return {key: f"Gradients/{node.domain}" for graph in (model.graph, *model.functions) for node in graph.node
+            if not node.domain.startswith("Gradients") and (key := _forward_id(node)) is not None}
 
 
 def _calls(model: ModelProto) -> Counter:

@@ -301,11 +301,10 @@ def local_parameters(workload: Workload) -> list[list[LocalParameter]]:
         local = place.local_shape(entry.shape, tensor)
         cuts = tensor if place.axis is not None else 1
         replicas = ranks // cuts
-        trained = workload.trains(entry.part)
-        shards = workload.sharding.shards(entry, local, item_bytes, replicas) if trained else 1
+        shards = workload.sharding.shards(entry, local, item_bytes, replicas)
         found[place.stage].append(LocalParameter(
             entry.name, entry.part, entry.shape, (local[0] // shards, *local[1:]), shards, shards * cuts, replicas,
-            trained, item_bytes, place.stage, layer))
+            workload.trains(entry.part), item_bytes, place.stage, layer))
     return found
 
 

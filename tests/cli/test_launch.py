@@ -469,7 +469,6 @@ LAYOUTS = {
     "tp2_sequence": {**WHOLE, "parallel_config.model_parallel": 2, "parallel_config.use_seq_parallel": True},
     "dp2": {**WHOLE, **HALF, "parallel_config.data_parallel": 2},
     "dp2_sharded": {**WHOLE, **HALF, "parallel_config.data_parallel": 2, "parallel.full_batch": False,
-                    "parallel.dataset_strategy": "[[2, 1], [2, 1], [2, 1, 1, 1, 1], [2, 1], [2, 1]]",
                     "parallel.enable_parallel_optimizer": True,
                     "parallel.parallel_optimizer_config": "{parallel_optimizer_threshold: 0}"},
     "pp2": {**WHOLE, **HALF, "parallel_config.pipeline_stage": 2, "parallel_config.micro_batch_num": 2}}

@@ -37,9 +37,9 @@ def test_every_gradient_is_summed_over_its_copies(compiled):
 def test_the_forward_pass_sums_where_linears_are_cut_by_columns(compiled, goldens):
     config = read_config(goldens / "t1")
     # out_proj and fc2; the projector; wo and w2, each with A of Partial LoRA and of the web pair; maximum, sum and
-    # picked logit of the vocabulary-parallel cross entropy, for each of three chunks; sum and number of the losses (the
-    # embedding's sum has a name of its own)
-    expected = 2 * config.vision_config.num_hidden_layers + 1 + 2 * 3 * config.num_hidden_layers + 3 * 3 + 2
+    # picked logit of the vocabulary-parallel cross entropy, for each of three chunks, and the first two again, for its
+    # logits are not kept; sum and number of the losses (the embedding's sum has a name of its own)
+    expected = 2 * config.vision_config.num_hidden_layers + 1 + 2 * 3 * config.num_hidden_layers + 3 * (3 + 2) + 2
     assert compiled["forward_sums"] == expected
 
 
