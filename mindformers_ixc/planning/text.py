@@ -13,7 +13,7 @@ from mindformers_ixc.planning.workload import Workload
 COLUMNS = 120
 
 # Words for the purposes of messages, in the order they are printed.
-PURPOSES = {"forward": "tensor parallel, forward", "backward": "tensor parallel, backward",
+PURPOSES = {"forward": "forward pass", "backward": "backward pass",
             "layout_change": "change of layout", "pipeline": "pipeline", "gradient": "sum of gradients",
             "optimizer": "optimizer sharding", "norm": "norm of the gradient"}
 

@@ -154,7 +154,7 @@ def test_the_text_fits_a_terminal_and_says_all(compiler, sharded):
     text = plan_text("ixc25_sft.yaml", made(sharded))
     assert max(map(len, text.splitlines())) <= 120
     for words in ("dp 2 x tp 2 x pp 2, 8 micro batches of 1 sample, global batch 16", "State is as compiled",
-                  "tensor parallel, forward", "sum of gradients", "efficiency", "6144 x 4096 -> 1536 x 4096",
+                  "forward pass", "sum of gradients", "efficiency", "6144 x 4096 -> 1536 x 4096",
                   "rows / 2, optimizer / 2", "942 parameters: the slices of all ranks are together the whole."):
         assert words in text
     assert text.splitlines()[-1].startswith("It fits: stage ")
