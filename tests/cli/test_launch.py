@@ -466,8 +466,6 @@ WHOLE = {"parallel.parallel_mode": 1, "parallel.full_batch": True, "parallel.gra
 HALF = {"runner_config.batch_size": 2, "train_dataset.batch_size": 2}
 LAYOUTS = {
     "tp2": {**WHOLE, "parallel_config.model_parallel": 2},
-    "tp2_sequence": {**WHOLE, "parallel_config.model_parallel": 2, "parallel_config.use_seq_parallel": True},
-    "dp2": {**WHOLE, **HALF, "parallel_config.data_parallel": 2},
     "dp2_sharded": {**WHOLE, **HALF, "parallel_config.data_parallel": 2, "parallel.full_batch": False,
                     "parallel.enable_parallel_optimizer": True,
                     "parallel.parallel_optimizer_config": "{parallel_optimizer_threshold: 0}"},
