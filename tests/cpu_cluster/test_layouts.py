@@ -23,12 +23,13 @@ def test_preferences_with_everything_else_frozen(tmp_path):
     assert parity.check_preferences(tmp_path) == 0
 
 
-def test_accumulation_with_a_frozen_tower_and_replicas_that_read_their_own_samples(tmp_path):
+def test_accumulation_in_sequence_with_a_frozen_tower_and_replicas_that_read_their_own_samples(tmp_path):
     parity.write_start(tmp_path / "start")
     shared = {**parity.write_sources(tmp_path), "load_checkpoint": tmp_path / "start",
               "train_parts": "[projector, separators, task_lora.web]"}
     parity.run(parity.Layout(), tmp_path / "single", {**parity.options_of(parity.Layout(), 1, 1000), **shared})
-    for name, more in (("tp2accumulated", {}), ("dp2", {"parallel.full_batch": False})):
+    for name, more in (("tp2accumulated", {"parallel_config.use_seq_parallel": True}),
+                       ("dp2", {"parallel.full_batch": False})):
         layout = parity.LAYOUTS[name]
         parity.run(layout, tmp_path / name, {**parity.options_of(layout, 1, 1000), **shared, **more})
         steps, numbers, weights = parity.compare(tmp_path / "single", tmp_path / name)
