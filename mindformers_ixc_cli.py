@@ -330,6 +330,8 @@ def _add_plan(commands: Commands) -> None:
     plan.add_argument("--every_layer", action="store_true", help="compile all layers, not three of a kind, which the "
                       "others are like: minutes and up to 8 GB a stage for 7B")
     plan.add_argument("--json", action="store_true", help="JSON instead of text")
+    plan.add_argument("--html", metavar="FILE", help="write a page too: memory by stage, messages, when each stage "
+                      "works, cuts")
     for name, text in (("tflops", "assumed peak of a device, 10^12 operations a second (320)"),
                        ("utilisation", "assumed share of it (0.4)"),
                        ("server_bandwidth", "assumed within a server, 10^9 bytes a second a device (150)"),
