@@ -137,8 +137,9 @@ def _devices(run: Run) -> str:
     if run.devices is None:
         return f"{taken}; on which devices was not written down."
     target = next((f" ({start['device_target']})" for start in reversed(run.starts) if start.get("device_target")), "")
+    total = f"; from start to end it took {duration(run.elapsed)}" if run.elapsed is not None else ""
     several = f", {duration(run.seconds * run.devices)} of a device in all" if run.devices > 1 else ""
-    return f"{taken} on {run.devices} device{'' if run.devices == 1 else 's'}{target}{several}."
+    return f"{taken} on {run.devices} device{'' if run.devices == 1 else 's'}{target}{several}{total}."
 
 
 def _start(run: Run) -> str:
@@ -185,6 +186,8 @@ def numbers(run: Run) -> dict[str, object]:
         "median seconds a step": f"{statistics.median(seconds):.3g}", "time in steps": duration(run.seconds),
         "labelled tokens": sum(row["tokens"] for row in rows if is_finite(row.get("tokens"))) or "",
         "steps skipped for overflow": sum(bool(row["overflow"]) for row in rows)}
+    if run.elapsed is not None:
+        found["time from start to end"] = duration(run.elapsed)
     if run.devices is not None:
         found["devices"] = run.devices
     for key, (name, form) in SPEEDS.items():

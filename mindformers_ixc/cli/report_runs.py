@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,18 @@ class Run:
         """When and how the run was started and gone on with, oldest first."""
         found = self.record.get("starts")
         return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []
+
+    @property
+    def elapsed(self) -> float | None:
+        """Seconds from its start to its end, of a run that was started once and has ended."""
+        if len(self.starts) != 1:
+            return None
+        try:
+            began, ended = (datetime.strptime(str(moment), "%Y-%m-%d %H:%M:%S %z")
+                            for moment in (self.starts[0].get("time"), self.record.get("ended")))
+        except ValueError:
+            return None
+        return (ended - began).total_seconds()
 
     def settings(self) -> dict[str, Any]:
         """What was written down of the YAML, by dotted keys."""

@@ -248,11 +248,20 @@ RECORD = {"layout": [2, 1, 2], "run": "beef", "seed": 42, "model": {"model_confi
 @pytest.mark.usefixtures("without_pictures")
 def test_settings_commands_and_devices_are_those_of_the_record(tmp_path):
     page = make_page(write_run(tmp_path, [row(1), row(2)], record=RECORD))
-    assert "2 steps, finished. Its steps took 9.5 s on 4 devices (CPU), 38 s of a device in all." in page
+    assert "2 steps, finished. Its steps took 9.5 s on 4 devices (CPU), 38 s of a device in all; from start to end it took 1 h 0 min." \
+        in page
     assert "<pre>mindformers run --config &#x27;a&lt;b&gt;.yaml&#x27;</pre>" in page
     found = facts(page)
     assert (found["lr_schedule.learning_rate"], found["model.model_config.hidden_size"]) == ("0.001", "64")
     assert found["devices"] == "4" and "run" not in found and "starts" not in found
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize("change", [{"ended": None}, {"ended": "soon"}, {"starts": RECORD["starts"] * 2},
+                                    {"starts": []}, {"starts": "never"}])
+def test_how_long_a_run_took_is_said_only_where_it_is_known(tmp_path, change):
+    page = make_page(write_run(tmp_path, [row(1), row(2)], record={**RECORD, **change}))
+    assert "on 4 devices" in page and "from start to end" not in page
 
 
 @pytest.mark.usefixtures("without_pictures")
