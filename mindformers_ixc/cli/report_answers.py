@@ -22,35 +22,57 @@ SIDE = 360
 PICTURES, VERSIONS = 4, 8
 
 
+# What a question is told apart by: sample, question, expected answer.
+Key = tuple[str, str, str]
+
+
 def answer_cards(run: Run) -> str:
     """The questions whose answers were written down, one card each; empty if there are none.
 
     Args:
         run: the run.
     """
-    cards = "".join(_card(versions) for versions in _by_question(run.answers))
-    return f'<div class="answers">{cards}</div>' if cards else ""
+    found: dict[Key, list[tuple[int, dict]]] = {}
+    for row in run.answers:
+        for key, entry in _entries(row):
+            found.setdefault(key, []).append((row["step"], entry))
+    return _cards([_card(versions[-1][1], [(_steps(first, last), answer) for first, last, answer in _changes(versions)])
+                   for versions in found.values()])
 
 
-def _by_question(rows: list[dict]) -> Iterator[list[tuple[int, dict]]]:
-    """Of each question (step, entry), oldest first."""
-    found: dict[tuple[str, str, str], list[tuple[int, dict]]] = {}
-    for row in rows:
-        entries = row.get("answers")
-        for entry in entries if isinstance(entries, list) else []:
-            if isinstance(entry, dict):
-                key = (str(entry.get("sample")), str(entry.get("question")), str(entry.get("expected")))
-                found.setdefault(key, []).append((row["step"], entry))
-    yield from found.values()
+def compared_cards(runs: list[Run]) -> str:
+    """The last answers of several runs to the questions that at least two of them were asked."""
+    found: dict[Key, list[tuple[str, dict]]] = {}
+    for run in runs:
+        for row in run.answers[-1:]:
+            for key, entry in _entries(row):
+                found.setdefault(key, []).append((f"{run.name}, step {row['step']}", entry))
+    return _cards([_card(answers[-1][1], [(name, _answer(entry)) for name, entry in answers])
+                   for answers in found.values() if len(answers) > 1])
 
 
-def _card(versions: list[tuple[int, dict]]) -> str:
-    entry = versions[-1][1]
+def _entries(row: dict) -> Iterator[tuple[Key, dict]]:
+    """The questions of one evaluation."""
+    entries = row.get("answers")
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict):
+            yield (str(entry.get("sample")), str(entry.get("question")), str(entry.get("expected"))), entry
+
+
+def _answer(entry: dict) -> str:
+    return str(entry.get("answer", ""))
+
+
+def _cards(cards: list[str]) -> str:
+    return f'<div class="answers">{"".join(cards)}</div>' if cards else ""
+
+
+def _card(entry: dict, answers: list[tuple[str, str]]) -> str:
+    """A question with its pictures and answers, each with what it is of."""
     images = entry.get("images")
     pictures = _pictures([str(image) for image in images]) if isinstance(images, list) and images else ""
     question, expected = str(entry.get("question", "")), str(entry.get("expected", ""))
-    lines = "".join(f"<dt>{_steps(first, last)}</dt><dd>{_judged(answer, expected)}</dd>"
-                    for first, last, answer in _changes(versions))
+    lines = "".join(f"<dt>{text(name)}</dt><dd>{_judged(answer, expected)}</dd>" for name, answer in answers)
     return (f'<article class="answer">{pictures}<div class="question">{text(question)}</div><dl>{lines}'
             f'<dt class="expected">expected</dt><dd class="expected">{text(expected)}</dd></dl></article>')
 
@@ -59,7 +81,7 @@ def _changes(versions: list[tuple[int, dict]]) -> list[tuple[int, int, str]]:
     """First step, last step and answer, one for as long as the answer stayed; of very many the outer ones."""
     found: list[tuple[int, int, str]] = []
     for step, entry in versions:
-        answer = str(entry.get("answer", ""))
+        answer = _answer(entry)
         if found and found[-1][2] == answer:
             found[-1] = (found[-1][0], step, answer)
         else:

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from mindformers_ixc.cli.report_answers import answer_cards
+from mindformers_ixc.cli.report_answers import answer_cards, compared_cards
 from mindformers_ixc.cli.report_runs import Run, curve, is_finite
 from mindformers_ixc.pages.page import cards, chart, duration, facts, line, page, section, table, text
 
@@ -232,6 +232,7 @@ def page_of_runs(runs: list[Run]) -> str:
             + "".join(f'<p class="bad">{text(run.problem)}</p>' for run in runs if run.problem)
             + section("Numbers", _side_by_side(runs)) + section("Settings that differ", _differences(runs))
             + section("Curves", CONTROLS, f'<div class="charts">{places}</div>')
+            + section("Last answers", compared_cards(runs))
             + section("Commands", "".join(_command(run.name, start) for run in runs for start in run.starts)))
     return page(title, body, charts)
 

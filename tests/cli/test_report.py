@@ -248,8 +248,8 @@ RECORD = {"layout": [2, 1, 2], "run": "beef", "seed": 42, "model": {"model_confi
 @pytest.mark.usefixtures("without_pictures")
 def test_settings_commands_and_devices_are_those_of_the_record(tmp_path):
     page = make_page(write_run(tmp_path, [row(1), row(2)], record=RECORD))
-    assert "2 steps, finished. Its steps took 9.5 s on 4 devices (CPU), 38 s of a device in all; from start to end it took 1 h 0 min." \
-        in page
+    assert ("2 steps, finished. Its steps took 9.5 s on 4 devices (CPU), 38 s of a device in all; from start to end it "
+            "took 1 h 0 min.") in page
     assert "<pre>mindformers run --config &#x27;a&lt;b&gt;.yaml&#x27;</pre>" in page
     found = facts(page)
     assert (found["lr_schedule.learning_rate"], found["model.model_config.hidden_size"]) == ("0.001", "64")
@@ -295,7 +295,23 @@ def test_several_runs_are_compared_on_one_page(tmp_path, monkeypatch):
     assert "<td class=word>lr_schedule.learning_rate</td><td>0.001</td><td>0.01</td>" in page
     assert "<td class=word>steps</td><td>2</td><td>3</td>" in page and "hidden_size" not in page
     assert not (first / "report").exists() and not (first / "report.html").exists()
+    assert "Last answers" not in page
     make_page(first, second)       # the page of before is replaced
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_compared_runs_show_their_last_answers_to_the_same_questions(tmp_path):
+    def said(step, answer, question="What?"):
+        return {"step": step, "answers": [{"sample": "1", "question": question, "expected": "cat", "answer": answer}]}
+
+    runs = [write_run(tmp_path / "a", [row(1)], answers=[said(1, "old"), said(2, "cat")]),
+            write_run(tmp_path / "b", [row(1)], answers=[said(3, "dog")]),
+            write_run(tmp_path / "c", [row(1)], answers=[said(3, "x", "Another?")]),
+            write_run(tmp_path / "d", [row(1)])]
+    page = make_page(*runs, page=str(tmp_path / "all.html"))
+    card, = re.findall(r'<article class="answer">(.*?)</article>', page, re.DOTALL)
+    assert re.findall(r"<dt>(.*?)</dt><dd><span class=\"(.*?)\">.*?</span> (.*?)</dd>", card) == [
+        ("a, step 2", "good", "cat"), ("b, step 3", "bad", "dog")]
 
 
 @pytest.mark.usefixtures("without_pictures")
