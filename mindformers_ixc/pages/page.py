@@ -73,30 +73,39 @@ def line(name: str, points: Iterable[tuple[float, float]], colour: int = 0, cloc
         clock: hours by step, for the other horizontal axis.
         look: `smooth`: the curve is shown smoothed, with its own values faint behind; `marks`: its points are few and
             each is marked; `dashed`.
+
+    Returns:
+        Of a curve with more than `POINTS` points those that `_thinned` keeps; `mean` is what is smoothed then.
     """
-    kept = _thinned([(step, value) for step, value in points if math.isfinite(value)])
+    kept, means = _thinned([(step, value) for step, value in points if math.isfinite(value)])
     found = {"name": name, "colour": colour, "x": [step for step, _ in kept],
-             "y": [float(f"{value:.6g}") for _, value in kept], **{key: True for key, on in look.items() if on}}
+             "y": [_short(value) for _, value in kept], **{key: True for key, on in look.items() if on}}
     if clock is not None:
-        found["t"] = [float(f"{clock[step]:.6g}") if step in clock else None for step, _ in kept]
-    return found
+        found["t"] = [_short(clock[step]) if step in clock else None for step, _ in kept]
+    return {**found, "mean": [_short(value) for value in means]} if means else found
+
+
+def _short(value: float) -> float:
+    """With as many digits as can be seen."""
+    return float(f"{value:.6g}")
 
 
 # Points of a curve at most; a browser is quick with so many, and a screen has fewer columns.
 POINTS = 2000
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of too many points the lowest and the highest of every few, so that no peak is lost."""
+def _thinned(points: list[tuple[float, float]]) -> tuple[list[tuple[float, float]], list[float]]:
+    """Of too many points the lowest and the highest of every few, so that no peak is lost, and for each the mean."""
     if len(points) <= POINTS:
-        return points
+        return points, []
     size = math.ceil(2 * len(points) / POINTS)
-    kept = []
+    kept, means = [], []
     for start in range(0, len(points), size):
         part = points[start:start + size]
-        low, high = min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])
-        kept += sorted({low, high})
-    return kept
+        ends = sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
+        kept += ends
+        means += [sum(value for _, value in part) / len(part)] * len(ends)
+    return kept, means
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], words: Iterable[int] = (0,)) -> str:

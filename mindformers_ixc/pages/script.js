@@ -54,14 +54,15 @@
 
   /* what of a curve is visible with the axes as they are */
   function visible(line, axis, logarithmic) {
-    const at = line[axis] || line.x, kept = { line: line, at: [], raw: [] };
+    const at = line[axis] || line.x, kept = { line: line, at: [], raw: [] }, means = [];
     line.y.forEach((value, i) => {
       if (at[i] === null || (logarithmic && value <= 0)) return;
       kept.at.push(at[i]);
       kept.raw.push(value);
+      means.push(line.mean ? line.mean[i] : value);
     });
     const smoothed = line.smooth && kept.raw.length >= fewest && settings.smoothing > 0;
-    kept.shown = smoothed ? smooth(kept.raw, settings.smoothing) : kept.raw;
+    kept.shown = smoothed ? smooth(means, settings.smoothing) : kept.raw;
     kept.smoothed = smoothed;
     return kept;
   }
@@ -110,7 +111,8 @@
     let marked = steps(scale.left, scale.right, wanted);
     if (settings.axis === "x") marked = marked.filter((value) => Number.isInteger(value));
     for (const value of marked) {
-      parts.push(`<text x="${scale.x(value).toFixed(1)}" y="${bottom + 15}" text-anchor="middle">${number(value)}</text>`);
+      const x = scale.x(value), anchor = x > width - edge.right - 20 ? "end" : "middle";
+      parts.push(`<text x="${x.toFixed(1)}" y="${bottom + 15}" text-anchor="${anchor}">${number(value)}</text>`);
     }
     parts.push(`<text x="${width - edge.right}" y="${height - 3}" text-anchor="end">`
       + `${settings.axis === "x" ? "step" : "hours in steps"}</text>`);

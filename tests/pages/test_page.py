@@ -39,7 +39,10 @@ def test_of_too_many_points_the_peaks_stay():
     found = line("x", points)
     assert len(found["x"]) <= POINTS and found["x"] == sorted(set(found["x"]))
     assert dict(zip(found["x"], found["y"]))[12_345] == 99.0 and dict(zip(found["x"], found["y"]))[54_321] == -7.0
-    assert len(line("x", points[:POINTS])["x"]) == POINTS
+    means = dict(zip(found["x"], found["mean"]))
+    assert means[12_345] == pytest.approx(1.98) and means[0] == 1.0       # of 100 points, one of which is 99
+    few = line("x", points[:POINTS])
+    assert len(few["x"]) == POINTS and "mean" not in few
 
 
 def test_cells_of_a_table_are_text_unless_they_say_otherwise():
