@@ -62,7 +62,7 @@ def chart(number: int, title: str) -> str:
             f'<div class="plot"></div></figure>')
 
 
-def line(name: str, points: Iterable[tuple[float, float]], colour: int = 0, clock: Mapping[float, float] | None = None,
+def line(name: str, points: Iterable[tuple[int, float]], colour: int = 0, clock: Mapping[int, float] | None = None,
          **look: bool) -> dict:
     """A curve of a chart.
 
@@ -94,12 +94,12 @@ def _short(value: float) -> float:
 POINTS = 2000
 
 
-def _thinned(points: list[tuple[float, float]]) -> tuple[list[tuple[float, float]], list[float]]:
+def _thinned(points: list[tuple[int, float]]) -> tuple[list[tuple[int, float]], list[float]]:
     """Of too many points the lowest and the highest of every few, so that no peak is lost, and for each the mean."""
     if len(points) <= POINTS:
         return points, []
     size = math.ceil(2 * len(points) / POINTS)
-    kept, means = [], []
+    kept, means = list[tuple[int, float]](), list[float]()
     for start in range(0, len(points), size):
         part = points[start:start + size]
         ends = sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
