@@ -26,8 +26,8 @@ FREE_MODULES = (
     *(f"planning.{name}" for name in (
         "workload", "memory", "cost", "search", "plan", "text", "page", "timeline", "few_layers", "check_layout")),
     "cpu_cluster", "cpu_cluster.build", "cpu_cluster.mailbox", "cpu_cluster.simulated",
-    "cli", "cli.checkpoints", "cli.data", "cli.data_plan", "cli.inputs", "cli.job", "cli.report", "cli.report_page", "cli.yaml_docs",
-    "cli.yaml_file",
+    "cli", "cli.checkpoints", "cli.data", "cli.data_plan", "cli.inputs", "cli.job", "cli.report", "cli.report_page",
+    "cli.yaml_docs", "cli.yaml_file",
 )
 
 
