@@ -110,7 +110,7 @@ def _charts(run: Run) -> Iterator[dict]:
     if len(sources) > 1:      # of a single one it is the loss once more
         yield {"title": "Loss by source", "lines": [line(name, points, number % COLOURS, clock, smooth=True)
                                                     for number, (name, points) in enumerate(sources.items())]}
-    yield {"title": "Held-out scores", "lines": [
+    yield {"title": "Held-out scores", "named": True, "lines": [
         line(name.replace("_", " "), points, number % COLOURS, clock, marks=True)
         for number, (name, points) in enumerate(scores.items())]}
 
@@ -275,4 +275,5 @@ def _differences(runs: list[Run]) -> str:
     if not different:
         return '<p class="note">None that was written down: only folders, callbacks and the like may differ.</p>'
     return table(["", *(run.name for run in runs)],
-                 ([name, *(own.get(name, "not there") for own in settings)] for name in different))
+                 ([name, *(own.get(name, "not there") for own in settings)] for name in different),
+                 range(len(runs) + 1))

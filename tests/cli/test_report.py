@@ -292,7 +292,7 @@ def test_several_runs_are_compared_on_one_page(tmp_path, monkeypatch):
     lines = charts(page)["Loss"]["lines"]
     assert [(line["name"], line["colour"], len(line["x"])) for line in lines] == [
         ("first", 0, 2), ("second", 1, 3), ("first, held-out", 0, 1)]
-    assert "<td class=word>lr_schedule.learning_rate</td><td>0.001</td><td>0.01</td>" in page
+    assert "<td class=word>lr_schedule.learning_rate</td><td class=word>0.001</td><td class=word>0.01</td>" in page
     assert "<td class=word>steps</td><td>2</td><td>3</td>" in page and "hidden_size" not in page
     assert not (first / "report").exists() and not (first / "report.html").exists()
     assert "Last answers" not in page
