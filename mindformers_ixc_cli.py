@@ -287,11 +287,15 @@ def _add_reference(commands: Commands) -> None:
 
 def _add_report(commands: Commands) -> None:
     draw = commands.add_parser(
-        "report", formatter_class=Help, help="curves of a run as one HTML page and PNGs",
-        description="Draws loss, learning rate, gradient norm, throughput, losses by source and evaluations of a run, "
-                    "finished or not, into OUTPUT/report.html (one file) and OUTPUT/report/*.png.",
-        epilog="example:\n  mindformers report out")
-    draw.add_argument("output", metavar="OUTPUT", help="--output_dir of the run")
+        "report", formatter_class=Help, help="curves and answers of a run, or of several, as one HTML page",
+        description="Writes OUTPUT/report.html, one file that needs nothing else: curves of loss, held-out loss, "
+                    "learning rate, speed and more, sample answers with their pictures, settings and commands of a "
+                    "run, finished or not; and the curves as OUTPUT/report/*.png. Several runs are compared on one "
+                    "page.",
+        epilog="examples:\n  mindformers report out\n  mindformers report first second third --page compared.html")
+    draw.add_argument("outputs", nargs="+", metavar="OUTPUT", help="--output_dir of a run; several are compared")
+    draw.add_argument("--page", metavar="FILE", help="the page to write (default: OUTPUT/report.html; of several runs "
+                      "comparison.html in the working folder)")
 
 
 def _add_plan(commands: Commands) -> None:
@@ -326,6 +330,8 @@ def _add_plan(commands: Commands) -> None:
     plan.add_argument("--every_layer", action="store_true", help="compile all layers, not three of a kind, which the "
                       "others are like: minutes and up to 8 GB a stage for 7B")
     plan.add_argument("--json", action="store_true", help="JSON instead of text")
+    plan.add_argument("--html", metavar="FILE", help="write a page too: memory by stage, messages, when each stage "
+                      "works, cuts")
     for name, text in (("tflops", "assumed peak of a device, 10^12 operations a second (320)"),
                        ("utilisation", "assumed share of it (0.4)"),
                        ("server_bandwidth", "assumed within a server, 10^9 bytes a second a device (150)"),
@@ -402,14 +408,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     Returns:
         `command` (`None` without one) and its arguments. `rest` has words that are none of them: overrides of `run`,
-        `plan` and `data plan`. Those of `launch` are `run_words`, parsed once more as `run`'s in `run`.
+        `plan` and `data plan`; `words` are all words. Those of `launch` are `run_words`, parsed once more as `run`'s in
+        `run`.
     """
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     overrides = arguments.command in ("run", "launch", "plan") or getattr(arguments, "kind", None) == "plan"
     if rest and not overrides:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.rest = rest
+    arguments.rest, arguments.words = rest, list(sys.argv[1:] if argv is None else argv)
     if arguments.command == "launch":
         arguments.run_words = rest[1:] if rest[:1] == ["run"] else rest
         arguments.run, arguments.run.rest = parser.parse_known_args(["run", *arguments.run_words])

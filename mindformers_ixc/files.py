@@ -17,9 +17,12 @@ from typing import Any
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.resources import resolve_path
 
-# What a training run writes about itself, one JSON object a line: every step, every measurement on held-out data.
+# What a training run writes about itself, one JSON object a line: every step, every measurement on held-out data, some
+# of the answers that were measured; and which run it is.
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
+ANSWERS_FILE = "answers.jsonl"
+RUN_RECORD = "run_config.json"
 
 
 @contextmanager

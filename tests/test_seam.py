@@ -15,7 +15,7 @@ import mindformers_ixc
 FRAMEWORKS = ("mindspore", "mindformers")
 
 # Host code: quick commands and child processes stand on it.
-FREE_PACKAGES = ("processing", "data", "parallel", "demo")
+FREE_PACKAGES = ("processing", "data", "parallel", "pages", "demo")
 FREE_MODULES = (
     "config", "parameters", "errors", "files", "resources", "sections", "version",
     "native", "native.images",
@@ -24,10 +24,10 @@ FREE_MODULES = (
         "safetensors_file", "sources", "strategy_file", "streaming", "tensor_file", "tensors", "torch_file",
         "writing")),
     *(f"planning.{name}" for name in (
-        "workload", "memory", "cost", "search", "plan", "text", "few_layers", "check_layout")),
+        "workload", "memory", "cost", "search", "plan", "text", "page", "timeline", "few_layers", "check_layout")),
     "cpu_cluster", "cpu_cluster.build", "cpu_cluster.mailbox", "cpu_cluster.simulated",
-    "cli", "cli.checkpoints", "cli.data", "cli.data_plan", "cli.inputs", "cli.job", "cli.report", "cli.yaml_docs",
-    "cli.yaml_file",
+    "cli", "cli.checkpoints", "cli.data", "cli.data_plan", "cli.inputs", "cli.job", "cli.report", "cli.report_page",
+    "cli.yaml_docs", "cli.yaml_file",
 )
 
 

@@ -21,8 +21,6 @@ from mindformers_ixc.parameters import base_name
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-# What a training run writes down of its configuration, in its output folder.
-RUN_RECORD = "run_config.json"
 # Index files by preference, all `{"weight_map": {name: file}}`; the last is MindSpore's, which may be the bare map.
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "param_name_map.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "model.ckpt")

@@ -10,13 +10,13 @@ from mindformers_ixc.checkpoint.digests import DIGEST_FILE, verification, verify
 from mindformers_ixc.checkpoint.dtypes import weight_format
 from mindformers_ixc.checkpoint.layouts import Layout
 from mindformers_ixc.checkpoint.model_config import run_tokenizer, write_config
-from mindformers_ixc.checkpoint.sources import INDEX_FILES, RUN_RECORD, SUFFIXES, OpenedCheckpoint
+from mindformers_ixc.checkpoint.sources import INDEX_FILES, SUFFIXES, OpenedCheckpoint
 from mindformers_ixc.checkpoint.strategy_file import write_strategies
 from mindformers_ixc.checkpoint.streaming import Item, Output, WorkFolder, is_file_target, write_items
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.config import ALL_MODES, CONFIG_FILE, ModelConfig
 from mindformers_ixc.errors import CheckpointError
-from mindformers_ixc.files import read_json
+from mindformers_ixc.files import RUN_RECORD, read_json
 from mindformers_ixc.parallel.slices import placement
 from mindformers_ixc.parallel.stages import layer_stages
 from mindformers_ixc.parameters import base_name, parameter_table, part_of

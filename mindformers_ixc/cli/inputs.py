@@ -42,6 +42,8 @@ def _targets(arguments: argparse.Namespace) -> dict[str, str]:
     """Single files that a command writes, by what the command line calls them."""
     if arguments.command == "eval" and arguments.predictions:
         return {"--predictions": arguments.predictions}
+    if arguments.command == "plan" and arguments.html:
+        return {"--html": arguments.html}
     if arguments.command == "reference":
         return {"TARGET": arguments.target}
     if arguments.command == "data" and arguments.kind != "plan" and len(arguments.files) > 1:

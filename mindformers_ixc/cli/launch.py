@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -24,7 +25,15 @@ from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.interruption import JOB, name_of
 from mindformers_ixc.parallel.checks import check_run
 from mindformers_ixc.parallel.degrees import degrees_of
-from mindformers_ixc.training.resume import CHOSEN, chosen_checkpoint, closing_of, is_complete, mark_finished, step_of
+from mindformers_ixc.training.resume import (
+    CHOSEN,
+    COMMAND,
+    chosen_checkpoint,
+    closing_of,
+    is_complete,
+    mark_finished,
+    step_of,
+)
 from mindformers_ixc.training.run_folder import claimed
 from mindformers_ixc.training.starting import adopt_start
 from mindformers_ixc.training.stopping import ask_ranks
@@ -94,7 +103,7 @@ def _run_ranks(arguments: argparse.Namespace, fields: dict, ranks: range, folder
         reporter = arguments.devices - arguments.devices // degrees_of(fields).pipeline_stage
     try:
         with stopped_by_signals(gently), tempfile.TemporaryDirectory() as scratch:
-            environment = _environment()
+            environment = {**_environment(), COMMAND: shlex.join(["mindformers", *arguments.words])}
             if step is not None:
                 environment[CHOSEN] = f"{step[0]}_{step[1]}"
             if on_cpu:

@@ -14,8 +14,10 @@ from mindformers_ixc.checkpoint.start import OVERRIDE, begin
 from mindformers_ixc.cli.run_config import check_fields
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml, tie_data_section
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.files import write_whole
 from mindformers_ixc.parallel.degrees import DEGREES
 from mindformers_ixc.planning.cost import Assumptions
+from mindformers_ixc.planning.page import plan_page
 from mindformers_ixc.planning.plan import Plan, make_plan
 from mindformers_ixc.planning.rows import RowMeans, read_rows, steps_of_run
 from mindformers_ixc.planning.search import Candidate, Search, search
@@ -88,6 +90,9 @@ def plan(arguments: argparse.Namespace) -> int:
             print(("\nThe first of them:\n" if found else "") + plan_text(name, made), file=arguments.answers)
     if arguments.json:
         print(json.dumps(_as_json(found, made), indent=1), file=arguments.answers)
+    if arguments.html:
+        write_whole(arguments.html, plan_page(name, made, found, arguments.top))
+        print(f"The page is {arguments.html}.", file=sys.stderr, flush=True)
     return 0 if workload is not None and (made is None or made.fits) else 1
 
 

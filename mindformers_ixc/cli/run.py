@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from mindformers_ixc.cli.yaml_file import merged_fields
 from mindformers_ixc.cpu_cluster.groups import install
 from mindformers_ixc.cpu_cluster.loading import load_on_cpu
 from mindformers_ixc.parallel.checks import check_run, complete_parallel
-from mindformers_ixc.training.resume import is_complete, prepare_resume, record_run
+from mindformers_ixc.training.resume import COMMAND, is_complete, prepare_resume, record_run
 from mindformers_ixc.training.run_folder import answers, claimed, in_job, locked
 from mindformers_ixc.training.starting import adopt_start
 
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             if fields.get("resume_training"):
                 prepare_resume(fields)
             if reports():
-                record_run(wanted)
+                record_run(wanted, os.environ.get(COMMAND) or shlex.join(["mindformers", *arguments.words]))
         _run_trainer(fields)
     return 0 if fields.get("use_parallel") else interruption.current.exit_code
 

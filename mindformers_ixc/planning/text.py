@@ -42,14 +42,14 @@ def describe(workload: Workload) -> str:
     return f"{workload.layout}, {micro} of {samples}, global batch {workload.global_batch}"
 
 
-def _unit(plan: Plan) -> tuple[int, str]:
+def unit_of(plan: Plan) -> tuple[int, str]:
     """Bytes and name of the unit sizes are told in: toys would be all zeros in GiB."""
     largest = max(stage.memory.total for stage in plan.stages)
     return (GIB, "GiB") if largest >= GIB else (2 ** 20, "MiB")
 
 
 def _memory_lines(plan: Plan) -> Iterator[str]:
-    unit, unit_name = _unit(plan)
+    unit, unit_name = unit_of(plan)
     yield f"Memory of a device in {unit_name}, of {plan.device_memory / unit:,.1f}"
     yield (f"{'stage':>5}{'rank':>6}  {'layers':<8}{'parameters':>12}{'gradients':>11}{'optimizer':>11}"
            f"{'activations':>13}{'total':>11}{'margin':>12}")
@@ -73,7 +73,7 @@ def _message_lines(plan: Plan) -> Iterator[str]:
     rows = [(stage.stage, one) for stage in plan.stages for one in stage.traffic]
     if not rows:
         return
-    unit, unit_name = _unit(plan)
+    unit, unit_name = unit_of(plan)
     yield "Messages of a step"
     yield f"{'stage':>5}  {'purpose':<28}{'operator':<15}{'devices':>8}{'messages':>11}{unit_name:>13}{'seconds':>11}"
     order = list(PURPOSES)
@@ -85,14 +85,14 @@ def _message_lines(plan: Plan) -> Iterator[str]:
 def _time_lines(plan: Plan) -> Iterator[str]:
     time = plan.time
     yield from _wrapped([f"Time of a step, by formula and {assumed(plan.assumptions)}"])
-    yield (f"products {_seconds(time.compute)} + messages {_seconds(time.communication)} + pipeline bubble "
-           f"{_seconds(time.bubble)} = {_seconds(time.total)}")
+    yield (f"products {time_text(time.compute)} + messages {time_text(time.communication)} + pipeline bubble "
+           f"{time_text(time.bubble)} = {time_text(time.total)}")
     noun = "rows" if plan.workload.config.packing else "samples"
     yield f"{plan.workload.global_batch / time.total:,.2f} {noun} a second; efficiency {time.efficiency:.0%}"
-    yield from _usage_lines(plan)
+    yield from usage_lines(plan)
 
 
-def _usage_lines(plan: Plan) -> Iterator[str]:
+def usage_lines(plan: Plan) -> Iterator[str]:
     """What the step is worth for the data."""
     means, worth = plan.workload.rows, plan.usage
     if means is not None and means.positions is not None:
@@ -109,7 +109,8 @@ def _usage_lines(plan: Plan) -> Iterator[str]:
         yield f"{worth.steps:,} steps take {worth.days:,.1f} days"
 
 
-def _seconds(value: float) -> str:
+def time_text(value: float) -> str:
+    """Seconds, or milliseconds of less than one."""
     return f"{value:.2f} s" if value >= 1 or not value else f"{1000 * value:.2f} ms"
 
 
@@ -123,6 +124,12 @@ def assumed(assumptions: Assumptions) -> str:
 def _cut_lines(stages: list[StagePlan]) -> Iterator[str]:
     yield "How parameters are cut (N: number of a layer)"
     yield f"{'part':<14}{'parameter':<37}{'count':>5}  {'whole':>14}    {'a device':<15}cut"
+    for part, name, count, whole, local, cut in cut_rows(stages):
+        yield f"{part:<14}{name:<37}{count:>5}  {whole:>14} -> {local:<15}{cut}".rstrip()
+
+
+def cut_rows(stages: list[StagePlan]) -> Iterator[tuple[str, str, int, str, str, str]]:
+    """Of every kind of parameter its part, short name, number, whole shape, shape on a device, and how it is cut."""
     order = list(PARTS)
     for row in sorted(cut_table(stages), key=lambda row: order.index(row["part"])):
         name = row["name"].removeprefix(f"{VISION}.").removeprefix("encoder.").removeprefix("model.")
@@ -132,8 +139,7 @@ def _cut_lines(stages: list[StagePlan]) -> Iterator[str]:
             cuts.append(f"optimizer / {row['optimizer_shards']}")
         if not row["trained"]:
             cuts.append("frozen")
-        yield (f"{row['part']:<14}{name:<37}{row['count']:>5}  {_shape(row['shape']):>14} -> {_shape(row['local']):<15}"
-               f"{', '.join(cuts) or 'whole'}").rstrip()
+        yield (row["part"], name, row["count"], _shape(row["shape"]), _shape(row["local"]), ", ".join(cuts) or "whole")
 
 
 def _shape(shape: list[int]) -> str:
@@ -146,11 +152,15 @@ def _remarks(plan: Plan) -> Iterator[str]:
     yield from _wrapped(f"problem: {problem}" for problem in plan.problems)
     yield from _wrapped(f"warning: {warning}" for stage in plan.stages for warning in stage.warnings)
     yield from _wrapped(f"note: {note}" for note in plan.notes)
+    yield verdict(plan)
+
+
+def verdict(plan: Plan) -> str:
+    """Whether a plan fits, in a sentence."""
     left, stage = min((plan.device_memory - stage.memory.total, stage.stage) for stage in plan.stages)
     if plan.fits:
-        yield f"It fits: stage {stage}, the fullest, leaves {left / GIB:.1f} GiB."
-    else:
-        yield f"It does not fit: stage {stage} lacks {-left / GIB:.1f} GiB."
+        return f"It fits: stage {stage}, the fullest, leaves {left / GIB:.1f} GiB."
+    return f"It does not fit: stage {stage} lacks {-left / GIB:.1f} GiB."
 
 
 def _wrapped(lines: Iterable[str]) -> Iterator[str]:

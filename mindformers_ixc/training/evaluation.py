@@ -24,7 +24,7 @@ from mindformers_ixc.data.rows import check_images
 from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.device import is_parallel, measuring, reports_loss
 from mindformers_ixc.errors import ConfigError, TrainingError
-from mindformers_ixc.files import EVALUATIONS_FILE, read_metrics, write_whole
+from mindformers_ixc.files import ANSWERS_FILE, EVALUATIONS_FILE, read_metrics, write_whole
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.cells import of_whole_batches, row_parts
 from mindformers_ixc.generation.questions import questions_of
@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 # Metrics of the loss (with every sample's own images, and with another's); the others need answers.
 LOSSES = ("loss", "shuffled_loss")
+
+# Questions whose answers are written down at every measurement, spread evenly over the held-out ones.
+SHOWN = 12
 
 DEFAULTS = {"dataset_dir": None, "image_folder": None, "every": 0, "metrics": ["loss"], "batch_size": 4,
             "max_new_tokens": 64, "max_samples": None, "mode": "base", "keep_best": None}
@@ -137,6 +140,25 @@ class HeldOut:
         return found, [question.expected.strip() for question in questions]
 
 
+    def shown(self, answers: list[str]) -> list[dict]:
+        """Some questions with their pictures and answers, the same ones at every measurement.
+
+        Args:
+            answers: to every question, as `answers` gives them.
+        """
+        questions = questions_of(self.samples)
+        count = min(SHOWN, len(questions))
+        chosen = [number * len(questions) // count for number in range(count)]
+        return [{"sample": questions[i].sample, "question": questions[i].query,
+                 "images": [_lasting(image) for image in questions[i].images],
+                 "expected": questions[i].expected.strip(), "answer": answers[i]} for i in chosen]
+
+
+def _lasting(image: object) -> str:
+    """A picture's path as it is right from every folder."""
+    return str(image) if str(image).startswith("pkg:") else str(Path(str(image)).resolve())
+
+
 def _without_labels(row: dict) -> dict:
     return {**row, "labels": np.full_like(row["labels"], -100)}
 
@@ -158,6 +180,8 @@ class Training(Protocol):
 
 class Evaluation(Callback):
     """Measures every `every` steps and at the end, into `evaluations.jsonl`; keeps the best model in `best`.
+
+    Some of the answers that were measured go to `answers.jsonl`, a row a measurement.
 
     A measurement that was due at the step from which a run is resumed, and that the earlier run did not come to, is
     made up first. So the rows of a resumed run are those of one that was not interrupted.
@@ -181,17 +205,20 @@ class Evaluation(Callback):
         # what was measured so far, one row a step: in a parallel run every rank measures, knows all rows and so
         # decides alike, and one of them writes
         self.rows: list[dict] = []
+        self.answers: list[dict] = []      # the answers that are written down, one row a step
+        self.said: list[dict] = []         # those of the measurement that is being made
 
     def on_train_begin(self, run_context: RunContext) -> None:
         """Drops rows of steps that will be done again, and makes up what the step gone on from lacks."""
         runner = self.trainer.config.runner_config
         start = runner.initial_step or 0
         self.steps = steps_of(runner, self.trainer.train_dataset)
-        self.rows = [row for row in self._read() if row["step"] <= start] if start else []
+        self.rows, self.answers = ([row for row in self._read(path) if row["step"] <= start] if start else []
+                                   for path in (self.path, self.answers_path))
         has_best = (self.path.parent / "best").is_dir()
         if is_parallel():
             barrier()        # all have read what is there before one of them writes
-        if self.path.exists() and reports_loss():
+        if (self.path.exists() or self.answers_path.exists()) and reports_loss():
             self._write()
         if start and self._is_due(start):
             if not self._is_measured(start):
@@ -218,12 +245,21 @@ class Evaluation(Callback):
         initial = self.trainer.config.runner_config.initial_step or 0
         return initial + run_context.original_args().cur_step_num
 
-    def _read(self) -> list[dict]:
+    @property
+    def answers_path(self) -> Path:
+        """Where answers are written down."""
+        return self.path.with_name(ANSWERS_FILE)
+
+    @staticmethod
+    def _read(path: Path) -> list[dict]:
         """What an earlier run has measured, one row a step, in their order."""
-        rows = {row["step"]: row for row in read_metrics(self.path) if isinstance(row.get("step"), int)}
+        rows = {row["step"]: row for row in read_metrics(path) if isinstance(row.get("step"), int)}
         return [rows[step] for step in sorted(rows)]
 
     def _write(self) -> None:
+        # the measurement last: without its row it is made again, and then with its answers
+        if self.answers or self.answers_path.exists():
+            write_whole(self.answers_path, "".join(json.dumps(row) + "\n" for row in self.answers), sync=True)
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows), sync=True)
 
     def _is_measured(self, step: int) -> bool:
@@ -234,6 +270,8 @@ class Evaluation(Callback):
         with measuring():
             row.update(self._values(self.trainer.trained_model))
         self.rows = [old for old in self.rows if old["step"] < step] + [row]
+        self.answers = [old for old in self.answers if old["step"] < step]
+        self.answers += [{"step": step, "answers": self.said}] if self.said else []
         try:
             if self._is_best(self.rows):      # before the row: a run that is killed in between measures again
                 self.trainer.save_directory("best")
@@ -242,6 +280,7 @@ class Evaluation(Callback):
         except OSError as error:
             if not is_parallel():       # there the other ranks, which know nothing of it, must go on deciding alike
                 self.rows.pop()
+                self.answers = [old for old in self.answers if old["step"] < step]
             self._not_saved(error, step)
         logger.info("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
@@ -261,7 +300,9 @@ class Evaluation(Callback):
             values["shuffled_loss"] = self.held_out.loss(self.mean_loss, shuffled=True)
         scores = [metric for metric in metrics if metric in SCORES]
         if scores:
-            values.update(score_answers(*self.held_out.answers(self._assistant(model)), scores))
+            answers, expected = self.held_out.answers(self._assistant(model))
+            values.update(score_answers(answers, expected, scores))
+            self.said = self.held_out.shown(answers)
             self._assistant(model).engine.caches.clear()      # memory that training needs
         model.set_train(True)
         return values

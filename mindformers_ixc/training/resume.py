@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,15 @@ SAME_SECTIONS = ("seed", "train_dataset", "train_parts", "part_learning_rates", 
                  "runner_wrapper", "preference")
 FREE_KEYS = {"num_parallel_workers", "python_multiprocessing", "prefetch_size", "numa_enable", "max_bad_share",
              "batch_size"}
-# What a record has beside those sections: degrees, the weights the run began with, its name, what it left at its end.
-OTHER_KEYS = ("layout", "start", "run", "finished", "joined", "closing")
+# What a record has beside those sections: degrees, the weights the run began with, its name, what it left at its end,
+# and when and how it was started, each time.
+OTHER_KEYS = ("layout", "start", "run", "finished", "joined", "closing", "starts", "ended")
 
 # The step, as `epoch_step`, that `mindformers launch` has found whole; its ranks need not read every checkpoint again.
 CHOSEN = "MINDFORMERS_IXC_RESUME_STEP"
+
+# The command that `mindformers launch` was given; its ranks are started with another one.
+COMMAND = "MINDFORMERS_IXC_COMMAND"
 
 _NAME = re.compile(r"(?P<prefix>.+)_rank_(?P<rank>\d+)(_\d+)?-(?P<epoch>\d+)_(?P<step>\d+)\.(safetensors|ckpt)$")
 
@@ -292,16 +297,30 @@ def recorded_model(fields: dict) -> dict:
     return section if isinstance(section, dict) else {}
 
 
-def record_run(fields: dict) -> None:
-    """Writes down what a later resume is compared with; a run that starts anew gets a name."""
+def record_run(fields: dict, command: str = "") -> None:
+    """Writes down what a later resume is compared with, and how the run was started; one that starts anew gets a name.
+
+    Args:
+        fields: of the YAML.
+        command: that started it, as it was typed.
+    """
     path = Path(fields["output_dir"]) / RECORD
     earlier = _earlier_record(fields, path)
     start = fields.get("load_checkpoint") or None
     if fields.get("resume_training"):
         start = earlier.get("start")
     record = {**_comparable(fields), "layout": layout_record(fields), "run": earlier.get("run") or new_run_id(),
-              "start": str(Path(start).resolve()) if start else None}
+              "start": str(Path(start).resolve()) if start else None,
+              "starts": [*(earlier.get("starts") or ()), _start_entry(fields, command)]}
     write_whole(path, json.dumps(record, indent=1, sort_keys=True, default=str), sync=True)
+
+
+def _start_entry(fields: dict, command: str) -> dict:
+    return {"time": _now(), "command": command, "device_target": (fields.get("context") or {}).get("device_target")}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %z")
 
 
 def _earlier_record(fields: dict, own: Path) -> dict:
@@ -324,7 +343,7 @@ def mark_finished(output_dir: str | os.PathLike, results: list[str], closing: st
     """
     path = Path(output_dir) / RECORD
     if path.is_file():
-        record = {**read_record(path), "finished": results, "joined": joined, "closing": closing}
+        record = {**read_record(path), "finished": results, "joined": joined, "closing": closing, "ended": _now()}
         write_whole(path, json.dumps(record, indent=1, sort_keys=True), sync=True)
 
 

@@ -23,19 +23,19 @@ from pathlib import Path
 
 from mindformers_ixc.checkpoint.unused import UNUSED_FILE
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.files import EVALUATIONS_FILE, METRICS_FILE, tidy
+from mindformers_ixc.files import ANSWERS_FILE, EVALUATIONS_FILE, METRICS_FILE, RUN_RECORD, tidy
 from mindformers_ixc.interruption import JOB
 
 LOCK_FILE = "run.lock"
-RECORD = "run_config.json"
+RECORD = RUN_RECORD
 
 # Parts that ranks put down to be joined, by the name of what is made of them.
 SLICES = ".slices_{}"
 
 # Model directories that a run leaves, and with them all that `--overwrite` moves aside.
 RESULTS = ("model", "trained_parts", "model_ema", "best")
-OWN = (*RESULTS, "checkpoint", "checkpoint_network", "checkpoint_trainable", METRICS_FILE, EVALUATIONS_FILE, "resume",
-       "strategy", UNUSED_FILE, "report", "report.html", "tensorboard", RECORD)
+OWN = (*RESULTS, "checkpoint", "checkpoint_network", "checkpoint_trainable", METRICS_FILE, EVALUATIONS_FILE,
+       ANSWERS_FILE, "resume", "strategy", UNUSED_FILE, "report", "report.html", "tensorboard", RECORD)
 
 # Seconds that the ranks of a killed launch get to be gone before the next run begins.
 ORPHANS_S = 60

@@ -21,6 +21,7 @@ from mindformers_ixc.interruption import JOB
 from mindformers_ixc.training import run_folder
 from mindformers_ixc.training.resume import (
     CHOSEN,
+    check_same_run,
     chosen_checkpoint,
     is_complete,
     mark_finished,
@@ -316,6 +317,19 @@ def test_a_run_keeps_its_name_when_it_is_resumed_also_elsewhere(run, tmp_path):
     assert chosen_checkpoint(elsewhere)[0] == tmp_path / "other"
     record_run(fields_of(folder))
     assert read_record(folder / RECORD)["run"] != name
+
+
+def test_every_start_of_a_run_is_written_down_with_its_command(run):
+    folder, fields = run
+    before = read_record(folder / RECORD)["starts"]
+    record_run(fields, "mindformers run --config 'my file.yaml' --resume_training True")
+    starts = read_record(folder / RECORD)["starts"]
+    assert starts[:-1] == before and len(before) == 1
+    assert starts[-1]["command"] == "mindformers run --config 'my file.yaml' --resume_training True"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}", starts[-1]["time"])
+    mark_finished(folder, ["model"])
+    check_same_run(fields, folder / RECORD)      # none of this is configuration
+    assert read_record(folder / RECORD)["ended"] >= starts[-1]["time"]
 
 
 def test_checkpoints_of_another_run_are_refused(run, tmp_path):

@@ -245,6 +245,26 @@ def test_the_command_says_whether_it_fits(capfd):
     assert code == 1 and "It does not fit" in text
 
 
+@pytest.mark.parametrize("words", [[], ["--json"], ["--search"]])
+def test_the_command_writes_a_page_beside_its_answer(capfd, tmp_path, words):
+    target = tmp_path / "plan.html"
+    options = ["--config", str(SFT), "--devices", "8", "--no_compile", *words]
+    code, text, _ = run(capfd, *options)
+    assert run(capfd, *options, "--html", str(target)) == (code, text, f"The page is {target}.\n")
+    page = target.read_text(encoding="utf-8")
+    assert "<h1>ixc25_sft.yaml on 8 devices</h1>" in page
+    assert ("Layouts that fit" in page) == (words == ["--search"]) != ("Memory of a device" in page)
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_else(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(mindformers_ixc_cli, "claim_stdout", io.StringIO)
+    monkeypatch.setattr(mindformers_ixc_cli, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(plan_command, "plan", lambda *_: pytest.fail("planned"))
+    words = ["plan", "--config", str(SFT), "--devices", "8", "--html", str(tmp_path / "no" / "plan.html")]
+    assert mindformers_ixc_cli.main(words) == 1
+    assert "error: --html " in capfd.readouterr().err
+
+
 def test_a_step_that_does_not_compile_ends_the_command_with_its_sentence(monkeypatch, capfd):
     def refuse(*_):
         raise LayoutError("The step of stage 0 did not compile for dp 2 x tp 4 x pp 1:\nSize 4 is too much.")

@@ -229,3 +229,36 @@ def test_a_measurement_that_cannot_be_written_ends_the_run_or_not_as_it_says(tmp
         rows = (tmp_path / "evaluations.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == [2, 6]
     assert (tmp_path / "best" / "step").read_text() == ("2" if policy == "stop" else "6")
+
+
+class Answering(FakeTraining):
+    """The same run, measured by its answers too; each says at which step it was given."""
+
+    def __init__(self, folder, monkeypatch, start: int = 0):
+        super().__init__(folder, monkeypatch, start)
+        self.callback.options["metrics"] = ["loss", "exact_match"]
+        caches = SimpleNamespace(clear=lambda: None)
+        self.callback.assistant = SimpleNamespace(engine=SimpleNamespace(caches=caches))
+
+    def answers(self, assistant):
+        return [f"at {self.now}", "two"], ["one", "two"]
+
+    def shown(self, answers):
+        return [{"question": "?", "answer": answers[0]}]
+
+
+def test_some_answers_are_written_down_and_a_resumed_run_has_those_before_it(tmp_path, monkeypatch):
+    Answering(tmp_path, monkeypatch).run(until=5)
+    file = tmp_path / "answers.jsonl"
+    assert [json.loads(row)["step"] for row in file.read_text().splitlines()] == [2, 4]
+    run = Answering(tmp_path, monkeypatch, start=3).run()
+    assert run.measured == [4, 6]
+    assert [json.loads(row) for row in file.read_text().splitlines()] == [
+        {"step": step, "answers": [{"question": "?", "answer": f"at {step}"}]} for step in (2, 4, 6)]
+    scores = [json.loads(row)["exact_match"] for row in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert scores == [50.0] * 3
+
+
+def test_without_questions_no_file_of_answers_is_made(tmp_path, monkeypatch):
+    FakeTraining(tmp_path, monkeypatch).run()
+    assert not (tmp_path / "answers.jsonl").exists()

@@ -13,6 +13,7 @@ from mindspore import Tensor
 
 from mindformers_ixc.data.batch import full_batches
 from mindformers_ixc.demo import demo_path
+from mindformers_ixc.training import evaluation
 from mindformers_ixc.training.evaluation import HeldOut, evaluation_options
 
 
@@ -69,3 +70,16 @@ def test_every_question_gets_its_answer(data, tmp_path):
     assert found == ["what is 0?", "what is 1?", "what is 2?"]
     assert expected == ["x", "xx", "xxx"]
     assert sizes == [2, 2]
+
+
+def test_the_answers_that_are_shown_are_spread_over_all_and_name_their_pictures(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "SHOWN", 2)
+    held = held_out(data, tmp_path)
+    held.samples[2].images = ["pictures/a.png"]
+    monkeypatch.chdir(tmp_path)
+    first, second = held.shown([f"answer {i}" for i in range(5)])
+    assert first == {"sample": "0", "question": "what is 0?", "images": [], "expected": "x", "answer": "answer 0"}
+    assert (second["question"], second["answer"]) == ("what is 2?", "answer 2")
+    assert second["images"] == [str(tmp_path / "pictures" / "a.png")]
+    monkeypatch.setattr(evaluation, "SHOWN", 100)
+    assert len(held.shown([""] * 5)) == 5
