@@ -40,8 +40,8 @@ REPOSITORIES = (
 )
 HUGGING_FACE, MODEL_SCOPE = "internlm", "Shanghai_AI_Laboratory"
 
-_URL = re.compile(r"(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.(?:cn|com))/(?:models/)?",
-                  re.IGNORECASE)
+_URL = re.compile(r"(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.(?:cn|com))/"
+                  r"(?:models/)?", re.IGNORECASE)
 
 
 def download_command(name: str, folder: str | None = None) -> str:

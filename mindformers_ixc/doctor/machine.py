@@ -16,8 +16,8 @@ GIB = 2 ** 30
 
 # What the tiny recipes take: MindSpore's and MindFormers' imports 0.6 GB (docs/inference.md), graphs and data.
 LEAST_MEMORY = 2 * GIB
-# What the public model takes on a CPU: its 8.68 B numbers without task LoRAs in float32, 1.2 times (docs/inference.md).
-CHAT_MEMORY = int(8.68e9 * 4 * 1.2)
+# What the public model takes on a CPU: its 11.1 B numbers in float32, 1.2 times (docs/inference.md, docs/weights.md).
+CHAT_MEMORY = int(11_095_734_272 * 4 * 1.2)
 LEAST_DISK = GIB
 # The public repository, and once more for what `convert` or a run writes.
 WEIGHTS_DISK = 45 * 10 ** 9
@@ -113,8 +113,8 @@ def compiler_findings(environment: Mapping[str, str]) -> list[Finding]:
     path = environment.get("PATH", os.defpath)
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name, path=path))), None)
     if library() is None:
-        first = Finding("C compiler", NOTE, f"{compiler or 'none'}; the kernels for inference on the CPU are not built, "
-                        "so answers are slower", ("" if compiler else "install your system's gcc, then ") +
+        first = Finding("C compiler", NOTE, f"{compiler or 'none'}; the kernels for inference on the CPU are not built "
+                        "and answers are slower", ("" if compiler else "install your system's gcc, then ") +
                         "pip install --force-reinstall --no-deps this package")
     elif environment.get(SWITCH) == "0":
         first = Finding("C compiler", NOTE, f"the kernels for the CPU are built but switched off ({SWITCH}=0)",

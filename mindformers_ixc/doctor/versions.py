@@ -47,9 +47,9 @@ _DOCUMENTED = "https://www.mindspore.cn/mindformers/docs/en/r1.9.0/installation.
 # Newest first: the first row is what is advised.
 PAIRS = (
     Pair("2.9.0", "1.9.0", ("3.9", "3.10", "3.11", "3.12"), "9.0.0", "26.0.RC1", True,
-         f"scripts/check_matrix.sh; CANN and driver: {_DOCUMENTED}; Python: MindSpore's wheels on PyPI"),
+         f"scripts/check_matrix.sh; CANN and driver: {_DOCUMENTED}; Python: wheels on PyPI"),
     Pair("2.7.2", "1.8.0", ("3.9", "3.10", "3.11", "3.12"), "8.5.0", "25.5.0", True,
-         f"scripts/check_matrix.sh; CANN and driver: {_DOCUMENTED}; Python: MindSpore's wheels on PyPI"),
+         f"scripts/check_matrix.sh; CANN and driver: {_DOCUMENTED}; Python: wheels on PyPI"),
 )
 
 # What each extra of the package is for; extras that are not named here are shown by their name alone.

@@ -59,8 +59,8 @@ TWO_CHIPS = """\
 | 1     1                   | 0000:9F:00.0  | 0           0    / 0          3189 / 65536         |
 """
 PAIR = PAIRS[-1]        # 2.7.2 with 1.8.0: CANN 8.5.0, driver 25.5.0
-GOOD = Ascend(["davinci0", "davinci1"], NEW.replace("Alarm", "OK   ").replace("60840/", "3401 /"), "", "25.5.0", "8.5.0",
-              "/usr/local/Ascend/cann", "/usr/local/Ascend/cann")
+GOOD = Ascend(["davinci0", "davinci1"], NEW.replace("Alarm", "OK   ").replace("60840/", "3401 /"), "", "25.5.0",
+              "8.5.0", "/usr/local/Ascend/cann", "/usr/local/Ascend/cann")
 
 
 def test_devices_of_npu_smi():

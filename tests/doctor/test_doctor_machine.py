@@ -23,7 +23,7 @@ from mindformers_ixc.doctor.self_test import judge, self_test
 
 @pytest.mark.parametrize("available,limit,state,words", [
     (64 * GIB, None, OK, "enough to chat with the public 7B model"), (16 * GIB, None, OK, "enough for the tiny"),
-    (1 * GIB, None, PROBLEM, "even a tiny model takes 2"), (64 * GIB, 1 * GIB, PROBLEM, "1.0 allowed to this container")])
+    (1 * GIB, None, PROBLEM, "even a tiny model takes 2"), (64 * GIB, GIB, PROBLEM, "1.0 allowed to this container")])
 def test_memory(available, limit, state, words):
     finding = memory_finding(128 * GIB, available, limit)
     assert finding.state == state and words in finding.text
@@ -104,7 +104,8 @@ class TestSelfTest:
     def run(self, tmp_path, text: str, seconds: float = 60):
         program = tmp_path / "program.py"
         program.write_text("import json, os, sys, time\nout = os.fdopen(int(sys.argv[-1]), 'w')\n"
-                           "def done(name):\n    print(json.dumps({'step': name, 'seconds': 1}), file=out, flush=True)\n"
+                           "def done(name):\n"
+                           "    print(json.dumps({'step': name, 'seconds': 1}), file=out, flush=True)\n"
                            "print('a log of MindFormers')\n" + text)
         return self_test("CPU", seconds, (str(program),))
 
