@@ -119,7 +119,7 @@ def _linked(text: str) -> str:
 
 def memory_text() -> str:
     """What a device holds for each plan, by formula."""
-    head = ["| trains | devices | layout | parameters | gradients | optimizer | activations | GiB a device | fits |",
+    head = ["| trains | devices | dp x tp | parameters | gradients | optimizer | activations | GiB a device | fits |",
             "|---|---|---|---|---|---|---|---|---|"]
     return "\n".join([*head, *map(_plan_row, PLANS)])
 
@@ -135,7 +135,7 @@ def _plan_row(plan: tuple[str, str, int, int, str]) -> str:
                   enumerate(local_parameters(workload))), key=lambda stage: stage.total)
     parts = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.total)
     fits = "yes" if memory.total <= 58 * GIB else "no"
-    layout = f"dp {workload.layout.data_parallel} x tp {degree}"
+    layout = f"{workload.layout.data_parallel} x {degree}"
     return f"| {what} | {devices} | {layout} | {' | '.join(f'{part / GIB:.1f}' for part in parts)} | {fits} |"
 
 
