@@ -7,8 +7,9 @@ docs/architecture.md has the table of everything this package changes or leans o
 """
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from mindformers.pipeline.registry_constant import PIPELINE_REGISTRY
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindpet.utils.constants import DELTA_LIST
 
+from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.pipeline import TASK, MultimodalChatPipeline
+from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
 from mindformers_ixc.models.preference import IXC25ForPreference
 from mindformers_ixc.models.vision import IXC25VisionModel
@@ -89,7 +92,9 @@ class InternLM2Tokenizer(SentencePieceText, PreTrainedTokenizer):
         Raises:
             FileNotFoundError: when the directory has no `tokenizer.model`.
             ConfigError: when a settings file is damaged.
+            CheckpointError: for a hub's name.
         """
+        _refuse_hub_name(name_or_path)
         # a directory with a YAML file may have its vocabulary elsewhere
         if os.path.isdir(name_or_path) and "vocab_file" not in kwargs and not any(Path(name_or_path).glob("*.yaml")):
             check_directory(name_or_path)
@@ -183,6 +188,7 @@ class IXC25Processor(Processor, ProcessorMixin):
     @classmethod
     def from_pretrained(cls, yaml_name_or_path: str | os.PathLike, **kwargs: Any) -> IXC25Processor:
         """Builds the processor of a model directory from its config.json and tokenizer.model."""
+        _refuse_hub_name(yaml_name_or_path)
         directory = Path(yaml_name_or_path)
         images = IXC25ImageProcessor.from_directory(directory)
         # the class under the public name: MindFormers warns when tokenizer_config.json names another one
@@ -224,6 +230,34 @@ def register_pipeline() -> None:
                                         task_type="multimodal")
 
 
+def _refuse_hub_name(given: Any) -> None:
+    """Says how this model is downloaded where its name on a hub is given for a folder.
+
+    Raises:
+        CheckpointError: with the command.
+    """
+    advice = not_a_folder(given) if isinstance(given, (str, os.PathLike)) else None
+    if advice:
+        raise CheckpointError(advice)
+
+
+def _with_advice(original: Callable) -> Callable:
+    """`from_pretrained` of an Auto class that looks at the name first."""
+    @functools.wraps(original)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        for given in (*args[:1], *kwargs.values()):
+            _refuse_hub_name(given)
+        return original(cls, *args, **kwargs)
+    return from_pretrained
+
+
+def refuse_hub_names() -> None:
+    """Lets the Auto classes name the command that downloads this model; they would look on MindFormers' own hub."""
+    for auto in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer):
+        auto.from_pretrained = classmethod(_with_advice(auto.from_pretrained.__func__))
+
+
 register_auto_classes()
+refuse_hub_names()
 register_pet_types()
 register_pipeline()

@@ -177,8 +177,8 @@ def sizes_text() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "fields": fields_text, "rules": rules_text, "commands": commands_text, "versions": pairs_text, "memory": memory_text,
-    "plan commands": plan_commands_text, "chat memory": chat_text, "picture sizes": sizes_text}
+    "fields": fields_text, "rules": rules_text, "commands": commands_text, "versions": pairs_text,
+    "memory": memory_text, "plan commands": plan_commands_text, "chat memory": chat_text, "picture sizes": sizes_text}
 
 _BLOCK = re.compile(r"^(<!-- (\w[\w ]*): begin -->\n).*?^(<!-- \2: end -->)$", re.MULTILINE | re.DOTALL)
 

@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -24,8 +25,7 @@ from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.models.configuration import IXC25Config
-from mindformers_ixc.processing.image import ImageProcessor
-from mindformers_ixc.processing.processor import Processor
+from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.processing.tokenizer import Tokenizer
 from mindformers_ixc.resources import resolve_path
 from mindformers_ixc.training.wrapper import IXC25TrainOneStepCell
@@ -65,7 +65,8 @@ def main() -> None:
     done("train")
     with tempfile.TemporaryDirectory() as folder:
         save_model_directory(model, Path(folder) / "model", tokenizer, hd_num=1)
-        assistant = Assistant.from_directory(Path(folder) / "model", **dtypes_of(target))
+        dtypes: dict[str, Any] = ASCEND_DTYPES if target == "Ascend" else {}      # as `chat` has them
+        assistant = Assistant.from_directory(Path(folder) / "model", **dtypes)
         question = {"query": sample.turns[0][1], "images": list(sample.images)}
         answer, = assistant.answer([question], max_new_tokens=12)
     if answer != sample.turns[1][1]:
@@ -73,20 +74,18 @@ def main() -> None:
     done("answer")
 
 
-def dtypes_of(target: str) -> dict[str, str]:
-    """Dtypes of an answer, as `chat` takes them."""
-    return ASCEND_DTYPES if target == "Ascend" else {}
-
-
 def train(batch: list[Tensor], target: str) -> tuple[IXC25ForCausalLM, float, float]:
     """A model that has learnt one batch, its first loss and its last."""
     assert len(batch) == len(BATCH_COLUMNS)
     dtypes = {"compute_dtype": "bfloat16"} if target == "Ascend" else {}
     model = IXC25ForCausalLM(IXC25Config(**SIZES, **dtypes))
+    names = [parameter.name for parameter in model.get_parameters()]
     step = IXC25TrainOneStepCell(model, AdamW(model.trainable_params(), learning_rate=RATE), use_clip_grad=True,
                                  max_grad_norm=1.0)
     step.set_train()
     losses = [float(np.ravel(step(*batch)[0].asnumpy())[0]) for _ in range(STEPS)]
+    for parameter, name in zip(model.get_parameters(), names):      # the cell put its own name before frozen ones
+        parameter.name = name
     return model, losses[0], losses[-1]
 
 

@@ -52,6 +52,29 @@ PAIRS = (
          f"scripts/check_matrix.sh; CANN and driver: {_DOCUMENTED}; Python: wheels on PyPI"),
 )
 
+
+@dataclass(frozen=True)
+class Failing:
+    """Versions that were tried together and do not run.
+
+    Attributes:
+        mindspore: of MindSpore.
+        mindformers: of MindFormers.
+        why: how far they get.
+        source: where the row is from.
+    """
+
+    mindspore: str
+    mindformers: str
+    why: str
+    source: str
+
+
+FAILING = (
+    Failing("2.10.0", "2.0.0", "`import mindformers` ends with No module named 'hyper_parallel', a package that PyPI "
+            "does not have", "scripts/check_matrix.sh"),
+)
+
 # What each extra of the package is for; extras that are not named here are shown by their name alone.
 EXTRAS = {
     "torch": "reads pytorch_model-*.bin checkpoints",
@@ -115,6 +138,9 @@ def pair_finding(mindspore: str | None, mindformers: str | None) -> Finding:
     pair, text = find_pair(mindspore, mindformers), f"{mindspore} with MindFormers {mindformers}"
     if pair is not None:
         return Finding("MindSpore", OK, f"{text}, a pair the tests of this package run with")
+    failing = next((row for row in FAILING if (row.mindspore, row.mindformers) == (mindspore, mindformers)), None)
+    if failing is not None:
+        return Finding("MindSpore", PROBLEM, f"{text}: {failing.why}", PAIRS[0].install)
     known = "; ".join(f"{pair.mindspore} with {pair.mindformers}" for pair in PAIRS)
     return Finding("MindSpore", NOTE, f"{text}: nobody has tried this pair. Tested are {known}", PAIRS[0].install)
 
