@@ -8,6 +8,7 @@ docs/architecture.md has the table of everything this package changes or leans o
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -242,19 +243,21 @@ def _refuse_hub_name(given: Any) -> None:
 
 
 def _with_advice(original: Callable) -> Callable:
-    """`from_pretrained` of an Auto class that looks at the name first."""
+    """A function that takes a directory or a hub's name, and looks at it first."""
     @functools.wraps(original)
-    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        for given in (*args[:1], *kwargs.values()):
+    def looking(*args: Any, **kwargs: Any) -> Any:
+        for given in (*args, *kwargs.values()):
             _refuse_hub_name(given)
-        return original(cls, *args, **kwargs)
-    return from_pretrained
+        return original(*args, **kwargs)
+    return looking
 
 
 def refuse_hub_names() -> None:
-    """Lets the Auto classes name the command that downloads this model; they would look on MindFormers' own hub."""
+    """Lets Auto classes and `pipeline` name the command that downloads this model; they would ask MindFormers' hub."""
     for auto in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer):
         auto.from_pretrained = classmethod(_with_advice(auto.from_pretrained.__func__))
+    names = vars(importlib.import_module("mindformers.pipeline.pipeline"))     # the package's name is the function's
+    names["cached_file"] = _with_advice(names["cached_file"])
 
 
 register_auto_classes()
