@@ -35,11 +35,11 @@ COMMANDS = {
     "run": ("run", "run"), "launch": ("launch", "launch"), "chat": ("chat", "chat"), "eval": ("evaluate", "evaluate"),
     "convert": ("checkpoints", "run_convert"), "merge": ("checkpoints", "run_merge"),
     "inspect": ("checkpoints", "run_inspect"), "data": ("data", "data"), "reference": ("reference", "reference"),
-    "report": ("report", "report"), "plan": ("plan", "plan"),
+    "report": ("report", "report"), "plan": ("plan", "plan"), "doctor": ("doctor", "doctor"),
 }
 
 # Commands that keep the libraries' logs off the terminal.
-QUIET = ("convert", "merge", "inspect", "data", "report", "plan")
+QUIET = ("convert", "merge", "inspect", "data", "report", "plan", "doctor")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mindformers_ixc {version('mindformers_ixc')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for add in (_add_run, _add_launch, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect, _add_data,
-                _add_reference, _add_report, _add_plan):
+                _add_reference, _add_report, _add_plan, _add_doctor):
         add(commands)
     return parser
 
@@ -338,6 +338,21 @@ def _add_plan(commands: Commands) -> None:
                        ("network_bandwidth", "assumed between servers, 10^9 bytes a second a device (20)")):
         plan.add_argument(f"--{name}", type=float, metavar="X", help=text)
     plan.add_argument("--devices_per_server", type=int, metavar="N", help="assumed (8)")
+
+
+def _add_doctor(commands: Commands) -> None:
+    doctor = commands.add_parser(
+        "doctor", formatter_class=Help, help="is this machine in order? versions, devices, a self test",
+        description="Looks at versions (against a table of pairs that are known to work), memory, cores, compilers, "
+                    "folders, disks, Ascend's driver and CANN, and lets a tiny model train and answer. Each problem "
+                    "comes with what to do. The exit code is 1 when something would stop a run.",
+        epilog="examples:\n  mindformers doctor\n  mindformers doctor --quick --json\n"
+               "  mindformers doctor --device_target Ascend")
+    doctor.add_argument("--quick", action="store_true", help="leave out the self test and MindSpore's import: an "
+                        "answer in under a second")
+    doctor.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU",
+                        help="where runs are to compute; with Ascend a missing device is a problem (default: CPU)")
+    doctor.add_argument("--json", action="store_true", help="JSON instead of text")
 
 
 def claim_stdout() -> TextIO:

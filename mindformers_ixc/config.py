@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from mindformers_ixc.errors import CheckpointError, ConfigError
 from mindformers_ixc.files import read_json
+from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.rope import ROPE_FIELDS, read_rope
 from mindformers_ixc.sections import (
     ANYTHING,
@@ -603,6 +604,9 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
     file = Path(path)
     file = file / CONFIG_FILE if file.suffix != ".json" else file
     if not file.is_file():
+        on_a_hub = not_a_folder(path)
+        if on_a_hub:
+            raise CheckpointError(on_a_hub)
         raise CheckpointError(f"{file} does not exist; a model directory holds it beside the tokenizer and "
                               "the weights.")
     found = read_json(file, CheckpointError)

@@ -7,8 +7,10 @@ docs/architecture.md has the table of everything this package changes or leans o
 """
 from __future__ import annotations
 
+import functools
+import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from mindformers.pipeline.registry_constant import PIPELINE_REGISTRY
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindpet.utils.constants import DELTA_LIST
 
+from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.pipeline import TASK, MultimodalChatPipeline
+from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
 from mindformers_ixc.models.preference import IXC25ForPreference
 from mindformers_ixc.models.vision import IXC25VisionModel
@@ -89,7 +93,9 @@ class InternLM2Tokenizer(SentencePieceText, PreTrainedTokenizer):
         Raises:
             FileNotFoundError: when the directory has no `tokenizer.model`.
             ConfigError: when a settings file is damaged.
+            CheckpointError: for a hub's name.
         """
+        _refuse_hub_name(name_or_path)
         # a directory with a YAML file may have its vocabulary elsewhere
         if os.path.isdir(name_or_path) and "vocab_file" not in kwargs and not any(Path(name_or_path).glob("*.yaml")):
             check_directory(name_or_path)
@@ -183,6 +189,7 @@ class IXC25Processor(Processor, ProcessorMixin):
     @classmethod
     def from_pretrained(cls, yaml_name_or_path: str | os.PathLike, **kwargs: Any) -> IXC25Processor:
         """Builds the processor of a model directory from its config.json and tokenizer.model."""
+        _refuse_hub_name(yaml_name_or_path)
         directory = Path(yaml_name_or_path)
         images = IXC25ImageProcessor.from_directory(directory)
         # the class under the public name: MindFormers warns when tokenizer_config.json names another one
@@ -224,6 +231,36 @@ def register_pipeline() -> None:
                                         task_type="multimodal")
 
 
+def _refuse_hub_name(given: Any) -> None:
+    """Says how this model is downloaded where its name on a hub is given for a folder.
+
+    Raises:
+        CheckpointError: with the command.
+    """
+    advice = not_a_folder(given) if isinstance(given, (str, os.PathLike)) else None
+    if advice:
+        raise CheckpointError(advice)
+
+
+def _with_advice(original: Callable) -> Callable:
+    """A function that takes a directory or a hub's name, and looks at it first."""
+    @functools.wraps(original)
+    def looking(*args: Any, **kwargs: Any) -> Any:
+        for given in (*args, *kwargs.values()):
+            _refuse_hub_name(given)
+        return original(*args, **kwargs)
+    return looking
+
+
+def refuse_hub_names() -> None:
+    """Lets Auto classes and `pipeline` name the command that downloads this model; they would ask MindFormers' hub."""
+    for auto in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer):
+        auto.from_pretrained = classmethod(_with_advice(auto.from_pretrained.__func__))
+    names = vars(importlib.import_module("mindformers.pipeline.pipeline"))     # the package's name is the function's
+    names["cached_file"] = _with_advice(names["cached_file"])
+
+
 register_auto_classes()
+refuse_hub_names()
 register_pet_types()
 register_pipeline()

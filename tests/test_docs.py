@@ -1,10 +1,17 @@
 """What the documentation names is there."""
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import mindformers_ixc_cli
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -40,3 +47,86 @@ def test_links_between_documents_lead_somewhere():
     for page in pages:
         for target in re.findall(r"\]\((?!https?://)([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_blocks_are_those_of_the_code():
+    found = list(_load("write_docs").pages())
+    assert {page.name for page, _ in found} >= {"commands.md", "install.md", "sizes.md", "weights.md", "yaml.md"}
+    for page, text in found:
+        assert page.read_text(encoding="utf-8") == text, f"{page.name} is stale; run: python scripts/write_docs.py"
+
+
+def test_every_command_and_option_is_on_the_page(capsys):
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    sections = {part.partition("\n")[0]: part for part in text.split("\n## ")[1:]}
+    assert set(sections) == set(mindformers_ixc_cli.COMMANDS)
+    for command, section in sections.items():
+        options = re.findall(r"^\| (?:`-\w[^`]*`, )?`(--\w+)", section, re.MULTILINE)
+        assert len(options) == len(set(options)) and f"mindformers {command} " in section
+        with pytest.raises(SystemExit):
+            mindformers_ixc_cli.parse([command, "--help"])
+        helped = re.findall(r"^  (?:-\w.*, )?(--\w+)", capsys.readouterr().out, re.MULTILINE)
+        assert set(options) == set(helped) - {"--help"}
+
+
+def test_every_example_on_the_page_is_parsed():
+    lines = re.findall(r"^mindformers .*", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(lines) > 20
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        if "..." not in words:
+            assert mindformers_ixc_cli.parse(words).command == words[0]
+
+
+def test_the_site_has_every_page_once():
+    nav = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(nav) == len(set(nav))
+    assert set(nav) == {page.name for page in PAGES} | {"index.md", "contributing.md", "changelog.md"}
+
+
+def _anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name)
+def test_links_to_headings_lead_to_one(page):
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        other = page.parent / target if target else page
+        assert anchor in _anchors(other), f"{page.name}: {target}#{anchor}"
+
+
+def test_the_map_from_paper_and_public_code_names_what_is_there():
+    text = (ROOT / "docs" / "paper_to_code.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[-2] for row in text.splitlines() if row.startswith("| ") and "---" not in row]
+    checked = 0
+    for cell in rows:
+        for path, names in re.findall(r"`([\w/]+\.(?:py|yaml))`(?:: ((?:`[\w.()=]+`(?:, )?)+))?", cell):
+            file = next((place for place in (ROOT / "mindformers_ixc" / path, ROOT / path) if place.is_file()), None)
+            assert file is not None, path
+            source = file.read_text(encoding="utf-8")
+            for name in re.findall(r"`([\w.]+)", names):
+                assert all(re.search(rf"^\s*(?:def|class) {part}\b|^{part}\b.*=", source, re.MULTILINE)
+                           for part in name.split(".")), f"{path}: {name}"
+                checked += 1
+    assert checked > 25
+
+
+def test_the_site_builds_strictly(tmp_path):
+    pytest.importorskip("material", reason="needs the extra docs")
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "contributing" / "index.html").exists()

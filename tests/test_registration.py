@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from mindformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
 from mindformers.models.build_config import build_model_config
 from mindformers.models.build_processor import build_processor
 from mindformers.tools.register import MindFormerConfig, MindFormerRegister
@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 import mindformers_ixc
 from mindformers_ixc.demo import demo_path
+from mindformers_ixc.errors import CheckpointError
 
 
 @pytest.fixture
@@ -92,3 +93,13 @@ def test_register_path_finds_the_classes(monkeypatch, tmp_path):
     config = MindFormerRegister.get_instance_from_cfg(
         MindFormerConfig(auto_register="register.IXC25Config", type="IXC25Config", vocab_size=77), "config")
     assert (type(config).__name__, config.vocab_size) == ("IXC25Config", 77)
+
+
+@pytest.mark.parametrize("read", [
+    AutoConfig.from_pretrained, AutoModel.from_pretrained, AutoModelForCausalLM.from_pretrained,
+    AutoProcessor.from_pretrained, AutoTokenizer.from_pretrained, mindformers_ixc.IXC25ForCausalLM.from_pretrained,
+    mindformers_ixc.IXC25Processor.from_pretrained, mindformers_ixc.InternLM2Tokenizer.from_pretrained,
+    lambda name: pipeline("multimodal_chat", model=name)])
+def test_a_hubs_name_is_refused_with_the_command(read):
+    with pytest.raises(CheckpointError, match="huggingface-cli download internlm/internlm-xcomposer2d5-7b --local-dir"):
+        read("internlm/internlm-xcomposer2d5-7b")

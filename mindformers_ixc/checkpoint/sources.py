@@ -16,6 +16,7 @@ from mindformers_ixc.checkpoint.strategy_file import read_strategy, strategy_fil
 from mindformers_ixc.checkpoint.tensors import JoinedTensor, LazyTensor
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.files import read_json
+from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.parameters import base_name
 
 logger = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ def _open(path: Path, strategy: str | Path | None) -> OpenedCheckpoint:
         of_run = path.suffix == ".ckpt" or any(is_state(name) for name in tensors)
         return OpenedCheckpoint(path, "mindspore" if of_run else "public", tensors, [path])
     if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist.")
+        raise CheckpointError(not_a_folder(path) or f"{path} does not exist.")
     for name in INDEX_FILES:
         if (path / name).is_file():
             return _open_index(path, path / name)

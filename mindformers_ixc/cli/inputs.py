@@ -7,6 +7,7 @@ from pathlib import Path
 from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.config import read_fields
 from mindformers_ixc.files import check_target
+from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.resources import resolve_path
 
 
@@ -19,14 +20,14 @@ def check_inputs(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: for a missing or malformed YAML file.
         CheckpointError: for a `--model` that is no model directory of this model.
-        FileNotFoundError: for a missing image or data file.
+        FileNotFoundError: for a missing image or data file, or a hub's name in place of a checkpoint.
         OSError: for a file to be written that cannot be.
     """
     run = arguments.run if arguments.command == "launch" else arguments
     if getattr(run, "register_path", None) and not Path(run.register_path).is_dir():
         raise NotADirectoryError(f"--register_path {run.register_path} is not a folder.")
     if run.command in ("run", "plan") or (run.command == "data" and run.config):
-        read_yaml(run.config)
+        _check_start(run, read_yaml(run.config))
     for name in ("image", "data", "pairs"):
         given = getattr(arguments, name, None) or []
         for path in [given] if isinstance(given, str) else given:
@@ -36,6 +37,14 @@ def check_inputs(arguments: argparse.Namespace) -> None:
         check_target(target, name)
     if getattr(arguments, "model", None):
         read_fields(arguments.model)
+
+
+def _check_start(run: argparse.Namespace, fields: dict) -> None:
+    """Refuses a hub's name for the checkpoint that a run begins with."""
+    start = getattr(run, "load_checkpoint", None) or fields.get("load_checkpoint")
+    on_a_hub = not_a_folder(start, "load_checkpoint") if isinstance(start, str) and start else None
+    if on_a_hub:
+        raise FileNotFoundError(on_a_hub)
 
 
 def _targets(arguments: argparse.Namespace) -> dict[str, str]:

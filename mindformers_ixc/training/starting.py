@@ -18,6 +18,7 @@ from mindformers_ixc.checkpoint.start import (
 )
 from mindformers_ixc.config import ALIASES, FIELDS, VISION_FIELDS, ModelConfig
 from mindformers_ixc.errors import CheckpointError, ConfigError
+from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.parameters import parameter_table
 from mindformers_ixc.rope import ROPE_FIELDS
@@ -51,7 +52,7 @@ def adopt_start(fields: dict, say: bool = True) -> None:
             raise ConfigError(f"{OVERRIDE} is for runs that start with a checkpoint (load_checkpoint); take it out.")
         return
     if not Path(start).exists():
-        raise FileNotFoundError(f"load_checkpoint: {start} does not exist.")
+        raise FileNotFoundError(not_a_folder(start, "load_checkpoint") or f"load_checkpoint: {start} does not exist.")
     # a stand-alone run compares weights with their digests when it loads them; in a parallel one MindFormers loads
     source = open_source(start, verify=None if fields.get("use_parallel") else False)
     lines = []

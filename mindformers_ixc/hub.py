@@ -1,0 +1,101 @@
+"""Names on a hub where a folder is expected: the public repositories, and the command that downloads one.
+
+Nothing in this package goes online. docs/weights.md has the table of these repositories.
+"""
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A public repository of the model's family.
+
+    Attributes:
+        name: without its owner.
+        gigabytes: of its weights, 10^9 bytes; `None` where no public list of its files was seen.
+        what: what it is.
+        refused: why its weights cannot be used here; empty where they can.
+    """
+
+    name: str
+    gigabytes: float | None
+    what: str
+    refused: str = ""
+
+
+# The first is the model this package is for. Sizes: docs/weights.md says where each is from.
+REPOSITORIES = (
+    Repository("internlm-xcomposer2d5-7b", 22.2, "InternLM-XComposer-2.5 with its three task LoRAs"),
+    Repository("internlm-xcomposer2d5-7b-chat", None, "the same after reinforcement learning; not tried here"),
+    Repository("internlm-xcomposer2d5-7b-reward", 16.6, "a model that scores answers",
+               "it has a score head in place of output.weight"),
+    Repository("internlm-xcomposer2d5-7b-4bit", None, "the first in 4 bit (AWQ)", "its weights are packed in 4 bit"),
+    Repository("internlm-xcomposer2d5-ol-7b", None, "a system for streams of video and sound, in five folders",
+               "its base has a module more (video_mem_proj), and the other folders are other models"),
+    Repository("internlm-xcomposer2d5-clip", 1.1, "the vision tower alone", "it is a part of the first, which has it"),
+)
+HUGGING_FACE, MODEL_SCOPE = "internlm", "Shanghai_AI_Laboratory"
+
+_URL = re.compile(r"(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.(?:cn|com))/"
+                  r"(?:models/)?", re.IGNORECASE)
+
+
+def download_command(name: str, folder: str | None = None) -> str:
+    """The command of Hugging Face's own tool that downloads a repository.
+
+    Args:
+        name: of the repository, without its owner.
+        folder: where to; by default one of the repository's name in the working directory.
+    """
+    return f"huggingface-cli download {HUGGING_FACE}/{name} --local-dir {folder or name}"
+
+
+def hub_name(path: str | os.PathLike) -> str | None:
+    """The repository that a path names which is no file or folder here: `internlm/NAME`, a URL, or the bare name.
+
+    Returns:
+        The repository's name without its owner; `None` for anything that is here or is no name of this family.
+    """
+    text = os.fspath(path)
+    if Path(text).exists():
+        return None
+    bare = _URL.sub("", text, count=1).strip("/")
+    owner, _, rest = bare.rpartition("/")
+    owners = {HUGGING_FACE.lower(), MODEL_SCOPE.lower()}
+    if bare != text.strip("/"):            # an address: owner, name, and perhaps tree/main behind them
+        parts = bare.split("/")
+        owner, rest = (parts[0], parts[1]) if len(parts) > 1 else ("", bare)
+    known = {repository.name.lower(): repository.name for repository in REPOSITORIES}
+    if rest.lower() in known and (not owner or owner.lower() in owners):
+        return known[rest.lower()]
+    # another model of these owners, where no folder of that name can have been meant
+    if owner.lower() in owners and re.fullmatch(r"[\w.-]+", rest) and not Path(text).parent.exists():
+        return rest
+    return None
+
+
+def not_a_folder(path: str | os.PathLike, what: str = "") -> str | None:
+    """The sentence for a name on a hub where a folder is expected; `None` for any other path.
+
+    Args:
+        path: what was given.
+        what: where it was given, such as `load_checkpoint`.
+    """
+    name = hub_name(path)
+    if name is None:
+        return None
+    where = f"{what}: " if what else ""
+    found = next((repository for repository in REPOSITORIES if repository.name == name), None)
+    if found is None or found.refused:
+        why = f"and cannot be used here: {found.refused}" if found else "and of another model"
+        first = REPOSITORIES[0].name
+        return (f"{where}{os.fspath(path)} is a name on a hub, no folder here, {why}. This package is for {first}: "
+                f"`{download_command(first)}` (docs/weights.md).")
+    size = f"its {found.gigabytes:.1f} GB" if found.gigabytes else "it"
+    return (f"{where}{os.fspath(path)} is a name on a hub, no folder here, and nothing in this package goes online. "
+            f"Download {size} with `{download_command(name)}` or `modelscope download --model "
+            f"{MODEL_SCOPE}/{name} --local_dir {name}`, then give the folder {name} (docs/weights.md).")
