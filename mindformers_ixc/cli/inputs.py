@@ -9,6 +9,7 @@ from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read
 from mindformers_ixc.config import read_fields
 from mindformers_ixc.files import check_target
 from mindformers_ixc.resources import resolve_path
+from mindformers_ixc.trackers import require_packages
 
 
 def check_inputs(arguments: argparse.Namespace) -> None:
@@ -18,7 +19,8 @@ def check_inputs(arguments: argparse.Namespace) -> None:
         arguments: of any subcommand.
 
     Raises:
-        ConfigError: for a YAML file that is missing, malformed or of an earlier version, or a malformed override.
+        ConfigError: for a YAML file that is missing, malformed or of an earlier version, a malformed override, or a
+            tracker whose package is missing.
         CheckpointError: for a `--model` that is no model directory of this model.
         FileNotFoundError: for a missing image or data file.
         OSError: for a file to be written that cannot be.
@@ -30,6 +32,8 @@ def check_inputs(arguments: argparse.Namespace) -> None:
         fields = read_yaml(run.config)
         apply_overrides(fields, parse_overrides(run.rest))
         check_version(fields, run.config)
+        if run.command == "run":
+            require_packages(fields, run.config)
     for name in ("image", "data", "pairs"):
         given = getattr(arguments, name, None) or []
         for path in [given] if isinstance(given, str) else given:

@@ -26,6 +26,7 @@ from mindformers_ixc.sections import (
     one_of,
     whole,
 )
+from mindformers_ixc.trackers import CALLBACK, check_tracker
 from mindformers_ixc.training.evaluation import evaluation_options
 from mindformers_ixc.training.parts import check_parts, check_rates
 
@@ -123,6 +124,8 @@ def _check_typed_sections(fields: dict, source: str) -> None:
             raise ConfigError(f"{source}: {where} needs a 'type'.")
         if "auto_register" not in section:
             _check_registered(section["type"], kind, MindFormerRegister.registry.get(kind, {}), source, where)
+        if section["type"] == CALLBACK:
+            check_tracker(section, where, source)
 
 
 def _check_registered(name: object, kind: str, registered: dict, source: str, where: str) -> None:

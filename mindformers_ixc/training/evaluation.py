@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -181,6 +182,7 @@ class Evaluation(Callback):
         # what was measured so far, one row a step: in a parallel run every rank measures, knows all rows and so
         # decides alike, and one of them writes
         self.rows: list[dict] = []
+        self.watchers: list[Callable[[dict], None]] = []      # are told every row
 
     def on_train_begin(self, run_context: RunContext) -> None:
         """Drops rows of steps that will be done again, and makes up what the step gone on from lacks."""
@@ -243,6 +245,8 @@ class Evaluation(Callback):
             if not is_parallel():       # there the other ranks, which know nothing of it, must go on deciding alike
                 self.rows.pop()
             self._not_saved(error, step)
+        for watch in self.watchers:
+            watch(row)
         logger.info("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
     def _values(self, model: IXC25Model) -> dict[str, float]:
