@@ -35,11 +35,12 @@ COMMANDS = {
     "run": ("run", "run"), "launch": ("launch", "launch"), "chat": ("chat", "chat"), "eval": ("evaluate", "evaluate"),
     "convert": ("checkpoints", "run_convert"), "merge": ("checkpoints", "run_merge"),
     "inspect": ("checkpoints", "run_inspect"), "data": ("data", "data"), "reference": ("reference", "reference"),
-    "report": ("report", "report"), "plan": ("plan", "plan"), "doctor": ("doctor", "doctor"),
+    "report": ("report", "report"), "plan": ("plan", "plan"), "recipes": ("recipes", "show_recipes"),
+    "doctor": ("doctor", "doctor"),
 }
 
 # Commands that keep the libraries' logs off the terminal.
-QUIET = ("convert", "merge", "inspect", "data", "report", "plan", "doctor")
+QUIET = ("convert", "merge", "inspect", "data", "report", "plan", "recipes", "doctor")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mindformers_ixc {version('mindformers_ixc')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for add in (_add_run, _add_launch, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect, _add_data,
-                _add_reference, _add_report, _add_plan, _add_doctor):
+                _add_reference, _add_report, _add_plan, _add_recipes, _add_doctor):
         add(commands)
     return parser
 
@@ -68,7 +69,7 @@ def _add_run(commands: Commands) -> None:
         epilog="examples:\n  mindformers run --config yaml_configs/ixc25_sft_tiny.yaml --output_dir out\n"
                "  mindformers run --config my.yaml --run_mode finetune --load_checkpoint out/model "
                "--lr_schedule.learning_rate 1e-4")
-    run.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    run.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run, or the name of a recipe")
     run.add_argument("--run_mode", choices=["train", "finetune", "predict"], help="overrides the file's run_mode")
     run.add_argument("--register_path", metavar="DIR", help="folder of further modules for `auto_register`")
     run.add_argument("--output_dir", metavar="DIR", help="where everything the run writes goes")
@@ -254,7 +255,7 @@ def _add_data(commands: Commands) -> None:
                       help="coco_captions, vqa_v2, text_vqa, ocr_vqa, share_gpt or llava; or plan")
     data.add_argument("files", nargs="+", metavar="FILE",
                       help="the published files, then the file to be written; of plan the data")
-    data.add_argument("--config", metavar="FILE", help="of plan: YAML file of the run")
+    data.add_argument("--config", metavar="FILE", help="of plan: YAML file of the run, or the name of a recipe")
     data.add_argument("--global_batch", type=int, metavar="N", help="of plan: samples of a step (default: the file's)")
     data.add_argument("--json", action="store_true", help="of plan: JSON instead of text")
     data.add_argument("--images", metavar="DIR", help="put in front of picture names")
@@ -307,7 +308,7 @@ def _add_plan(commands: Commands) -> None:
         epilog="examples:\n  mindformers plan --config yaml_configs/ixc25_sft.yaml --devices 8\n"
                "  mindformers plan --config my.yaml --devices 64 --model_parallel 8 --pipeline_stage 2\n"
                "  mindformers plan --config my.yaml --devices 64 --device_memory 32GB --search --no_compile")
-    plan.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    plan.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run, or the name of a recipe")
     plan.add_argument("--devices", type=int, required=True, metavar="N", help="devices, over all servers")
     plan.add_argument("--device_memory", metavar="SIZE", help="of a device, such as 64GB (default: the file's "
                       "context.max_device_memory, else 64GB)")
@@ -353,6 +354,19 @@ def _add_doctor(commands: Commands) -> None:
     doctor.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU",
                         help="where runs are to compute; with Ascend a missing device is a problem (default: CPU)")
     doctor.add_argument("--json", action="store_true", help="JSON instead of text")
+
+
+def _add_recipes(commands: Commands) -> None:
+    recipes = commands.add_parser(
+        "recipes", formatter_class=Help, help="the YAML files that ship with the package",
+        description="Lists the recipes, or writes one down with everything that it says, comments included, to be "
+                    "changed. Wherever a command takes --config FILE, the name of a recipe will do.",
+        epilog="examples:\n  mindformers recipes\n  mindformers recipes copy ixc25_sft_tiny my.yaml\n"
+               "  mindformers run --config ixc25_sft_tiny --output_dir out")
+    recipes.add_argument("action", nargs="?", choices=["copy"], help="write the recipe NAME to FILE")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="of the recipe")
+    recipes.add_argument("target", nargs="?", metavar="FILE", help="to be written, or a folder for it; what is there "
+                         "stays (default: NAME.yaml)")
 
 
 def claim_stdout() -> TextIO:

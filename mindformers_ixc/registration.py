@@ -42,14 +42,15 @@ from mindformers_ixc.training.pet import (
     TaskLoRAPetConfig,
     lora_model,
 )
+from mindformers_ixc.training.tracking import IXC25Tracker
 from mindformers_ixc.training.trainer import IXC25Trainer
 from mindformers_ixc.training.wrapper import IXC25PipelineWithLossScaleCell, IXC25TrainOneStepCell
 
 __all__ = [
     "IXC25Config", "IXC25DataLoader", "IXC25ForCausalLM", "IXC25ForPreference", "IXC25ImageProcessor",
     "IXC25PipelineWithLossScaleCell", "IXC25PreferenceDataset", "IXC25Processor", "IXC25SFTDataset",
-    "IXC25TrainOneStepCell", "IXC25Trainer", "IXC25VideoProcessor", "IXC25VisionConfig", "IXC25VisionModel",
-    "InternLM2Tokenizer", "InternLMXComposer2Tokenizer",
+    "IXC25Tracker", "IXC25TrainOneStepCell", "IXC25Trainer", "IXC25VideoProcessor", "IXC25VisionConfig",
+    "IXC25VisionModel", "InternLM2Tokenizer", "InternLMXComposer2Tokenizer",
 ]
 
 

@@ -71,7 +71,7 @@ def test_a_saved_model_comes_back(public_directory, tmp_path):
     ("processor", "IXC25Processor"), ("processor", "IXC25ImageProcessor"), ("processor", "IXC25VideoProcessor"),
     ("dataset", "IXC25SFTDataset"), ("dataset_loader", "IXC25DataLoader"), ("trainer", "IXC25Trainer"),
     ("wrapper", "IXC25TrainOneStepCell"), ("wrapper", "IXC25PipelineWithLossScaleCell"),
-    ("pipeline", "multimodal_chat")])
+    ("callback", "IXC25Tracker"), ("pipeline", "multimodal_chat")])
 def test_the_registry_holds(kind, name):
     assert MindFormerRegister.is_exist(kind, name)
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mindformers_ixc.cli.yaml_file import read_yaml
+from mindformers_ixc.cli.older_files import check_version
+from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml
 from mindformers_ixc.config import read_fields
 from mindformers_ixc.files import check_target
 from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.resources import resolve_path
+from mindformers_ixc.trackers import require_packages
 
 
 def check_inputs(arguments: argparse.Namespace) -> None:
-    """Refuses files and folders that are not there.
+    """Refuses files and folders that are not there, and what cannot be of a YAML file and its overrides.
 
     Args:
         arguments: of any subcommand.
 
     Raises:
-        ConfigError: for a missing or malformed YAML file.
+        ConfigError: for a YAML file that is missing, malformed or of an earlier version, a malformed override, or a
+            tracker whose package is missing.
         CheckpointError: for a `--model` that is no model directory of this model.
         FileNotFoundError: for a missing image or data file, or a hub's name in place of a checkpoint.
         OSError: for a file to be written that cannot be.
@@ -27,7 +30,12 @@ def check_inputs(arguments: argparse.Namespace) -> None:
     if getattr(run, "register_path", None) and not Path(run.register_path).is_dir():
         raise NotADirectoryError(f"--register_path {run.register_path} is not a folder.")
     if run.command in ("run", "plan") or (run.command == "data" and run.config):
-        _check_start(run, read_yaml(run.config))
+        fields = read_yaml(run.config)
+        _check_start(run, fields)
+        apply_overrides(fields, parse_overrides(run.rest))
+        check_version(fields, run.config)
+        if run.command == "run":
+            require_packages(fields, run.config)
     for name in ("image", "data", "pairs"):
         given = getattr(arguments, name, None) or []
         for path in [given] if isinstance(given, str) else given:

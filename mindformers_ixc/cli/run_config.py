@@ -24,7 +24,9 @@ from mindformers_ixc.sections import (
     like,
     of_type,
     one_of,
+    whole,
 )
+from mindformers_ixc.trackers import CALLBACK, check_tracker
 from mindformers_ixc.training.evaluation import evaluation_options
 from mindformers_ixc.training.parts import check_parts, check_rates
 
@@ -42,6 +44,11 @@ _PEAK = Rule(lambda value: is_number(value) and 0 <= value <= LARGEST_PEAK,
 
 _NAMES = Rule(lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
               "a list of fields of model.model_config")
+
+# Keys of MindFormers' section, which has no template.
+_TENSORBOARD = {"tensorboard_dir": of_type(str, required=True), "tensorboard_queue_size": whole(1),
+                "log_loss_scale_to_tensorboard": of_type(bool), "log_timers_to_tensorboard": of_type(bool),
+                "log_expert_load_to_tensorboard": of_type(bool)}
 
 _DECAY = Rule(lambda value: is_number(value) and 0 <= value < 1, "a number of at least 0 and below 1")
 
@@ -69,6 +76,8 @@ def check_fields(fields: dict, source: str) -> None:
         check_value("device_tflops", fields["device_tflops"], _PEAK, source=source)
     if fields.get("tensorboard") is not None:      # MindFormers has a section of that name
         check_value("tensorboard", fields["tensorboard"], of_type(bool, dict), source=source)
+        if isinstance(fields["tensorboard"], dict):
+            check_section(fields["tensorboard"], _TENSORBOARD, "tensorboard", source=source)
     if fields.get(OVERRIDE) is not None:
         check_value(OVERRIDE, fields[OVERRIDE], _NAMES, source=source)
     for name in sections:
@@ -115,6 +124,8 @@ def _check_typed_sections(fields: dict, source: str) -> None:
             raise ConfigError(f"{source}: {where} needs a 'type'.")
         if "auto_register" not in section:
             _check_registered(section["type"], kind, MindFormerRegister.registry.get(kind, {}), source, where)
+        if section["type"] == CALLBACK:
+            check_tracker(section, where, source)
 
 
 def _check_registered(name: object, kind: str, registered: dict, source: str, where: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from mindformers_ixc.cli.recipe_files import find_config
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import read_text
 
@@ -56,38 +57,63 @@ def read_value(text: str) -> object:
 
 
 def apply_overrides(fields: dict, overrides: dict[str, object]) -> None:
-    """Sets dotted keys in a nested dict, in place.
+    """Sets dotted keys in a nested dict, in place; entries of lists go by their numbers, which begin at 0.
+
+    The number behind a list's last one adds an entry, if that is a section: `callbacks.2.type`.
 
     Raises:
-        ConfigError: when a part of a key is there but is no section.
+        ConfigError: when a part of a key is there but is no section and no list, or is no entry of a list.
     """
     for key, value in overrides.items():
-        section, parts = fields, key.split(".")
-        for i, part in enumerate(parts[:-1]):
-            if section.get(part) is None:
-                section[part] = {}
-            section = section[part]
-            if not isinstance(section, dict):
-                raise ConfigError(f"--{key}: '{'.'.join(parts[:i + 1])}' is not a section of the YAML file.")
-        section[parts[-1]] = value
+        parts = key.split(".")
+        _set(fields, key, parts, 0, value)
+
+
+def _set(section: Any, key: str, parts: list[str], depth: int, value: object) -> None:
+    """Sets what the parts of a key from a depth on name, in a section or list."""
+    last, above = depth == len(parts) - 1, ".".join(parts[:depth])
+    part: Any = parts[depth]
+    if isinstance(section, list):
+        part = _number(section, part, key, above, adds=not last)
+    elif not isinstance(section, dict):
+        raise ConfigError(f"--{key}: '{above}' is not a section of the YAML file.")
+    if last:
+        section[part] = value
+        return
+    inner = section[part] if isinstance(section, list) else section.get(part)
+    if isinstance(inner, list):
+        inner = list(inner)         # an alias elsewhere in the file keeps its own
+    elif inner is None:
+        inner = {}
+    _set(inner, key, parts, depth + 1, value)
+    section[part] = inner
+
+
+def _number(entries: list, part: str, key: str, name: str, adds: bool) -> int:
+    """The place that a part of a key names in a list, which gets an entry there if it is the next one."""
+    number = int(part) if part.isdecimal() and part.isascii() else -1
+    if number == len(entries) and adds and all(isinstance(entry, dict) for entry in entries):
+        entries.append({})
+    if not 0 <= number < len(entries):
+        there = f"its entries are numbered 0 to {len(entries) - 1}" if entries else "it has no entry"
+        raise ConfigError(f"--{key}: {part!r} is no entry of the list '{name}'; {there}. "
+                          f"A list is replaced whole by --{name} '[...]'.")
+    return number
 
 
 def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
     """Reads a YAML file that must hold a mapping; one that names another as `base_config` changes that one.
 
-    The rule is MindFormers'.
+    The rule is MindFormers'; a name that no file has may be that of a shipped one (`find_config`).
 
     Args:
-        path: the file.
+        path: the file, or the name of a recipe.
         seen: files that led to this one.
 
     Raises:
         ConfigError: for a missing file, invalid YAML, another top level, or files that are each other's base.
     """
-    path = Path(path)
-    if not path.is_file():
-        named = f" that {seen[-1]} names as base_config" if seen else ""
-        raise ConfigError(f"The configuration file {path}{named} does not exist.")
+    path = find_config(path)
     if path.resolve() in seen:
         raise ConfigError(f"{path} is its own base_config (by way of {seen[-1]}); take one of the two out.")
     fields = load_yaml(read_text(path, ConfigError), str(path))
@@ -99,8 +125,8 @@ def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
         raise ConfigError(f"{path}: base_config is {bases!r:.80}; it must be a file's name, or a list of them.")
     merged: dict = {}
     for base in bases:
-        merged.update(read_yaml(path.parent / base, (*seen, path.resolve())))
-    return _merged(merged, fields)
+        merged.update(read_yaml(find_config(base, path), (*seen, path.resolve())))
+    return put_on_top(merged, fields)
 
 
 def load_yaml(text: str, name: str) -> Any:
@@ -152,12 +178,12 @@ def _check_finite(value: Any, name: str, above: tuple[int, ...] = (), done: set[
     done.add(id(value))
 
 
-def _merged(base: dict, changes: dict) -> dict:
+def put_on_top(base: dict, changes: dict) -> dict:
     """A mapping with another one's values on top; sections of both are merged, everything else is replaced."""
     both = dict(base)
     for key, value in changes.items():
         inner = both.get(key)
-        both[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        both[key] = put_on_top(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return both
 
 

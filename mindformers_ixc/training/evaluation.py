@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -207,6 +208,7 @@ class Evaluation(Callback):
         self.rows: list[dict] = []
         self.answers: list[dict] = []      # the answers that are written down, one row a step
         self.said: list[dict] = []         # those of the measurement that is being made
+        self.watchers: list[Callable[[dict], None]] = []      # are told every row
 
     def on_train_begin(self, run_context: RunContext) -> None:
         """Drops rows of steps that will be done again, and makes up what the step gone on from lacks."""
@@ -282,6 +284,8 @@ class Evaluation(Callback):
                 self.rows.pop()
                 self.answers = [old for old in self.answers if old["step"] < step]
             self._not_saved(error, step)
+        for watch in self.watchers:
+            watch(row)
         logger.info("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
     def _values(self, model: IXC25Model) -> dict[str, float]:

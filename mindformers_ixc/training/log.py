@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class TrainingLog(Callback):
     Attributes:
         stopped_after: the step after which the run stopped because it was asked to, else `None`.
         step_end: `StepEnd`, which has to be the last callback of the run.
+        watchers: are told every row that is written.
     """
 
     def __init__(self, folder: str | os.PathLike, on_error: str = "stop", device_tflops: float = 0.0,
@@ -64,6 +66,7 @@ class TrainingLog(Callback):
         self.lost_rows = False
         self.step_end = StepEnd()
         self.scalars: ScalarFile | None = None
+        self.watchers: list[Callable[[dict], None]] = []
 
     def bind(self, dataset: GeneratorDataset, plan: StepPlan, trainer: BaseTrainer) -> None:
         """Tells what is known only once the data are there.
@@ -183,6 +186,8 @@ class TrainingLog(Callback):
                 self.scalars.write(step, scalars(row))
             except OSError as error:
                 self._lose_scalars(error, parameters)
+        for watch in self.watchers:
+            watch(row)
         if step - self.printed >= self.print_every or step == self.total:
             self.printed = step
             print(line(row, self.total), file=sys.stderr, flush=True)

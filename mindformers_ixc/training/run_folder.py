@@ -25,6 +25,7 @@ from mindformers_ixc.checkpoint.unused import UNUSED_FILE
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import ANSWERS_FILE, EVALUATIONS_FILE, METRICS_FILE, RUN_RECORD, tidy
 from mindformers_ixc.interruption import JOB
+from mindformers_ixc.trackers import TRACKED
 
 LOCK_FILE = "run.lock"
 RECORD = RUN_RECORD
@@ -35,7 +36,7 @@ SLICES = ".slices_{}"
 # Model directories that a run leaves, and with them all that `--overwrite` moves aside.
 RESULTS = ("model", "trained_parts", "model_ema", "best")
 OWN = (*RESULTS, "checkpoint", "checkpoint_network", "checkpoint_trainable", METRICS_FILE, EVALUATIONS_FILE,
-       ANSWERS_FILE, "resume", "strategy", UNUSED_FILE, "report", "report.html", "tensorboard", RECORD)
+       ANSWERS_FILE, "resume", "strategy", UNUSED_FILE, "report", "report.html", "tensorboard", *TRACKED, RECORD)
 
 # Seconds that the ranks of a killed launch get to be gone before the next run begins.
 ORPHANS_S = 60

@@ -56,6 +56,9 @@ def test_override_through_a_value_is_refused():
       for value in (-1, "fast", float("nan"), float("inf"), 3.2e14, True, [320])],
     ("tensorboard", "out", ["tensorboard is 'out'", "true or false or a section"]),
     ("tensorboard", 1, ["tensorboard is 1"]),
+    ("tensorboard", {"tensorboard_dirs": "./out"}, ["tensorboard.tensorboard_dirs", "tensorboard_dir"]),
+    ("tensorboard", {"log_timers_to_tensorboard": True}, ["tensorboard lacks tensorboard_dir"]),
+    ("tensorboard", {"tensorboard_dir": "./out", "tensorboard_queue_size": 0}, ["tensorboard_queue_size is 0"]),
     ("runner_config.epoch", 3, ["runner_config.epoch", "epochs"]),
     ("runner_config.epochs", "three", ["runner_config.epochs", "'three'", "whole number"]),
     ("runner_config.sink_mode", 1, ["sink_mode", "true or false"]),
@@ -138,6 +141,8 @@ def test_offsets_are_a_number_a_list_or_auto(value):
 
 @pytest.mark.parametrize(("key", "value"), [
     ("device_tflops", 0), ("device_tflops", 353.5), ("device_tflops", None), ("tensorboard", True),
-    ("tensorboard", False), ("tensorboard", {"tensorboard_dir": "./out"})])
+    ("tensorboard", False), ("tensorboard", {"tensorboard_dir": "./out"}),
+    ("tensorboard", {"tensorboard_dir": "./out", "tensorboard_queue_size": 10, "log_timers_to_tensorboard": True,
+                     "log_loss_scale_to_tensorboard": True, "log_expert_load_to_tensorboard": False})])
 def test_keys_of_the_log(key, value):
     check_fields({**read_yaml(TINY), key: value}, "my.yaml")

@@ -165,6 +165,13 @@ def test_a_run_measures_when_it_is_due_and_once_at_the_end(tmp_path, monkeypatch
     assert run.results() == WHOLE and run.measured == [2, 4, 6]
 
 
+def test_watchers_are_told_every_row(tmp_path, monkeypatch):
+    run, seen = FakeTraining(tmp_path, monkeypatch), []
+    run.callback.watchers.append(seen.append)
+    run.run()
+    assert seen == [{"step": step, "loss": loss} for step, loss in FakeTraining.LOSSES.items()]
+
+
 @pytest.mark.parametrize("start", [2, 3, 4, 6])
 @pytest.mark.parametrize("lost", ["nothing", "row", "cut", "doubled", "best", "all"])
 def test_a_resumed_run_has_the_rows_of_one_that_was_not_interrupted(tmp_path, monkeypatch, start, lost):
