@@ -6,7 +6,7 @@ import logging
 
 import mindspore as ms
 
-from mindformers_ixc.cli.settings import generation_options, image_options  # noqa: F401 - one door
+from mindformers_ixc.cli.settings import image_options
 from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.generation.assistant import Assistant
 
