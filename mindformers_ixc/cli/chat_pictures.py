@@ -52,7 +52,8 @@ def read_picture(path: str, processor: ImageProcessor) -> Picture:
         VideoError: for a video that cannot be read.
     """
     if is_video(path):
-        return Picture(path, path, tuple(board_size(path)))
+        board = board_size(path)
+        return Picture(path, path, (board.width, board.height))
     image = load_image(path, "", processor.transparency, processor.exif)
     return Picture(path, Path(path).read_bytes(), image.size)
 

@@ -242,7 +242,7 @@ class Session:
         check_target(path, "/save")
         if os.path.exists(path) and path not in self.saved:
             raise PromptError(f"{paths[0]} exists already; choose another name.")
-        system = self.settings.values["meta_instruction"]
+        system = self.settings.values["meta_instruction"] or ""
         write_whole(path, as_sample(self.talk, system) if path.endswith(".json") else as_markdown(self.talk))
         self.saved.add(path)
         count = len(self.talk.rounds)
