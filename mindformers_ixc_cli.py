@@ -25,6 +25,7 @@ from mindformers_ixc.config import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.interruption import JOB, die_with_launcher, listening
 from mindformers_ixc.parameters import PARTS
+from mindformers_ixc.scores import SCORES
 
 if TYPE_CHECKING:
     # what `add_subparsers` gives; argparse has no public name for it
@@ -154,10 +155,12 @@ def _add_data_reading(command: argparse.ArgumentParser) -> None:
 
 def _add_eval(commands: Commands) -> None:
     evaluate = commands.add_parser(
-        "eval", formatter_class=Help, help="exact match over a conversation file",
-        description="Answers every question of a conversation file and counts the answers that equal the file's. The "
-                    "last line of standard output is the exact match.",
-        epilog="example:\n  mindformers eval --model out/model --data train.json --shuffle_images")
+        "eval", formatter_class=Help, help="exact match and other scores over a conversation file",
+        description="Answers every question of a conversation file and scores the answers against the file's. Standard "
+                    "output has one line a score; by default it is the exact match.",
+        epilog="examples:\n  mindformers eval --model out/model --data train.json --shuffle_images\n"
+               "  mindformers eval --model out/model --data charts.json --predictions answers.jsonl "
+               "--metrics relaxed_accuracy anls exact_match --worst 5")
     _add_generation(evaluate)
     evaluate.set_defaults(max_new_tokens=64)
     evaluate.add_argument("--data", required=True, metavar="FILE", help="conversations, as for training")
@@ -165,7 +168,24 @@ def _add_eval(commands: Commands) -> None:
     evaluate.add_argument("--batch_size", type=int, default=4, metavar="N", help="questions answered at once")
     evaluate.add_argument("--shuffle_images", action="store_true",
                           help="give every question another sample's picture: a model that looks must get worse")
-    evaluate.add_argument("--predictions", metavar="FILE", help="write question, answer and expectation as JSON lines")
+    evaluate.add_argument("--predictions", metavar="FILE", help="write question, answer and expectation as they come, "
+                          "a JSON object a line; what is there already, of the same model, data and settings, is not "
+                          "asked again")
+    evaluate.add_argument("--metrics", nargs="+", choices=list(SCORES), default=["exact_match"], metavar="NAME",
+                          help=f"scores, in the order in which they are printed: {', '.join(SCORES)} (default: "
+                          "exact_match)")
+    evaluate.add_argument("--ignore_case", action="store_true", help="let exact match ignore the case of letters (the "
+                          "other scores always do)")
+    evaluate.add_argument("--worst", type=_count, default=3, metavar="N", help="show the N worst answers on standard "
+                          "error (default: 3)")
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:

@@ -58,8 +58,8 @@ def changed_parts(before: Path, after: Path) -> set[str]:
 def questions(name: str):
     """Questions of one of the stages' files."""
     from mindformers_ixc.data.conversations import load_conversations
+    from mindformers_ixc.data.questions import questions_of
     from mindformers_ixc.demo import demo_path
-    from mindformers_ixc.generation.questions import questions_of
 
     return questions_of(load_conversations(str(demo_path(f"stages/{name}.json"))))
 

@@ -1,26 +1,24 @@
-"""`mindformers chat`: one question, or an interactive session."""
+"""`mindformers chat`: one question, or an interactive session whose model loads while the question is typed."""
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from mindformers_ixc.cli.inference import generation_options, load_assistant
-from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.cli.chat_input import Failed, Interrupts, line_history, read_message
+from mindformers_ixc.cli.chat_session import Measured, Reply, Session
+from mindformers_ixc.cli.hints import empty_hint, picture_hint
+from mindformers_ixc.cli.loading import Loading, waiting
+from mindformers_ixc.cli.settings import generation_options, image_options
+from mindformers_ixc.processing.processor import EncodedSample, ImageProcessor
 
-HELP = """Type a question and press Enter.
-  /image PATH   add a picture to the next question
-  /video PATH   add a video
-  /new          forget the conversation
-  /help         this text
-  /quit         leave (so does Ctrl-D)"""
-
-# Questions kept for later sessions.
-HISTORY_LINES = 1000
+if TYPE_CHECKING:
+    from mindformers_ixc.generation.assistant import Assistant
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -29,137 +27,148 @@ def chat(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code.
     """
-    assistant = load_assistant(arguments)
-    if arguments.question is not None:
-        query = {"query": arguments.question, "images": arguments.image, "hd_num": arguments.hd_num,
-                 "meta_instruction": arguments.meta_instruction}
-        print(assistant.answer([query], arguments.mode, **generation_options(arguments))[0], file=arguments.answers)
-        return 0
-    return Session(assistant, arguments).run()
+    if arguments.question is None:
+        return talk(arguments)
+    assistant = load(arguments)
+    query = {"query": arguments.question, "images": arguments.image, "hd_num": arguments.hd_num,
+             "meta_instruction": arguments.meta_instruction}
+    answer = assistant.answer([query], arguments.mode, **generation_options(arguments))[0]
+    print(answer, file=arguments.answers)
+    advice = picture_hint(arguments.question, bool(arguments.image), "--image FILE gives one")
+    for line in advice if answer else [*advice, empty_hint(parameters(assistant))]:
+        print(line, file=sys.stderr)
+    return 0
 
 
-@contextlib.contextmanager
-def line_history() -> Iterator[None]:
-    """Line editing with the questions of earlier sessions, where there is a terminal."""
+def load(arguments: argparse.Namespace) -> Assistant:
+    """Imports MindFormers, which takes seconds, and loads the model."""
+    return importlib.import_module("mindformers_ixc.cli.inference").load_assistant(arguments)
+
+
+def parameters(assistant: Assistant) -> int:
+    """Of a model."""
+    return sum(parameter.size for parameter in assistant.model.get_parameters())
+
+
+def talk(arguments: argparse.Namespace) -> int:
+    """An interactive session.
+
+    Returns:
+        Exit code.
+    """
+    interrupts = Interrupts()
+    loading = Loading(lambda: load(arguments), interrupts.fail, arguments.verbose)
+    processor = ImageProcessor.from_directory(arguments.model, **image_options(arguments))
+    session = Session(arguments, Answers(loading, interrupts, arguments).answer, processor)
+    interrupts.start()
+    loading.start()
     if not sys.stdin.isatty():
-        yield
-        return
-    import readline  # noqa: PLC0415 - importing it gives input() its editing
-
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    path = Path(state) / "mindformers_ixc" / "chat_history"
-    with contextlib.suppress(OSError):                   # no earlier session
-        readline.read_history_file(path)
-    readline.set_history_length(HISTORY_LINES)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):               # a read-only home is no reason to fail at the end
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(path)
+        loading.result()
+    print(f"{arguments.model}, mode {arguments.mode}. Type a question and press Enter; /image PATH adds a picture, "
+          "/help lists everything.", file=sys.stderr, flush=True)
+    with line_history([*session.commands, "/quit"]):
+        _read_lines(session, loading, interrupts)
+    if not loading.done.is_set():
+        # a library that is being imported cannot be stopped, and the interpreter would wait for it
+        for stream in (arguments.answers, sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(0)
+    return 0
 
 
-class Interrupts:
-    """Ctrl-C while a graph may be running.
+def _read_lines(session: Session, loading: Loading[Assistant], interrupts: Interrupts) -> None:
+    """Reads messages until the end of input or of the session."""
+    while True:
+        try:
+            with interrupts.raising():
+                message = read_message()
+        except EOFError:
+            return
+        except KeyboardInterrupt:                # as in a shell: leaves the line, not the program
+            print(file=sys.stderr)
+            continue
+        except Failed:
+            print(file=sys.stderr)
+            loading.result()                     # raises what loading has raised
+            return
+        try:
+            if not session.line(message):
+                return
+        except KeyboardInterrupt:
+            print("[stopped]", file=sys.stderr, flush=True)
+        except (ValueError, OSError) as error:   # a bad picture must not end the conversation
+            if error is loading.error:
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)
 
-    MindSpore takes the signal over when it runs a graph, keeps it, and ends the process. So it is blocked meanwhile, in
-    all threads (they inherit the mask the program started with, see `mindformers_ixc_cli`), looked for between two
-    tokens, and given back to Python afterwards.
+
+class Answers:
+    """Answers on the terminal, as they come.
+
+    Args:
+        loading: of the model.
+        interrupts: of the session; Ctrl-C ends the answer.
+        arguments: of `chat`.
     """
 
-    def __enter__(self) -> Interrupts:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        return self
+    def __init__(self, loading: Loading[Assistant], interrupts: Interrupts, arguments: argparse.Namespace):
+        self.loading, self.interrupts, self.out = loading, interrupts, arguments.answers
+        self.steps = 0
+        self.first: float | None = None
 
-    def __exit__(self, *_: object) -> None:
-        signal.sigtimedwait({signal.SIGINT}, 0)         # one that came too late to stop anything
-        self.allow()
+    def _step(self) -> None:
+        """What the decoder does before every token but the first."""
+        self.steps += 1
+        if self.first is None:
+            self.first = time.monotonic()
+        self.interrupts.check()
 
-    @staticmethod
-    def allow() -> None:
-        """Lets Ctrl-C raise `KeyboardInterrupt` again."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    def answer(self, query: dict, mode: str, options: dict) -> Reply:
+        """Shows an answer as it comes (with beams, when it is there); Ctrl-C ends it.
 
-    @staticmethod
-    def check() -> None:
-        """Raises `KeyboardInterrupt` if Ctrl-C has been pressed."""
-        if signal.sigtimedwait({signal.SIGINT}, 0) is not None:
-            raise KeyboardInterrupt
-
-
-class Session:
-    """An interactive conversation: keeps history and the images of all rounds."""
-
-    def __init__(self, assistant: Assistant, arguments: argparse.Namespace):
-        self.assistant, self.arguments = assistant, arguments
-        self.history: list[tuple[str, str]] = []
-        self.images: list[str] = []
-        self.waiting = list(arguments.image)
-        assistant.engine.between_steps = Interrupts.check
-        Interrupts.allow()
-
-    def run(self) -> int:
-        """Reads lines until the end of input."""
-        print(HELP, file=sys.stderr)
-        with line_history():
-            while True:
-                try:
-                    line = input("> ").strip()
-                except EOFError:
-                    return 0
-                except KeyboardInterrupt:                # as in a shell: leaves the line, not the program
-                    print(file=sys.stderr)
-                    continue
-                if line == "/quit":
-                    return 0
-                try:
-                    self._line(line)
-                except (ValueError, OSError) as error:   # a bad image must not end the conversation
-                    print(f"error: {error}", file=sys.stderr)
-
-    def _line(self, line: str) -> None:
-        command, _, rest = line.partition(" ")
-        if not line:
-            return
-        if command in ("/image", "/video"):
-            with open(rest.strip(), "rb"):   # a missing file is said now, not with the next question
-                self.waiting.append(rest.strip())
-        elif command == "/new":
-            self.history, self.images, self.waiting = [], [], []
-        elif command == "/help":
-            print(HELP, file=sys.stderr)
-        elif command.startswith("/"):
-            raise ValueError(f"{command} is no command; /help lists them.")
-        else:
-            self._ask(line)
-
-    def _ask(self, text: str) -> None:
-        images = self.images + self.waiting
-        markers = text.count("<ImageHere>")
-        if self.waiting and markers == 0:
-            # every image needs its place once there is a history; images go before the question they came with
-            text = "<ImageHere>" * len(self.waiting) + text
-        query = {"query": text, "images": images, "history": self.history, "hd_num": self.arguments.hd_num,
-                 "meta_instruction": self.arguments.meta_instruction}
-        reply = self._reply(query)
-        self.history.append((text, reply))
-        self.images, self.waiting = images, []
-
-    def _reply(self, query: dict) -> str:
-        """Shows the answer as it comes (with beams, when it is there); Ctrl-C ends the answer, not the session."""
-        options, answers = generation_options(self.arguments), self.arguments.answers
-        pieces = []
-        with Interrupts():
+        Raises:
+            KeyboardInterrupt: when it comes before the model is there and the pictures are cut.
+        """
+        assistant = self._assistant()
+        self.steps, self.first = 0, None
+        pieces: list[str] = []
+        start, stopped = time.monotonic(), False
+        with waiting("reading the question") as shown:
+            with self.interrupts.raising():
+                sample = assistant.encode(query)
+            prepared = time.monotonic() - start
             try:
-                if options.get("num_beams", 1) > 1:
-                    pieces = self.assistant.answer([query], self.arguments.mode, **options)
-                    print(pieces[0], end="", file=answers)
-                else:
-                    for piece in self.assistant.stream(query, self.arguments.mode, **options):
-                        pieces.append(piece)
-                        print(piece, end="", file=answers, flush=True)
+                for piece in _pieces(assistant, sample, mode, options):
+                    self.first = self.first or time.monotonic()
+                    shown()
+                    pieces.append(piece)
+                    print(piece, end="", file=self.out, flush=True)
             except KeyboardInterrupt:
-                print(" [stopped]", end="", file=sys.stderr, flush=True)
-        print(file=answers)
-        return "".join(pieces).strip()
+                stopped = True
+        seconds = time.monotonic() - start
+        if pieces or not stopped:
+            print(file=self.out, flush=True)
+        text = "".join(pieces).strip()
+        if stopped:
+            print("[stopped]", file=sys.stderr, flush=True)
+        elif not text:
+            print(empty_hint(parameters(assistant)), file=sys.stderr, flush=True)
+        first = seconds if self.first is None else self.first - start
+        return Reply(text, stopped, Measured(len(sample.input_ids), sample.tiles, prepared, first, self.steps + 1,
+                                             seconds))
+
+    def _assistant(self) -> Assistant:
+        try:
+            with self.interrupts.raising(), waiting("the model is loading"):
+                assistant = self.loading.result()
+        except Failed:
+            assistant = self.loading.result()       # raises what loading has raised
+        assistant.engine.between_steps = self._step
+        return assistant
+
+
+def _pieces(assistant: Assistant, sample: EncodedSample, mode: str, options: dict) -> Iterable[str]:
+    if options.get("num_beams", 1) > 1:
+        return assistant.answer_samples([sample], mode, **options)
+    return assistant.stream(sample, mode, **options)

@@ -1,57 +1,127 @@
-"""`mindformers eval`: exact match over a conversation file."""
+"""`mindformers eval`: scores over a conversation file."""
 from __future__ import annotations
 
 import argparse
-import json
+import difflib
+import importlib
 import sys
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from mindformers_ixc.cli.inference import generation_options, load_assistant
+from mindformers_ixc.cli.answer_file import AnswerFile, run_of
+from mindformers_ixc.cli.settings import generation_options
 from mindformers_ixc.data.conversations import load_conversations
-from mindformers_ixc.files import write_whole
-from mindformers_ixc.generation.predict import answer_questions
-from mindformers_ixc.generation.questions import Question, questions_of, shuffle_images
+from mindformers_ixc.data.questions import questions_of, shuffle_images
+from mindformers_ixc.scores import CIDER_BEST, check_libraries, each_score
+
+# How each score is called where it is printed.
+TITLES = {"exact_match": "exact match", "anls": "ANLS", "relaxed_accuracy": "relaxed accuracy", "cider": "CIDEr"}
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Answers every question of `arguments.data` and prints the exact match as the last line.
+    """Answers every question of `arguments.data` and prints the scores, one a line.
 
-    A question that cannot be answered is named on standard error and counts as wrong.
+    A question that cannot be answered is named on standard error and counts as wrong. Everything that can be refused is
+    refused before MindFormers is imported, and where all answers are there already it never is.
 
     Returns:
         Exit code: 1 when no question could be answered.
     """
+    check_libraries(arguments.metrics)
     questions = questions_of(load_conversations(arguments.data, image_folder=arguments.image_folder,
                                                 image_root=arguments.image_root, ignore_keys=arguments.ignore_keys))
     if arguments.shuffle_images:
         shuffle_images(questions)
-    assistant, size = load_assistant(arguments), arguments.batch_size
-    results: list[dict] = []
-    for start in tqdm(range(0, len(questions), size), desc="answering", unit="batch", disable=None):
-        batch = [question.request(arguments.hd_num) for question in questions[start:start + size]]
-        results += answer_questions(assistant, batch, size, arguments.mode, generation_options(arguments))
-    _write_predictions(arguments.predictions, questions, results)
-    failed = _name_failed(questions, results)
-    right = sum(result.get("answer") == question.expected.strip() for question, result in zip(questions, results))
-    print(f"exact match: {100 * right / len(questions):.1f} % ({right} of {len(questions)})", file=arguments.answers)
-    return int(failed == len(questions))
+    with AnswerFile(arguments.predictions, questions, run_of(arguments)) as file:
+        if file.done:
+            print(f"{len(file.done)} of {len(questions)} answers are in {arguments.predictions} already.",
+                  file=sys.stderr)
+        if len(file.done) < len(questions):
+            _answer_rest(file, arguments)
+    rows = file.done
+    _name_failed(rows)
+    scores = each_score([row.get("answer") for row in rows], [row["expected"] for row in rows], arguments.metrics,
+                        arguments.ignore_case)
+    if arguments.worst:
+        print(worst_answers(rows, scores, arguments.worst), end="", file=sys.stderr)
+    for name, values in scores.items():
+        print(score_line(name, values, arguments.ignore_case), file=arguments.answers)
+    return int(all("error" in row for row in rows))
 
 
-def _name_failed(questions: list[Question], results: list[dict]) -> int:
-    """Says which questions could not be answered, and why; how many these are."""
-    failed = [(question, result["error"]) for question, result in zip(questions, results) if "error" in result]
-    for question, error in failed:
-        print(f"sample {question.sample}, question {question.query[:60]!r}: {error}", file=sys.stderr)
+def _answer_rest(file: AnswerFile, arguments: argparse.Namespace) -> None:
+    """Answers what has no answer yet."""
+    # MindFormers takes seconds to import
+    assistant = importlib.import_module("mindformers_ixc.cli.inference").load_assistant(arguments)
+    answer_questions = importlib.import_module("mindformers_ixc.generation.predict").answer_questions
+    questions, size, options = file.questions, arguments.batch_size, generation_options(arguments)
+    with tqdm(total=len(questions), initial=len(file.done), desc="answering", unit="question", disable=None) as bar:
+        while len(file.done) < len(questions):
+            batch = questions[len(file.done):len(file.done) + size]
+            file.add(answer_questions(assistant, [one.request(arguments.hd_num) for one in batch], size,
+                                      arguments.mode, options))
+            bar.update(len(batch))
+
+
+def score_line(name: str, values: Sequence[float], ignore_case: bool) -> str:
+    """A score as it is printed: the mean in percent, and where each answer is right or wrong, how many are right."""
+    mean, title = 100 * sum(values) / len(values), TITLES[name]
+    if name == "exact_match" and ignore_case:
+        title += " (case ignored)"
+    if name == "cider":
+        return f"{title}: {mean:.1f}"
+    counted = f" ({sum(values):.0f} of {len(values)})" if name in ("exact_match", "relaxed_accuracy") else ""
+    return f"{title}: {mean:.1f} %{counted}"
+
+
+def _name_failed(rows: Sequence[dict]) -> None:
+    """Says which questions could not be answered, and why."""
+    failed = [row for row in rows if "error" in row]
+    for row in failed:
+        print(f"sample {row['id']}, question {row['question'][:60]!r}: {row['error']}", file=sys.stderr)
     if failed:
-        print(f"{len(failed)} of {len(questions)} questions could not be answered and count as wrong.",
-              file=sys.stderr)
-    return len(failed)
+        print(f"{len(failed)} of {len(rows)} questions could not be answered and count as wrong.", file=sys.stderr)
 
 
-def _write_predictions(path: str | None, questions: list[Question], results: list[dict]) -> None:
-    if path is None:
-        return
-    rows = [{"id": question.sample, "question": question.query, "images": [str(i) for i in question.images],
-             "expected": question.expected, **result} for question, result in zip(questions, results)]
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def worst_answers(rows: Sequence[dict], scores: dict[str, list[float]], most: int) -> str:
+    """The answers that are furthest from right, worst first, as lines.
+
+    The first score decides, then the others, then how much of the letters is in both texts; what has full marks by the
+    first score is left out.
+
+    Args:
+        rows: of `AnswerFile`.
+        scores: of `each_score`.
+        most: so many at most.
+    """
+    first, *others = scores
+    best = CIDER_BEST if first == "cider" else 1.0
+    # the library's sums of squares may end a little below 10
+    wrong = [number for number, value in enumerate(scores[first]) if value < best * (1 - 1e-6)]
+
+    def key(number: int) -> tuple:
+        row = rows[number]
+        alike = difflib.SequenceMatcher(None, row.get("answer", "").lower(), row["expected"].lower()).ratio()
+        return ("error" not in row, *(scores[name][number] for name in (first, *others)), alike)
+
+    if not wrong:
+        return "No answer is wrong.\n"
+    chosen = sorted(wrong, key=key)[:most]
+    lines = [f"The {len(chosen)} worst of {len(wrong)} answers without full marks:" if len(chosen) < len(wrong) else
+             f"The {len(wrong)} answers without full marks, the worst first:" if len(wrong) > 1 else
+             "The only answer without full marks:"]
+    for number in chosen:
+        row = rows[number]
+        lines += [f"  sample {row['id']}{': ' if row['images'] else ''}{', '.join(row['images'])}",
+                  f"    question  {_line(row['question'])}", f"    expected  {_line(row['expected'])}",
+                  f"    error     {_line(row['error'])}" if "error" in row else
+                  f"    answer    {_line(row['answer']) or '(empty)'}"]
+    return "\n".join(lines) + "\n"
+
+
+def _line(text: str) -> str:
+    """A text as one line of a terminal; what is too long is cut."""
+    text = " ".join(text.split())
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return text if len(text) <= 200 else f"{text[:197]}..."

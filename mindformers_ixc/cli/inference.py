@@ -6,6 +6,7 @@ import logging
 
 import mindspore as ms
 
+from mindformers_ixc.cli.settings import image_options
 from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.generation.assistant import Assistant
 
@@ -25,12 +26,6 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
     return assistant
 
 
-def image_options(arguments: argparse.Namespace) -> dict:
-    """What was said of pictures, as arguments of `ImageProcessor`."""
-    return {name: getattr(arguments, name) for name in ("transparency", "exif")
-            if getattr(arguments, name, None) is not None}
-
-
 def prepare_device(arguments: argparse.Namespace) -> None:
     """Graph mode on `arguments.device_target`, with its inference kernels; quiet unless `arguments.verbose`."""
     if not arguments.verbose:
@@ -38,17 +33,6 @@ def prepare_device(arguments: argparse.Namespace) -> None:
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device(arguments.device_target)
     prepare_inference()
-
-
-def generation_options(arguments: argparse.Namespace) -> dict:
-    """The decoding options among the arguments, under the names of `GenerationOptions`."""
-    names = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams", "repetition_penalty", "seed")
-    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
-    if not options.get("do_sample"):
-        # greedy and beam search do not sample; their options would only be refused
-        options.pop("temperature", None)
-        options.pop("top_p", None)
-    return options
 
 
 def quiet_mindformers() -> None:

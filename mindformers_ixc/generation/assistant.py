@@ -217,8 +217,8 @@ class Assistant:
             options = replace(options, max_new_tokens=min(options.max_new_tokens, total - length))
         return self.decode(self.generate([sample], options, mode, streamer)[0], options.stop_strings)
 
-    def stream(self, question: dict, mode: str = "base", **options: Any) -> Iterator[str]:
-        """Answers one question, giving the text as it comes; no character is split.
+    def stream(self, question: dict | EncodedSample, mode: str = "base", **options: Any) -> Iterator[str]:
+        """Answers one question, or what `encode` made of it, giving the text as it comes; no character is split.
 
         Arguments as in `answer`; who stops iterating stops decoding. Several streams may be read in turns, and others
         may ask in between: each stream has keys and values of its own.
@@ -231,7 +231,8 @@ class Assistant:
         if chosen.num_beams > 1:
             raise GenerationError(f"num_beams is {chosen.num_beams}; a stream needs num_beams 1, since beams know "
                                   "their text only at the end.")
-        decoder, chosen = self._decoder([self.encode(question)], chosen, mode)
+        sample = question if isinstance(question, EncodedSample) else self.encode(question)
+        decoder, chosen = self._decoder([sample], chosen, mode)
         text = TextStream(self._known_processor().tokenizer, self.stop_token_ids, chosen.stop_strings)
         with closing(decoder):
             for (token,) in decode_steps(decoder, chosen, 1, self._ended(chosen)):

@@ -21,6 +21,7 @@ from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
 from mindformers_ixc.data.conversations import load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import fit_samples
+from mindformers_ixc.data.questions import questions_of
 from mindformers_ixc.data.rows import check_images
 from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.device import is_parallel, measuring, reports_loss
@@ -28,13 +29,12 @@ from mindformers_ixc.errors import ConfigError, TrainingError
 from mindformers_ixc.files import ANSWERS_FILE, EVALUATIONS_FILE, read_metrics, write_whole
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.cells import of_whole_batches, row_parts
-from mindformers_ixc.generation.questions import questions_of
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
+from mindformers_ixc.scores import SCORES, score_answers
 from mindformers_ixc.sections import check_names, check_section, of_type, one_of, whole
 from mindformers_ixc.training.datasets import section_processor
 from mindformers_ixc.training.log import steps_of
-from mindformers_ixc.training.scores import SCORES, score_answers
 
 logger = logging.getLogger(__name__)
 

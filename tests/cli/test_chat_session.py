@@ -1,6 +1,8 @@
 """The interactive chat on a terminal: line history, streaming, Ctrl-C at the prompt and inside an answer."""
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import pty
 import select
@@ -20,14 +22,15 @@ COMMAND = str(Path(sys.executable).parent / "mindformers")
 
 
 class Terminal:
-    """A `mindformers chat` that believes it has a terminal."""
+    """A command that believes it has a terminal."""
 
-    def __init__(self, model: Path, state: Path):
+    def __init__(self, command: list[str], state: Path):
         self.unread = ""
         self.process, self.descriptor = pty.fork()
         if self.process == 0:
+            os.chdir(state)
             os.environ.update(XDG_STATE_HOME=str(state), XDG_CACHE_HOME=str(state))
-            os.execv(COMMAND, [COMMAND, "chat", "--model", str(model), "--max_new_tokens", "20000"])
+            os.execv(command[0], command)
 
     def write(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
@@ -44,7 +47,11 @@ class Terminal:
         return seen[:stop]
 
     def status(self) -> int:
-        return os.waitpid(self.process, 0)[1]
+        """Exit code; what was not read before is in `unread` afterwards."""
+        with contextlib.suppress(OSError):          # how Linux says that nobody has the other end open
+            while piece := os.read(self.descriptor, 4096):
+                self.unread += piece.decode(errors="replace")
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,7 @@ def babbling_model(tmp_path_factory):
 
 
 def test_a_session_on_a_terminal(babbling_model, tmp_path):
-    terminal = Terminal(babbling_model, tmp_path)
+    terminal = Terminal([COMMAND, "chat", "--model", str(babbling_model), "--max_new_tokens", "20000"], tmp_path)
     terminal.read("> ")
     terminal.write("Tell me\n")
     terminal.read("the the the")                    # the answer has begun
@@ -86,3 +93,92 @@ def test_a_session_on_a_terminal(babbling_model, tmp_path):
     assert terminal.status() == 0
     history = (tmp_path / "mindformers_ixc" / "chat_history").read_text().splitlines()
     assert history == ["Tell me", "/quit"]
+
+
+@pytest.fixture
+def standin(tmp_path):
+    """A chat on a terminal whose model is a stand-in; the file `loaded` lets it be there."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "internlmxcomposer2"}))
+    program = str(Path(__file__).parents[1] / "helpers" / "standin_chat.py")
+
+    def start(*words: str) -> Terminal:
+        return Terminal([sys.executable, program, "model", *words], tmp_path)
+
+    return start
+
+
+def test_the_model_loads_while_the_question_is_typed(standin, tmp_path):
+    terminal = standin()
+    terminal.read("> ")
+    terminal.write("half")
+    terminal.read("half")
+    (tmp_path / "loaded").touch()
+    time.sleep(0.3)
+    terminal.write(" typed\n")
+    seen = terminal.read("> ", least=len(" typed"))
+    assert "The weights are old.\r\n" in seen             # after the line that was typed, not in it
+    assert "HALF TYPED" in seen
+    assert "a note of a library" not in seen
+    terminal.write("/stats\n")
+    assert "9 positions in, 2 tokens out" in terminal.read("> ", least=9)
+    terminal.write("Nothing\n")
+    assert "hint: the answer is empty" in terminal.read("> ", least=9)
+    terminal.write("one\\\n")
+    terminal.read("... ")
+    terminal.write("two\n")
+    assert "ONE TWO" in terminal.read("> ", least=9)
+    terminal.write("\x04")
+    assert terminal.status() == 0
+
+
+def test_ctrl_c_works_while_the_model_loads(standin, tmp_path):
+    terminal = standin()
+    terminal.read("> ")
+    terminal.write("half a li")
+    terminal.read("half a li")
+    terminal.write("\x03")
+    terminal.read("> ", least=1)
+    terminal.write("Too early\n")
+    terminal.read("the model is loading (")
+    terminal.write("\x03")
+    terminal.read("[stopped]")
+    terminal.read("> ")
+    (tmp_path / "loaded").touch()
+    terminal.write("Tell me\n")
+    terminal.read("THE THE THE")
+    terminal.write("\x03")
+    terminal.read("[stopped]")
+    terminal.read("> ")
+    terminal.write("Hello\n")
+    terminal.read("HELLO")
+    terminal.write("/quit\n")
+    assert terminal.status() == 0
+
+
+def test_a_session_can_be_left_while_the_model_loads(standin, tmp_path):
+    terminal = standin()
+    terminal.read("> ")
+    terminal.write("/image none.png\n")
+    terminal.read("none.png does not exist")
+    terminal.write("/quit\n")
+    assert terminal.status() == 0
+    assert "/quit" in (tmp_path / "mindformers_ixc" / "chat_history").read_text()
+
+
+def test_a_model_that_does_not_load_ends_the_session_at_once(standin, tmp_path):
+    terminal = standin("fails")
+    terminal.read("> ")
+    terminal.write("half a li")
+    terminal.read("half a li")
+    (tmp_path / "loaded").touch()
+    assert terminal.status() == 1
+    assert terminal.unread.endswith("error: The weights are damaged.\r\n")
+    (tmp_path / "loaded").unlink()
+    terminal = standin("fails")
+    terminal.read("> ")
+    terminal.write("A question\n")
+    terminal.read("the model is loading (")
+    (tmp_path / "loaded").touch()
+    assert terminal.status() == 1
+    assert terminal.unread.endswith("error: The weights are damaged.\r\n")

@@ -25,7 +25,7 @@ def test_version():
 def test_help_shows_an_example(command):
     done = run(command, "--help")
     assert done.returncode == 0
-    assert f"example{'' if command == 'eval' else 's'}:\n  mindformers {command} --" in done.stdout
+    assert f"examples:\n  mindformers {command} --" in done.stdout
 
 
 def test_no_command_prints_the_help():

@@ -10,13 +10,13 @@ import pytest
 import mindformers_ixc_cli
 from mindformers_ixc.data.conversations import Conversation, load_conversations
 from mindformers_ixc.data.preferences import PreferenceTable, load_preferences
+from mindformers_ixc.data.questions import questions_of
 from mindformers_ixc.data.rows import ConversationTable, make_processor
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import DataError, PromptError
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.pipeline import MultimodalChatPipeline
-from mindformers_ixc.generation.questions import questions_of
 from mindformers_ixc.generation.requests import read_requests
 from mindformers_ixc.generation.text import TextStream
 from mindformers_ixc.processing.processor import ImageProcessor, Processor

@@ -17,10 +17,10 @@ from mindformers_ixc.data.fitting import first_pairs
 from mindformers_ixc.data.forms import METADATA, SAMPLE_FORMS, open_sample, read_form, read_pair
 from mindformers_ixc.data.paths import shown
 from mindformers_ixc.data.preferences import load_preferences, read_logps
+from mindformers_ixc.data.questions import questions_of
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.data.sections import LOADER_RULES
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.generation.questions import questions_of
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.processing.tokenizer import Tokenizer
 from mindformers_ixc.sections import check_section

@@ -1,25 +1,62 @@
-"""Scores of answers against values worked out by hand, and the options of `evaluation`."""
+"""Scores of answers against values worked out by hand."""
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mindformers_ixc import scores
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.training.evaluation import DEFAULTS, evaluation_options
-from mindformers_ixc.training.scores import anls, cider, exact_match, score_answers
+from mindformers_ixc.scores import each_score, score_answers
 
 # no word is in two of them, and each has at least the four words that CIDEr's longest n-grams need
 CAPTIONS = ["a chart with two red bars", "the old harbour under heavy snow", "three dogs run along some beach"]
+
+
+
+def mean(name: str, answers, expected, **options) -> float:
+    return score_answers(answers, expected, [name], **options)[name]
+
+
+def anls(answers, expected) -> float:
+    return mean("anls", answers, expected)
+
+
+def cider(answers, expected) -> float:
+    return mean("cider", answers, expected)
 
 
 @pytest.mark.parametrize(("answers", "expected", "score"), [
     (["a cat", "a dog"], ["a cat", "a dog"], 100.0), (["a cat", "a dog"], ["a dog", "a cat"], 0.0),
     ([" a cat\n", "A dog", "x"], ["a cat ", "a dog", "x"], 200 / 3), (["", "2"], ["", "3"], 50.0)])
 def test_exact_match_counts_equal_answers_spaces_around_them_aside(answers, expected, score):
-    assert exact_match(answers, expected) == pytest.approx(score)
+    assert mean("exact_match", answers, expected) == pytest.approx(score)
+
+
+def test_exact_match_tells_capitals_apart_unless_told_not_to():
+    answers, expected = ["A Cat ", "STRASSE", "no"], ["a cat", "Straße", "yes"]
+    assert each_score(answers, expected, ["exact_match"]) == {"exact_match": [0, 0, 0]}
+    assert each_score(answers, expected, ["exact_match"], ignore_case=True) == {"exact_match": [1, 1, 0]}
+
+
+@pytest.mark.parametrize(("answer", "expected", "right"), [
+    ("105", "100", True), ("95", "100", True), ("105.1", "100", False), ("94.9", "100", False), ("-95", "-100", True),
+    ("95", "-100", False), ("1.05e2", "100", True), ("10.5%", "10%", True), ("0.105", "10%", True),
+    ("10.6%", "10%", False), ("0", "0", True), ("0.0", "0", False), ("0.001", "0", False), ("Red ", "red", True),
+    ("reds", "red", False), ("about 100", "100", False), ("nan", "NaN", True), ("inf", "100", False),
+    ("", "100", False),    ("2020", "year", False), ("0.21", "0.2", True), ("0.69", "0.66666", True)])
+def test_relaxed_accuracy_lets_numbers_be_a_twentieth_off(answer, expected, right):
+    assert each_score([answer], [expected], ["relaxed_accuracy"]) == {"relaxed_accuracy": [float(right)]}
+
+
+def test_what_could_not_be_answered_is_wrong_even_where_nothing_was_expected():
+    names = list(scores.SCORES)
+    found = each_score([None, ""], ["", ""], names)
+    assert [found[name][0] for name in names] == [0, 0, 0, 0]
+    assert [found[name][1] for name in ("exact_match", "anls", "relaxed_accuracy")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("answer", "expected", "score"), [
@@ -73,6 +110,19 @@ def test_cider_sees_neither_capitals_nor_punctuation():
     assert cider(["A chart, with two red bars.", *CAPTIONS[1:]], CAPTIONS) == pytest.approx(1000.0)
 
 
+def test_cider_punishes_a_length_that_differs():
+    reference, other = "one two three four five six", "seven eight nine ten eleven twelve"
+    longer = "one two three four five six a b c d e f"
+    # of n-grams 12 - n + 1 have equal weights (nothing is in both captions), 6 - n + 1 of them the reference's
+    cosines = [(7 - n) / ((13 - n) ** 0.5 * (7 - n) ** 0.5) for n in (1, 2, 3, 4)]
+    expected = 10 * sum(cosines) / 4 * math.exp(-6 ** 2 / (2 * 6 ** 2))
+    assert each_score([longer, other], [reference, other], ["cider"])["cider"] == pytest.approx([expected, 10.0])
+
+
+def test_cider_of_expectations_without_words_is_nothing():
+    assert cider(["a cat", "!"], ["!", "?"]) == 0.0
+
+
 def test_only_the_scores_asked_for_are_there():
     answers = ["kitten", "yes"]
     assert score_answers(answers, ["sitting", "yes"], ["anls", "exact_match"]) == {
@@ -90,27 +140,9 @@ def test_a_score_whose_library_is_missing_says_what_to_install(monkeypatch, name
         return real(module, *others)
 
     monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(ConfigError, match=rf"The score {name} needs {package}"):
+        scores.check_libraries(["exact_match", name])
+    scores.check_libraries(["exact_match", "relaxed_accuracy"])
     with pytest.raises(ConfigError, match=rf'needs {package}; install it with `pip install "mindformers_ixc\[eval\]"`'):
         score_answers(["a"], ["b"], [name])
     assert score_answers(["a"], ["a"], ["exact_match"]) == {"exact_match": 100.0}
-
-
-def test_options_keep_what_is_given_and_fill_in_the_rest():
-    options = evaluation_options({"dataset_dir": "held_out.json", "metrics": ["loss", "anls"], "keep_best": "anls"})
-    assert options == {**DEFAULTS, "dataset_dir": "held_out.json", "metrics": ["loss", "anls"], "keep_best": "anls"}
-    assert DEFAULTS["metrics"] == ["loss"]
-
-
-@pytest.mark.parametrize(("section", "words"), [
-    ({"evry": 10}, r"Unknown key evaluation\.evry \(value 10\); the choices are dataset_dir, .*every"),
-    ({"metrics": ["loss", "bleu"]}, r"evaluation\.metrics has 'bleu'; the choices are loss, shuffled_loss, exact_"),
-    ({"keep_best": "anls"}, r"evaluation\.keep_best is 'anls', which evaluation\.metrics does not name"),
-    ({"every": -1}, r"evaluation\.every is -1; it must be a whole number of at least 0"),
-    ({"batch_size": "4"}, r"evaluation\.batch_size is '4'; it must be a whole number of at least 1"),
-    ({"mode": "paint"}, r"evaluation\.mode is 'paint'; the choices are base"),
-    ({"metrics": "loss"}, r"evaluation\.metrics is 'loss'; it must be a list"),
-    ({"metrics": ["anls"], "keep_best": "loss"}, r"evaluation\.keep_best is 'loss'"),
-    ({"dataset_dir": ""}, r"evaluation\.dataset_dir is empty"), ({"dataset_dir": None}, "dataset_dir is empty")])
-def test_options_that_cannot_be_meant_are_refused(section, words):
-    with pytest.raises(ConfigError, match=words):
-        evaluation_options({"dataset_dir": "held_out.json", **section})

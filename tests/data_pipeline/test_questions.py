@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mindformers_ixc.data.conversations import Conversation
-from mindformers_ixc.generation.questions import Question, questions_of, shuffle_images
+from mindformers_ixc.data.questions import Question, questions_of, shuffle_images
 
 
 def conversation(*texts, images=(), system=None):
