@@ -9,6 +9,7 @@ import yaml
 
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import read_text
+from mindformers_ixc.resources import resolve_model
 
 # Short forms that MindFormers' launcher script has, and the keys they stand for.
 SHORT_FORMS = {
@@ -84,7 +85,7 @@ def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
     Raises:
         ConfigError: for a missing file, invalid YAML, another top level, or files that are each other's base.
     """
-    path = Path(path)
+    path = _shipped(Path(path))
     if not path.is_file():
         named = f" that {seen[-1]} names as base_config" if seen else ""
         raise ConfigError(f"The configuration file {path}{named} does not exist.")
@@ -99,8 +100,14 @@ def read_yaml(path: str | Path, seen: tuple[Path, ...] = ()) -> dict:
         raise ConfigError(f"{path}: base_config is {bases!r:.80}; it must be a file's name, or a list of them.")
     merged: dict = {}
     for base in bases:
-        merged.update(read_yaml(path.parent / base, (*seen, path.resolve())))
+        merged.update(read_yaml(_shipped(path.parent / base), (*seen, path.resolve())))
     return _merged(merged, fields)
+
+
+def _shipped(path: Path) -> Path:
+    """A file, or the shipped one of its name where there is none."""
+    shipped = Path(__file__).parents[2] / "yaml_configs" / path.name
+    return path if path.is_file() or not shipped.is_file() else shipped
 
 
 def load_yaml(text: str, name: str) -> Any:
@@ -175,6 +182,8 @@ def merged_fields(arguments: argparse.Namespace) -> dict:
     if getattr(arguments, "no_join", False):
         overrides["no_join"] = True
     apply_overrides(fields, overrides)
+    if isinstance(fields.get("load_checkpoint"), str) and fields["load_checkpoint"]:
+        fields["load_checkpoint"] = str(resolve_model(fields["load_checkpoint"]))
     tie_data_section(fields)
     return fields
 
