@@ -37,11 +37,11 @@ COMMANDS = {
     "convert": ("checkpoints", "run_convert"), "merge": ("checkpoints", "run_merge"),
     "inspect": ("checkpoints", "run_inspect"), "data": ("data", "data"), "reference": ("reference", "reference"),
     "report": ("report", "report"), "plan": ("plan", "plan"), "recipes": ("recipes", "show_recipes"),
-    "doctor": ("doctor", "doctor"),
+    "doctor": ("doctor", "doctor"), "init": ("init", "init"),
 }
 
 # Commands that keep the libraries' logs off the terminal.
-QUIET = ("convert", "merge", "inspect", "data", "report", "plan", "recipes", "doctor")
+QUIET = ("convert", "merge", "inspect", "data", "report", "plan", "recipes", "doctor", "init")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -57,9 +57,30 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mindformers_ixc {version('mindformers_ixc')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for add in (_add_run, _add_launch, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect, _add_data,
-                _add_reference, _add_report, _add_plan, _add_recipes, _add_doctor):
+                _add_reference, _add_report, _add_plan, _add_recipes, _add_doctor, _add_init):
         add(commands)
     return parser
+
+
+def _add_init(commands: Commands) -> None:
+    init = commands.add_parser(
+        "init", formatter_class=Help, help="a YAML file for your own data, from a few answers",
+        description="Asks for data, model and device (or takes them as options, and their defaults where there is no "
+                    "terminal), checks the data, writes a commented YAML file and prints what to type next. Little "
+                    "data begins with the starter, a small trained model that ships with the package.",
+        epilog="examples:\n  mindformers init\n  mindformers init --data my_pictures --output my.yaml\n"
+               "  mindformers init --data data.txt --model internlm-xcomposer2d5-7b --device Ascend --devices 8 "
+               "--memory 64GB")
+    init.add_argument("--data", metavar="PATH", help="a folder with pictures and a CSV table (columns image, question, "
+                      "answer), or a .csv, .json, .jsonl or .txt file")
+    init.add_argument("--model", metavar="DIR", help="model directory to begin with (default: starter, the shipped "
+                      "one)")
+    init.add_argument("--device", metavar="NAME", help="CPU, GPU or Ascend (default: CPU; Ascend for the 7B model)")
+    init.add_argument("--devices", metavar="N", help="of the 7B model: 8, 16 or 64 (default: 8)")
+    init.add_argument("--memory", metavar="SIZE", help="of a device that is no CPU (default: 64GB)")
+    init.add_argument("--output", metavar="FILE", help="YAML file to write (default: my.yaml); the run goes to the "
+                      "folder of its name without the ending")
+    init.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
 
 
 def _add_run(commands: Commands) -> None:
@@ -74,7 +95,8 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--run_mode", choices=["train", "finetune", "predict"], help="overrides the file's run_mode")
     run.add_argument("--register_path", metavar="DIR", help="folder of further modules for `auto_register`")
     run.add_argument("--output_dir", metavar="DIR", help="where everything the run writes goes")
-    run.add_argument("--load_checkpoint", metavar="PATH", help="weights to start from: a model directory or file")
+    run.add_argument("--load_checkpoint", metavar="PATH", help="weights to start from: a model directory or file, or "
+                     "starter, the small trained model of this package")
     run.add_argument("--overwrite", action="store_true",
                      help="move an earlier run's files in the output folder to old-N there, instead of refusing it")
     run.add_argument("--no_join", action="store_true",
@@ -106,7 +128,8 @@ def _add_no_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="model directory, such as OUT/model")
+    parser.add_argument("--model", required=True, metavar="DIR", help="model directory, such as OUT/model, or "
+                        "starter, the small one of this package")
     parser.add_argument("--mode", choices=list(MODE_ADAPTERS), default="base", help="task LoRAs in use")
     parser.add_argument("--hd_num", type=int, metavar="N", help="tiles of the dynamic partition at most (default: the "
                         "model directory's, else 24, and 6 with several pictures)")

@@ -16,12 +16,12 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_ixc.errors import CheckpointError, ConfigError
 from mindformers_ixc.files import read_json
 from mindformers_ixc.hub import not_a_folder
+from mindformers_ixc.resources import resolve_model
 from mindformers_ixc.rope import ROPE_FIELDS, read_rope
 from mindformers_ixc.sections import (
     ANYTHING,
@@ -601,7 +601,7 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         CheckpointError: when the file is missing, is not JSON or describes another model.
     """
-    file = Path(path)
+    file = resolve_model(path)
     file = file / CONFIG_FILE if file.suffix != ".json" else file
     if not file.is_file():
         on_a_hub = not_a_folder(path)

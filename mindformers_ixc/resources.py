@@ -1,11 +1,17 @@
-"""Paths of a configuration: of the file system, or `pkg:` for files inside an installed package."""
+"""Paths of a configuration: of the file system, `pkg:` for files inside an installed package, or `starter`."""
 from __future__ import annotations
 
 import importlib.util
 import os
 from pathlib import Path
 
+from mindformers_ixc.errors import ConfigError
+
 PACKAGE_SCHEME = "pkg:"
+
+# The small trained model that ships with the package: what it is called where a model directory is named, and where it
+# lies.
+STARTER, STARTER_PLACE = "starter", "pkg:mindformers_ixc/starter"
 
 
 def resolve_path(path: str | os.PathLike) -> Path:
@@ -22,3 +28,23 @@ def resolve_path(path: str | os.PathLike) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(f"{text}: the package '{package}' is not installed.")
     return Path(spec.submodule_search_locations[0]) / inside
+
+
+def resolve_model(path: str | os.PathLike) -> Path:
+    """Resolves the name of a model directory or checkpoint: as `resolve_path`, and `starter` is the shipped model.
+
+    Raises:
+        ConfigError: when something called `starter` lies in the working directory, too.
+        FileNotFoundError: see `resolve_path`.
+    """
+    if os.fspath(path) != STARTER:
+        return resolve_path(path)
+    if Path(STARTER).exists():
+        raise ConfigError(f"{STARTER} is the model that ships with this package, and there is {STARTER} in "
+                          f"{Path.cwd()} as well; write ./{STARTER} for that, or {STARTER_PLACE} for the shipped one.")
+    return resolve_path(STARTER_PLACE)
+
+
+def is_starter(path: str | os.PathLike) -> bool:
+    """Whether a path, resolved or not, is the shipped model's."""
+    return os.path.realpath(resolve_model(path)) == os.path.realpath(resolve_path(STARTER_PLACE))

@@ -18,6 +18,7 @@ from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.files import read_json
 from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.parameters import base_name
+from mindformers_ixc.resources import resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def open_source(path: str | os.PathLike, strategy: str | Path | None = None,
     Raises:
         CheckpointError: when it is none, is damaged or a file is missing.
     """
-    source = _without_wrappers(_open(Path(path), strategy))
+    source = _without_wrappers(_open(resolve_model(path), strategy))
     if verification() if verify is None else verify:
         source.verify()
     return source

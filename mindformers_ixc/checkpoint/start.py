@@ -6,6 +6,7 @@ start without effect; everything the checkpoint holds is a parameter of the mode
 """
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.config import ALIASES, FIELDS, MODE_ADAPTERS, VISION_FIELDS, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError, ConfigError
 from mindformers_ixc.parameters import BUFFERS, part_of
+from mindformers_ixc.resources import is_starter
 from mindformers_ixc.rope import ROPE_FIELDS, Rope, read_rope
 
 # The YAML's key that lists fields of the model section whose values hold against a starting directory's config.json.
@@ -24,6 +26,10 @@ OVERRIDE = "override_model_config"
 
 # Pairs by the `type` of a YAML's pet_config, as parts of the model; `task_lora` has the task's name behind it.
 PET_PARTS = {"partial_lora": "partial_lora", "task_lora": "task_lora", "lora": "lora"}
+
+# What a run says that begins with the shipped model.
+STARTER_LINE = ("The run starts from the starter, the small trained model that ships with this package: it knows the "
+                "demo pictures and colours, and learns the rest from the data of the run.")
 
 # How decoders of the Llama family name what InternLM2 names otherwise.
 OTHER_NAMES = re.compile(r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|(input|post_attention)_layernorm)\."
@@ -257,9 +263,9 @@ def _advice(missing: list[str], surplus: list[str]) -> str:
     return " The directory is incomplete, or its config.json is another model's." if missing else ""
 
 
-def describe_start(path: object, recipe: Recipe, new: list[str]) -> list[str]:
-    """What there is to say about a start: pairs that are new, and pairs that are left out."""
-    lines = []
+def describe_start(path: str | os.PathLike, recipe: Recipe, new: list[str]) -> list[str]:
+    """What there is to say about a start: the shipped model, pairs that are new, and pairs that are left out."""
+    lines = [STARTER_LINE] if is_starter(path) else []
     if recipe.overridden:
         lines.append(f"As {OVERRIDE} says, the model of {path} is changed: {', '.join(recipe.overridden)}.")
     if new:

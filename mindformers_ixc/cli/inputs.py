@@ -2,15 +2,20 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from mindformers_ixc.cli.older_files import check_version
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml
 from mindformers_ixc.config import read_fields
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import check_target
 from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.resources import resolve_path
 from mindformers_ixc.trackers import require_packages
+
+# As vendors and MindSpore count memory, G is 2^30 whether an i follows or not.
+_UNITS = {"M": 2 ** 20, "G": 2 ** 30, "T": 2 ** 40}
 
 
 def check_inputs(arguments: argparse.Namespace) -> None:
@@ -36,7 +41,7 @@ def check_inputs(arguments: argparse.Namespace) -> None:
         check_version(fields, run.config)
         if run.command == "run":
             require_packages(fields, run.config)
-    for name in ("image", "data", "pairs"):
+    for name in ("image", "data", "pairs") if arguments.command != "init" else ():     # which takes folders, and asks
         given = getattr(arguments, name, None) or []
         for path in [given] if isinstance(given, str) else given:
             if not resolve_path(path).exists():
@@ -66,3 +71,20 @@ def _targets(arguments: argparse.Namespace) -> dict[str, str]:
     if arguments.command == "data" and arguments.kind != "plan" and len(arguments.files) > 1:
         return {"the file to be written,": arguments.files[-1]}
     return {}
+
+
+def read_memory(text: str, option: str = "--device_memory") -> int:
+    """Bytes of a device's memory such as `64GB`, `64GiB` or `32000MB`; G is 2^30 in all of them.
+
+    Args:
+        text: the size.
+        option: where it stands, for the message.
+
+    Raises:
+        ConfigError: for another form.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])(?:i?B)?\s*", str(text), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise ConfigError(f"{option} {str(text)!r} is no size of memory; write 64GB, 64GiB or 32000MB.")
+    return size

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from dataclasses import asdict, replace
 from dataclasses import fields as fields_of
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.checkpoint.start import OVERRIDE, begin
+from mindformers_ixc.cli.inputs import read_memory
 from mindformers_ixc.cli.run_config import check_fields
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml, tie_data_section
 from mindformers_ixc.errors import ConfigError
@@ -23,36 +23,17 @@ from mindformers_ixc.planning.rows import RowMeans, read_rows, steps_of_run
 from mindformers_ixc.planning.search import Candidate, Search, search
 from mindformers_ixc.planning.text import plan_text, search_text
 from mindformers_ixc.planning.workload import Workload, place, read_workload
+from mindformers_ixc.resources import resolve_model
 from mindformers_ixc.sections import Rule, check_value, is_number, whole
 
 # Of a device, unless an option or the YAML's context.max_device_memory says otherwise.
 DEVICE_MEMORY = "64GB"
 
-# As vendors and MindSpore count memory, G is 2^30 whether an i follows or not.
-_UNITS = {"M": 2 ** 20, "G": 2 ** 30, "T": 2 ** 40}
-
-
-def read_memory(text: str, option: str = "--device_memory") -> int:
-    """Bytes of a device's memory such as `64GB`, `64GiB` or `32000MB`; G is 2^30 in all of them.
-
-    Args:
-        text: the size.
-        option: where it stands, for the message.
-
-    Raises:
-        ConfigError: for another form.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])(?:i?B)?\s*", str(text), re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if size < 1:
-        raise ConfigError(f"{option} {str(text)!r} is no size of memory; write 64GB, 64GiB or 32000MB.")
-    return size
-
 
 def _adopt_start(fields: dict) -> None:
     """Takes the sizes that a YAML leaves to the directory which its run starts with, where that directory is here."""
     start, section = fields.get("load_checkpoint"), (fields.get("model") or {}).get("model_config")
-    if start and isinstance(section, dict) and Path(start).exists():
+    if start and isinstance(section, dict) and resolve_model(start).exists():
         begin(section, open_source(start, verify=False), fields.get(OVERRIDE) or ())
 
 

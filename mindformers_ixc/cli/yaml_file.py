@@ -10,6 +10,7 @@ import yaml
 from mindformers_ixc.cli.recipe_files import find_config
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import read_text
+from mindformers_ixc.resources import resolve_model
 
 # Short forms that MindFormers' launcher script has, and the keys they stand for.
 SHORT_FORMS = {
@@ -201,6 +202,8 @@ def merged_fields(arguments: argparse.Namespace) -> dict:
     if getattr(arguments, "no_join", False):
         overrides["no_join"] = True
     apply_overrides(fields, overrides)
+    if isinstance(fields.get("load_checkpoint"), str) and fields["load_checkpoint"]:
+        fields["load_checkpoint"] = str(resolve_model(fields["load_checkpoint"]))
     tie_data_section(fields)
     return fields
 

@@ -1,8 +1,8 @@
 """Conversation files to checked samples; no pixels are decoded here.
 
 A source is a JSON list or JSON lines, of `{"id", "conversations": [{"from", "value"}, ...], "image"}` as the public
-fine-tuning scripts read them, or in another of the forms of `mindformers_ixc.data.forms`. A list file names sources and
-how many thousand samples to take from each.
+fine-tuning scripts read them, or in another of the forms of `mindformers_ixc.data.forms`; or a table, see
+`mindformers_ixc.data.tables`. A list file names sources and how many thousand samples to take from each.
 """
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mindformers_ixc.data.forms import Form, read_form
 from mindformers_ixc.data.paths import check_root, find_file, search_folders, shown
+from mindformers_ixc.data.tables import is_table, read_table
 from mindformers_ixc.errors import DataError, ImageError, VideoError
 from mindformers_ixc.files import read_json_list, read_text, text_lines
 from mindformers_ixc.processing.pictures import image_size
@@ -71,7 +72,7 @@ def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike 
                        caption_prompts: Sequence[str] = CAPTION_PROMPTS, seed: int = 0,
                        image_root: str | os.PathLike | None = None,
                        ignore_keys: Sequence[str] = ()) -> list[Conversation]:
-    """Reads one JSON or JSON lines source and checks its structure.
+    """Reads one JSON, JSON lines or CSV source and checks its structure.
 
     Args:
         path: the file; `pkg:` paths work.
@@ -86,7 +87,8 @@ def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike 
         DataError: listing what is wrong with which samples.
         FileNotFoundError: when the file is missing.
     """
-    rows, file = read_json_list(path, "sample"), resolve_path(path)
+    rows = read_table(path) if is_table(path) else read_json_list(path, "sample")
+    file = resolve_path(path)
     folders, root = search_folders(file, image_folder), check_root(image_root)
     samples, errors = [], []
     for index, row in enumerate(rows):
@@ -142,8 +144,8 @@ def load_sources(dataset_dir: str | os.PathLike | Sequence[str] | None, image_fo
     """Reads everything `dataset_dir` names.
 
     Args:
-        dataset_dir: a `.json` or `.jsonl` source, a `.txt` list file (`<source> <thousands>` a line), or a list of
-            these.
+        dataset_dir: a `.json`, `.jsonl` or `.csv` source, a `.txt` list file (`<source> <thousands>` a line), or a list
+            of these.
         image_folder: where relative paths of pictures and videos start.
         seed: of the choice among a source's samples when it is down-sampled, and among prompts.
         caption_prompts: questions for samples that are captions.
@@ -159,7 +161,7 @@ def load_sources(dataset_dir: str | os.PathLike | Sequence[str] | None, image_fo
         return [sample for path in dataset_dir for sample in load_sources(path, image_folder, **options)]
     if not isinstance(dataset_dir, (str, os.PathLike)) or not str(dataset_dir):
         found = f"has the entry {shown(dataset_dir)}" if dataset_dir else "is empty"
-        raise DataError(f"train_dataset.data_loader.dataset_dir {found}; name a .json, .jsonl or .txt file.")
+        raise DataError(f"train_dataset.data_loader.dataset_dir {found}; name a .json, .jsonl, .csv or .txt file.")
     if not str(dataset_dir).endswith(".txt"):
         return load_conversations(dataset_dir, image_folder, **options)
     samples = []

@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +51,7 @@ from mindformers_ixc.processing.prompt import (
 )
 from mindformers_ixc.processing.tokenizer import SentencePieceText, Tokenizer
 from mindformers_ixc.processing.video import BoardSize, board_grid, is_video, load_video
+from mindformers_ixc.resources import resolve_model
 from mindformers_ixc.sections import check_value, one_of
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ class ImageProcessor:
             FileNotFoundError: when there is none.
             ConfigError: when it is no JSON.
         """
-        path = Path(directory) / CONFIG_FILE
+        path = resolve_model(directory) / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; a model directory holds config.json and the tokenizer.")
         return cls.from_config(read_json(path, ConfigError), **options)

@@ -22,7 +22,7 @@ import sentencepiece
 from mindformers_ixc.errors import ConfigError, PromptError
 from mindformers_ixc.files import read_json, write_whole
 from mindformers_ixc.processing.prompt import check_text
-from mindformers_ixc.resources import resolve_path
+from mindformers_ixc.resources import resolve_model, resolve_path
 
 VOCAB_FILES_NAMES = {"vocab_file": "tokenizer.model"}
 
@@ -249,7 +249,8 @@ class Tokenizer(SentencePieceText):
             FileNotFoundError: when the directory has no `tokenizer.model`.
             ConfigError: when one of the two is damaged.
         """
-        path = Path(directory) / SETTINGS_FILE
+        directory = resolve_model(directory)
+        path = directory / SETTINGS_FILE
         fields = _read_settings(path)
         options: dict[str, Any] = {name: _content(fields[name], name, path) for name in SPECIAL_NAMES
                                    if fields.get(name) is not None}
@@ -258,7 +259,7 @@ class Tokenizer(SentencePieceText):
                 if not isinstance(fields[name], bool):
                     raise ConfigError(f"{path}: {name} must be true or false, found {fields[name]!r:.40}.")
                 options[name] = fields[name]
-        return cls(str(Path(directory) / VOCAB_FILES_NAMES["vocab_file"]), **options)
+        return cls(str(directory / VOCAB_FILES_NAMES["vocab_file"]), **options)
 
     @property
     def bos_token_id(self) -> int:

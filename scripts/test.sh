@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# One command on a fresh machine: makes a virtual environment (.venv) with this package and what its tests need, then
+# runs ruff, the import contracts, the types, the site of docs/ and the tests. Usage: scripts/test.sh [OPTIONS OF PYTEST], such as
+# -m "not slow". MINDFORMERS_IXC_VENV is another folder for the environment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+environment "${MINDFORMERS_IXC_VENV:-.venv}" ".[tests,docs]"
+ruff check .
+lint-imports --no-cache
+mypy --cache-dir /dev/null
+mkdocs build --strict --quiet --site-dir "$(mktemp -d)"
+# the tests run against the installed package, as a user's do
+pytest tests -n 2 --dist loadfile -q -p no:cacheprovider "$@"

@@ -1,0 +1,48 @@
+"""Names of files and models: paths, `pkg:`, and the shipped model."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import mindformers_ixc
+from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.config import read_config
+from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.processing.processor import Processor
+from mindformers_ixc.resources import STARTER, STARTER_PLACE, is_starter, resolve_model, resolve_path
+
+PLACE = Path(mindformers_ixc.__file__).parent / "starter"
+
+# What it may add to a wheel.
+MOST_BYTES = 3_000_000
+
+
+def test_the_starter_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model(STARTER) == resolve_model(STARTER_PLACE) == PLACE
+    assert resolve_model("out/model") == Path("out/model")
+    assert is_starter(STARTER)
+    assert is_starter(PLACE)
+    assert not is_starter("out/model")
+
+
+def test_a_folder_of_the_same_name_is_not_passed_over_in_silence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / STARTER).mkdir()
+    with pytest.raises(ConfigError, match=r"write \./starter for that"):
+        resolve_model(STARTER)
+    assert resolve_model("./starter") == Path("starter")
+    assert not is_starter("./starter")
+
+
+def test_a_package_that_is_not_there_is_named():
+    with pytest.raises(FileNotFoundError, match="'no_such_package' is not installed"):
+        resolve_path("pkg:no_such_package/file")
+
+
+def test_the_starter_is_a_small_whole_model_directory():
+    assert sum(file.stat().st_size for file in PLACE.iterdir()) < MOST_BYTES
+    open_source(STARTER, verify=True)                 # every byte against its digest
+    assert read_config(STARTER).hidden_size == 128
+    assert Processor.from_directory(STARTER).image_processor.hd_num == 4
