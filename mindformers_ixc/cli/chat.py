@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from mindformers_ixc import interruption
 from mindformers_ixc.cli.inference import generation_options, load_assistant
 from mindformers_ixc.generation.assistant import Assistant
 
@@ -97,6 +98,7 @@ class Session:
         self.images: list[str] = []
         self.waiting = list(arguments.image)
         assistant.engine.between_steps = Interrupts.check
+        interruption.stay()
         Interrupts.allow()
 
     def run(self) -> int:

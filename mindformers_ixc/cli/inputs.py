@@ -1,7 +1,11 @@
-"""What a command can say about its input at once: looked at before MindFormers is imported, which takes seconds."""
+"""What a command can say about its input at once: looked at before MindFormers is imported, which takes seconds.
+
+What is said of a YAML stands in `early`, which needs numpy: it is imported when a command has one.
+"""
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 
 from mindformers_ixc.cli.yaml_file import read_yaml
@@ -10,14 +14,15 @@ from mindformers_ixc.files import check_target
 from mindformers_ixc.resources import resolve_path
 
 
-def check_inputs(arguments: argparse.Namespace) -> None:
-    """Refuses files and folders that are not there.
+def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None) -> None:
+    """Refuses files and folders that are not there, and a run's YAML that is wrong.
 
     Args:
         arguments: of any subcommand.
+        options: of the subcommand, for a word that is nearly one of them.
 
     Raises:
-        ConfigError: for a missing or malformed YAML file.
+        ConfigError: for a missing, malformed or wrong YAML file.
         CheckpointError: for a `--model` that is no model directory of this model.
         FileNotFoundError: for a missing image or data file.
         OSError: for a file to be written that cannot be.
@@ -27,6 +32,13 @@ def check_inputs(arguments: argparse.Namespace) -> None:
         raise NotADirectoryError(f"--register_path {run.register_path} is not a folder.")
     if run.command in ("run", "plan") or (run.command == "data" and run.config):
         read_yaml(run.config)
+    if run.command in ("run", "launch", "plan"):
+        early = importlib.import_module("mindformers_ixc.cli.early")
+        if run.command == "plan":
+            early.check_words(run.rest, options or [])
+        else:
+            launched = arguments.devices if run is not arguments else None
+            early.check_early(run, options or [], launched, getattr(arguments, "node_rank", 0))
     for name in ("image", "data", "pairs"):
         given = getattr(arguments, name, None) or []
         for path in [given] if isinstance(given, str) else given:

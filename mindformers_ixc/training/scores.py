@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from mindformers_ixc.errors import ConfigError
 
-SCORES = ("exact_match", "anls", "cider")
-
 # Below this similarity an answer counts as wrong rather than misread (arXiv 1907.00490).
 ANLS_THRESHOLD = 0.5
 
@@ -19,7 +17,7 @@ def score_answers(answers: Sequence[str], expected: Sequence[str], names: Sequen
     Args:
         answers: what the model said.
         expected: what was expected.
-        names: of the scores wanted, see `SCORES`.
+        names: of the scores wanted, see `training_options.SCORES`.
 
     Raises:
         ConfigError: when a score's library is not installed.

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.training.evaluation import DEFAULTS, evaluation_options
 from mindformers_ixc.training.scores import anls, cider, exact_match, score_answers
+from mindformers_ixc.training_options import EVALUATION, evaluation_options
 
 # no word is in two of them, and each has at least the four words that CIDEr's longest n-grams need
 CAPTIONS = ["a chart with two red bars", "the old harbour under heavy snow", "three dogs run along some beach"]
@@ -97,8 +97,8 @@ def test_a_score_whose_library_is_missing_says_what_to_install(monkeypatch, name
 
 def test_options_keep_what_is_given_and_fill_in_the_rest():
     options = evaluation_options({"dataset_dir": "held_out.json", "metrics": ["loss", "anls"], "keep_best": "anls"})
-    assert options == {**DEFAULTS, "dataset_dir": "held_out.json", "metrics": ["loss", "anls"], "keep_best": "anls"}
-    assert DEFAULTS["metrics"] == ["loss"]
+    assert options == {**EVALUATION, "dataset_dir": "held_out.json", "metrics": ["loss", "anls"], "keep_best": "anls"}
+    assert EVALUATION["metrics"] == ["loss"]
 
 
 @pytest.mark.parametrize(("section", "words"), [
