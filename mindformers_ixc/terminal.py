@@ -277,8 +277,8 @@ class Terminal:
             self._live = clipped
 
     def _erase(self) -> None:
-        if self._live:
-            self._write(self.stream, "\r\033[K")
+        if self._live:      # elsewhere it is a line that another process has not finished yet
+            self._write(self.stream, "\r\033[K" if self.interactive else "\n")
             self._live = ""
 
     @staticmethod

@@ -226,6 +226,14 @@ def test_a_rank_writes_for_the_launchers_terminal_and_into_its_own_log(tmp_path,
     assert screen(stream.getvalue()) == ["of rank 1", "All ranks were ended.", ""]
 
 
+def test_a_line_that_a_rank_has_not_finished_is_ended_where_there_is_no_terminal():
+    stream = io.StringIO()
+    launcher = Terminal(stream, interactive=False)
+    launcher.pass_on("step 1/9: lo")
+    launcher.say("All ranks were ended.")
+    assert stream.getvalue() == "step 1/9: lo\nAll ranks were ended.\n"
+
+
 def test_a_child_process_does_not_wait_for_a_lock_that_a_thread_of_its_parent_holds():
     read, write = os.pipe()
     held, done = threading.Event(), threading.Event()
