@@ -1,8 +1,9 @@
 """The `mindformers` command: its arguments, and what must happen before MindFormers is imported.
 
 MindFormers logs to standard output and decides its log folder while it is imported, which takes seconds. So this module
-reads the arguments, sends standard output to standard error (answers get a stream of their own), chooses the log
-folder, looks whether the files that were named are there, and only then imports the command's work.
+reads the arguments, sends standard output to standard error (answers get a stream of their own), looks whether the
+files that were named are there and right, chooses the log folder, and only then imports the command's work. What the
+libraries print meanwhile goes to a file of that folder; what `run` makes them print later, too.
 """
 from __future__ import annotations
 
@@ -13,23 +14,26 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import warnings
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any
 
+from mindformers_ixc import interruption, terminal
+from mindformers_ixc.cli.arguments import Help, Parser, add_loudness
 from mindformers_ixc.cli.inputs import check_inputs
 from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.config import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.interruption import JOB, die_with_launcher, listening
 from mindformers_ixc.parameters import PARTS
+from mindformers_ixc.resources import usable_log_folder, user_log_folder
 from mindformers_ixc.scores import SCORES
+from mindformers_ixc.terminal import claim_stdout
+from mindformers_ixc.version import __version__
 
 if TYPE_CHECKING:
     # what `add_subparsers` gives; argparse has no public name for it
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction[Parser]
 
 # Module of mindformers_ixc.cli and function behind each command.
 COMMANDS = {
@@ -40,25 +44,28 @@ COMMANDS = {
     "doctor": ("doctor", "doctor"), "init": ("init", "init"),
 }
 
-# Commands that keep the libraries' logs off the terminal.
-QUIET = ("convert", "merge", "inspect", "data", "report", "plan", "recipes", "doctor", "init")
+# What goes on in commands that say nothing until they have a result.
+WORK = {"convert": "Converting", "merge": "Merging", "inspect": "Reading the checkpoint", "data": "Reading the data",
+        "report": "Drawing", "plan": "Planning"}
+
+# Commands that import MindFormers, and those of them that ask a model.
+HEAVY = ("run", "launch", "chat", "eval", "reference")
+ASKING = ("chat", "eval")
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the examples."""
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of the whole command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mindformers", formatter_class=Help,
         description="Train InternLM-XComposer-2.5 with MindFormers and talk to it.",
         epilog="example:\n  mindformers run --config yaml_configs/ixc25_sft_tiny.yaml --output_dir out")
-    parser.add_argument("--version", action="version", version=f"mindformers_ixc {version('mindformers_ixc')}")
+    parser.add_argument("--version", action="version", version=f"mindformers_ixc {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for add in (_add_run, _add_launch, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect, _add_data,
                 _add_reference, _add_report, _add_plan, _add_recipes, _add_doctor, _add_init):
         add(commands)
+    for command in commands.choices.values():
+        add_loudness(command)
     return parser
 
 
@@ -92,17 +99,21 @@ def _add_run(commands: Commands) -> None:
                "  mindformers run --config my.yaml --run_mode finetune --load_checkpoint out/model "
                "--lr_schedule.learning_rate 1e-4")
     run.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run, or the name of a recipe")
-    run.add_argument("--run_mode", choices=["train", "finetune", "predict"], help="overrides the file's run_mode")
+    run.add_argument("--run_mode", choices=["train", "finetune", "predict"],
+                     help="what to do (default: the file's run_mode)")
     run.add_argument("--register_path", metavar="DIR", help="folder of further modules for `auto_register`")
-    run.add_argument("--output_dir", metavar="DIR", help="where everything the run writes goes")
+    run.add_argument("--output_dir", metavar="DIR", help="where everything the run writes goes (default: "
+                     "the file's, else output)")
     run.add_argument("--load_checkpoint", metavar="PATH", help="weights to start from: a model directory or file, or "
-                     "starter, the small trained model of this package")
+                     "starter, the small trained model of this package (default: the file's)")
     run.add_argument("--overwrite", action="store_true",
                      help="move an earlier run's files in the output folder to old-N there, instead of refusing it")
     run.add_argument("--no_join", action="store_true",
                      help="of a parallel run leave what each rank has saved, without a whole model in OUTPUT_DIR/model")
-    run.add_argument("--use_parallel", metavar="BOOL", help="run under msrun with the file's parallel_config")
-    run.add_argument("--predict_data", metavar="FILE", help="questions for run_mode predict, one JSON object a line")
+    run.add_argument("--use_parallel", metavar="BOOL", help="run under msrun with the file's parallel_config "
+                     "(default: the file's)")
+    run.add_argument("--predict_data", metavar="FILE", help="questions for run_mode predict, one JSON object a "
+                     "line (default: the file's input_data)")
     _add_no_verify(run)
 
 
@@ -138,7 +149,6 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     _add_image_options(parser)
     parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="length of an answer at most")
     parser.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
-    parser.add_argument("--verbose", action="store_true", help="show the libraries' logs on standard error")
     _add_no_verify(parser)
 
 
@@ -171,7 +181,8 @@ def _add_chat(commands: Commands) -> None:
 
 
 def _add_data_reading(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--image_folder", metavar="DIR", help="where relative picture paths start")
+    command.add_argument("--image_folder", metavar="DIR", help="where relative picture paths start (default: "
+                         "the data file's folder, then the working directory)")
     command.add_argument("--image_root", metavar="DIR", help="refuse pictures outside this folder, links followed")
     command.add_argument("--ignore_keys", nargs="+", default=[], metavar="KEY", help="keys of samples to leave unread")
 
@@ -215,7 +226,8 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="checkpoint: a public directory (safetensors or .bin), one file, "
                         "MindSpore's, or a run's rank folders")
     parser.add_argument("target", metavar="DST", help="directory to be made, or a .safetensors or .ckpt file")
-    parser.add_argument("--to", choices=["ms", "hf"], help="MindSpore's layout, or the public one")
+    parser.add_argument("--to", choices=["ms", "hf"], help="MindSpore's layout, or the public one (default: "
+                        "the other one, of `merge` the same)")
     parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as they are)")
     parser.add_argument("--config", metavar="PATH", help="config.json, if SRC has none beside it")
     parser.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
@@ -325,7 +337,6 @@ def _add_reference(commands: Commands) -> None:
     reference.add_argument("--batch_size", type=int, default=4, metavar="N", help="answers at once")
     reference.add_argument("--control_tokens", action="store_true", help="as in the run to come")
     reference.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
-    reference.add_argument("--verbose", action="store_true", help="show the libraries' logs on standard error")
     _add_no_verify(reference)
 
 
@@ -357,10 +368,11 @@ def _add_plan(commands: Commands) -> None:
                       "context.max_device_memory, else 64GB)")
     plan.add_argument("--data_parallel", type=int, metavar="N", help="replicas (default: the file's, or what the other "
                       "degrees leave)")
-    plan.add_argument("--model_parallel", type=int, metavar="N", help="tensor-parallel devices of a stage")
-    plan.add_argument("--pipeline_stage", type=int, metavar="N", help="pipeline stages")
+    plan.add_argument("--model_parallel", type=int, metavar="N", help="tensor-parallel devices of a stage "
+                      "(default: the file's)")
+    plan.add_argument("--pipeline_stage", type=int, metavar="N", help="pipeline stages (default: the file's)")
     plan.add_argument("--micro_batch_num", type=int, metavar="N", help="micro batches of a step; without a pipeline "
-                      "they are accumulated")
+                      "they are accumulated (default: the file's)")
     plan.add_argument("--global_batch", type=int, metavar="N", help="samples (packed: rows) of a step "
                       "(default: the file's)")
     plan.add_argument("--data", metavar="DATA", help="samples that the rows are made of (as data_loader.dataset_dir): "
@@ -376,12 +388,13 @@ def _add_plan(commands: Commands) -> None:
     plan.add_argument("--json", action="store_true", help="JSON instead of text")
     plan.add_argument("--html", metavar="FILE", help="write a page too: memory by stage, messages, when each stage "
                       "works, cuts")
-    for name, text in (("tflops", "assumed peak of a device, 10^12 operations a second (320)"),
-                       ("utilisation", "assumed share of it (0.4)"),
-                       ("server_bandwidth", "assumed within a server, 10^9 bytes a second a device (150)"),
-                       ("network_bandwidth", "assumed between servers, 10^9 bytes a second a device (20)")):
+    for name, text in (("tflops", "assumed peak of a device, 10^12 operations a second (default: the file's "
+                        "device_tflops, else 320)"),
+                       ("utilisation", "assumed share of it (default: 0.4)"),
+                       ("server_bandwidth", "assumed within a server, 10^9 bytes a second a device (default: 150)"),
+                       ("network_bandwidth", "assumed between servers, 10^9 bytes a second a device (default: 20)")):
         plan.add_argument(f"--{name}", type=float, metavar="X", help=text)
-    plan.add_argument("--devices_per_server", type=int, metavar="N", help="assumed (8)")
+    plan.add_argument("--devices_per_server", type=int, metavar="N", help="assumed (default: 8)")
 
 
 def _add_doctor(commands: Commands) -> None:
@@ -412,35 +425,21 @@ def _add_recipes(commands: Commands) -> None:
                          "stays (default: NAME.yaml)")
 
 
-def claim_stdout() -> TextIO:
-    """Sends descriptor 1 to standard error from now on and returns a stream to the real standard output."""
-    sys.stdout.flush()
-    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)
-    return answers
-
-
 def log_folder(arguments: argparse.Namespace) -> Path:
     """Where logs go: inside a run's output, or in the user's cache for a mere question."""
     if arguments.command == "run":
         return Path(arguments.output_dir or _yaml_output_dir(arguments.config) or "output") / "log"
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "mindformers_ixc" / "log"
+    return user_log_folder()
 
 
 def choose_log_folder(arguments: argparse.Namespace) -> None:
     """Tells MindFormers where to log, before it is imported; somewhere else where the usual place cannot be written."""
     if "LOG_MF_PATH" in os.environ:
         return
-    try:
-        folder = log_folder(arguments).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, RuntimeError) as error:       # RuntimeError: there is no home directory at all
-        folder = Path(tempfile.mkdtemp(prefix="mindformers_ixc_log_"))
-        print(f"The usual log folder cannot be written ({error}), so logs go to {folder}; LOG_MF_PATH chooses another.",
-              file=sys.stderr, flush=True)
+    folder, error = usable_log_folder(log_folder(arguments) if arguments.command == "run" else None)
+    if error is not None:
+        terminal.current.say(f"The usual log folder cannot be written ({error}), so logs go to {folder}; LOG_MF_PATH "
+                             "chooses another.")
     os.environ["LOG_MF_PATH"] = str(folder)
 
 
@@ -458,18 +457,6 @@ def quiet_libraries() -> None:
     os.environ.setdefault("GLOG_v", "3")             # MindSpore: 3 = errors only
     warnings.filterwarnings("ignore")
     logging.getLogger().addHandler(logging.NullHandler())
-    # what is to be said of a checkpoint is for the user all the same
-    own = logging.getLogger("mindformers_ixc.checkpoint")
-    own.addHandler(Sentences())
-    own.setLevel(logging.INFO)
-
-
-class Sentences(logging.Handler):
-    """Prints what is logged as plain lines on standard error."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Prints one record."""
-        print(record.getMessage(), file=sys.stderr, flush=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -479,19 +466,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         argv: words without the program's name; by default the process's.
 
     Returns:
-        `command` (`None` without one) and its arguments. `rest` has words that are none of them: overrides of `run`,
-        `plan` and `data plan`; `words` are all words. Those of `launch` are `run_words`, parsed once more as `run`'s in
-        `run`.
+        `command` (`None` without one) and its arguments; `options`, what there are. `rest` has words that are none of
+        them: overrides of `run`, `plan` and `data plan`; `words` are all words. Those of `launch` are `run_words`,
+        parsed once more as `run`'s in `run`.
     """
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:       # a shell asks how a word can go on
+        importlib.import_module("argcomplete").autocomplete(parser)
     arguments, rest = parser.parse_known_args(argv)
+    command = parser.of(arguments.command)
     overrides = arguments.command in ("run", "launch", "plan") or getattr(arguments, "kind", None) == "plan"
     if rest and not overrides:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        command.words = tuple(rest)
+        command.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest, arguments.words = rest, list(sys.argv[1:] if argv is None else argv)
     if arguments.command == "launch":
         arguments.run_words = rest[1:] if rest[:1] == ["run"] else rest
         arguments.run, arguments.run.rest = parser.parse_known_args(["run", *arguments.run_words])
+        command = parser.of("run")
+    arguments.options = command.options
     return arguments
 
 
@@ -514,6 +507,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.command is None:
         build_parser().print_help()
         return 2
+    terminal.configure(arguments.verbose, arguments.quiet)
     arguments.answers = claim_stdout()
     with contextlib.ExitStack() as stack:
         if arguments.command == "run":
@@ -525,18 +519,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def _execute(arguments: argparse.Namespace) -> int:
     """Runs the command; errors of the input become a sentence."""
-    if arguments.command == "chat" and arguments.question is None:
-        # before the libraries start their threads, which inherit this; a session lets Ctrl-C through when it may come
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    choose_log_folder(arguments)
-    if arguments.command in QUIET or not getattr(arguments, "verbose", True):
+    terminal.show_warnings(logging.WARNING if arguments.command in ("run", "launch") else logging.INFO)
+    if arguments.command not in ("run", "launch") and not arguments.verbose:
         quiet_libraries()
     try:
-        check_inputs(arguments)
+        check_inputs(arguments, arguments.options)
         if getattr(arguments, "no_verify", False):
             importlib.import_module("mindformers_ixc.checkpoint.digests").set_verification(False)
-        module, function = COMMANDS[arguments.command]
-        return getattr(importlib.import_module(f"mindformers_ixc.cli.{module}"), function)(arguments) or 0
+        choose_log_folder(arguments)
+        with contextlib.ExitStack() as whole:
+            function = _function(arguments, whole)
+            if arguments.command in WORK:
+                working = whole.enter_context(contextlib.ExitStack())
+                working.enter_context(terminal.current.doing(WORK[arguments.command]))
+                arguments.answers = terminal.Answers(arguments.answers, working.close)
+            return function(arguments) or 0
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
@@ -547,8 +544,35 @@ def _execute(arguments: argparse.Namespace) -> int:
         if isinstance(error, OSError) and error.filename and error.strerror:
             # the system's own errors name a file and a reason
             sentence = f"{error.filename} cannot be used: {error.strerror}."
-        print(f"error: {sentence}", file=sys.stderr)
+        terminal.current.say(f"{terminal.current.paint('error:', 'red', 'bold')} {sentence}")
         return 1
+
+
+def _function(arguments: argparse.Namespace, whole: contextlib.ExitStack) -> Any:
+    """Imports the function behind a command; what the libraries print goes to a log file.
+
+    Args:
+        arguments: of the command.
+        whole: ended after the command; for `run` the libraries are kept off the terminal until then. The log of a
+            process that msrun started is its output already.
+    """
+    module, name = COMMANDS[arguments.command]
+    session = arguments.command == "chat" and arguments.question is None
+    if session:      # its model is loaded meanwhile; threads inherit that SIGINT is blocked, the session waits for it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with contextlib.ExitStack() as importing:
+        if arguments.command in HEAVY and not session:
+            if not arguments.verbose and "MS_ROLE" not in os.environ:
+                log = Path(os.environ["LOG_MF_PATH"]) / f"{arguments.command}.log"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                stack = whole if arguments.command == "run" else importing
+                stack.enter_context(terminal.current.libraries_to(log))
+            importing.enter_context(terminal.current.doing("Loading MindSpore and MindFormers", at_once=True))
+            if arguments.command != "run":       # whose signals have been looked after since before
+                importing.enter_context(interruption.leaving_at_interrupt())
+            if arguments.command in ASKING:
+                importlib.import_module("mindformers_ixc.cli.inference")
+        return getattr(importlib.import_module(f"mindformers_ixc.cli.{module}"), name)
 
 
 if __name__ == "__main__":

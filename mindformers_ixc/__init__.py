@@ -6,17 +6,21 @@ and the `multimodal_chat` pipeline (`mindformers_ixc.registration`). The names b
 """
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.abc
 import importlib.util
+import logging
+import os
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 from mindformers_ixc.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -69,6 +73,43 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+class _StandardError:
+    """Standard error, whatever that is when something is written: programs put others in its place."""
+
+    def write(self, text: str) -> int:
+        """Writes a text."""
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Hands over what was written."""
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def _off_standard_output() -> Iterator[None]:
+    """Lets MindFormers, while it is imported, choose standard error and a folder of the user's cache for its log.
+
+    It would choose standard output, which is for answers, and `./output/log`; LOG_MF_PATH is heeded. It warns of parts
+    of itself that lack their libraries, and MindSpore of modules that it still uses: nobody here can change that, so it
+    is only logged where all goes to a file or is asked for.
+    """
+    screen = importlib.import_module(f"{__name__}.terminal").current
+    if "LOG_MF_PATH" not in os.environ:
+        resources = importlib.import_module(f"{__name__}.resources")
+        os.environ["LOG_MF_PATH"] = str(resources.usable_log_folder()[0])
+    before = logging.root.manager.disable
+    if not screen.verbose and screen.log_path is None:
+        logging.disable(max(before, logging.WARNING))
+    try:
+        with contextlib.ExitStack() as elsewhere:
+            if threading.current_thread() is threading.main_thread():     # another has a stream of its own (`chat`)
+                elsewhere.enter_context(contextlib.redirect_stdout(_StandardError()))      # type: ignore[type-var]
+            yield
+            importlib.import_module("mindformers.tools.logger").get_logger()      # made now, if not before
+    finally:
+        logging.disable(before)
+
+
 class _AfterMindFormers(importlib.abc.MetaPathFinder):
     """Registers everything when the import of MindFormers has ended.
 
@@ -93,7 +134,8 @@ class _AfterMindFormers(importlib.abc.MetaPathFinder):
             was_enabled = gc.isenabled()
             gc.disable()
             try:
-                run(module)
+                with _off_standard_output():
+                    run(module)
                 importlib.import_module(_REGISTRATION)
                 gc.freeze()
             finally:

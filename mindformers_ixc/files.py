@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mindformers_ixc.errors import DataError
+from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.resources import resolve_path
 
 # What a training run writes about itself, one JSON object a line: every step, every measurement on held-out data, some
@@ -23,6 +23,30 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 ANSWERS_FILE = "answers.jsonl"
 RUN_RECORD = "run_config.json"
+
+# Held by a run as long as it uses its folder.
+LOCK_FILE = "run.lock"
+
+# Model directories that a run leaves.
+RESULTS = ("model", "trained_parts", "model_ema", "best")
+
+
+def traces_of_run(folder: Path) -> list[str]:
+    """What a training run has left in its folder that another one would mix with its own, by name."""
+    found = [name for name in (*RESULTS, METRICS_FILE) if (folder / name).exists()]
+    return found + (["checkpoint"] if any(folder.glob("checkpoint/rank_[0-9]*/*-*_*.*")) else [])
+
+
+def refuse_used(folder: Path) -> None:
+    """Refuses a run's folder that an earlier run has used.
+
+    Raises:
+        ConfigError: saying what is there, and what to do.
+    """
+    used = traces_of_run(folder)
+    if used:
+        raise ConfigError(f"{folder} already has {', '.join(used)} of an earlier run. Go on with that one "
+                          "(--resume_training True), move it aside (--overwrite), or give another --output_dir.")
 
 
 @contextmanager

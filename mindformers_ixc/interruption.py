@@ -15,6 +15,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from mindformers_ixc import terminal
+
 # Every process of a parallel run that `mindformers launch` started has this variable, with a value of the launch's own.
 JOB = "MINDFORMERS_IXC_JOB"
 
@@ -104,6 +106,51 @@ def _wait(numbers: set[int]) -> None:
     threading.Event().wait()
 
 
+_staying = threading.Event()      # set while an interrupt does not end the process
+
+
+@contextlib.contextmanager
+def leaving_at_interrupt(goes_on: bool = False) -> Iterator[None]:
+    """Ends the process when SIGINT comes in the block; enter it before any library starts threads.
+
+    An import can take Python's `KeyboardInterrupt` for an error of its own and go on, and MindSpore puts another
+    handler in place while it works.
+
+    Args:
+        goes_on: leave SIGINT blocked after a block that ends well, ending the process, until somebody calls `stay`.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    _staying.clear()
+    threading.Thread(target=_leave, name="interrupt", daemon=True).start()
+    well = False
+    try:
+        yield
+        well = True
+    finally:
+        if not (goes_on and well):
+            stay()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def stay() -> None:
+    """Whoever calls this looks after SIGINT from now on."""
+    _staying.set()
+
+
+def _leave() -> None:
+    while not _staying.is_set():
+        if signal.sigtimedwait({signal.SIGINT}, 0.1) is None:
+            continue
+        if _staying.is_set():
+            os.kill(os.getpid(), signal.SIGINT)       # it was meant for somebody else
+            return
+        terminal.current.rest()
+        os._exit(128 + signal.SIGINT)
+
+
 def _unblock_in_children() -> None:
     """Lets SIGTERM end forked children again; Ctrl-C, which a terminal sends to them too, stays blocked."""
     global _registered
@@ -116,8 +163,7 @@ _registered = False
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+    terminal.current.say(text)
 
 
 def die_with(parent: int) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 from mindformers_ixc.errors import ConfigError
@@ -12,6 +13,31 @@ PACKAGE_SCHEME = "pkg:"
 # The small trained model that ships with the package: what it is called where a model directory is named, and where it
 # lies.
 STARTER, STARTER_PLACE = "starter", "pkg:mindformers_ixc/starter"
+
+
+def user_log_folder() -> Path:
+    """Where logs go that belong to no run: a folder of the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "mindformers_ixc" / "log"
+
+
+def usable_log_folder(folder: Path | None = None) -> tuple[Path, Exception | None]:
+    """A folder that logs can be written to.
+
+    Args:
+        folder: the one that is wanted; by default `user_log_folder`.
+
+    Returns:
+        It, or a temporary folder and why that has to do.
+    """
+    try:
+        folder = (folder or user_log_folder()).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        return folder, None
+    except (OSError, RuntimeError) as error:       # RuntimeError: there is no home directory at all
+        return Path(tempfile.mkdtemp(prefix="mindformers_ixc_log_")), error
 
 
 def resolve_path(path: str | os.PathLike) -> Path:

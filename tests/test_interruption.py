@@ -132,3 +132,23 @@ def test_a_rank_whose_launcher_is_gone_does_not_start():
     done = subprocess.run([sys.executable, "-c", HEAD + textwrap.dedent(code)], capture_output=True, text=True,
                           check=False)
     assert done.returncode == 128 + signal.SIGKILL and "went on" not in done.stdout
+
+
+LOADING = ("import signal, sys, time\n"
+           "from mindformers_ixc import interruption\n"
+           "with interruption.leaving_at_interrupt(goes_on=True):\n    pass\n"
+           "if sys.argv[1:]:\n    interruption.stay()\n"
+           "print('ready', flush=True)\n"
+           "end = time.monotonic() + 60\n"
+           "while time.monotonic() < end:\n"
+           "    try:\n        time.sleep(0.01)\n"
+           "    except BaseException:\n        pass          # as an import may that takes it for an error of its own\n"
+           "    if sys.argv[1:] and signal.sigtimedwait({signal.SIGINT}, 0):\n        sys.exit(7)\n")
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 130), (["stays"], 7)])
+def test_an_interrupt_while_things_load_ends_the_process_whatever_they_catch(words, code):
+    with subprocess.Popen([sys.executable, "-c", LOADING, *words], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == code

@@ -17,7 +17,8 @@ FRAMEWORKS = ("mindspore", "mindformers")
 # Host code: quick commands and child processes stand on it.
 FREE_PACKAGES = ("processing", "data", "parallel", "pages", "demo")
 FREE_MODULES = (
-    "config", "parameters", "errors", "files", "resources", "sections", "version",
+    "config", "parameters", "errors", "files", "interruption", "resources", "sections", "terminal", "training_options",
+    "version",
     "native", "native.images",
     *(f"checkpoint.{name}" for name in (
         "ckpt_file", "convert", "dtypes", "inspection", "layouts", "merge", "model_config", "protobuf",
@@ -26,8 +27,8 @@ FREE_MODULES = (
     *(f"planning.{name}" for name in (
         "workload", "memory", "cost", "search", "plan", "text", "page", "timeline", "few_layers", "check_layout")),
     "cpu_cluster", "cpu_cluster.build", "cpu_cluster.mailbox", "cpu_cluster.simulated",
-    "cli", "cli.checkpoints", "cli.data", "cli.data_plan", "cli.inputs", "cli.job", "cli.report", "cli.report_page",
-    "cli.yaml_docs", "cli.yaml_file",
+    "cli", "cli.arguments", "cli.checkpoints", "cli.data", "cli.data_plan", "cli.early", "cli.inputs", "cli.job",
+    "cli.plan", "cli.report", "cli.report_page", "cli.run_config", "cli.templates", "cli.yaml_docs", "cli.yaml_file",
 )
 
 
@@ -80,6 +81,22 @@ def test_everything_is_registered_in_whatever_order(first):
     assert python(f"{first}\n{REGISTERED}") == "True"
 
 
+def test_importing_mindformers_says_nothing_and_makes_no_folder_here(tmp_path):
+    here, cache = tmp_path / "here", tmp_path / "cache"
+    here.mkdir()
+    program = ("import mindformers_ixc, mindformers\n"
+               "from mindformers.tools import logger\n"
+               "logger.info('a note afterwards')")
+    variables = {key: value for key, value in os.environ.items() if key != "LOG_MF_PATH"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True, check=True,
+                          env={**variables, "GLOG_v": "3", "XDG_CACHE_HOME": str(cache)})
+    assert done.stdout == "" and not list(here.iterdir())
+    note, = done.stderr.splitlines()
+    assert note.endswith("a note afterwards")
+    log, = (cache / "mindformers_ixc" / "log").rglob("info.log")
+    assert "a note afterwards" in log.read_text()
+
+
 def test_names_of_the_package():
     assert set(mindformers_ixc.__all__) <= set(dir(mindformers_ixc))
     assert all(getattr(mindformers_ixc, name) is not None for name in mindformers_ixc.__all__)
@@ -87,7 +104,19 @@ def test_names_of_the_package():
         mindformers_ixc.IXC25Confg      # noqa: B018
 
 
+RUN = ["run", "--config", str(Path(__file__).parents[1] / "yaml_configs" / "ixc25_sft_tiny.yaml")]
+
+
 @pytest.mark.parametrize(("words", "sentence"), [
+    ([*RUN, "--overwite"], "--overwite is neither an option nor a key of the YAML; did you mean --overwrite?"),
+    ([*RUN, "--runner_config.epoch", "3"], "unknown key runner_config.epoch (value 3)"),
+    ([*RUN, "--evaluation", "{metrics: [los]}"], "evaluation.metrics has 'los'"),
+    ([*RUN, "--train_dataset_dir", "gone.json"], "The data file gone.json does not exist."),
+    ([*RUN, "--train_dataset.tokenizer.vocab_file", "gone"], "The tokenizer file gone does not exist."),
+    ([*RUN, "--load_checkpoint", "gone"], "load_checkpoint: gone does not exist."),
+    ([*RUN, "--run_mode", "predict", "--predict_data", "gone.txt"], "The request file gone.txt does not exist."),
+    ([*RUN, "--output_dir", "used"], "used already has metrics.jsonl of an earlier run."),
+    (["launch", "-n", "3", *RUN], "in which each of the 3 devices trains a whole model"),
     (["run", "--config", "gone.yaml"], "The configuration file gone.yaml does not exist."),
     (["launch", "-n", "2", "--config", "gone.yaml"], "The configuration file gone.yaml does not exist."),
     (["chat", "--model", "gone", "hello"], "config.json does not exist"),
@@ -98,7 +127,10 @@ def test_a_missing_file_is_said_before_anything_heavy_is_imported(tmp_path, word
                "code = mindformers_ixc_cli.main(sys.argv[1:])\n"
                f"heavy = [f for f in {FRAMEWORKS!r} if f in sys.modules]\n"
                "print(code, heavy, file=sys.stderr)")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "metrics.jsonl").touch()
     result = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True,
                             check=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]      # a refusal leaves nothing behind
     *_, error, state = result.stderr.strip().splitlines()
     assert sentence in error and state == "1 []"

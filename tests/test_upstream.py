@@ -275,6 +275,19 @@ def test_sections_of_a_yaml_have_templates():
     assert {"epochs", "batch_size", "gradient_accumulation_steps"} <= set(CONFIG_NAME_TO_CLASS["runner_config"].keys())
 
 
+def test_the_templates_are_the_same_without_mindformers():
+    from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
+
+    from mindformers_ixc.cli import templates
+
+    def said(classes) -> dict:        # keys alone: a run in this process may have changed values
+        return {name: (one._raise_error_for_unexpected_key, list(one.keys())) for name, one in classes.items()}
+
+    read = templates._read()
+    assert said(read) == said(CONFIG_NAME_TO_CLASS)
+    assert read["runner_config"].epochs == CONFIG_NAME_TO_CLASS["runner_config"].epochs
+
+
 def test_mindformers_logs_by_handlers_of_its_own_loggers():
     from mindformers_ixc.cli.inference import quiet_mindformers
 

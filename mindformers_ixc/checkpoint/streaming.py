@@ -23,8 +23,8 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from tqdm import tqdm
 
+from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.dtypes import convert_dtype, count_not_finite, item_size
 from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.checkpoint.tensors import LazyTensor
@@ -228,8 +228,9 @@ def _check_room(work: WorkFolder, files: Iterable[TensorFile]) -> None:
 def _stream(work: WorkFolder, items: list[Item], files: dict[str, TensorFile], title: str) -> None:
     total = sum(item.nbytes for item in items)
     left = [item for item in items if item.name not in work.done]
-    with tqdm(total=total, initial=total - sum(item.nbytes for item in left), unit="B", unit_scale=True, desc=title,
-              mininterval=0.5) as bar, Lanes(work, files) as lanes:
+    done = total - sum(item.nbytes for item in left)
+    with terminal.current.counting(total, title, "B", initial=done, unit_scale=True, mininterval=0.5,
+                                   disable=False) as bar, Lanes(work, files) as lanes:
         for item in left:
             lanes.send(item)
             bar.update(item.nbytes)

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import tempfile
 from pathlib import Path
 
+from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.convert import convert, drop_task_loras
 from mindformers_ixc.checkpoint.inspection import inspect
 from mindformers_ixc.checkpoint.merge import merge
@@ -44,7 +44,7 @@ def run_convert(arguments: argparse.Namespace) -> int:
         config = drop_task_loras(config_of(source, arguments.config), arguments.drop)
         with tempfile.TemporaryDirectory() as scratch:
             check_layout(config, arguments.tp, arguments.pp, arguments.mode, Path(scratch))
-        print("MindSpore's compiler cuts every parameter as the table of cuts says.", file=sys.stderr, flush=True)
+        terminal.current.say("MindSpore's compiler cuts every parameter as the table of cuts says.")
     target = convert(
         arguments.source, arguments.target, to=arguments.to, format=arguments.format, tensor_parallel=arguments.tp,
         pipeline_stages=arguments.pp, dtype=arguments.dtype, mode=arguments.mode, drop=arguments.drop,
@@ -64,7 +64,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
 
 
 def _finish(arguments: argparse.Namespace, target: Path) -> int:
-    print(f"{target} is complete.", file=sys.stderr, flush=True)
+    terminal.current.say(f"{target} is complete.")
     print(target, file=arguments.answers)
     return 0
 

@@ -1,7 +1,11 @@
-"""What a command can say about its input at once: looked at before MindFormers is imported, which takes seconds."""
+"""What a command can say about its input at once: looked at before MindFormers is imported, which takes seconds.
+
+What is said of a YAML stands in `early`, which needs numpy: it is imported when a command has one.
+"""
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 from pathlib import Path
 
@@ -18,15 +22,16 @@ from mindformers_ixc.trackers import require_packages
 _UNITS = {"M": 2 ** 20, "G": 2 ** 30, "T": 2 ** 40}
 
 
-def check_inputs(arguments: argparse.Namespace) -> None:
+def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None) -> None:
     """Refuses files and folders that are not there, and what cannot be of a YAML file and its overrides.
 
     Args:
         arguments: of any subcommand.
+        options: of the subcommand, for a word that is nearly one of them.
 
     Raises:
-        ConfigError: for a YAML file that is missing, malformed or of an earlier version, a malformed override, or a
-            tracker whose package is missing.
+        ConfigError: for a YAML file that is missing, malformed, wrong or of an earlier version, a malformed override,
+            or a tracker whose package is missing.
         CheckpointError: for a `--model` that is no model directory of this model.
         FileNotFoundError: for a missing image or data file, or a hub's name in place of a checkpoint.
         OSError: for a file to be written that cannot be.
@@ -37,10 +42,15 @@ def check_inputs(arguments: argparse.Namespace) -> None:
     if run.command in ("run", "plan") or (run.command == "data" and run.config):
         fields = read_yaml(run.config)
         _check_start(run, fields)
+        if run.command != "data":
+            importlib.import_module("mindformers_ixc.cli.early").check_words(run.rest, options or [])
         apply_overrides(fields, parse_overrides(run.rest))
         check_version(fields, run.config)
-        if run.command == "run":
-            require_packages(fields, run.config)
+    if run.command == "run":
+        require_packages(fields, run.config)
+        launched = arguments.devices if run is not arguments else None
+        importlib.import_module("mindformers_ixc.cli.early").check_early(
+            run, options or [], launched, getattr(arguments, "node_rank", 0))
     for name in ("image", "data", "pairs") if arguments.command != "init" else ():     # which takes folders, and asks
         given = getattr(arguments, name, None) or []
         for path in [given] if isinstance(given, str) else given:

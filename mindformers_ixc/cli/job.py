@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from types import FrameType
 
 import psutil
 
+from mindformers_ixc import terminal
 from mindformers_ixc.interruption import JOB, die_with
 
 POLL_S = 0.2
@@ -199,11 +199,15 @@ class Job:
         environment: of it.
         logs: folder of the logs.
         ranks: numbers of those that run on this server.
-        shown: the one whose log is shown.
+        shown: the one that shows how far the run is.
+        screen: file into which it writes what the user is to see; by default all of its log is shown.
     """
 
-    def __init__(self, command: list[str], environment: dict[str, str], logs: Path, ranks: range, shown: int):
-        self.command, self.environment, self.logs = command, environment, logs
+    def __init__(self, command: list[str], environment: dict[str, str], logs: Path, ranks: range, shown: int,
+                 screen: Path | None = None):
+        self.command, self.logs = command, logs
+        self.environment = {**environment, **(terminal.tell_ranks(screen, shown) if screen else {})}
+        self.screen = WatchedRank(shown, screen) if screen else None
         self.ranks = {number: WatchedRank(number, logs / f"worker_{number}.log") for number in ranks}
         self.scheduler = WatchedRank(None, logs / "scheduler.log")
         self.shown = self.ranks[shown]
@@ -215,10 +219,10 @@ class Job:
     def run(self) -> int:
         """Runs the job to its end; returns the exit code and leaves no process behind."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        for log in [self.log, *(rank.log for rank in self._watched())]:
+        for log in [self.log, *(rank.log for rank in self._watched()), *([self.screen.log] if self.screen else [])]:
             if log != self.scheduler.log or 0 in self.ranks:
                 log.unlink(missing_ok=True)
-        print(f"{len(self.ranks)} ranks are starting; their logs are in {self.logs}.", file=sys.stderr, flush=True)
+        terminal.current.say(f"{len(self.ranks)} ranks are starting; their logs are in {self.logs}.")
         try:
             parent = os.getpid()
             with open(self.log, "wb") as output:
@@ -234,7 +238,7 @@ class Job:
         self._read_logs()
         if process.returncode == 0 and not any(rank.code for rank in self._watched()):
             return 0
-        print(f"error: {self._reason(process.returncode)}", file=sys.stderr, flush=True)
+        terminal.current.say(f"error: {self._reason(process.returncode)}")
         return 1
 
     def _watched(self) -> list[WatchedRank]:
@@ -251,9 +255,10 @@ class Job:
         """Notes what logs tell, and shows what the shown rank has logged."""
         for rank in self._watched():
             text = rank.read()
-            if rank is self.shown and text:
-                sys.stderr.write(text)
-                sys.stderr.flush()
+            if rank is self.shown and text and self.screen is None:
+                terminal.current.pass_on(text)
+        if self.screen is not None and (text := self.screen.read()):
+            terminal.current.pass_on(text)
         for pid, code in _DIED.findall(self.log.read_text(encoding="utf-8", errors="replace")):
             known = [rank for rank in self.ranks.values() if rank.process is not None and rank.process.pid == int(pid)]
             for rank in known:

@@ -17,6 +17,7 @@ import tempfile
 import uuid
 from pathlib import Path
 
+from mindformers_ixc import terminal
 from mindformers_ixc.cli.job import Job, Stopped, signal_name, stopped_by_signals
 from mindformers_ixc.cli.run_config import check_fields
 from mindformers_ixc.cli.yaml_file import merged_fields
@@ -66,7 +67,7 @@ def launch(arguments: argparse.Namespace) -> int:
         if fields.get("run_mode") == "predict":
             return _run_ranks(arguments, fields, ranks, folder)
         if is_complete(fields):
-            print(f"The run in {folder} has come to its end; nothing is done.", file=sys.stderr, flush=True)
+            terminal.current.say(f"The run in {folder} has come to its end; nothing is done.")
             return 0
         step = None
         if fields.get("resume_training"):
@@ -77,7 +78,7 @@ def launch(arguments: argparse.Namespace) -> int:
             if closing is None:        # another model's trainer notes nothing
                 mark_finished(folder, [])
             elif closing:
-                print(closing, file=sys.stderr, flush=True)
+                terminal.current.say(closing)
         return code
 
 
@@ -90,8 +91,8 @@ def _run_ranks(arguments: argparse.Namespace, fields: dict, ranks: range, folder
         if number == signal.SIGHUP or not ask_ranks(folder, number):
             return False
         asked.append(number)
-        print(f"{name_of(number)}: all ranks finish a step and save a checkpoint; a second signal ends them at once.",
-              file=sys.stderr, flush=True)
+        terminal.current.say(f"{name_of(number)}: all ranks finish a step and save a checkpoint; a second signal ends "
+                             "them at once.")
         return True
 
     on_cpu = (fields.get("context") or {}).get("device_target", "Ascend") == "CPU"
@@ -108,21 +109,22 @@ def _run_ranks(arguments: argparse.Namespace, fields: dict, ranks: range, folder
                 environment[CHOSEN] = f"{step[0]}_{step[1]}"
             if on_cpu:
                 environment.update(_cpu_environment(given or _shared_memory(Path(scratch))))
-            job = Job(_msrun(arguments, arguments.run_words, logs), environment, logs, ranks,
-                       reporter if reporter in ranks else ranks[0])
+            shown = reporter if reporter in ranks else ranks[0]
+            job = Job(_msrun(arguments, arguments.run_words, logs), environment, logs, ranks, shown,
+                      None if terminal.current.verbose else logs / "shown.txt")
             try:
                 code = job.run()
                 if asked and code == 0:
-                    print(f"{name_of(asked[0])} stopped the run in {folder}, and every rank has saved a checkpoint; go "
-                          "on with --resume_training True.", file=sys.stderr, flush=True)
+                    terminal.current.say(f"{name_of(asked[0])} stopped the run in {folder}, and every rank has saved a "
+                                         "checkpoint; go on with --resume_training True.")
                     return 128 + asked[0]
                 return code
             finally:
                 if on_cpu and given is None:
                     shutil.rmtree(environment["CPU_PARALLEL_MAILBOX"], ignore_errors=True)
     except Stopped as stopped:
-        print(f"error: {signal_name(stopped.number)} ended this command, so all ranks were ended. Their logs are in "
-              f"{logs}.", file=sys.stderr, flush=True)
+        terminal.current.say(f"error: {signal_name(stopped.number)} ended this command, so all ranks were ended. Their "
+                             f"logs are in {logs}.")
         return 128 + stopped.number
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
 
+from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.checkpoint.start import OVERRIDE, begin
 from mindformers_ixc.cli.inputs import read_memory
@@ -65,7 +66,7 @@ def plan(arguments: argparse.Namespace) -> int:
     made = None
     if workload is not None and not (found and arguments.no_compile):
         made = make_plan(fields, workload, memory, assumptions, not arguments.no_compile,
-                         lambda line: print(line, file=sys.stderr, flush=True), arguments.every_layer,
+                         terminal.current.note, arguments.every_layer,
                          _steps(arguments, fields, workload))
         if not arguments.json:
             print(("\nThe first of them:\n" if found else "") + plan_text(name, made), file=arguments.answers)

@@ -16,12 +16,13 @@ from mindformers.core.context import build_context
 from mindformers.tools.register import MindFormerConfig
 from mindformers.trainer import Trainer
 
-from mindformers_ixc import interruption
+from mindformers_ixc import interruption, terminal
 from mindformers_ixc.cli.run_config import check_fields
 from mindformers_ixc.cli.yaml_file import merged_fields
 from mindformers_ixc.cpu_cluster.groups import install
 from mindformers_ixc.cpu_cluster.loading import load_on_cpu
 from mindformers_ixc.parallel.checks import check_run, complete_parallel
+from mindformers_ixc.training import progress
 from mindformers_ixc.training.resume import COMMAND, is_complete, prepare_resume, record_run
 from mindformers_ixc.training.run_folder import answers, claimed, in_job, locked
 from mindformers_ixc.training.starting import adopt_start
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.register_path:
         _use_register_path(arguments.register_path)
+    progress.recipe = arguments.config
     fields = merged_fields(arguments)
     check_fields(fields, arguments.config)
     adopt_start(fields, say=reports())
@@ -52,8 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     with _folder(output_dir, fields, arguments):
         training = fields["run_mode"] != "predict"
         if training and is_complete(fields):
-            print(f"The run in {output_dir} has come to its end, and all it left is there; nothing is done.",
-                  file=sys.stderr, flush=True)
+            terminal.current.say(f"The run in {output_dir} has come to its end, and all it left is there; nothing is "
+                                 "done.")
             return 0
         if training:
             wanted = dict(fields)

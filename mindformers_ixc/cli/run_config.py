@@ -1,14 +1,15 @@
-"""Checks every key and value of a run's YAML before anything starts."""
+"""Checks every key and value of a run's YAML before anything starts.
+
+MindFormers is not imported for it. Where it has been, the names of registered classes (`type:`) are checked as well.
+"""
 from __future__ import annotations
 
-from mindformers.tools.register import MindFormerRegister
-from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS
-from mindformers.tools.register.template import Config as Template
+import sys
 
 from mindformers_ixc.checkpoint.start import OVERRIDE
+from mindformers_ixc.cli.templates import Template, section_templates
 from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, MODE_ADAPTERS, VISION_FIELDS, Field
-from mindformers_ixc.data.batch import BATCH_COLUMNS
-from mindformers_ixc.data.preferences import REFERENCE_COLUMN
+from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.preference_options import needs_reference, preference_options
@@ -27,8 +28,7 @@ from mindformers_ixc.sections import (
     whole,
 )
 from mindformers_ixc.trackers import CALLBACK, check_tracker
-from mindformers_ixc.training.evaluation import evaluation_options
-from mindformers_ixc.training.parts import check_parts, check_rates
+from mindformers_ixc.training_options import check_parts, check_rates, evaluation_options
 
 RUN_MODES = ("train", "finetune", "predict")
 
@@ -63,9 +63,10 @@ def check_fields(fields: dict, source: str) -> None:
     Raises:
         ConfigError: one sentence naming the key, the value and the choices.
     """
-    general = CONFIG_NAME_TO_CLASS["general_config"]
-    sections = [name for name in CONFIG_NAME_TO_CLASS if name != "general_config"]
-    check_keys(fields, [*general.keys(), *sections, *OWN_SECTIONS], source=source)
+    templates = section_templates()
+    general = templates["general_config"]
+    sections = [name for name in templates if name != "general_config"]
+    check_keys(fields, top_keys(), source=source)
     check_values(fields, _template_rules(general), source=source)
     check_value("run_mode", fields.get("run_mode"), one_of(RUN_MODES), source=source)
     if fields.get("on_save_error") is not None:
@@ -81,7 +82,7 @@ def check_fields(fields: dict, source: str) -> None:
     if fields.get(OVERRIDE) is not None:
         check_value(OVERRIDE, fields[OVERRIDE], _NAMES, source=source)
     for name in sections:
-        template, section = CONFIG_NAME_TO_CLASS[name], fields.get(name)
+        template, section = templates[name], fields.get(name)
         if section is None or name == "callbacks":
             continue
         check_value(name, section, of_type(dict, list), source=source)
@@ -106,6 +107,13 @@ def check_fields(fields: dict, source: str) -> None:
                               "ranks' parts as they are; take one of them out.")
 
 
+def top_keys() -> list[str]:
+    """Keys of the top level, in MindFormers' order, then this package's."""
+    templates = section_templates()
+    return [*templates["general_config"].keys(), *(name for name in templates if name != "general_config"),
+            *OWN_SECTIONS]
+
+
 def _template_rules(template: type[Template]) -> dict[str, Rule]:
     return {key: like(getattr(template, key)) for key in template.keys()}  # noqa: SIM118
 
@@ -117,13 +125,14 @@ def _check_typed_sections(fields: dict, source: str) -> None:
     callbacks = fields.get("callbacks") or []
     check_value("callbacks", callbacks, of_type(list), source=source)
     entries += [(f"callbacks[{i}]", callback, "callback") for i, callback in enumerate(callbacks)]
+    register = sys.modules.get("mindformers.tools.register")      # what is registered is known once it is imported
     for where, section, kind in entries:
         if section is None:
             continue
         if not isinstance(section, dict) or "type" not in section:
             raise ConfigError(f"{source}: {where} needs a 'type'.")
-        if "auto_register" not in section:
-            _check_registered(section["type"], kind, MindFormerRegister.registry.get(kind, {}), source, where)
+        if "auto_register" not in section and register is not None:
+            _check_registered(section["type"], kind, register.MindFormerRegister.registry.get(kind, {}), source, where)
         if section["type"] == CALLBACK:
             check_tracker(section, where, source)
 

@@ -54,6 +54,8 @@ EXTRA_COLUMNS = (*PACKING_COLUMNS, "noise_seed", "source")
 
 # Columns of preference pairs that have the pair's answers as a second axis.
 ANSWER_COLUMNS = ("input_ids", "labels", "vision_index", "image_mask")
+# One more of theirs, where the reference's log-probabilities were computed before.
+REFERENCE_COLUMN = "reference_logps"
 
 
 def column_ranks(columns: Iterable[str], pairs: bool = False) -> list[int]:

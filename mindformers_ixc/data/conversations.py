@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from mindformers_ixc import terminal
 from mindformers_ixc.data.forms import Form, read_form
 from mindformers_ixc.data.paths import check_root, find_file, search_folders, shown
 from mindformers_ixc.data.tables import is_table, read_table
@@ -220,8 +219,8 @@ def read_image_sizes(samples: Sequence[Conversation], exif: str = "ignore") -> N
     """
     known: dict[Path, tuple[int, int]] = {}
     errors = []
-    progress = tqdm(samples, desc="reading picture sizes", unit="sample", disable=len(samples) < PROGRESS_FROM)
-    for sample in progress:
+    for sample in terminal.current.counted(samples, len(samples), "reading picture sizes", "sample",
+                                           disable=len(samples) < PROGRESS_FROM or None):
         if sample.sizes:
             continue
         try:

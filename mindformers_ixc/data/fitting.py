@@ -5,8 +5,7 @@ import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tqdm import tqdm
-
+from mindformers_ixc import terminal
 from mindformers_ixc.data.conversations import LISTED_ERRORS, PROGRESS_FROM, Conversation
 from mindformers_ixc.data.forms import count_places
 from mindformers_ixc.data.packer import longest_sample
@@ -115,7 +114,8 @@ def fit_samples(processor: Processor, samples: Sequence[Conversation], seq_lengt
     if max_segments is not None:
         shapes += f" (max_segments {max_segments} leaves {longest} positions to a sample)"
     kept, cut, dropped, needs, bad = [], 0, [], [], []
-    for sample in tqdm(samples, desc="measuring samples", unit="sample", disable=len(samples) < PROGRESS_FROM):
+    for sample in terminal.current.counted(samples, len(samples), "measuring samples", "sample",
+                                           disable=len(samples) < PROGRESS_FROM or None):
         try:
             pairs, needed = fit_pairs(processor, sample, longest, max_tiles, hd_num, max_images)
         except ImageError as error:

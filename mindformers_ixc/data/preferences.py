@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS
+from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS, REFERENCE_COLUMN
 from mindformers_ixc.data.conversations import Conversation, make_conversation, raise_errors
 from mindformers_ixc.data.forms import open_sample, read_pair
 from mindformers_ixc.data.paths import check_root, search_folders, shown
@@ -22,8 +22,6 @@ from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_json_list
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.resources import resolve_path
-
-REFERENCE_COLUMN = "reference_logps"
 
 
 class PreferenceTable(ConversationTable):

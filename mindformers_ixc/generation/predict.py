@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindspore.mint.distributed import barrier
-from tqdm import tqdm
 
+from mindformers_ixc import terminal
 from mindformers_ixc.data.batch import full_batches
 from mindformers_ixc.device import is_parallel, rank
 from mindformers_ixc.errors import DataError
@@ -177,8 +177,8 @@ def predict(assistant: Callable[[], Assistant], requests: list[Request], folder:
     if is_parallel():
         barrier()       # all must have read what is there before one of them writes
     answering = None if predictions.finished else assistant()
-    with tqdm(total=len(requests), initial=len(predictions.done), desc="answering", unit="request",
-              disable=None if writes else True) as bar:
+    with terminal.current.counting(len(requests), "answering", "request", initial=len(predictions.done),
+                                   disable=None if writes else True) as bar:
         while answering is not None and not predictions.finished:
             start = len(predictions.done)
             batch = requests[start:start + size]

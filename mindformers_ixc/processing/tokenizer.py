@@ -92,11 +92,7 @@ class SentencePieceText:
             FileNotFoundError: when the file is missing.
             ConfigError: when it is no SentencePiece model.
         """
-        if vocab_file is None:
-            raise FileNotFoundError("The tokenizer has no vocab_file; give the path of a tokenizer.model.")
-        path = resolve_path(vocab_file)
-        if not path.is_file():
-            raise FileNotFoundError(_missing(path, vocab_file))
+        path = find_vocab_file(vocab_file)
         self.vocab_file = str(path)
         self.sp_model = sentencepiece.SentencePieceProcessor(**(sp_model_kwargs or {}))
         try:
@@ -343,6 +339,20 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} must hold a JSON object, found {type(fields).__name__}.")
     return fields
+
+
+def find_vocab_file(name: str | None) -> Path:
+    """The path of a SentencePiece model that is named by a path or `pkg:package/file`.
+
+    Raises:
+        FileNotFoundError: when it is not there, or none is named.
+    """
+    if not name:
+        raise FileNotFoundError("The tokenizer has no vocab_file; give the path of a tokenizer.model.")
+    path = resolve_path(name)
+    if not path.is_file():
+        raise FileNotFoundError(_missing(path, name))
+    return path
 
 
 def _missing(path: Path, name: str) -> str:

@@ -7,7 +7,6 @@ once it is whole and on the disk, and older ones go afterwards.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore.train.callback import RunContext
 from safetensors import SafetensorError
 
+from mindformers_ixc import terminal
 from mindformers_ixc.device import group_size, is_parallel
 from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import sync_folder
@@ -86,7 +86,7 @@ class SafeCheckpointMonitor(CheckpointMonitor):
             cb_params.run_failed = True
             raise TrainingError(f"{sentence} Make room, then go on with resume_training; on_save_error: continue "
                                 "would train on without it.") from error
-        print(f"{sentence} The run goes on without it, as on_save_error says.", file=sys.stderr, flush=True)
+        terminal.current.say(f"{sentence} The run goes on without it, as on_save_error says.")
 
     def remove_redundancy(self, network, cur_file, append_dict, train_network) -> None:
         """What MindFormers calls to write: here first under a name that nobody looks for."""

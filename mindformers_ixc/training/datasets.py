@@ -12,12 +12,12 @@ from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 from mindspore.dataset import GeneratorDataset, Sampler
 
-from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN
 from mindformers_ixc.data.conversations import CAPTION_PROMPTS, load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import check_bad_pictures, fit_pairs, fit_samples
 from mindformers_ixc.data.mixture import Planner, make_planner
 from mindformers_ixc.data.packed_plan import Packing
-from mindformers_ixc.data.preferences import REFERENCE_COLUMN, PreferenceTable, load_preferences
+from mindformers_ixc.data.preferences import PreferenceTable, load_preferences
 from mindformers_ixc.data.rows import MAX_BAD_SHARE, ConversationTable, make_processor
 from mindformers_ixc.data.sampling import PlanSampler
 from mindformers_ixc.data.sections import row_budget

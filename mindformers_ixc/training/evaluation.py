@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +15,7 @@ from mindspore.mint.distributed import barrier
 from mindspore.ops import functional as F
 from mindspore.train.callback import Callback, RunContext
 
-from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc import terminal
 from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
 from mindformers_ixc.data.conversations import load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import fit_samples
@@ -25,46 +23,20 @@ from mindformers_ixc.data.questions import questions_of
 from mindformers_ixc.data.rows import check_images
 from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.device import is_parallel, measuring, reports_loss
-from mindformers_ixc.errors import ConfigError, TrainingError
+from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import ANSWERS_FILE, EVALUATIONS_FILE, read_metrics, write_whole
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.cells import of_whole_batches, row_parts
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.scores import SCORES, score_answers
-from mindformers_ixc.sections import check_names, check_section, of_type, one_of, whole
 from mindformers_ixc.training.datasets import section_processor
 from mindformers_ixc.training.log import steps_of
-
-logger = logging.getLogger(__name__)
-
-# Metrics of the loss (with every sample's own images, and with another's); the others need answers.
-LOSSES = ("loss", "shuffled_loss")
+from mindformers_ixc.training.progress import measured
+from mindformers_ixc.training_options import LOSSES, evaluation_options
 
 # Questions whose answers are written down at every measurement, spread evenly over the held-out ones.
 SHOWN = 12
-
-DEFAULTS = {"dataset_dir": None, "image_folder": None, "every": 0, "metrics": ["loss"], "batch_size": 4,
-            "max_new_tokens": 64, "max_samples": None, "mode": "base", "keep_best": None}
-RULES = {"dataset_dir": of_type(str, list), "image_folder": of_type(str), "every": whole(0, " (0: at the end only)"),
-         "metrics": of_type(list), "batch_size": whole(1), "max_new_tokens": whole(1), "max_samples": whole(1),
-         "mode": one_of(MODE_ADAPTERS), "keep_best": of_type(str)}
-
-
-def evaluation_options(section: dict) -> dict:
-    """Options of the YAML's `evaluation` with their defaults.
-
-    Raises:
-        ConfigError: for an unknown key or metric, a wrong value, or a best metric that is not measured.
-    """
-    check_section(section, RULES, "evaluation")
-    options = {**DEFAULTS, **{key: value for key, value in section.items() if value is not None}}
-    check_names("evaluation.metrics", options["metrics"], (*LOSSES, *SCORES))
-    if options["keep_best"] is not None and options["keep_best"] not in options["metrics"]:
-        raise ConfigError(f"evaluation.keep_best is {options['keep_best']!r}, which evaluation.metrics does not name.")
-    if not options["dataset_dir"]:
-        raise ConfigError("evaluation.dataset_dir is empty; name the held-out conversations.")
-    return options
 
 
 class MeanLoss(nn.Cell):
@@ -193,7 +165,7 @@ class Evaluation(Callback):
         data: `train_dataset` of the YAML.
 
     Raises:
-        ConfigError: see `evaluation_options`.
+        ConfigError: see `training_options.evaluation_options`.
         TrainingError: while training, when a measurement cannot be written and `on_save_error` is `stop`.
     """
 
@@ -269,7 +241,7 @@ class Evaluation(Callback):
 
     def _measure(self, step: int) -> None:
         row: dict[str, float] = {"step": step}
-        with measuring():
+        with measuring(), terminal.current.doing("Evaluating"):
             row.update(self._values(self.trainer.trained_model))
         self.rows = [old for old in self.rows if old["step"] < step] + [row]
         self.answers = [old for old in self.answers if old["step"] < step]
@@ -286,7 +258,8 @@ class Evaluation(Callback):
             self._not_saved(error, step)
         for watch in self.watchers:
             watch(row)
-        logger.info("evaluation: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        if reports_loss():
+            terminal.current.note(measured(row, self.steps))
 
     def _values(self, model: IXC25Model) -> dict[str, float]:
         """Every metric that was asked for."""
@@ -317,7 +290,7 @@ class Evaluation(Callback):
                     f"({error.strerror or error}); what was there before is kept.")
         if getattr(self.trainer.config, "on_save_error", None) != "continue":
             raise TrainingError(f"{sentence} Make room, then go on with resume_training.") from error
-        print(f"{sentence} The run goes on without it, as on_save_error says.", file=sys.stderr, flush=True)
+        terminal.current.say(f"{sentence} The run goes on without it, as on_save_error says.")
 
     def _assistant(self, model: IXC25Model):
         if not hasattr(self, "assistant"):

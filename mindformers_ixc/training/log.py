@@ -5,7 +5,6 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,9 @@ from mindformers.trainer.base_trainer import BaseTrainer
 from mindspore.dataset import GeneratorDataset
 from mindspore.train.callback import Callback, RunContext
 
-from mindformers_ixc import interruption
+from mindformers_ixc import interruption, terminal
 from mindformers_ixc.config import ModelConfig
-from mindformers_ixc.data.preferences import REFERENCE_COLUMN
+from mindformers_ixc.data.batch import REFERENCE_COLUMN
 from mindformers_ixc.device import group_size, has_loss, reports_loss
 from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import METRICS_FILE, read_metrics, write_whole
@@ -28,10 +27,11 @@ from mindformers_ixc.parameters import part_of
 from mindformers_ixc.preference_options import needs_reference, preference_options
 from mindformers_ixc.sections import is_whole
 from mindformers_ixc.training.averaging import averages_of
+from mindformers_ixc.training.progress import Progress
 from mindformers_ixc.training.step import PREFERENCE, StepPlan
 from mindformers_ixc.training.stopping import Stopping
 from mindformers_ixc.training.tensorboard import TENSORBOARD_FOLDER, ScalarFile
-from mindformers_ixc.training.throughput import Throughput, TimeLeft, line, scalars, work_of
+from mindformers_ixc.training.throughput import Throughput, TimeLeft, scalars, work_of
 
 
 class TrainingLog(Callback):
@@ -48,12 +48,13 @@ class TrainingLog(Callback):
         on_error: `stop` or `continue`, when a row cannot be written: the YAML's `on_save_error`.
         device_tflops: peak of a device, 10^12 operations a second; 0 if unknown.
         tensorboard: whether the numbers go to `<folder>/tensorboard` too.
-        print_every: steps between two lines on standard error.
+        print_every: steps between two lines at most, where there is no bar.
 
     Attributes:
         stopped_after: the step after which the run stopped because it was asked to, else `None`.
         step_end: `StepEnd`, which has to be the last callback of the run.
         watchers: are told every row that is written.
+        header: gives what is shown before the first step.
     """
 
     def __init__(self, folder: str | os.PathLike, on_error: str = "stop", device_tflops: float = 0.0,
@@ -67,6 +68,8 @@ class TrainingLog(Callback):
         self.step_end = StepEnd()
         self.scalars: ScalarFile | None = None
         self.watchers: list[Callable[[dict], None]] = []
+        self.header: Callable[[], str] | None = None
+        self.first_step = contextlib.ExitStack()       # closed when it has been taken
 
     def bind(self, dataset: GeneratorDataset, plan: StepPlan, trainer: BaseTrainer) -> None:
         """Tells what is known only once the data are there.
@@ -87,7 +90,7 @@ class TrainingLog(Callback):
     def on_train_begin(self, run_context: RunContext) -> None:
         """Drops rows of steps that will be done again."""
         self.start = self.trainer.config.runner_config.initial_step or 0
-        self.last = self.printed = self.start
+        self.last = self.start
         self.total = steps_of(self.trainer.config.runner_config, self.dataset)
         self.average = averages_of(run_context.original_args().train_network)
         self.writes = reports_loss()
@@ -99,6 +102,11 @@ class TrainingLog(Callback):
             self.throughput, self.time_left = self._throughput(), TimeLeft()
             if self.tensorboard:
                 self._open_scalars(run_context.original_args())
+            self.progress = Progress(self.total, self.start, self.print_every)
+            if self.header is not None:
+                terminal.current.note(self.header())
+            if self.start < self.total:
+                self.first_step.enter_context(terminal.current.doing("Compiling the first step", at_once=True))
         self.stopping.begin()
         self.step_end.mark()
 
@@ -128,6 +136,7 @@ class TrainingLog(Callback):
         Raises:
             TrainingError: when the loss or the gradients are not finite.
         """
+        self.first_step.close()
         parameters = run_context.original_args()
         loss, overflow, _, rate, norm = parameters.net_outputs
         step = self.start + parameters.cur_step_num
@@ -160,6 +169,7 @@ class TrainingLog(Callback):
     def on_train_end(self, run_context: RunContext) -> None:
         """Notes that what follows is written whole before the process may end."""
         interruption.current.phase = "ending"
+        terminal.current.rest()
         self._close_scalars()
 
     def _speed(self, step: int, sinks: bool) -> dict:
@@ -188,9 +198,7 @@ class TrainingLog(Callback):
                 self._lose_scalars(error, parameters)
         for watch in self.watchers:
             watch(row)
-        if step - self.printed >= self.print_every or step == self.total:
-            self.printed = step
-            print(line(row, self.total), file=sys.stderr, flush=True)
+        self.progress.show(row)
 
     def _open_scalars(self, parameters: Any) -> None:
         try:
@@ -212,7 +220,7 @@ class TrainingLog(Callback):
         if self.on_error == "stop":
             parameters.run_failed = True
             raise TrainingError(f"{sentence}. Make room, then go on with resume_training.") from error
-        print(f"{sentence}; the run goes on without TensorBoard, as on_save_error says.", file=sys.stderr, flush=True)
+        terminal.current.say(f"{sentence}; the run goes on without TensorBoard, as on_save_error says.")
 
     def _append(self, text: str, parameters: Any) -> None:
         """Appends a row; of one that cannot be written whole nothing stays."""
@@ -228,8 +236,7 @@ class TrainingLog(Callback):
                 parameters.run_failed = True
                 raise TrainingError(f"{sentence}. Make room, then go on with resume_training.") from error
             if not self.lost_rows:
-                print(f"{sentence}; the run goes on without such rows, as on_save_error says.", file=sys.stderr,
-                      flush=True)
+                terminal.current.say(f"{sentence}; the run goes on without such rows, as on_save_error says.")
             self.lost_rows = True
 
     def _report(self, report: np.ndarray) -> dict:

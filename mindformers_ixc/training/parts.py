@@ -8,40 +8,9 @@ from collections.abc import Iterable
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.parameters import PARTS, part_of
-from mindformers_ixc.sections import Rule, above_0, check_keys, check_names, check_section, check_value
-
-# The YAML's `part_learning_rates`, and what stands in it for a part.
-PART_RULES = {"factor": above_0(), "layer_decay": above_0()}
-RATE_RULES = dict.fromkeys(PARTS, Rule(lambda options: isinstance(options, dict) and bool(options),
-                                       f"a section with {' and '.join(PART_RULES)}"))
+from mindformers_ixc.training_options import check_parts
 
 _VISION_LAYER = re.compile(r"vit\..*\.encoder\.layers\.(\d+)\.")
-
-
-def check_parts(parts: Iterable[str]) -> None:
-    """Refuses names that are no part.
-
-    Raises:
-        ConfigError: naming the choices.
-    """
-    check_names("train_parts", parts, PARTS)
-
-
-def check_rates(section: dict) -> None:
-    """Refuses a `part_learning_rates` section with other parts, options or values.
-
-    Raises:
-        ConfigError: naming key, value and choices.
-    """
-    check_section(section, RATE_RULES, "part_learning_rates")
-    for part, options in section.items():
-        where = f"part_learning_rates.{part}"
-        check_value(where, options, RATE_RULES[part])          # null has no meaning here
-        check_keys(options, PART_RULES, where)
-        for name, value in options.items():
-            check_value(f"{where}.{name}", value, PART_RULES[name])
-        if "layer_decay" in options and part != "vision":
-            raise ConfigError(f"part_learning_rates.{part}.layer_decay: only the vision tower's rate decays by layer.")
 
 
 def train_only(model: IXC25Model, parts: Iterable[str]) -> None:
@@ -77,8 +46,8 @@ def stop_dropout(model: IXC25Model) -> None:
             cell.plora_dropout.set_rate(0.0)
 
 
-def parts_table(model: IXC25Model) -> str:
-    """Parts with the numbers in them, and how many of those train."""
+def part_counts(model: IXC25Model) -> dict[str, tuple[int, int]]:
+    """Parameters of each part that the model has, and how many of those train; `all` is the last."""
     counts: dict[str, list[int]] = {part: [0, 0] for part in PARTS}
     for parameter in model.get_parameters():
         part = part_of(parameter.name)
@@ -89,8 +58,13 @@ def parts_table(model: IXC25Model) -> str:
         count[0] += size
         count[1] += size if parameter.requires_grad else 0
     counts["all"] = [sum(column) for column in zip(*counts.values())]
+    return {part: (total, trained) for part, (total, trained) in counts.items() if total}
+
+
+def parts_table(model: IXC25Model) -> str:
+    """Parts with the numbers in them, and how many of those train."""
     lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}"]
-    lines += [f"{part:<16}{total:>16,}{trained:>16,}" for part, (total, trained) in counts.items() if total]
+    lines += [f"{part:<16}{total:>16,}{trained:>16,}" for part, (total, trained) in part_counts(model).items()]
     return "\n".join(lines)
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 from mindspore import Tensor, nn
-from tqdm import tqdm
 
+from mindformers_ixc import terminal
 from mindformers_ixc.config import default_max_images, read_fields
-from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
+from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN, full_batches
 from mindformers_ixc.data.conversations import Conversation, read_image_sizes
 from mindformers_ixc.data.forms import LISTS, MEDIA_KEYS
-from mindformers_ixc.data.preferences import REFERENCE_COLUMN, load_preferences
+from mindformers_ixc.data.preferences import load_preferences
 from mindformers_ixc.files import read_json_list, write_whole
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.models.ixc25 import IXC25Model
@@ -103,8 +103,8 @@ def _answer_logps(directory: str, mode: str, processor: Processor, answers: Sequ
     found: list[float] = []
     rows = (processor.encode_conversation(sample.turns, sample.images, sample.where, hd_num)
             .pad(length, max(1, tiles), default_max_images(tiles), processor.pad_token_id) for sample in answers)
-    for batch, real in tqdm(full_batches(rows, batch_size), total=-(-len(answers) // batch_size), desc="reference",
-                            unit="batch", disable=None):
+    for batch, real in terminal.current.counted(full_batches(rows, batch_size), -(-len(answers) // batch_size),
+                                                "reference", "batch"):
         columns = [Tensor(np.stack([row[name] for row in batch])) for name in BATCH_COLUMNS]
         found += model(*columns).asnumpy()[:real].tolist()
     return np.array(found, np.float32)

@@ -7,17 +7,17 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.digests import DIGEST_FILE, read_digests, verify_folder, write_digests
 from mindformers_ixc.checkpoint.sources import read_file
 from mindformers_ixc.errors import CheckpointError, ConfigError
-from mindformers_ixc.files import read_json, write_whole
+from mindformers_ixc.files import RESULTS, read_json, write_whole
 from mindformers_ixc.training.relayout import joined, write_counters
-from mindformers_ixc.training.run_folder import RECORD, RESULTS, new_run_id
+from mindformers_ixc.training.run_folder import RECORD, new_run_id
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def note_checkpoint(target: Path, content: Path) -> None:
     try:
         before = read_digests(folder)
     except CheckpointError as error:
-        print(f"{error} It is written anew.", file=sys.stderr, flush=True)
+        terminal.current.say(f"{error} It is written anew.")
         (folder / DIGEST_FILE).unlink()
         before = None
     record = read_record(target.parents[2] / RECORD) if (target.parents[2] / RECORD).is_file() else {}
@@ -131,7 +131,7 @@ def newest_whole(run: Path, record: dict, only: Step | None = None) -> list[Path
         if problem is None:
             return chosen
         damaged.append(problem)
-        print(f"Checkpoint left out, since it is damaged: {problem}", file=sys.stderr, flush=True)
+        terminal.current.say(f"Checkpoint left out, since it is damaged: {problem}")
     if damaged:
         raise ConfigError(f"resume_training: every checkpoint in {run / 'checkpoint'} is damaged ({damaged[0]}). "
                           "Restore one from a copy, or start anew.")
@@ -167,7 +167,7 @@ def damage(path: Path) -> str | None:
     try:
         read_digests(path.parent)
     except CheckpointError as error:
-        print(f"{error} The checkpoints beside it are taken as they are.", file=sys.stderr, flush=True)
+        terminal.current.say(f"{error} The checkpoints beside it are taken as they are.")
         return None
     try:
         digests = read_digests(path.parent)
@@ -234,7 +234,7 @@ def resume_source(fields: dict) -> Path:
         if ours != theirs or not ours:
             raise ConfigError(f"resume_training: {own} already has checkpoints of another run than {folder}; give "
                               "another --output_dir.")
-        print(f"{own} has checkpoints of this run already, so it goes on from those.", file=sys.stderr, flush=True)
+        terminal.current.say(f"{own} has checkpoints of this run already, so it goes on from those.")
         return own
     return given
 

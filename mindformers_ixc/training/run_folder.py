@@ -16,25 +16,33 @@ import re
 import secrets
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.unused import UNUSED_FILE
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.files import ANSWERS_FILE, EVALUATIONS_FILE, METRICS_FILE, RUN_RECORD, tidy
+from mindformers_ixc.files import (
+    ANSWERS_FILE,
+    EVALUATIONS_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    RESULTS,
+    RUN_RECORD,
+    refuse_used,
+    tidy,
+    traces_of_run,
+)
 from mindformers_ixc.interruption import JOB
 from mindformers_ixc.trackers import TRACKED
 
-LOCK_FILE = "run.lock"
 RECORD = RUN_RECORD
 
 # Parts that ranks put down to be joined, by the name of what is made of them.
 SLICES = ".slices_{}"
 
-# Model directories that a run leaves, and with them all that `--overwrite` moves aside.
-RESULTS = ("model", "trained_parts", "model_ema", "best")
+# What `--overwrite` moves aside.
 OWN = (*RESULTS, "checkpoint", "checkpoint_network", "checkpoint_trainable", METRICS_FILE, EVALUATIONS_FILE,
        ANSWERS_FILE, "resume", "strategy", UNUSED_FILE, "report", "report.html", "tensorboard", *TRACKED, RECORD)
 
@@ -105,8 +113,8 @@ def locked(folder: Path, rank: int | None = None) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 # no locks here: a sentence, since refusing would forbid every run on such a file system
-                print(f"{folder} is on a file system without locks ({error.strerror}), so nothing keeps a second run "
-                      "out of it; start one at a time.", file=sys.stderr, flush=True)
+                terminal.current.say(f"{folder} is on a file system without locks ({error.strerror}), so nothing keeps "
+                                     "a second run out of it; start one at a time.")
                 yield
                 return
             raise ConfigError(_in_use(folder, handle, rank)) from error
@@ -172,8 +180,8 @@ def sweep(folder: Path) -> None:
     for name in ("stop_request", "stop_after"):       # of `stopping.py`
         (folder / name).unlink(missing_ok=True)
     if found:
-        print(f"{len(found)} unfinished files or folders of a run that was killed were removed from {folder}.",
-              file=sys.stderr, flush=True)
+        terminal.current.say(f"{len(found)} unfinished files or folders of a run that was killed were removed from "
+                             f"{folder}.")
 
 
 def make_room(folder: Path, fields: dict, overwrite: bool) -> None:
@@ -182,13 +190,10 @@ def make_room(folder: Path, fields: dict, overwrite: bool) -> None:
     Raises:
         ConfigError: when it is used and not to be overwritten, or when what is to be moved is what the run needs.
     """
-    used = [name for name in (*RESULTS, METRICS_FILE) if (folder / name).exists()]
-    used += ["checkpoint"] if any(folder.glob("checkpoint/rank_[0-9]*/*-*_*.*")) else []
-    if not used:
-        return
     if not overwrite:
-        raise ConfigError(f"{folder} already has {', '.join(used)} of an earlier run. Go on with that one "
-                          "(--resume_training True), move it aside (--overwrite), or give another --output_dir.")
+        refuse_used(folder)
+    if not traces_of_run(folder):
+        return
     start = fields.get("load_checkpoint")
     place = Path(start or folder).resolve()
     if any(place.is_relative_to(folder / name) for name in OWN) or (place == folder and fields.get("resume_training")):
@@ -200,4 +205,4 @@ def make_room(folder: Path, fields: dict, overwrite: bool) -> None:
     for name in OWN:
         if (folder / name).exists():
             shutil.move(folder / name, aside / name)
-    print(f"The earlier run's files were moved to {aside}.", file=sys.stderr, flush=True)
+    terminal.current.say(f"The earlier run's files were moved to {aside}.")

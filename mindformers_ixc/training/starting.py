@@ -1,11 +1,11 @@
 """The weights a run starts with: its model becomes theirs before anything is built, and all of them are loaded."""
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.model_directory import load_weights
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.checkpoint.start import (
@@ -63,7 +63,7 @@ def adopt_start(fields: dict, say: bool = True) -> None:
     recipe.outside_graph = bool(fields.get("use_parallel")) and source.kind == "ranks"
     new = _check(section, source, recipe, bool(fields.get("use_parallel")))
     for line in [*lines, *describe_start(start, recipe, new)] if say else ():
-        print(line, file=sys.stderr, flush=True)
+        terminal.current.say(line)
 
 
 def _check(section: dict, source: OpenedCheckpoint, recipe: Recipe, parallel: bool) -> list[str]:

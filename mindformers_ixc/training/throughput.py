@@ -128,18 +128,21 @@ def line(row: dict, total: int) -> str:
         total: steps of the run.
     """
     loss = "not finite" if row.get("loss") is None else f"{row['loss']:.4f}"
-    words = [f"step {row['step']}/{total}: loss {loss}", f"{row['seconds']:.3g} s",
-             f"{short(row['samples_per_second'])} samples/s"]
+    words = [f"step {row['step']}/{total}: loss {loss}"]
+    if row.get("learning_rate") is not None:
+        words.append(f"rate {row['learning_rate']:.3g}")
+    words += [f"{row['seconds']:.3g} s", f"{short(row['samples_per_second'])} samples/s"]
     if "goodput" in row:
         words += [f"{short(row['positions_per_second'])} of {short(row['computed_positions_per_second'])} positions/s",
                   f"{short(row['tiles_per_second'])} of {short(row['computed_tiles_per_second'])} tiles/s",
-                  f"goodput {row['goodput']:.0%}", _operations(row)]
+                  f"goodput {row['goodput']:.0%}", operations(row)]
     if "data_wait" in row:
         words.append(f"waited {row['data_wait']:.0%} for data")
     return ", ".join([*words, f"{duration(row['seconds_left'])} left"])
 
 
-def _operations(row: dict) -> str:
+def operations(row: dict) -> str:
+    """Operations a second of a row as words."""
     value, unit = (row["tflops"], "TFLOPS") if row["tflops"] >= 0.1 else (1000 * row["tflops"], "GFLOPS")
     speed = f"{value:.3g} {unit} a device"
     return f"{speed} (MFU {row['mfu']:.1%})" if "mfu" in row else speed

@@ -5,7 +5,6 @@ import contextlib
 import logging
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from mindformers.trainer.causal_language_modeling import CausalLanguageModelingT
 from mindspore import Model, nn
 from mindspore.train.callback import Callback, RunContext
 
-from mindformers_ixc import interruption
+from mindformers_ixc import interruption, terminal
 from mindformers_ixc.checkpoint.model_directory import weights_of, write_model_directory
 from mindformers_ixc.checkpoint.start import OVERRIDE
 from mindformers_ixc.checkpoint.tensors import LazyTensor
@@ -40,6 +39,7 @@ from mindformers_ixc.training.evaluation import Evaluation
 from mindformers_ixc.training.joining import Joiner, PartsElsewhere
 from mindformers_ixc.training.log import StepEnd, TrainingLog, log_options
 from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, stop_dropout, train_only
+from mindformers_ixc.training.progress import header
 from mindformers_ixc.training.resume import checkpoints_in, mark_finished
 from mindformers_ixc.training.run_folder import in_job
 from mindformers_ixc.training.starting import load_start
@@ -169,23 +169,26 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         return model
 
     def create_network(self, default_args=None):
-        """Builds the network, freezes what `train_parts` leaves out and prints what trains.
+        """Builds the network, freezes what `train_parts` leaves out and logs what trains.
 
         Raises:
             ConfigError: when `train_parts` names a part of which nothing can train.
         """
-        network = super().create_network(default_args=default_args)
+        with terminal.current.doing("Building the network"):
+            network = super().create_network(default_args=default_args)
         model = self.trained_model
         if isinstance(model, IXC25Model) and self.config.run_mode != "predict":
             if self.start:
-                load_start(model, self.start, dict(self.config.model.model_config), self.config.get(OVERRIDE) or ())
+                with terminal.current.doing(f"Loading the weights of {self.start}"):
+                    load_start(model, self.start, dict(self.config.model.model_config),
+                               self.config.get(OVERRIDE) or ())
             if self.config.get("train_parts") is not None:
                 train_only(model, self.config.train_parts)
             if not any(part_of(parameter.name) == "partial_lora" for parameter in model.trainable_params()):
                 stop_dropout(model)
             if is_parallel():
                 mark_backward_end(model)
-            print(parts_table(model), file=sys.stderr, flush=True)
+            terminal.current.log(parts_table(model))
         return network
 
     def create_optimizer_scheduler(self, network: nn.Cell, model_params):
@@ -194,7 +197,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         if section:
             schedule = dict(self.config.lr_schedule)
             self.config.grouped_lr_schedule = MindFormerConfig(**grouped_schedule(model, schedule, section))
-            print(rates_table(model, schedule, section), file=sys.stderr, flush=True)
+            terminal.current.log(rates_table(model, schedule, section))
         self.optimizer = self.plan.optimizer(super().create_optimizer_scheduler(network, model_params))
         return self.optimizer
 
@@ -203,6 +206,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         section = self.config.runner_wrapper
         for key, value in self.plan.cell(section.type).items():
             section[key] = value
+        if self.log is not None and isinstance(self.trained_model, IXC25Model):
+            self.log.header = lambda: header(self)
         return super().create_model_wrapper(network, optimizer)
 
     @staticmethod
@@ -216,7 +221,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
     def create_train_dataset(self, default_args=None):
         """Builds the dataset; it says how many sources there are."""
-        dataset = super().create_train_dataset(default_args)
+        with terminal.current.doing("Reading the data"):
+            dataset = super().create_train_dataset(default_args)
         if dataset.get_dataset_size() == 0:
             raise DataError(f"train_dataset has fewer samples than a batch of {self.config.runner_config.batch_size}; "
                             "lower batch_size or gradient_accumulation_steps.")
@@ -256,6 +262,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             if sentence is None:
                 raise
             raise DataError(sentence[1]) from error
+        finally:
+            self.log.first_step.close()
         if self.log.stopped_after is not None:
             self._say_stopped(self.log.stopped_after)
             return
@@ -263,7 +271,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         if table is not None and table.bad_samples:
             logger.warning(f"{table.bad_samples} of {len(table)} samples had damaged pictures and were left out.")
         try:
-            self._save_model(table, saved.final)
+            with terminal.current.doing("Writing the model"):
+                self._save_model(table, saved.final)
         except OSError as error:
             raise TrainingError(f"Training is done, but its results could not be written to {get_output_root_path()} "
                                 f"({error.strerror or error}); the last checkpoint is there. Make room, then write "
@@ -291,7 +300,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             f"nothing was saved, for callbacks has no {MONITOR}"
         number = interruption.current.number
         who = interruption.name_of(number) if number else "The launcher"
-        print(f"{who} stopped the run after step {step}; {kept}.", file=sys.stderr, flush=True)
+        terminal.current.say(f"{who} stopped the run after step {step}; {kept}.")
 
     def _save_model(self, table: ConversationTable | None, checkpoint: Path | None) -> None:
         """Leaves the trained model as directories, and says what to do with them.
@@ -321,7 +330,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         """Says what the run has left, and notes it; of several ranks' output the launcher's is the last."""
         mark_finished(get_output_root_path(), written, text, joined)
         if not in_job():
-            print(text, file=sys.stderr, flush=True)
+            terminal.current.say(text)
 
     def _partial(self, model: IXC25Model) -> list[str] | None:
         """Names of what trained, if that is to be had alone; PET trains parts too."""
@@ -386,7 +395,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
                     self._write_directory(name, {key: tensor for key, tensor in whole.weights.items()
                                                  if parameters is None or key in parameters})
         except PartsElsewhere as error:
-            print(f"{error} So {name} is not written.", file=sys.stderr, flush=True)
+            terminal.current.say(f"{error} So {name} is not written.")
 
     def _write_directory(self, name: str, tensors: dict[str, LazyTensor]) -> None:
         data = self.config.train_dataset
@@ -428,5 +437,5 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         failed = sum("error" in answer for answer in answers)
         note = f" {failed} of {len(answers)} requests failed; their lines have an 'error'." if failed else ""
         if rank() == 0:
-            print(f"The answers are in {folder}/predictions.jsonl.{note}", file=sys.stderr, flush=True)
+            terminal.current.say(f"The answers are in {folder}/predictions.jsonl.{note}")
         return answers

@@ -1,12 +1,15 @@
 """The command's arguments: version, help with examples, and what it refuses before anything is imported."""
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+
+import mindformers_ixc_cli
 
 COMMAND = str(Path(sys.executable).parent / "mindformers")
 
@@ -41,6 +44,46 @@ def test_unknown_arguments_are_refused():
 
 
 @pytest.mark.parametrize(("words", "message"), [
+    (("plann",), "'plann' is none of the choices; did you mean plan?"),
+    (("chat", "--modl", "x"), "arguments are required: --model; --modl is no option, did you mean --model?"),
+    (("inspect", "x", "--verfy"), "unrecognized arguments: --verfy; --verfy is no option, did you mean --verify?"),
+    (("chat", "--model", "x", "--mode", "writ", "q"), "'writ' is none of the choices; did you mean write?"),
+])
+def test_what_can_be_meant_is_said(words, message):
+    done = run(*words)
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr.splitlines()[0]
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "mindformers_ixc", "--version"], capture_output=True, text=True,
+                          check=True)
+    assert done.stdout == run("--version").stdout
+
+
+@pytest.mark.parametrize("command", mindformers_ixc_cli.COMMANDS)
+def test_every_option_with_a_value_says_what_it_is_when_it_is_not_given(command):
+    parser = mindformers_ixc_cli.build_parser().of(command)
+    text = " ".join(parser.format_help().split())
+    options = [action for action in parser._actions if action.option_strings and action.nargs != 0]
+    silent = [action.dest for action in options if not action.required
+              and "default" not in " ".join(parser._get_formatter()._expand_help(action).split())]
+    assert not silent
+    assert "--verbose" in text and "--quiet" in text
+
+
+@pytest.mark.parametrize(("line", "expected"), [
+    ("mindformers pl", ["plan"]), ("mindformers chat --mode ", ["base", "write", "web"]),
+    ("mindformers run --conf", ["--config"])])
+def test_a_shell_can_ask_how_words_go_on(tmp_path, line, expected):
+    pytest.importorskip("argcomplete")
+    variables = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line)),
+                 "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words")}
+    subprocess.run([COMMAND], env={**os.environ, **variables}, check=True, timeout=60)
+    assert [word.strip() for word in (tmp_path / "words").read_text().split("\n")] == expected
+
+
+@pytest.mark.parametrize(("words", "message"), [
     (("run", "--config", "gone.yaml"), "gone.yaml does not exist"),
     (("run", "--config", "x.yaml", "--register_path", "gone"), "--register_path gone"),
     (("chat", "--model", "gone", "q"), "config.json does not exist"),
@@ -53,7 +96,7 @@ def test_missing_files_end_in_one_sentence(tmp_path, words, message):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
-    assert list(tmp_path.iterdir()) in ([], [tmp_path / "output"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_log_folder_is_in_the_output_that_the_yaml_or_its_base_names(tmp_path):

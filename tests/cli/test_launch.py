@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 import mindformers_ixc_cli
+from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.cli import job
@@ -89,12 +90,21 @@ def last_line(capsys) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_good_run_shows_the_log_of_the_rank_that_reports_the_loss(fake, tmp_path, capsys):
-    assert fake({"0": [["log", "half a "], ["sleep", 0.5], ["log", "line\n"]], "1": [["log", "of the other\n"]]}) == 0
+def test_a_good_run_shows_what_the_rank_shows_that_reports_the_loss(fake, tmp_path, capsys):
+    assert fake({"0": [["log", "[INFO] of the framework\n"], ["show", "half a "], ["sleep", 0.5], ["show", "line\n"]],
+                 "1": [["show", "of the other\n"], ["log", "of the other\n"]]}) == 0
     shown = capsys.readouterr().err
     assert "half a line\n" in shown and "of the other" not in shown and "error" not in shown
+    assert "[INFO]" not in shown
     assert str(tmp_path / "out" / "rank_logs") in shown
     assert (tmp_path / "out" / "rank_logs" / "worker_1.log").read_text() == "of the other\n"
+
+
+def test_verbose_shows_the_whole_log_of_that_rank(fake, capsys, monkeypatch):
+    monkeypatch.setattr(terminal.current, "verbose", True)
+    assert fake({"0": [["log", "[INFO] of the framework\n"]], "1": [["log", "of the other\n"]]}) == 0
+    shown = capsys.readouterr().err
+    assert "[INFO] of the framework\n" in shown and "of the other" not in shown
 
 
 def test_the_last_lines_are_what_the_run_has_noted_of_its_end(fake, tmp_path, capsys, monkeypatch):
@@ -114,12 +124,12 @@ def test_the_last_lines_are_what_the_run_has_noted_of_its_end(fake, tmp_path, ca
 
 def test_with_pipeline_stages_that_is_the_first_of_the_last_stage(fake, capsys):
     options = {**TENSOR_PARALLEL, "parallel_config.pipeline_stage": 2, "parallel_config.micro_batch_num": 2}
-    assert fake({str(rank): [["log", f"I am {rank}\n"]] for rank in range(4)}, options=options, devices=4) == 0
+    assert fake({str(rank): [["show", f"I am {rank}\n"]] for rank in range(4)}, options=options, devices=4) == 0
     shown = capsys.readouterr().err
     assert [rank for rank in range(4) if f"I am {rank}" in shown] == [2]
 
 
-def test_a_log_is_shown_while_the_rank_runs(fake, monkeypatch):
+def test_it_is_shown_while_the_rank_runs(fake, monkeypatch):
     seen = []
 
     class Screen:
@@ -130,7 +140,7 @@ def test_a_log_is_shown_while_the_rank_runs(fake, monkeypatch):
             """Nothing is held back."""
 
     monkeypatch.setattr(sys, "stderr", Screen())
-    assert fake({"0": [["log", "early\n"], ["sleep", 1.5], ["log", "late\n"]]}) == 0
+    assert fake({"0": [["show", "early\n"], ["sleep", 1.5], ["show", "late\n"]]}) == 0
     times = {text.strip(): moment for moment, text in seen}
     assert times["late"] - times["early"] > 1
 
@@ -227,7 +237,7 @@ def test_an_msrun_that_cannot_start_is_shown(fake, capsys):
 
 
 def test_bytes_that_are_no_text_are_passed_over(fake, capsys):
-    assert fake({"0": [["log", "\xff\xfe caf\xc3"], ["sleep", 0.5], ["log", "\xa9\n"]]}) == 0
+    assert fake({"0": [["show", "\xff\xfe caf\xc3"], ["sleep", 0.5], ["show", "\xa9\n"]]}) == 0
     assert "caf\u00e9\n" in capsys.readouterr().err
 
 
@@ -266,7 +276,7 @@ def signals_at(*moments: float, number: int = signal.SIGTERM) -> list[threading.
 
 def test_ranks_that_train_are_asked_to_save_and_waited_for(fake, tmp_path, capsys):
     request = tmp_path / "out" / "stop_request"
-    steps = [["await", str(request)], ["sleep", 1], ["log", "saved\n"]]
+    steps = [["await", str(request)], ["sleep", 1], ["show", "saved\n"]]
     signals_at(2)
     assert fake({"0": [["empty", str(request)], *steps], "1": [["sleep", 0.5], *steps]}) == 143
     said = capsys.readouterr().err
@@ -289,7 +299,7 @@ def test_a_folder_in_use_or_used_is_refused_before_anything_starts(fake, tmp_pat
     (tmp_path / "out" / "model").mkdir(parents=True)
     with pytest.raises(ConfigError, match="already has model of an earlier run"):
         fake({})
-    assert fake({"0": [["log", "began\n"]]}, "--overwrite") == 0
+    assert fake({"0": [["show", "began\n"]]}, "--overwrite") == 0
     assert "began\n" in capsys.readouterr().err
     assert (tmp_path / "out" / "old-1" / "model").is_dir()
     held = json.loads((tmp_path / "out" / LOCK_FILE).read_text())
@@ -448,9 +458,9 @@ def test_a_launch_that_goes_well(tmp_path):
     rows = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) > 5
     logs = {log.name: log.read_text(errors="replace") for log in (out / "rank_logs").iterdir()}
-    assert {"worker_0.log", "worker_1.log", "scheduler.log", "msrun.log"} == set(logs)
+    assert {"worker_0.log", "worker_1.log", "scheduler.log", "msrun.log", "shown.txt"} == set(logs)
     assert all("Training Over" in logs[f"worker_{rank}.log"] for rank in (0, 1))
-    assert "Training Over" in shown
+    assert "Training Over" not in shown and "2 x CPU: dp 1 x tp 2 x pp 1" in shown and len(shown.splitlines()) < 60
     assert not processes_of(out)
 
 

@@ -3,12 +3,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mindformers  # noqa: F401 - so that the names of registered classes are known
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-import mindformers_ixc  # noqa: F401
 from mindformers_ixc.cli.run_config import check_fields
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_value, read_yaml
 from mindformers_ixc.errors import ConfigError, DataError

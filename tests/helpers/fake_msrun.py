@@ -3,8 +3,8 @@
     fake_msrun.py LOG_DIR PLAN
 
 PLAN is JSON: for every rank (by its number), for `scheduler` and for `msrun` a list of steps:
-["log", text], ["sleep", seconds], ["kill", signal], ["exit", code], ["empty", file to make], ["await", file that is to
-get content]. Needs nothing but the standard library.
+["log", text], ["show", text] (to the launcher's terminal), ["sleep", seconds], ["kill", signal], ["exit", code],
+["empty", file to make], ["await", file that is to get content]. Needs nothing but the standard library.
 """
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def follow(steps: list) -> None:
     for name, value in steps:
         if name == "log":
             os.write(1, value.encode("latin-1"))
+        elif name == "show":
+            shown, _, _, path = os.environ["MINDFORMERS_IXC_SHOWN"].split(":", 3)
+            if shown == os.environ["RANK_ID"]:
+                with open(path, "ab", buffering=0) as file:
+                    file.write(value.encode("latin-1"))
         elif name == "sleep":
             time.sleep(value)
         elif name == "kill":

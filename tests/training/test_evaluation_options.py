@@ -4,13 +4,13 @@ from __future__ import annotations
 import pytest
 
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.training.evaluation import DEFAULTS, evaluation_options
+from mindformers_ixc.training_options import EVALUATION, evaluation_options
 
 
 def test_options_keep_what_is_given_and_fill_in_the_rest():
     options = evaluation_options({"dataset_dir": "held_out.json", "metrics": ["loss", "anls"], "keep_best": "anls"})
-    assert options == {**DEFAULTS, "dataset_dir": "held_out.json", "metrics": ["loss", "anls"], "keep_best": "anls"}
-    assert DEFAULTS["metrics"] == ["loss"]
+    assert options == {**EVALUATION, "dataset_dir": "held_out.json", "metrics": ["loss", "anls"], "keep_best": "anls"}
+    assert EVALUATION["metrics"] == ["loss"]
 
 
 @pytest.mark.parametrize(("section", "words"), [

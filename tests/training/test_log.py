@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import struct
 from types import SimpleNamespace
 
@@ -40,12 +41,13 @@ class FakeRun:
     """One run of MindSpore: its context, and steps with given outputs."""
 
     def __init__(self, folder, start: int = 0, epochs: int = 2, wrapper=None, batch_size: int = 2, model=None,
-                 options=None, sinks: bool = False, **plan):
+                 options=None, sinks: bool = False, header=None, **plan):
         self.log, self.stopped = TrainingLog(folder, **(options or {})), False
         runner = SimpleNamespace(initial_step=start, epochs=epochs)
         self.model = model or SimpleNamespace()
         trainer = SimpleNamespace(config=SimpleNamespace(runner_config=runner), trained_model=self.model)
         self.log.bind(fake_dataset(batch_size), StepPlan(**plan), trainer)
+        self.log.header = header
         self.wrapper = wrapper or SimpleNamespace()
         self.parameters = SimpleNamespace(train_network=self.wrapper, batch_num=3, cur_step_num=0,
                                           dataset_sink_mode=sinks)
@@ -164,14 +166,25 @@ def test_a_model_of_others_has_no_operations(tmp_path):
     assert "goodput" not in row and "tflops" not in row and row["samples_per_second"] > 0
 
 
-def test_lines_are_printed_every_so_many_steps_and_at_the_end(tmp_path, capsys, clock):
-    run = FakeRun(tmp_path, model=fake_model("output.weight"), options={"print_every": 4, "device_tflops": 1e-5})
-    for _ in range(6):
+@pytest.mark.parametrize(("epochs", "every", "steps"), [
+    (15, 4, [4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 45]), (10, 100, [3, 6, 9, 12, 15, 18, 21, 24, 27, 30]),
+    (2, 100, [1, 2, 3, 4, 5, 6])])
+def test_lines_come_every_so_many_steps_ten_at_least_and_at_the_end(tmp_path, capsys, clock, epochs, every, steps):
+    run = FakeRun(tmp_path, epochs=epochs, model=fake_model("output.weight"),
+                  options={"print_every": every, "device_tflops": 1e-5})
+    for _ in range(3 * epochs):
         timed_step(run, clock, wait=0.5, work=1.5)
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["step 4/6", "step 6/6"]
-    assert lines[0].startswith("step 4/6: loss 1.0000, 2 s, 1 samples/s, 11 of 16 positions/s, 1 of 4 tiles/s, goodpu")
-    assert "GFLOPS a device (MFU " in lines[0] and lines[0].endswith("waited 25% for data, 4 s left")
+    compiling, *lines = capsys.readouterr().err.splitlines()
+    assert compiling == "Compiling the first step ..."
+    assert [line.split(":")[0] for line in lines] == [f"step {step}/{3 * epochs}" for step in steps]
+    assert re.match(r"step \d+/\d+: loss 1.0000, rate 0.01, 2 s, 1 samples/s, [\d.]+ of 16 positions/s, [\d.]+ of 4 "
+                    r"tiles/s, goodput", lines[1])
+    assert "GFLOPS a device (MFU " in lines[1] and lines[-1].endswith("waited 25% for data, 0 s left")
+
+
+def test_what_is_shown_before_the_first_step_comes_once(tmp_path, capsys):
+    FakeRun(tmp_path, header=lambda: "recipe   x.yaml").step(1.0)
+    assert capsys.readouterr().err.splitlines()[:2] == ["recipe   x.yaml", "Compiling the first step ..."]
 
 
 def test_another_rank_writes_and_measures_nothing(tmp_path, monkeypatch, capsys):
