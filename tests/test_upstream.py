@@ -135,6 +135,36 @@ def test_the_trainer_takes_its_model_by_name_and_sorts_callbacks_apart():
 TRAIN_ARGUMENTS = ["self", "epoch", "train_dataset", "callbacks", "dataset_sink_mode", "sink_size", "initial_epoch"]
 
 
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_callbacks_know_one_another_and_are_left_however_a_run_ends(ends_well):
+    from mindspore.dataset import NumpySlicesDataset
+    from mindspore.train import Model
+    from mindspore.train.callback import Callback
+
+    class Seen(Callback):
+        others, left = (), "not yet"
+
+        def on_train_begin(self, run_context):
+            self.others = run_context.original_args().list_callback
+
+        def on_train_end(self, run_context):
+            if not ends_well:
+                raise ValueError("no")
+
+        def __exit__(self, *error):
+            self.left = error[0]
+
+    first, second = Seen(), Callback()
+    model = Model(nn.Dense(2, 1))
+    data = NumpySlicesDataset({"x": np.ones((1, 2), np.float32)}).batch(1)
+    try:
+        model.train(1, data, [first, second], dataset_sink_mode=False)
+    except ValueError:
+        assert not ends_well
+    assert first in first.others and second in first.others
+    assert first.left is (None if ends_well else ValueError)
+
+
 def test_the_import_of_mindformers_registers_and_leaves_the_collector_as_it_was():
     code = ("import gc, sys, mindformers_ixc\n"
             "assert not {'mindspore', 'mindformers'} & set(sys.modules)\n"
