@@ -15,7 +15,7 @@ from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.data.packing import join_samples
 from mindformers_ixc.data.sampling import RunPlan
 from mindformers_ixc.errors import DataError, ImageError, VideoError
-from mindformers_ixc.processing.image import HD_NUM_TRAINING
+from mindformers_ixc.processing.image import HD_NUM_SINGLE, HD_NUM_TRAINING
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX
 from mindformers_ixc.processing.tokenizer import SentencePieceText
@@ -218,7 +218,8 @@ class ImageOptions(Protocol):
 def make_processor(config: ImageOptions, tokenizer: SentencePieceText) -> Processor:
     """The processor of a `train_dataset` section, with its tokenizer."""
     hd_num = config.hd_num or HD_NUM_TRAINING
-    images = ImageProcessor(config.image_size or 560, config.patch_size or 14, hd_num_training=hd_num,
-                            training_transform=config.image_transform or "training",
+    # questions during training are encoded as the model directory, which notes hd_num, will have them encoded
+    images = ImageProcessor(config.image_size or 560, config.patch_size or 14, config.hd_num or HD_NUM_SINGLE,
+                            hd_num_training=hd_num, training_transform=config.image_transform or "training",
                             transparency=config.transparency or "white", exif=config.exif or "ignore")
     return Processor(images, tokenizer, bool(config.control_tokens))
