@@ -56,5 +56,5 @@ def _tested(findings: list[Finding], device_target: str) -> Finding:
                   and finding.topic in ("Python", "MindSpore")), None)
     if stops is not None:
         return Finding("self test", "note", f"left out, since {stops.topic} is not in order")
-    print("Self test: a tiny model trains and answers (about 10 seconds) ...", file=sys.stderr, flush=True)
+    print("Self test: a tiny model trains and answers (10 to 25 seconds) ...", file=sys.stderr, flush=True)
     return self_test(device_target)

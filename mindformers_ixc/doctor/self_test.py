@@ -9,7 +9,7 @@ import tempfile
 
 from mindformers_ixc.doctor.findings import OK, PROBLEM, Finding
 
-# Of the whole test; it takes about 10 seconds on two cores, most of them imports and compiling.
+# Of the whole test at most; it takes about 14 seconds of processor time, most of them imports and compiling.
 SECONDS = 180
 
 # Steps in their order, with what is being done.
