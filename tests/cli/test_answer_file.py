@@ -197,7 +197,7 @@ def test_worse_answers_come_first():
     assert order == ["3", "4", "2", "1"]
     assert "    answer    (empty)" in text
     assert worst_answers(rows[:1], {"exact_match": [1.0]}, 3) == "No answer is wrong.\n"
-    assert worst_answers(rows[:1], {"cider": [10.0 - 1e-9]}, 3) == "No answer is wrong.\n"
+    assert worst_answers(rows[:1], {"cider": [5.0]}, 3) == "No answer is wrong.\n"
     assert "only answer without full marks" in worst_answers(rows[:2], {"exact_match": [1.0, 0.0]}, 3)
     odd = [{"id": "1", "question": "q\x1b[2J" + "x" * 500, "images": ["a.jpg"], "expected": "a", "answer": "b\nc"}]
     shown = worst_answers(odd, {"exact_match": [0.0]}, 1)
