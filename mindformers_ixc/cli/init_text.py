@@ -195,8 +195,8 @@ def next_steps(choices: Choices, target: str, measured: Measured) -> list[str]:
     steps = batches(measured)[1]
     minutes = max(1, round(steps * epochs_for(steps) * SECONDS_A_STEP / 60))
     begin = "the starter, the small trained model of this package," if is_starter(choices.model) else choices.model
-    return [f"{target} is written; the run begins with {begin} and takes about {minutes} "
-            f"minute{'s' * (minutes > 1)} on a laptop. Type:",
+    return [f"{target} is written. The run begins with {begin}",
+            f"and takes about {minutes} minute{'s' * (minutes > 1)} on a laptop. Type:",
             f"    mindformers run --config {shlex.quote(target)}",
             f"    mindformers chat --model {model} --image {image} {shlex.quote(question)}",
             f"    mindformers eval --model {model} --data {shlex.quote(choices.data)}"]
