@@ -83,7 +83,7 @@ def test_a_picture_without_a_question_is_named(folder, no_terminal):
     assert "1 picture is in no question (more.png)." in init("--data", "my pictures")
 
 
-@pytest.mark.parametrize(("steps", "epochs"), [(1, EPOCHS[1]), (12, 30), (25000, EPOCHS[0])])
+@pytest.mark.parametrize(("steps", "epochs"), [(1, EPOCHS[1]), (12, 40), (25000, EPOCHS[0])])
 def test_little_data_is_seen_more_often(steps, epochs):
     assert epochs_for(steps) == epochs
 
