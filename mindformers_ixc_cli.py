@@ -13,7 +13,6 @@ import importlib
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +25,12 @@ from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.interruption import JOB, die_with_launcher, listening
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.resources import usable_log_folder, user_log_folder
-from mindformers_ixc.terminal import claim_stdout
+from mindformers_ixc.terminal import claim_stdout, quiet_libraries
 from mindformers_ixc.version import __version__
 
 if TYPE_CHECKING:
     # what `add_subparsers` gives; argparse has no public name for it
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction[Parser]
 
 # Module of mindformers_ixc.cli and function behind each command.
 COMMANDS = {
@@ -373,13 +372,6 @@ def _yaml_output_dir(path: str) -> str | None:
         return None   # the run itself reports what is wrong with the file
 
 
-def quiet_libraries() -> None:
-    """Keeps the libraries' warnings off the terminal; they still reach the log folder."""
-    os.environ.setdefault("GLOG_v", "3")             # MindSpore: 3 = errors only
-    warnings.filterwarnings("ignore")
-    logging.getLogger().addHandler(logging.NullHandler())
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of a command line.
 
@@ -429,7 +421,7 @@ def main(argv: list[str] | None = None) -> int:
         build_parser().print_help()
         return 2
     terminal.configure(arguments.verbose, arguments.quiet)
-    arguments.answers = claim_stdout()
+    arguments.answers, arguments.own_process = claim_stdout(), argv is None
     with contextlib.ExitStack() as stack:
         if arguments.command == "run":
             if JOB in os.environ:
@@ -444,18 +436,16 @@ def _execute(arguments: argparse.Namespace) -> int:
     if arguments.command not in ("run", "launch") and not arguments.verbose:
         quiet_libraries()
     try:
-        check_inputs(arguments, arguments.options)
-        if getattr(arguments, "no_verify", False):
-            importlib.import_module("mindformers_ixc.checkpoint.digests").set_verification(False)
-        choose_log_folder(arguments)
         with contextlib.ExitStack() as whole:
-            function = _function(arguments, whole)
+            function = _prepare(arguments, whole)
             if arguments.command in WORK:
                 working = whole.enter_context(contextlib.ExitStack())
                 working.enter_context(terminal.current.doing(WORK[arguments.command]))
                 arguments.answers = terminal.Answers(arguments.answers, working.close)
             return function(arguments) or 0
     except KeyboardInterrupt:
+        if arguments.own_process and "mindspore" in sys.modules:
+            os._exit(130)       # its threads crash an interpreter that ends before they have begun
         return 130
     except (ValueError, OSError) as error:
         # input errors are sentences of this package or of the system; a traceback would bury them
@@ -467,6 +457,20 @@ def _execute(arguments: argparse.Namespace) -> int:
             sentence = f"{error.filename} cannot be used: {error.strerror}."
         terminal.current.say(f"{terminal.current.paint('error:', 'red', 'bold')} {sentence}")
         return 1
+
+
+def _prepare(arguments: argparse.Namespace, whole: contextlib.ExitStack) -> Any:
+    """Looks at the input and imports the function behind a command; see `_function`. Ctrl-C ends it at once."""
+    with contextlib.ExitStack() as leaving:
+        if arguments.command in HEAVY and arguments.command != "run":       # whose signals are looked after already
+            # a session lets Ctrl-C through when it may come, and wants it blocked in the libraries' threads
+            session = arguments.command == "chat" and arguments.question is None
+            leaving.enter_context(interruption.leaving_at_interrupt(goes_on=session))
+        check_inputs(arguments, arguments.options)
+        if getattr(arguments, "no_verify", False):
+            importlib.import_module("mindformers_ixc.checkpoint.digests").set_verification(False)
+        choose_log_folder(arguments)
+        return _function(arguments, whole)
 
 
 def _function(arguments: argparse.Namespace, whole: contextlib.ExitStack) -> Any:
@@ -486,10 +490,6 @@ def _function(arguments: argparse.Namespace, whole: contextlib.ExitStack) -> Any
                 stack = whole if arguments.command == "run" else importing
                 stack.enter_context(terminal.current.libraries_to(log))
             importing.enter_context(terminal.current.doing("Loading MindSpore and MindFormers", at_once=True))
-            if arguments.command != "run":       # whose signals have been looked after since before
-                # a session lets Ctrl-C through when it may come, and wants it blocked in the libraries' threads
-                session = arguments.command == "chat" and arguments.question is None
-                importing.enter_context(interruption.leaving_at_interrupt(goes_on=session))
         return getattr(importlib.import_module(f"mindformers_ixc.cli.{module}"), name)
 
 
