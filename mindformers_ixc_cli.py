@@ -14,12 +14,12 @@ import logging
 import os
 import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ixc import interruption, terminal
+from mindformers_ixc import terminal
 from mindformers_ixc.cli.arguments import Help, Parser, add_loudness
+from mindformers_ixc.cli.heavy import importing
 from mindformers_ixc.cli.inputs import check_inputs
 from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.config import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
@@ -28,7 +28,7 @@ from mindformers_ixc.interruption import JOB, die_with_launcher, listening
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.resources import usable_log_folder, user_log_folder
 from mindformers_ixc.scores import SCORES
-from mindformers_ixc.terminal import claim_stdout
+from mindformers_ixc.terminal import claim_stdout, quiet_libraries
 from mindformers_ixc.version import __version__
 
 if TYPE_CHECKING:
@@ -48,9 +48,8 @@ COMMANDS = {
 WORK = {"convert": "Converting", "merge": "Merging", "inspect": "Reading the checkpoint", "data": "Reading the data",
         "report": "Drawing", "plan": "Planning"}
 
-# Commands that import MindFormers, and those of them that ask a model.
-HEAVY = ("run", "launch", "chat", "eval", "reference")
-ASKING = ("chat", "eval")
+# Commands that import MindFormers at once.
+HEAVY = ("run", "launch", "chat", "reference")
 
 
 def build_parser() -> Parser:
@@ -452,13 +451,6 @@ def _yaml_output_dir(path: str) -> str | None:
         return None   # the run itself reports what is wrong with the file
 
 
-def quiet_libraries() -> None:
-    """Keeps the libraries' warnings off the terminal; they still reach the log folder."""
-    os.environ.setdefault("GLOG_v", "3")             # MindSpore: 3 = errors only
-    warnings.filterwarnings("ignore")
-    logging.getLogger().addHandler(logging.NullHandler())
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of a command line.
 
@@ -508,7 +500,7 @@ def main(argv: list[str] | None = None) -> int:
         build_parser().print_help()
         return 2
     terminal.configure(arguments.verbose, arguments.quiet)
-    arguments.answers = claim_stdout()
+    arguments.answers, arguments.own_process = claim_stdout(), argv is None
     with contextlib.ExitStack() as stack:
         if arguments.command == "run":
             if JOB in os.environ:
@@ -523,18 +515,16 @@ def _execute(arguments: argparse.Namespace) -> int:
     if arguments.command not in ("run", "launch") and not arguments.verbose:
         quiet_libraries()
     try:
-        check_inputs(arguments, arguments.options)
-        if getattr(arguments, "no_verify", False):
-            importlib.import_module("mindformers_ixc.checkpoint.digests").set_verification(False)
-        choose_log_folder(arguments)
         with contextlib.ExitStack() as whole:
-            function = _function(arguments, whole)
+            function = _prepare(arguments, whole)
             if arguments.command in WORK:
                 working = whole.enter_context(contextlib.ExitStack())
                 working.enter_context(terminal.current.doing(WORK[arguments.command]))
                 arguments.answers = terminal.Answers(arguments.answers, working.close)
             return function(arguments) or 0
     except KeyboardInterrupt:
+        if arguments.own_process and "mindspore" in sys.modules:
+            os._exit(130)       # its threads crash an interpreter that ends before they have begun
         return 130
     except (ValueError, OSError) as error:
         # input errors are sentences of this package or of the system; a traceback would bury them
@@ -548,31 +538,28 @@ def _execute(arguments: argparse.Namespace) -> int:
         return 1
 
 
-def _function(arguments: argparse.Namespace, whole: contextlib.ExitStack) -> Any:
-    """Imports the function behind a command; what the libraries print goes to a log file.
+def _prepare(arguments: argparse.Namespace, whole: contextlib.ExitStack) -> Any:
+    """Looks at the input and imports the function behind a command, with the libraries that it needs.
 
     Args:
         arguments: of the command.
-        whole: ended after the command; for `run` the libraries are kept off the terminal until then. The log of a
-            process that msrun started is its output already.
+        whole: ended after the command.
     """
     module, name = COMMANDS[arguments.command]
+    module = f"mindformers_ixc.cli.{module}"
     session = arguments.command == "chat" and arguments.question is None
     if session:      # its model is loaded meanwhile; threads inherit that SIGINT is blocked, the session waits for it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    with contextlib.ExitStack() as importing:
-        if arguments.command in HEAVY and not session:
-            if not arguments.verbose and "MS_ROLE" not in os.environ:
-                log = Path(os.environ["LOG_MF_PATH"]) / f"{arguments.command}.log"
-                log.parent.mkdir(parents=True, exist_ok=True)
-                stack = whole if arguments.command == "run" else importing
-                stack.enter_context(terminal.current.libraries_to(log))
-            importing.enter_context(terminal.current.doing("Loading MindSpore and MindFormers", at_once=True))
-            if arguments.command != "run":       # whose signals have been looked after since before
-                importing.enter_context(interruption.leaving_at_interrupt())
-            if arguments.command in ASKING:
+    check_inputs(arguments, arguments.options)
+    if getattr(arguments, "no_verify", False):
+        importlib.import_module("mindformers_ixc.checkpoint.digests").set_verification(False)
+    choose_log_folder(arguments)
+    if arguments.command in HEAVY and not session:
+        with importing(arguments, whole if arguments.command == "run" else None):
+            if arguments.command == "chat":       # whose module leaves it for later, for the sake of sessions
                 importlib.import_module("mindformers_ixc.cli.inference")
-        return getattr(importlib.import_module(f"mindformers_ixc.cli.{module}"), name)
+            return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(module), name)
 
 
 if __name__ == "__main__":

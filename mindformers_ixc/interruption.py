@@ -110,14 +110,11 @@ _staying = threading.Event()      # set while an interrupt does not end the proc
 
 
 @contextlib.contextmanager
-def leaving_at_interrupt(goes_on: bool = False) -> Iterator[None]:
+def leaving_at_interrupt() -> Iterator[None]:
     """Ends the process when SIGINT comes in the block; enter it before any library starts threads.
 
     An import can take Python's `KeyboardInterrupt` for an error of its own and go on, and MindSpore puts another
     handler in place while it works.
-
-    Args:
-        goes_on: leave SIGINT blocked after a block that ends well, ending the process, until somebody calls `stay`.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
         yield
@@ -125,19 +122,11 @@ def leaving_at_interrupt(goes_on: bool = False) -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     _staying.clear()
     threading.Thread(target=_leave, name="interrupt", daemon=True).start()
-    well = False
     try:
         yield
-        well = True
     finally:
-        if not (goes_on and well):
-            stay()
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def stay() -> None:
-    """Whoever calls this looks after SIGINT from now on."""
-    _staying.set()
+        _staying.set()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave() -> None:

@@ -21,6 +21,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -415,6 +416,13 @@ def _of_launch() -> Terminal | None:
     shown = Terminal(file, sys.stderr, interactive=columns != "0", columns=int(columns) or None)
     shown.quiet = quiet == "1"
     return shown
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' warnings off the terminal; they still reach the log folder."""
+    os.environ.setdefault("GLOG_v", "3")             # MindSpore: 3 = errors only
+    warnings.filterwarnings("ignore")
+    logging.getLogger().addHandler(logging.NullHandler())
 
 
 class Sentences(logging.Handler):

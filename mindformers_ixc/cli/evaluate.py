@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from mindformers_ixc.cli.answer_file import AnswerFile, run_of
+from mindformers_ixc.cli.heavy import importing
 from mindformers_ixc.cli.settings import generation_options
 from mindformers_ixc.data.conversations import load_conversations
 from mindformers_ixc.data.questions import questions_of, shuffle_images
@@ -52,9 +53,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def _answer_rest(file: AnswerFile, arguments: argparse.Namespace) -> None:
     """Answers what has no answer yet."""
-    # MindFormers takes seconds to import
-    assistant = importlib.import_module("mindformers_ixc.cli.inference").load_assistant(arguments)
-    answer_questions = importlib.import_module("mindformers_ixc.generation.predict").answer_questions
+    with importing(arguments):
+        inference = importlib.import_module("mindformers_ixc.cli.inference")
+        answer_questions = importlib.import_module("mindformers_ixc.generation.predict").answer_questions
+    assistant = inference.load_assistant(arguments)
     questions, size, options = file.questions, arguments.batch_size, generation_options(arguments)
     with tqdm(total=len(questions), initial=len(file.done), desc="answering", unit="question", disable=None) as bar:
         while len(file.done) < len(questions):
