@@ -1,12 +1,12 @@
 """The callback that sends the numbers of a run to an experiment tracker: Weights & Biases, SwanLab or MLflow."""
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore.train.callback import Callback, RunContext
 
+from mindformers_ixc import terminal
 from mindformers_ixc.device import reports_loss
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.trackers import Tracker, TrackerOptions, in_one_line, open_tracker, plain
@@ -54,7 +54,7 @@ class IXC25Tracker(Callback):
         for callback in callbacks:
             if callback is not log and hasattr(callback, "watchers"):
                 callback.watchers.append(self._evaluation)
-        print(f"{self.options.tracker} tracks the run {self.tracker.where}.", file=sys.stderr, flush=True)
+        terminal.current.note(f"{self.options.tracker} tracks the run {self.tracker.where}.")
 
     def _step(self, row: dict[str, Any]) -> None:
         if row["step"] % self.options.every == 0 or row["step"] == self.total:
@@ -72,8 +72,8 @@ class IXC25Tracker(Callback):
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
-        print(f"{self.options.tracker} cannot take what the run sends it ({in_one_line(error)}); the run goes on "
-              "without it, and metrics.jsonl has all rows.", file=sys.stderr, flush=True)
+        terminal.current.say(f"{self.options.tracker} cannot take what the run sends it ({in_one_line(error)}); the "
+                             "run goes on without it, and metrics.jsonl has all rows.")
         self.tracker = None
 
     def __exit__(self, *error: Any) -> None:
