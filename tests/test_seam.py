@@ -117,8 +117,8 @@ RUN = ["run", "--config", str(Path(__file__).parents[1] / "yaml_configs" / "ixc2
     ([*RUN, "--run_mode", "predict", "--predict_data", "gone.txt"], "The request file gone.txt does not exist."),
     ([*RUN, "--output_dir", "used"], "used already has metrics.jsonl of an earlier run."),
     (["launch", "-n", "3", *RUN], "in which each of the 3 devices trains a whole model"),
-    (["run", "--config", "gone.yaml"], "The configuration file gone.yaml does not exist, and no recipe has that name"),
-    (["launch", "-n", "2", "--config", "gone.yaml"], "The configuration file gone.yaml does not exist, and no recipe has that name"),
+    (["run", "--config", "gone.yaml"], "The configuration file gone.yaml does not exist, and"),
+    (["launch", "-n", "2", "--config", "gone.yaml"], "The configuration file gone.yaml does not exist, and"),
     (["chat", "--model", "gone", "hello"], "config.json does not exist"),
     (["inspect", "gone"], "gone does not exist"),
     (["convert", "gone", "there"], "gone does not exist")])
