@@ -1,4 +1,4 @@
-"""What mkdocs.yml needs beside docs/: README, CONTRIBUTING and CHANGELOG as pages, links to and from them, plain code.
+"""What mkdocs.yml needs beside docs/: README (both), CONTRIBUTING and CHANGELOG as pages, links to and from them.
 
 The documents are written for a repository that is read as files, so their links are paths; here those that lead to a
 page become links to it, and those that lead to other files of the repository become their names.
@@ -12,7 +12,8 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {"README.md": "index.md", "README_zh.md": "index_zh.md", "CONTRIBUTING.md": "contributing.md",
+         "CHANGELOG.md": "changelog.md"}
 
 _LINK = re.compile(r"\[([^\]]*)\]\((?!https?://|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 

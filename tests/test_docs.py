@@ -14,6 +14,9 @@ import pytest
 import mindformers_ixc_cli
 
 ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BESIDE = [ROOT / "README.md", ROOT / "README_zh.md", ROOT / "CONTRIBUTING.md"]
+CHINESE = [ROOT / "README_zh.md", *(page for page in PAGES if page.stem.endswith("_zh"))]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 UPSTREAM = [row for row in ARCHITECTURE.partition("## What this package changes")[2].splitlines()
             if row.startswith("| ") and not row.startswith("| What")]
@@ -43,13 +46,9 @@ def test_a_row_of_the_upstream_table_names_files_and_tests_that_are_there(row):
 
 
 def test_links_between_documents_lead_somewhere():
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-    for page in pages:
+    for page in [*BESIDE, *PAGES]:
         for target in re.findall(r"\]\((?!https?://)([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
-
-
-PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def _load(name: str):
@@ -91,7 +90,33 @@ def test_every_example_on_the_page_is_parsed():
 def test_the_site_has_every_page_once():
     nav = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(nav) == len(set(nav))
-    assert set(nav) == {page.name for page in PAGES} | {"index.md", "contributing.md", "changelog.md"}
+    assert set(nav) == {page.name for page in PAGES} | {"index.md", "index_zh.md", "contributing.md", "changelog.md"}
+
+
+def _fenced(text: str) -> list[str]:
+    """Lines of a page's fenced blocks, each block's language first, without comments."""
+    blocks = re.findall(r"^```(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [re.sub(r"(^|\s+)# .*", "", line) for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def _links(text: str) -> list[str]:
+    """Where a page's links lead, but for those to the same page in the other language."""
+    return sorted(re.sub(r"_zh\.md", ".md", target) for name, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", text)
+                  if name not in ("English", "简体中文"))
+
+
+@pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.name)
+def test_a_chinese_page_has_the_commands_and_links_of_the_english_one(page):
+    english = page.with_name(page.name.replace("_zh", ""))
+    ours, theirs = page.read_text(encoding="utf-8"), english.read_text(encoding="utf-8")
+    assert len(_fenced(theirs)) > 20
+    assert _fenced(ours) == _fenced(theirs)
+    assert _links(ours) == _links(theirs)
+    assert f"[English]({english.name})" in ours and f"[简体中文]({page.name})" in theirs
+    headings = [re.findall(r"^(#+) ", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+                for text in (ours, theirs)]
+    assert headings[0] == headings[1]
 
 
 def _anchors(page: Path) -> set[str]:
@@ -101,7 +126,7 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*BESIDE, *PAGES], ids=lambda page: page.name)
 def test_links_to_headings_lead_to_one(page):
     for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
         other = page.parent / target if target else page
