@@ -40,11 +40,18 @@ def exact_match(output: str) -> float:
     return float(re.fullmatch(r"exact match: ([\d.]+) % \(\d+ of \d+\)", output.splitlines()[-1])[1])
 
 
+def losses_of(output: Path) -> list[float]:
+    """The loss of every step of a run."""
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
 class TestTinyRun:
     def test_loss_falls_below_five_percent_of_its_start(self, trained):
-        losses = [float(value) for value in re.findall(r"loss:\[([\d.]+)/", trained[1])]
+        losses = losses_of(trained[0] / "out")
         assert losses[-1] < 0.05 * losses[0]
+        shown = [float(value) for value in re.findall(r"^step \d+/280: loss ([\d.]+)", trained[1], re.MULTILINE)]
+        assert len(shown) >= 10 and shown[-1] == pytest.approx(losses[-1], abs=1e-4)
 
     def test_says_where_the_model_is_and_what_to_type_next(self, trained):
         folder, errors = trained
@@ -81,12 +88,11 @@ class TestTinyRun:
         assert "none.png" in done.stderr
 
     def test_finetune_starts_from_the_model_directory(self, trained):
-        _, errors = mindformers(
+        mindformers(
             "run", "--config", ROOT / "yaml_configs" / "ixc25_sft_tiny.yaml", "--run_mode", "finetune",
             "--load_checkpoint", "out/model", "--output_dir", "again", "--runner_config.epochs", "1",
             "--lr_schedule.learning_rate", "1e-6", cwd=trained[0])
-        losses = [float(value) for value in re.findall(r"loss:\[([\d.]+)/", errors)]
-        assert losses[0] < 0.5
+        assert losses_of(trained[0] / "again")[0] < 0.5
         before, after = (load_file(trained[0] / name / "model" / "model.safetensors") for name in ("out", "again"))
         assert before.keys() == after.keys()
         name = "model.layers.0.attention.wqkv.weight"
