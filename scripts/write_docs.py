@@ -1,4 +1,4 @@
-"""Writes what can be computed into the pages of docs/: commands, versions, sizes, memory, fields of the configuration.
+"""Writes what can be computed into the pages of docs/: commands, versions, sizes, memory, fields, messages.
 
     python scripts/write_docs.py            # rewrites what stands between the marker lines, everything else stays
     python scripts/write_docs.py --check    # 1 if a page is not what the code says
@@ -13,6 +13,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from error_sentences import Sentence, collect
 
 from mindformers_ixc.cli.yaml_docs import fields_text
 from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml, tie_data_section
@@ -48,6 +50,44 @@ SECTIONS = {"train_dataset.": DATASET_RULES, "train_dataset.data_loader.": LOADE
 
 # Pictures of docs/sizes.md, width and height in pixels.
 PICTURES = ((560, 560), (800, 600), (1280, 720), (1920, 1080), (1080, 1920), (2480, 3508), (4096, 512))
+
+# Topics of docs/troubleshooting.md, each with its introduction and its modules: the longest beginning of a path counts.
+TOPICS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Data and pictures": (
+        "From `run`, `data`, `init`, `chat` and `eval`, before a run starts or when a request is read: conversations, "
+        "tables, pictures, videos, questions. The forms of data are in [data.md](data.md), those of requests in "
+        "[inference.md](inference.md).",
+        ("data/", "processing/", "native/", "demo/", "cli/data", "cli/init_data", "cli/chat_pictures",
+         "generation/requests", "generation/webpage", "generation/predict", "training/datasets", "planning/rows")),
+    "YAML and options": (
+        "From every command that reads a YAML, a `config.json` or words of the command line, at once and before "
+        "anything is loaded. The keys are in [yaml.md](yaml.md), the options in [commands.md](commands.md). Of every "
+        "section a wrong value is told as `KEY is VALUE; it must be ...` or `KEY is VALUE; the choices are ...`, a "
+        "missing key as `SECTION lacks KEY.`, and one that there is not as `unknown key KEY (value VALUE); did you "
+        "mean ...?`.",
+        ("cli/", "config", "rope", "sections", "resources", "decoding_options", "preference_options",
+         "training_options", "generation/options", "models/", "scores", "training/parts", "training/pet",
+         "mindformers_ixc_cli")),
+    "Checkpoints and weights": (
+        "From `convert`, `inspect`, `merge`, and from whatever loads a model. Formats and digests are in "
+        "[checkpoints.md](checkpoints.md), the public weights in [weights.md](weights.md).",
+        ("checkpoint/", "cli/checkpoints", "hub", "registration", "convert_weight")),
+    "Layouts and parallel runs": (
+        "From `launch`, `plan` and runs with `use_parallel`: degrees, batches, ranks and their folders. "
+        "[parallel.md](parallel.md) has the keys, [scaling.md](scaling.md) the plans.",
+        ("parallel/", "planning/", "cpu_cluster/", "cli/launch", "cli/job", "cli/plan", "training/relayout",
+         "training/joining")),
+    "Device and installation": (
+        "What is missing on the machine, or what a device does not take. `mindformers doctor` looks at all of it; "
+        "[install.md](install.md) says what belongs together.",
+        ("device", "doctor/", "generation/ascend", "generation/slots", "cpu_cluster/build", "cli/templates")),
+    "Training and resuming": (
+        "From a run on its way, at its start from a checkpoint or at its end. [training.md](training.md) describes the "
+        "output folder, checkpoints and signals.",
+        ("training/", "trackers", "interruption", "operations")),
+    "Other": ("Answers, chat, reports and files that any command reads or writes.",
+              ("", "generation/", "cli/chat", "cli/settings", "cli/report", "cli/answer_file")),
+}
 
 
 def commands_text() -> str:
@@ -176,9 +216,35 @@ def sizes_text() -> str:
                       "|---|---|---|---|---|", *rows])
 
 
+def messages_text() -> str:
+    """Every error sentence of the package: topics, in them modules, in them sentences."""
+    sentences, parts = collect(ROOT), []
+    for topic, (introduction, _) in TOPICS.items():
+        parts += [f"## {topic}", introduction]
+        chosen = [sentence for sentence in sentences if _topic(sentence.sources[0].path) == topic]
+        for path in dict.fromkeys(sentence.sources[0].path for sentence in chosen):
+            own = [sentence for sentence in chosen if sentence.sources[0].path == path]
+            parts += [f"**`{path}`**: {own[0].sources[0].about}", "\n".join(map(_item, own))]
+    return "\n\n".join(parts)
+
+
+def _topic(path: str) -> str:
+    """Which topic a module's sentences belong to."""
+    return max((len(start), topic) for topic, (_, starts) in TOPICS.items() for start in starts
+               if path.startswith(start))[1]
+
+
+def _item(sentence: Sentence) -> str:
+    """A sentence as an item of a list, as code: it stands there as a terminal shows it."""
+    text = f"`` {sentence.text} ``" if "`" in sentence.text else f"`{sentence.text}`"
+    others = ", ".join(f"`{source.path}`" for source in sentence.sources[1:])
+    return f"- {text}" + (f" (also {others})" if others else "")
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "fields": fields_text, "rules": rules_text, "commands": commands_text, "versions": pairs_text,
-    "memory": memory_text, "plan commands": plan_commands_text, "chat memory": chat_text, "picture sizes": sizes_text}
+    "memory": memory_text, "plan commands": plan_commands_text, "chat memory": chat_text, "picture sizes": sizes_text,
+    "messages": messages_text}
 
 _BLOCK = re.compile(r"^(<!-- (\w[\w ]*): begin -->\n).*?^(<!-- \2: end -->)$", re.MULTILINE | re.DOTALL)
 

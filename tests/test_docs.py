@@ -52,6 +52,8 @@ def test_links_between_documents_lead_somewhere():
 
 
 def _load(name: str):
+    if str(ROOT / "scripts") not in sys.path:      # scripts import each other by name
+        sys.path.insert(0, str(ROOT / "scripts"))
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -60,9 +62,71 @@ def _load(name: str):
 
 def test_generated_blocks_are_those_of_the_code():
     found = list(_load("write_docs").pages())
-    assert {page.name for page, _ in found} >= {"commands.md", "install.md", "sizes.md", "weights.md", "yaml.md"}
+    assert {page.name for page, _ in found} >= {"commands.md", "install.md", "sizes.md", "troubleshooting.md",
+                                                "weights.md", "yaml.md"}
     for page, text in found:
         assert page.read_text(encoding="utf-8") == text, f"{page.name} is stale; run: python scripts/write_docs.py"
+
+
+def test_sentences_of_the_package_are_found_in_every_topic():
+    write_docs = _load("write_docs")
+    texts = [sentence.text for sentence in write_docs.collect(ROOT)]
+    assert len(texts) == len(set(texts)) > 450
+    sections = write_docs.messages_text().split("## ")[1:]
+    assert [section.partition("\n")[0] for section in sections] == list(write_docs.TOPICS)
+    assert all(section.count("\n- `") > 5 for section in sections)
+
+
+@pytest.mark.parametrize("topic, sentence", [
+    ("Data and pictures", "PATH is empty; its first line must name the columns image, question, answer."),
+    ("YAML and options", "SOURCE: the section model.model_config is missing."),
+    ("Checkpoints and weights", "PATH is truncated: NAME should end at byte"),
+    # made by a function of another module
+    ("Checkpoints and weights", "PATH does not match its configuration: NUMBER parameters are missing"),
+    ("Layouts and parallel runs", "Tensor parallel DEGREE does not divide this model"),
+    ("Device and installation", "MindFormers is not installed; install this package with pip, which brings it."),
+    ("Training and resuming", "is in use by another run"),
+    # put together before the error is made
+    ("Training and resuming", "Step STEP: the checkpoint could not be written to FOLDER"),
+    ("Other", "The prompt has POSITIONS positions; this model takes LONGEST of prompt and answer together."),
+])
+def test_a_known_sentence_is_on_the_page_of_messages(topic, sentence):
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert sentence in text.partition(f"\n## {topic}\n")[2].partition("\n## ")[0]
+
+
+def test_values_of_a_sentence_are_shown_by_name(tmp_path):
+    (tmp_path / "mindformers_ixc").mkdir()
+    (tmp_path / "mindformers_ixc_cli.py").write_text("", encoding="utf-8")
+    (tmp_path / "mindformers_ixc" / "errors.py").write_text('''"""About errors.
+
+More.
+"""
+KINDS, _LEAST = ("png", "jpeg"), 3
+class OwnError(ValueError): pass
+class _Narrow(OwnError): pass
+def check(file, found, error=OwnError, prefix=""):
+    short = f"{len(found)} of them" if found else "none"
+    why = f"{file.path}: the entry {found[0]!r:.9} is bad, {short}."
+    if found:
+        raise _Narrow(why)
+    if prefix:
+        raise error(f"{prefix}the file {file.name} is no {', '.join(KINDS)}; at least {_LEAST} are needed")
+    if file is None:
+        raise ValueError("This one is not the user's to see.")
+    if not KINDS:
+        raise OSError(f"{file}: {error}")
+    raise FileNotFoundError(_sentence(file.parent, type(found).__name__))
+def _sentence(folder, kind):
+    return f"{folder} is a {kind} and not a folder."
+''', encoding="utf-8")
+    found = _load("error_sentences").collect(tmp_path)
+    assert [sentence.text for sentence in found] == [
+        "PATH: the entry FOUND is bad, [NUMBER of them | none].",
+        "[PREFIX] the file NAME is no png, jpeg; at least 3 are needed",
+        "FOLDER is a KIND and not a folder."]
+    assert {(source.path, source.about) for sentence in found for source in sentence.sources} == \
+        {("errors.py", "About errors.")}
 
 
 def test_every_command_and_option_is_on_the_page(capsys):
