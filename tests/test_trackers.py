@@ -168,7 +168,7 @@ def test_a_run_is_refused_before_anything_is_imported_and_a_plan_is_not(monkeypa
     words = ["--callbacks.2.type", "IXC25Tracker", "--callbacks.2.tracker", "wandb"]
     with pytest.raises(ConfigError, match=r'callbacks\[2\] .* run `pip install "mindformers_ixc\[wandb\]"`'):
         check_inputs(SimpleNamespace(command="run", config="ixc25_sft_tiny", rest=words))
-    check_inputs(SimpleNamespace(command="plan", config="ixc25_sft_tiny", rest=words))
+    check_inputs(SimpleNamespace(command="plan", config="ixc25_sft_tiny", rest=words, html=None))
 
 
 def test_the_extras_have_the_names_of_the_trackers():

@@ -118,7 +118,9 @@ def test_the_words_of_the_command(tmp_path, capsys):
                                      "yaml_configs/ixc25_sft_tiny"])
 def test_a_name_is_a_recipe_where_no_file_has_it(written, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_config(written) == FOLDER / "ixc25_sft_tiny.yaml"
+    found = find_config(written)      # in the checkout, or in the installed package
+    assert found.is_absolute() and found.name == "ixc25_sft_tiny.yaml"
+    assert found.read_text() == (FOLDER / "ixc25_sft_tiny.yaml").read_text()
     Path(written).parent.mkdir(exist_ok=True)
     Path(written).write_text("seed: 1\n")
     assert find_config(written) == Path(written)
