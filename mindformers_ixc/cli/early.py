@@ -20,13 +20,11 @@ from mindformers_ixc.resources import resolve_model, resolve_path
 OWN_TASKS = ("IXC25SFTDataset", "IXC25PreferenceDataset")
 
 
-def check_early(arguments: argparse.Namespace, options: list[str], devices: int | None = None,
-                server: int = 0) -> None:
-    """Refuses a run for what is wrong with its YAML, the command line, and the files that they name.
+def check_early(arguments: argparse.Namespace, devices: int | None = None, server: int = 0) -> None:
+    """Refuses a run for what is wrong with its YAML, its overrides, and the files that they name.
 
     Args:
         arguments: of the `run` subcommand; `rest` holds further words, taken as overrides.
-        options: of the subcommand, for a word that is nearly one of them.
         devices: of the cluster, when they are to be launched.
         server: number of this one; server 0 answers for the output folder.
 
@@ -35,7 +33,6 @@ def check_early(arguments: argparse.Namespace, options: list[str], devices: int 
         DataError: for the sections of the data.
         FileNotFoundError: for a file that is not there.
     """
-    check_words(arguments.rest, options)
     fields = merged_fields(arguments)
     if devices is not None:
         fields["use_parallel"] = True

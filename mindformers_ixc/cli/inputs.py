@@ -50,7 +50,7 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
         require_packages(fields, run.config)
         launched = arguments.devices if run is not arguments else None
         importlib.import_module("mindformers_ixc.cli.early").check_early(
-            run, options or [], launched, getattr(arguments, "node_rank", 0))
+            run, launched, getattr(arguments, "node_rank", 0))
     for name in ("image", "data", "pairs") if arguments.command != "init" else ():     # which takes folders, and asks
         given = getattr(arguments, name, None) or []
         for path in [given] if isinstance(given, str) else given:
