@@ -16,6 +16,7 @@ from pathlib import Path
 
 from error_sentences import Sentence, collect
 
+from mindformers_ixc.cli.parsers import build_parser
 from mindformers_ixc.cli.yaml_docs import fields_text
 from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml, tie_data_section
 from mindformers_ixc.config import ModelConfig
@@ -27,7 +28,6 @@ from mindformers_ixc.planning.memory import stage_memory
 from mindformers_ixc.planning.workload import local_parameters, place, read_workload
 from mindformers_ixc.preference_options import RULES as PREFERENCE_RULES
 from mindformers_ixc.processing.image import image_token_count, plan_partition
-from mindformers_ixc_cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2 ** 30

@@ -28,7 +28,8 @@ FREE_MODULES = (
         "workload", "memory", "cost", "search", "plan", "text", "page", "timeline", "few_layers", "check_layout")),
     "cpu_cluster", "cpu_cluster.build", "cpu_cluster.mailbox", "cpu_cluster.simulated",
     "cli", "cli.arguments", "cli.checkpoints", "cli.data", "cli.data_plan", "cli.early", "cli.inputs", "cli.job",
-    "cli.plan", "cli.report", "cli.report_page", "cli.run_config", "cli.templates", "cli.yaml_docs", "cli.yaml_file",
+    "cli.parsers", "cli.plan", "cli.report", "cli.report_page", "cli.run_config", "cli.templates",
+    "cli.yaml_docs", "cli.yaml_file",
 )
 
 

@@ -99,7 +99,7 @@ def test_the_options_are_the_sections_and_the_directorys(tmp_path):
                                      ["reference", "a", "b", "--model", "m"]])
 def test_the_commands_have_the_options(command):
     from mindformers_ixc.cli.inference import image_options
-    from mindformers_ixc_cli import build_parser
+    from mindformers_ixc.cli.parsers import build_parser
 
     parse = build_parser().parse_args
     assert image_options(parse(command)) == {}
