@@ -61,7 +61,8 @@ def _page(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize(("text", "problem"), [
-    ("<!-- not run: needs a device -->\n\n```bash\nls\n```\n", "no block follows the mark 'not run: needs a device'"),
+    ("<!-- not run: a test -->\n\nText\n\n```bash\nls\n```\n", "no block follows the mark 'not run: a test'"),
+    ("<!-- slow -->\n\n\n```bash\nls\n```\n", "no block follows the mark 'slow'"),
     ("<!-- slow -->\nText.\n", "no block follows the mark 'slow'"),
     ("```bash\nls\n```\n<!-- slow -->\n", "no block follows"),
     ("<!-- not run -->\n```bash\nls\n```\n", "the mark 'not run' says nothing"),
@@ -95,7 +96,9 @@ ls \\
 ```
 
 1. A list:
+
     <!-- not run: no list -->
+
     ```text
     one
       two
@@ -113,8 +116,8 @@ a: "```"
 """))
     assert problems == [] and not [problem for block in blocks for problem in problems_of(block)]
     assert [(block.line, block.language, block.kind, block.about, block.generated) for block in blocks] == [
-        (3, "bash", "", "", False), (10, "text", "not run", "no list", False), (16, "text", "", "", True),
-        (21, "yaml", "", "", False)]
+        (3, "bash", "", "", False), (12, "text", "not run", "no list", False), (18, "text", "", "", True),
+        (23, "yaml", "", "", False)]
     assert blocks[1].text == "one\n  two\n" and blocks[3].text == 'a: "```"\n'
     assert logical_lines(blocks[0].text) == ["ls --all"]
 
@@ -163,7 +166,8 @@ def test_a_block_that_is_wrong_fails(folder, tmp_path, monkeypatch, mark, block,
 
 
 def test_output_is_that_of_the_block_before(folder, tmp_path, monkeypatch):
-    text = "```bash\nseq 5; echo so >&2\n```\n<!-- output -->\n```text\n1\n...\n5\nso\n```\n"
+    text = ("```bash\nseq 5; echo 'loss 0.3, rate 1' >&2\n```\n"
+            "<!-- output -->\n```text\n1\n...\n5\nloss ..., rate 1\n```\n")
     monkeypatch.chdir(folder.folder)
     blocks, _ = read_blocks(_page(tmp_path, text))
     folder.through(blocks[1], blocks[:1])

@@ -6,12 +6,13 @@ A page is a story: its blocks run one after the other in one folder. What a bloc
     python    executed
     yaml      merged into a recipe (the one it names as base_config, else ixc25_sft_tiny) and checked as `run` does
 
-A mark is an HTML comment in the line before the block, at the fence's indentation; the rendered page does not show it:
+A mark is an HTML comment in the line before the block, at the fence's indentation; in a list an empty line is between
+them, or the site gets an empty paragraph. The rendered page does not show it:
 
     <!-- slow -->                         runs with the slow tests; so does what needs what it leaves
     <!-- merged into: RECIPE -->          of yaml: another recipe
     <!-- file: NAME -->                   written to the folder of the page, and read by the package if it is data
-    <!-- output -->                       the block before prints these lines; `...` stands for any number of lines
+    <!-- output -->                       the block before prints these lines; `...` stands for anything
     <!-- names files of: FOLDER -->       every a/b in it is a module or folder of FOLDER
     <!-- run by: tests/FILE.py::TEST -->  a test does the same; or a script that has the block's lines
     <!-- not run: REASON -->              commands are parsed and their input is looked at all the same
@@ -29,8 +30,9 @@ ROOT = Path(__file__).parents[2]
 MARKS = {"slow": False, "merged into": True, "file": True, "output": False, "names files of": True, "run by": True,
          "not run": True}
 
-# Languages whose blocks are run when nothing is said.
+# Languages whose blocks are run when nothing is said; those of a shell, whose commands are looked at in any case.
 RUN = ("bash", "python", "yaml")
+SHELLS = ("bash", "console", "sh", "shell")
 
 _COMMENT = re.compile(r" *<!-- *(.*?) *-->")
 _FENCE = re.compile(r"( *)(`{3,}|~{3,})(.*)")
@@ -74,6 +76,8 @@ def read_blocks(page: Path) -> tuple[list[Block], list[str]]:
     places = iter(range(len(lines)))
     for place in places:
         fence, comment = _FENCE.fullmatch(lines[place]), _COMMENT.fullmatch(lines[place])
+        if mark is not None and not lines[place].strip() and lines[place - 1].strip():
+            continue
         if mark is not None and not fence:
             problems.append(f"{page.name}:{place}: no block follows the mark '{': '.join(filter(None, mark))}'")
         if fence:

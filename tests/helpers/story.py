@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from blocks import ROOT, Block, commands, lacks, printed, repository_problems
+from blocks import ROOT, SHELLS, Block, commands, lacks, printed, repository_problems
 from PIL import Image
 from random_model import SIZES, make, save
 
@@ -94,19 +94,19 @@ def _own(path: Path) -> None:
     path.write_text("base_config: ixc25_own_tiny.yaml\nload_checkpoint: starter\n", encoding="utf-8")
 
 
-# What the blocks of a page take as given, beside pictures and texts; blocks that are not run leave some of it.
+# What the blocks of every page take as given, beside pictures and texts, and those of one page or of all others; blocks
+# that are not run leave some of it.
+EVERYWHERE: dict[str, Callable[[Path], None]] = {
+    PUBLIC: _random, "ixc25": _random, "tokenizer.model": _tokenizer, "PUBLIC/tokenizer.model": _tokenizer}
 GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
-    "README.md": {PUBLIC: _random, "out/model": _starter},
-    "checkpoints.md": {PUBLIC: _random, "ixc25": _random, "output": _ranks, "my_adapter": _adapter,
-                       "step_100": _random, "step_200": _random, "step_300": _random},
-    "data.md": {"PUBLIC/tokenizer.model": _tokenizer},
-    "parallel.md": {"ixc25_ms": _random, "ixc25": _random, "tokenizer.model": _tokenizer},
-    "quickstart.md": {PUBLIC: _random},
-    "training.md": {PUBLIC: _random, "out/trained_parts": _parts, "out": _log, "first": _log, "second": _log,
-                    "third": _log, "my.yaml": _own},
-    "weights.md": {PUBLIC: _random},
+    "checkpoints.md": {"output": _ranks, "my_adapter": _adapter, "step_100": _random, "step_200": _random,
+                       "step_300": _random},
+    "parallel.md": {"ixc25_ms": _random},
+    "quickstart.md": {},
+    "training.md": {"out/trained_parts": _parts, "out": _log, "first": _log, "second": _log, "third": _log,
+                    "my.yaml": _own},
 }
-OTHERS: dict[str, Callable[[Path], None]] = {PUBLIC: _random, "out/model": _starter}
+OTHERS: dict[str, Callable[[Path], None]] = {"out/model": _starter}
 
 
 class Story:
@@ -124,7 +124,7 @@ class Story:
             Image.open(demo_path("images/cat.jpg")).convert("RGB").save(folder / name)
         for name, text in TEXTS.items():
             (folder / name).write_text(text, encoding="utf-8")
-        for name, put in GIVEN.get(page, OTHERS).items():
+        for name, put in {**EVERYWHERE, **GIVEN.get(page, OTHERS)}.items():
             put(folder / name)
 
     def through(self, block: Block, before: list[Block]) -> None:
@@ -145,8 +145,8 @@ class Story:
         elif block.kind == "file":
             write(block)
         elif block.kind == "output":
-            lines = [line.strip() for line in block.text.splitlines() if line.strip() not in ("", "...")]
-            missing = lacks(lines, self.output)
+            pieces = [piece.strip() for piece in re.split(r"\.\.\.|\n", block.text)]
+            missing = lacks([piece for piece in pieces if piece], self.output)
             assert missing is None, f"{block.where}: the block before does not print '{missing}', but\n{self.output}"
         elif block.kind == "names files of":
             gone = [name for name in re.findall(r"\w+/\w+", block.text)
@@ -220,7 +220,7 @@ def look_at(block: Block) -> None:
 
     `init` and `plan` (without compiling) take no time, so they run. A run's model is there for the commands after it.
     """
-    if block.language not in ("bash", "sh", "shell"):
+    if block.language not in SHELLS:
         return
     problems = repository_problems(block.text)
     assert not problems, f"{block.where}: {', '.join(problems)}"
