@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from blocks import ROOT, commands, lacks, logical_lines, printed, problems_of, read_blocks, repository_problems
 from story import Story, bash
+from yaml import YAMLError
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md",
          *(page for page in sorted((ROOT / "docs").glob("*.md")) if not page.stem.endswith("_zh"))]
@@ -152,6 +153,8 @@ def folder(stories):
     ("not run: a test", "bash\nmindformers run --config ixc25_sft_tiny --runner_config.epoch 3", "epoch"),
     ("not run: a test", "bash\nmindformers chat --model out/model --image gone.png 'What?'", "gone.png does not exist"),
     ("not run: a test", "bash\nmindformers plan --config ixc25_sft --devices 8 --model_parallel 3", "3"),
+    ("not run: a test", "python\nprint(", "never closed|EOF"),
+    ("not run: a test", "yaml\na: [1", "expected ',' or ']'"),
     ("file: a.json", 'json\n[{"image": "gone.png", "query": "What?", "response": "a cat"}]', "gone.png"),
     ("names files of: mindformers_ixc", "text\ncli/run, cli/gone", "has no cli/gone"),
     ("output", "text\nnothing of the kind", "does not print 'nothing of the kind'"),
@@ -161,7 +164,7 @@ def test_a_block_that_is_wrong_fails(folder, tmp_path, monkeypatch, mark, block,
     [found], problems = read_blocks(_page(tmp_path, text))
     monkeypatch.chdir(folder.folder)
     assert problems + problems_of(found) == []
-    with pytest.raises((AssertionError, ValueError, OSError), match=message):
+    with pytest.raises((AssertionError, ValueError, OSError, SyntaxError, YAMLError), match=message):
         folder.through(found, [])
 
 
