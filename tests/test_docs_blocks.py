@@ -66,6 +66,7 @@ def _page(folder: Path, text: str) -> Path:
     ("<!-- slow -->\n\n\n```bash\nls\n```\n", "no block follows the mark 'slow'"),
     ("<!-- slow -->\nText.\n", "no block follows the mark 'slow'"),
     ("```bash\nls\n```\n<!-- slow -->\n", "no block follows"),
+    ("```bash\nls\n", "the block does not end"),
     ("<!-- not run -->\n```bash\nls\n```\n", "the mark 'not run' says nothing"),
     ("<!-- not run: -->\n```bash\nls\n```\n", "the mark 'not run' says nothing"),
     ("<!-- slow: minutes -->\n```bash\nls\n```\n", "the mark 'slow' takes no text"),

@@ -87,6 +87,8 @@ def read_blocks(page: Path) -> tuple[list[Block], list[str]]:
                 if lines[place].strip() == ticks:
                     break
                 text.append(lines[place][len(indent):])
+            else:
+                problems.append(f"{page.name}:{start}: the block does not end")
             blocks.append(Block(page, start, language.strip(), "\n".join(text) + "\n", *(mark or ("", "")), generated))
             mark = None
             continue
