@@ -15,10 +15,15 @@ PACKAGE_SCHEME = "pkg:"
 STARTER, STARTER_PLACE = "starter", "pkg:mindformers_ixc/starter"
 
 
-def user_log_folder() -> Path:
-    """Where logs go that belong to no run: a folder of the user's cache."""
+def user_cache_folder(*parts: str) -> Path:
+    """This package's folder in the user's cache, or a place inside it."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "mindformers_ixc" / "log"
+    return Path(cache, "mindformers_ixc", *parts)
+
+
+def user_log_folder() -> Path:
+    """Where logs go that belong to no run."""
+    return user_cache_folder("log")
 
 
 def usable_log_folder(folder: Path | None = None) -> tuple[Path, Exception | None]:

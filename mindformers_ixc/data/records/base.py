@@ -4,13 +4,14 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mindformers_ixc.errors import DataError
+from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.resources import resolve_path
 
 # Bytes of a file's beginning, and of its end, that tell it from a changed one.
@@ -25,11 +26,25 @@ class Place(NamedTuple):
 
     Attributes:
         start: byte in a file, or row of a table.
-        length: bytes.
+        length: bytes, or part of a table.
+        line: of the file, counted from 1, where the kind of source has lines.
     """
 
     start: int
     length: int
+    line: int = 0
+
+
+class Record(NamedTuple):
+    """A record.
+
+    Attributes:
+        row: as `mindformers_ixc.data.forms.read_form` takes it.
+        files: pictures and videos that come with it, by the names that the row has for them.
+    """
+
+    row: Any
+    files: Mapping[str, StoredFile] = {}
 
 
 class Fingerprint(NamedTuple):
@@ -69,7 +84,6 @@ class Records(ABC):
         path: the source; `pkg:` paths work.
     """
 
-    # places of a kind of source whose records are spans of bytes
     def __init__(self, path: str | os.PathLike):
         self.name, self.path = str(path), resolve_path(path)
         self._file: int | None = None
@@ -90,14 +104,14 @@ class Records(ABC):
             progress: told of the bytes that were looked at.
 
         Yields:
-            int64 `(n, 2)`: start and length of some records (`Place`).
+            int64 `(n, 3)`: places of some records, with the fields of `Place`.
 
         Raises:
             DataError: for a damaged file, with the line or place where the damage is.
         """
 
     @abstractmethod
-    def read(self, index: int, place: Place) -> Any:
+    def read(self, index: int, place: Place) -> Record:
         """The record at a place.
 
         Args:

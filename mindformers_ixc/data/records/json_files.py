@@ -11,12 +11,12 @@ import mmap
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mindformers_ixc.data.paths import cut
-from mindformers_ixc.data.records.base import Place, Progress, Records, check_source
+from mindformers_ixc.data.records.base import Place, Progress, Record, Records, check_source
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import check_encoding, is_json_lines, parse_json
 
@@ -29,18 +29,27 @@ SHOWN = 40
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NEWLINE = ord("\n")
 
+# Bytes of a line above which it is taken to hold something, unseen; what does not is refused when it is read.
+_BLANK = 1000
+
 
 class JsonRecords(Records):
     """Records of a JSON list, or of JSON lines; which of them, the beginning says (`files.is_json_lines`).
 
+    Args:
+        path: the file; `pkg:` paths work.
+        name: what messages call it; by default the path.
+
     Raises:
         FileNotFoundError: when the file is missing.
-        DataError: when it is empty or of another encoding.
+        DataError: when it is of another encoding.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, name: str | None = None):
         super().__init__(path)
-        with open(check_source(path), "rb") as file:
+        check_source(path)
+        self.name = name or self.name
+        with open(self.path, "rb") as file:
             head = file.read(HEAD)
         self._begin = check_encoding(head, self.name)
         self.lines = is_json_lines(head[self._begin:].decode("utf-8", errors="replace"), self.name)
@@ -52,15 +61,17 @@ class JsonRecords(Records):
         with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             yield from self._lines(content, progress) if self.lines else self._list(content, progress)
 
-    def read(self, index: int, place: Place) -> Any:
+    def read(self, index: int, place: Place) -> Record:
         """See `Records.read`."""
-        return parse_json(self.read_bytes(place), self.where(index))
+        name = f"{self.name}, line {place.line}" if place.line else self.where(index)
+        return Record(parse_json(self.read_bytes(place), name))
 
     def _lines(self, content: mmap.mmap, progress: Progress) -> Iterator[np.ndarray]:
         done = 0
         for block in _line_blocks(content, self._begin):
-            progress(int(block[-1].sum()) - done)
-            done = int(block[-1].sum())
+            end = int(block[-1, :2].sum())
+            progress(end - done)
+            done = end
             yield block
         progress(len(content) - done)
 
@@ -73,8 +84,9 @@ class JsonRecords(Records):
                             f"{cut(value)!r}.")
         done = 0
         for block in _list_blocks(self.name, content, first + 1):
-            progress(int(block[-1].sum()) - done)
-            done = int(block[-1].sum())
+            end = int(block[-1, :2].sum())
+            progress(end - done)
+            done = end
             yield block
         progress(len(content) - done)
 
@@ -87,7 +99,7 @@ def _list_blocks(name: str, content: mmap.mmap, at: int) -> Iterator[np.ndarray]
         final = at + len(text) == len(content)
         spans, done, problem = _spans(text, entries == 0)
         if spans:
-            yield np.array(spans, np.int64) + np.array([at, 0])
+            yield np.array([(at + start, length, 0) for start, length in spans], np.int64)
         entries += len(spans)
         if problem is None:
             _check_rest(name, content, at + done)
@@ -195,7 +207,7 @@ def _line(content: mmap.mmap, place: int) -> int:
 
 def _line_blocks(content: mmap.mmap, at: int) -> Iterator[np.ndarray]:
     """Places of the lines that hold something."""
-    size = WINDOW
+    size, before = WINDOW, 0
     while at < len(content):
         window = content[at:at + size]
         ends = np.flatnonzero(np.frombuffer(window, np.uint8) == _NEWLINE)
@@ -206,7 +218,7 @@ def _line_blocks(content: mmap.mmap, at: int) -> Iterator[np.ndarray]:
             continue
         starts = np.concatenate([[0], ends[:-1] + 1])
         held = [place for place, (start, end) in enumerate(zip(starts.tolist(), ends.tolist()))
-                if end - start > 1000 or window[start:end].strip()]
+                if end - start > _BLANK or window[start:end].strip()]
         if held:
-            yield np.stack([starts[held] + at, (ends - starts)[held]], 1)
-        at, size = at + int(ends[-1]) + 1, WINDOW
+            yield np.stack([starts[held] + at, (ends - starts)[held], np.array(held) + before + 1], 1)
+        at, size, before = at + int(ends[-1]) + 1, WINDOW, before + len(ends)
