@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers_ixc.data.conversations import Conversation, load_sources, read_image_sizes
-from mindformers_ixc.data.tables import COLUMNS, TABLE_ENDINGS, is_table
+from mindformers_ixc.data.records.tables import COLUMNS, TABLE_ENDINGS, is_table
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.processor import Processor
 

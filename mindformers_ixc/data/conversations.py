@@ -1,27 +1,30 @@
 """Conversation files to checked samples; no pixels are decoded here.
 
-A source is a JSON list or JSON lines, of `{"id", "conversations": [{"from", "value"}, ...], "image"}` as the public
-fine-tuning scripts read them, or in another of the forms of `mindformers_ixc.data.forms`; or a table, see
-`mindformers_ixc.data.tables`. A list file names sources and how many thousand samples to take from each.
+A source is a JSON list, JSON lines, a Parquet file or a tar shard of `{"id", "conversations": [{"from", "value"}, ...],
+"image"}` as the public fine-tuning scripts read them, or in another of the forms of `mindformers_ixc.data.forms`; or a
+table (`mindformers_ixc.data.records`). A list file names sources and how many thousand samples to take from each.
 """
 from __future__ import annotations
 
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mindformers_ixc import terminal
+from mindformers_ixc.data.embedded import held_in
 from mindformers_ixc.data.forms import Form, read_form
 from mindformers_ixc.data.paths import check_root, find_file, search_folders, shown
-from mindformers_ixc.data.tables import is_table, read_table
+from mindformers_ixc.data.records import open_records
+from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError, ImageError, VideoError
-from mindformers_ixc.files import read_json_list, read_text, text_lines
+from mindformers_ixc.files import read_text, text_lines
 from mindformers_ixc.processing.pictures import image_size
+from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.processing.video import board_size, is_video
 from mindformers_ixc.resources import resolve_path
 
@@ -37,6 +40,9 @@ MOST_SAMPLES = 10 ** 9
 # A comment begins its line or follows white space: names may have the sign.
 _COMMENT = re.compile(r"(^|\s)#.*")
 
+# Most records have no files of their own.
+_NO_FILES: Mapping[str, StoredFile] = {}
+
 # Scans below this many samples finish before a progress bar would be read.
 PROGRESS_FROM = 1000
 
@@ -50,7 +56,7 @@ class Conversation:
         index: position in that file.
         id: the file's own id.
         turns: (role, text), user and assistant in turn, after an optional system turn.
-        images: paths in the order of their places.
+        images: paths, or files inside the source, in the order of their places.
         sizes: (width, height) of each image, filled in by the scan.
     """
 
@@ -58,7 +64,7 @@ class Conversation:
     index: int
     id: object
     turns: list[tuple[str, str]]
-    images: list[Path] = field(default_factory=list)
+    images: list[Path | StoredFile] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -67,37 +73,89 @@ class Conversation:
         return f"{self.source}, sample {self.index} (id {shown(self.id)})"
 
 
-def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
-                       caption_prompts: Sequence[str] = CAPTION_PROMPTS, seed: int = 0,
-                       image_root: str | os.PathLike | None = None,
-                       ignore_keys: Sequence[str] = ()) -> list[Conversation]:
-    """Reads one JSON, JSON lines or CSV source and checks its structure.
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How the records of a source become conversations.
 
-    Args:
-        path: the file; `pkg:` paths work.
+    Attributes:
         image_folder: where relative paths of pictures and videos start; by default the source's folder, then the
             working directory.
         caption_prompts: questions for samples that are captions.
         seed: of the choice among them.
         image_root: a folder that every picture and video must lie in, links followed; by default any file may be named.
         ignore_keys: keys of samples and turns that are not read.
+    """
+
+    image_folder: str | os.PathLike | None = None
+    caption_prompts: Sequence[str] = CAPTION_PROMPTS
+    seed: int = 0
+    image_root: str | os.PathLike | None = None
+    ignore_keys: Sequence[str] = ()
+
+
+class ConversationReader:
+    """Reads single conversations of a source.
+
+    Args:
+        path: the source; `pkg:` paths work.
+        options: how.
+
+    Raises:
+        DataError: when the source is not what its name says.
+        FileNotFoundError: when it is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike, options: ReadingOptions):
+        self.name, self.records, self.options = str(path), open_records(path), options
+        self._folders = search_folders(self.records.path, options.image_folder)
+        self._root = check_root(options.image_root)
+
+    def read(self, index: int, place: Place) -> Conversation:
+        """A conversation whose files are found.
+
+        Args:
+            index: its number in the source.
+            place: where it lies.
+
+        Raises:
+            DataError: naming sample and key of what is wrong with it.
+        """
+        record, options = self.records.read(index, place), self.options
+        ask = partial(_prompt, options.caption_prompts, f"{options.seed} {self.name} {index}")
+        form = read_form(record.row, self.records.where(index), options.ignore_keys, ask)
+        return make_conversation(form, self.name, index, record.row.get("id"), self._folders, self._root, record.files)
+
+
+def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
+                       caption_prompts: Sequence[str] = CAPTION_PROMPTS, seed: int = 0,
+                       image_root: str | os.PathLike | None = None,
+                       ignore_keys: Sequence[str] = ()) -> list[Conversation]:
+    """Reads one source, all of it, and checks its structure.
+
+    Args:
+        path: the file; `pkg:` paths work.
+        image_folder: see `ReadingOptions`, as the others.
+        caption_prompts: of `ReadingOptions`.
+        seed: of `ReadingOptions`.
+        image_root: of `ReadingOptions`.
+        ignore_keys: of `ReadingOptions`.
 
     Raises:
         DataError: listing what is wrong with which samples.
         FileNotFoundError: when the file is missing.
     """
-    rows = read_table(path) if is_table(path) else read_json_list(path, "sample")
-    file = resolve_path(path)
-    folders, root = search_folders(file, image_folder), check_root(image_root)
-    samples, errors = [], []
-    for index, row in enumerate(rows):
-        ask = partial(_prompt, caption_prompts, f"{seed} {path} {index}")
-        try:
-            form = read_form(row, f"{path}, sample {index}", ignore_keys, ask)
-            samples.append(make_conversation(form, str(path), index, row.get("id"), folders, root))
-        except DataError as error:
-            errors.append(str(error))
+    reader = ConversationReader(path, ReadingOptions(image_folder, caption_prompts, seed, image_root, ignore_keys))
+    samples, errors, index = list[Conversation](), list[str](), 0
+    for places in reader.records.scan():
+        for place in map(Place._make, places.tolist()):
+            try:
+                samples.append(reader.read(index, place))
+            except DataError as error:
+                errors.append(str(error))
+            index += 1
     raise_errors(errors)
+    if not index:
+        raise DataError(f"{path} must hold a list with at least one sample, found no samples.")
     return samples
 
 
@@ -106,7 +164,7 @@ def _prompt(prompts: Sequence[str], seed: str) -> str:
 
 
 def make_conversation(form: Form, source: str, index: int, identity: object, folders: Sequence[Path],
-                      root: Path | None = None) -> Conversation:
+                      root: Path | None = None, files: Mapping[str, StoredFile] = _NO_FILES) -> Conversation:
     """A sample whose files are found.
 
     Args:
@@ -116,6 +174,7 @@ def make_conversation(form: Form, source: str, index: int, identity: object, fol
         identity: the file's own id.
         folders: of `search_folders`.
         root: of `check_root`.
+        files: that come with the record, by the names it has for them.
 
     Raises:
         DataError: naming sample and key of a picture or video that is missing.
@@ -123,7 +182,11 @@ def make_conversation(form: Form, source: str, index: int, identity: object, fol
     sample = Conversation(source, index, identity, form.turns)
     for file in form.files:
         try:
-            sample.images.append(find_file(file.name, folders, root))
+            if file.name in files:
+                sample.images.append(files[file.name])
+            else:
+                sample.images.append(held_in(file.name, f"{sample.where}, field {file.field}")
+                                     or find_file(file.name, folders, root))
         except FileNotFoundError as error:
             noun = "video" if file.video else "picture"
             raise DataError(f"{sample.where}, field {file.field}: the {noun} {error}.") from error
@@ -217,7 +280,7 @@ def read_image_sizes(samples: Sequence[Conversation], exif: str = "ignore") -> N
     Raises:
         DataError: listing the images that cannot be opened, or whose headers show that they cannot be used.
     """
-    known: dict[Path, tuple[int, int]] = {}
+    known: dict[Path | StoredFile, tuple[int, int]] = {}
     errors = []
     for sample in terminal.current.counted(samples, len(samples), "reading picture sizes", "sample",
                                            disable=len(samples) < PROGRESS_FROM or None):

@@ -1,4 +1,4 @@
-"""JSON files compressed with gzip or zstd: unpacked once, into the user's cache, since no record could be found in them."""
+"""JSON files compressed with gzip or zstd: unpacked once, into the user's cache."""
 from __future__ import annotations
 
 import gzip
@@ -18,7 +18,7 @@ from mindformers_ixc.resources import user_cache_folder
 
 
 def _zstd(path: Path) -> Any:
-    import pyarrow
+    import pyarrow  # noqa: PLC0415 - slow to import, and seldom needed
 
     return pyarrow.input_stream(str(path), compression="zstd")
 

@@ -29,6 +29,9 @@ SHOWN = 40
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NEWLINE = ord("\n")
 
+# What a value is by its first sign.
+_KINDS = {"{": "dict", '"': "str"}
+
 # Bytes of a line above which it is taken to hold something, unseen; what does not is refused when it is read.
 _BLANK = 1000
 
@@ -57,7 +60,7 @@ class JsonRecords(Records):
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
         """See `Records.scan`."""
         if not os.path.getsize(self.path) - self._begin:
-            raise DataError(f"{self.name} is empty; it must hold a JSON list or JSON lines.")
+            raise DataError(f"{self.name} is empty; it must hold a JSON list or JSON lines, with at least one sample.")
         with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             yield from self._lines(content, progress) if self.lines else self._list(content, progress)
 
@@ -79,9 +82,10 @@ class JsonRecords(Records):
         """Places of the entries of a list."""
         first = re.compile(rb"[ \t\r\n]*").match(content, self._begin).end()      # type: ignore[union-attr]
         if content[first:first + 1] != b"[":
-            value = content[first:first + SHOWN].decode("utf-8", errors="replace")
-            raise DataError(f"{self.name} must hold a JSON list or JSON lines, an object each; it begins with "
-                            f"{cut(value)!r}.")
+            value = cut(content[first:first + SHOWN].decode("utf-8", errors="replace"))
+            found = _KINDS.get(value[:1], f"{value!r}" if value else "nothing")
+            raise DataError(f"{self.name} must hold a JSON list with at least one sample, or JSON lines, an object "
+                            f"each; found {found}.")
         done = 0
         for block in _list_blocks(self.name, content, first + 1):
             end = int(block[-1, :2].sum())
@@ -180,11 +184,11 @@ def _near_end(text: str, place: int) -> bool:
 def _error(name: str, content: mmap.mmap, at: int, problem: _Problem, entries: int) -> DataError:
     line = _line(content, at + problem.place)
     if problem.cut_short and problem.between:
-        return DataError(f"{name} ends in line {line}, after its sample {entries}, without the list's closing bracket; "
+        return DataError(f"{name} is not valid JSON: it ends in line {line}, after its sample {entries}, without the list's closing bracket; "
                          "it is cut short, or still being written.")
     if problem.cut_short:
-        return DataError(f"{name} ends in line {_line(content, len(content))}, within its sample {entries}, which "
-                         f"begins in line {_line(content, at + problem.start)}; it is cut short, or still being "
+        return DataError(f"{name} is not valid JSON: it ends in line {_line(content, len(content))}, within its sample "
+                         f"{entries}, which begins in line {_line(content, at + problem.start)}; it is cut short, or still being "
                          "written.")
     return DataError(f"{name}, line {line}: is not valid JSON ({problem.message}), in sample {entries} (counted from "
                      "0).")

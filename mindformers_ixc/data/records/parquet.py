@@ -47,7 +47,7 @@ class ParquetRecords(Records):
     @property
     def _parquet(self) -> Any:
         if self._open is None:
-            import pyarrow.parquet
+            import pyarrow.parquet  # noqa: PLC0415 - slow to import, and seldom needed
 
             try:
                 self._open = pyarrow.parquet.ParquetFile(self.path, memory_map=True)
@@ -82,7 +82,7 @@ class ParquetRecords(Records):
         if number in self._groups:
             self._groups.move_to_end(number)
         else:
-            import pyarrow
+            import pyarrow  # noqa: PLC0415 - slow to import, and seldom needed
 
             try:
                 self._groups[number] = self._parquet.read_row_group(number)
