@@ -45,6 +45,18 @@ def usable_log_folder(folder: Path | None = None) -> tuple[Path, Exception | Non
         return Path(tempfile.mkdtemp(prefix="mindformers_ixc_log_")), error
 
 
+def usable_cache_folder(*parts: str) -> Path:
+    """A place in the user's cache that can be written to, or a temporary folder that every process of the user shares."""
+    for folder in (user_cache_folder(*parts), Path(tempfile.gettempdir(), f"mindformers_ixc_{os.getuid()}", *parts)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except (OSError, RuntimeError):            # RuntimeError: there is no home directory at all
+            continue
+    return Path(tempfile.mkdtemp(prefix="mindformers_ixc_cache_"))
+
+
 def resolve_path(path: str | os.PathLike) -> Path:
     """Resolves `pkg:package/folder/file`; other paths come back as they are (relative to the working directory).
 

@@ -12,12 +12,11 @@ from mindformers_ixc.data.conversations import CAPTION_PROMPTS, load_sources, re
 from mindformers_ixc.data.fitting import check_bad_pictures
 from mindformers_ixc.data.mixture import check_shares, mixture_weights
 from mindformers_ixc.data.packer import Budget, pack
-from mindformers_ixc.data.rows import MAX_BAD_SHARE, make_processor
+from mindformers_ixc.data.rows import MAX_BAD_SHARE, SectionOptions, make_processor, own_tokenizer
 from mindformers_ixc.data.sampling import draw_samples
 from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.operations import Costs, goodput
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
-from mindformers_ixc.processing.tokenizer import Tokenizer
 
 # Samples that budgets are compared on; of more, so many are drawn.
 COMPARED = 8000
@@ -96,12 +95,8 @@ def measure(section: Mapping) -> Needs:
     Raises:
         DataError: for unusable data or a tokenizer of another kind.
     """
-    options = {key: value for key, value in section["tokenizer"].items() if key != "type"}
-    if section["tokenizer"].get("type", "InternLM2Tokenizer") != "InternLM2Tokenizer" or "vocab_file" not in options:
-        raise DataError(f"train_dataset.tokenizer is {dict(section['tokenizer'])!r:.200}; to measure data it must have "
-                        "the type InternLM2Tokenizer and a vocab_file.")
     loader, hd_num = section["data_loader"], section.get("hd_num") or HD_NUM_TRAINING
-    processor = make_processor(_Options(section), Tokenizer(**options))
+    processor = make_processor(SectionOptions(section), own_tokenizer(section))
     samples = load_sources(loader.get("dataset_dir"), loader.get("image_folder"), section.get("seed") or 0,
                            loader.get("caption_prompts") or CAPTION_PROMPTS, loader.get("image_root"),
                            loader.get("ignore_keys") or ())
@@ -119,16 +114,6 @@ def measure(section: Mapping) -> Needs:
     check_bad_pictures(bad, len(samples), MAX_BAD_SHARE if share is None else share)
     table = np.array(rows, np.int32).reshape(-1, 4)
     return Needs(table[:, 0], table[:, 1], table[:, 2], table[:, 3], tuple(names))
-
-
-class _Options:
-    """Keys of a section as attributes, `None` where there are none."""
-
-    def __init__(self, section: Mapping):
-        self._section = section
-
-    def __getattr__(self, name: str) -> Any:
-        return self._section.get(name)
 
 
 def drawn(needs: Needs, mixture: Mapping | None, seed: int = 0, samples: int = COMPARED) -> Needs:

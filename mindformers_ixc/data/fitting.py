@@ -49,9 +49,7 @@ def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_t
     Raises:
         ImageError: for a picture that cannot be partitioned, with sample and file.
     """
-    system = 1 if sample.turns[0][0] == "system" else 0
-    pairs = (len(sample.turns) - system) // 2
-    for count in range(pairs, 0, -1):
+    for count in range(pair_count(sample), 0, -1):
         part = first_pairs(sample, count)
         needed = processor.conversation_length(part.turns, part.sizes, hd_num, sample.where, part.images)
         few = max_images is None or len(part.images) <= max_images
@@ -59,6 +57,11 @@ def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_t
             return count, needed
         shortest = needed
     return 0, shortest
+
+
+def pair_count(sample: Conversation) -> int:
+    """Question-answer pairs of a conversation."""
+    return (len(sample.turns) - (sample.turns[0][0] == "system")) // 2
 
 
 def first_pairs(sample: Conversation, pairs: int) -> Conversation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Union
 
 import numpy as np
@@ -18,7 +18,7 @@ from mindformers_ixc.errors import DataError, ImageError, VideoError
 from mindformers_ixc.processing.image import HD_NUM_SINGLE, HD_NUM_TRAINING
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX
-from mindformers_ixc.processing.tokenizer import SentencePieceText
+from mindformers_ixc.processing.tokenizer import SentencePieceText, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -223,3 +223,32 @@ def make_processor(config: ImageOptions, tokenizer: SentencePieceText) -> Proces
                             hd_num_training=hd_num, training_transform=config.image_transform or "training",
                             transparency=config.transparency or "white", exif=config.exif or "ignore")
     return Processor(images, tokenizer, bool(config.control_tokens))
+
+
+def own_tokenizer(section: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a `train_dataset` section, without MindFormers.
+
+    Raises:
+        DataError: when it is one of another kind.
+    """
+    options = {key: value for key, value in section["tokenizer"].items() if key != "type"}
+    if not has_own_tokenizer(section):
+        raise DataError(f"train_dataset.tokenizer is {dict(section['tokenizer'])!r:.200}; to measure data it must have "
+                        "the type InternLM2Tokenizer and a vocab_file.")
+    return Tokenizer(**options)
+
+
+def has_own_tokenizer(section: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer of a section is made without MindFormers."""
+    tokenizer = section["tokenizer"]
+    return tokenizer.get("type", "InternLM2Tokenizer") == "InternLM2Tokenizer" and "vocab_file" in tokenizer
+
+
+class SectionOptions:
+    """Keys of a section as attributes, `None` where there are none: `ImageOptions` of a plain mapping."""
+
+    def __init__(self, section: Mapping[str, Any]):
+        self._section = section
+
+    def __getattr__(self, name: str) -> Any:
+        return self._section.get(name)

@@ -1,0 +1,270 @@
+"""Builds the index of a source, by all cores; what was measured before an interruption is kept."""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import selectors
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindformers_ixc import terminal
+from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, raise_errors
+from mindformers_ixc.data.index.measuring import Measured, Measurer, file_state
+from mindformers_ixc.data.index.store import (
+    VERSION,
+    Description,
+    SourceIndex,
+    blocks,
+    load_part,
+    save_part,
+    write_index,
+)
+from mindformers_ixc.data.paths import cut
+from mindformers_ixc.data.records.base import fingerprint
+from mindformers_ixc.errors import DataError
+from mindformers_ixc.files import whole_file, write_whole
+from mindformers_ixc.processing.processor import Processor
+from mindformers_ixc.resources import usable_cache_folder
+
+logger = logging.getLogger(__name__)
+
+# Samples that are measured, and kept, together.
+PART = 4096
+
+# Of a folder that is being filled: places of all samples; what the workers are to do.
+SCAN, JOB = "scan.npy", "job.json"
+
+# Samples below which starting other processes takes longer than it saves.
+FEW = 8192
+
+# Pictures whose files are looked at again whenever an index is opened; of more, a change is found when one is read.
+CHECKED_PICTURES = 20000
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What the needs of samples depend on.
+
+    Attributes:
+        section: keys of the YAML's `train_dataset` that say what a processor does, with its tokenizer.
+        processor: made of them.
+        hd_num: tiles of a picture at most.
+        own: whether the tokenizer is this package's, so that other processes can make it without MindFormers.
+    """
+
+    section: Mapping[str, Any]
+    processor: Processor
+    hd_num: int
+    own: bool
+
+
+def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measures,
+               folder: str | os.PathLike | None = None) -> SourceIndex:
+    """The index of a source, built if it is not there, or the source has changed.
+
+    Args:
+        path: the source; `pkg:` paths work.
+        options: how its records are read.
+        measures: how its samples are measured.
+        folder: where indices lie; by default in the user's cache.
+
+    Raises:
+        DataError: for a source that cannot be used: listing what is wrong with which samples.
+        FileNotFoundError: when it is missing.
+        OSError: when the folder cannot be written.
+    """
+    reader = ConversationReader(path, options)
+    state = fingerprint(reader.records.path)
+    key = _key(VERSION, asdict(options), {**measures.section, "hd_num": measures.hd_num}, state.ends, state.size,
+               state.time)
+    root = Path(folder) if folder else usable_cache_folder("index")
+    place = root / f"{cut(reader.records.path.name)}-{_key(str(reader.records.path.resolve()))}"
+    target = place / key
+    place.mkdir(parents=True, exist_ok=True)
+    with _locked(place / f"{key}.lock", reader.name):
+        if not _is_current(target):
+            builder = _Builder(reader, measures, place / f"{key}.building")
+            builder.build(Description(VERSION, reader.name, 0, key, list(state), [], []))
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(builder.folder, target)
+            _remove_outdated(place, list(state))
+    return SourceIndex(target)
+
+
+def _key(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Holds a lock, so that of all processes that want an index one builds it."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with terminal.current.doing(f"waiting for the index of {name}, which another process builds"):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _is_current(folder: Path) -> bool:
+    """Whether an index is there and what it says of pictures, as far as it is checked, still holds."""
+    if not folder.is_dir():
+        return False
+    try:
+        index = SourceIndex(folder)
+    except DataError as error:
+        logger.warning(f"{error}")
+        return False
+    for path, *state in index.description.files:
+        try:
+            if list(file_state(path)) != state:
+                return False
+        except OSError:      # the sentence about it comes when the index is built anew
+            return False
+    return True
+
+
+def _remove_outdated(place: Path, state: list) -> None:
+    """Removes indices of the same source as it was before."""
+    for folder in place.iterdir():
+        if folder.is_dir() and folder.suffix != ".building":
+            with contextlib.suppress(DataError):
+                if SourceIndex(folder).description.fingerprint == state:
+                    continue
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Builder:
+    """Builds one index.
+
+    Args:
+        reader: of the source.
+        measures: how samples are measured.
+        folder: for what is not finished; left by an interrupted one, it is gone on from.
+    """
+
+    def __init__(self, reader: ConversationReader, measures: Measures, folder: Path):
+        self.reader, self.measures, self.folder, self.parts = reader, measures, folder, folder / "parts"
+
+    def build(self, description: Description) -> None:
+        """Fills the folder.
+
+        Raises:
+            DataError: see `open_index`.
+        """
+        self.parts.mkdir(parents=True, exist_ok=True)
+        places = self._scan()
+        if not len(places):
+            raise DataError(f"{self.reader.name} must hold a list with at least one sample, found no samples.")
+        count = -(-len(places) // PART)
+        missing = [number for number in range(count) if not self._part(number).exists()]
+        with terminal.current.counting(len(places), f"indexing {self.reader.records.path.name}", "sample",
+                                       disable=len(places) < FEW or None) as bar:
+            bar.update(PART * (count - len(missing)))
+            if len(missing) * PART > FEW and self.measures.own:
+                self._measure_by_workers(missing, bar.update)
+            else:
+                measure_parts(self.reader, self.measures, places, missing, self.parts, bar.update)
+        unusable, errors, files = list[list](), list[str](), dict[str, list]()
+        for part in self._measured(count):
+            unusable += [list(entry) for entry in part.unusable]
+            errors += [sentence for _, sentence in part.errors]
+            if len(files) <= CHECKED_PICTURES:
+                files.update({path: [path, *state] for path, *state in part.files})
+        if errors:
+            shutil.rmtree(self.folder, ignore_errors=True)       # what is wrong may lie in other files than the source
+            raise_errors(errors)
+        checked = list(files.values()) if len(files) <= CHECKED_PICTURES else []
+        write_index(self.folder, replace(description, samples=len(places), unusable=unusable, files=checked),
+                    blocks(places, PART), self._measured(count))
+        shutil.rmtree(self.parts)
+        (self.folder / SCAN).unlink()
+
+    def _measured(self, count: int) -> Iterator[Measured]:
+        return (load_part(self._part(number)) for number in range(count))
+
+    def _part(self, number: int) -> Path:
+        return self.parts / f"{number:06d}.npz"
+
+    def _scan(self) -> np.ndarray:
+        """Places of all samples."""
+        file = self.folder / SCAN
+        if not file.exists():
+            size = os.path.getsize(self.reader.records.path)
+            with terminal.current.counting(size, f"looking through {self.reader.records.path.name}", "B",
+                                           disable=size < 1 << 26 or None, unit_scale=True) as bar:
+                found = list(self.reader.records.scan(bar.update))
+            with whole_file(file) as target:
+                np.save(target, np.concatenate(found) if found else np.zeros((0, 3), np.int64))
+        return np.load(file)
+
+    def _measure_by_workers(self, missing: list[int], progress: Callable[[int], object]) -> None:
+        """Lets as many processes as there are cores measure the parts that are missing."""
+        job = {"source": self.reader.name, "options": asdict(self.reader.options),
+               "section": dict(self.measures.section), "hd_num": self.measures.hd_num, "missing": missing}
+        write_whole(self.folder / JOB, json.dumps(job, default=str))
+        count = min(len(missing), len(os.sched_getaffinity(0)))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        workers = [subprocess.Popen([sys.executable, "-m", "mindformers_ixc.data.index.worker", str(self.folder),
+                                     str(number), str(count)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                    text=True, env=environment) for number in range(count)]
+        try:
+            _follow(workers, progress)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.wait()
+        (self.folder / JOB).unlink()
+
+
+def _follow(workers: list[subprocess.Popen], progress: Callable[[int], object]) -> None:
+    """Passes on how many samples the workers have measured, until all have ended well.
+
+    Raises:
+        DataError: when one has not, with its last line.
+    """
+    with selectors.DefaultSelector() as waiting:
+        for worker in workers:
+            waiting.register(worker.stdout, selectors.EVENT_READ, worker)
+        while waiting.get_map():
+            for entry, _ in waiting.select():
+                line = entry.fileobj.readline()
+                if line:
+                    progress(int(line))
+                    continue
+                waiting.unregister(entry.fileobj)
+                if entry.data.wait():
+                    last = (entry.data.stderr.read().strip().splitlines() or ["it was killed"])[-1]
+                    raise DataError(f"A process that measures samples has ended: {last}. Start again; what was "
+                                    "measured is kept.")
+
+
+def measure_parts(reader: ConversationReader, measures: Measures, places: np.ndarray, numbers: list[int],
+                  folder: Path, progress: Callable[[int], object]) -> None:
+    """Measures parts of a source, and writes each when it is done.
+
+    Args:
+        reader: of the source.
+        measures: how.
+        places: of all samples.
+        numbers: of the parts.
+        folder: for them.
+        progress: told of the samples that were measured.
+    """
+    measurer = Measurer(reader, measures.processor, measures.hd_num)
+    for number in numbers:
+        part = places[number * PART:(number + 1) * PART]
+        save_part(folder / f"{number:06d}.npz", measurer.measure(part, number * PART))
+        progress(len(part))
