@@ -46,7 +46,7 @@ def usable_log_folder(folder: Path | None = None) -> tuple[Path, Exception | Non
 
 
 def usable_cache_folder(*parts: str) -> Path:
-    """A place in the user's cache that can be written to, or a temporary folder that every process of the user shares."""
+    """A place in the user's cache that can be written to, else in the temporary folder that all runs share."""
     for folder in (user_cache_folder(*parts), Path(tempfile.gettempdir(), f"mindformers_ixc_{os.getuid()}", *parts)):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from mindformers_ixc.data.mixture import check_shares, mixture_weights
 from mindformers_ixc.data.packer import Budget, pack
 from mindformers_ixc.data.rows import MAX_BAD_SHARE, SectionOptions, make_processor, own_tokenizer
 from mindformers_ixc.data.sampling import draw_samples
-from mindformers_ixc.errors import DataError, ImageError
+from mindformers_ixc.errors import ImageError
 from mindformers_ixc.operations import Costs, goodput
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 

@@ -219,18 +219,34 @@ def load_sources(dataset_dir: str | os.PathLike | Sequence[str] | None, image_fo
     """
     options: Any = {"seed": seed, "caption_prompts": caption_prompts, "image_root": image_root,
                     "ignore_keys": ignore_keys}
+    samples = []
+    for path, count in list_sources(dataset_dir):
+        source = load_conversations(path, image_folder, **options)
+        samples += source if count is None else resample(source, count, random.Random(choice_seed(seed, path)))
+    return samples
+
+
+def list_sources(dataset_dir: str | os.PathLike | Sequence[str] | None) -> list[tuple[str | Path, int | None]]:
+    """Sources that `dataset_dir` names, and how many samples are taken of each; `None`: all, once.
+
+    Raises:
+        DataError: when it names none, or a list file is wrong.
+        FileNotFoundError: for a missing list file.
+    """
     if isinstance(dataset_dir, (list, tuple)) and dataset_dir:
-        return [sample for path in dataset_dir for sample in load_sources(path, image_folder, **options)]
+        return [source for path in dataset_dir for source in list_sources(path)]
     if not isinstance(dataset_dir, (str, os.PathLike)) or not str(dataset_dir):
         found = f"has the entry {shown(dataset_dir)}" if dataset_dir else "is empty"
-        raise DataError(f"train_dataset.data_loader.dataset_dir {found}; name a .json, .jsonl, .csv or .txt file.")
-    if not str(dataset_dir).endswith(".txt"):
-        return load_conversations(dataset_dir, image_folder, **options)
-    samples = []
-    for path, count in read_list_file(dataset_dir):
-        source = load_conversations(path, image_folder, **options)
-        samples += resample(source, count, random.Random(f"{seed} {path}"))
-    return samples
+        raise DataError(f"train_dataset.data_loader.dataset_dir {found}; name a .json, .jsonl, .csv, .parquet, .tar or "
+                        ".txt file.")
+    if str(dataset_dir).endswith(".txt"):
+        return list(read_list_file(dataset_dir))
+    return [(dataset_dir if isinstance(dataset_dir, Path) else str(dataset_dir), None)]
+
+
+def choice_seed(seed: int, path: str | os.PathLike) -> str:
+    """Seed of the choice among the samples of a source of a list file."""
+    return f"{seed} {path}"
 
 
 def read_list_file(path: str | os.PathLike) -> list[tuple[Path, int]]:

@@ -17,7 +17,7 @@ from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS, REFERENCE_
 from mindformers_ixc.data.conversations import Conversation, make_conversation, raise_errors
 from mindformers_ixc.data.forms import open_sample, read_pair
 from mindformers_ixc.data.paths import check_root, search_folders, shown
-from mindformers_ixc.data.rows import ConversationTable
+from mindformers_ixc.data.rows import ConversationTable, ListedSamples
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_json_list
 from mindformers_ixc.processing.processor import Processor
@@ -37,20 +37,20 @@ class PreferenceTable(ConversationTable):
 
     def __init__(self, processor: Processor, chosen: Sequence[Conversation], rejected: Sequence[Conversation],
                  logps: Sequence[tuple[float, float] | None], **options: Any):
-        super().__init__(processor, chosen, **options)
-        self.rejected, self.logps = list(rejected), list(logps)
+        super().__init__(processor, ListedSamples(chosen), **options)
+        self.chosen, self.rejected, self.logps = list(chosen), list(rejected), list(logps)
 
     @property
     def needs(self) -> np.ndarray:
         """Positions of either answer's sequence and the tiles that both look at, int `(n, 3)`."""
         if self._needs is None:
             sides = [(self._measure(chosen), self._measure(rejected))
-                     for chosen, rejected in zip(self.samples, self.rejected)]
+                     for chosen, rejected in zip(self.chosen, self.rejected)]
             self._needs = np.array([(chosen[0], *rejected) for chosen, rejected in sides], np.int32).reshape(-1, 3)
         return self._needs
 
     def _encode(self, index: int) -> dict[str, np.ndarray]:
-        pair = (self.samples[index], self.rejected[index])
+        pair = (self.chosen[index], self.rejected[index])
         encoded_images = self.processor.image_processor.cut(list(pair[0].images), self.hd_num, training=True,
                                                             where=pair[0].where)
         padded = []

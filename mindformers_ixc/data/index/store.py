@@ -77,7 +77,7 @@ class SourceIndex:
             fields = read_json(folder / DESCRIPTION)
             self.description = Description(**fields)
             for name in COLUMNS:
-                setattr(self, name, _mapped(folder / f"{name}.npy"))
+                setattr(self, name, mapped(folder / f"{name}.npy", *COLUMNS[name]))
             self._check()
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"The index {folder} is damaged ({error}); remove the folder, and it is built anew.") \
@@ -100,10 +100,20 @@ class SourceIndex:
         return self       # MindSpore copies what it reads from; this does not change
 
 
-def _mapped(path: Path) -> np.ndarray:
+def mapped(path: Path, dtype: Any, width: int) -> np.ndarray:
+    """A column of an index, mapped into memory.
+
+    Args:
+        path: of the column.
+        dtype: it must have.
+        width: numbers a row; 0 for a plain list.
+
+    Raises:
+        ValueError: when it is something else.
+        OSError: when it cannot be read.
+    """
     # a file without rows cannot be mapped
     column = np.load(path, mmap_mode="r" if path.stat().st_size > _HEADER else None)
-    dtype, width = COLUMNS[path.stem]
     if column.dtype != dtype or column.shape[1:] != ((width,) if width else ()):
         raise ValueError(f"{path.name} has the type {column.dtype} {column.shape}")
     return column
@@ -123,7 +133,7 @@ def write_index(folder: Path, description: Description, places: Iterable[np.ndar
         places: of all samples, in order.
         parts: of all samples, in order.
     """
-    writers = {name: _ColumnWriter(folder / f"{name}.npy", *COLUMNS[name]) for name in COLUMNS}
+    writers = {name: ColumnWriter(folder / f"{name}.npy", *COLUMNS[name]) for name in COLUMNS}
     for block in places:
         writers["places"].add(block)
     pictures = pairs = 0
@@ -141,8 +151,14 @@ def write_index(folder: Path, description: Description, places: Iterable[np.ndar
     write_whole(folder / DESCRIPTION, json.dumps(asdict(description)), sync=True)
 
 
-class _ColumnWriter:
-    """A column that grows on disk; its header, which says how long it is, is written last."""
+class ColumnWriter:
+    """A column that grows on disk; its header, which says how long it is, is written last.
+
+    Args:
+        path: of the column, a `.npy` file.
+        dtype: of its numbers.
+        width: numbers a row; 0 for a plain list.
+    """
 
     def __init__(self, path: Path, dtype: Any, width: int):
         self.path, self.dtype, self.width, self.rows = path, np.dtype(dtype), width, 0
@@ -150,10 +166,12 @@ class _ColumnWriter:
         self._file.write(b"\0" * _HEADER)
 
     def add(self, rows: np.ndarray) -> None:
+        """Appends rows."""
         self._file.write(np.ascontiguousarray(rows, self.dtype).tobytes())
         self.rows += len(rows)
 
     def close(self) -> None:
+        """Ends the column; all of it is on the disk then."""
         shape = (self.rows, self.width) if self.width else (self.rows,)
         header = repr({"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape})
         content = b"\x93NUMPY\x01\x00" + (_HEADER - 10).to_bytes(2, "little") + \

@@ -184,12 +184,12 @@ def _near_end(text: str, place: int) -> bool:
 def _error(name: str, content: mmap.mmap, at: int, problem: _Problem, entries: int) -> DataError:
     line = _line(content, at + problem.place)
     if problem.cut_short and problem.between:
-        return DataError(f"{name} is not valid JSON: it ends in line {line}, after its sample {entries}, without the list's closing bracket; "
-                         "it is cut short, or still being written.")
+        return DataError(f"{name} is not valid JSON: it ends in line {line}, after its sample {entries}, without the "
+                         "list's closing bracket; it is cut short, or still being written.")
     if problem.cut_short:
         return DataError(f"{name} is not valid JSON: it ends in line {_line(content, len(content))}, within its sample "
-                         f"{entries}, which begins in line {_line(content, at + problem.start)}; it is cut short, or still being "
-                         "written.")
+                         f"{entries}, which begins in line {_line(content, at + problem.start)}; it is cut short, or "
+                         "still being written.")
     return DataError(f"{name}, line {line}: is not valid JSON ({problem.message}), in sample {entries} (counted from "
                      "0).")
 
