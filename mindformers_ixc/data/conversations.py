@@ -219,7 +219,7 @@ def load_sources(dataset_dir: str | os.PathLike | Sequence[str] | None, image_fo
     """
     options: Any = {"seed": seed, "caption_prompts": caption_prompts, "image_root": image_root,
                     "ignore_keys": ignore_keys}
-    samples = []
+    samples = list[Conversation]()
     for path, count in list_sources(dataset_dir):
         source = load_conversations(path, image_folder, **options)
         samples += source if count is None else resample(source, count, random.Random(choice_seed(seed, path)))

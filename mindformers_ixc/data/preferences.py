@@ -17,7 +17,7 @@ from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS, REFERENCE_
 from mindformers_ixc.data.conversations import Conversation, make_conversation, raise_errors
 from mindformers_ixc.data.forms import open_sample, read_pair
 from mindformers_ixc.data.paths import check_root, search_folders, shown
-from mindformers_ixc.data.rows import ConversationTable, ListedSamples
+from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_json_list
 from mindformers_ixc.processing.processor import Processor
@@ -37,7 +37,7 @@ class PreferenceTable(ConversationTable):
 
     def __init__(self, processor: Processor, chosen: Sequence[Conversation], rejected: Sequence[Conversation],
                  logps: Sequence[tuple[float, float] | None], **options: Any):
-        super().__init__(processor, ListedSamples(chosen), **options)
+        super().__init__(processor, list(chosen), **options)
         self.chosen, self.rejected, self.logps = list(chosen), list(rejected), list(logps)
 
     @property

@@ -123,15 +123,16 @@ class ConversationTable:
         DataError: for a sample with more pictures.
     """
 
-    def __init__(self, processor: Processor, samples: Samples, seq_length: int, max_tiles: int,
+    def __init__(self, processor: Processor, samples: Samples | list[Conversation], seq_length: int, max_tiles: int,
                  hd_num: int, max_bad_share: float = MAX_BAD_SHARE, needs: np.ndarray | None = None,
                  columns: Sequence[str] = BATCH_COLUMNS, seed: int = 0, max_images: int | None = None,
                  max_segments: int | None = None, plan: RunPlan | None = None):
-        self.processor, self.samples = processor, samples
+        self.processor = processor
+        self.samples: Samples = ListedSamples(samples) if isinstance(samples, list) else samples
         self.seq_length, self.max_tiles, self.hd_num = seq_length, max_tiles, hd_num
         self.max_images, self.max_segments = max_images or default_max_images(max_tiles), max_segments
         self.max_bad_share, self.columns, self.seed, self.plan = max_bad_share, tuple(columns), seed, plan
-        self.source_names = samples.names
+        self.source_names = self.samples.names
         self._needs = needs
         self._bad = SharedFlags(len(self.samples))
         check_images(self.samples, self.max_images)

@@ -171,12 +171,13 @@ class RunPlan:
         batch_rows: rows of a global batch; `epoch_rows` is a multiple of them.
         mean_samples: samples of a row on average.
         check: checks that so many epochs can be made; by default all can.
+        note: what there is to say about it.
     """
 
     def __init__(self, make: Callable[[int], Rows], epoch_rows: int, batch_rows: int, mean_samples: float = 1.0,
-                 check: Callable[[int], None] = lambda epochs: None):
+                 check: Callable[[int], None] = lambda epochs: None, note: str = ""):
         self._make, self.epoch_rows, self.batch_rows, self.mean_samples = make, epoch_rows, batch_rows, mean_samples
-        self.check = check
+        self.check, self.note = check, note
         self._known: dict[int, Rows] = {}
 
     def __deepcopy__(self, memo: dict) -> RunPlan:

@@ -15,7 +15,8 @@ from mindspore.dataset import GeneratorDataset, Sampler
 from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN
 from mindformers_ixc.data.conversations import read_image_sizes
 from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, fit_pairs
-from mindformers_ixc.data.index.building import Measures
+from mindformers_ixc.data.index.building import Measures, index_folder
+from mindformers_ixc.data.index.plans import saved
 from mindformers_ixc.data.index.samples import IndexedSource, make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.mixture import Planner, make_planner
@@ -60,6 +61,8 @@ def batched(cls, table: ConversationTable, planner: Planner, config: MindFormerC
     rank, ranks = cls._generate_shard_info()
     shard = (0, 1) if ranks is None else (rank, ranks)
     table.plan = planner(config.batch_size * shard[1])
+    if table.plan.note:
+        logger.info(table.plan.note)
     sampler = MindSporeSampler(table.plan, config.batch_size, shard, (config.seq_length, config.max_tiles))
     workers, cores = config.num_parallel_workers or 1, os.cpu_count() or 1
     if workers > cores:      # MindSpore takes no more
@@ -149,8 +152,9 @@ def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, Pl
     packing = None
     if config.packing:
         packing = Packing(samples.needs[:, 0], samples.needs[:, 1], samples.images, samples.name_numbers, budget)
-    return table, make_planner(samples.name_numbers, multimodal, samples.names, mixture, seed, loader.shuffle,
-                               config.get("drop_remainder", True), packing)
+    settings = (mixture, seed, loader.shuffle, bool(config.get("drop_remainder", True)))
+    planner = make_planner(samples.name_numbers, multimodal, samples.names, *settings, packing)
+    return table, saved(planner, index_folder(loader.index_dir), samples.folder.name, bool(packing), budget, *settings)
 
 
 @MindFormerRegister.register(MindFormerModuleType.DATASET)

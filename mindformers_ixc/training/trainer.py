@@ -106,9 +106,8 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
         lines += [f"Of it, {', '.join(parts)} alone are in {folder}/trained_parts; put them on any checkpoint with",
                   f"    mindformers merge BASE TARGET --attach {folder}/trained_parts"]
     image, question = "PICTURE", "QUESTION"
-    single = np.flatnonzero(table.samples.images == 1) if table else []
-    if len(single):
-        sample = table.samples[int(single[0])]
+    if table is not None and (table.samples.images == 1).any():
+        sample = table.samples[int(np.argmax(table.samples.images == 1))]
         image = str(sample.images[0])
         question = next(text for role, text in sample.turns if role == "user")
     lines += [f"The trained model is in {folder / 'model'}. Ask it about a picture:",

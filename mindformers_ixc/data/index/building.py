@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -86,13 +86,12 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
     """
     reader = ConversationReader(path, options)
     state = fingerprint(reader.records.path)
-    key = _key(VERSION, asdict(options), {**measures.section, "hd_num": measures.hd_num}, state.ends, state.size,
+    key = key_of(VERSION, asdict(options), {**measures.section, "hd_num": measures.hd_num}, state.ends, state.size,
                state.time)
-    root = Path(folder) if folder else usable_cache_folder("index")
-    place = root / f"{cut(reader.records.path.name)}-{_key(str(reader.records.path.resolve()))}"
+    place = index_folder(folder) / f"{cut(reader.records.path.name)}-{key_of(str(reader.records.path.resolve()))}"
     target = place / key
     place.mkdir(parents=True, exist_ok=True)
-    with _locked(place / f"{key}.lock", reader.name):
+    with locked(place / f"{key}.lock", f"waiting for the index of {reader.name}, which another process builds"):
         if not _is_current(target):
             builder = _Builder(reader, measures, place / f"{key}.building")
             builder.build(Description(VERSION, reader.name, 0, key, list(state), [], []))
@@ -102,18 +101,29 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
     return SourceIndex(target)
 
 
-def _key(*values: object) -> str:
+def index_folder(folder: str | os.PathLike | None = None) -> Path:
+    """Where indices lie: the folder that is given, or a place in the user's cache."""
+    return Path(folder) if folder else usable_cache_folder("index")
+
+
+def key_of(*values: object) -> str:
+    """A name that follows from values, of 24 hexadecimal signs."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 @contextlib.contextmanager
-def _locked(path: Path, name: str) -> Iterator[None]:
-    """Holds a lock, so that of all processes that want an index one builds it."""
+def locked(path: Path, waiting: str) -> Iterator[None]:
+    """Holds a lock, so that of all processes that want the same thing one makes it.
+
+    Args:
+        path: of the lock's file.
+        waiting: what the terminal says as long as another process holds it.
+    """
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with terminal.current.doing(f"waiting for the index of {name}, which another process builds"):
+            with terminal.current.doing(waiting):
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -237,18 +247,24 @@ def _follow(workers: list[subprocess.Popen], progress: Callable[[int], object]) 
     """
     with selectors.DefaultSelector() as waiting:
         for worker in workers:
-            waiting.register(worker.stdout, selectors.EVENT_READ, worker)
+            waiting.register(_output(worker), selectors.EVENT_READ, worker)
         while waiting.get_map():
             for entry, _ in waiting.select():
-                line = entry.fileobj.readline()
+                worker = entry.data
+                line = _output(worker).readline()
                 if line:
                     progress(int(line))
                     continue
-                waiting.unregister(entry.fileobj)
-                if entry.data.wait():
-                    last = (entry.data.stderr.read().strip().splitlines() or ["it was killed"])[-1]
+                waiting.unregister(_output(worker))
+                if worker.wait():
+                    last = (worker.stderr.read().strip().splitlines() or ["it was killed"])[-1]
                     raise DataError(f"A process that measures samples has ended: {last}. Start again; what was "
                                     "measured is kept.")
+
+
+def _output(worker: subprocess.Popen) -> IO[str]:
+    assert worker.stdout is not None      # it was started with a pipe
+    return worker.stdout
 
 
 def measure_parts(reader: ConversationReader, measures: Measures, places: np.ndarray, numbers: list[int],

@@ -1,8 +1,6 @@
 """The samples of a run: those of the indices of its sources that fit the rows, and how much of each."""
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -11,20 +9,22 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from mindformers_ixc.data.conversations import Conversation, ConversationReader, resample
 from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, first_pairs
+from mindformers_ixc.data.index.building import index_folder, key_of, locked
 from mindformers_ixc.data.index.measuring import as_sizes
 from mindformers_ixc.data.index.store import ColumnWriter, SourceIndex, mapped
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.files import read_json, whole_folder, write_whole
-from mindformers_ixc.resources import usable_cache_folder
 
 logger = logging.getLogger(__name__)
+
+# Changes whenever the columns, or what makes them, do.
+VERSION = 1
 
 # Samples that are looked at together.
 BLOCK = 1 << 18
@@ -37,27 +37,28 @@ COLUMNS = {"source": (np.uint16, 0), "sample": (np.int32, 0), "pairs": (np.int32
 SUMMARY = "samples.json"
 
 
-class IndexedSource(NamedTuple):
+@dataclass(frozen=True)
+class IndexedSource:
     """A source of a run.
 
     Attributes:
         index: what is known of its samples.
         reader: reads them.
-        count: samples of an epoch, by a list file; `None`: all, once.
+        drawn: samples of an epoch, by a list file; `None`: all, once.
         seed: of the choice among them.
     """
 
     index: SourceIndex
     reader: ConversationReader
-    count: int | None = None
+    drawn: int | None = None
     seed: str = ""
 
     def entries(self) -> np.ndarray:
         """Numbers of the samples of an epoch, int32."""
-        if self.count is None:
+        if self.drawn is None:
             return np.arange(len(self.index), dtype=np.int32)
-        return np.fromiter(resample(range(len(self.index)), self.count, random.Random(self.seed)), np.int32,
-                           self.count)
+        numbers = resample(range(len(self.index)), self.drawn, random.Random(self.seed))
+        return np.fromiter(numbers, np.int32, self.drawn)
 
 
 class SampleSet:
@@ -162,12 +163,10 @@ def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share
     Raises:
         DataError: when nothing fits, or too many pictures cannot be used.
     """
-    keys = [(source.index.description.key, source.count, source.seed if source.count else "") for source in sources]
-    key = hashlib.sha256(json.dumps([1, keys, asdict(shapes)]).encode()).hexdigest()[:24]
-    target = (Path(folder) if folder else usable_cache_folder("index")) / "samples" / key
+    keys = [(source.index.description.key, source.drawn, source.seed if source.drawn else "") for source in sources]
+    target = index_folder(folder) / "samples" / key_of(VERSION, keys, asdict(shapes))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(target.with_suffix(".lock"), "waiting for another process that fits the samples"):
         if not (target / SUMMARY).exists():
             shutil.rmtree(target, ignore_errors=True)
             with whole_folder(target) as part:

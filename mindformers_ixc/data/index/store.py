@@ -201,8 +201,9 @@ def load_part(path: Path) -> Measured:
         ValueError: when the file is damaged.
     """
     with np.load(path, allow_pickle=False) as held:
-        return Measured(**{name: [tuple(entry) for entry in json.loads(held[name].tobytes())] if name in _TEXTS
-                           else held[name] for name in Measured._fields})
+        fields: dict[str, Any] = {name: [tuple(entry) for entry in json.loads(held[name].tobytes())]
+                                  if name in _TEXTS else held[name] for name in Measured._fields}
+        return Measured(**fields)
 
 
 def blocks(column: np.ndarray, rows: int) -> Iterator[np.ndarray]:

@@ -71,7 +71,7 @@ class TarRecords(Records):
         try:
             with tarfile.open(self.path, "r:", errorlevel=2) as archive:
                 for member in archive:
-                    archive.members = []           # type: ignore[assignment]    # it would keep them all
+                    archive.members = []      # type: ignore[attr-defined]    # it would keep them all
                     name, last = member.name, member.offset_data + -(-member.size // BLOCK_BYTES) * BLOCK_BYTES
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError("unexpected end of data")
