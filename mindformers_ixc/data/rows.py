@@ -216,6 +216,9 @@ class ConversationTable:
         """
         sample = self.samples[index]
         encoded = self.processor.encode_conversation(sample.turns, sample.images, sample.where, self.hd_num)
+        if self._needs is not None and (len(encoded.input_ids), encoded.tiles) != tuple(self._needs[index].tolist()):
+            raise ImageError(f"{sample.where}: its pictures have other sizes than when the data were measured; it "
+                             f"takes {len(encoded.input_ids)} positions and {encoded.tiles} tiles now.")
         if not (encoded.labels[1:] != IGNORE_INDEX).any():       # nothing predicts the first one
             raise DataError(f"{self.describe(index)}: nothing in it carries loss; its answers are empty.")
         return encoded

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from indexed import fit_samples
 from mindformers.dataset.build_dataset import build_dataset
 from mindformers.tools.register import MindFormerConfig
 from PIL import Image
@@ -12,7 +13,6 @@ from PIL import Image
 import mindformers_ixc  # noqa: F401
 from mindformers_ixc.data.batch import BATCH_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.conversations import Conversation
-from mindformers_ixc.data.fitting import fit_samples
 from mindformers_ixc.data.packer import Rows
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.data.sampling import RunPlan
@@ -89,7 +89,7 @@ def test_long_conversations_are_cut_between_pairs():
     whole = PROCESSOR.conversation_length(sample.turns, sample.sizes, 1)
     for length in range(30, whole[0] + 1, 5):
         try:
-            part = fit_samples(PROCESSOR, [sample], length, 9, 1)[0].sample
+            part = fit_samples(PROCESSOR, [sample], length, 9, 1)[0]
         except DataError:
             continue
         assert len(part.turns) % 2 == 0
@@ -103,7 +103,7 @@ def test_long_conversations_are_cut_between_pairs():
 
 
 def test_tiles_cut_too():
-    assert len(fit_samples(PROCESSOR, [conversation(4, images=4)], 500, 4, 1)[0].sample.images) == 2
+    assert len(fit_samples(PROCESSOR, [conversation(4, images=4)], 500, 4, 1)[0].images) == 2
 
 
 def test_when_nothing_fits_the_length_that_would_is_said():
@@ -229,7 +229,7 @@ def test_packed_rows_leave_room_for_the_segments_of_their_padding():
 
 
 def test_pictures_have_a_budget_of_their_own():
-    assert len(fit_samples(PROCESSOR, [conversation(4, images=4)], 500, 9, 1, max_images=2)[0].sample.images) == 2
+    assert len(fit_samples(PROCESSOR, [conversation(4, images=4)], 500, 9, 1, max_images=2)[0].images) == 2
     with pytest.raises(DataError, match=r"max_images 1: .* and 2 pictures"):
         fit_samples(PROCESSOR, [Conversation("x.json", 0, 0, [("user", "<ImageHere><ImageHere>q"), ("assistant", "a")],
                                              ["0.png", "1.png"], [(56, 56)] * 2)], 500, 9, 1, max_images=1)

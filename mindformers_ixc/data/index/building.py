@@ -39,6 +39,9 @@ from mindformers_ixc.resources import usable_cache_folder
 
 logger = logging.getLogger(__name__)
 
+# Environment variable that names the folder of indices.
+FOLDER_VARIABLE = "MINDFORMERS_IXC_INDEX"
+
 # Samples that are measured, and kept, together.
 PART = 4096
 
@@ -102,8 +105,9 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
 
 
 def index_folder(folder: str | os.PathLike | None = None) -> Path:
-    """Where indices lie: the folder that is given, or a place in the user's cache."""
-    return Path(folder) if folder else usable_cache_folder("index")
+    """Where indices lie: the folder that is given, or that the environment names, or a place in the user's cache."""
+    chosen = folder or os.environ.get(FOLDER_VARIABLE)
+    return Path(chosen) if chosen else usable_cache_folder("index")
 
 
 def key_of(*values: object) -> str:

@@ -68,6 +68,9 @@ def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
         DataError: for sources that cannot be used.
         FileNotFoundError: for one that is missing.
     """
-    options = reading_options(loader, seed)
-    return [IndexedSource(open_index(path, options, measures, folder), ConversationReader(path, options), count,
-                          choice_seed(seed, path)) for path, count in list_sources(loader.get("dataset_dir"))]
+    options, sources = reading_options(loader, seed), []
+    for path, count in list_sources(loader.get("dataset_dir")):
+        index, reader = open_index(path, options, measures, folder), ConversationReader(path, options)
+        reader.records.expect(*index.description.fingerprint[:2])
+        sources.append(IndexedSource(index, reader, count, choice_seed(seed, path)))
+    return sources

@@ -96,6 +96,10 @@ class Records(ABC):
         if getattr(self, "_file", None) is not None:
             os.close(self._file)      # type: ignore[arg-type]
 
+    def expect(self, size: int, time: int) -> None:
+        """Makes reading refuse a file of another size, or another time of its last change (see `Fingerprint`)."""
+        self._state = size, time
+
     @abstractmethod
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
         """Places of all records, in the order of the file.

@@ -77,6 +77,8 @@ class TarRecords(Records):
                         raise tarfile.ReadError("unexpected end of data")
                     yield (name if member.isfile() else None), end, last
                     end = last
+            if size - end < BLOCK_BYTES:
+                raise tarfile.ReadError("no end mark; if nothing is missing, append 1024 zero bytes")
         except tarfile.TarError as error:
             raise DataError(f"{self.name} is no tar file, or cut short: at byte {end} of {size}, at or behind {name} "
                             f"({error}); fetch it again.") from error
