@@ -145,17 +145,13 @@ def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike 
         FileNotFoundError: when the file is missing.
     """
     reader = ConversationReader(path, ReadingOptions(image_folder, caption_prompts, seed, image_root, ignore_keys))
-    samples, errors, index = list[Conversation](), list[str](), 0
-    for places in reader.records.scan():
-        for place in map(Place._make, places.tolist()):
-            try:
-                samples.append(reader.read(index, place))
-            except DataError as error:
-                errors.append(str(error))
-            index += 1
+    samples, errors = list[Conversation](), list[str]()
+    for index, place in reader.records:
+        try:
+            samples.append(reader.read(index, place))
+        except DataError as error:
+            errors.append(str(error))
     raise_errors(errors)
-    if not index:
-        raise DataError(f"{path} must hold a list with at least one sample, found no samples.")
     return samples
 
 

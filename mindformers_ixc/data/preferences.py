@@ -1,8 +1,8 @@
 """Preference pairs: a prompt with images, a chosen and a rejected answer.
 
-A source is a JSON list or JSON lines of `{"id", "prompt", "image", "chosen", "rejected"}`, with the picture keys of any
-sample; where they were computed before,
-`reference_logps: [chosen, rejected]` holds log-probabilities of the reference model.
+A source (`mindformers_ixc.data.records`) has `{"id", "prompt", "image", "chosen", "rejected"}`, with the picture keys
+of any sample; where they were computed before, `reference_logps: [chosen, rejected]` holds log-probabilities of the
+reference model.
 """
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS, REFERENCE_
 from mindformers_ixc.data.conversations import Conversation, make_conversation, raise_errors
 from mindformers_ixc.data.forms import open_sample, read_pair
 from mindformers_ixc.data.paths import check_root, search_folders, shown
+from mindformers_ixc.data.records import open_records
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.files import read_json_list
 from mindformers_ixc.processing.processor import Processor
-from mindformers_ixc.resources import resolve_path
 
 
 class PreferenceTable(ConversationTable):
@@ -72,7 +71,7 @@ class PreferenceTable(ConversationTable):
 def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
                      image_root: str | os.PathLike | None = None, ignore_keys: Sequence[str] = ()) -> list[
         tuple[Conversation, Conversation, tuple[float, float] | None]]:
-    """Reads the preference pairs of one JSON or JSON lines file.
+    """Reads the preference pairs of one source.
 
     Args:
         path: the file; `pkg:` paths work.
@@ -87,18 +86,19 @@ def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | 
         DataError: listing what is wrong with which samples.
         FileNotFoundError: when the file is missing.
     """
-    rows, file = read_json_list(path, "pair"), resolve_path(path)
-    folders, root = search_folders(file, image_folder), check_root(image_root)
+    records = open_records(path, "pair")
+    folders, root = search_folders(records.path, image_folder), check_root(image_root)
     pairs: list[tuple[Conversation, Conversation, tuple[float, float] | None]] = []
     errors: list[str] = []
-    for index, row in enumerate(rows):
+    for index, place in records:
         try:
-            known, where = open_sample(row, f"{path}, sample {index}", ignore_keys, "pair")
+            row, files = records.read(index, place)
+            known, where = open_sample(row, records.where(index), ignore_keys, "pair")
             chosen, rejected = read_pair(known, where, ignore_keys)
             if chosen.turns[-1][1].strip() == rejected.turns[-1][1].strip():
                 raise DataError(f"{where}: chosen equals rejected, so there is nothing to prefer; take the pair out.")
             logps = read_logps(known, where)
-            sides = [make_conversation(form, str(path), index, row.get("id"), folders, root)
+            sides = [make_conversation(form, str(path), index, row.get("id"), folders, root, files)
                      for form in (chosen, rejected)]
         except DataError as error:
             errors.append(str(error))

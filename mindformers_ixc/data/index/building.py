@@ -181,7 +181,7 @@ class _Builder:
         self.parts.mkdir(parents=True, exist_ok=True)
         places = self._scan()
         if not len(places):
-            raise DataError(f"{self.reader.name} must hold a list with at least one sample, found no samples.")
+            next(iter(self.reader.records))             # says that there is none
         count = -(-len(places) // PART)
         missing = [number for number in range(count) if not self._part(number).exists()]
         with terminal.current.counting(len(places), f"indexing {self.reader.records.path.name}", "sample",

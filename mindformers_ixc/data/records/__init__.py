@@ -13,18 +13,27 @@ from mindformers_ixc.data.records.tar import TarRecords
 __all__ = ["Record", "Records", "open_records"]
 
 
-def open_records(path: str | os.PathLike) -> Records:
+def open_records(path: str | os.PathLike, item: str = "sample") -> Records:
     """The records of a source, whose kind its name says; what has no known ending is JSON.
+
+    Args:
+        path: the source; `pkg:` paths work.
+        item: what a record is called in messages.
 
     Raises:
         FileNotFoundError: when the file is missing.
         DataError: when it is not what its name says.
     """
     name = os.fspath(path).lower()
+    kind: type[Records] = JsonRecords
     if is_table(path):
-        return TableRecords(path)
-    if name.endswith(".parquet"):
-        return ParquetRecords(path)
-    if name.endswith(".tar"):
-        return TarRecords(path)
-    return CompressedRecords(path) if name.endswith(tuple(ENDINGS)) else JsonRecords(path)
+        kind = TableRecords
+    elif name.endswith(".parquet"):
+        kind = ParquetRecords
+    elif name.endswith(".tar"):
+        kind = TarRecords
+    elif name.endswith(tuple(ENDINGS)):
+        kind = CompressedRecords
+    records = kind(path)
+    records.item = item
+    return records

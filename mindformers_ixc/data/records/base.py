@@ -82,7 +82,12 @@ class Records(ABC):
 
     Args:
         path: the source; `pkg:` paths work.
+
+    Attributes:
+        item: what a record is called in messages.
     """
+
+    item = "sample"
 
     def __init__(self, path: str | os.PathLike):
         self.name, self.path = str(path), resolve_path(path)
@@ -145,6 +150,21 @@ class Records(ABC):
             raise DataError(f"{self.name} ends at byte {place.start + len(content)}, before its record at byte "
                             f"{place.start} does; it is cut short, or being written.")
         return content
+
+    def __iter__(self) -> Iterator[tuple[int, Place]]:
+        """Number and place of every record.
+
+        Raises:
+            DataError: when there is none; see `scan`.
+        """
+        index = 0
+        for places in self.scan():
+            for place in map(Place._make, places.tolist()):
+                yield index, place
+                index += 1
+        if not index:
+            raise DataError(f"{self.name} must hold a JSON list with at least one {self.item} (or another kind of "
+                            f"source), found no {self.item}s.")
 
     def where(self, index: int) -> str:
         """Names a record in messages."""

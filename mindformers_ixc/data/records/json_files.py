@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mindformers_ixc.data.paths import cut
 from mindformers_ixc.data.records.base import Place, Progress, Record, Records, check_source
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import check_encoding, is_json_lines, parse_json
@@ -23,14 +22,8 @@ from mindformers_ixc.files import check_encoding, is_json_lines, parse_json
 # Bytes that are looked at together, and of a file's beginning that say whether it is a list or lines.
 WINDOW, HEAD = 1 << 23, 1 << 20
 
-# Bytes of a file's beginning that a message shows.
-SHOWN = 40
-
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NEWLINE = ord("\n")
-
-# What a value is by its first sign.
-_KINDS = {"{": "dict", '"': "str"}
 
 # Bytes of a line above which it is taken to hold something, unseen; what does not is refused when it is read.
 _BLANK = 1000
@@ -60,7 +53,8 @@ class JsonRecords(Records):
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
         """See `Records.scan`."""
         if not os.path.getsize(self.path) - self._begin:
-            raise DataError(f"{self.name} is empty; it must hold a JSON list or JSON lines, with at least one sample.")
+            raise DataError(f"{self.name} is empty; it must hold a JSON list or JSON lines, with at least one "
+                            f"{self.item}.")
         with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             yield from self._lines(content, progress) if self.lines else self._list(content, progress)
 
@@ -82,10 +76,11 @@ class JsonRecords(Records):
         """Places of the entries of a list."""
         first = re.compile(rb"[ \t\r\n]*").match(content, self._begin).end()      # type: ignore[union-attr]
         if content[first:first + 1] != b"[":
-            value = cut(content[first:first + SHOWN].decode("utf-8", errors="replace"))
-            found = _KINDS.get(value[:1], f"{value!r}" if value else "nothing")
-            raise DataError(f"{self.name} must hold a JSON list with at least one sample, or JSON lines, an object "
-                            f"each; found {found}.")
+            found = "something else"
+            if len(content) <= HEAD:
+                found = type(parse_json(content[self._begin:], self.name)).__name__
+            raise DataError(f"{self.name} must hold a JSON list with at least one {self.item}, or JSON lines, an "
+                            f"object each; found {found}.")
         done = 0
         for block in _list_blocks(self.name, content, first + 1):
             end = int(block[-1, :2].sum())
