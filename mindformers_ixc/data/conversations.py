@@ -17,6 +17,7 @@ from typing import Any
 
 from mindformers_ixc import terminal
 from mindformers_ixc.data.embedded import held_in
+from mindformers_ixc.data.fetching import fetched, is_web_address
 from mindformers_ixc.data.forms import Form, read_form
 from mindformers_ixc.data.paths import check_root, find_file, search_folders, shown
 from mindformers_ixc.data.records import open_records
@@ -84,6 +85,7 @@ class ReadingOptions:
         seed: of the choice among them.
         image_root: a folder that every picture and video must lie in, links followed; by default any file may be named.
         ignore_keys: keys of samples and turns that are not read.
+        fetch: whether http(s) addresses of pictures and videos are fetched; otherwise they are refused.
     """
 
     image_folder: str | os.PathLike | None = None
@@ -91,6 +93,7 @@ class ReadingOptions:
     seed: int = 0
     image_root: str | os.PathLike | None = None
     ignore_keys: Sequence[str] = ()
+    fetch: bool = False
 
 
 class ConversationReader:
@@ -123,7 +126,8 @@ class ConversationReader:
         record, options = self.records.read(index, place), self.options
         ask = partial(_prompt, options.caption_prompts, f"{options.seed} {self.name} {index}")
         form = read_form(record.row, self.records.where(index), options.ignore_keys, ask)
-        return make_conversation(form, self.name, index, record.row.get("id"), self._folders, self._root, record.files)
+        return make_conversation(form, self.name, index, record.row.get("id"), self._folders, self._root,
+                                 record.files, options.fetch)
 
 
 def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
@@ -160,7 +164,8 @@ def _prompt(prompts: Sequence[str], seed: str) -> str:
 
 
 def make_conversation(form: Form, source: str, index: int, identity: object, folders: Sequence[Path],
-                      root: Path | None = None, files: Mapping[str, StoredFile] = _NO_FILES) -> Conversation:
+                      root: Path | None = None, files: Mapping[str, StoredFile] = _NO_FILES,
+                      fetch: bool = False) -> Conversation:
     """A sample whose files are found.
 
     Args:
@@ -171,21 +176,24 @@ def make_conversation(form: Form, source: str, index: int, identity: object, fol
         folders: of `search_folders`.
         root: of `check_root`.
         files: that come with the record, by the names it has for them.
+        fetch: whether http(s) addresses are fetched.
 
     Raises:
         DataError: naming sample and key of a picture or video that is missing.
     """
     sample = Conversation(source, index, identity, form.turns)
     for file in form.files:
+        field = f"{sample.where}, field {file.field}"
         try:
             if file.name in files:
                 sample.images.append(files[file.name])
+            elif fetch and is_web_address(file.name):
+                sample.images.append(fetched(file.name, field))
             else:
-                sample.images.append(held_in(file.name, f"{sample.where}, field {file.field}")
-                                     or find_file(file.name, folders, root))
+                sample.images.append(held_in(file.name, field) or find_file(file.name, folders, root))
         except FileNotFoundError as error:
             noun = "video" if file.video else "picture"
-            raise DataError(f"{sample.where}, field {file.field}: the {noun} {error}.") from error
+            raise DataError(f"{field}: the {noun} {error}.") from error
     return sample
 
 

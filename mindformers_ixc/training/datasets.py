@@ -90,15 +90,17 @@ class IXC25DataLoader:
         seed: of sampling and shuffling.
         caption_prompts: questions for samples that are captions, one chosen at random for each.
         mixture: weights of the sources (`mindformers_ixc.data.mixture`); without, an epoch has every sample once.
+        fetch: whether http(s) addresses of pictures and videos are fetched, into the user's cache.
         index_dir: where the indices of the sources lie; by default in the user's cache.
     """
 
     def __init__(self, dataset_dir: str, image_folder: str | None = None, shuffle: bool = True, seed: int = 0,
                  caption_prompts: Sequence[str] | None = None, mixture: dict | None = None,
-                 image_root: str | None = None, ignore_keys: Sequence[str] = (), index_dir: str | None = None):
+                 image_root: str | None = None, ignore_keys: Sequence[str] = (), fetch: bool = False,
+                 index_dir: str | None = None):
         self.shuffle, self.seed, self.mixture, self.index_dir = shuffle, seed, mixture, index_dir
         self.section = {"dataset_dir": dataset_dir, "image_folder": image_folder, "caption_prompts": caption_prompts,
-                        "image_root": image_root, "ignore_keys": ignore_keys}
+                        "image_root": image_root, "ignore_keys": ignore_keys, "fetch": fetch}
 
     def sources(self, measures: Measures) -> list[IndexedSource]:
         """The sources, each with its index, which is built where there is none.

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mindformers_ixc.data.conversations import load_conversations
+from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, load_conversations
 from mindformers_ixc.data.records import json_files, open_records
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError
@@ -218,3 +218,76 @@ def test_places_are_in_the_order_of_the_file(tmp_path):
     places = np.concatenate(list(open_records(path).scan()))
     assert (np.diff(places[:, 0]) > 0).all()
     assert places[:, 2].tolist() == list(range(1, 18, 2))
+
+
+def mindrecord(folder, shards=1):
+    """MindSpore's own writer; its files stay where it put them."""
+    from mindspore.mindrecord import FileWriter
+
+    writer = FileWriter(str(folder / "data.mindrecord"), shards, overwrite=True)
+    writer.add_schema({"id": {"type": "int32"}, "image": {"type": "bytes"}, "conversations": {"type": "string"},
+                       "vector": {"type": "float32", "shape": [-1]}}, "samples")
+    writer.write_raw_data([{"id": number, "image": picture(size=(40 + number, 30)), "conversations": json.dumps(TURNS),
+                            "vector": np.arange(3, dtype=np.float32)} for number in range(9)])
+    writer.commit()
+    return folder / ("data.mindrecord" if shards == 1 else "data.mindrecord1")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_mindrecord_files_of_mindspore_are_read_whole(tmp_path, shards):
+    path = mindrecord(tmp_path, shards)
+    with pytest.raises(DataError, match="field vector: is not read"):
+        load_conversations(path)
+    samples = load_conversations(path, ignore_keys=["vector"])
+    assert sorted(sample.id for sample in samples) == list(range(9))
+    assert all(image_size(sample.images[0]) == (40 + sample.id, 30) for sample in samples)
+    assert samples[0].turns == [("user", "what?"), ("assistant", "a square")]
+
+
+def test_a_mindrecord_file_without_its_index_is_refused(tmp_path):
+    path = mindrecord(tmp_path)
+    index = path.with_name(f"{path.name}.db")
+    content = index.read_bytes()
+    index.write_bytes(b"no index")
+    with pytest.raises(DataError, match=r"the index of .* cannot be read"):
+        read_all(path)
+    index.unlink()
+    with pytest.raises(FileNotFoundError, match=r"data\.mindrecord\.db does not exist"):
+        open_records(path)
+    index.write_bytes(content)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match="no MindRecord file, or damaged"):
+        open_records(path)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Address of a server of the folder `web`."""
+    import functools
+    import http.server
+    import threading
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "web").mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "web"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+def test_addresses_are_refused_unless_they_are_to_be_fetched(tmp_path, server):
+    (tmp_path / "web" / "a.png").write_bytes(picture())
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"conversations": TURNS, "image": f"{server}/a.png"}]))
+    with pytest.raises(DataError, match=r"is an address; download it .*data_loader\.fetch"):
+        load_conversations(path)
+    reader = ConversationReader(path, ReadingOptions(fetch=True))
+    index, place = next(iter(reader.records))
+    assert image_size(reader.read(index, place).images[0]) == (40, 30)
+    (tmp_path / "web" / "a.png").unlink()                    # it is in the cache
+    assert image_size(reader.read(index, place).images[0]) == (40, 30)
+    path.write_text(json.dumps([{"conversations": TURNS, "image": f"{server}/b.png"}]))
+    reader = ConversationReader(path, ReadingOptions(fetch=True))
+    with pytest.raises(DataError, match=r"sample 0 .*, field image: .*b\.png cannot be fetched \(File not found\)"):
+        reader.read(*next(iter(reader.records)))

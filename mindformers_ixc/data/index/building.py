@@ -31,7 +31,6 @@ from mindformers_ixc.data.index.store import (
     write_index,
 )
 from mindformers_ixc.data.paths import cut
-from mindformers_ixc.data.records.base import fingerprint
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import whole_file, write_whole
 from mindformers_ixc.processing.processor import Processor
@@ -88,7 +87,7 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
         OSError: when the folder cannot be written.
     """
     reader = ConversationReader(path, options)
-    state = fingerprint(reader.records.path)
+    state = reader.records.fingerprint()
     key = key_of(VERSION, asdict(options), {**measures.section, "hd_num": measures.hd_num}, state.ends, state.size,
                state.time)
     place = index_folder(folder) / f"{cut(reader.records.path.name)}-{key_of(str(reader.records.path.resolve()))}"

@@ -51,7 +51,7 @@ def reading_options(loader: Mapping[str, Any], seed: int) -> ReadingOptions:
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise DataError(f"train_dataset.data_loader.caption_prompts is {prompts!r}, expected a list of questions.")
     return ReadingOptions(loader.get("image_folder"), tuple(prompts), seed, loader.get("image_root"),
-                          tuple(loader.get("ignore_keys") or ()))
+                          tuple(loader.get("ignore_keys") or ()), bool(loader.get("fetch")))
 
 
 def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,

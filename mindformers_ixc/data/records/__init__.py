@@ -6,6 +6,7 @@ import os
 from mindformers_ixc.data.records.base import Record, Records
 from mindformers_ixc.data.records.compressed import ENDINGS, CompressedRecords
 from mindformers_ixc.data.records.json_files import JsonRecords
+from mindformers_ixc.data.records.mindrecord import MindRecords, is_mindrecord
 from mindformers_ixc.data.records.parquet import ParquetRecords
 from mindformers_ixc.data.records.tables import TableRecords, is_table
 from mindformers_ixc.data.records.tar import TarRecords
@@ -32,6 +33,8 @@ def open_records(path: str | os.PathLike, item: str = "sample") -> Records:
         kind = ParquetRecords
     elif name.endswith(".tar"):
         kind = TarRecords
+    elif is_mindrecord(path):
+        kind = MindRecords
     elif name.endswith(tuple(ENDINGS)):
         kind = CompressedRecords
     records = kind(path)

@@ -101,6 +101,10 @@ class Records(ABC):
         if getattr(self, "_file", None) is not None:
             os.close(self._file)      # type: ignore[arg-type]
 
+    def fingerprint(self) -> Fingerprint:
+        """What tells the source from a changed one."""
+        return fingerprint(self.path)
+
     def expect(self, size: int, time: int) -> None:
         """Makes reading refuse a file of another size, or another time of its last change (see `Fingerprint`)."""
         self._state = size, time
