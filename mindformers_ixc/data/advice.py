@@ -17,6 +17,7 @@ from mindformers_ixc.data.sampling import draw_samples
 from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.operations import Costs, goodput
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
+from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.tokenizer import Tokenizer
 
 # Samples that budgets are compared on; of more, so many are drawn.
@@ -96,12 +97,8 @@ def measure(section: Mapping) -> Needs:
     Raises:
         DataError: for unusable data or a tokenizer of another kind.
     """
-    options = {key: value for key, value in section["tokenizer"].items() if key != "type"}
-    if section["tokenizer"].get("type", "InternLM2Tokenizer") != "InternLM2Tokenizer" or "vocab_file" not in options:
-        raise DataError(f"train_dataset.tokenizer is {dict(section['tokenizer'])!r:.200}; to measure data it must have "
-                        "the type InternLM2Tokenizer and a vocab_file.")
     loader, hd_num = section["data_loader"], section.get("hd_num") or HD_NUM_TRAINING
-    processor = make_processor(_Options(section), Tokenizer(**options))
+    processor = processor_of(section)
     samples = load_sources(loader.get("dataset_dir"), loader.get("image_folder"), section.get("seed") or 0,
                            loader.get("caption_prompts") or CAPTION_PROMPTS, loader.get("image_root"),
                            loader.get("ignore_keys") or ())
@@ -119,6 +116,22 @@ def measure(section: Mapping) -> Needs:
     check_bad_pictures(bad, len(samples), MAX_BAD_SHARE if share is None else share)
     table = np.array(rows, np.int32).reshape(-1, 4)
     return Needs(table[:, 0], table[:, 1], table[:, 2], table[:, 3], tuple(names))
+
+
+def processor_of(section: Mapping) -> Processor:
+    """The processor of a `train_dataset` section, without MindFormers.
+
+    Args:
+        section: checked, its tokenizer an InternLM2Tokenizer.
+
+    Raises:
+        DataError: for a tokenizer of another kind.
+    """
+    options = {key: value for key, value in section["tokenizer"].items() if key != "type"}
+    if section["tokenizer"].get("type", "InternLM2Tokenizer") != "InternLM2Tokenizer" or "vocab_file" not in options:
+        raise DataError(f"train_dataset.tokenizer is {dict(section['tokenizer'])!r:.200}; to measure data it must have "
+                        "the type InternLM2Tokenizer and a vocab_file.")
+    return make_processor(_Options(section), Tokenizer(**options))
 
 
 class _Options:
