@@ -79,8 +79,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     Returns:
         `command` (`None` without one) and its arguments; `options`, what there are. `rest` has words that are none of
-        them: overrides of `run`, `plan`, `data plan` and `data preview`; `words` are all words. Those of `launch` are `run_words`,
-        parsed once more as `run`'s in `run`.
+        them: overrides of `run`, `plan`, `data plan` and `data preview`; `words` are all words. Those of `launch` are
+        `run_words`, parsed once more as `run`'s in `run`.
     """
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:       # a shell asks how a word can go on

@@ -55,6 +55,8 @@ def data_preview(arguments: argparse.Namespace) -> int:
     data = read_data(reader, _files(list(arguments.files)), guess=not arguments.config)
     entries = named(data, wanted) if wanted else choose(data, count or SAMPLES)
     looks = [look(data.reader, entry) for entry in entries]
+    if not arguments.config and not all(entry.kept == entry.rounds for entry in data.measured):
+        note += " Longer samples are cut or left out; --config names the YAML file of a run with longer rows."
     write_whole(target, preview_page(data, looks, how, note))
     terminal.current.note(note)
     terminal.current.note(_summary(data))

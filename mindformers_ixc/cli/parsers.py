@@ -263,9 +263,9 @@ def _add_data(commands: Commands) -> None:
         "and what samples look like",
         description="Converts a dataset as it is published to a conversation file and prints the number of samples. "
                     "`data plan DATA --config FILE` measures conversation files and says which seq_length and "
-                    "max_tiles suit them when samples are packed. `data preview DATA` writes one HTML page of samples as "
-                    "the model sees them: tiles, tokens with and without loss, counts, what is cut or refused. DATA is "
-                    "a file or a folder with a table; any key of FILE can be overridden, as with `run`.",
+                    "max_tiles suit them when samples are packed. `data preview DATA` writes one HTML page of samples "
+                    "as the model sees them: tiles, tokens with and without loss, counts, what is cut or refused; DATA "
+                    "may be a folder with a table too. Any key of FILE can be overridden, as with `run`.",
         epilog="examples:\n  mindformers data coco_captions captions_train2017.json coco.json --images train2017\n"
                "  mindformers data vqa_v2 v2_OpenEnded_mscoco_train2014_questions.json "
                "v2_mscoco_train2014_annotations.json vqa.json\n"

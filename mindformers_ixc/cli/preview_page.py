@@ -50,7 +50,7 @@ def preview_page(data: Data, looks: list[Look], how: Mapping[str, object], note:
     body = (f'<h1>{text(title)}</h1><p class="sub">{text(note)}</p>{cards(headline(data))}'
             + section("The data", _summary(data), _sources(data), f"<details><summary>How it is read</summary>"
                       f"{facts(how)}</details>")
-            + section("What a run refuses", _problems(data, looks))
+            + section("Samples that cannot be used", _problems(data, looks))
             + section("Samples", f'<p class="note">{text(_choice(data, looks))}</p>', _legend(), samples))
     return page(title, body + values("pieces", pieces))
 
@@ -60,22 +60,19 @@ def headline(data: Data) -> dict[str, object]:
     measured, entries = data.measured, data.entries
     pictures = {path for entry in entries for path in entry.sides[0].images}
     turns = sum(sum(role == "user" for role, _ in entry.sides[0].turns) for entry in entries)
-    cut, out = (sum(map(test, measured)) for test in (_is_cut, _is_out))
+    cut = sum(map(_is_cut, measured))
+    out = sum(not entry.kept for entry in measured) + len(data.uncut)
     found: dict[str, object] = {
         "preference pairs" if data.reader.pairs else "samples": f"{data.count:,}", "pictures": f"{len(pictures):,}",
         "questions": f"{turns:,}", "without a picture": f"{sum(not entry.sides[0].images for entry in entries):,}",
-        "cut": _share(cut, len(measured)), "left out": _share(out, len(measured))}
+        "cut": _share(cut, len(measured)), "left out": _share(out, len(measured) + len(data.uncut))}
     if data.problems:
-        found["refused"] = _share(len(data.problems), data.count)
+        found["not usable"] = _share(len(data.problems), data.count)
     return found
 
 
 def _is_cut(entry: Entry) -> bool:
     return 0 < entry.kept < entry.rounds
-
-
-def _is_out(entry: Entry) -> bool:
-    return not entry.kept
 
 
 def _share(part: int, whole: int) -> str:
@@ -87,19 +84,24 @@ def _summary(data: Data) -> str:
     """Histograms of what samples take."""
     budget, measured = data.reader.budget, data.measured
     parts = []
-    for name, found, limit, limit_name in (
-            ("positions", [entry.positions for entry in measured], data.reader.longest, "seq_length"),
-            ("tiles", [entry.tiles for entry in measured], budget.max_tiles, "max_tiles")):
+    for name, found, limit in (("positions", [entry.positions for entry in measured], data.reader.longest),
+                               ("tiles", [entry.tiles for entry in measured], budget.max_tiles)):
         most = measured[int(np.argmax(found))]
-        *rows, (first, _, count) = ranges(np.array(found), BARS)
-        drawn = drawing.histogram(name, [*rows, (first, max(found), count)], limit, limit_name, "samples")
-        caption = (f"mean {np.mean(found):,.1f}, the most {max(found):,} (sample {most.number}); "
-                   f"a row holds {limit:,}")
+        drawn = drawing.histogram(name, _ranges(np.array(found), limit), limit, "a row holds", "sample")
+        caption = f"mean {np.mean(found):,.1f}, the most {max(found):,} (sample {most.number})"
         parts.append(f'<div class="chart"><h3>{name.capitalize()} of a sample</h3>{drawn}'
                      f'<p class="note">{text(caption)}</p></div>')
     drawn_of = "" if len(measured) == len(data.entries) else (
         f'<p class="note">Measured are {len(measured):,} of the {len(data.entries):,} samples, drawn by chance.</p>')
     return f'<div class="charts">{"".join(parts)}</div>{drawn_of}'
+
+
+def _ranges(found: np.ndarray, limit: int) -> Iterator[tuple[int, int, int]]:
+    """Ranges of a histogram, the one with the limit in it cut behind it, and the last one at the highest value."""
+    for first, last, _ in ranges(found, BARS):
+        last = min(last, int(found.max()))
+        for low, high in ((first, limit), (limit + 1, last)) if first <= limit < last else ((first, last),):
+            yield low, high, int(((found >= low) & (found <= high)).sum())
 
 
 def _sources(data: Data) -> str:
@@ -112,11 +114,12 @@ def _sources(data: Data) -> str:
 
 
 def _problems(data: Data, looks: list[Look]) -> str:
-    """Samples that a run refuses, and pictures among those shown that turned out to be damaged."""
-    lines = [(number, sentence) for number, sentence in data.problems]
-    lines += [(found.entry.number, found.problem) for found in looks if found.problem]
+    """Samples that stop a run or that it leaves out, those shown here whose pictures cannot be decoded among them."""
+    lines = [(number, "refuses the data", sentence) for number, sentence in data.problems]
+    lines += [(number, "leaves it out", sentence) for number, sentence in data.uncut]
+    lines += [(found.entry.number, "leaves it out", found.problem) for found in looks if found.problem]
     more = f'<p class="note">and {len(lines) - PROBLEMS:,} more</p>' if len(lines) > PROBLEMS else ""
-    return table(["sample", "why"], sorted(lines)[:PROBLEMS], (1,)) + more if lines else ""
+    return table(["sample", "a run", "why"], sorted(lines)[:PROBLEMS], range(3)) + more if lines else ""
 
 
 def _choice(data: Data, looks: list[Look]) -> str:

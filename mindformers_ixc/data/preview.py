@@ -129,7 +129,8 @@ class Data:
         reader: reads samples.
         sources: the files.
         entries: samples that can be used, by number.
-        problems: samples that a run refuses, by number, with the reason.
+        problems: samples for which a run refuses the data, by number, with the reason.
+        uncut: samples that a run leaves out, for a picture that no tiles can be made of, likewise.
         measured: of the entries those whose lengths are known.
     """
 
@@ -137,6 +138,7 @@ class Data:
     sources: list[Source] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     problems: Problems = field(default_factory=list)
+    uncut: Problems = field(default_factory=list)
     measured: list[Entry] = field(default_factory=list)
 
     @property
@@ -151,18 +153,21 @@ def read_data(reader: Reader, files: str | os.PathLike | Sequence[str], guess: b
     Args:
         reader: reads samples.
         files: what `dataset_dir` may be.
-        guess: whether preference pairs are found out by themselves, where no sample is a conversation.
+        guess: whether preference pairs are read where they are found in place of conversations, or refused.
 
     Raises:
         DataError: when a file is none of data, or no sample can be used.
         FileNotFoundError: for a file that is not there.
     """
     data = _read(reader, files)
-    if guess and not data.entries and not reader.pairs:
+    if not data.entries and not reader.pairs:
         try:
             pairs = _read(replace(reader, pairs=True), files)
         except DataError:
             pairs = data        # a table, say
+        if pairs.entries and not guess:
+            raise DataError(f"{pairs.sources[0].name} has preference pairs, and the YAML trains on conversations; "
+                            "train_dataset_task.type is IXC25PreferenceDataset where pairs are read.")
         data = pairs if pairs.entries else data
     _require(data)
     measure(data, _some(data.entries, MEASURED, reader.seed))
@@ -172,7 +177,7 @@ def read_data(reader: Reader, files: str | os.PathLike | Sequence[str], guess: b
 
 def _require(data: Data) -> None:
     if not data.entries:
-        first = data.problems[0][1]
+        first = min([*data.problems, *data.uncut])[1]
         raise DataError(first if data.count == 1 else f"None of the {data.count} samples can be used. The first: "
                         f"{first}")
 
@@ -203,18 +208,20 @@ def _some(entries: list[Entry], count: int, seed: int) -> list[Entry]:
 
 
 def measure(data: Data, entries: list[Entry]) -> None:
-    """Finds out what some entries need, and whether a row holds them; those with a bad picture become problems."""
-    problems = Problems()
+    """Finds out what some entries need, and whether a row holds them; those with a bad picture are none any more."""
+    problems, uncut = Problems(), Problems()
     read_image_sizes([entry.sides[0] for entry in entries], data.reader.processor.image_processor.exif, problems)
-    bad = {entries[place].number: sentence for place, sentence in problems}
+    problems = [(entries[place].number, sentence) for place, sentence in problems]
+    bad = {number for number, _ in problems}
     good = [entry for entry in entries if entry.number not in bad]
     for entry in terminal.current.counted(good, len(good), "measuring samples", "sample",
                                           disable=len(good) < PROGRESS_FROM or None):
         try:
             _measure(data.reader, entry)
         except (ImageError, PromptError) as error:
-            bad[entry.number] = str(error)
-    data.problems = sorted([*data.problems, *bad.items()])
+            (uncut if isinstance(error, ImageError) else problems).append((entry.number, str(error)))
+            bad.add(entry.number)
+    data.problems, data.uncut = sorted([*data.problems, *problems]), sorted([*data.uncut, *uncut])
     data.entries = [entry for entry in data.entries if entry.number not in bad]
     data.measured += [entry for entry in good if entry.number not in bad]
 
@@ -264,19 +271,22 @@ def named(data: Data, numbers: Sequence[int]) -> list[Entry]:
         DataError: for a number that there is not, or of a sample that cannot be used.
     """
     found = {entry.number: entry for entry in data.entries}
-    unusable = dict(data.problems)
     for number in numbers:
-        if number in unusable:
-            raise DataError(unusable[number])
+        _refuse_unusable(data, number)
         if number not in found:
             raise DataError(f"--sample {number} is none of the data: its {data.count} samples are numbered 0 to "
                             f"{data.count - 1}.")
     known = {entry.number for entry in data.measured}
     measure(data, [found[number] for number in dict.fromkeys(numbers) if number not in known])
-    for number, sentence in data.problems:
-        if number in numbers:
-            raise DataError(sentence)
+    for number in numbers:
+        _refuse_unusable(data, number)
     return [found[number] for number in dict.fromkeys(numbers)]
+
+
+def _refuse_unusable(data: Data, number: int) -> None:
+    sentence = dict([*data.problems, *data.uncut]).get(number)
+    if sentence:
+        raise DataError(sentence)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Drawings that need no program: SVG written by hand, whose parts say what they are under the pointer."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from mindformers_ixc.pages.page import text
 
@@ -15,16 +15,18 @@ NEAR = 0.4
 LABEL = 60
 
 
-def histogram(name: str, rows: Sequence[tuple[int, int, int]], limit: int, limit_name: str, noun: str) -> str:
-    """How often values are in ranges of one width, with a line at a limit that is near enough.
+def histogram(name: str, rows: Iterable[tuple[int, int, int]], limit: int, limit_name: str, noun: str) -> str:
+    """How often values are in ranges, with a line at a limit that is near enough.
 
     Args:
         name: of what is counted.
-        rows: (first, last, number) of each range, ascending and without gaps.
+        rows: (first, last, number) of each range, ascending and without gaps; none has values on both sides of the
+            limit.
         limit: the largest value that fits.
         limit_name: what it is called.
-        noun: of what has the values, in the plural.
+        noun: of what has the values, in the singular.
     """
+    rows = list(rows)
     low, end = rows[0][0], rows[-1][1] + 1
     near = limit >= low and limit < end / NEAR
     left, right = low, max(end, limit + 1) if near else end
@@ -35,7 +37,7 @@ def histogram(name: str, rows: Sequence[tuple[int, int, int]], limit: int, limit
         high = max(1.5, (floor - TOP) * count / most) if count else 0
         colour = 1 if first > limit else 0
         values = f"{first:,}" if first == last else f"{first:,} to {last:,}"
-        tip = text(f"{values} {name}: {count:,} {noun}")
+        tip = text(f"{values} {name}: {count:,} {noun}{'s' * (count != 1)}")
         parts.append(f'<rect class="f{colour}" x="{x + .5:.2f}" y="{floor - high:.2f}" '
                      f'width="{max(.5, width - 1):.2f}" height="{high:.2f}"/><rect class="over" x="{x:.2f}" y="{TOP}" '
                      f'width="{width:.2f}" height="{floor - TOP}" data-tip="{tip}"/>')
