@@ -88,7 +88,7 @@ def _reader(arguments: argparse.Namespace) -> tuple[Reader, str, dict[str, objec
 
 def _files(files: list[str]) -> list[str] | str:
     """The data; of a folder its one table or file of conversations."""
-    found = [find_data(file) if resolve_path(file).is_dir() else file for file in files]
+    found = [find_data(str(resolve_path(file))) if resolve_path(file).is_dir() else file for file in files]
     return found if len(found) > 1 else found[0]
 
 

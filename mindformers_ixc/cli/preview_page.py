@@ -182,7 +182,7 @@ def _picture_span(stretch: Stretch, number: int, seen: Seen) -> str:
     grid = seen.encoded.grids[number - 1]
     tip = (f"picture {number}: positions {first} to {first + count - 1}\nthe global view and {grid.tiles} tiles, with "
            "separators between their rows")
-    return f'<b class="{PICTURE}" data-tip="{text(tip)}">picture {number}: {count:,} positions</b>\n'
+    return f'<b class="{PICTURE}" data-tip="{text(tip)}">picture {number}: {count:,} positions</b>'
 
 
 def _text_span(stretch: Stretch, tokenizer: SentencePieceText, pieces: dict[int, str]) -> str:

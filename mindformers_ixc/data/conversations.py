@@ -165,7 +165,7 @@ def load_sources(dataset_dir: str | os.PathLike | Sequence[str] | None, image_fo
     Raises:
         DataError: for bad sources; see `load_conversations`.
     """
-    samples = []
+    samples = list[Conversation]()
     for path, count in named_sources(dataset_dir):
         source = load_conversations(path, image_folder, caption_prompts, seed, image_root, ignore_keys)
         samples += source if count is None else resample(source, count, random.Random(f"{seed} {path}"))

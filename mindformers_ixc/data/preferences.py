@@ -92,7 +92,7 @@ def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | 
     rows, file = read_json_list(path, "pair"), resolve_path(path)
     folders, root = search_folders(file, image_folder), check_root(image_root)
     pairs: list[tuple[Conversation, Conversation, tuple[float, float] | None]] = []
-    errors: list[str] = []
+    errors = Problems()
     for index, row in enumerate(rows):
         try:
             known, where = open_sample(row, f"{path}, sample {index}", ignore_keys, "pair")

@@ -169,17 +169,12 @@ def read_data(reader: Reader, files: str | os.PathLike | Sequence[str], guess: b
             raise DataError(f"{pairs.sources[0].name} has preference pairs, and the YAML trains on conversations; "
                             "train_dataset_task.type is IXC25PreferenceDataset where pairs are read.")
         data = pairs if pairs.entries else data
-    _require(data)
     measure(data, _some(data.entries, MEASURED, reader.seed))
-    _require(data)
+    if not data.measured:
+        bad = sorted([*data.problems, *data.uncut])
+        raise DataError(bad[0][1] if len(bad) == 1 else f"None of the {len(bad)} samples that were looked at can be "
+                        f"used. The first: {bad[0][1]}")
     return data
-
-
-def _require(data: Data) -> None:
-    if not data.entries:
-        first = min([*data.problems, *data.uncut])[1]
-        raise DataError(first if data.count == 1 else f"None of the {data.count} samples can be used. The first: "
-                        f"{first}")
 
 
 def _read(reader: Reader, files: str | os.PathLike | Sequence[str]) -> Data:

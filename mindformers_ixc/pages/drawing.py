@@ -34,12 +34,13 @@ def histogram(name: str, rows: Iterable[tuple[int, int, int]], limit: int, limit
     parts = [f'<path class="grid" d="M0 {floor}H{WIDTH}"/>']
     for first, last, count in rows:
         x, width = (first - left) * scale, (last + 1 - first) * scale
+        wide = max(3.0, width - 1)
         high = max(1.5, (floor - TOP) * count / most) if count else 0
         colour = 1 if first > limit else 0
         values = f"{first:,}" if first == last else f"{first:,} to {last:,}"
         tip = text(f"{values} {name}: {count:,} {noun}{'s' * (count != 1)}")
-        parts.append(f'<rect class="f{colour}" x="{x + .5:.2f}" y="{floor - high:.2f}" '
-                     f'width="{max(.5, width - 1):.2f}" height="{high:.2f}"/><rect class="over" x="{x:.2f}" y="{TOP}" '
+        parts.append(f'<rect class="f{colour}" x="{min(x + .5, WIDTH - wide):.2f}" y="{floor - high:.2f}" '
+                     f'width="{wide:.2f}" height="{high:.2f}"/><rect class="over" x="{x:.2f}" y="{TOP}" '
                      f'width="{width:.2f}" height="{floor - TOP}" data-tip="{tip}"/>')
     parts += _axis(low, rows[-1][1], (limit + 1 - left) * scale if near else None, limit, limit_name,
                    (end - left) * scale)

@@ -177,7 +177,7 @@ def test_a_number_that_cannot_be_shown_is_refused(folder, number, message):
 
 
 def test_data_without_a_usable_sample_is_refused(folder):
-    with pytest.raises(DataError, match=r"None of the 2 samples can be used\. The first: .*gone\.png does not exist"):
+    with pytest.raises(DataError, match=r"None of the 2 samples that .* can be used\. .*gone\.png does not exist"):
         read_data(reader(), write(folder, talk("?", "x", image="gone.png"), talk("?", "x", image="line.png")))
     with pytest.raises(DataError, match=r"^.*sample 0 .*line\.png: A picture of 3000 x 2"):
         read_data(reader(), write(folder, talk("?", "x", image="line.png")))
