@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mindformers_ixc.cli.preview_text import clipped, picture_text, token_texts, verdict, visible
+from mindformers_ixc.cli.preview_text import clipped, counts, picture_text, token_texts, verdict, visible
 from mindformers_ixc.data.advice import histogram as ranges
 from mindformers_ixc.data.preview import GIVEN, LEARNT, PICTURE, Board, Data, Entry, Look, Seen, Stretch
 from mindformers_ixc.pages import drawing
@@ -60,12 +60,13 @@ def headline(data: Data) -> dict[str, object]:
     measured, entries = data.measured, data.entries
     pictures = {path for entry in entries for path in entry.sides[0].images}
     turns = sum(sum(role == "user" for role, _ in entry.sides[0].turns) for entry in entries)
+    looked_at, drawn = len(measured) + len(data.uncut), len(measured) < len(entries)
     cut = sum(map(_is_cut, measured))
     out = sum(not entry.kept for entry in measured) + len(data.uncut)
     found: dict[str, object] = {
         "preference pairs" if data.reader.pairs else "samples": f"{data.count:,}", "pictures": f"{len(pictures):,}",
         "questions": f"{turns:,}", "without a picture": f"{sum(not entry.sides[0].images for entry in entries):,}",
-        "cut": _share(cut, len(measured)), "left out": _share(out, len(measured) + len(data.uncut))}
+        "cut": _share(cut, looked_at, drawn), "left out": _share(out, looked_at, drawn)}
     if data.problems:
         found["not usable"] = _share(len(data.problems), data.count)
     return found
@@ -75,8 +76,10 @@ def _is_cut(entry: Entry) -> bool:
     return 0 < entry.kept < entry.rounds
 
 
-def _share(part: int, whole: int) -> str:
-    """A number, and its share where it is not 0."""
+def _share(part: int, whole: int, drawn: bool = False) -> str:
+    """A number, and its share where it is not 0; of samples that were drawn the share alone tells something."""
+    if drawn:
+        return f"{part / whole:.1%} of {whole:,}"
     return f"{part:,} ({part / whole:.1%})" if part else "0"
 
 
@@ -115,7 +118,7 @@ def _sources(data: Data) -> str:
 
 def _problems(data: Data, looks: list[Look]) -> str:
     """Samples that stop a run or that it leaves out, those shown here whose pictures cannot be decoded among them."""
-    lines = [(number, "refuses the data", sentence) for number, sentence in data.problems]
+    lines = [(number, "stops", sentence) for number, sentence in data.problems]
     lines += [(number, "leaves it out", sentence) for number, sentence in data.uncut]
     lines += [(found.entry.number, "leaves it out", found.problem) for found in looks if found.problem]
     more = f'<p class="note">and {len(lines) - PROBLEMS:,} more</p>' if len(lines) > PROBLEMS else ""
@@ -169,12 +172,9 @@ def _talk(name: str, seen: Seen, tokens: int, tokenizer: SentencePieceText, piec
         number += stretch.kind == PICTURE
         inside += _picture_span(stretch, number, seen) if stretch.kind == PICTURE else \
             _text_span(stretch, tokenizer, pieces)
-    share = seen.supervised / seen.positions
-    head = (f"{seen.positions:,} positions, {seen.supervised:,} of them with loss ({share:.1%}), {seen.encoded.tiles} "
-            "tiles")
     warning = "" if seen.supervised else '<p class="bad">Nothing in it carries loss: a run refuses it.</p>'
     before = f"<strong>{name}</strong>: " if name else ""
-    return f'<p class="counts">{before}{head}</p>{warning}<div class="tokens">{inside}</div>'
+    return f'<p class="counts">{before}{counts(seen)}</p>{warning}<div class="tokens">{inside}</div>'
 
 
 def _picture_span(stretch: Stretch, number: int, seen: Seen) -> str:

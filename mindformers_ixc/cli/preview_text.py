@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mindformers_ixc.data.preview import GIVEN, LEARNT, PICTURE, Board, Data, Entry, Look, Reader, Stretch
+from mindformers_ixc.data.preview import GIVEN, LEARNT, PICTURE, Board, Data, Entry, Look, Reader, Seen, Stretch
 from mindformers_ixc.processing.tokenizer import SentencePieceText
 
 # Tokens of a text that are shown at most on a terminal.
@@ -91,9 +91,7 @@ def sample_lines(data: Data, found: Look) -> Iterator[str]:
     for number, board in enumerate(found.boards, 1):
         yield f"  picture {number}: {Path(board.path).name}, {picture_text(board)}"
     for name, seen in zip(("chosen: ", "rejected: ") if len(found.seen) > 1 else ("",), found.seen):
-        share = seen.supervised / seen.positions
-        yield (f"  {name}{seen.positions} positions, {seen.supervised} of them with loss ({share:.0%}), "
-               f"{seen.encoded.tiles} tiles")
+        yield f"  {name}{counts(seen)}"
         number = 0
         for stretch, missing in clipped(seen.stretches, TOKENS):
             if missing:
@@ -114,6 +112,13 @@ def picture_text(board: Board) -> str:
     local = "1 tile" if board.grid.tiles == 1 else f"{rows} x {columns} tiles" if min(rows, columns) > 1 \
         else f"{board.grid.tiles} tiles"
     return f"{width} x {height}{video}{resized}, {local} and the global view, {board.positions} positions"
+
+
+def counts(seen: Seen) -> str:
+    """Positions, those with loss, and tiles of a conversation, in words."""
+    share = 100 * seen.supervised / seen.positions
+    return (f"{seen.positions:,} positions, {seen.supervised:,} of them with loss ({share:.2g}%), "
+            f"{seen.encoded.tiles} tiles")
 
 
 def verdict(reader: Reader, entry: Entry) -> str:

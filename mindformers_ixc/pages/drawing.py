@@ -11,6 +11,9 @@ WIDTH, HEIGHT, TOP, BOTTOM = 480, 150, 14, 18
 # The limit is in the drawing if the highest value is at least this share of it; else the bars would be too small.
 NEAR = 0.4
 
+# Width of a bar at most, where there are few values.
+MOST_WIDE = 64.0
+
 # Room that a label takes at the end of the axis, and half of it.
 LABEL = 60
 
@@ -34,12 +37,13 @@ def histogram(name: str, rows: Iterable[tuple[int, int, int]], limit: int, limit
     parts = [f'<path class="grid" d="M0 {floor}H{WIDTH}"/>']
     for first, last, count in rows:
         x, width = (first - left) * scale, (last + 1 - first) * scale
-        wide = max(3.0, width - 1)
+        wide = min(MOST_WIDE, max(3.0, width - 1))
+        at = min(x + max(.5, (width - wide) / 2), WIDTH - wide)
         high = max(1.5, (floor - TOP) * count / most) if count else 0
         colour = 1 if first > limit else 0
         values = f"{first:,}" if first == last else f"{first:,} to {last:,}"
         tip = text(f"{values} {name}: {count:,} {noun}{'s' * (count != 1)}")
-        parts.append(f'<rect class="f{colour}" x="{min(x + .5, WIDTH - wide):.2f}" y="{floor - high:.2f}" '
+        parts.append(f'<rect class="f{colour}" x="{at:.2f}" y="{floor - high:.2f}" '
                      f'width="{wide:.2f}" height="{high:.2f}"/><rect class="over" x="{x:.2f}" y="{TOP}" '
                      f'width="{width:.2f}" height="{floor - TOP}" data-tip="{tip}"/>')
     parts += _axis(low, rows[-1][1], (limit + 1 - left) * scale if near else None, limit, limit_name,

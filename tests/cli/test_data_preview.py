@@ -102,7 +102,7 @@ def test_a_named_sample_is_printed_too():
         f"sample 3: {DEMO}, sample 3 (id 'astronaut-03')",
         "  fits a row of 160 positions and 5 tiles",
         "  picture 1: astronaut.jpg, 324 x 448 -> 162 x 224, 2 x 2 tiles and the global view, 93 positions",
-        "  113 positions, 5 of them with loss (4%), 5 tiles",
+        "  113 positions, 5 of them with loss (4.4%), 5 tiles",
         "           0-92  picture  1",
         "         93-107  no loss  <s>[UNUSED_TOKEN_146]user\\nWhich colour stands out most?[UNUSED_TOKEN_145]\\n"
         "[UNUSED_TOKEN_146]assistant\\n",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mindformers_ixc.cli.preview_page import headline
 from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.data import preview
 from mindformers_ixc.data.batch import BATCH_COLUMNS, PACKING_COLUMNS
@@ -208,6 +209,7 @@ def test_of_much_data_some_is_measured_and_any_can_be_shown(folder, monkeypatch)
     data, again = read_data(reader(), path), read_data(reader(), path)
     assert len(data.entries) == 50 and len(data.measured) == 10
     assert [entry.number for entry in data.measured] == [entry.number for entry in again.measured]
+    assert headline(data)["left out"] == "0.0% of 10" and headline(data)["samples"] == "50"
     other = next(number for number in range(50) if number not in [entry.number for entry in data.measured])
     entry, = named(data, [other, other])
     assert entry.number == other and entry.positions > 0 and entry.kept == 1
