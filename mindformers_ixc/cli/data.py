@@ -1,10 +1,11 @@
-"""`mindformers data`: published datasets to conversation files, and what rows suit some data."""
+"""`mindformers data`: published datasets to conversation files, what rows suit some data, and what it looks like."""
 from __future__ import annotations
 
 import argparse
 from collections import Counter
 
 from mindformers_ixc.cli.data_plan import data_plan
+from mindformers_ixc.cli.data_preview import data_preview
 from mindformers_ixc.data.converters import convert_dataset, drops_text
 from mindformers_ixc.errors import DataError
 
@@ -15,10 +16,18 @@ def data(arguments: argparse.Namespace) -> int:
     Raises:
         DataError: for options of another kind, and for unusable files.
     """
+    if arguments.kind != "preview" and (arguments.sample or arguments.samples is not None or arguments.output):
+        raise DataError("--sample, --samples and --output belong to `mindformers data preview`.")
     if arguments.kind == "plan":
         return data_plan(arguments)
-    if arguments.config or arguments.global_batch or arguments.json:
-        raise DataError("--config, --global_batch and --json belong to `mindformers data plan`.")
+    if arguments.global_batch or arguments.json:
+        raise DataError("--global_batch and --json belong to `mindformers data plan`.")
+    if arguments.kind == "preview":
+        if arguments.images or arguments.split:
+            raise DataError("--images and --split belong to the published datasets, not to `mindformers data preview`.")
+        return data_preview(arguments)
+    if arguments.config:
+        raise DataError("--config belongs to `mindformers data plan` and `mindformers data preview`.")
     if len(arguments.files) < 2:
         raise DataError(f"mindformers data {arguments.kind} needs the published files, then the file to be written.")
     *files, target = arguments.files

@@ -16,6 +16,7 @@ from mindformers_ixc.data.sampling import draw_samples
 from mindformers_ixc.errors import ImageError
 from mindformers_ixc.operations import Costs, goodput
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
+from mindformers_ixc.processing.processor import Processor
 
 # Samples that budgets are compared on; of more, so many are drawn.
 COMPARED = 8000
@@ -95,7 +96,7 @@ def measure(section: Mapping) -> Needs:
         DataError: for unusable data or a tokenizer of another kind.
     """
     loader, hd_num = section["data_loader"], section.get("hd_num") or HD_NUM_TRAINING
-    processor = make_processor(SectionOptions(section), own_tokenizer(section))
+    processor = processor_of(section)
     samples = load_sources(loader.get("dataset_dir"), loader.get("image_folder"), section.get("seed") or 0,
                            loader.get("caption_prompts") or CAPTION_PROMPTS, loader.get("image_root"),
                            loader.get("ignore_keys") or ())
@@ -113,6 +114,18 @@ def measure(section: Mapping) -> Needs:
     check_bad_pictures(bad, len(samples), MAX_BAD_SHARE if share is None else share)
     table = np.array(rows, np.int32).reshape(-1, 4)
     return Needs(table[:, 0], table[:, 1], table[:, 2], table[:, 3], tuple(names))
+
+
+def processor_of(section: Mapping) -> Processor:
+    """The processor of a `train_dataset` section, without MindFormers.
+
+    Args:
+        section: checked, its tokenizer an InternLM2Tokenizer.
+
+    Raises:
+        DataError: for a tokenizer of another kind.
+    """
+    return make_processor(SectionOptions(section), own_tokenizer(section))
 
 
 def drawn(needs: Needs, mixture: Mapping | None, seed: int = 0, samples: int = COMPARED) -> Needs:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mindformers_ixc import terminal
 from mindformers_ixc.data.embedded import held_in
@@ -43,6 +42,9 @@ _COMMENT = re.compile(r"(^|\s)#.*")
 
 # Most records have no files of their own.
 _NO_FILES: Mapping[str, StoredFile] = {}
+
+# Samples that are wrong, by their numbers, each with a sentence that says why.
+Problems = list[tuple[int, str]]
 
 # Scans below this many samples finish before a progress bar would be read.
 PROGRESS_FROM = 1000
@@ -132,8 +134,8 @@ class ConversationReader:
 
 def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
                        caption_prompts: Sequence[str] = CAPTION_PROMPTS, seed: int = 0,
-                       image_root: str | os.PathLike | None = None,
-                       ignore_keys: Sequence[str] = ()) -> list[Conversation]:
+                       image_root: str | os.PathLike | None = None, ignore_keys: Sequence[str] = (),
+                       problems: Problems | None = None) -> list[Conversation]:
     """Reads one source, all of it, and checks its structure.
 
     Args:
@@ -143,19 +145,20 @@ def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike 
         seed: of `ReadingOptions`.
         image_root: of `ReadingOptions`.
         ignore_keys: of `ReadingOptions`.
+        problems: gets the samples that are wrong, which are left out then; without it they are an error.
 
     Raises:
         DataError: listing what is wrong with which samples.
         FileNotFoundError: when the file is missing.
     """
     reader = ConversationReader(path, ReadingOptions(image_folder, caption_prompts, seed, image_root, ignore_keys))
-    samples, errors = list[Conversation](), list[str]()
+    samples, errors = list[Conversation](), Problems()
     for index, place in reader.records:
         try:
             samples.append(reader.read(index, place))
         except DataError as error:
-            errors.append(str(error))
-    raise_errors(errors)
+            errors.append((index, str(error)))
+    tell_problems(errors, problems)
     return samples
 
 
@@ -204,6 +207,14 @@ def raise_errors(errors: Sequence[str]) -> None:
         raise DataError("\n".join(errors[:LISTED_ERRORS]) + more)
 
 
+def tell_problems(found: Problems, wanted: Problems | None) -> None:
+    """Hands over what was found to whoever wants it, or raises it as one `DataError`."""
+    if wanted is None:
+        raise_errors([sentence for _, sentence in found])
+    else:
+        wanted += found
+
+
 def load_sources(dataset_dir: str | os.PathLike | Sequence[str] | None, image_folder: str | None = None,
                  seed: int = 0, caption_prompts: Sequence[str] = CAPTION_PROMPTS, image_root: str | None = None,
                  ignore_keys: Sequence[str] = ()) -> list[Conversation]:
@@ -221,31 +232,33 @@ def load_sources(dataset_dir: str | os.PathLike | Sequence[str] | None, image_fo
     Raises:
         DataError: for bad sources; see `load_conversations`.
     """
-    options: Any = {"seed": seed, "caption_prompts": caption_prompts, "image_root": image_root,
-                    "ignore_keys": ignore_keys}
     samples = list[Conversation]()
-    for path, count in list_sources(dataset_dir):
-        source = load_conversations(path, image_folder, **options)
+    for path, count in named_sources(dataset_dir):
+        source = load_conversations(path, image_folder, caption_prompts, seed, image_root, ignore_keys)
         samples += source if count is None else resample(source, count, random.Random(choice_seed(seed, path)))
     return samples
 
 
-def list_sources(dataset_dir: str | os.PathLike | Sequence[str] | None) -> list[tuple[str | Path, int | None]]:
-    """Sources that `dataset_dir` names, and how many samples are taken of each; `None`: all, once.
+def named_sources(dataset_dir: str | os.PathLike | Sequence[str] | None) -> Iterator[
+        tuple[str | os.PathLike, int | None]]:
+    """The sources that `dataset_dir` names, each with the samples that a list file takes of it (`None`: all, once).
 
     Raises:
-        DataError: when it names none, or a list file is wrong.
+        DataError: when it names none, and for a bad list file.
         FileNotFoundError: for a missing list file.
     """
     if isinstance(dataset_dir, (list, tuple)) and dataset_dir:
-        return [source for path in dataset_dir for source in list_sources(path)]
+        for path in dataset_dir:
+            yield from named_sources(path)
+        return
     if not isinstance(dataset_dir, (str, os.PathLike)) or not str(dataset_dir):
         found = f"has the entry {shown(dataset_dir)}" if dataset_dir else "is empty"
         raise DataError(f"train_dataset.data_loader.dataset_dir {found}; name a .json, .jsonl, .csv, .parquet, .tar or "
                         ".txt file.")
     if str(dataset_dir).endswith(".txt"):
-        return list(read_list_file(dataset_dir))
-    return [(dataset_dir if isinstance(dataset_dir, Path) else str(dataset_dir), None)]
+        yield from read_list_file(dataset_dir)
+    else:
+        yield dataset_dir, None
 
 
 def choice_seed(seed: int, path: str | os.PathLike) -> str:
@@ -290,20 +303,23 @@ def resample(samples: Sequence, count: int, rng: random.Random) -> list:
     return list(samples) * whole + rng.sample(list(samples), rest)
 
 
-def read_image_sizes(samples: Sequence[Conversation], exif: str = "ignore") -> None:
+def read_image_sizes(samples: Sequence[Conversation], exif: str = "ignore", problems: Problems | None = None) -> None:
     """Fills in the images' sizes from their headers.
 
     Args:
         samples: whose `sizes` are still empty, or known.
         exif: as in `processing.pictures.load_image`.
+        problems: gets the samples with an image that cannot be used, by their place among `samples`; without it they
+            are an error.
 
     Raises:
         DataError: listing the images that cannot be opened, or whose headers show that they cannot be used.
     """
     known: dict[Path | StoredFile, tuple[int, int]] = {}
-    errors = []
-    for sample in terminal.current.counted(samples, len(samples), "reading picture sizes", "sample",
-                                           disable=len(samples) < PROGRESS_FROM or None):
+    errors = Problems()
+    counted = terminal.current.counted(samples, len(samples), "reading picture sizes", "sample",
+                                       disable=len(samples) < PROGRESS_FROM or None)
+    for number, sample in enumerate(counted):
         if sample.sizes:
             continue
         try:
@@ -312,5 +328,5 @@ def read_image_sizes(samples: Sequence[Conversation], exif: str = "ignore") -> N
                     known[path] = board_size(path) if is_video(path) else image_size(path, exif)
             sample.sizes = [known[path] for path in sample.images]
         except (ImageError, VideoError, OSError) as error:
-            errors.append(f"{sample.where}, field image: {error}")
-    raise_errors(errors)
+            errors.append((number, f"{sample.where}, field image: {error}"))
+    tell_problems(errors, problems)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS, REFERENCE_COLUMN
-from mindformers_ixc.data.conversations import Conversation, make_conversation, raise_errors
+from mindformers_ixc.data.conversations import Conversation, Problems, make_conversation, tell_problems
 from mindformers_ixc.data.forms import open_sample, read_pair
 from mindformers_ixc.data.paths import check_root, search_folders, shown
 from mindformers_ixc.data.records import open_records
@@ -69,7 +69,8 @@ class PreferenceTable(ConversationTable):
 
 
 def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
-                     image_root: str | os.PathLike | None = None, ignore_keys: Sequence[str] = ()) -> list[
+                     image_root: str | os.PathLike | None = None, ignore_keys: Sequence[str] = (),
+                     problems: Problems | None = None) -> list[
         tuple[Conversation, Conversation, tuple[float, float] | None]]:
     """Reads the preference pairs of one source.
 
@@ -78,6 +79,7 @@ def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | 
         image_folder: where relative paths of pictures and videos start.
         image_root: a folder that every picture and video must lie in, links followed.
         ignore_keys: keys of pairs that are not read.
+        problems: as in `load_conversations`.
 
     Returns:
         (chosen, rejected, reference log-probabilities or `None`) of each pair.
@@ -89,7 +91,7 @@ def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | 
     records = open_records(path, "pair")
     folders, root = search_folders(records.path, image_folder), check_root(image_root)
     pairs: list[tuple[Conversation, Conversation, tuple[float, float] | None]] = []
-    errors: list[str] = []
+    errors = Problems()
     for index, place in records:
         try:
             row, files = records.read(index, place)
@@ -101,10 +103,10 @@ def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | 
             sides = [make_conversation(form, str(path), index, row.get("id"), folders, root, files)
                      for form in (chosen, rejected)]
         except DataError as error:
-            errors.append(str(error))
+            errors.append((index, str(error)))
         else:
             pairs.append((sides[0], sides[1], logps))
-    raise_errors(errors)
+    tell_problems(errors, problems)
     return pairs
 
 

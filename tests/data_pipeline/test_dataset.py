@@ -14,6 +14,7 @@ import mindformers_ixc  # noqa: F401
 from mindformers_ixc.data.batch import BATCH_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.data.packer import Rows
+from mindformers_ixc.data.preview import Reader, look, read_data
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.data.sampling import RunPlan
 from mindformers_ixc.demo import demo_path
@@ -250,3 +251,22 @@ def test_any_number_of_workers_gives_the_same_packed_epochs(source):
             for x, y in zip(a, b):
                 np.testing.assert_array_equal(x, y)
     assert sum(len(set(row)) > 1 for row in plan.rows(0)) == 1, "samples share rows"
+
+
+def test_a_preview_shows_the_samples_of_a_batch(source):
+    fields = section(source)
+    reader = Reader.of(fields)
+    entries = read_data(reader, str(source)).measured
+    data = dataset(source)
+    batches, = epochs(data, 1)
+    for step, batch in enumerate(batches):
+        columns = dict(zip(BATCH_COLUMNS, batch))
+        for row, index in enumerate(data.plan_sampler.batch(step)):
+            found = look(reader, entries[index])
+            seen, targets = found.seen[0], np.flatnonzero(columns["labels"][row] != -100)
+            assert (seen.positions, seen.supervised) == (targets[-1] + 2, len(targets))
+            assert seen.encoded.input_ids.tolist() == columns["input_ids"][row][:seen.positions].tolist()
+            assert sum(board.positions for board in found.boards) == columns["image_mask"][row].sum()
+            for board in found.boards:
+                assert np.array_equal(board.pixels[:56, :56].transpose(2, 0, 1),
+                                      columns["pixel_values"][row, board.first + 1])

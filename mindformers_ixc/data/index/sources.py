@@ -10,7 +10,7 @@ from mindformers_ixc.data.conversations import (
     ConversationReader,
     ReadingOptions,
     choice_seed,
-    list_sources,
+    named_sources,
 )
 from mindformers_ixc.data.index.building import Measures, open_index
 from mindformers_ixc.data.index.samples import IndexedSource
@@ -69,7 +69,7 @@ def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
         FileNotFoundError: for one that is missing.
     """
     options, sources = reading_options(loader, seed), []
-    for path, count in list_sources(loader.get("dataset_dir")):
+    for path, count in named_sources(loader.get("dataset_dir")):
         index, reader = open_index(path, options, measures, folder), ConversationReader(path, options)
         reader.records.expect(*index.description.fingerprint[:2])
         sources.append(IndexedSource(index, reader, count, choice_seed(seed, path)))

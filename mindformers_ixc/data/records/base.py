@@ -167,8 +167,8 @@ class Records(ABC):
                 yield index, place
                 index += 1
         if not index:
-            raise DataError(f"{self.name} must hold a JSON list with at least one {self.item} (or another kind of "
-                            f"source), found no {self.item}s.")
+            raise DataError(f"{self.name} must hold a JSON list with at least one {self.item}, found no "
+                            f"{self.item}s.")
 
     def where(self, index: int) -> str:
         """Names a record in messages."""
