@@ -40,10 +40,10 @@ def data_preview(arguments: argparse.Namespace) -> int:
         OSError: when the page cannot be written.
     """
     count, wanted = arguments.samples, arguments.sample or []
-    for name, value in (("--samples", SAMPLES if count is None else count), ("--sample, numbers,", len(wanted) or 1)):
-        check_value(name, value, whole(1))
-        if value > MOST_SAMPLES:
-            raise ConfigError(f"{name} is {value}, and a page has {MOST_SAMPLES} samples at most; ask for fewer.")
+    check_value("--samples", SAMPLES if count is None else count, whole(1))
+    asked = max(len(wanted), count or 0)
+    if asked > MOST_SAMPLES:
+        raise ConfigError(f"{asked} samples are asked for, and a page has {MOST_SAMPLES} at most; ask for fewer.")
     if wanted and count is not None:
         raise ConfigError("--sample says which samples are shown, --samples how many; give one of the two.")
     target = Path(arguments.output or PAGE)

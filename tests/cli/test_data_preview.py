@@ -205,8 +205,9 @@ def test_the_yaml_and_overrides_say_how_data_is_read():
     ([DEMO, "--sample", "56"], "numbered 0 to 55"), (["gone_picture.json"], "gone.png does not exist"),
     ([DEMO, "--output", "missing/page.html"], "missing is no folder"), ([DEMO, "--output", "."], "is a folder"),
     ([DEMO, "--config", "predict_ixc25"], "has no section train_dataset"), ([DEMO, "--samples", "0"], "at least 1"),
-    ([DEMO, "--samples", "51"], "50 samples at most"), ([DEMO, "--sample", "1", "--samples", "2"], "one of the two"),
+    ([DEMO, "--samples", "51"], "a page has 50 at most"), ([DEMO, "--sample", "1", "--samples", "2"], "one of the two"),
     ([DEMO, "--train_dataset.seq_lenght", "9"], "did you mean seq_length"), (["."], "no table of questions"),
+    ([DEMO, "--sample", *map(str, range(51))], "51 samples are asked for"),
     ([DEMO, "--json"], "belong to `mindformers data plan`"), ([DEMO, "--split", "train"], "belong to the published")])
 def test_what_is_wrong_is_one_sentence_and_leaves_nothing(words, message):
     write(name="empty.json")
