@@ -79,8 +79,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     Returns:
         `command` (`None` without one) and its arguments; `options`, what there are. `rest` has words that are none of
-        them: overrides of `run`, `plan`, `data plan` and `data preview`; `words` are all words. Those of `launch` are
-        `run_words`, parsed once more as `run`'s in `run`.
+        them: overrides of `run`, `plan`, and `data` plan, preview, index and check; `words` are all words. Those of
+        `launch` are `run_words`, parsed once more as `run`'s in `run`.
     """
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:       # a shell asks how a word can go on
@@ -88,7 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     command = parser.of(arguments.command)
     overrides = arguments.command in ("run", "launch", "plan") or getattr(arguments, "kind", None) in (
-        "plan", "preview")
+        "plan", "preview", "index", "check")
     if rest and not overrides:
         command.words = tuple(rest)
         command.error(f"unrecognized arguments: {' '.join(rest)}")

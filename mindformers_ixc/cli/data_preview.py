@@ -5,20 +5,14 @@ import argparse
 from pathlib import Path
 
 from mindformers_ixc import terminal
-from mindformers_ixc.cli.init_data import find_data
+from mindformers_ixc.cli.data_section import RECIPE, data_files, read_section
 from mindformers_ixc.cli.preview_page import headline, preview_page
 from mindformers_ixc.cli.preview_text import sample_lines
-from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml
 from mindformers_ixc.data.preview import Data, Reader, choose, look, named, read_data
-from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import check_target, write_whole
 from mindformers_ixc.pages.page import is_own
-from mindformers_ixc.resources import resolve_path
 from mindformers_ixc.sections import check_value, whole
-
-# The recipe that data is read by where none is named.
-RECIPE = "ixc25_own_tiny"
 
 # Where the page goes unless --output says otherwise; samples on it unless --samples does, and at most.
 PAGE, SAMPLES, MOST_SAMPLES = "preview.html", 12, 50
@@ -52,7 +46,7 @@ def data_preview(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{target} is there and is no page of this command; say with --output where the page is to "
                           "be written.")
     reader, note, how = _reader(arguments)
-    data = read_data(reader, _files(list(arguments.files)), guess=not arguments.config)
+    data = read_data(reader, data_files(list(arguments.files)), guess=not arguments.config)
     entries = named(data, wanted) if wanted else choose(data, count or SAMPLES)
     looks = [look(data.reader, entry) for entry in entries]
     if not arguments.config and not all(entry.kept == entry.rounds for entry in data.measured):
@@ -68,14 +62,7 @@ def data_preview(arguments: argparse.Namespace) -> int:
 
 def _reader(arguments: argparse.Namespace) -> tuple[Reader, str, dict[str, object]]:
     """How data is read: the reader, a sentence about it, and its settings."""
-    fields = read_yaml(arguments.config or RECIPE)
-    apply_overrides(fields, parse_overrides(arguments.rest))
-    section = fields.get("train_dataset")
-    if not isinstance(section, dict) or not section:
-        raise ConfigError(f"{arguments.config} has no section train_dataset, so it does not say how samples are read; "
-                          "name the YAML file of a training run.")
-    pairs = (fields.get("train_dataset_task") or {}).get("type") == "IXC25PreferenceDataset"
-    check_dataset_section(section, pairs)
+    _, section, pairs = read_section(arguments)
     reader = Reader.of(section, pairs)
     note = f"Read as {arguments.config} reads it"
     if not arguments.config:
@@ -84,12 +71,6 @@ def _reader(arguments: argparse.Namespace) -> tuple[Reader, str, dict[str, objec
     how = {"recipe": arguments.config or RECIPE, "tokenizer": section["tokenizer"].get("vocab_file", ""),
            **{key: section[key] for key in TOLD if section.get(key) is not None}}
     return reader, note, how
-
-
-def _files(files: list[str]) -> list[str] | str:
-    """The data; of a folder its one table or file of conversations."""
-    found = [find_data(str(resolve_path(file))) if resolve_path(file).is_dir() else file for file in files]
-    return found if len(found) > 1 else found[0]
 
 
 def _summary(data: Data) -> str:

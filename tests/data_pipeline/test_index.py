@@ -108,7 +108,8 @@ def builds(monkeypatch):
     """Names of the sources that are measured from now on."""
     seen, build = [], building._Builder.build
     monkeypatch.setattr(building._Builder, "build",
-                        lambda self, description: (seen.append(description.source), build(self, description)))
+                        lambda self, description, *more: (seen.append(description.source),
+                                                          build(self, description, *more)))
     return seen
 
 
@@ -155,6 +156,33 @@ def test_errors_leave_no_index_and_name_the_samples(tmp_path):
     with pytest.raises(DataError, match=r"sample 1 .*1\.png is no image file"):
         open_index(path, ReadingOptions(), measures(), tmp_path / "index")
     assert not list((tmp_path / "index").glob("data.json-*/*/index.json"))
+    found = open_index(path, ReadingOptions(), measures(), tmp_path / "index", all_errors=True)
+    assert [number for number, _ in found.description.errors] == [1, 4, 11, 16, 26, 31]
+    assert len(found) == 40
+    assert (np.diff(found.pair_starts)[[1, 4]] == 0).all()
+    with pytest.raises(DataError, match=r"1\.png is no image file"):
+        open_index(path, ReadingOptions(), measures(), tmp_path / "index")
+
+
+def test_pixels_are_read_where_that_is_asked_for(tmp_path):
+    path = write(tmp_path)
+    content = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(content[:60])
+    plain, decoding = measures(), measures_of(SECTION, measures().processor, decode=True)
+    assert not open_index(path, ReadingOptions(), plain, tmp_path / "index").description.errors
+    found = open_index(path, ReadingOptions(), decoding, tmp_path / "index", all_errors=True)
+    assert found.description.errors
+    assert all("1.png" in sentence and "damaged" in sentence for _, sentence in found.description.errors)
+
+
+def test_equal_samples_have_equal_digests(tmp_path):
+    path = write(tmp_path)
+    rows = json.loads(path.read_text())
+    rows[7] = {**rows[3], "id": "another"}
+    path.write_text(json.dumps(rows))
+    digests = open_index(path, ReadingOptions(), measures(), tmp_path / "index").digests
+    values, counts = np.unique(digests, return_counts=True)
+    assert values[counts > 1].tolist() == [digests[3]]
 
 
 def test_a_worker_that_ends_is_told(tmp_path, monkeypatch):

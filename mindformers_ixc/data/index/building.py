@@ -62,6 +62,7 @@ class Measures:
         section: keys of the YAML's `train_dataset` that say what a processor does, with its tokenizer.
         processor: made of them.
         hd_num: tiles of a picture at most.
+        decode: whether pixels are read (see `Measurer`).
         own: whether the tokenizer is this package's, so that other processes can make it without MindFormers.
     """
 
@@ -69,10 +70,11 @@ class Measures:
     processor: Processor
     hd_num: int
     own: bool
+    decode: bool = False
 
 
 def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measures,
-               folder: str | os.PathLike | None = None) -> SourceIndex:
+               folder: str | os.PathLike | None = None, all_errors: bool = False) -> SourceIndex:
     """The index of a source, built if it is not there, or the source has changed.
 
     Args:
@@ -80,6 +82,8 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
         options: how its records are read.
         measures: how its samples are measured.
         folder: where indices lie; by default in the user's cache.
+        all_errors: whether an index is given even of a source with samples that cannot be read, which it lists; it is
+            built anew the next time.
 
     Raises:
         DataError: for a source that cannot be used: listing what is wrong with which samples.
@@ -88,7 +92,8 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
     """
     reader = ConversationReader(path, options)
     state = reader.records.fingerprint()
-    key = key_of(VERSION, asdict(options), {**measures.section, "hd_num": measures.hd_num}, state.ends, state.size,
+    key = key_of(VERSION, asdict(options), {**measures.section, "hd_num": measures.hd_num},
+                 measures.decode, state.ends, state.size,
                state.time)
     place = index_folder(folder) / f"{cut(reader.records.path.name)}-{key_of(str(reader.records.path.resolve()))}"
     target = place / key
@@ -96,7 +101,7 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
     with locked(place / f"{key}.lock", f"waiting for the index of {reader.name}, which another process builds"):
         if not _is_current(target):
             builder = _Builder(reader, measures, place / f"{key}.building")
-            builder.build(Description(VERSION, reader.name, 0, key, list(state), [], []))
+            builder.build(Description(VERSION, reader.name, 0, key, list(state), [], [], []), all_errors)
             shutil.rmtree(target, ignore_errors=True)
             os.rename(builder.folder, target)
             _remove_outdated(place, list(state))
@@ -140,6 +145,8 @@ def _is_current(folder: Path) -> bool:
     except DataError as error:
         logger.warning(f"{error}")
         return False
+    if index.description.errors:
+        return False
     for path, *state in index.description.files:
         try:
             if list(file_state(path)) != state:
@@ -171,8 +178,12 @@ class _Builder:
     def __init__(self, reader: ConversationReader, measures: Measures, folder: Path):
         self.reader, self.measures, self.folder, self.parts = reader, measures, folder, folder / "parts"
 
-    def build(self, description: Description) -> None:
+    def build(self, description: Description, all_errors: bool) -> None:
         """Fills the folder.
+
+        Args:
+            description: of the index, without what is found now.
+            all_errors: see `open_index`.
 
         Raises:
             DataError: see `open_index`.
@@ -190,17 +201,19 @@ class _Builder:
                 self._measure_by_workers(missing, bar.update)
             else:
                 measure_parts(self.reader, self.measures, places, missing, self.parts, bar.update)
-        unusable, errors, files = list[list](), list[str](), dict[str, list]()
-        for part in self._measured(count):
+        unusable, errors, files = list[list](), list[list](), dict[str, list]()
+        for number, part in enumerate(self._measured(count)):
             unusable += [list(entry) for entry in part.unusable]
-            errors += [sentence for _, sentence in part.errors]
+            errors += [list(entry) for entry in part.errors]
+            if part.errors and not all_errors:
+                self._part(number).unlink()         # what is wrong may lie in other files than the source
             if len(files) <= CHECKED_PICTURES:
                 files.update({path: [path, *state] for path, *state in part.files})
-        if errors:
-            shutil.rmtree(self.folder, ignore_errors=True)       # what is wrong may lie in other files than the source
-            raise_errors(errors)
+        if errors and not all_errors:
+            raise_errors([sentence for _, sentence in errors])
         checked = list(files.values()) if len(files) <= CHECKED_PICTURES else []
-        write_index(self.folder, replace(description, samples=len(places), unusable=unusable, files=checked),
+        write_index(self.folder, replace(description, samples=len(places), unusable=unusable, errors=errors,
+                                         files=checked),
                     blocks(places, PART), self._measured(count))
         shutil.rmtree(self.parts)
         (self.folder / SCAN).unlink()
@@ -226,7 +239,8 @@ class _Builder:
     def _measure_by_workers(self, missing: list[int], progress: Callable[[int], object]) -> None:
         """Lets as many processes as there are cores measure the parts that are missing."""
         job = {"source": self.reader.name, "options": asdict(self.reader.options),
-               "section": dict(self.measures.section), "hd_num": self.measures.hd_num, "missing": missing}
+               "section": dict(self.measures.section), "hd_num": self.measures.hd_num, "missing": missing,
+               "decode": self.measures.decode}
         write_whole(self.folder / JOB, json.dumps(job, default=str))
         count = min(len(missing), len(os.sched_getaffinity(0)))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -282,7 +296,7 @@ def measure_parts(reader: ConversationReader, measures: Measures, places: np.nda
         folder: for them.
         progress: told of the samples that were measured.
     """
-    measurer = Measurer(reader, measures.processor, measures.hd_num)
+    measurer = Measurer(reader, measures.processor, measures.hd_num, measures.decode)
     for number in numbers:
         part = places[number * PART:(number + 1) * PART]
         save_part(folder / f"{number:06d}.npz", measurer.measure(part, number * PART))

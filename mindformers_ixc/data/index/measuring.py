@@ -1,6 +1,8 @@
 """What single samples need: sizes of their pictures, and positions and tiles of their first rounds."""
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,7 +15,7 @@ from mindformers_ixc.data.conversations import Conversation, ConversationReader
 from mindformers_ixc.data.fitting import first_pairs, pair_count
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError, ImageError, VideoError
-from mindformers_ixc.processing.pictures import image_size
+from mindformers_ixc.processing.pictures import image_size, load_image
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.processing.video import BoardSize, board_size, is_video
@@ -29,6 +31,7 @@ class Measured(NamedTuple):
     """What was found of some samples, one after the other.
 
     Attributes:
+        digests: of what each sample says and of the names of its files, int64 `(n,)`; equal ones are the same sample.
         pictures: number of each sample's pictures and videos, int32 `(n,)`.
         sizes: of the pictures, int32 `(p, 3)`: width, height, and 1 for a video's board.
         pairs: number of each sample's rounds, int32 `(n,)`; 0 of one that cannot be used.
@@ -39,6 +42,7 @@ class Measured(NamedTuple):
         files: path, bytes and time of the last change in ns of the pictures that are files, each once.
     """
 
+    digests: np.ndarray
     pictures: np.ndarray
     sizes: np.ndarray
     pairs: np.ndarray
@@ -49,16 +53,17 @@ class Measured(NamedTuple):
 
 
 class Measurer:
-    """Measures samples of a source; pictures are not decoded.
+    """Measures samples of a source.
 
     Args:
         reader: of the source.
         processor: counts positions and tiles.
         hd_num: tiles of a picture at most.
+        decode: whether the pixels of pictures are read too, which finds damage that headers do not show.
     """
 
-    def __init__(self, reader: ConversationReader, processor: Processor, hd_num: int):
-        self.reader, self.processor, self.hd_num = reader, processor, hd_num
+    def __init__(self, reader: ConversationReader, processor: Processor, hd_num: int, decode: bool = False):
+        self.reader, self.processor, self.hd_num, self.decode = reader, processor, hd_num, decode
         self._size_of_file = lru_cache(REMEMBERED)(self._look_at_file)
 
     def measure(self, places: np.ndarray, first: int) -> Measured:
@@ -69,12 +74,14 @@ class Measurer:
             first: number of the first one in its source.
         """
         pictures, pairs = np.zeros(len(places), np.int32), np.zeros(len(places), np.int32)
+        digests = np.zeros(len(places), np.int64)
         sizes, needs = list[Size](), list[tuple[int, int, int]]()
         unusable, errors = list[tuple[int, str]](), list[tuple[int, str]]()
         files = dict[Path, tuple[int, int]]()
         for number, place in enumerate(map(Place._make, places.tolist())):
             try:
                 sample = self.reader.read(first + number, place)
+                digests[number] = _digest(sample)
                 self._fill_in_sizes(sample, files)
             except DataError as error:
                 errors.append((first + number, str(error)))
@@ -87,7 +94,7 @@ class Measurer:
             pictures[number], pairs[number] = len(sample.sizes), len(rounds)
             sizes += [(*size, int(isinstance(size, BoardSize))) for size in sample.sizes]
             needs += rounds
-        return Measured(pictures, np.array(sizes, np.int32).reshape(-1, 3), pairs,
+        return Measured(digests, pictures, np.array(sizes, np.int32).reshape(-1, 3), pairs,
                         np.array(needs, np.int32).reshape(-1, 3), unusable, errors,
                         [(str(path), *state) for path, state in files.items()])
 
@@ -125,7 +132,16 @@ class Measurer:
         return self._look(path), file_state(path)
 
     def _look(self, source: Path | StoredFile) -> tuple[int, int]:
-        return board_size(source) if is_video(source) else image_size(source, self.processor.image_processor.exif)
+        if is_video(source):
+            return board_size(source)
+        exif = self.processor.image_processor.exif
+        return load_image(source, exif=exif).size if self.decode else image_size(source, exif)
+
+
+def _digest(sample: Conversation) -> int:
+    names = [image.name for image in sample.images]      # of files inside a record, the name it has for them
+    text = json.dumps([sample.turns, names], ensure_ascii=False)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def file_state(path: str | os.PathLike) -> tuple[int, int]:

@@ -184,7 +184,7 @@ def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> No
         summary.total += len(entries)
         sentences = dict(index.description.unusable)
         for block in (entries[start:start + BLOCK] for start in range(0, len(entries), BLOCK)):
-            pairs, fitting = _fit(index, block, shapes)
+            pairs, fitting = fitting_rounds(index, block, shapes)
             unusable = np.array([int(sample) in sentences for sample in block]) if sentences else np.zeros(len(block),
                                                                                                           bool)
             if unusable.any():
@@ -210,8 +210,17 @@ def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> No
     write_whole(folder / SUMMARY, json.dumps(asdict(summary)))
 
 
-def _fit(index: SourceIndex, samples: np.ndarray, shapes: Shapes) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds that samples have, and how many of the first ones fit: what they need only grows."""
+def fitting_rounds(index: SourceIndex, samples: np.ndarray, shapes: Shapes) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds that samples have, and how many of the first ones fit: what they need only grows.
+
+    Args:
+        index: of their source.
+        samples: their numbers.
+        shapes: that they must fit.
+
+    Returns:
+        Two arrays, int64 `(n,)`.
+    """
     starts, ends = index.pair_starts[samples], index.pair_starts[samples + 1]
     counts = (ends - starts).astype(np.int64)
     rows = np.repeat(starts - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) + np.arange(counts.sum())

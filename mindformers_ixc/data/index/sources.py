@@ -25,19 +25,20 @@ from mindformers_ixc.resources import resolve_path
 KEYS = ("image_size", "patch_size", "image_transform", "control_tokens", "exif", "hd_num")
 
 
-def measures_of(section: Mapping[str, Any], processor: Processor) -> Measures:
+def measures_of(section: Mapping[str, Any], processor: Processor, decode: bool = False) -> Measures:
     """How the samples of a section are measured.
 
     Args:
         section: `train_dataset` of the YAML.
         processor: of the section.
+        decode: whether pixels are read (see `Measurer`).
     """
     tokenizer = dict(section["tokenizer"])
     files = {key: fingerprint(resolve_path(value))._replace(time=0) for key, value in tokenizer.items()
              if isinstance(value, str) and os.path.isfile(resolve_path(value))}
     kept = {key: section.get(key) for key in KEYS if section.get(key) is not None}
     return Measures({**kept, "tokenizer": tokenizer, "files": files}, processor,
-                    section.get("hd_num") or HD_NUM_TRAINING, has_own_tokenizer(section))
+                    section.get("hd_num") or HD_NUM_TRAINING, has_own_tokenizer(section), decode)
 
 
 def reading_options(loader: Mapping[str, Any], seed: int) -> ReadingOptions:
@@ -55,7 +56,7 @@ def reading_options(loader: Mapping[str, Any], seed: int) -> ReadingOptions:
 
 
 def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
-                 folder: str | os.PathLike | None = None) -> list[IndexedSource]:
+                 folder: str | os.PathLike | None = None, all_errors: bool = False) -> list[IndexedSource]:
     """The sources of a `data_loader` section, each with its index, which is built where there is none.
 
     Args:
@@ -63,6 +64,7 @@ def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
         seed: of the run.
         measures: how samples are measured.
         folder: where indices lie; by default in the user's cache.
+        all_errors: see `open_index`.
 
     Raises:
         DataError: for sources that cannot be used.
@@ -70,7 +72,7 @@ def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
     """
     options, sources = reading_options(loader, seed), []
     for path, count in named_sources(loader.get("dataset_dir")):
-        index, reader = open_index(path, options, measures, folder), ConversationReader(path, options)
+        index, reader = open_index(path, options, measures, folder, all_errors), ConversationReader(path, options)
         reader.records.expect(*index.description.fingerprint[:2])
         sources.append(IndexedSource(index, reader, count, choice_seed(seed, path)))
     return sources

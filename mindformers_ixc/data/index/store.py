@@ -20,7 +20,7 @@ VERSION = 1
 DESCRIPTION = "index.json"
 
 # Columns: type, and numbers a row (0: a plain list).
-COLUMNS = {"places": (np.int64, 3), "picture_starts": (np.int64, 0), "sizes": (np.int32, 3),
+COLUMNS = {"places": (np.int64, 3), "digests": (np.int64, 0), "picture_starts": (np.int64, 0), "sizes": (np.int32, 3),
            "pair_starts": (np.int64, 0), "needs": (np.int32, 3)}
 
 
@@ -35,6 +35,7 @@ class Description:
         key: of what the index depends on.
         fingerprint: of the file.
         unusable: samples with a picture that cannot be partitioned: (number, sentence).
+        errors: samples that cannot be read, likewise; only in an index that is made to find them.
         files: pictures of the samples that are files, as in `Measured`; none where there are many.
     """
 
@@ -44,6 +45,7 @@ class Description:
     key: str
     fingerprint: list
     unusable: list[list]
+    errors: list[list]
     files: list[list]
 
 
@@ -55,6 +57,7 @@ class SourceIndex:
 
     Attributes:
         places: int64 `(n, 3)`, see `mindformers_ixc.data.records.base.Place`.
+        digests: int64 `(n,)`, see `Measured.digests`.
         picture_starts: int64 `(n + 1,)`, where each sample's pictures begin in `sizes`, and the end.
         sizes: int32 `(p, 3)`, see `Measured.sizes`.
         pair_starts: int64 `(n + 1,)`, where each sample's rounds begin in `needs`, and the end.
@@ -66,6 +69,7 @@ class SourceIndex:
     """
 
     places: np.ndarray
+    digests: np.ndarray
     picture_starts: np.ndarray
     sizes: np.ndarray
     pair_starts: np.ndarray
@@ -87,9 +91,9 @@ class SourceIndex:
         if self.description.version != VERSION:
             raise ValueError(f"it is of version {self.description.version}, and {VERSION} is expected")
         count = self.description.samples
-        ends = (len(self.places), len(self.picture_starts) - 1, len(self.pair_starts) - 1)
+        ends = (len(self.places), len(self.digests), len(self.picture_starts) - 1, len(self.pair_starts) - 1)
         rows = (int(self.picture_starts[-1]), len(self.sizes), int(self.pair_starts[-1]), len(self.needs))
-        if ends != (count,) * 3 or rows[0] != rows[1] or rows[2] != rows[3]:
+        if ends != (count,) * 4 or rows[0] != rows[1] or rows[2] != rows[3]:
             raise ValueError("its columns do not belong together")
 
     def __len__(self) -> int:
@@ -144,7 +148,7 @@ def write_index(folder: Path, description: Description, places: Iterable[np.ndar
                                        ("pair_starts", part.pairs, pairs)):
             writers[starts].add(np.cumsum(counts, dtype=np.int64) + before)
         pictures, pairs = pictures + len(part.sizes), pairs + len(part.needs)
-        for name, rows in (("sizes", part.sizes), ("needs", part.needs)):
+        for name, rows in (("digests", part.digests), ("sizes", part.sizes), ("needs", part.needs)):
             writers[name].add(rows)
     for writer in writers.values():
         writer.close()

@@ -21,7 +21,7 @@ def main(folder: Path, number: int, count: int) -> None:
     places = np.load(folder / SCAN, mmap_mode="r")
     section = job["section"]
     measures = Measures(section, make_processor(SectionOptions(section), own_tokenizer(section)),
-                        job["hd_num"], True)
+                        job["hd_num"], True, job["decode"])
     reader = ConversationReader(job["source"], ReadingOptions(**job["options"]))
     measure_parts(reader, measures, places, job["missing"][number::count], folder / "parts",
                   lambda samples: print(samples, flush=True))
