@@ -79,15 +79,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     Returns:
         `command` (`None` without one) and its arguments; `options`, what there are. `rest` has words that are none of
-        them: overrides of `run`, `plan` and `data plan`; `words` are all words. Those of `launch` are `run_words`,
-        parsed once more as `run`'s in `run`.
+        them: overrides of `run`, `plan`, and `data` plan, preview, index and check; `words` are all words. Those of
+        `launch` are `run_words`, parsed once more as `run`'s in `run`.
     """
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:       # a shell asks how a word can go on
         importlib.import_module("argcomplete").autocomplete(parser)
     arguments, rest = parser.parse_known_args(argv)
     command = parser.of(arguments.command)
-    overrides = arguments.command in ("run", "launch", "plan") or getattr(arguments, "kind", None) == "plan"
+    overrides = arguments.command in ("run", "launch", "plan") or getattr(arguments, "kind", None) in (
+        "plan", "preview", "index", "check")
     if rest and not overrides:
         command.words = tuple(rest)
         command.error(f"unrecognized arguments: {' '.join(rest)}")

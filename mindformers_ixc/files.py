@@ -253,10 +253,7 @@ def read_text(path: str | os.PathLike, error: type[ValueError] = DataError) -> s
 
 def decode_text(content: bytes, name: str, error: type[ValueError] = DataError) -> str:
     """As `read_text`, of bytes that were read; `name` is what the messages call them."""
-    for mark, encoding in _OTHER_MARKS:
-        if content.startswith(mark):
-            raise error(f"{name} is {encoding} text, by its first bytes; save it as UTF-8.")
-    start = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
+    start = check_encoding(content, name, error)
     try:
         return content[start:].decode("utf-8")
     except UnicodeDecodeError as bad:
@@ -264,6 +261,18 @@ def decode_text(content: bytes, name: str, error: type[ValueError] = DataError) 
         line = content.count(b"\n", 0, place) + 1
         raise error(f"{name} is not UTF-8 text: byte 0x{content[place]:02X} at place {place} (counted from 0), in line "
                     f"{line}. Save it as UTF-8; GBK and Latin-1 text looks like this.") from bad
+
+
+def check_encoding(content: bytes, name: str, error: type[ValueError] = DataError) -> int:
+    """The place where a text begins, behind UTF-8's byte order mark.
+
+    Raises:
+        ValueError: of class `error`, when the first bytes are the mark of another encoding.
+    """
+    for mark, encoding in _OTHER_MARKS:
+        if content.startswith(mark):
+            raise error(f"{name} is {encoding} text, by its first bytes; save it as UTF-8.")
+    return len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
 
 
 # The longer mark first, since UTF-32's begins with UTF-16's.
@@ -344,7 +353,7 @@ def read_json_list(path: str | os.PathLike, item: str) -> list:
     if not resolve_path(path).is_file():
         raise FileNotFoundError(f"The data file {path} does not exist.")
     text = read_text(path)
-    if _is_json_lines(text, str(path)):
+    if is_json_lines(text, str(path)):
         rows = [parse_json(line, f"{path}, line {number}") for number, line in text_lines(text)]
     else:
         rows = parse_json(text, str(path))
@@ -354,7 +363,8 @@ def read_json_list(path: str | os.PathLike, item: str) -> list:
     return rows
 
 
-def _is_json_lines(text: str, name: str) -> bool:
+def is_json_lines(text: str, name: str) -> bool:
+    """Whether a file is JSON lines and no list, by its beginning and its name."""
     first, _, rest = text.lstrip().partition("\n")
     if name.endswith((".jsonl", ".ndjson")):
         return not first.startswith("[")

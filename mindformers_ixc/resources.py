@@ -15,10 +15,15 @@ PACKAGE_SCHEME = "pkg:"
 STARTER, STARTER_PLACE = "starter", "pkg:mindformers_ixc/starter"
 
 
-def user_log_folder() -> Path:
-    """Where logs go that belong to no run: a folder of the user's cache."""
+def user_cache_folder(*parts: str) -> Path:
+    """This package's folder in the user's cache, or a place inside it."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "mindformers_ixc" / "log"
+    return Path(cache, "mindformers_ixc", *parts)
+
+
+def user_log_folder() -> Path:
+    """Where logs go that belong to no run."""
+    return user_cache_folder("log")
 
 
 def usable_log_folder(folder: Path | None = None) -> tuple[Path, Exception | None]:
@@ -38,6 +43,18 @@ def usable_log_folder(folder: Path | None = None) -> tuple[Path, Exception | Non
         return folder, None
     except (OSError, RuntimeError) as error:       # RuntimeError: there is no home directory at all
         return Path(tempfile.mkdtemp(prefix="mindformers_ixc_log_")), error
+
+
+def usable_cache_folder(*parts: str) -> Path:
+    """A place in the user's cache that can be written to, else in the temporary folder that all runs share."""
+    for folder in (user_cache_folder(*parts), Path(tempfile.gettempdir(), f"mindformers_ixc_{os.getuid()}", *parts)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except (OSError, RuntimeError):            # RuntimeError: there is no home directory at all
+            continue
+    return Path(tempfile.mkdtemp(prefix="mindformers_ixc_cache_"))
 
 
 def resolve_path(path: str | os.PathLike) -> Path:

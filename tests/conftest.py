@@ -10,6 +10,7 @@ import pytest
 
 # MindSpore and MindFormers read these while they are imported
 os.environ.setdefault("GLOG_v", "3")
+os.environ["MINDFORMERS_IXC_INDEX"] = tempfile.mkdtemp(prefix="mindformers_ixc_index_")
 os.environ.setdefault("LOG_MF_PATH", tempfile.mkdtemp(prefix="mindformers_ixc_log_"))
 if "PYTEST_XDIST_WORKER" in os.environ:
     # compiling is what takes the time, and one thread does it; more in each worker only get into each other's way

@@ -78,7 +78,7 @@ def test_sentences_of_the_package_are_found_in_every_topic():
 
 
 @pytest.mark.parametrize("topic, sentence", [
-    ("Data and pictures", "PATH is empty; its first line must name the columns image, question, answer."),
+    ("Data and pictures", "NAME is empty; its first line must name the columns image, question, answer."),
     ("YAML and options", "SOURCE: the section model.model_config is missing."),
     ("Checkpoints and weights", "PATH is truncated: NAME should end at byte"),
     # made by a function of another module

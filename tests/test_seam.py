@@ -29,7 +29,7 @@ FREE_MODULES = (
     "cpu_cluster", "cpu_cluster.build", "cpu_cluster.mailbox", "cpu_cluster.simulated",
     "cli", "cli.arguments", "cli.checkpoints", "cli.data", "cli.data_plan", "cli.early", "cli.inputs", "cli.job",
     "cli.parsers", "cli.plan", "cli.report", "cli.report_page", "cli.run_config", "cli.templates",
-    "cli.yaml_docs", "cli.yaml_file",
+    "cli.yaml_docs", "cli.yaml_file", "cli.data_preview", "cli.preview_page", "cli.preview_text",
 )
 
 

@@ -1,12 +1,17 @@
-"""`mindformers data`: published datasets to conversation files, and what rows suit some data."""
+"""`mindformers data`: published datasets to conversation files, what rows suit some data, and what it looks like."""
 from __future__ import annotations
 
 import argparse
 from collections import Counter
 
+from mindformers_ixc.cli.data_index import data_check, data_index
 from mindformers_ixc.cli.data_plan import data_plan
+from mindformers_ixc.cli.data_preview import data_preview
 from mindformers_ixc.data.converters import convert_dataset, drops_text
 from mindformers_ixc.errors import DataError
+
+# What reads data as a run does.
+READING = {"preview": data_preview, "index": data_index, "check": data_check}
 
 
 def data(arguments: argparse.Namespace) -> int:
@@ -15,10 +20,23 @@ def data(arguments: argparse.Namespace) -> int:
     Raises:
         DataError: for options of another kind, and for unusable files.
     """
+    if arguments.kind != "preview" and (arguments.sample or arguments.samples is not None):
+        raise DataError("--sample and --samples belong to `mindformers data preview`.")
+    if arguments.output and arguments.kind not in ("preview", "index"):
+        raise DataError("--output belongs to `mindformers data preview` and `mindformers data index`.")
+    if arguments.decode and arguments.kind != "check":
+        raise DataError("--decode belongs to `mindformers data check`.")
     if arguments.kind == "plan":
         return data_plan(arguments)
-    if arguments.config or arguments.global_batch or arguments.json:
-        raise DataError("--config, --global_batch and --json belong to `mindformers data plan`.")
+    if arguments.global_batch or arguments.json:
+        raise DataError("--global_batch and --json belong to `mindformers data plan`.")
+    if arguments.kind in READING:
+        if arguments.images or arguments.split:
+            raise DataError("--images and --split belong to the published datasets, not to `mindformers data "
+                            f"{arguments.kind}`.")
+        return READING[arguments.kind](arguments)
+    if arguments.config:
+        raise DataError(f"--config belongs to `mindformers data` {', '.join(READING)} and plan.")
     if len(arguments.files) < 2:
         raise DataError(f"mindformers data {arguments.kind} needs the published files, then the file to be written.")
     *files, target = arguments.files

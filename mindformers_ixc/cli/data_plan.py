@@ -145,7 +145,7 @@ def as_text(plan: DataPlan) -> Iterator[str]:
     for name, values in (("positions", needs.positions), ("tiles", needs.tiles)):
         yield ""
         yield name
-        yield from _bars(values)
+        yield from bars(values)
     yield ""
     yield (f"At the recipe's budget, seq_length {plan.recipe.seq_length} and max_tiles {plan.recipe.max_tiles}: "
            f"goodput {plan.unpacked:.1%} unpacked" + (f", {plan.now.goodput:.1%} packed." if plan.now else
@@ -161,7 +161,8 @@ def as_text(plan: DataPlan) -> Iterator[str]:
     yield from _conclusion(plan)
 
 
-def _bars(values: np.ndarray) -> Iterator[str]:
+def bars(values: np.ndarray) -> Iterator[str]:
+    """A histogram of whole numbers, a line a range."""
     rows = histogram(values)
     most, width = max(count for _, _, count in rows), len(str(rows[-1][1]))
     for first, last, count in rows:

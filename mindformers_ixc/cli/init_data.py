@@ -1,12 +1,13 @@
 """The data of `mindformers init`: found in a folder, read as a run reads it, and measured."""
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mindformers_ixc.data.conversations import Conversation, load_sources, read_image_sizes
-from mindformers_ixc.data.tables import COLUMNS, TABLE_ENDINGS, is_table
+from mindformers_ixc.data.records.tables import COLUMNS, TABLE_ENDINGS, is_table
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.processor import Processor
 
@@ -86,7 +87,7 @@ def measure(file: str, model: str) -> Measured:
 
 def describe(file: str, given: str, measured: Measured) -> Iterator[str]:
     """Lines that say what the data is."""
-    used = {path.resolve() for sample in measured.samples for path in sample.images}
+    used = {os.path.realpath(str(path)) for sample in measured.samples for path in sample.images}
     questions = sum(role == "user" for sample in measured.samples for role, _ in sample.turns)
     yield (f"{file}: {questions} question{'s' * (questions != 1)} about {len(used)} picture{'s' * (len(used) != 1)}; "
            f"the longest sample is {max(measured.positions)} positions and {max(measured.tiles)} tiles.")
@@ -94,7 +95,7 @@ def describe(file: str, given: str, measured: Measured) -> Iterator[str]:
     if not folder.is_dir():
         return
     unused = sorted(name.name for name in folder.iterdir()
-                    if name.suffix.lower() in PICTURE_ENDINGS and name.resolve() not in used)
+                    if name.suffix.lower() in PICTURE_ENDINGS and os.path.realpath(name) not in used)
     if unused:
         verb = "picture is" if len(unused) == 1 else "pictures are"
         yield f"{len(unused)} {verb} in no question ({', '.join(unused[:3])}{', ...' * (len(unused) > 3)})."

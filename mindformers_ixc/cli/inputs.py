@@ -78,7 +78,9 @@ def _targets(arguments: argparse.Namespace) -> dict[str, str]:
         return {"--html": arguments.html}
     if arguments.command == "reference":
         return {"TARGET": arguments.target}
-    if arguments.command == "data" and arguments.kind != "plan" and len(arguments.files) > 1:
+    if arguments.command == "data" and arguments.kind == "preview":
+        return {"--output": arguments.output} if arguments.output else {}
+    if arguments.command == "data" and arguments.kind not in ("plan", "index", "check") and len(arguments.files) > 1:
         return {"the file to be written,": arguments.files[-1]}
     return {}
 

@@ -259,22 +259,39 @@ def _add_inspect(commands: Commands) -> None:
 
 def _add_data(commands: Commands) -> None:
     data = commands.add_parser(
-        "data", formatter_class=Help, help="published datasets to conversation files; which rows suit some data",
+        "data", formatter_class=Help, help="published datasets to conversation files; which rows suit some data, "
+        "and what samples look like",
         description="Converts a dataset as it is published to a conversation file and prints the number of samples. "
                     "`data plan DATA --config FILE` measures conversation files and says which seq_length and "
-                    "max_tiles suit them when samples are packed; any key of FILE can be overridden, as with `run`.",
+                    "max_tiles suit them when samples are packed. `data preview DATA` writes one HTML page of samples "
+                    "as the model sees them: tiles, tokens with and without loss, counts, what is cut or refused; DATA "
+                    "may be a folder with a table too. `data index DATA` builds the index that runs read by (else they "
+                    "do it themselves); `data check DATA` prints what is wrong with data, source by source. "
+                    "Any key of FILE can be overridden, as with `run`.",
         epilog="examples:\n  mindformers data coco_captions captions_train2017.json coco.json --images train2017\n"
                "  mindformers data vqa_v2 v2_OpenEnded_mscoco_train2014_questions.json "
                "v2_mscoco_train2014_annotations.json vqa.json\n"
                "  mindformers data plan data.txt --config yaml_configs/ixc25_sft.yaml "
-               "--train_dataset.tokenizer.vocab_file PUBLIC/tokenizer.model")
+               "--train_dataset.tokenizer.vocab_file PUBLIC/tokenizer.model\n"
+               "  mindformers data preview my_pictures --config my.yaml --output preview.html\n"
+               "  mindformers data index data.txt --config my.yaml\n"
+               "  mindformers data check data.txt --config my.yaml --decode")
     data.add_argument("kind", metavar="KIND",
-                      help="coco_captions, vqa_v2, text_vqa, ocr_vqa, share_gpt or llava; or plan")
+                      help="coco_captions, vqa_v2, text_vqa, ocr_vqa, share_gpt or llava; or plan, preview, index or "
+                      "check")
     data.add_argument("files", nargs="+", metavar="FILE",
-                      help="the published files, then the file to be written; of plan the data")
-    data.add_argument("--config", metavar="FILE", help="of plan: YAML file of the run, or the name of a recipe")
+                      help="the published files, then the file to be written; of the others the data")
+    data.add_argument("--config", metavar="FILE", help="of plan, preview, index and check: YAML file of the run, "
+                      "or the name of a recipe (default, but for plan: ixc25_own_tiny)")
     data.add_argument("--global_batch", type=int, metavar="N", help="of plan: samples of a step (default: the file's)")
     data.add_argument("--json", action="store_true", help="of plan: JSON instead of text")
+    data.add_argument("--sample", type=int, nargs="+", metavar="N", help="of preview: numbers of the samples to show, "
+                      "counted from 0; they are printed too")
+    data.add_argument("--samples", type=int, metavar="K", help="of preview: how many to show, evenly over the data "
+                      "(default: 12, at most 50)")
+    data.add_argument("--output", metavar="FILE", help="of preview: page to write (default: preview.html); of index: "
+                      "folder of indices (default: in the user's cache)")
+    data.add_argument("--decode", action="store_true", help="of check: read the pixels of all pictures too")
     data.add_argument("--images", metavar="DIR", help="put in front of picture names")
     data.add_argument("--split", choices=["train", "validation", "test"], help="of ocr_vqa (default: train)")
 

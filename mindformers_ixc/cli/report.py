@@ -10,7 +10,7 @@ from mindformers_ixc.cli.report_page import CURVES, PAIRS, by_source, drawn, mea
 from mindformers_ixc.cli.report_runs import read_runs
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import check_target, write_whole
-from mindformers_ixc.pages.page import MARK
+from mindformers_ixc.pages.page import is_own
 
 # Where several runs are compared, in the working folder, unless --page says otherwise.
 COMPARISON = "comparison.html"
@@ -49,7 +49,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 def _check_own(target: Path) -> None:
     """Refuses to replace somebody else's page by one whose name nobody asked for."""
-    if target.exists() and MARK not in target.read_text(encoding="utf-8", errors="replace")[:2000]:
+    if target.exists() and not is_own(target):
         raise ConfigError(f"{target} is there and is no page of this command; say with --page where the comparison is "
                           "to be written.")
 

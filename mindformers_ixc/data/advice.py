@@ -2,22 +2,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from mindformers_ixc.data.conversations import CAPTION_PROMPTS, load_sources, read_image_sizes
 from mindformers_ixc.data.fitting import check_bad_pictures
+from mindformers_ixc.data.index.samples import IndexedSource
+from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.mixture import check_shares, mixture_weights
 from mindformers_ixc.data.packer import Budget, pack
-from mindformers_ixc.data.rows import MAX_BAD_SHARE, make_processor
+from mindformers_ixc.data.rows import MAX_BAD_SHARE, SectionOptions, make_processor, own_tokenizer
 from mindformers_ixc.data.sampling import draw_samples
-from mindformers_ixc.errors import DataError, ImageError
+from mindformers_ixc.errors import ImageError
 from mindformers_ixc.operations import Costs, goodput
-from mindformers_ixc.processing.image import HD_NUM_TRAINING
-from mindformers_ixc.processing.tokenizer import Tokenizer
+from mindformers_ixc.processing.processor import Processor
 
 # Samples that budgets are compared on; of more, so many are drawn.
 COMPARED = 8000
@@ -96,39 +95,49 @@ def measure(section: Mapping) -> Needs:
     Raises:
         DataError: for unusable data or a tokenizer of another kind.
     """
-    options = {key: value for key, value in section["tokenizer"].items() if key != "type"}
-    if section["tokenizer"].get("type", "InternLM2Tokenizer") != "InternLM2Tokenizer" or "vocab_file" not in options:
-        raise DataError(f"train_dataset.tokenizer is {dict(section['tokenizer'])!r:.200}; to measure data it must have "
-                        "the type InternLM2Tokenizer and a vocab_file.")
-    loader, hd_num = section["data_loader"], section.get("hd_num") or HD_NUM_TRAINING
-    processor = make_processor(_Options(section), Tokenizer(**options))
-    samples = load_sources(loader.get("dataset_dir"), loader.get("image_folder"), section.get("seed") or 0,
-                           loader.get("caption_prompts") or CAPTION_PROMPTS, loader.get("image_root"),
-                           loader.get("ignore_keys") or ())
-    read_image_sizes(samples, processor.image_processor.exif)
-    names = {name: number for number, name in enumerate(dict.fromkeys(sample.source for sample in samples))}
-    rows, bad = [], []
-    for sample in samples:
-        try:
-            needed = processor.conversation_length(sample.turns, sample.sizes, hd_num, sample.where, sample.images)
-        except ImageError as error:
-            bad.append(error)
-        else:
-            rows.append((*needed, len(sample.images), names[sample.source]))
+    loader = section["data_loader"]
+    sources = open_sources(loader, section.get("seed") or 0, measures_of(section, processor_of(section)),
+                           loader.get("index_dir"))
     share = section.get("max_bad_share")
-    check_bad_pictures(bad, len(samples), MAX_BAD_SHARE if share is None else share)
-    table = np.array(rows, np.int32).reshape(-1, 4)
-    return Needs(table[:, 0], table[:, 1], table[:, 2], table[:, 3], tuple(names))
+    return needs_of(sources, MAX_BAD_SHARE if share is None else share)
 
 
-class _Options:
-    """Keys of a section as attributes, `None` where there are none."""
+def needs_of(sources: Sequence[IndexedSource], max_bad_share: float) -> Needs:
+    """What the samples of sources need, uncut.
 
-    def __init__(self, section: Mapping):
-        self._section = section
+    Args:
+        sources: of a run.
+        max_bad_share: share of samples with unusable pictures that may be left out.
 
-    def __getattr__(self, name: str) -> Any:
-        return self._section.get(name)
+    Raises:
+        DataError: when too many pictures cannot be used.
+    """
+    names = list(dict.fromkeys(source.reader.name for source in sources))
+    rows, numbers, bad, total = list[np.ndarray](), list[np.ndarray](), list[ImageError](), 0
+    for source in sources:
+        entries, index = source.entries(), source.index
+        total += len(entries)
+        unusable = dict(index.description.unusable)
+        bad += [ImageError(unusable[int(number)]) for number in entries[np.isin(entries, list(unusable))]]
+        ends = index.pair_starts[entries + 1]
+        usable = ends > index.pair_starts[entries]
+        rows.append(index.needs[ends[usable] - 1])
+        numbers.append(np.full(int(usable.sum()), names.index(source.reader.name), np.int32))
+    check_bad_pictures(bad, total, max_bad_share)
+    needs = np.concatenate(rows)
+    return Needs(needs[:, 0], needs[:, 1], needs[:, 2], np.concatenate(numbers), tuple(names))
+
+
+def processor_of(section: Mapping) -> Processor:
+    """The processor of a `train_dataset` section, without MindFormers.
+
+    Args:
+        section: checked, its tokenizer an InternLM2Tokenizer.
+
+    Raises:
+        DataError: for a tokenizer of another kind.
+    """
+    return make_processor(SectionOptions(section), own_tokenizer(section))
 
 
 def drawn(needs: Needs, mixture: Mapping | None, seed: int = 0, samples: int = COMPARED) -> Needs:
@@ -144,7 +153,7 @@ def drawn(needs: Needs, mixture: Mapping | None, seed: int = 0, samples: int = C
         DataError: see `mixture_weights` and `check_shares`.
     """
     if mixture:
-        members = [np.flatnonzero(needs.sources == number).tolist() for number in range(len(needs.names))]
+        members = [np.flatnonzero(needs.sources == number) for number in range(len(needs.names))]
         weights = mixture_weights({name: len(part) for name, part in zip(needs.names, members)}, dict(mixture))
         count = mixture.get("samples_per_epoch") or len(needs)
         check_shares(weights, count)

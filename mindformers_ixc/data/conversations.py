@@ -1,27 +1,30 @@
 """Conversation files to checked samples; no pixels are decoded here.
 
-A source is a JSON list or JSON lines, of `{"id", "conversations": [{"from", "value"}, ...], "image"}` as the public
-fine-tuning scripts read them, or in another of the forms of `mindformers_ixc.data.forms`; or a table, see
-`mindformers_ixc.data.tables`. A list file names sources and how many thousand samples to take from each.
+A source is a JSON list, JSON lines, a Parquet file or a tar shard of `{"id", "conversations": [{"from", "value"}, ...],
+"image"}` as the public fine-tuning scripts read them, or in another of the forms of `mindformers_ixc.data.forms`; or a
+table (`mindformers_ixc.data.records`). A list file names sources and how many thousand samples to take from each.
 """
 from __future__ import annotations
 
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mindformers_ixc import terminal
+from mindformers_ixc.data.embedded import held_in
+from mindformers_ixc.data.fetching import fetched, is_web_address
 from mindformers_ixc.data.forms import Form, read_form
 from mindformers_ixc.data.paths import check_root, find_file, search_folders, shown
-from mindformers_ixc.data.tables import is_table, read_table
+from mindformers_ixc.data.records import open_records
+from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError, ImageError, VideoError
-from mindformers_ixc.files import read_json_list, read_text, text_lines
+from mindformers_ixc.files import read_text, text_lines
 from mindformers_ixc.processing.pictures import image_size
+from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.processing.video import board_size, is_video
 from mindformers_ixc.resources import resolve_path
 
@@ -37,6 +40,12 @@ MOST_SAMPLES = 10 ** 9
 # A comment begins its line or follows white space: names may have the sign.
 _COMMENT = re.compile(r"(^|\s)#.*")
 
+# Most records have no files of their own.
+_NO_FILES: Mapping[str, StoredFile] = {}
+
+# Samples that are wrong, by their numbers, each with a sentence that says why.
+Problems = list[tuple[int, str]]
+
 # Scans below this many samples finish before a progress bar would be read.
 PROGRESS_FROM = 1000
 
@@ -50,7 +59,7 @@ class Conversation:
         index: position in that file.
         id: the file's own id.
         turns: (role, text), user and assistant in turn, after an optional system turn.
-        images: paths in the order of their places.
+        images: paths, or files inside the source, in the order of their places.
         sizes: (width, height) of each image, filled in by the scan.
     """
 
@@ -58,7 +67,7 @@ class Conversation:
     index: int
     id: object
     turns: list[tuple[str, str]]
-    images: list[Path] = field(default_factory=list)
+    images: list[Path | StoredFile] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -67,37 +76,89 @@ class Conversation:
         return f"{self.source}, sample {self.index} (id {shown(self.id)})"
 
 
-def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
-                       caption_prompts: Sequence[str] = CAPTION_PROMPTS, seed: int = 0,
-                       image_root: str | os.PathLike | None = None,
-                       ignore_keys: Sequence[str] = ()) -> list[Conversation]:
-    """Reads one JSON, JSON lines or CSV source and checks its structure.
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How the records of a source become conversations.
 
-    Args:
-        path: the file; `pkg:` paths work.
+    Attributes:
         image_folder: where relative paths of pictures and videos start; by default the source's folder, then the
             working directory.
         caption_prompts: questions for samples that are captions.
         seed: of the choice among them.
         image_root: a folder that every picture and video must lie in, links followed; by default any file may be named.
         ignore_keys: keys of samples and turns that are not read.
+        fetch: whether http(s) addresses of pictures and videos are fetched; otherwise they are refused.
+    """
+
+    image_folder: str | os.PathLike | None = None
+    caption_prompts: Sequence[str] = CAPTION_PROMPTS
+    seed: int = 0
+    image_root: str | os.PathLike | None = None
+    ignore_keys: Sequence[str] = ()
+    fetch: bool = False
+
+
+class ConversationReader:
+    """Reads single conversations of a source.
+
+    Args:
+        path: the source; `pkg:` paths work.
+        options: how.
+
+    Raises:
+        DataError: when the source is not what its name says.
+        FileNotFoundError: when it is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike, options: ReadingOptions):
+        self.name, self.records, self.options = str(path), open_records(path), options
+        self._folders = search_folders(self.records.path, options.image_folder)
+        self._root = check_root(options.image_root)
+
+    def read(self, index: int, place: Place) -> Conversation:
+        """A conversation whose files are found.
+
+        Args:
+            index: its number in the source.
+            place: where it lies.
+
+        Raises:
+            DataError: naming sample and key of what is wrong with it.
+        """
+        record, options = self.records.read(index, place), self.options
+        ask = partial(_prompt, options.caption_prompts, f"{options.seed} {self.name} {index}")
+        form = read_form(record.row, self.records.where(index), options.ignore_keys, ask)
+        return make_conversation(form, self.name, index, record.row.get("id"), self._folders, self._root,
+                                 record.files, options.fetch)
+
+
+def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
+                       caption_prompts: Sequence[str] = CAPTION_PROMPTS, seed: int = 0,
+                       image_root: str | os.PathLike | None = None, ignore_keys: Sequence[str] = (),
+                       problems: Problems | None = None) -> list[Conversation]:
+    """Reads one source, all of it, and checks its structure.
+
+    Args:
+        path: the file; `pkg:` paths work.
+        image_folder: see `ReadingOptions`, as the others.
+        caption_prompts: of `ReadingOptions`.
+        seed: of `ReadingOptions`.
+        image_root: of `ReadingOptions`.
+        ignore_keys: of `ReadingOptions`.
+        problems: gets the samples that are wrong, which are left out then; without it they are an error.
 
     Raises:
         DataError: listing what is wrong with which samples.
         FileNotFoundError: when the file is missing.
     """
-    rows = read_table(path) if is_table(path) else read_json_list(path, "sample")
-    file = resolve_path(path)
-    folders, root = search_folders(file, image_folder), check_root(image_root)
-    samples, errors = [], []
-    for index, row in enumerate(rows):
-        ask = partial(_prompt, caption_prompts, f"{seed} {path} {index}")
+    reader = ConversationReader(path, ReadingOptions(image_folder, caption_prompts, seed, image_root, ignore_keys))
+    samples, errors = list[Conversation](), Problems()
+    for index, place in reader.records:
         try:
-            form = read_form(row, f"{path}, sample {index}", ignore_keys, ask)
-            samples.append(make_conversation(form, str(path), index, row.get("id"), folders, root))
+            samples.append(reader.read(index, place))
         except DataError as error:
-            errors.append(str(error))
-    raise_errors(errors)
+            errors.append((index, str(error)))
+    tell_problems(errors, problems)
     return samples
 
 
@@ -106,7 +167,8 @@ def _prompt(prompts: Sequence[str], seed: str) -> str:
 
 
 def make_conversation(form: Form, source: str, index: int, identity: object, folders: Sequence[Path],
-                      root: Path | None = None) -> Conversation:
+                      root: Path | None = None, files: Mapping[str, StoredFile] = _NO_FILES,
+                      fetch: bool = False) -> Conversation:
     """A sample whose files are found.
 
     Args:
@@ -116,17 +178,25 @@ def make_conversation(form: Form, source: str, index: int, identity: object, fol
         identity: the file's own id.
         folders: of `search_folders`.
         root: of `check_root`.
+        files: that come with the record, by the names it has for them.
+        fetch: whether http(s) addresses are fetched.
 
     Raises:
         DataError: naming sample and key of a picture or video that is missing.
     """
     sample = Conversation(source, index, identity, form.turns)
     for file in form.files:
+        field = f"{sample.where}, field {file.field}"
         try:
-            sample.images.append(find_file(file.name, folders, root))
+            if file.name in files:
+                sample.images.append(files[file.name])
+            elif fetch and is_web_address(file.name):
+                sample.images.append(fetched(file.name, field))
+            else:
+                sample.images.append(held_in(file.name, field) or find_file(file.name, folders, root))
         except FileNotFoundError as error:
             noun = "video" if file.video else "picture"
-            raise DataError(f"{sample.where}, field {file.field}: the {noun} {error}.") from error
+            raise DataError(f"{field}: the {noun} {error}.") from error
     return sample
 
 
@@ -135,6 +205,14 @@ def raise_errors(errors: Sequence[str]) -> None:
     if errors:
         more = f"\n... and {len(errors) - LISTED_ERRORS} more" if len(errors) > LISTED_ERRORS else ""
         raise DataError("\n".join(errors[:LISTED_ERRORS]) + more)
+
+
+def tell_problems(found: Problems, wanted: Problems | None) -> None:
+    """Hands over what was found to whoever wants it, or raises it as one `DataError`."""
+    if wanted is None:
+        raise_errors([sentence for _, sentence in found])
+    else:
+        wanted += found
 
 
 def load_sources(dataset_dir: str | os.PathLike | Sequence[str] | None, image_folder: str | None = None,
@@ -154,20 +232,38 @@ def load_sources(dataset_dir: str | os.PathLike | Sequence[str] | None, image_fo
     Raises:
         DataError: for bad sources; see `load_conversations`.
     """
-    options: Any = {"seed": seed, "caption_prompts": caption_prompts, "image_root": image_root,
-                    "ignore_keys": ignore_keys}
+    samples = list[Conversation]()
+    for path, count in named_sources(dataset_dir):
+        source = load_conversations(path, image_folder, caption_prompts, seed, image_root, ignore_keys)
+        samples += source if count is None else resample(source, count, random.Random(choice_seed(seed, path)))
+    return samples
+
+
+def named_sources(dataset_dir: str | os.PathLike | Sequence[str] | None) -> Iterator[
+        tuple[str | os.PathLike, int | None]]:
+    """The sources that `dataset_dir` names, each with the samples that a list file takes of it (`None`: all, once).
+
+    Raises:
+        DataError: when it names none, and for a bad list file.
+        FileNotFoundError: for a missing list file.
+    """
     if isinstance(dataset_dir, (list, tuple)) and dataset_dir:
-        return [sample for path in dataset_dir for sample in load_sources(path, image_folder, **options)]
+        for path in dataset_dir:
+            yield from named_sources(path)
+        return
     if not isinstance(dataset_dir, (str, os.PathLike)) or not str(dataset_dir):
         found = f"has the entry {shown(dataset_dir)}" if dataset_dir else "is empty"
-        raise DataError(f"train_dataset.data_loader.dataset_dir {found}; name a .json, .jsonl, .csv or .txt file.")
-    if not str(dataset_dir).endswith(".txt"):
-        return load_conversations(dataset_dir, image_folder, **options)
-    samples = []
-    for path, count in read_list_file(dataset_dir):
-        source = load_conversations(path, image_folder, **options)
-        samples += resample(source, count, random.Random(f"{seed} {path}"))
-    return samples
+        raise DataError(f"train_dataset.data_loader.dataset_dir {found}; name a .json, .jsonl, .csv, .parquet, .tar or "
+                        ".txt file.")
+    if str(dataset_dir).endswith(".txt"):
+        yield from read_list_file(dataset_dir)
+    else:
+        yield dataset_dir, None
+
+
+def choice_seed(seed: int, path: str | os.PathLike) -> str:
+    """Seed of the choice among the samples of a source of a list file."""
+    return f"{seed} {path}"
 
 
 def read_list_file(path: str | os.PathLike) -> list[tuple[Path, int]]:
@@ -207,20 +303,23 @@ def resample(samples: Sequence, count: int, rng: random.Random) -> list:
     return list(samples) * whole + rng.sample(list(samples), rest)
 
 
-def read_image_sizes(samples: Sequence[Conversation], exif: str = "ignore") -> None:
+def read_image_sizes(samples: Sequence[Conversation], exif: str = "ignore", problems: Problems | None = None) -> None:
     """Fills in the images' sizes from their headers.
 
     Args:
         samples: whose `sizes` are still empty, or known.
         exif: as in `processing.pictures.load_image`.
+        problems: gets the samples with an image that cannot be used, by their place among `samples`; without it they
+            are an error.
 
     Raises:
         DataError: listing the images that cannot be opened, or whose headers show that they cannot be used.
     """
-    known: dict[Path, tuple[int, int]] = {}
-    errors = []
-    for sample in terminal.current.counted(samples, len(samples), "reading picture sizes", "sample",
-                                           disable=len(samples) < PROGRESS_FROM or None):
+    known: dict[Path | StoredFile, tuple[int, int]] = {}
+    errors = Problems()
+    counted = terminal.current.counted(samples, len(samples), "reading picture sizes", "sample",
+                                       disable=len(samples) < PROGRESS_FROM or None)
+    for number, sample in enumerate(counted):
         if sample.sizes:
             continue
         try:
@@ -229,5 +328,5 @@ def read_image_sizes(samples: Sequence[Conversation], exif: str = "ignore") -> N
                     known[path] = board_size(path) if is_video(path) else image_size(path, exif)
             sample.sizes = [known[path] for path in sample.images]
         except (ImageError, VideoError, OSError) as error:
-            errors.append(f"{sample.where}, field image: {error}")
-    raise_errors(errors)
+            errors.append((number, f"{sample.where}, field image: {error}"))
+    tell_problems(errors, problems)

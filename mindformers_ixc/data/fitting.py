@@ -2,32 +2,17 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from mindformers_ixc import terminal
-from mindformers_ixc.data.conversations import LISTED_ERRORS, PROGRESS_FROM, Conversation
+from mindformers_ixc.data.conversations import LISTED_ERRORS, Conversation
 from mindformers_ixc.data.forms import count_places
 from mindformers_ixc.data.packer import longest_sample
-from mindformers_ixc.data.rows import MAX_BAD_SHARE
 from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.processing.processor import Processor
 
 logger = logging.getLogger(__name__)
-
-
-class Fitted(NamedTuple):
-    """A conversation that fits.
-
-    Attributes:
-        sample: the conversation, perhaps cut.
-        positions: it takes.
-        tiles: it takes, global views included.
-    """
-
-    sample: Conversation
-    positions: int
-    tiles: int
 
 
 def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_tiles: int, hd_num: int,
@@ -49,9 +34,7 @@ def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_t
     Raises:
         ImageError: for a picture that cannot be partitioned, with sample and file.
     """
-    system = 1 if sample.turns[0][0] == "system" else 0
-    pairs = (len(sample.turns) - system) // 2
-    for count in range(pairs, 0, -1):
+    for count in range(pair_count(sample), 0, -1):
         part = first_pairs(sample, count)
         needed = processor.conversation_length(part.turns, part.sizes, hd_num, sample.where, part.images)
         few = max_images is None or len(part.images) <= max_images
@@ -59,6 +42,11 @@ def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_t
             return count, needed
         shortest = needed
     return 0, shortest
+
+
+def pair_count(sample: Conversation) -> int:
+    """Question-answer pairs of a conversation."""
+    return (len(sample.turns) - (sample.turns[0][0] == "system")) // 2
 
 
 def first_pairs(sample: Conversation, pairs: int) -> Conversation:
@@ -89,55 +77,60 @@ def check_bad_pictures(errors: Sequence[ImageError], total: int, max_bad_share: 
                         f"max_bad_share {max_bad_share} allows. The last one: {errors[-1]}")
 
 
-def fit_samples(processor: Processor, samples: Sequence[Conversation], seq_length: int, max_tiles: int,
-                hd_num: int, max_bad_share: float = MAX_BAD_SHARE, max_images: int | None = None,
-                max_segments: int | None = None) -> list[Fitted]:
-    """Cuts conversations to the fixed shapes, only between whole pairs, and reports what was lost.
+@dataclass(frozen=True)
+class Shapes:
+    """What the part of a conversation that is used must fit.
 
-    Args:
-        processor: counts positions and tiles.
-        samples: conversations with known image sizes.
-        seq_length: positions at most.
+    Attributes:
+        seq_length: positions of a row.
         max_tiles: tiles at most.
-        hd_num: tiles of an image at most.
-        max_bad_share: share of samples with a picture that cannot be partitioned that may be left out.
+        hd_num: tiles of a picture at most.
         max_images: pictures at most; `None` for any number.
-        max_segments: of packed rows, whose padding takes `max_segments` - 1 positions beside a single sample;
-            `None` without packing.
-
-    Raises:
-        DataError: when nothing fits, with the lengths that would, or too many pictures cannot be used.
+        max_segments: of packed rows, whose padding takes `max_segments` - 1 positions beside a single sample; `None`
+            without packing.
     """
-    longest = seq_length if max_segments is None else longest_sample(seq_length, max_segments)
-    shapes = f"seq_length {seq_length} and max_tiles {max_tiles}" if max_images is None else \
-        f"seq_length {seq_length}, max_tiles {max_tiles} and max_images {max_images}"
-    if max_segments is not None:
-        shapes += f" (max_segments {max_segments} leaves {longest} positions to a sample)"
-    kept, cut, dropped, needs, bad = [], 0, [], [], []
-    for sample in terminal.current.counted(samples, len(samples), "measuring samples", "sample",
-                                           disable=len(samples) < PROGRESS_FROM or None):
-        try:
-            pairs, needed = fit_pairs(processor, sample, longest, max_tiles, hd_num, max_images)
-        except ImageError as error:
-            bad.append(error)
-            continue
-        if pairs == 0:
-            dropped.append(len(first_pairs(sample, 1).images))
-            needs.append(needed)
-            continue
-        part = first_pairs(sample, pairs)
-        cut += len(part.turns) < len(sample.turns)
-        kept.append(Fitted(part, *needed))
-    check_bad_pictures(bad, len(samples), max_bad_share)
-    if needs:
-        pictures = f" and {max(dropped)} pictures" if max_images is not None and max(dropped) > max_images else ""
-        fits = (f"the shortest dropped sample's first question and answer need {min(n for n, _ in needs)} positions "
-                f"and {min(t for _, t in needs)} tiles, the longest {max(n for n, _ in needs)} and "
-                f"{max(t for _, t in needs)}{pictures}")
-        if not kept:
-            raise DataError(f"None of the {len(samples)} samples fits {shapes}: {fits}. Raise them or lower hd_num "
-                            f"(now {hd_num}).")
-        logger.warning(f"{len(dropped)} of {len(samples)} samples do not fit {shapes} and are left out: {fits}.")
-    if cut:
-        logger.warning(f"{cut} of {len(samples)} conversations are cut between whole turns to fit {shapes}.")
-    return kept
+
+    seq_length: int
+    max_tiles: int
+    hd_num: int
+    max_images: int | None = None
+    max_segments: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Positions at most."""
+        return self.seq_length if self.max_segments is None else longest_sample(self.seq_length, self.max_segments)
+
+    @property
+    def limits(self) -> tuple[int, int, int]:
+        """Positions, tiles and pictures at most."""
+        return self.longest, self.max_tiles, sys.maxsize if self.max_images is None else self.max_images
+
+    def __str__(self) -> str:
+        parts = [f"seq_length {self.seq_length}", f"max_tiles {self.max_tiles}"]
+        if self.max_images is not None:
+            parts.append(f"max_images {self.max_images}")
+        text = f"{', '.join(parts[:-1])} and {parts[-1]}"
+        if self.max_segments is None:
+            return text
+        return f"{text} (max_segments {self.max_segments} leaves {self.longest} positions to a sample)"
+
+    def tell_dropped(self, dropped: int, total: int, least: tuple[int, int, int], most: tuple[int, int, int]) -> None:
+        """Says in the log how many samples do not fit.
+
+        Args:
+            dropped: their number.
+            total: of all samples.
+            least: positions, tiles and pictures that the first rounds of the dropped ones need at least.
+            most: at most.
+
+        Raises:
+            DataError: when nothing is left.
+        """
+        pictures = f" and {most[2]} pictures" if most[2] > self.limits[2] else ""
+        fits = (f"the shortest dropped sample's first question and answer need {least[0]} positions and {least[1]} "
+                f"tiles, the longest {most[0]} and {most[1]}{pictures}")
+        if dropped == total:
+            raise DataError(f"None of the {total} samples fits {self}: {fits}. Raise them or lower hd_num (now "
+                            f"{self.hd_num}).")
+        logger.warning(f"{dropped} of {total} samples do not fit {self} and are left out: {fits}.")

@@ -85,14 +85,14 @@ def check_shares(weights: dict[str, float], samples: int) -> None:
                             "weight or samples_per_epoch, or leave the source out.")
 
 
-def make_planner(sources: Sequence[str], multimodal: Sequence[bool], names: Sequence[str], section: dict | None,
+def make_planner(sources: np.ndarray, multimodal: np.ndarray, names: Sequence[str], section: dict | None,
                  seed: int, shuffle: bool, drop_remainder: bool, packing: Packing | None = None) -> Planner:
     """What makes the plan of a run.
 
     Args:
-        sources: name of each sample's source.
+        sources: number of each sample's source.
         multimodal: whether each sample has images.
-        names: of all sources, in the YAML's order.
+        names: of all sources, in the YAML's order; a source may be there twice.
         section: `mixture` of the YAML; `None` means epochs in which every sample is seen once.
         seed: of the run.
         shuffle: whether epochs are shuffled (a mixture always is).
@@ -106,9 +106,11 @@ def make_planner(sources: Sequence[str], multimodal: Sequence[bool], names: Sequ
     if section is None:
         if packing is not None:
             return partial(plan_packed, partial(_everything, len(sources)), packing, seed, True, shuffle)
-        kinds = [[i for i, has in enumerate(multimodal) if has == wanted] for wanted in (True, False)]
+        kinds = [np.flatnonzero(multimodal).astype(np.int32), np.flatnonzero(~multimodal).astype(np.int32)]
         return partial(plan_batches, partial(_epoch, kinds, seed, shuffle, drop_remainder))
-    members = {name: [i for i, source in enumerate(sources) if source == name] for name in names}
+    same = np.array([names.index(name) for name in names])[sources]          # of two that are one, the first
+    members = {name: np.flatnonzero(same == number).astype(np.int32) for number, name in enumerate(names)
+               if names.index(name) == number}
     weights = mixture_weights({name: len(indices) for name, indices in members.items()}, section)
     samples = section.get("samples_per_epoch") or len(sources)
     check_shares(weights, samples)
@@ -118,8 +120,8 @@ def make_planner(sources: Sequence[str], multimodal: Sequence[bool], names: Sequ
     parts = []
     for name, indices in members.items():
         for kind, wanted in enumerate((True, False)):
-            chosen = [i for i in indices if multimodal[i] == wanted]
-            if chosen:   # a source of both kinds shares its weight between them by number
+            chosen = indices[multimodal[indices] == wanted]
+            if len(chosen):   # a source of both kinds shares its weight between them by number
                 parts.append(MixtureSource(kind, weights[name] * len(chosen) / len(indices), chosen))
     return partial(plan_batches, partial(_mixture, parts, seed, samples))
 
@@ -128,15 +130,15 @@ def _everything(count: int, epoch: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32)
 
 
-def _drawn(sources: Sequence[Sequence[int]], weights: Sequence[float], seed: int, samples: int,
+def _drawn(sources: Sequence[np.ndarray], weights: Sequence[float], seed: int, samples: int,
            epoch: int) -> np.ndarray:
     return draw_samples(sources, weights, seed, epoch, samples)
 
 
-def _epoch(kinds: Sequence[Sequence[int]], seed: int, shuffle: bool, drop_remainder: bool, batch_size: int,
-           epoch: int) -> list[list[int]]:
+def _epoch(kinds: Sequence[np.ndarray], seed: int, shuffle: bool, drop_remainder: bool, batch_size: int,
+           epoch: int) -> np.ndarray:
     return plan_epoch(kinds, batch_size, seed, epoch, shuffle, drop_remainder)
 
 
-def _mixture(parts: Sequence[MixtureSource], seed: int, samples: int, batch_size: int, epoch: int) -> list[list[int]]:
+def _mixture(parts: Sequence[MixtureSource], seed: int, samples: int, batch_size: int, epoch: int) -> np.ndarray:
     return plan_mixture(parts, batch_size, seed, epoch, max(1, samples // batch_size))

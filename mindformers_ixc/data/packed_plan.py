@@ -1,7 +1,6 @@
 """The plan of a run whose rows hold several samples each, of any source and kind."""
 from __future__ import annotations
 
-import logging
 import sys
 import zlib
 from collections.abc import Callable
@@ -13,8 +12,6 @@ from mindformers_ixc.data.ordering import mix_rows
 from mindformers_ixc.data.packer import Budget, Rows, pack, split_rows
 from mindformers_ixc.data.sampling import RunPlan
 from mindformers_ixc.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 # Epochs of a mixture draw other samples, so they take more rows or fewer. How many an epoch has is found by packing the
 # first ones: this many samples in all, of so many epochs.
@@ -145,11 +142,10 @@ def plan_packed(draw: Callable[[int], np.ndarray], packing: Packing, seed: int, 
         return RunPlan(draw_nothing, 0, batch_rows)
     epochs = _Epochs(draw, packing, seed, constant, shuffle, batch_rows)
     samples = max(epochs.samples, epochs.rows)
-    plan = RunPlan(epochs, epochs.rows, batch_rows, samples / epochs.rows, epochs.check)
-    logger.info(f"{epochs.samples} samples of an epoch are packed into {epochs.packed_rows} rows, {epochs.text_rows} "
-                f"of them without a picture; an epoch has {epochs.rows} rows of {plan.mean_samples:.2f} samples on "
-                "average.")
-    return plan
+    note = (f"{epochs.samples} samples of an epoch are packed into {epochs.packed_rows} rows, {epochs.text_rows} of "
+            f"them without a picture; an epoch has {epochs.rows} rows of {samples / epochs.rows:.2f} samples on "
+            "average.")
+    return RunPlan(epochs, epochs.rows, batch_rows, samples / epochs.rows, epochs.check, note)
 
 
 def draw_nothing(epoch: int) -> Rows:

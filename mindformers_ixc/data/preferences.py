@@ -1,8 +1,8 @@
 """Preference pairs: a prompt with images, a chosen and a rejected answer.
 
-A source is a JSON list or JSON lines of `{"id", "prompt", "image", "chosen", "rejected"}`, with the picture keys of any
-sample; where they were computed before,
-`reference_logps: [chosen, rejected]` holds log-probabilities of the reference model.
+A source (`mindformers_ixc.data.records`) has `{"id", "prompt", "image", "chosen", "rejected"}`, with the picture keys
+of any sample; where they were computed before, `reference_logps: [chosen, rejected]` holds log-probabilities of the
+reference model.
 """
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS, REFERENCE_COLUMN
-from mindformers_ixc.data.conversations import Conversation, make_conversation, raise_errors
+from mindformers_ixc.data.conversations import Conversation, Problems, make_conversation, tell_problems
 from mindformers_ixc.data.forms import open_sample, read_pair
 from mindformers_ixc.data.paths import check_root, search_folders, shown
+from mindformers_ixc.data.records import open_records
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.files import read_json_list
 from mindformers_ixc.processing.processor import Processor
-from mindformers_ixc.resources import resolve_path
 
 
 class PreferenceTable(ConversationTable):
@@ -37,20 +36,20 @@ class PreferenceTable(ConversationTable):
 
     def __init__(self, processor: Processor, chosen: Sequence[Conversation], rejected: Sequence[Conversation],
                  logps: Sequence[tuple[float, float] | None], **options: Any):
-        super().__init__(processor, chosen, **options)
-        self.rejected, self.logps = list(rejected), list(logps)
+        super().__init__(processor, list(chosen), **options)
+        self.chosen, self.rejected, self.logps = list(chosen), list(rejected), list(logps)
 
     @property
     def needs(self) -> np.ndarray:
         """Positions of either answer's sequence and the tiles that both look at, int `(n, 3)`."""
         if self._needs is None:
             sides = [(self._measure(chosen), self._measure(rejected))
-                     for chosen, rejected in zip(self.samples, self.rejected)]
+                     for chosen, rejected in zip(self.chosen, self.rejected)]
             self._needs = np.array([(chosen[0], *rejected) for chosen, rejected in sides], np.int32).reshape(-1, 3)
         return self._needs
 
     def _encode(self, index: int) -> dict[str, np.ndarray]:
-        pair = (self.samples[index], self.rejected[index])
+        pair = (self.chosen[index], self.rejected[index])
         encoded_images = self.processor.image_processor.cut(list(pair[0].images), self.hd_num, training=True,
                                                             where=pair[0].where)
         padded = []
@@ -70,15 +69,17 @@ class PreferenceTable(ConversationTable):
 
 
 def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
-                     image_root: str | os.PathLike | None = None, ignore_keys: Sequence[str] = ()) -> list[
+                     image_root: str | os.PathLike | None = None, ignore_keys: Sequence[str] = (),
+                     problems: Problems | None = None) -> list[
         tuple[Conversation, Conversation, tuple[float, float] | None]]:
-    """Reads the preference pairs of one JSON or JSON lines file.
+    """Reads the preference pairs of one source.
 
     Args:
         path: the file; `pkg:` paths work.
         image_folder: where relative paths of pictures and videos start.
         image_root: a folder that every picture and video must lie in, links followed.
         ignore_keys: keys of pairs that are not read.
+        problems: as in `load_conversations`.
 
     Returns:
         (chosen, rejected, reference log-probabilities or `None`) of each pair.
@@ -87,24 +88,25 @@ def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | 
         DataError: listing what is wrong with which samples.
         FileNotFoundError: when the file is missing.
     """
-    rows, file = read_json_list(path, "pair"), resolve_path(path)
-    folders, root = search_folders(file, image_folder), check_root(image_root)
+    records = open_records(path, "pair")
+    folders, root = search_folders(records.path, image_folder), check_root(image_root)
     pairs: list[tuple[Conversation, Conversation, tuple[float, float] | None]] = []
-    errors: list[str] = []
-    for index, row in enumerate(rows):
+    errors = Problems()
+    for index, place in records:
         try:
-            known, where = open_sample(row, f"{path}, sample {index}", ignore_keys, "pair")
+            row, files = records.read(index, place)
+            known, where = open_sample(row, records.where(index), ignore_keys, "pair")
             chosen, rejected = read_pair(known, where, ignore_keys)
             if chosen.turns[-1][1].strip() == rejected.turns[-1][1].strip():
                 raise DataError(f"{where}: chosen equals rejected, so there is nothing to prefer; take the pair out.")
             logps = read_logps(known, where)
-            sides = [make_conversation(form, str(path), index, row.get("id"), folders, root)
+            sides = [make_conversation(form, str(path), index, row.get("id"), folders, root, files)
                      for form in (chosen, rejected)]
         except DataError as error:
-            errors.append(str(error))
+            errors.append((index, str(error)))
         else:
             pairs.append((sides[0], sides[1], logps))
-    raise_errors(errors)
+    tell_problems(errors, problems)
     return pairs
 
 

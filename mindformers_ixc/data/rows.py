@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Union
 
 import numpy as np
@@ -18,7 +18,7 @@ from mindformers_ixc.errors import DataError, ImageError, VideoError
 from mindformers_ixc.processing.image import HD_NUM_SINGLE, HD_NUM_TRAINING
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX
-from mindformers_ixc.processing.tokenizer import SentencePieceText
+from mindformers_ixc.processing.tokenizer import SentencePieceText, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,50 @@ class SharedFlags:
         return sum(self._flags[:])
 
 
+class Samples(Protocol):
+    """The samples of a table, in memory (`ListedSamples`) or on disk (`mindformers_ixc.data.index.samples.SampleSet`).
+
+    Attributes:
+        names: of the sources, each once.
+        images: pictures of each sample, int `(n,)`.
+    """
+
+    names: list[str]
+    images: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Conversation: ...
+
+    def where(self, index: int) -> str:
+        """Names a sample in messages."""
+
+    @property
+    def name_numbers(self) -> np.ndarray:
+        """Number of the name of each sample's source, int `(n,)`."""
+
+
+class ListedSamples:
+    """Samples in memory; see `Samples`."""
+
+    def __init__(self, samples: Sequence[Conversation]):
+        self.samples = list(samples)
+        self.names = list(dict.fromkeys(sample.source for sample in samples))
+        self.images = np.array([len(sample.images) for sample in samples], np.int32)
+        numbers = {name: number for number, name in enumerate(self.names)}
+        self.name_numbers = np.array([numbers[sample.source] for sample in samples], np.int32)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self.samples[index]
+
+    def where(self, index: int) -> str:
+        """Names a sample in messages."""
+        return self.samples[index].where
+
+
 class ConversationTable:
     """Encoded, padded rows by their places in the run; MindSpore's worker processes read from it.
 
@@ -79,16 +123,16 @@ class ConversationTable:
         DataError: for a sample with more pictures.
     """
 
-    def __init__(self, processor: Processor, samples: Sequence[Conversation], seq_length: int, max_tiles: int,
+    def __init__(self, processor: Processor, samples: Samples | list[Conversation], seq_length: int, max_tiles: int,
                  hd_num: int, max_bad_share: float = MAX_BAD_SHARE, needs: np.ndarray | None = None,
                  columns: Sequence[str] = BATCH_COLUMNS, seed: int = 0, max_images: int | None = None,
                  max_segments: int | None = None, plan: RunPlan | None = None):
-        self.processor, self.samples = processor, list(samples)
+        self.processor = processor
+        self.samples: Samples = ListedSamples(samples) if isinstance(samples, list) else samples
         self.seq_length, self.max_tiles, self.hd_num = seq_length, max_tiles, hd_num
         self.max_images, self.max_segments = max_images or default_max_images(max_tiles), max_segments
         self.max_bad_share, self.columns, self.seed, self.plan = max_bad_share, tuple(columns), seed, plan
-        self.source_names = list(dict.fromkeys(sample.source for sample in self.samples))
-        self._source_numbers = {name: number for number, name in enumerate(self.source_names)}
+        self.source_names = self.samples.names
         self._needs = needs
         self._bad = SharedFlags(len(self.samples))
         check_images(self.samples, self.max_images)
@@ -145,7 +189,8 @@ class ConversationTable:
     def needs(self) -> np.ndarray:
         """Positions of every sample's sequence and its tiles, int `(n, 2)`."""
         if self._needs is None:
-            self._needs = np.array([self._measure(sample) for sample in self.samples], np.int32).reshape(-1, 2)
+            self._needs = np.array([self._measure(self.samples[i]) for i in range(len(self))],
+                                   np.int32).reshape(-1, 2)
         return self._needs
 
     def _measure(self, sample: Conversation) -> tuple[int, int]:
@@ -153,15 +198,15 @@ class ConversationTable:
 
     def is_multimodal(self, index: int) -> bool:
         """Whether a sample has images."""
-        return bool(self.samples[index].images)
+        return bool(self.samples.images[index])
 
     def source_of(self, index: int) -> str:
         """Name of a sample's source."""
-        return self.samples[index].source
+        return self.source_names[self.samples.name_numbers[index]]
 
     def describe(self, index: int) -> str:
         """Names a sample in messages."""
-        return self.samples[index].where
+        return self.samples.where(index)
 
     def _encode(self, index: int) -> Any:
         """A sample as `_join` takes it.
@@ -171,6 +216,9 @@ class ConversationTable:
         """
         sample = self.samples[index]
         encoded = self.processor.encode_conversation(sample.turns, sample.images, sample.where, self.hd_num)
+        if self._needs is not None and (len(encoded.input_ids), encoded.tiles) != tuple(self._needs[index].tolist()):
+            raise ImageError(f"{sample.where}: its pictures have other sizes than when the data were measured; it "
+                             f"takes {len(encoded.input_ids)} positions and {encoded.tiles} tiles now.")
         if not (encoded.labels[1:] != IGNORE_INDEX).any():       # nothing predicts the first one
             raise DataError(f"{self.describe(index)}: nothing in it carries loss; its answers are empty.")
         return encoded
@@ -182,20 +230,23 @@ class ConversationTable:
         source, end = np.zeros(self.seq_length, np.int32), 0     # any number in the padding, where no label is
         for index, encoded in members:
             first, end = end, end + len(encoded.input_ids)
-            source[first:end] = self._source_numbers[self.source_of(index)]
+            source[first:end] = self.samples.name_numbers[index]
         return {**joined, "noise_seed": noise_seed(self.seed, place), "source": source}
 
 
-def check_images(samples: Sequence[Conversation], max_images: int) -> None:
+def check_images(samples: Samples, max_images: int) -> None:
     """Refuses samples with more pictures than a row has global views.
 
     Raises:
         DataError: naming the sample with the most of them.
     """
-    most = max(samples, key=lambda sample: len(sample.images), default=None)
-    if most is not None and len(most.images) > max_images:
-        raise DataError(f"{most.where}: its {len(most.images)} pictures do not fit train_dataset.max_images "
-                        f"{max_images}; raise that and model.model_config.max_images, or leave the sample out.")
+    if not len(samples):
+        return
+    most = int(np.argmax(samples.images))
+    if samples.images[most] > max_images:
+        raise DataError(f"{samples.where(most)}: its {samples.images[most]} pictures do not fit "
+                        f"train_dataset.max_images {max_images}; raise that and model.model_config.max_images, or "
+                        "leave the sample out.")
 
 
 def noise_seed(seed: int, place: int) -> np.int32:
@@ -223,3 +274,32 @@ def make_processor(config: ImageOptions, tokenizer: SentencePieceText) -> Proces
                             hd_num_training=hd_num, training_transform=config.image_transform or "training",
                             transparency=config.transparency or "white", exif=config.exif or "ignore")
     return Processor(images, tokenizer, bool(config.control_tokens))
+
+
+def own_tokenizer(section: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a `train_dataset` section, without MindFormers.
+
+    Raises:
+        DataError: when it is one of another kind.
+    """
+    options = {key: value for key, value in section["tokenizer"].items() if key != "type"}
+    if not has_own_tokenizer(section):
+        raise DataError(f"train_dataset.tokenizer is {dict(section['tokenizer'])!r:.200}; to measure data it must have "
+                        "the type InternLM2Tokenizer and a vocab_file.")
+    return Tokenizer(**options)
+
+
+def has_own_tokenizer(section: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer of a section is made without MindFormers."""
+    tokenizer = section["tokenizer"]
+    return tokenizer.get("type", "InternLM2Tokenizer") == "InternLM2Tokenizer" and "vocab_file" in tokenizer
+
+
+class SectionOptions:
+    """Keys of a section as attributes, `None` where there are none: `ImageOptions` of a plain mapping."""
+
+    def __init__(self, section: Mapping[str, Any]):
+        self._section = section
+
+    def __getattr__(self, name: str) -> Any:
+        return self._section.get(name)

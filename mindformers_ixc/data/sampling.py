@@ -6,6 +6,7 @@ depend on places alone, so a run that is resumed at any step, or fed by other wo
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,8 +24,8 @@ COUNTED = 1 << 20
 KEPT_EPOCHS = 2
 
 
-def plan_epoch(kinds: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int, shuffle: bool,
-               drop_remainder: bool = True) -> list[list[int]]:
+def plan_epoch(kinds: Sequence[Sequence[int] | np.ndarray], batch_size: int, seed: int, epoch: int, shuffle: bool,
+               drop_remainder: bool = True) -> np.ndarray:
     """Batches of one epoch, never mixing kinds.
 
     Batches of the kinds alternate while each still has some (the public scripts alternate multimodal and text-only
@@ -41,26 +42,29 @@ def plan_epoch(kinds: Sequence[Sequence[int]], batch_size: int, seed: int, epoch
         drop_remainder: whether an incomplete last batch is dropped.
 
     Returns:
-        Lists of `batch_size` indices.
+        int32 `(batches, batch_size)`.
     """
-    queues = []
+    queues, turns = [], []
     for number, kind in enumerate(kinds):
-        order = list(kind)
-        if not order:
+        if not len(kind):
             continue
-        if shuffle:
-            random.Random(f"{seed} {epoch} {number}").shuffle(order)
+        order = _shuffled(kind, f"{seed} {epoch} {number}") if shuffle else np.asarray(kind, np.int32)
         whole, rest = divmod(len(order), batch_size)
         if rest and (whole == 0 or not drop_remainder):
-            order += [order[i % len(order)] for i in range(batch_size - rest)]
             whole += 1
-        queues.append([order[i * batch_size:(i + 1) * batch_size] for i in range(whole)])
-    batches = []
-    while any(queues):
-        for queue in queues:
-            if queue:
-                batches.append(queue.pop(0))
-    return batches
+            order = np.resize(order, whole * batch_size)         # from its beginning again
+        queues.append(order[:whole * batch_size].reshape(whole, batch_size))
+        turns.append(np.arange(whole))
+    if not queues:
+        return np.zeros((0, batch_size), np.int32)
+    return np.concatenate(queues)[np.argsort(np.concatenate(turns), kind="stable")]
+
+
+def _shuffled(indices: Sequence[int] | np.ndarray, seed: str) -> np.ndarray:
+    """The indices in another order, int32."""
+    order = array("i", np.asarray(indices, np.int32).tobytes())
+    random.Random(seed).shuffle(order)
+    return np.frombuffer(order, np.int32)
 
 
 def spread(weights: Sequence[float], start: int, stop: int) -> np.ndarray:
@@ -82,11 +86,11 @@ class MixtureSource:
 
     kind: int
     weight: float
-    indices: list[int]
+    indices: Sequence[int] | np.ndarray
 
 
 def plan_mixture(sources: Sequence[MixtureSource], batch_size: int, seed: int, epoch: int,
-                 batches: int) -> list[list[int]]:
+                 batches: int) -> np.ndarray:
     """Batches of one epoch in which each source has its share.
 
     Every batch is of one kind; kinds and, within a kind, sources follow one another as `spread` says. A source is gone
@@ -100,41 +104,35 @@ def plan_mixture(sources: Sequence[MixtureSource], batch_size: int, seed: int, e
         batches: batches of an epoch.
 
     Returns:
-        Lists of `batch_size` indices.
+        int32 `(batches, batch_size)`.
     """
     kinds = sorted({source.kind for source in sources})
     weights = [sum(source.weight for source in sources if source.kind == kind) for kind in kinds]
     chosen = spread(weights, 0, (epoch + 1) * batches)
-    plan: list[list[int]] = [[] for _ in range(batches)]       # every batch has a kind, so each of them is filled
+    plan = np.empty((batches, batch_size), np.int32)           # every batch has a kind, so each of them is filled
     for number, kind in enumerate(kinds):
         members = [source for source in sources if source.kind == kind]
         before = int(np.sum(chosen[:epoch * batches] == number)) * batch_size
         places = np.flatnonzero(chosen[epoch * batches:] == number)
         picks = spread([source.weight for source in members], 0, before + len(places) * batch_size)
-        drawn = np.empty(len(places) * batch_size, np.int64)
+        drawn = np.empty(len(places) * batch_size, np.int32)
         for i, source in enumerate(members):
             used = int(np.sum(picks[:before] == i))
             here = np.flatnonzero(picks[before:] == i)
             drawn[here] = _pass_after_pass(source.indices, f"{seed} {kind} {i}", used, len(here))
-        for place, batch in zip(places, drawn.reshape(-1, batch_size)):
-            plan[place] = batch.tolist()
+        plan[places] = drawn.reshape(-1, batch_size)
     return plan
 
 
-def _pass_after_pass(indices: Sequence[int], seed: str, start: int, count: int) -> list[int]:
-    """Elements `start` to `start + count` of endlessly many shuffled passes over `indices`."""
-    drawn: list[int] = []
-    number = start // len(indices)
-    skip = start % len(indices)
-    while len(drawn) < skip + count:
-        order = list(indices)
-        random.Random(f"{seed} {number}").shuffle(order)
-        drawn += order
-        number += 1
-    return drawn[skip:skip + count]
+def _pass_after_pass(indices: Sequence[int] | np.ndarray, seed: str, start: int, count: int) -> np.ndarray:
+    """Elements `start` to `start + count` of endlessly many shuffled passes over `indices`, int32."""
+    number, skip = divmod(start, len(indices))
+    passes = range(number, number + -(-(skip + count) // len(indices)))
+    drawn = [_shuffled(indices, f"{seed} {one}") for one in passes]
+    return np.concatenate(drawn)[skip:skip + count] if drawn else np.zeros(0, np.int32)
 
 
-def draw_samples(sources: Sequence[Sequence[int]], weights: Sequence[float], seed: int, epoch: int,
+def draw_samples(sources: Sequence[Sequence[int] | np.ndarray], weights: Sequence[float], seed: int, epoch: int,
                  samples: int) -> np.ndarray:
     """The samples of one epoch of a mixture, exactly as many as are asked for.
 
@@ -173,12 +171,13 @@ class RunPlan:
         batch_rows: rows of a global batch; `epoch_rows` is a multiple of them.
         mean_samples: samples of a row on average.
         check: checks that so many epochs can be made; by default all can.
+        note: what there is to say about it.
     """
 
     def __init__(self, make: Callable[[int], Rows], epoch_rows: int, batch_rows: int, mean_samples: float = 1.0,
-                 check: Callable[[int], None] = lambda epochs: None):
+                 check: Callable[[int], None] = lambda epochs: None, note: str = ""):
         self._make, self.epoch_rows, self.batch_rows, self.mean_samples = make, epoch_rows, batch_rows, mean_samples
-        self.check = check
+        self.check, self.note = check, note
         self._known: dict[int, Rows] = {}
 
     def __deepcopy__(self, memo: dict) -> RunPlan:
@@ -203,7 +202,7 @@ class RunPlan:
         return [self.row(step * self.batch_rows + i) for i in range(self.batch_rows)]
 
 
-def plan_batches(batches: Callable[[int, int], list[list[int]]], batch_rows: int) -> RunPlan:
+def plan_batches(batches: Callable[[int, int], np.ndarray], batch_rows: int) -> RunPlan:
     """The plan of a run whose rows hold a sample each.
 
     Args:
@@ -211,7 +210,7 @@ def plan_batches(batches: Callable[[int, int], list[list[int]]], batch_rows: int
         batch_rows: the global batch size.
     """
     def make(epoch: int) -> Rows:
-        order = np.array(batches(batch_rows, epoch), np.int32).reshape(-1)
+        order = np.asarray(batches(batch_rows, epoch), np.int32).reshape(-1)
         return Rows(order, np.arange(len(order) + 1, dtype=np.int32))
 
     return RunPlan(make, len(make(0)), batch_rows)
@@ -242,11 +241,11 @@ class PlanSampler:
         """Samples of a row on average."""
         return self.plan.mean_samples
 
-    def places(self, epoch: int) -> list[int]:
-        """Places of this rank's rows of an epoch."""
+    def places(self, epoch: int) -> np.ndarray:
+        """Places of this rank's rows of an epoch, int64."""
         size, total = self.batch_size * self.ranks, self.plan.epoch_rows
         first = np.arange(epoch * total, (epoch + 1) * total, size) + self.rank * self.batch_size
-        return (first[:, None] + np.arange(self.batch_size)).reshape(-1).tolist()
+        return (first[:, None] + np.arange(self.batch_size)).reshape(-1)
 
     def rows(self, step: int) -> list[list[int]]:
         """Rows, as sample indices, of the global batch of a step, counted from 0 over the whole run."""
@@ -264,10 +263,14 @@ class PlanSampler:
         """
         self.epoch, self.skip = divmod(step, self.plan.epoch_rows // self.plan.batch_rows)
 
-    def __iter__(self) -> Iterator[int]:
+    def take(self) -> np.ndarray:
+        """Places of the next iteration, int64."""
         places = self.places(self.epoch)
         if self.skip:
             rest = self.skip * self.batch_size
-            places = places[rest:] + self.places(self.epoch + 1)[:rest]
+            places = np.concatenate([places[rest:], self.places(self.epoch + 1)[:rest]])
         self.epoch += 1
-        return iter(places)
+        return places
+
+    def __iter__(self) -> Iterator[int]:
+        return map(int, self.take())

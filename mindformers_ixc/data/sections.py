@@ -33,7 +33,8 @@ DATASET_RULES = {
 }
 LOADER_RULES = {"type": of_type(str), "dataset_dir": of_type(str, list), "image_folder": of_type(str),
                 "image_root": of_type(str), "ignore_keys": Rule(is_list_of_texts, "a list of texts"),
-                "shuffle": of_type(bool), "caption_prompts": of_type(list), "mixture": of_type(dict)}
+                "shuffle": of_type(bool), "caption_prompts": of_type(list), "mixture": of_type(dict),
+                "index_dir": of_type(str), "fetch": of_type(bool)}
 
 
 def row_budget(section: Any) -> Budget:

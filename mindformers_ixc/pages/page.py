@@ -4,6 +4,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,16 @@ def page(title: str, body: str, charts: Sequence[dict] = ()) -> str:
     here = Path(__file__).parent
     style, script = ((here / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     return _FRAME.format(mark=MARK, title=text(title), style=style, script=script, body=body, charts=_json(charts))
+
+
+def is_own(path: str | os.PathLike) -> bool:
+    """Whether a file is a page of this package."""
+    return MARK in Path(path).read_text(encoding="utf-8", errors="replace")[:2000]
+
+
+def values(name: str, value: Any) -> str:
+    """Numbers and texts that the page's program finds by a name."""
+    return f'<script type="application/json" id="{name}">{_json(value)}</script>'
 
 
 def _json(value: Any) -> str:

@@ -275,6 +275,30 @@
     waiting = window.setTimeout(all, 120);
   });
 
+  /* tokens say their position, number, piece, and whether they carry loss */
+  const pieces = JSON.parse((document.getElementById("pieces") || { textContent: "{}" }).textContent);
+  const numbers = (token) => token.dataset.t.split(" ");
+  function tell(token) {
+    const stretch = token.parentElement;
+    let at = Number(stretch.dataset.p);
+    for (const one of stretch.children) {
+      if (one === token) break;
+      at += numbers(one).length;
+    }
+    const lines = numbers(token).map((id, i) => `position ${at + i}: token ${id}, ${escape(pieces[id])}`);
+    return lines.join("\n") + (stretch.className === "learnt" ? "\nwith loss" : "\nwithout loss");
+  }
+  for (const block of document.querySelectorAll(".tokens")) {
+    const move = (event) => {
+      const token = event.target.closest("i");
+      if (token) put(tell(token), event.clientX, event.clientY);
+      else if (!event.target.closest("[data-tip]")) leave(null);
+    };
+    block.addEventListener("pointermove", move);
+    block.addEventListener("pointerdown", move);
+    block.addEventListener("pointerleave", () => leave(null));
+  }
+
   /* bars and blocks say what they are */
   for (const part of document.querySelectorAll("[data-tip]")) {
     part.addEventListener("pointermove", (event) => put(escape(part.dataset.tip), event.clientX, event.clientY));

@@ -13,10 +13,12 @@ import numpy as np
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from mindformers_ixc.errors import ImageError
+from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.sections import check_value, one_of
 
-# What an image may be given as: a path (of a video too, where both may come), a file's bytes, or pixels.
-ImageSource = Union[str, "os.PathLike[str]", bytes, bytearray, Image.Image, np.ndarray]
+# What an image may be given as: a path (of a video too, where both may come), a file inside another one, a file's
+# bytes, or pixels.
+ImageSource = Union[str, "os.PathLike[str]", StoredFile, bytes, bytearray, Image.Image, np.ndarray]
 
 Result = TypeVar("Result")
 
@@ -79,8 +81,8 @@ def load_image(source: ImageSource, where: str = "", transparency: str = "public
     own conversions; all other floats, and integers of 32 bits, do not say what is white and are refused.
 
     Args:
-        source: path, bytes of an image file (`FORMATS`), PIL image or uint8 array `(height, width)` with an axis of 3
-            or 4 channels or none.
+        source: path, file inside another one, bytes of an image file (`FORMATS`), PIL image or uint8 array
+            `(height, width)` with an axis of 3 or 4 channels or none.
         where: what the image belongs to, for the messages (`train.json, sample 3, field image`).
         transparency: `white` puts transparent pixels on white; `public` drops the alpha channel, as the public code.
         exif: `apply` turns the picture by its EXIF orientation; `ignore` does not, as the public code. (TIFF's own
@@ -109,7 +111,7 @@ def load_image(source: ImageSource, where: str = "", transparency: str = "public
     return _guarded(prefix, name, lambda: _read(file, lambda image: _to_upright_rgb(image, transparency, exif)))
 
 
-def image_size(path: str | os.PathLike, exif: str = "ignore") -> tuple[int, int]:
+def image_size(path: str | os.PathLike | StoredFile, exif: str = "ignore") -> tuple[int, int]:
     """(width, height) of the picture that `load_image` will give, from the file's header.
 
     Raises:
@@ -148,6 +150,8 @@ def _file_of(source: object, prefix: str) -> tuple[str | os.PathLike | IO[bytes]
     """What Pillow opens, and its name in messages."""
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source), "the picture's bytes"
+    if isinstance(source, StoredFile):
+        return io.BytesIO(source.read()), shown(source.name)
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(f"{prefix}a picture must be a path, bytes, a PIL image or a uint8 array; found "
                          f"{type(source).__name__}.")

@@ -436,8 +436,8 @@ class Processor:
         return sample
 
     def conversation_length(self, turns: Sequence[tuple[str, str]], image_sizes: Sequence[tuple[int, int]] = (),
-                            hd_num: int | None = None, where: str = "",
-                            images: Sequence[object] = ()) -> tuple[int, int]:
+                            hd_num: int | None = None, where: str = "", images: Sequence[object] = (),
+                            known: dict[Piece, int] | None = None) -> tuple[int, int]:
         """Positions and tiles `encode_conversation` would give, from the sizes of images and videos.
 
         Args:
@@ -446,6 +446,8 @@ class Processor:
             hd_num: tiles of an image at most.
             where: what the conversation belongs to, for messages.
             images: the images' paths, for messages.
+            known: positions of pieces that were counted before, and those that are counted now: for parts of one
+                conversation.
 
         Raises:
             PromptError: when places and images differ in number.
@@ -454,7 +456,11 @@ class Processor:
         pieces = self._conversation(turns, len(image_sizes), where)
         names = [shown(image) for image in images] or [f"picture {i}" for i in range(len(image_sizes))]
         grids = [self._grid(size, hd_num, f"{where}{where and ', '}{name}") for size, name in zip(image_sizes, names)]
-        positions = sum(len(self._ids(piece)) for piece in pieces)
+        counted = {} if known is None else known
+        for piece in pieces:
+            if piece not in counted:
+                counted[piece] = len(self._ids(piece))
+        positions = sum(counted[piece] for piece in pieces)
         positions += sum(self.image_processor.token_count(grid) for grid in grids)
         return positions, sum(grid.tiles + 1 for grid in grids)
 

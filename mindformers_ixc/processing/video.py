@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mindformers_ixc.errors import VideoError
 from mindformers_ixc.processing.image import Grid, ImageSource, image_to_tiles
 from mindformers_ixc.processing.pictures import shown
+from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.processing.video_process import VideoProcess
 
 # Public video loading: at most this many frames, one a second.
@@ -44,7 +46,7 @@ PLAYLIST = re.compile(rb"\A(#EXTM3U|ffconcat version)|<MPD|<CompositionPlaylist|
 
 def is_video(source: ImageSource) -> bool:
     """Whether an image's source names a video file."""
-    return isinstance(source, (str, os.PathLike)) and os.fspath(source).lower().endswith(SUFFIXES)
+    return isinstance(source, (str, os.PathLike, StoredFile)) and str(source).lower().endswith(SUFFIXES)
 
 
 def sample_frames(frame_count: int, fps: float, limit: int = FRAME_LIMIT) -> list[int]:
@@ -96,7 +98,7 @@ def read_frames(source: ImageSource, limit: int = FRAME_LIMIT, indices: Sequence
         wrong = [number for number in numbers if not 0 <= number < video.count]
         if wrong or not numbers:
             asked = f"{wrong[0]} was" if wrong else "none were"
-            raise VideoError(f"Frames of the video {video.path} are numbered 0 to {video.count - 1}; {asked} asked "
+            raise VideoError(f"Frames of the video {video.name} are numbered 0 to {video.count - 1}; {asked} asked "
                              "for.")
         frames = map(Image.fromarray, video.frames(numbers))
         return [frame if transform is None else transform(frame) for frame in frames]
@@ -106,21 +108,33 @@ def _sampled(video: VideoProcess, limit: int) -> list[int]:
     try:
         return sample_frames(video.count, video.fps, limit)
     except VideoError as error:
-        raise VideoError(f"The video {video.path} cannot be sampled: {error}") from error
+        raise VideoError(f"The video {video.name} cannot be sampled: {error}") from error
 
 
-def _open_video(source: ImageSource) -> VideoProcess:
-    video = VideoProcess(_existing_file(source))
+@contextlib.contextmanager
+def _open_video(source: ImageSource) -> Iterator[VideoProcess]:
+    if isinstance(source, StoredFile):       # decoders read files
+        with tempfile.NamedTemporaryFile(suffix=Path(source.name).suffix) as file:
+            file.write(source.read())
+            file.flush()
+            with _checked(VideoProcess(_existing_file(file.name, source.name), source.name)) as video:
+                yield video
+    else:
+        with _checked(VideoProcess(_existing_file(source))) as video:
+            yield video
+
+
+def _checked(video: VideoProcess) -> VideoProcess:
     if video.count < 1:
         video.close()
-        raise VideoError(f"The video {video.path} has no frames; a video needs at least one.")
+        raise VideoError(f"The video {video.name} has no frames; a video needs at least one.")
     return video
 
 
-def _existing_file(source: ImageSource) -> Path:
+def _existing_file(source: ImageSource, name: str = "") -> Path:
     if not isinstance(source, (str, os.PathLike)):
         raise VideoError(f"A video must be given as the path of its file; found {type(source).__name__}.")
-    path, name = Path(source), shown(source)
+    path, name = Path(source), name or shown(source)
     if not os.path.exists(path):
         raise VideoError(f"The video {name} does not exist.")
     if not path.is_file():
@@ -232,7 +246,7 @@ class BoardSize(NamedTuple):
     height: int
 
 
-def board_size(source: str | os.PathLike, limit: int = FRAME_LIMIT) -> BoardSize:
+def board_size(source: ImageSource, limit: int = FRAME_LIMIT) -> BoardSize:
     """Size of the board that `load_video` makes of a file, from its header and its first frame.
 
     Raises:

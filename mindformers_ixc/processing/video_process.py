@@ -73,6 +73,7 @@ class VideoProcess:
 
     Args:
         path: of the video file.
+        name: what messages call it; by default the path.
 
     Attributes:
         count: frames the file says it has.
@@ -82,8 +83,8 @@ class VideoProcess:
         VideoError: when the file cannot be decoded within the limits.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, name: str = ""):
+        self.name = name or str(path)
         self.memory = _setting(MEMORY_VARIABLE, MEMORY)
         size = path.stat().st_size / 2 ** 20
         self.seconds = _setting(SECONDS_VARIABLE, SECONDS + SECONDS_PER_MIB * math.ceil(size))
@@ -99,7 +100,7 @@ class VideoProcess:
                 [sys.executable, str(DECODER), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ, **threads})
         except (OSError, ValueError) as error:
-            raise VideoError(f"The video {path} is decoded in a process of its own, which cannot be started "
+            raise VideoError(f"The video {self.name} is decoded in a process of its own, which cannot be started "
                              f"({error}).") from error
         try:
             self._ask(path=str(path.absolute()))
@@ -115,7 +116,7 @@ class VideoProcess:
             self._ask(frames=[number])
             height, width = self._answer()["size"]
             if height * width > FRAME_PIXELS or height < 1 or width < 1:
-                raise VideoError(f"The video {self.path} has frames of {width} x {height} pixels; the most is "
+                raise VideoError(f"The video {self.name} has frames of {width} x {height} pixels; the most is "
                                  f"{FRAME_PIXELS} pixels.")
             frame = np.empty((height, width, 3), np.uint8)
             flat, place = frame.reshape(-1), 0
@@ -141,7 +142,7 @@ class VideoProcess:
         line, _, self._waiting = self._waiting.partition(b"\n")
         message = json.loads(line)
         if "missing" in message:
-            raise VideoError(f"The video {self.path} needs the package decord, which cannot be imported "
+            raise VideoError(f"The video {self.name} needs the package decord, which cannot be imported "
                              f"({message['missing']}); install it with pip (decord2 on aarch64).")
         if "error" in message:
             raise self._undecodable((message["error"].splitlines() or [""])[0][:120])
@@ -169,7 +170,7 @@ class VideoProcess:
         return piece
 
     def _too_slow(self) -> VideoError:
-        return VideoError(f"The video {self.path} took longer than {self.seconds:g} seconds to decode; it is damaged, "
+        return VideoError(f"The video {self.name} took longer than {self.seconds:g} seconds to decode; it is damaged, "
                           f"or the environment variable {SECONDS_VARIABLE} must allow more.")
 
     def _ended(self) -> VideoError:
@@ -184,7 +185,7 @@ class VideoProcess:
                                  f"{MEMORY_VARIABLE} changes that")
 
     def _undecodable(self, reason: str) -> VideoError:
-        return VideoError(f"The video {self.path} cannot be decoded; it is damaged, truncated or no video ({reason}).")
+        return VideoError(f"The video {self.name} cannot be decoded; it is damaged, truncated or no video ({reason}).")
 
     def close(self) -> None:
         """Ends the process."""

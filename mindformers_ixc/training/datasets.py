@@ -13,8 +13,12 @@ from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, M
 from mindspore.dataset import GeneratorDataset, Sampler
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN
-from mindformers_ixc.data.conversations import CAPTION_PROMPTS, load_sources, read_image_sizes
-from mindformers_ixc.data.fitting import check_bad_pictures, fit_pairs, fit_samples
+from mindformers_ixc.data.conversations import read_image_sizes
+from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, fit_pairs
+from mindformers_ixc.data.index.building import Measures, index_folder
+from mindformers_ixc.data.index.plans import saved
+from mindformers_ixc.data.index.samples import IndexedSource, make_samples
+from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.mixture import Planner, make_planner
 from mindformers_ixc.data.packed_plan import Packing
 from mindformers_ixc.data.preferences import PreferenceTable, load_preferences
@@ -30,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 class MindSporeSampler(PlanSampler, Sampler):
     """`PlanSampler` as one of MindSpore's samplers; arguments as there."""
+
+    def get_indices(self) -> np.ndarray:
+        """Places of an epoch, of which there may be millions; MindSpore's own way makes a Python object of each."""
+        return self.take()
 
     def __init__(self, *arguments, **options):
         PlanSampler.__init__(self, *arguments, **options)
@@ -53,6 +61,8 @@ def batched(cls, table: ConversationTable, planner: Planner, config: MindFormerC
     rank, ranks = cls._generate_shard_info()
     shard = (0, 1) if ranks is None else (rank, ranks)
     table.plan = planner(config.batch_size * shard[1])
+    if table.plan.note:
+        logger.info(table.plan.note)
     sampler = MindSporeSampler(table.plan, config.batch_size, shard, (config.seq_length, config.max_tiles))
     workers, cores = config.num_parallel_workers or 1, os.cpu_count() or 1
     if workers > cores:      # MindSpore takes no more
@@ -69,10 +79,10 @@ def batched(cls, table: ConversationTable, planner: Planner, config: MindFormerC
 
 @MindFormerRegister.register(MindFormerModuleType.DATASET_LOADER)
 class IXC25DataLoader:
-    """Reads and checks the samples of a `data_loader` section.
+    """The sources of a `data_loader` section.
 
     Args:
-        dataset_dir: `.json`, `.txt` list file, or a list of these.
+        dataset_dir: a source (`mindformers_ixc.data.records`), a `.txt` list file, or a list of these.
         image_folder: where relative image paths start.
         image_root: a folder that every picture and video must lie in; by default any file may be named.
         ignore_keys: keys of samples that are not read.
@@ -80,18 +90,25 @@ class IXC25DataLoader:
         seed: of sampling and shuffling.
         caption_prompts: questions for samples that are captions, one chosen at random for each.
         mixture: weights of the sources (`mindformers_ixc.data.mixture`); without, an epoch has every sample once.
-        exif: what is done about the pictures' orientation, as in `ImageProcessor`.
+        fetch: whether http(s) addresses of pictures and videos are fetched, into the user's cache.
+        index_dir: where the indices of the sources lie; by default in the user's cache.
     """
 
     def __init__(self, dataset_dir: str, image_folder: str | None = None, shuffle: bool = True, seed: int = 0,
-                 caption_prompts: Sequence[str] = CAPTION_PROMPTS, mixture: dict | None = None,
-                 image_root: str | None = None, ignore_keys: Sequence[str] = (), exif: str = "ignore"):
-        self.shuffle, self.seed, self.mixture = shuffle, seed, mixture
-        if not caption_prompts or not all(isinstance(prompt, str) for prompt in caption_prompts):
-            raise DataError(f"train_dataset.data_loader.caption_prompts is {caption_prompts!r}, expected a list of "
-                            "questions.")
-        self.samples = load_sources(dataset_dir, image_folder, seed, caption_prompts, image_root, ignore_keys or ())
-        read_image_sizes(self.samples, exif)
+                 caption_prompts: Sequence[str] | None = None, mixture: dict | None = None,
+                 image_root: str | None = None, ignore_keys: Sequence[str] = (), fetch: bool = False,
+                 index_dir: str | None = None):
+        self.shuffle, self.seed, self.mixture, self.index_dir = shuffle, seed, mixture, index_dir
+        self.section = {"dataset_dir": dataset_dir, "image_folder": image_folder, "caption_prompts": caption_prompts,
+                        "image_root": image_root, "ignore_keys": ignore_keys, "fetch": fetch}
+
+    def sources(self, measures: Measures) -> list[IndexedSource]:
+        """The sources, each with its index, which is built where there is none.
+
+        Raises:
+            DataError: for unusable data.
+        """
+        return open_sources(self.section, self.seed, measures, self.index_dir)
 
 
 @MindFormerRegister.register(MindFormerModuleType.DATASET)
@@ -122,26 +139,24 @@ def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, Pl
     options = {key: value for key, value in config.data_loader.items() if key != "type"}
     mixture = dict(options.pop("mixture")) if options.get("mixture") else None
     seed, budget = config.seed or 0, row_budget(config)
-    processor, hd_num = section_processor(config), config.hd_num or HD_NUM_TRAINING
-    loader = IXC25DataLoader(seed=seed, mixture=mixture, exif=processor.image_processor.exif, **options)
+    processor = section_processor(config)
+    loader = IXC25DataLoader(seed=seed, mixture=mixture, **options)
+    sources = loader.sources(measures_of(config, processor))
     share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
-    fitted = fit_samples(processor, loader.samples, config.seq_length, config.max_tiles, hd_num, share,
-                         budget.max_images, budget.max_segments if config.packing else None)
-    samples = [entry.sample for entry in fitted]
-    needs = np.array([(entry.positions, entry.tiles) for entry in fitted], np.int32).reshape(-1, 2)
-    table = ConversationTable(processor, samples, config.seq_length, config.max_tiles, hd_num, share, needs,
-                              list(config.input_columns or BATCH_COLUMNS), seed, budget.max_images,
-                              budget.max_segments if config.packing else None)
-    multimodal = [bool(sample.images) for sample in samples]
-    logger.info(f"{sum(multimodal)} multimodal and {len(table) - sum(multimodal)} text-only samples.")
+    segments = budget.max_segments if config.packing else None
+    shapes = Shapes(config.seq_length, config.max_tiles, config.hd_num or HD_NUM_TRAINING, budget.max_images, segments)
+    samples = make_samples(sources, shapes, share, loader.index_dir)
+    table = ConversationTable(processor, samples, config.seq_length, config.max_tiles, shapes.hd_num, share,
+                              samples.needs, list(config.input_columns or BATCH_COLUMNS), seed, budget.max_images,
+                              segments)
+    multimodal = samples.images > 0
+    logger.info(f"{multimodal.sum()} multimodal and {(~multimodal).sum()} text-only samples.")
     packing = None
     if config.packing:
-        images = np.array([len(sample.images) for sample in samples], np.int32)
-        numbers = np.array([table.source_names.index(sample.source) for sample in samples], np.int32)
-        packing = Packing(needs[:, 0], needs[:, 1], images, numbers, budget)
-    names = list(dict.fromkeys(sample.source for sample in loader.samples))
-    return table, make_planner([sample.source for sample in samples], multimodal, names, mixture, seed, loader.shuffle,
-                               config.get("drop_remainder", True), packing)
+        packing = Packing(samples.needs[:, 0], samples.needs[:, 1], samples.images, samples.name_numbers, budget)
+    settings = (mixture, seed, loader.shuffle, bool(config.get("drop_remainder", True)))
+    planner = make_planner(samples.name_numbers, multimodal, samples.names, *settings, packing)
+    return table, saved(planner, index_folder(loader.index_dir), samples.folder.name, bool(packing), budget, *settings)
 
 
 @MindFormerRegister.register(MindFormerModuleType.DATASET)
@@ -157,8 +172,7 @@ class IXC25PreferenceDataset(BaseDataset):
         config = cls.check_dataset_config(dataset_config, locals())
         cls.init_dataset_config(config)
         table = _preference_table(config)
-        multimodal = [table.is_multimodal(i) for i in range(len(table))]
-        planner = make_planner([sample.source for sample in table.samples], multimodal, table.source_names, None,
+        planner = make_planner(table.samples.name_numbers, table.samples.images > 0, table.source_names, None,
                                table.seed, config.data_loader.get("shuffle", True), config.get("drop_remainder", True))
         return batched(cls, table, planner, config)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -17,10 +18,11 @@ from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc import terminal
 from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
-from mindformers_ixc.data.conversations import load_sources, read_image_sizes
-from mindformers_ixc.data.fitting import fit_samples
+from mindformers_ixc.data.fitting import Shapes
+from mindformers_ixc.data.index.samples import make_samples
+from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.questions import questions_of
-from mindformers_ixc.data.rows import check_images
+from mindformers_ixc.data.rows import MAX_BAD_SHARE, ListedSamples, check_images
 from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.device import is_parallel, measuring, reports_loss
 from mindformers_ixc.errors import TrainingError
@@ -72,12 +74,13 @@ class HeldOut:
         hd_num = data.hd_num or HD_NUM_TRAINING
         self.max_images = row_budget(data).max_images
         loader = data.data_loader or {}      # what it says of trust and of keys holds for held-out samples too
-        samples = load_sources(options["dataset_dir"], options["image_folder"], image_root=loader.get("image_root"),
-                               ignore_keys=loader.get("ignore_keys") or ())
-        read_image_sizes(samples, self.processor.image_processor.exif)
-        fitted = fit_samples(self.processor, samples, data.seq_length, data.max_tiles, hd_num)
-        self.samples = [entry.sample for entry in fitted[:options["max_samples"]]]
-        check_images(self.samples, self.max_images)
+        held_out = {"dataset_dir": options["dataset_dir"], "image_folder": options["image_folder"],
+                    **{key: loader.get(key) for key in ("image_root", "ignore_keys")}}
+        sources = open_sources(held_out, 0, measures_of(data, self.processor), loader.get("index_dir"))
+        samples = make_samples(sources, Shapes(data.seq_length, data.max_tiles, hd_num), MAX_BAD_SHARE,
+                               loader.get("index_dir"))
+        self.samples = list(islice(samples, options["max_samples"]))
+        check_images(ListedSamples(self.samples), self.max_images)
         self.shape = (data.seq_length, data.max_tiles, hd_num)
 
     def rows(self, shuffled: bool):

@@ -6,6 +6,7 @@ any model, not only the one that trains without its pair.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -79,11 +80,11 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
     moved = Path(target).resolve().parent != resolve_path(pairs_file).resolve().parent
     for row, values, (chosen, _, _) in zip(rows, logps, pairs):
         row[REFERENCE_COLUMN] = [float(value) for value in values]
-        if moved and chosen.images:
+        if moved and chosen.images and all(isinstance(image, Path) for image in chosen.images):
             for key in (*MEDIA_KEYS, *LISTS):
                 row.pop(key, None)
             row["prompt"] = chosen.turns[-2][1]
-            row["image"] = [str(Path(image).resolve()) for image in chosen.images]
+            row["image"] = [os.path.realpath(str(image)) for image in chosen.images]
     write_whole(target, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
     return len(rows)
 

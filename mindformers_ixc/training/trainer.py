@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 from mindformers.tools.utils import get_output_root_path
@@ -105,8 +106,8 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
         lines += [f"Of it, {', '.join(parts)} alone are in {folder}/trained_parts; put them on any checkpoint with",
                   f"    mindformers merge BASE TARGET --attach {folder}/trained_parts"]
     image, question = "PICTURE", "QUESTION"
-    sample = next((s for s in (table.samples if table else []) if len(s.images) == 1), None)
-    if sample is not None:
+    if table is not None and (table.samples.images == 1).any():
+        sample = table.samples[int(np.argmax(table.samples.images == 1))]
         image = str(sample.images[0])
         question = next(text for role, text in sample.turns if role == "user")
     lines += [f"The trained model is in {folder / 'model'}. Ask it about a picture:",

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from indexed import fit_samples
 from mindformers.dataset.build_dataset import build_dataset
 from mindformers.tools.register import MindFormerConfig
 from PIL import Image
@@ -12,8 +13,8 @@ from PIL import Image
 import mindformers_ixc  # noqa: F401
 from mindformers_ixc.data.batch import BATCH_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.conversations import Conversation
-from mindformers_ixc.data.fitting import fit_samples
 from mindformers_ixc.data.packer import Rows
+from mindformers_ixc.data.preview import Reader, look, read_data
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.data.sampling import RunPlan
 from mindformers_ixc.demo import demo_path
@@ -89,7 +90,7 @@ def test_long_conversations_are_cut_between_pairs():
     whole = PROCESSOR.conversation_length(sample.turns, sample.sizes, 1)
     for length in range(30, whole[0] + 1, 5):
         try:
-            part = fit_samples(PROCESSOR, [sample], length, 9, 1)[0].sample
+            part = fit_samples(PROCESSOR, [sample], length, 9, 1)[0]
         except DataError:
             continue
         assert len(part.turns) % 2 == 0
@@ -103,7 +104,7 @@ def test_long_conversations_are_cut_between_pairs():
 
 
 def test_tiles_cut_too():
-    assert len(fit_samples(PROCESSOR, [conversation(4, images=4)], 500, 4, 1)[0].sample.images) == 2
+    assert len(fit_samples(PROCESSOR, [conversation(4, images=4)], 500, 4, 1)[0].images) == 2
 
 
 def test_when_nothing_fits_the_length_that_would_is_said():
@@ -229,7 +230,7 @@ def test_packed_rows_leave_room_for_the_segments_of_their_padding():
 
 
 def test_pictures_have_a_budget_of_their_own():
-    assert len(fit_samples(PROCESSOR, [conversation(4, images=4)], 500, 9, 1, max_images=2)[0].sample.images) == 2
+    assert len(fit_samples(PROCESSOR, [conversation(4, images=4)], 500, 9, 1, max_images=2)[0].images) == 2
     with pytest.raises(DataError, match=r"max_images 1: .* and 2 pictures"):
         fit_samples(PROCESSOR, [Conversation("x.json", 0, 0, [("user", "<ImageHere><ImageHere>q"), ("assistant", "a")],
                                              ["0.png", "1.png"], [(56, 56)] * 2)], 500, 9, 1, max_images=1)
@@ -250,3 +251,22 @@ def test_any_number_of_workers_gives_the_same_packed_epochs(source):
             for x, y in zip(a, b):
                 np.testing.assert_array_equal(x, y)
     assert sum(len(set(row)) > 1 for row in plan.rows(0)) == 1, "samples share rows"
+
+
+def test_a_preview_shows_the_samples_of_a_batch(source):
+    fields = section(source)
+    reader = Reader.of(fields)
+    entries = read_data(reader, str(source)).measured
+    data = dataset(source)
+    batches, = epochs(data, 1)
+    for step, batch in enumerate(batches):
+        columns = dict(zip(BATCH_COLUMNS, batch))
+        for row, index in enumerate(data.plan_sampler.batch(step)):
+            found = look(reader, entries[index])
+            seen, targets = found.seen[0], np.flatnonzero(columns["labels"][row] != -100)
+            assert (seen.positions, seen.supervised) == (targets[-1] + 2, len(targets))
+            assert seen.encoded.input_ids.tolist() == columns["input_ids"][row][:seen.positions].tolist()
+            assert sum(board.positions for board in found.boards) == columns["image_mask"][row].sum()
+            for board in found.boards:
+                assert np.array_equal(board.pixels[:56, :56].transpose(2, 0, 1),
+                                      columns["pixel_values"][row, board.first + 1])

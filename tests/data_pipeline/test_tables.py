@@ -5,8 +5,16 @@ import pytest
 from PIL import Image
 
 from mindformers_ixc.data.conversations import load_sources
-from mindformers_ixc.data.tables import read_table
+from mindformers_ixc.data.records import open_records
+from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError
+
+
+def read_table(path):
+    """Rows of all lines of a table."""
+    records = open_records(path)
+    places = [Place(*place) for places in records.scan() for place in places.tolist()]
+    return [records.read(index, place).row for index, place in enumerate(places)]
 
 
 def write(folder, text, name="questions.csv"):

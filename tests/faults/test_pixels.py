@@ -9,11 +9,12 @@ import odd_media
 import odd_pictures
 import odd_videos
 import pytest
+from indexed import fit_samples
 from PIL import Image
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.data.conversations import Conversation, load_conversations, read_image_sizes
-from mindformers_ixc.data.fitting import check_bad_pictures, fit_samples
+from mindformers_ixc.data.fitting import check_bad_pictures
 from mindformers_ixc.data.rows import ConversationTable, make_processor
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.demo import demo_path
@@ -125,7 +126,7 @@ def test_a_strip_is_left_out_by_name(tmp_path, caplog):
     read_image_sizes(samples)
     with caplog.at_level(logging.WARNING):
         fitted = fit_samples(processor(), samples, 96, 3, 1)
-    assert [entry.sample.id for entry in fitted] == ["good.png", "good.png"]
+    assert [sample.id for sample in fitted] == ["good.png", "good.png"]
     assert all(word in caplog.text for word in ("Left out", "data.json, sample 1", "strip.png", "too elongated"))
     with pytest.raises(DataError, match=r"2 of 3 samples.*max_bad_share 0\.5.*strip\.png"):
         fit_samples(processor(), [samples[0], samples[1], samples[1]], 96, 3, 1, 0.5)

@@ -1,0 +1,155 @@
+"""What single samples need: sizes of their pictures, and positions and tiles of their first rounds."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mindformers_ixc.data.conversations import Conversation, ConversationReader
+from mindformers_ixc.data.fitting import first_pairs, pair_count
+from mindformers_ixc.data.records.base import Place
+from mindformers_ixc.errors import DataError, ImageError, VideoError
+from mindformers_ixc.processing.pictures import image_size, load_image
+from mindformers_ixc.processing.processor import Processor
+from mindformers_ixc.processing.stored import StoredFile
+from mindformers_ixc.processing.video import BoardSize, board_size, is_video
+
+# Pictures whose sizes are remembered: many samples may ask about one, mostly in a row.
+REMEMBERED = 65536
+
+# A size as it is kept: width, height, and whether it is a video's board.
+Size = tuple[int, int, int]
+
+
+class Measured(NamedTuple):
+    """What was found of some samples, one after the other.
+
+    Attributes:
+        digests: of what each sample says and of the names of its files, int64 `(n,)`; equal ones are the same sample.
+        pictures: number of each sample's pictures and videos, int32 `(n,)`.
+        sizes: of the pictures, int32 `(p, 3)`: width, height, and 1 for a video's board.
+        pairs: number of each sample's rounds, int32 `(n,)`; 0 of one that cannot be used.
+        needs: of the first rounds of each sample, int32 `(r, 3)`: positions, tiles and pictures of the first one, of
+            the first two, and so on.
+        unusable: samples with a picture that cannot be partitioned: (number, sentence).
+        errors: what is wrong with samples that cannot be read: (number, sentence).
+        files: path, bytes and time of the last change in ns of the pictures that are files, each once.
+    """
+
+    digests: np.ndarray
+    pictures: np.ndarray
+    sizes: np.ndarray
+    pairs: np.ndarray
+    needs: np.ndarray
+    unusable: list[tuple[int, str]]
+    errors: list[tuple[int, str]]
+    files: list[tuple[str, int, int]]
+
+
+class Measurer:
+    """Measures samples of a source.
+
+    Args:
+        reader: of the source.
+        processor: counts positions and tiles.
+        hd_num: tiles of a picture at most.
+        decode: whether the pixels of pictures are read too, which finds damage that headers do not show.
+    """
+
+    def __init__(self, reader: ConversationReader, processor: Processor, hd_num: int, decode: bool = False):
+        self.reader, self.processor, self.hd_num, self.decode = reader, processor, hd_num, decode
+        self._size_of_file = lru_cache(REMEMBERED)(self._look_at_file)
+
+    def measure(self, places: np.ndarray, first: int) -> Measured:
+        """Measures samples.
+
+        Args:
+            places: of the samples, int64 `(n, 3)`.
+            first: number of the first one in its source.
+        """
+        pictures, pairs = np.zeros(len(places), np.int32), np.zeros(len(places), np.int32)
+        digests = np.zeros(len(places), np.int64)
+        sizes, needs = list[Size](), list[tuple[int, int, int]]()
+        unusable, errors = list[tuple[int, str]](), list[tuple[int, str]]()
+        files = dict[Path, tuple[int, int]]()
+        for number, place in enumerate(map(Place._make, places.tolist())):
+            try:
+                sample = self.reader.read(first + number, place)
+                digests[number] = _digest(sample)
+                self._fill_in_sizes(sample, files)
+            except DataError as error:
+                errors.append((first + number, str(error)))
+                continue
+            try:
+                rounds = self.rounds(sample)
+            except ImageError as error:
+                unusable.append((first + number, str(error)))
+                rounds = []
+            pictures[number], pairs[number] = len(sample.sizes), len(rounds)
+            sizes += [(*size, int(isinstance(size, BoardSize))) for size in sample.sizes]
+            needs += rounds
+        return Measured(digests, pictures, np.array(sizes, np.int32).reshape(-1, 3), pairs,
+                        np.array(needs, np.int32).reshape(-1, 3), unusable, errors,
+                        [(str(path), *state) for path, state in files.items()])
+
+    def rounds(self, sample: Conversation) -> list[tuple[int, int, int]]:
+        """(positions, tiles, pictures) of the first round of a conversation, of the first two, and so on.
+
+        Raises:
+            ImageError: for a picture that cannot be partitioned.
+        """
+        found, known = [], dict[Any, int]()
+        for count in range(1, pair_count(sample) + 1):
+            part = first_pairs(sample, count)
+            needed = self.processor.conversation_length(part.turns, part.sizes, self.hd_num, sample.where, part.images,
+                                                        known)
+            found.append((*needed, len(part.images)))
+        return found
+
+    def _fill_in_sizes(self, sample: Conversation, files: dict[Path, tuple[int, int]]) -> None:
+        """Looks at the pictures of a sample.
+
+        Raises:
+            DataError: for one that cannot be opened, or whose header shows that it cannot be used.
+        """
+        try:
+            for source in sample.images:
+                if isinstance(source, StoredFile):
+                    sample.sizes.append(self._look(source))
+                else:
+                    size, files[source] = self._size_of_file(source)
+                    sample.sizes.append(size)
+        except (ImageError, VideoError, OSError) as error:
+            raise DataError(f"{sample.where}, field image: {error}") from error
+
+    def _look_at_file(self, path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
+        return self._look(path), file_state(path)
+
+    def _look(self, source: Path | StoredFile) -> tuple[int, int]:
+        if is_video(source):
+            return board_size(source)
+        exif = self.processor.image_processor.exif
+        return load_image(source, exif=exif).size if self.decode else image_size(source, exif)
+
+
+def _digest(sample: Conversation) -> int:
+    names = [image.name for image in sample.images]      # of files inside a record, the name it has for them
+    text = json.dumps([sample.turns, names], ensure_ascii=False)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def file_state(path: str | os.PathLike) -> tuple[int, int]:
+    """Bytes of a file and the time of its last change in ns."""
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns
+
+
+def as_sizes(rows: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Sizes as `Conversation` has them, of `Measured.sizes`."""
+    return [BoardSize(width, height) if board else (width, height) for width, height, board in rows]

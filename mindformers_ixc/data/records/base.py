@@ -1,0 +1,187 @@
+"""What every kind of source gives: the places of its records, found once, and a record read by its place."""
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mindformers_ixc.errors import DataError
+from mindformers_ixc.processing.stored import StoredFile
+from mindformers_ixc.resources import resolve_path
+
+# Bytes of a file's beginning, and of its end, that tell it from a changed one.
+HASHED = 1 << 16
+
+# Told how many bytes of a file were looked at, as they are.
+Progress = Callable[[int], object]
+
+
+class Place(NamedTuple):
+    """Where a record lies; what the two numbers mean is the business of its kind of source.
+
+    Attributes:
+        start: byte in a file, or row of a table.
+        length: bytes, or part of a table.
+        line: of the file, counted from 1, where the kind of source has lines.
+    """
+
+    start: int
+    length: int
+    line: int = 0
+
+
+class Record(NamedTuple):
+    """A record.
+
+    Attributes:
+        row: as `mindformers_ixc.data.forms.read_form` takes it.
+        files: pictures and videos that come with it, by the names that the row has for them.
+    """
+
+    row: Any
+    files: Mapping[str, StoredFile] = {}
+
+
+class Fingerprint(NamedTuple):
+    """What tells a file from a changed one, without reading it whole.
+
+    Attributes:
+        size: bytes.
+        time: of the last change, ns since the epoch.
+        ends: SHA-256 of the first and the last `HASHED` bytes, hexadecimal.
+    """
+
+    size: int
+    time: int
+    ends: str
+
+
+def fingerprint(path: str | os.PathLike) -> Fingerprint:
+    """The fingerprint of a file.
+
+    Raises:
+        OSError: when it cannot be read.
+    """
+    with open(path, "rb") as file:
+        state = os.fstat(file.fileno())
+        digest = hashlib.sha256(file.read(HASHED))
+        file.seek(max(0, state.st_size - HASHED))
+        digest.update(file.read(HASHED))
+    return Fingerprint(state.st_size, state.st_mtime_ns, digest.hexdigest())
+
+
+class Records(ABC):
+    """The records of a source.
+
+    An object may be copied to other processes; each opens the file when it reads first.
+
+    Args:
+        path: the source; `pkg:` paths work.
+
+    Attributes:
+        item: what a record is called in messages.
+    """
+
+    item = "sample"
+
+    def __init__(self, path: str | os.PathLike):
+        self.name, self.path = str(path), resolve_path(path)
+        self._file: int | None = None
+        self._state: tuple[int, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None:
+            os.close(self._file)      # type: ignore[arg-type]
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells the source from a changed one."""
+        return fingerprint(self.path)
+
+    def expect(self, size: int, time: int) -> None:
+        """Makes reading refuse a file of another size, or another time of its last change (see `Fingerprint`)."""
+        self._state = size, time
+
+    @abstractmethod
+    def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
+        """Places of all records, in the order of the file.
+
+        Args:
+            progress: told of the bytes that were looked at.
+
+        Yields:
+            int64 `(n, 3)`: places of some records, with the fields of `Place`.
+
+        Raises:
+            DataError: for a damaged file, with the line or place where the damage is.
+        """
+
+    @abstractmethod
+    def read(self, index: int, place: Place) -> Record:
+        """The record at a place.
+
+        Args:
+            index: its number, for messages.
+            place: where it lies.
+
+        Raises:
+            DataError: when it cannot be read, or the file has changed since it was opened.
+        """
+
+    def read_bytes(self, place: Place) -> bytes:
+        """Bytes of the file.
+
+        Raises:
+            DataError: when the file has changed since it was read first.
+            OSError: when it cannot be read.
+        """
+        if self._file is None:
+            self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            state = os.fstat(self._file)
+            self._state = self._state or (state.st_size, state.st_mtime_ns)
+        state = os.fstat(self._file)
+        if (state.st_size, state.st_mtime_ns) != self._state:
+            raise DataError(f"{self.name} was changed while it was being read; start again when it is complete.")
+        content = os.pread(self._file, place.length, place.start)
+        if len(content) != place.length:
+            raise DataError(f"{self.name} ends at byte {place.start + len(content)}, before its record at byte "
+                            f"{place.start} does; it is cut short, or being written.")
+        return content
+
+    def __iter__(self) -> Iterator[tuple[int, Place]]:
+        """Number and place of every record.
+
+        Raises:
+            DataError: when there is none; see `scan`.
+        """
+        index = 0
+        for places in self.scan():
+            for place in map(Place._make, places.tolist()):
+                yield index, place
+                index += 1
+        if not index:
+            raise DataError(f"{self.name} must hold a JSON list with at least one {self.item}, found no "
+                            f"{self.item}s.")
+
+    def where(self, index: int) -> str:
+        """Names a record in messages."""
+        return f"{self.name}, sample {index}"
+
+
+def check_source(path: str | os.PathLike) -> Path:
+    """The file of a source.
+
+    Raises:
+        FileNotFoundError: when it is missing.
+    """
+    file = resolve_path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"The data file {path} does not exist.")
+    return file

@@ -1,0 +1,105 @@
+"""`mindformers data index` and `data check`: what is built, what is printed, and the exit code."""
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from PIL import Image
+
+import mindformers_ixc_cli
+from mindformers_ixc.cli.data import data
+from mindformers_ixc.errors import ConfigError, DataError
+
+DEMO = "pkg:mindformers_ixc/demo/train.json"
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINDFORMERS_IXC_INDEX", str(tmp_path / "index"))
+
+
+def run(*words):
+    """Exit code and what is printed."""
+    arguments = mindformers_ixc_cli.parse(["data", *words])
+    arguments.answers = io.StringIO()
+    return data(arguments), arguments.answers.getvalue()
+
+
+def rows_of(text):
+    """Numbers of the table, by source and column."""
+    lines = [line.split("  ") for line in text.splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    start = next(place for place, line in enumerate(cells) if line and line[0] == "source")
+    rows = []
+    for line in cells[start + 1:]:
+        if len(line) != len(cells[start]):
+            break
+        rows.append(line)
+    return {row[0]: dict(zip(cells[start][1:], (int(cell.replace(",", "")) for cell in row[1:]))) for row in rows}
+
+
+def sample(number, image=None, text="what is it?"):
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "a square"}]
+    return {"id": number, "conversations": turns, **({"image": image} if image else {})}
+
+
+def write(folder):
+    for name, size in (("good.png", (50, 40)), ("strip.png", (5000, 3))):
+        Image.new("RGB", size).save(folder / name)
+    (folder / "bad.png").write_bytes(b"no picture")
+    Image.radial_gradient("L").save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:200])
+    rows = [sample(0, "good.png"), sample(1, "nowhere.png"), sample(2, "bad.png"), sample(3, "strip.png"),
+            {"id": 4, "conversations": []}, sample(5, "good.png"), sample(6, text="word " * 400), sample(7, "cut.png"),
+            sample(8)]
+    path = folder / "data.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_an_index_is_built_and_used_again(tmp_path, capfd):
+    for _ in range(2):
+        code, printed = run("index", DEMO, "--config", "ixc25_sft_tiny", "--output", "here")
+        assert code == 0
+        assert f"{DEMO}: 56 samples, 56 pictures" in printed
+        assert "train_dataset.data_loader.index_dir: here" in capfd.readouterr().err
+    assert len(list((tmp_path / "here").glob("train.json-*/*/index.json"))) == 1
+
+
+def test_a_check_counts_what_is_wrong_by_kind(tmp_path, capfd):
+    path = write(tmp_path)
+    code, printed = run("check", str(path), DEMO)
+    assert code == 1
+    rows = rows_of(printed)
+    assert rows[str(path)] == {"samples": 9, "pictures": 4, "rounds": 5, "missing": 1, "damaged": 1, "wrong": 1,
+                               "unusable": 1, "twice": 1, "cut": 0, "left out": 1}
+    assert rows["all"]["samples"] == 65
+    assert all(text in printed for text in ("nowhere.png does not exist", "bad.png is no image file",
+                                              "field conversations", "strip.png", "positions of a sample", "goodput"))
+    assert "4 of 65 samples cannot be used" in capfd.readouterr().err
+
+
+def test_pixels_are_looked_at_where_that_is_asked_for(tmp_path, capfd):
+    path = write(tmp_path)
+    _, printed = run("check", str(path), "--decode")
+    assert rows_of(printed)[str(path)]["damaged"] == 2
+
+
+def test_good_data_ends_well():
+    code, printed = run("check", DEMO, "--config", "ixc25_sft_tiny")
+    assert code == 0
+    row = rows_of(printed)[DEMO]
+    assert [row[name] for name in ("missing", "damaged", "wrong", "twice")] == [0] * 4
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["check", DEMO, "--config", "ixc25_dpo_tiny"], "preference pairs, which have no index"),
+    (["index", DEMO, "--decode"], "--decode belongs to `mindformers data check`"),
+    (["check", DEMO, "--output", "x"], "--output belongs to"),
+    (["check", "nowhere.json"], "nowhere.json does not exist"),
+])
+def test_what_cannot_be_done_is_one_sentence(words, message):
+    with pytest.raises((ConfigError, DataError, FileNotFoundError), match=message):
+        run(*words)
