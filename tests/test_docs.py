@@ -14,6 +14,7 @@ import pytest
 
 import mindformers_ixc
 import mindformers_ixc_cli
+from mindformers_ixc.scores import each_score
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -213,6 +214,27 @@ def test_the_map_from_paper_and_public_code_names_what_is_there():
                            for part in name.split(".")), f"{path}: {name}"
                 checked += 1
     assert checked > 25
+
+
+def test_the_scores_that_the_page_on_evaluation_shows_are_those_of_the_code():
+    pytest.importorskip("rapidfuzz", reason="needs the extra eval")
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = [re.split(r" \| ", line.strip("| "))
+            for line in text.partition("| answer | expected |")[2].partition("\n\n")[0].splitlines()[2:]]
+    answers, expected, *shown = zip(*rows)
+    names = ["exact_match", "anls", "relaxed_accuracy"]
+    exact, anls, relaxed = each_score(answers, expected, names).values()
+    folded, = each_score(answers, expected, ["exact_match"], ignore_case=True).values()
+    assert len(rows) > 5
+    assert [[float(value) for value in column] for column in shown] == \
+        [[round(value, 3) for value in column] for column in (exact, folded, anls, relaxed)]
+
+
+def test_the_flags_of_the_page_on_own_data_are_those_of_the_readme():
+    drawing = re.compile(r"^python - <<'END'\n.*?^END$", re.MULTILINE | re.DOTALL)
+    found = [drawing.search(page.read_text(encoding="utf-8"))[0] for page in (ROOT / "README.md",
+                                                                              ROOT / "docs" / "own_data.md")]
+    assert found[0] == found[1]
 
 
 API = {page.name: re.findall(r"^::: (mindformers_ixc[\w.]*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
