@@ -73,7 +73,7 @@ class IXC25DataLoader:
     """Reads and checks the samples of a `data_loader` section.
 
     Args:
-        dataset_dir: `.json`, `.txt` list file, or a list of these.
+        dataset_dir: `.json`, `.jsonl`, `.csv`, `.tsv`, `.txt` list file, or a list of these.
         image_folder: where relative image paths start.
         image_root: a folder that every picture and video must lie in; by default any file may be named.
         ignore_keys: keys of samples that are not read.
