@@ -294,7 +294,7 @@ MOST = 2**31 - 1
 AT_MOST = {"num_hidden_layers": 4096, "max_segments": MOST_SEGMENTS}
 
 
-def _rule(name: str, field: Field) -> Rule:
+def field_rule(name: str, field: Field) -> Rule:
     """What a field's value must be, by the type of its default."""
     if isinstance(field.default, (bool, str)):
         return of_type(type(field.default)) if name not in DTYPE_FIELDS else ANYTHING
@@ -325,7 +325,7 @@ def _check_types(config: VisionConfig | ModelConfig, table: dict[str, Field], wh
                 value = float(value)
                 setattr(config, name, value)
         if value is not None:       # only where the default is none either
-            check_value(where + name, value, _rule(name, field))
+            check_value(where + name, value, field_rule(name, field))
 
 
 _SECTION = Rule(lambda value: isinstance(value, Mapping), "a section")

@@ -13,6 +13,9 @@ from mindformers_ixc.sections import Rule, check_value, is_number, is_whole, who
 # Below, scores divided by the temperature could leave the range of float32; the likeliest token is as good.
 LEAST_TEMPERATURE = 1e-5
 
+# Requests answered at once by run mode predict, unless the YAML's `predict_batch_size` says otherwise.
+PREDICT_BATCH_SIZE = 4
+
 # What every option must be.
 RULES = {
     "max_new_tokens": whole(1),

@@ -71,7 +71,7 @@ class InternLM2Tokenizer(SentencePieceText, PreTrainedTokenizer):
 
     Raises:
         FileNotFoundError: when `vocab_file` is missing.
-        ValueError: when it is no SentencePiece model.
+        ConfigError: when it is no SentencePiece model.
     """
 
     vocab_files_names = VOCAB_FILES_NAMES

@@ -172,9 +172,9 @@ TRACKERS: dict[str, Callable[[TrackerOptions, Place], Tracker]] = {"wandb": Wand
 # Characters of a parameter's value that every version of MLflow takes.
 _LONGEST = 500
 
-_RULES = {"type": ANYTHING, "tracker": Rule(one_of(TRACKERS).test, ", ".join(TRACKERS), True, "the choices are"),
-          "project": of_type(str), "name": of_type(str), "mode": one_of(MODES), "every": whole(1),
-          "options": of_type(dict)}
+RULES = {"type": ANYTHING, "tracker": Rule(one_of(TRACKERS).test, ", ".join(TRACKERS), True, "the choices are"),
+         "project": of_type(str), "name": of_type(str), "mode": one_of(MODES), "every": whole(1),
+         "options": of_type(dict)}
 
 
 def check_tracker(section: dict, where: str, source: str) -> None:
@@ -188,7 +188,7 @@ def check_tracker(section: dict, where: str, source: str) -> None:
     Raises:
         ConfigError: naming the key, its value and what is wanted.
     """
-    check_section(section, _RULES, where, source=source)
+    check_section(section, RULES, where, source=source)
 
 
 def require_packages(fields: dict, source: str) -> None:

@@ -12,21 +12,20 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from error_sentences import Sentence, collect
 
 from mindformers_ixc.cli.parsers import build_parser
-from mindformers_ixc.cli.yaml_docs import fields_text
+from mindformers_ixc.cli.yaml_docs import fields_text, section_text
 from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml, tie_data_section
+from mindformers_ixc.cli.yaml_keys import SECTIONS
 from mindformers_ixc.config import ModelConfig
-from mindformers_ixc.data.mixture import MIXTURE_RULES
-from mindformers_ixc.data.sections import DATASET_RULES, LOADER_RULES
 from mindformers_ixc.doctor.versions import PAIRS
 from mindformers_ixc.parameters import parameter_table
 from mindformers_ixc.planning.memory import stage_memory
 from mindformers_ixc.planning.workload import local_parameters, place, read_workload
-from mindformers_ixc.preference_options import RULES as PREFERENCE_RULES
 from mindformers_ixc.processing.image import image_token_count, plan_partition
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,10 +42,6 @@ PLANS = [("everything", "ixc25_sft", 1, 1, ""), ("everything", "ixc25_sft", 2, 2
          ("a LoRA", "ixc25_web", 4, 2, ""), ("a LoRA", "ixc25_web", 8, 4, ""),
          ("a LoRA", "ixc25_web_16", 16, 4, ""), ("a LoRA", "ixc25_web_64", 32, 4, ""),
          ("a LoRA", "ixc25_web_64", 64, 4, "")]
-
-# Sections of docs/yaml.md.
-SECTIONS = {"train_dataset.": DATASET_RULES, "train_dataset.data_loader.": LOADER_RULES,
-            "train_dataset.data_loader.mixture.": MIXTURE_RULES, "model.model_config.preference.": PREFERENCE_RULES}
 
 # Pictures of docs/sizes.md, width and height in pixels.
 PICTURES = ((560, 560), (800, 600), (1280, 720), (1920, 1080), (1080, 1920), (2480, 3508), (4096, 512))
@@ -135,13 +130,6 @@ def _values(action: argparse.Action) -> str:
 def _cell(text: str) -> str:
     return (text % {"default": "", "prog": "mindformers"} if "%(" in text else text.replace("%%", "%")) \
         .replace("|", r"\|").replace("<", "&lt;")
-
-
-def rules_text() -> str:
-    """What each key of the sections of data and preferences must be, by the rules that a run checks them with."""
-    rows = [f"| `{section}{name}` | {_cell(rule.wanted)} | {'yes' if rule.required else ''} |".replace("|  |", "| |")
-            for section, rules in SECTIONS.items() for name, rule in rules.items()]
-    return "\n".join(["| key | must be | required |", "|---|---|---|", *rows])
 
 
 def pairs_text() -> str:
@@ -242,11 +230,11 @@ def _item(sentence: Sentence) -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "fields": fields_text, "rules": rules_text, "commands": commands_text, "versions": pairs_text,
-    "memory": memory_text, "plan commands": plan_commands_text, "chat memory": chat_text, "picture sizes": sizes_text,
-    "messages": messages_text}
+    "fields": fields_text, **{f"keys {name or 'top'}": partial(section_text, name) for name in SECTIONS},
+    "commands": commands_text, "versions": pairs_text, "memory": memory_text, "plan commands": plan_commands_text,
+    "chat memory": chat_text, "picture sizes": sizes_text, "messages": messages_text}
 
-_BLOCK = re.compile(r"^(<!-- (\w[\w ]*): begin -->\n).*?^(<!-- \2: end -->)$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^(<!-- (\w[\w. ]*): begin -->\n).*?^(<!-- \2: end -->)$", re.MULTILINE | re.DOTALL)
 
 
 def written(text: str) -> str:

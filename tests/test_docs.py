@@ -1,6 +1,7 @@
 """What the documentation names is there."""
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import mindformers_ixc
 import mindformers_ixc_cli
+from mindformers_ixc.scores import each_score
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -213,9 +216,67 @@ def test_the_map_from_paper_and_public_code_names_what_is_there():
     assert checked > 25
 
 
-def test_the_site_builds_strictly(tmp_path):
+def test_the_scores_that_the_page_on_evaluation_shows_are_those_of_the_code():
+    pytest.importorskip("rapidfuzz", reason="needs the extra eval")
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = [re.split(r" \| ", line.strip("| "))
+            for line in text.partition("| answer | expected |")[2].partition("\n\n")[0].splitlines()[2:]]
+    answers, expected, *shown = zip(*rows)
+    names = ["exact_match", "anls", "relaxed_accuracy"]
+    exact, anls, relaxed = each_score(answers, expected, names).values()
+    folded, = each_score(answers, expected, ["exact_match"], ignore_case=True).values()
+    assert len(rows) > 5
+    assert [[float(value) for value in column] for column in shown] == \
+        [[round(value, 3) for value in column] for column in (exact, folded, anls, relaxed)]
+
+
+def test_the_flags_of_the_page_on_own_data_are_those_of_the_readme():
+    drawing = re.compile(r"^python - <<'END'\n.*?^END$", re.MULTILINE | re.DOTALL)
+    found = [drawing.search(page.read_text(encoding="utf-8"))[0] for page in (ROOT / "README.md",
+                                                                              ROOT / "docs" / "own_data.md")]
+    assert found[0] == found[1]
+
+
+API = {page.name: re.findall(r"^::: (mindformers_ixc[\w.]*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+       for page in PAGES if page.stem.startswith("api")}
+
+
+def test_every_public_name_has_one_entry_in_the_api_reference():
+    entries = [entry for names in API.values() for entry in names]
+    assert len(entries) == len(set(entries)) > 50
+    public = {name for name in mindformers_ixc.__all__ if name not in ("ConfigError", "__version__")}
+    assert public <= {entry.rpartition(".")[2] for entry in entries if entry.count(".") == 1}
+    errors = ast.parse((ROOT / "mindformers_ixc" / "errors.py").read_text(encoding="utf-8"))
+    assert all(ast.get_docstring(node) for node in errors.body if isinstance(node, ast.ClassDef))
+    # what is registered with MindFormers and has no name of the package itself
+    for name in ("IXC25DataLoader", "IXC25TrainOneStepCell", "IXC25PipelineWithLossScaleCell", "MultimodalChatPipeline",
+                 "PartialLoRAPetConfig", "TaskLoRAPetConfig", "convert", "merge", "inspect", "convert_weight", "hub"):
+        assert any(entry.endswith(f".{name}") for entry in entries), name
+
+
+def test_entries_of_the_api_reference_have_docstrings():
+    for entry in (entry for names in API.values() for entry in names if entry.count(".") > 1):
+        parts = entry.split(".")
+        place = next(number for number in range(len(parts), 0, -1)
+                     if ROOT.joinpath(*parts[:number]).with_suffix(".py").is_file())
+        node = ast.parse(ROOT.joinpath(*parts[:place]).with_suffix(".py").read_text(encoding="utf-8"))
+        for name in parts[place:]:
+            node = next(one for one in node.body if getattr(one, "name", None) == name)
+        assert ast.get_docstring(node), entry
+
+
+def test_the_site_builds_strictly_and_imports_nothing_of_mindspore(tmp_path):
     pytest.importorskip("material", reason="needs the extra docs")
+    pytest.importorskip("mkdocstrings_handlers.python", reason="needs the extra docs")
+    for name in ("mindspore", "mindformers"):
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')\n", encoding="utf-8")
     done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
-                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+                          cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "contributing" / "index.html").exists()
+    page = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    for anchor in ("mindformers_ixc.IXC25ForCausalLM.chat", "mindformers_ixc.IXC25ForCausalLM.generate",
+                   "mindformers_ixc.IXC25ForCausalLM.write_article"):
+        assert f'id="{anchor}"' in page
+    assert "write_artical" in page

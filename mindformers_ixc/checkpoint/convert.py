@@ -28,7 +28,7 @@ def convert(source: str | Path, target: str | Path, *, to: str | None = None, fo
             tensor_parallel: int = 1, pipeline_stages: int = 1, dtype: str | None = None, mode: str = "all",
             drop: Iterable[str] = (), config: str | Path | None = None, strategy: str | Path | None = None,
             shard_bytes: int = SHARD_BYTES, overwrite: bool = False) -> Path:
-    """Converts a checkpoint; see the module. A run that was interrupted goes on where it stopped.
+    """Converts a checkpoint to another container, format or layout. An interrupted run goes on where it stopped.
 
     Args:
         source: public directory (safetensors or .bin, sharded or not), one file, a MindSpore checkpoint or the ranks of

@@ -85,7 +85,7 @@ def _add_launch(commands: Commands) -> None:
         description="Starts `mindformers run --use_parallel True` once a device by MindSpore's msrun. Everything that "
                     "is not listed here goes to `run`. Ranks log into one folder, the log of the rank that reports the "
                     "loss is shown; when a rank dies all are ended, and the reason is the last line.",
-        epilog="examples:\n  mindformers launch -n 8 --config yaml_configs/ixc25_sft.yaml --output_dir out\n"
+        epilog="examples:\n  mindformers launch -n 8 --config my.yaml --output_dir out\n"
                "  mindformers launch -n 16 --local_devices 8 --node_rank 1 --master_addr 10.0.0.1 --config ...")
     launch.add_argument("-n", "--devices", type=int, required=True, metavar="N", help="devices, over all servers")
     launch.add_argument("--local_devices", type=int, metavar="N", help="of this server (default: all)")
@@ -204,7 +204,7 @@ def _add_convert(commands: Commands) -> None:
                     "leaves nothing that looks whole, and the same command goes on.",
         epilog="examples:\n  mindformers convert internlm-xcomposer2d5-7b ixc25_ms\n"
                "  mindformers convert internlm-xcomposer2d5-7b ixc25_tp8 --tp 8 --dtype bfloat16\n"
-               "  mindformers convert out/checkpoint trained --to hf --config out/config.json")
+               "  mindformers convert out trained --to hf")
     _add_target(convert)
     convert.add_argument("--format", choices=["safetensors", "ckpt"], default="safetensors",
                          help="container of --to ms")

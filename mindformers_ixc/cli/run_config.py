@@ -32,10 +32,6 @@ from mindformers_ixc.training_options import check_parts, check_rates, evaluatio
 
 RUN_MODES = ("train", "finetune", "predict")
 
-# Top-level keys of this package beside MindFormers' own.
-OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation",
-                "on_save_error", "no_join", "device_tflops", "tensorboard", OVERRIDE)
-
 # More than any device has: such a number counts operations, or 10^9 of them.
 LARGEST_PEAK = 1e5
 
@@ -45,12 +41,19 @@ _PEAK = Rule(lambda value: is_number(value) and 0 <= value <= LARGEST_PEAK,
 _NAMES = Rule(lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
               "a list of fields of model.model_config")
 
-# Keys of MindFormers' section, which has no template.
-_TENSORBOARD = {"tensorboard_dir": of_type(str, required=True), "tensorboard_queue_size": whole(1),
-                "log_loss_scale_to_tensorboard": of_type(bool), "log_timers_to_tensorboard": of_type(bool),
-                "log_expert_load_to_tensorboard": of_type(bool)}
+# Keys of the top level that are this package's own, or that MindFormers has without a template, and what each must be;
+# the others are sections with checks of their own.
+OWN_RULES = {"on_save_error": one_of(("stop", "continue")), "no_join": of_type(bool), "device_tflops": _PEAK,
+             "tensorboard": of_type(bool, dict), OVERRIDE: _NAMES}
+OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation",
+                *OWN_RULES)
 
-_DECAY = Rule(lambda value: is_number(value) and 0 <= value < 1, "a number of at least 0 and below 1")
+# Keys of MindFormers' section, which has no template.
+TENSORBOARD_RULES = {"tensorboard_dir": of_type(str, required=True), "tensorboard_queue_size": whole(1),
+                     "log_loss_scale_to_tensorboard": of_type(bool), "log_timers_to_tensorboard": of_type(bool),
+                     "log_expert_load_to_tensorboard": of_type(bool)}
+
+DECAY_RULE = Rule(lambda value: is_number(value) and 0 <= value < 1, "a number of at least 0 and below 1")
 
 
 def check_fields(fields: dict, source: str) -> None:
@@ -69,18 +72,9 @@ def check_fields(fields: dict, source: str) -> None:
     check_keys(fields, top_keys(), source=source)
     check_values(fields, _template_rules(general), source=source)
     check_value("run_mode", fields.get("run_mode"), one_of(RUN_MODES), source=source)
-    if fields.get("on_save_error") is not None:
-        check_value("on_save_error", fields["on_save_error"], one_of(("stop", "continue")), source=source)
-    if fields.get("no_join") is not None:
-        check_value("no_join", fields["no_join"], of_type(bool), source=source)
-    if fields.get("device_tflops") is not None:
-        check_value("device_tflops", fields["device_tflops"], _PEAK, source=source)
-    if fields.get("tensorboard") is not None:      # MindFormers has a section of that name
-        check_value("tensorboard", fields["tensorboard"], of_type(bool, dict), source=source)
-        if isinstance(fields["tensorboard"], dict):
-            check_section(fields["tensorboard"], _TENSORBOARD, "tensorboard", source=source)
-    if fields.get(OVERRIDE) is not None:
-        check_value(OVERRIDE, fields[OVERRIDE], _NAMES, source=source)
+    check_values(fields, OWN_RULES, source=source)
+    if isinstance(fields.get("tensorboard"), dict):      # MindFormers has a section of that name
+        check_section(fields["tensorboard"], TENSORBOARD_RULES, "tensorboard", source=source)
     for name in sections:
         template, section = templates[name], fields.get(name)
         if section is None or name == "callbacks":
@@ -95,7 +89,7 @@ def check_fields(fields: dict, source: str) -> None:
     _check_parts(fields, source)
     decay = (fields.get("runner_wrapper") or {}).get("ema_decay")
     if decay is not None:
-        check_value("runner_wrapper.ema_decay", decay, _DECAY, source=source)
+        check_value("runner_wrapper.ema_decay", decay, DECAY_RULE, source=source)
     task = (fields.get("train_dataset_task") or {}).get("type")
     if task in ("IXC25SFTDataset", "IXC25PreferenceDataset"):
         check_dataset_section(fields.get("train_dataset"), task == "IXC25PreferenceDataset")

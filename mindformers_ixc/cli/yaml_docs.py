@@ -1,4 +1,4 @@
-"""Writes the tables of the configuration's fields in docs/yaml.md from `config.FIELDS` and `config.VISION_FIELDS`.
+"""The tables of docs/yaml.md; as a program, those of `config.FIELDS` and `config.VISION_FIELDS` written into it.
 
     python -m mindformers_ixc.cli.yaml_docs docs/yaml.md
 
@@ -8,13 +8,31 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from decimal import Decimal
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mindformers_ixc.config import ALIASES, FIELDS, VISION_FIELDS, Field
+from mindformers_ixc.cli.yaml_keys import SECTIONS, Row, rows_of, shown_value
+from mindformers_ixc.config import (
+    ALIASES,
+    DTYPE_FIELDS,
+    DTYPES,
+    DYNAMIC_NTK,
+    FIELDS,
+    LOSS_FORMS,
+    MODE_ADAPTERS,
+    MOST,
+    VISION_FIELDS,
+    VISION_PARALLEL,
+    Field,
+    field_rule,
+)
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import write_whole
+from mindformers_ixc.sections import ANYTHING, one_of
+
+# Texts of which only some are taken; the others are checked where they are used.
+_CHOICES = {"adapter_mode": one_of(MODE_ADAPTERS), "dynamic_ntk": one_of(DYNAMIC_NTK),
+            "vision_parallel": one_of(VISION_PARALLEL), "loss_form": one_of(LOSS_FORMS)}
 
 BEGIN, END = "<!-- fields: begin -->", "<!-- fields: end -->"
 
@@ -31,19 +49,30 @@ def fields_text() -> str:
         f"MindFormers' names are taken too:\n{aliases}."])
 
 
+def section_text(name: str) -> str:
+    """The table of one section of `yaml_keys.SECTIONS`."""
+    return key_table(rows_of(SECTIONS[name]))
+
+
+def key_table(rows: Iterable[Row]) -> str:
+    """Keys as a table."""
+    lines = [f"| `{row.key}` | {_cell(row.wanted)} | {_cell(row.default)} | {_cell(row.meaning)} |" for row in rows]
+    return "\n".join(["| key | must be | default | meaning |", "|---|---|---|---|", *lines]).replace("|  |", "| |")
+
+
 def _table(fields: dict[str, Field]) -> str:
-    rows = [f"| `{name}` | {_cell(field.help)} | {_cell(_default(field))}".rstrip() + " |"
-            for name, field in fields.items()]
-    return "\n".join(["| key | meaning | default |", "|---|---|---|", *rows])
+    return key_table(Row(name, _wanted(name, field),
+                         shown_value(field.default) if field.shown is None else field.shown, field.help)
+                     for name, field in fields.items())
 
 
-def _default(field: Field) -> str:
-    """The default as a YAML file would have it: 0.00001, since YAML 1.1 takes 1e-05 for text."""
-    if field.shown is not None:
-        return field.shown
-    if isinstance(field.default, float):
-        return format(Decimal(repr(field.default)), "f")
-    return "none" if field.default is None else str(field.default)
+def _wanted(name: str, field: Field) -> str:
+    """What a field must be, where a type or choices say it."""
+    if name in DTYPE_FIELDS:
+        return ", ".join(DTYPES)
+    rule = _CHOICES.get(name) or field_rule(name, field)
+    return "" if rule is ANYTHING else rule.wanted.replace(f" from 1 to {MOST}", " of at least 1") \
+        .replace(f" from 0 to {MOST}", " of at least 0")
 
 
 def _cell(text: str) -> str:

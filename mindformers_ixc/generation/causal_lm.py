@@ -185,7 +185,7 @@ class IXC25ForCausalLM(IXC25Model):
                       num_beams: int = 1, temperature: float = 1.0, top_p: float = 0.8,
                       repetition_penalty: float = 1.005, max_length: int = ARTICLE_LENGTH, seed: int = -1,
                       use_meta: bool = False, **kwargs: Any) -> str:
-        """Writes an article (mode `write`: the sft and dpo LoRAs).
+        """Writes an article (mode `write`: the sft and dpo LoRAs); `write_artical`, as the public code spells it, too.
 
         Args:
             inst: what to write; `<ImageHere>` marks an image's place.

@@ -19,7 +19,7 @@ from mindformers_ixc.cpu_cluster.simulated import run_rank
 from mindformers_ixc.parallel.degrees import DEGREES
 from mindformers_ixc.parameters import OPTIMIZER_STATE, layer_of, part_of
 from mindformers_ixc.planning.cost import Assumptions, StepTime, Traffic, stage_traffic, step_time
-from mindformers_ixc.planning.memory import StageMemory, stage_memory
+from mindformers_ixc.planning.memory import MOMENT_BYTES, StageMemory, stage_memory
 from mindformers_ixc.planning.rows import Usage, usage
 from mindformers_ixc.planning.workload import LocalParameter, Workload, local_parameters
 
@@ -216,8 +216,9 @@ def read_stage(workload: Workload, stage: int, answer: dict) -> StagePlan:
     memory = stage_memory(workload, stage, parameters)
     gradients = [entry for entry in states if entry["name"].startswith("accu_grads.")]
     moments = [entry for entry in states if not entry["name"].startswith("accu_grads.")]
+    # the compiled optimizer keeps its moments in the parameters' dtype, MindFormers' AdamW in float32
     memory = replace(memory, gradients=_bytes(gradients) if gradients else memory.gradients,
-                     optimizer=_bytes(moments), compiled=True)
+                     optimizer=MOMENT_BYTES * sum(math.prod(entry["local"]) for entry in moments), compiled=True)
     return StagePlan(stage, workload.first_rank(stage), _layers(workload, stage), parameters, memory,
                      _read_traffic(workload, answer["operators"]), _unexpected(workload, stage, answer["operators"]),
                      answer["seconds"], answer["peak_bytes"])

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from mindformers.dataset.base_dataset import BaseDataset
@@ -115,7 +116,7 @@ class IXC25DataLoader:
 class IXC25SFTDataset(BaseDataset):
     """Supervised fine-tuning data as MindFormers' `train_dataset_task` builds it."""
 
-    def __new__(cls, dataset_config: dict | None = None, **kwargs):
+    def __new__(cls, dataset_config: dict | None = None, **kwargs: Any) -> GeneratorDataset:
         """The dataset of a `train_dataset` section: what MindFormers builds it by.
 
         Args:
@@ -123,7 +124,7 @@ class IXC25SFTDataset(BaseDataset):
             **kwargs: the same fields, when no section is given.
 
         Returns:
-            `GeneratorDataset`, batched and repeated, with the columns of `mindformers_ixc.data.batch`.
+            Batched and repeated, with the columns of `mindformers_ixc.data.batch`.
 
         Raises:
             DataError: for unusable data. (Keys and types of the section are checked by `mindformers run`, before
@@ -163,8 +164,15 @@ def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, Pl
 class IXC25PreferenceDataset(BaseDataset):
     """Preference pairs as MindFormers' `train_dataset_task` builds them; the section is that of `IXC25SFTDataset`."""
 
-    def __new__(cls, dataset_config: dict | None = None, **kwargs):
-        """Builds the dataset; see `IXC25SFTDataset`.
+    def __new__(cls, dataset_config: dict | None = None, **kwargs: Any) -> GeneratorDataset:
+        """Builds the dataset.
+
+        Args:
+            dataset_config: as in `IXC25SFTDataset`.
+            **kwargs: as there.
+
+        Returns:
+            Batched and repeated, with the columns of `mindformers_ixc.data.batch`, two answers a row.
 
         Raises:
             DataError: for unusable data.

@@ -46,7 +46,7 @@ class PartialLoRAPetConfig(PetConfig):
 
     def __init__(self, rank: int | None = None, alpha: int | None = None, dropout: float | None = None,
                  target_modules: str = ALL_LINEARS, freeze_include: list[str] | None = None,
-                 freeze_exclude: list[str] | None = None, **kwargs):
+                 freeze_exclude: list[str] | None = None, **kwargs: Any):
         kwargs.pop("pet_type", None)
         super().__init__(pet_type=self.pet_type_name, **kwargs)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
@@ -64,7 +64,7 @@ class TaskLoRAPetConfig(PartialLoRAPetConfig):
 
     pet_type_name = "task_lora"
 
-    def __init__(self, task: str = "web", **kwargs):
+    def __init__(self, task: str = "web", **kwargs: Any):
         super().__init__(**kwargs)
         self.task = task
 

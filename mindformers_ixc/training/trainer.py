@@ -24,6 +24,7 @@ from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.config import FIELDS, default_max_images
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.data.sections import row_budget
+from mindformers_ixc.decoding_options import PREDICT_BATCH_SIZE
 from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
 from mindformers_ixc.errors import ConfigError, DataError, TrainingError
 from mindformers_ixc.generation.assistant import Assistant
@@ -47,9 +48,6 @@ from mindformers_ixc.training.starting import load_start
 from mindformers_ixc.training.step import StepPlan, plan_step
 
 logger = logging.getLogger(__name__)
-
-# Requests answered at once by run_mode predict, unless the YAML's predict_batch_size says otherwise.
-PREDICT_BATCH_SIZE = 4
 
 # Fields of the YAML's model section that run_mode predict takes; everything else comes from the model directory.
 INFERENCE_FIELDS = ("use_past", "block_size", "num_blocks", "compute_dtype", "param_init_type",

@@ -6,6 +6,8 @@ clipping, grouped learning rates, the skipped update) is MindFormers' own.
 """
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -75,7 +77,7 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
     """
 
     def __init__(self, network: nn.Cell, optimizer: nn.Cell, micro_batches: int = 1, labels_column: int | None = None,
-                 report_shape: tuple | None = None, **kwargs):
+                 report_shape: tuple | None = None, **kwargs: Any):
         super().__init__(network, optimizer, **kwargs)
         self.micro_batches, self.labels_column = micro_batches, labels_column
         self.map = C.HyperMap()

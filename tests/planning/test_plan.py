@@ -65,6 +65,16 @@ def test_the_state_is_the_compilers(compiler, sharded):
     assert found.checked == 942 and not found.problems and not found.notes
 
 
+def test_moments_of_16_bit_parameters_are_float32_as_mindformers_keeps_them(sharded):
+    placed, _ = sharded
+    found = answer(placed, 0, ())
+    for entry in found["parameters"]:
+        if entry["name"].startswith("adam_"):
+            entry["dtype"] = "BFloat16"          # what the compiled optimizer makes of such parameters
+    expected = stage_memory(placed, 0, local_parameters(placed)[0])
+    assert read_stage(placed, 0, found).memory.optimizer == expected.optimizer
+
+
 def test_messages_of_micro_batches_are_multiplied(compiler, sharded):
     forward, gradient = made(sharded).stages[0].traffic
     # two micro batches were compiled of the eight of a step
