@@ -44,8 +44,11 @@ _PAINT = re.compile(r"\033\[[0-9;]*m")
 # Seconds between two pictures of a live line at least; more where a launcher copies them from a file, which keeps all.
 LIVE_EVERY_S, LIVE_IN_FILE_EVERY_S = 0.1, 1.0
 
-# Columns where nobody says how many there are.
-COLUMNS = 80
+# Columns where nobody says how many there are; narrower than the other number nothing is made to fit.
+COLUMNS, NARROWEST = 80, 20
+
+# What a line with a command begins with.
+COMMAND = "    "
 
 
 class Terminal:
@@ -111,20 +114,32 @@ class Terminal:
             return text
         return f"\033[{';'.join(COLOURS[style] for style in styles)}m{text}\033[0m"
 
-    def say(self, text: str) -> None:
-        """Shows lines that stay; they are in the log too."""
+    def say(self, text: str, logged: str | None = None) -> None:
+        """Shows lines that stay; they are in the log too, or what is `logged` in their place."""
         with self._lock:
             self._erase()
             over = "\r\033[K" if self._counting and self.interactive else ""      # the bar comes again below
-            self._write(self.stream, over + text + "\n")
-            self.log(text)
+            self._write(self.stream, over + self._fitted(text) + "\n")
+            self.log(text if logged is None else logged)
 
-    def note(self, text: str) -> None:
+    def fault(self, sentence: str) -> None:
+        """Shows what is wrong."""
+        self.say(f"{self.paint('error:', 'red', 'bold')} {sentence}")
+
+    def _fitted(self, text: str) -> str:
+        """Lines broken between words where the terminal would break them inside; commands, which are copied, are not.
+        """
+        if not self.interactive:
+            return text
+        return "\n".join(line if line.startswith(COMMAND) else "\n".join(broken(line, self.columns))
+                         for line in text.split("\n"))
+
+    def note(self, text: str, logged: str | None = None) -> None:
         """Shows lines that stay, unless the user wants it quiet; they are in the log in any case."""
         if self.quiet:
-            self.log(text)
+            self.log(text if logged is None else logged)
         else:
-            self.say(text)
+            self.say(text, logged)
 
     def log(self, text: str) -> None:
         """Writes lines to the log alone, if there is one."""
@@ -348,10 +363,40 @@ class Answers:
         """Hands over what was written."""
         self._stream.flush()
 
+    def isatty(self) -> bool:
+        """Whether it goes to a terminal."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Of the descriptor that it goes to."""
+        return self._stream.fileno()
+
 
 def width_of(text: str) -> int:
-    """Columns that a text without control signs takes; wide signs, as of Chinese, take two."""
-    return sum(0 if unicodedata.combining(sign) else 1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)
+    """Columns that a text takes: colours none, wide signs, as of Chinese, two."""
+    return sum(0 if unicodedata.combining(sign) else 1 + (unicodedata.east_asian_width(sign) in "WF")
+               for sign in _PAINT.sub("", text))
+
+
+def broken(text: str, columns: int, others: str = "") -> list[str]:
+    """A line as lines that fit so many columns, broken between words; a word that is longer stays whole.
+
+    Args:
+        text: without line ends.
+        columns: at most.
+        others: stands before every line but the first.
+    """
+    columns = max(columns, NARROWEST)
+    if width_of(text) <= columns:
+        return [text]
+    lines, start = [""], re.match(" *", text)
+    assert start is not None
+    for word in re.findall(" *[^ ]+", text[start.end():]):
+        if lines[-1].strip() and width_of(lines[-1] + word) > columns - (len(lines) == 1) * start.end():
+            lines.append(others + word.lstrip(" "))
+        else:
+            lines[-1] += word
+    return [start[0] + lines[0], *lines[1:]]
 
 
 def clip(text: str, columns: int) -> str:

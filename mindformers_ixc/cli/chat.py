@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from mindformers_ixc import terminal
 from mindformers_ixc.cli.chat_input import Failed, Interrupts, line_history, read_message
 from mindformers_ixc.cli.chat_session import Measured, Reply, Session
 from mindformers_ixc.cli.hints import empty_hint, picture_hint
-from mindformers_ixc.cli.loading import Loading, waiting
+from mindformers_ixc.cli.loading import Loading
 from mindformers_ixc.cli.settings import generation_options, image_options
 from mindformers_ixc.processing.processor import EncodedSample, ImageProcessor
 
@@ -36,7 +37,7 @@ def chat(arguments: argparse.Namespace) -> int:
     print(answer, file=arguments.answers)
     advice = picture_hint(arguments.question, bool(arguments.image), "--image FILE gives one")
     for line in advice if answer else [*advice, empty_hint(parameters(assistant))]:
-        print(line, file=sys.stderr)
+        terminal.current.say(line)
     return 0
 
 
@@ -64,8 +65,8 @@ def talk(arguments: argparse.Namespace) -> int:
     loading.start()
     if not sys.stdin.isatty():
         loading.result()
-    print(f"{arguments.model}, mode {arguments.mode}. Type a question and press Enter; /image PATH adds a picture, "
-          "/help lists everything.", file=sys.stderr, flush=True)
+    terminal.current.say(f"{arguments.model}, mode {arguments.mode}. Type a question and press Enter; /image PATH adds "
+                         "a picture, /help lists everything.")
     with line_history([*session.commands, "/quit"]):
         _read_lines(session, loading, interrupts)
     if not loading.done.is_set():
@@ -96,11 +97,11 @@ def _read_lines(session: Session, loading: Loading[Assistant], interrupts: Inter
             if not session.line(message):
                 return
         except KeyboardInterrupt:
-            print("[stopped]", file=sys.stderr, flush=True)
+            terminal.current.say("[stopped]")
         except (ValueError, OSError) as error:   # a bad picture must not end the conversation
             if error is loading.error:
                 raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            terminal.current.fault(str(error))
 
 
 class Answers:
@@ -134,14 +135,14 @@ class Answers:
         self.steps, self.first = 0, None
         pieces: list[str] = []
         start, stopped = time.monotonic(), False
-        with waiting("reading the question") as shown:
+        with _waiting("Reading the question") as shown:
             with self.interrupts.raising():
                 sample = assistant.encode(query)
             prepared = time.monotonic() - start
             try:
                 for piece in _pieces(assistant, sample, mode, options):
                     self.first = self.first or time.monotonic()
-                    shown()
+                    shown.close()
                     pieces.append(piece)
                     print(piece, end="", file=self.out, flush=True)
             except KeyboardInterrupt:
@@ -151,21 +152,29 @@ class Answers:
             print(file=self.out, flush=True)
         text = "".join(pieces).strip()
         if stopped:
-            print("[stopped]", file=sys.stderr, flush=True)
+            terminal.current.say("[stopped]")
         elif not text:
-            print(empty_hint(parameters(assistant)), file=sys.stderr, flush=True)
+            terminal.current.say(empty_hint(parameters(assistant)))
         first = seconds if self.first is None else self.first - start
         return Reply(text, stopped, Measured(len(sample.input_ids), sample.tiles, prepared, first, self.steps + 1,
                                              seconds))
 
     def _assistant(self) -> Assistant:
         try:
-            with self.interrupts.raising(), waiting("the model is loading"):
+            with _waiting("The model is loading"), self.interrupts.raising():
                 assistant = self.loading.result()
         except Failed:
             assistant = self.loading.result()       # raises what loading has raised
         assistant.engine.between_steps = self._step
         return assistant
+
+
+def _waiting(what: str) -> contextlib.ExitStack:
+    """A spinner until it is closed; nothing where there is no terminal, for answers are read by programs there."""
+    stack = contextlib.ExitStack()
+    if terminal.current.interactive:
+        stack.enter_context(terminal.current.doing(what))
+    return stack
 
 
 def _pieces(assistant: Assistant, sample: EncodedSample, mode: str, options: dict) -> Iterable[str]:

@@ -35,6 +35,9 @@ SPEEDS = {"samples_per_second": ("samples a second", "{:.3g}"),
           "tflops": ("model TFLOPS a device", "{:.3g}"), "mfu": ("MFU", "{:.1%}"),
           "data_wait": ("waiting for data", "{:.1%}")}
 
+# Keys whose values are no measurements, so that nothing of them is smoothed.
+EXACT = ("learning_rate",)
+
 SHARES = ("goodput", "mfu", "data_wait", "reward_accuracy")
 
 # Colours of the style sheet; more curves than that share them.
@@ -98,7 +101,7 @@ def _charts(run: Run) -> Iterator[dict]:
     losses, scores = measured(run.evaluations)
     clock = run.clock
     for _, title, key, logarithmic in CURVES:
-        lines = [line("training" if key == "loss" else title, drawn(run.rows, key), 0, clock, smooth=True)]
+        lines = [line("training" if key == "loss" else title, drawn(run.rows, key), 0, clock, smooth=key not in EXACT)]
         if key == "loss":
             lines += [line(_held_out(name), points, number, clock, marks=True)
                       for number, (name, points) in enumerate(losses.items(), 1)]
@@ -241,8 +244,8 @@ def _compared(runs: list[Run]) -> Iterator[dict]:
     """Charts with a curve for each run."""
     clocks = [run.clock for run in runs]
     for _, title, key, logarithmic in CURVES:
-        lines = [line(run.name, drawn(run.rows, key), number % COLOURS, clocks[number], smooth=True)
-                 for number, run in enumerate(runs)]
+        lines = [line(run.name, drawn(run.rows, key), number % COLOURS, clocks[number],
+                      smooth=key not in EXACT) for number, run in enumerate(runs)]
         if key == "loss":
             lines += [line(f"{run.name}, held-out", curve(run.evaluations, "loss"), number % COLOURS, clocks[number],
                            marks=True, dashed=True) for number, run in enumerate(runs)]

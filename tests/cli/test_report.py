@@ -190,6 +190,7 @@ def test_held_out_loss_stands_beside_the_training_loss(tmp_path):
     training, held_out, shuffled = charts(page)["Loss"]["lines"]
     assert (training["name"], training["x"], training["y"]) == ("training", [1, 2, 3, 4], [4.0, 2.0, 1.33333, 1.0])
     assert training["smooth"] and "smooth" not in held_out
+    assert "smooth" not in charts(page)["Learning rate"]["lines"][0]      # nothing of it is a measurement
     assert (held_out["name"], held_out["x"], held_out["y"]) == ("held-out", [2, 4], [1.5, 0.5])
     assert (shuffled["name"], shuffled["y"]) == ("held-out, shuffled loss", [3.0, 3.5])
     # 9 s for the first step, then 0.25 s times the step's number

@@ -1,0 +1,95 @@
+"""Tables and sentences as lines of text that suit where they go: a terminal of some columns, or a file."""
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+from mindformers_ixc.terminal import NARROWEST, broken, width_of
+
+# Blanks between two columns of a table that is made narrower: so many, or else so many.
+GAPS = (2, 1)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        name: above it; also before the value where a row is written as words.
+        width: where there is room, with the blanks before a number.
+        left: it holds words and stands at the left; numbers stand at the right.
+        gap: blanks before it, where there is room.
+    """
+
+    name: str
+    width: int = 0
+    left: bool = False
+    gap: int = 0
+
+    def cell(self, text: str, width: int) -> str:
+        """A text in so many columns."""
+        room = " " * max(0, width - width_of(text))
+        return text + room if self.left else room + text
+
+
+def columns_of(stream: TextIO) -> int | None:
+    """Columns of the terminal that a stream goes to; `None` if it goes elsewhere, where lines are as long as they are.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return max(NARROWEST, os.get_terminal_size(stream.fileno()).columns) if stream.isatty() else None
+    return None
+
+
+def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], room: int | None = None,
+          heading: int = 1) -> Iterator[str]:
+    """A table as lines.
+
+    Args:
+        columns: of the table.
+        rows: its cells.
+        room: columns of the terminal, `None` for any number. What does not fit is moved together; what does not fit
+            then either has no columns: each row is a line that names it, and its values below.
+        heading: leading cells that name a row.
+    """
+    rows = [list(row) for row in rows]
+    lines = [[column.name for column in columns], *rows]
+    tight = [max(width_of(line[number]) for line in lines) for number in range(len(columns))]
+    wide = [" " * column.gap for column in columns], [max(column.width, own) for column, own in zip(columns, tight)]
+    choices = [wide] + [([""] + [" " * gap] * (len(columns) - 1), tight) for gap in GAPS]
+    for gaps, widths in choices:
+        made = ["".join(gap + column.cell(text, width) for gap, column, text, width in
+                        zip(gaps, columns, line, widths)).rstrip() for line in lines]
+        if room is None or max(map(width_of, made)) <= room:
+            yield from made
+            return
+    for row in rows:
+        yield from _as_words(columns, row, room, heading)
+
+
+def _as_words(columns: Sequence[Column], row: Sequence[str], room: int | None, heading: int) -> Iterator[str]:
+    """A row as what names it, and its values below."""
+    named = [f"{column.name.strip()} {text}".strip() for column, text in zip(columns, row)]
+    first = [text if column.left else name for column, text, name in zip(columns, row, named)]
+    yield from listed(first[:heading], room, "  ")
+    yield from listed([name for name, text in zip(named[heading:], row[heading:]) if text], room, "  ", "  ")
+
+
+def listed(items: Iterable[str], room: int | None, others: str = "", first: str = "") -> list[str]:
+    """Items with commas between them, in lines that end between two of them if they can; see `wrapped`."""
+    whole = ", ".join(item.replace(" ", "\0") for item in items)
+    return [line.replace("\0", " ") for line in wrapped(whole, room, others, first)]
+
+
+def wrapped(text: str, room: int | None, others: str = "", first: str = "") -> list[str]:
+    """A line broken between words, as far as it must be.
+
+    Args:
+        text: without line ends.
+        room: columns at most, `None` for any number.
+        others: stands before every line but the first.
+        first: stands before the first.
+    """
+    return [first + text] if room is None else broken(first + text, room, others)
