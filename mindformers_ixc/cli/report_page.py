@@ -184,10 +184,11 @@ def numbers(run: Run) -> dict[str, object]:
     """The table of a run."""
     rows, last = run.rows, run.rows[-1]
     seconds = [row["seconds"] for row in rows[1:]] or [rows[0]["seconds"]]
+    tokens = sum(row["tokens"] for row in rows if is_finite(row.get("tokens")))
     found: dict[str, object] = {
-        "steps": last["step"], "first loss": _loss(rows[0]), "last loss": _loss(last),
+        "steps": f"{last['step']:,}", "first loss": _loss(rows[0]), "last loss": _loss(last),
         "median seconds a step": f"{statistics.median(seconds):.3g}", "time in steps": duration(run.seconds),
-        "labelled tokens": sum(row["tokens"] for row in rows if is_finite(row.get("tokens"))) or "",
+        "labelled tokens": f"{tokens:,}" if tokens else "",
         "steps skipped for overflow": sum(bool(row["overflow"]) for row in rows)}
     if run.elapsed is not None:
         found["time from start to end"] = duration(run.elapsed)
@@ -198,7 +199,7 @@ def numbers(run: Run) -> dict[str, object]:
         if value is not None:
             found[name] = form.format(value)
     last_measured = run.evaluations[-1] if run.evaluations else {}
-    found.update({f"held-out {key}": f"{value:.4g}" for key, value in last_measured.items()
+    found.update({f"held-out {key.replace('_', ' ')}": f"{value:.4g}" for key, value in last_measured.items()
                   if key != "step" and is_finite(value)})
     return found
 
@@ -223,7 +224,7 @@ def _settings(run: Run) -> str:
 def _value(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(_value, value))
-    return "" if value is None else str(value)
+    return "none" if value is None else str(value)
 
 
 def page_of_runs(runs: list[Run]) -> str:
