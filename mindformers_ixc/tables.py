@@ -1,13 +1,19 @@
-"""Tables and sentences as lines of text that suit where they go: a terminal of some columns, or a file."""
+"""Tables, sentences and bars as lines of text that suit where they go: a terminal of some columns, or a file."""
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from mindformers_ixc.terminal import NARROWEST, broken, width_of
+# Narrower than that nothing is made to fit.
+NARROWEST = 20
+
+# Signs that colour a text.
+PAINT = re.compile(r"\033\[[0-9;]*m")
 
 # Blanks between two columns of a table that is made narrower: so many, or else so many.
 GAPS = (2, 1)
@@ -93,3 +99,51 @@ def wrapped(text: str, room: int | None, others: str = "", first: str = "") -> l
         first: stands before the first.
     """
     return [first + text] if room is None else broken(first + text, room, others)
+
+
+def width_of(text: str) -> int:
+    """Columns that a text takes: colours none, wide signs, as of Chinese, two."""
+    return sum(0 if unicodedata.combining(sign) else 1 + (unicodedata.east_asian_width(sign) in "WF")
+               for sign in PAINT.sub("", text))
+
+
+def broken(text: str, columns: int, others: str = "") -> list[str]:
+    """A line as lines that fit so many columns, broken between words; a word that is longer stays whole.
+
+    Args:
+        text: without line ends.
+        columns: at most.
+        others: stands before every line but the first.
+    """
+    columns = max(columns, NARROWEST)
+    if width_of(text) <= columns:
+        return [text]
+    lines, start = [""], re.match(" *", text)
+    assert start is not None
+    for word in re.findall(" *[^ ]+", text[start.end():]):
+        if lines[-1].strip() and width_of(lines[-1] + word) > columns - (len(lines) == 1) * start.end():
+            lines.append(others + word.lstrip(" "))
+        else:
+            lines[-1] += word
+    return [start[0] + lines[0], *lines[1:]]
+
+
+def clip(text: str, columns: int) -> str:
+    """As much of a one-line text as fits so many columns."""
+    text = text.replace("\n", " ")
+    if width_of(text) <= columns:
+        return text
+    kept, left = [], columns
+    for sign in text:
+        left -= width_of(sign)
+        if left < 0:
+            break
+        kept.append(sign)
+    return "".join(kept)
+
+
+def bar(share: float, columns: int, unicode: bool) -> str:
+    """A bar of some columns, filled to a share from 0 to 1."""
+    full, empty = ("█", "░") if unicode else ("#", "-")
+    filled = round(min(1.0, max(0.0, share)) * columns)
+    return full * filled + empty * (columns - filled)

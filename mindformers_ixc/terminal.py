@@ -20,11 +20,12 @@ import sys
 import threading
 import time
 import traceback
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
+
+from mindformers_ixc.tables import PAINT, broken, clip
 
 Item = TypeVar("Item")
 
@@ -39,13 +40,12 @@ SPINNER_AFTER_S, SPINNER_EVERY_S = 0.3, 0.12
 
 SPINNER, PLAIN_SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "|/-\\"
 COLOURS = {"bold": "1", "red": "31", "cyan": "36"}
-_PAINT = re.compile(r"\033\[[0-9;]*m")
 
 # Seconds between two pictures of a live line at least; more where a launcher copies them from a file, which keeps all.
 LIVE_EVERY_S, LIVE_IN_FILE_EVERY_S = 0.1, 1.0
 
-# Columns where nobody says how many there are; narrower than the other number nothing is made to fit.
-COLUMNS, NARROWEST = 80, 20
+# Columns where nobody says how many there are.
+COLUMNS = 80
 
 # What a line with a command begins with.
 COMMAND = "    "
@@ -144,7 +144,7 @@ class Terminal:
     def log(self, text: str) -> None:
         """Writes lines to the log alone, if there is one."""
         if self._log is not None:
-            self._write(self._log, _PAINT.sub("", text) + "\n")
+            self._write(self._log, PAINT.sub("", text) + "\n")
 
     def live(self, text: str) -> None:
         """Puts a text into the live line, in place of what stood there; nothing where lines cannot be taken back."""
@@ -192,6 +192,13 @@ class Terminal:
                     self._doing.remove(entry)
                 if self.interactive:
                     self._erase()
+
+    def waiting(self, what: str) -> contextlib.ExitStack:
+        """What `doing` shows on a terminal, until it is closed; elsewhere nothing, not even a line."""
+        stack = contextlib.ExitStack()
+        if self.interactive:
+            stack.enter_context(self.doing(what))
+        return stack
 
     @contextlib.contextmanager
     def counting(self, total: int, what: str, unit: str, **options: Any) -> Iterator[Any]:
@@ -370,54 +377,6 @@ class Answers:
     def fileno(self) -> int:
         """Of the descriptor that it goes to."""
         return self._stream.fileno()
-
-
-def width_of(text: str) -> int:
-    """Columns that a text takes: colours none, wide signs, as of Chinese, two."""
-    return sum(0 if unicodedata.combining(sign) else 1 + (unicodedata.east_asian_width(sign) in "WF")
-               for sign in _PAINT.sub("", text))
-
-
-def broken(text: str, columns: int, others: str = "") -> list[str]:
-    """A line as lines that fit so many columns, broken between words; a word that is longer stays whole.
-
-    Args:
-        text: without line ends.
-        columns: at most.
-        others: stands before every line but the first.
-    """
-    columns = max(columns, NARROWEST)
-    if width_of(text) <= columns:
-        return [text]
-    lines, start = [""], re.match(" *", text)
-    assert start is not None
-    for word in re.findall(" *[^ ]+", text[start.end():]):
-        if lines[-1].strip() and width_of(lines[-1] + word) > columns - (len(lines) == 1) * start.end():
-            lines.append(others + word.lstrip(" "))
-        else:
-            lines[-1] += word
-    return [start[0] + lines[0], *lines[1:]]
-
-
-def clip(text: str, columns: int) -> str:
-    """As much of a one-line text as fits so many columns."""
-    text = text.replace("\n", " ")
-    if width_of(text) <= columns:
-        return text
-    kept, left = [], columns
-    for sign in text:
-        left -= width_of(sign)
-        if left < 0:
-            break
-        kept.append(sign)
-    return "".join(kept)
-
-
-def bar(share: float, columns: int, unicode: bool) -> str:
-    """A bar of some columns, filled to a share from 0 to 1."""
-    full, empty = ("█", "░") if unicode else ("#", "-")
-    filled = round(min(1.0, max(0.0, share)) * columns)
-    return full * filled + empty * (columns - filled)
 
 
 current = Terminal()

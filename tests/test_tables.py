@@ -5,8 +5,7 @@ import io
 
 import pytest
 
-from mindformers_ixc.tables import Column, columns_of, listed, table, wrapped
-from mindformers_ixc.terminal import broken, width_of
+from mindformers_ixc.tables import Column, broken, columns_of, listed, table, width_of, wrapped
 
 COLUMNS = (Column("stage", 5), Column("purpose", 12, left=True, gap=2), Column("GiB", 9), Column("", left=True, gap=2))
 ROWS = [("0", "pipeline", "1.25", "fits"), ("1", "sum", "10.50", "")]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mindformers_ixc import terminal
-from mindformers_ixc.terminal import Terminal, bar, clip, width_of
+from mindformers_ixc.tables import bar, clip, width_of
+from mindformers_ixc.terminal import Terminal
 
 
 def screen(written: str) -> list[str]:

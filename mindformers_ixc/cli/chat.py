@@ -30,10 +30,12 @@ def chat(arguments: argparse.Namespace) -> int:
     """
     if arguments.question is None:
         return talk(arguments)
-    assistant = load(arguments)
+    with terminal.current.waiting(f"Loading {arguments.model}"):
+        assistant = load(arguments)
     query = {"query": arguments.question, "images": arguments.image, "hd_num": arguments.hd_num,
              "meta_instruction": arguments.meta_instruction}
-    answer = assistant.answer([query], arguments.mode, **generation_options(arguments))[0]
+    with terminal.current.waiting("Answering"):
+        answer = assistant.answer([query], arguments.mode, **generation_options(arguments))[0]
     print(answer, file=arguments.answers)
     advice = picture_hint(arguments.question, bool(arguments.image), "--image FILE gives one")
     for line in advice if answer else [*advice, empty_hint(parameters(assistant))]:
@@ -135,7 +137,7 @@ class Answers:
         self.steps, self.first = 0, None
         pieces: list[str] = []
         start, stopped = time.monotonic(), False
-        with _waiting("Reading the question") as shown:
+        with terminal.current.waiting("Reading the question") as shown:
             with self.interrupts.raising():
                 sample = assistant.encode(query)
             prepared = time.monotonic() - start
@@ -161,20 +163,12 @@ class Answers:
 
     def _assistant(self) -> Assistant:
         try:
-            with _waiting("The model is loading"), self.interrupts.raising():
+            with terminal.current.waiting("The model is loading"), self.interrupts.raising():
                 assistant = self.loading.result()
         except Failed:
             assistant = self.loading.result()       # raises what loading has raised
         assistant.engine.between_steps = self._step
         return assistant
-
-
-def _waiting(what: str) -> contextlib.ExitStack:
-    """A spinner until it is closed; nothing where there is no terminal, for answers are read by programs there."""
-    stack = contextlib.ExitStack()
-    if terminal.current.interactive:
-        stack.enter_context(terminal.current.doing(what))
-    return stack
 
 
 def _pieces(assistant: Assistant, sample: EncodedSample, mode: str, options: dict) -> Iterable[str]:

@@ -6,8 +6,6 @@ import difflib
 import importlib
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from mindformers_ixc import terminal
 from mindformers_ixc.cli.answer_file import AnswerFile, run_of
 from mindformers_ixc.cli.heavy import importing
@@ -56,9 +54,10 @@ def _answer_rest(file: AnswerFile, arguments: argparse.Namespace) -> None:
     with importing(arguments):
         inference = importlib.import_module("mindformers_ixc.cli.inference")
         answer_questions = importlib.import_module("mindformers_ixc.generation.predict").answer_questions
-    assistant = inference.load_assistant(arguments)
+    with terminal.current.waiting(f"Loading {arguments.model}"):
+        assistant = inference.load_assistant(arguments)
     questions, size, options = file.questions, arguments.batch_size, generation_options(arguments)
-    with tqdm(total=len(questions), initial=len(file.done), desc="answering", unit="question", disable=None) as bar:
+    with terminal.current.counting(len(questions), "answering", "question", initial=len(file.done)) as bar:
         while len(file.done) < len(questions):
             batch = questions[len(file.done):len(file.done) + size]
             file.add(answer_questions(assistant, [one.request(arguments.hd_num) for one in batch], size,

@@ -9,6 +9,7 @@ from mindformers_ixc import terminal
 from mindformers_ixc.device import group_size
 from mindformers_ixc.operations import goodput
 from mindformers_ixc.resources import shown
+from mindformers_ixc.tables import bar, broken
 from mindformers_ixc.training.parts import part_counts
 from mindformers_ixc.training.throughput import Throughput, duration, line, operations, short, work_of
 
@@ -97,7 +98,7 @@ def bar_of(row: dict, total: int, columns: int, unicode: bool) -> str:
             numbers.insert(-1, word)
     text = "  ".join(numbers)
     room = min(30, columns - len(text) - 2)
-    drawn = terminal.bar(row["step"] / max(1, total), room, unicode) + "  " if room >= NARROWEST_BAR else ""
+    drawn = bar(row["step"] / max(1, total), room, unicode) + "  " if room >= NARROWEST_BAR else ""
     return drawn + text
 
 
@@ -130,7 +131,7 @@ def _labelled(label: str, lines: Iterable[str]) -> str:
     painted = screen.paint(label, "bold") + " " * (LABEL - len(label))
     whole = [painted + first, *(indent + text for text in rest)]
     return "\n".join(part for text in whole
-                     for part in (terminal.broken(text, screen.columns, indent) if screen.interactive else [text]))
+                     for part in (broken(text, screen.columns, indent) if screen.interactive else [text]))
 
 
 def _data(config: Any, dataset: Any) -> list[str]:

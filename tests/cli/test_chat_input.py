@@ -9,7 +9,6 @@ import threading
 import pytest
 
 from mindformers_ixc import terminal
-from mindformers_ixc.cli.chat import _waiting
 from mindformers_ixc.cli.chat_input import completions, read_message
 from mindformers_ixc.cli.loading import Loading
 
@@ -114,7 +113,7 @@ def test_waiting_is_said_on_a_terminal_only_and_ends_when_it_is_told_to(monkeypa
     monkeypatch.setattr(terminal, "SPINNER_AFTER_S", 0.0)
     monkeypatch.setattr(terminal, "PATIENCE_S", 0.0)
     monkeypatch.setattr(terminal, "current", terminal.Terminal(stream, interactive=True, columns=40))
-    with _waiting("Reading") as shown:
+    with terminal.current.waiting("Reading") as shown:
         while "Reading" not in stream.getvalue():
             threading.Event().wait(0.01)
         shown.close()
@@ -123,6 +122,6 @@ def test_waiting_is_said_on_a_terminal_only_and_ends_when_it_is_told_to(monkeypa
         threading.Event().wait(3 * terminal.SPINNER_EVERY_S)
     assert stream.getvalue() == drawn
     monkeypatch.setattr(terminal, "current", terminal.Terminal(file, interactive=False))
-    with _waiting("Reading"):
+    with terminal.current.waiting("Reading"):
         threading.Event().wait(3 * terminal.SPINNER_EVERY_S)
     assert file.getvalue() == ""
