@@ -17,6 +17,7 @@ from mindformers_ixc.cli.hints import empty_hint, picture_hint
 from mindformers_ixc.cli.loading import Loading
 from mindformers_ixc.cli.settings import generation_options, image_options
 from mindformers_ixc.processing.processor import EncodedSample, ImageProcessor
+from mindformers_ixc.tables import PAINT
 
 if TYPE_CHECKING:
     from mindformers_ixc.generation.assistant import Assistant
@@ -85,7 +86,7 @@ def _read_lines(session: Session, loading: Loading[Assistant], interrupts: Inter
     while True:
         try:
             with interrupts.raising():
-                message = read_message()
+                message = read_message(_typed)
         except EOFError:
             return
         except KeyboardInterrupt:                # as in a shell: leaves the line, not the program
@@ -104,6 +105,14 @@ def _read_lines(session: Session, loading: Loading[Assistant], interrupts: Inter
             if error is loading.error:
                 raise
             terminal.current.fault(str(error))
+
+
+def _typed(prompt: str) -> str:
+    """A line that is typed behind a prompt, which is in colour where there are any."""
+    if "readline" not in sys.modules:
+        return input(prompt)
+    # readline counts columns, so it must be told what takes none
+    return input(PAINT.sub("\001\\g<0>\002", terminal.current.paint(prompt, "cyan", "bold")))
 
 
 class Answers:
