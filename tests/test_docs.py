@@ -157,6 +157,13 @@ def test_the_site_has_every_page_once():
     assert set(nav) == {page.name for page in PAGES} | {"index.md", "index_zh.md", "contributing.md", "changelog.md"}
 
 
+def test_pictures_are_small_and_each_is_on_a_page():
+    pictures = sorted((ROOT / "docs" / "images").glob("*.png"))
+    assert len(pictures) >= 6 and max(picture.stat().st_size for picture in pictures) <= 150_000
+    text = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, *BESIDE])
+    assert [picture.name for picture in pictures if f"images/{picture.name})" not in text] == []
+
+
 def _fenced(text: str) -> list[str]:
     """Lines of a page's fenced blocks, each block's language first, without comments."""
     blocks = re.findall(r"^```(.*?)^```$", text, re.MULTILINE | re.DOTALL)
@@ -219,3 +226,5 @@ def test_the_site_builds_strictly(tmp_path):
                           cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "contributing" / "index.html").exists()
+    for page, picture in (("index.html", "images/run.png"), ("scaling/index.html", "../images/plan.png")):
+        assert f'src="{picture}"' in (tmp_path / "site" / page).read_text(encoding="utf-8")
