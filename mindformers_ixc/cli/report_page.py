@@ -8,6 +8,7 @@ from pathlib import Path
 from mindformers_ixc.cli.report_answers import answer_cards, compared_cards
 from mindformers_ixc.cli.report_runs import Run, curve, is_finite
 from mindformers_ixc.pages.page import cards, chart, duration, facts, line, page, section, table, text
+from mindformers_ixc.scores import as_text
 
 # Curves of a run that are there whenever their key is in its rows: file, title, key, logarithmic at first.
 CURVES = (("loss", "Loss", "loss", False), ("learning_rate", "Learning rate", "learning_rate", False),
@@ -171,7 +172,7 @@ def _headline(run: Run) -> dict[str, str]:
             found["lowest held-out loss"] = f"{min(value for _, value in points):.4g}"
     for name, points in scores.items():
         if points:
-            found[f"best {name.replace('_', ' ')}"] = f"{max(value for _, value in points):.4g}"
+            found[f"best {name.replace('_', ' ')}"] = as_text(name, max(value for _, value in points))
     found["time in steps"] = duration(run.seconds)
     for key in ("samples_per_second", "goodput", "mfu"):
         value = _median(run.rows, key)
@@ -199,7 +200,7 @@ def numbers(run: Run) -> dict[str, object]:
         if value is not None:
             found[name] = form.format(value)
     last_measured = run.evaluations[-1] if run.evaluations else {}
-    found.update({f"held-out {key.replace('_', ' ')}": f"{value:.4g}" for key, value in last_measured.items()
+    found.update({f"held-out {key.replace('_', ' ')}": as_text(key, value) for key, value in last_measured.items()
                   if key != "step" and is_finite(value)})
     return found
 

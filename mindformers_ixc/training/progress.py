@@ -9,6 +9,7 @@ from mindformers_ixc import terminal
 from mindformers_ixc.device import group_size
 from mindformers_ixc.operations import goodput
 from mindformers_ixc.resources import shown
+from mindformers_ixc.scores import as_text
 from mindformers_ixc.tables import bar, broken
 from mindformers_ixc.training.parts import part_counts
 from mindformers_ixc.training.throughput import Throughput, duration, line, operations, short, work_of
@@ -104,7 +105,7 @@ def bar_of(row: dict, total: int, columns: int, unicode: bool) -> str:
 
 def measured(row: Mapping[str, float], total: int) -> str:
     """A measurement on held-out conversations as a line."""
-    values = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+    values = ", ".join(f"{name} {as_text(name, value)}" for name, value in row.items() if name != "step")
     return f"evaluation after step {row['step']}/{total}: {values}"
 
 
