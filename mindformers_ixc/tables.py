@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,23 +57,37 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], room: int | 
     Args:
         columns: of the table.
         rows: its cells.
-        room: columns of the terminal, `None` for any number. What does not fit is moved together; what does not fit
-            then either has no columns: each row is a line that names it, and its values below.
+        room: columns of the terminal, `None` for any number. What does not fit is moved together, names of columns in
+            several lines; what does not fit then either has no columns: each row is a line that names it, and its
+            values below.
         heading: leading cells that name a row.
     """
     rows = [list(row) for row in rows]
-    lines = [[column.name for column in columns], *rows]
-    tight = [max(width_of(line[number]) for line in lines) for number in range(len(columns))]
-    wide = [" " * column.gap for column in columns], [max(column.width, own) for column, own in zip(columns, tight)]
-    choices = [wide] + [([""] + [" " * gap] * (len(columns) - 1), tight) for gap in GAPS]
-    for gaps, widths in choices:
+    for gaps, widths, heads in _ways(columns, rows):
         made = ["".join(gap + column.cell(text, width) for gap, column, text, width in
-                        zip(gaps, columns, line, widths)).rstrip() for line in lines]
+                        zip(gaps, columns, line, widths)).rstrip() for line in [*heads, *rows]]
         if room is None or max(map(width_of, made)) <= room:
             yield from made
             return
     for row in rows:
         yield from _as_words(columns, row, room, heading)
+
+
+def _ways(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Iterator[tuple]:
+    """Gaps, widths and lines of names of a table, the widest first."""
+    cells = [max((width_of(row[number]) for row in rows), default=0) for number in range(len(columns))]
+    names = [column.name for column in columns]
+    whole = [max(width, width_of(name)) for width, name in zip(cells, names)]
+    wide = [max(column.width, own) for column, own in zip(columns, whole)]
+    yield [" " * column.gap for column in columns], wide, [names]
+    narrow = [max([width, *map(width_of, name.split())]) for width, name in zip(cells, names)]
+    parts = [textwrap.wrap(name, width) if name else [""] for name, width in zip(names, narrow)]
+    height = max(map(len, parts))
+    stacked = list(zip(*([""] * (height - len(part)) + part for part in parts)))      # they end in one line
+    for gap in GAPS:
+        gaps = ["", *[" " * gap] * (len(columns) - 1)]
+        yield gaps, whole, [names]
+        yield gaps, narrow, stacked
 
 
 def _as_words(columns: Sequence[Column], row: Sequence[str], room: int | None, heading: int) -> Iterator[str]:

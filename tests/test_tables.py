@@ -23,6 +23,12 @@ def test_what_does_not_fit_moves_together(room, expected):
     assert list(table(COLUMNS, ROWS, room)) == expected
 
 
+def test_names_of_columns_take_several_lines_where_that_helps():
+    columns = (Column("dp", 4), Column("samples that do not fit", 25), Column("", left=True, gap=2))
+    assert list(table(columns, [("4", "12.5%", "best"), ("32", "0.0%", "")], 17)) == [
+        "    samples", "    that do", "dp  not fit", " 4    12.5%  best", "32     0.0%"]
+
+
 def test_what_fits_no_more_has_values_below_the_name_of_its_row():
     assert list(table(COLUMNS, ROWS, 24, heading=2)) == [
         "stage 0, pipeline", "  GiB 1.25, fits", "stage 1, sum", "  GiB 10.50"]
