@@ -144,4 +144,4 @@ def _library(score: str):
 
 def as_text(name: str, value: float) -> str:
     """A measurement, score or loss, as it is shown."""
-    return f"{value:.1f} %" if name in PERCENT else f"{value:.4g}"
+    return f"{value:.1f}%" if name in PERCENT else f"{value:.4g}"

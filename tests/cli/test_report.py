@@ -89,7 +89,7 @@ def test_the_table_sums_the_run_up(tmp_path):
     assert facts(page) == {
         "steps": "4", "first loss": "4", "last loss": "1", "median seconds a step": "0.75", "time in steps": "11.2 s",
         "labelled tokens": "100",
-        "steps skipped for overflow": "1", "samples a second": "8", "held-out loss": "0.5", "held-out anls": "61.5 %"}
+        "steps skipped for overflow": "1", "samples a second": "8", "held-out loss": "0.5", "held-out anls": "61.5%"}
 
 
 def test_speeds_are_medians_of_the_steps_after_the_first_and_have_curves(tmp_path):

@@ -75,4 +75,4 @@ def test_the_parts_fit_a_narrow_terminal():
 
 def test_a_measurement_is_a_line():
     assert measured({"step": 7, "loss": 0.123456, "exact_match": 58.333}, 14) == \
-        "evaluation after step 7/14: loss 0.1235, exact_match 58.3 %"
+        "evaluation after step 7/14: loss 0.1235, exact_match 58.3%"
