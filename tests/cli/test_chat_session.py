@@ -156,6 +156,18 @@ def test_ctrl_c_works_while_the_model_loads(standin, tmp_path):
     assert terminal.status() == 0
 
 
+@pytest.mark.parametrize("coloured", [True, False])
+def test_the_prompt_is_in_colour_unless_it_is_not_wanted(standin, monkeypatch, coloured):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not coloured:
+        monkeypatch.setenv("NO_COLOR", "1")
+    terminal = standin()
+    assert terminal.read("> ").endswith("\x1b[36;1m> ") == coloured
+    terminal.write("/quit\n")
+    assert terminal.status() == 0
+
+
 def test_a_session_can_be_left_while_the_model_loads(standin, tmp_path):
     terminal = standin()
     terminal.read("> ")
