@@ -95,7 +95,7 @@ class Film:
         while len(re.findall(pattern, self.text(), re.MULTILINE)) < times:
             if time.monotonic() > end:
                 raise TimeoutError(f"{pattern!r} did not come within {seconds:.0f} s:\n{self.text().rstrip()}")
-            if not self._read(0.2):
+            if not self._read(0.2) and not re.search(pattern, self.text(), re.MULTILINE):
                 raise EOFError(f"the command ended without {pattern!r}:\n{self.text().rstrip()}")
         while self._read(0.15):               # what comes with it
             if not select.select([self.terminal], [], [], 0.02)[0]:
