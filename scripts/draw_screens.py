@@ -5,8 +5,9 @@
     python scripts/draw_screens.py chat report --work FOLDER      # some, from runs that are in FOLDER already
 
 Chromium must be installed (the variable CHROMIUM names another browser of its kind), and for the picture `site` the
-extra `docs` and a font with Chinese signs (such as WenQuanYi). What is filmed is README's example, the flags of twelve countries; its two runs also measure themselves on
-the questions that they learn. Look at every picture before it is committed.
+extra `docs` and a font with Chinese signs (such as WenQuanYi). What is filmed is README's example, the flags of twelve
+countries; its two runs also measure themselves on the questions that they learn. Look at every picture before it is
+committed.
 """
 from __future__ import annotations
 
