@@ -154,7 +154,7 @@ def _execute(arguments: argparse.Namespace) -> int:
         if isinstance(error, OSError) and error.filename and error.strerror:
             # the system's own errors name a file and a reason
             sentence = f"{error.filename} cannot be used: {error.strerror}."
-        terminal.current.fault(sentence)
+        terminal.current.say(f"{terminal.current.paint('error:', 'red', 'bold')} {sentence}")
         return 1
 
 

@@ -361,6 +361,10 @@ class Answers:
     def __init__(self, stream: TextIO, first: Callable[[], None]):
         self._stream, self._first = stream, first
 
+    def isatty(self) -> bool:
+        """Whether it goes to a terminal."""
+        return self._stream.isatty()
+
     def write(self, text: str) -> int:
         """Writes a text."""
         self._first()
@@ -370,12 +374,8 @@ class Answers:
         """Hands over what was written."""
         self._stream.flush()
 
-    def isatty(self) -> bool:
-        """Whether it goes to a terminal."""
-        return self._stream.isatty()
-
     def fileno(self) -> int:
-        """Of the descriptor that it goes to."""
+        """The stream's descriptor."""
         return self._stream.fileno()
 
 
