@@ -1,6 +1,7 @@
 """Paths of a configuration: of the file system, `pkg:` for files inside an installed package, or `starter`."""
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import tempfile
@@ -91,3 +92,14 @@ def resolve_model(path: str | os.PathLike) -> Path:
 def is_starter(path: str | os.PathLike) -> bool:
     """Whether a path, resolved or not, is the shipped model's."""
     return os.path.realpath(resolve_model(path)) == os.path.realpath(resolve_path(STARTER_PLACE))
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path as it is shown: `starter` for the shipped model, and what lies in the working directory relative to it."""
+    # it lies elsewhere; the working directory is gone; the working directory has a starter of its own
+    with contextlib.suppress(ValueError, OSError):
+        if is_starter(path):
+            return STARTER
+        inside = str(Path(path).relative_to(Path.cwd()))
+        return f"./{STARTER}" if inside == STARTER else inside
+    return str(path)

@@ -126,6 +126,9 @@ def _words(text: str) -> str:
 SCORES: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]] = {
     "exact_match": exact_match, "anls": anls, "relaxed_accuracy": relaxed_accuracy, "cider": cider}
 
+# Scores that are told in percent; CIDEr is not a share of anything.
+PERCENT = ("exact_match", "anls", "relaxed_accuracy")
+
 # Module and package of the scores that need one.
 _LIBRARIES = {"anls": ("rapidfuzz.distance", "rapidfuzz"), "cider": ("pycocoevalcap.cider.cider", "pycocoevalcap")}
 
@@ -137,3 +140,8 @@ def _library(score: str):
     except ImportError as error:
         raise ConfigError(f"The score {score} needs {package}; install it with `pip install \"mindformers_ixc[eval]\"`."
                           ) from error
+
+
+def as_text(name: str, value: float) -> str:
+    """A measurement, score or loss, as it is shown."""
+    return f"{value:.1f}%" if name in PERCENT else f"{value:.4g}"

@@ -20,11 +20,12 @@ import sys
 import threading
 import time
 import traceback
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
+
+from mindformers_ixc.tables import PAINT, broken, clip
 
 Item = TypeVar("Item")
 
@@ -39,13 +40,15 @@ SPINNER_AFTER_S, SPINNER_EVERY_S = 0.3, 0.12
 
 SPINNER, PLAIN_SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "|/-\\"
 COLOURS = {"bold": "1", "red": "31", "cyan": "36"}
-_PAINT = re.compile(r"\033\[[0-9;]*m")
 
 # Seconds between two pictures of a live line at least; more where a launcher copies them from a file, which keeps all.
 LIVE_EVERY_S, LIVE_IN_FILE_EVERY_S = 0.1, 1.0
 
 # Columns where nobody says how many there are.
 COLUMNS = 80
+
+# What a line with a command begins with.
+COMMAND = "    "
 
 
 class Terminal:
@@ -111,25 +114,37 @@ class Terminal:
             return text
         return f"\033[{';'.join(COLOURS[style] for style in styles)}m{text}\033[0m"
 
-    def say(self, text: str) -> None:
-        """Shows lines that stay; they are in the log too."""
+    def say(self, text: str, logged: str | None = None) -> None:
+        """Shows lines that stay; they are in the log too, or what is `logged` in their place."""
         with self._lock:
             self._erase()
             over = "\r\033[K" if self._counting and self.interactive else ""      # the bar comes again below
-            self._write(self.stream, over + text + "\n")
-            self.log(text)
+            self._write(self.stream, over + self._fitted(text) + "\n")
+            self.log(text if logged is None else logged)
 
-    def note(self, text: str) -> None:
+    def fault(self, sentence: str) -> None:
+        """Shows what is wrong."""
+        self.say(f"{self.paint('error:', 'red', 'bold')} {sentence}")
+
+    def _fitted(self, text: str) -> str:
+        """Lines broken between words where the terminal would break them inside; commands, which are copied, are not.
+        """
+        if not self.interactive:
+            return text
+        return "\n".join(line if line.startswith(COMMAND) else "\n".join(broken(line, self.columns))
+                         for line in text.split("\n"))
+
+    def note(self, text: str, logged: str | None = None) -> None:
         """Shows lines that stay, unless the user wants it quiet; they are in the log in any case."""
         if self.quiet:
-            self.log(text)
+            self.log(text if logged is None else logged)
         else:
-            self.say(text)
+            self.say(text, logged)
 
     def log(self, text: str) -> None:
         """Writes lines to the log alone, if there is one."""
         if self._log is not None:
-            self._write(self._log, _PAINT.sub("", text) + "\n")
+            self._write(self._log, PAINT.sub("", text) + "\n")
 
     def live(self, text: str) -> None:
         """Puts a text into the live line, in place of what stood there; nothing where lines cannot be taken back."""
@@ -177,6 +192,13 @@ class Terminal:
                     self._doing.remove(entry)
                 if self.interactive:
                     self._erase()
+
+    def waiting(self, what: str) -> contextlib.ExitStack:
+        """What `doing` shows on a terminal, until it is closed; elsewhere nothing, not even a line."""
+        stack = contextlib.ExitStack()
+        if self.interactive:
+            stack.enter_context(self.doing(what))
+        return stack
 
     @contextlib.contextmanager
     def counting(self, total: int, what: str, unit: str, **options: Any) -> Iterator[Any]:
@@ -339,6 +361,10 @@ class Answers:
     def __init__(self, stream: TextIO, first: Callable[[], None]):
         self._stream, self._first = stream, first
 
+    def isatty(self) -> bool:
+        """Whether it goes to a terminal."""
+        return self._stream.isatty()
+
     def write(self, text: str) -> int:
         """Writes a text."""
         self._first()
@@ -348,31 +374,9 @@ class Answers:
         """Hands over what was written."""
         self._stream.flush()
 
-
-def width_of(text: str) -> int:
-    """Columns that a text without control signs takes; wide signs, as of Chinese, take two."""
-    return sum(0 if unicodedata.combining(sign) else 1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)
-
-
-def clip(text: str, columns: int) -> str:
-    """As much of a one-line text as fits so many columns."""
-    text = text.replace("\n", " ")
-    if width_of(text) <= columns:
-        return text
-    kept, left = [], columns
-    for sign in text:
-        left -= width_of(sign)
-        if left < 0:
-            break
-        kept.append(sign)
-    return "".join(kept)
-
-
-def bar(share: float, columns: int, unicode: bool) -> str:
-    """A bar of some columns, filled to a share from 0 to 1."""
-    full, empty = ("█", "░") if unicode else ("#", "-")
-    filled = round(min(1.0, max(0.0, share)) * columns)
-    return full * filled + empty * (columns - filled)
+    def fileno(self) -> int:
+        """The stream's descriptor."""
+        return self._stream.fileno()
 
 
 current = Terminal()

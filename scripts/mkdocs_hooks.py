@@ -36,8 +36,8 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
         inside = path.relative_to(ROOT).as_posix()
         if inside in PAGES:
             return f"[{text}]({PAGES[inside]}{anchor})"
-        if path.parent == ROOT / "docs":
-            return f"[{text}]({path.name}{anchor})"
+        if ROOT / "docs" in path.parents:         # a page, or a picture
+            return f"[{text}]({path.relative_to(ROOT / 'docs').as_posix()}{anchor})"
         return f"{text} (`{inside}`)" if path.exists() else found[0]      # strict: what is missing stays a bad link
 
     return _LINK.sub(site_link, markdown)

@@ -160,6 +160,13 @@ def test_the_site_has_every_page_once():
     assert set(nav) == {page.name for page in PAGES} | {"index.md", "index_zh.md", "contributing.md", "changelog.md"}
 
 
+def test_pictures_are_small_and_each_is_on_a_page():
+    pictures = sorted((ROOT / "docs" / "images").glob("*.png"))
+    assert len(pictures) >= 6 and max(picture.stat().st_size for picture in pictures) <= 150_000
+    text = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, *BESIDE])
+    assert [picture.name for picture in pictures if f"images/{picture.name})" not in text] == []
+
+
 def _fenced(text: str) -> list[str]:
     """Lines of a page's fenced blocks, each block's language first, without comments."""
     blocks = re.findall(r"^```(.*?)^```$", text, re.MULTILINE | re.DOTALL)

@@ -10,7 +10,7 @@ from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.processing.processor import Processor
-from mindformers_ixc.resources import STARTER, STARTER_PLACE, is_starter, resolve_model, resolve_path
+from mindformers_ixc.resources import STARTER, STARTER_PLACE, is_starter, resolve_model, resolve_path, shown
 
 PLACE = Path(mindformers_ixc.__file__).parent / "starter"
 
@@ -46,3 +46,12 @@ def test_the_starter_is_a_small_whole_model_directory():
     open_source(STARTER, verify=True)                 # every byte against its digest
     assert read_config(STARTER).hidden_size == 128
     assert Processor.from_directory(STARTER).image_processor.hd_num == 4
+
+
+def test_paths_are_shown_as_short_as_they_can_be_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shown(tmp_path / "out" / "model") == "out/model" and shown("a.png") == "a.png"
+    assert shown("/elsewhere/model") == "/elsewhere/model"
+    assert shown(resolve_path(STARTER_PLACE)) == shown(STARTER) == "starter"
+    (tmp_path / "starter").mkdir()
+    assert shown(tmp_path / "starter") == "./starter"

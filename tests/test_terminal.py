@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mindformers_ixc import terminal
-from mindformers_ixc.terminal import Terminal, bar, clip, width_of
+from mindformers_ixc.tables import bar, clip, width_of
+from mindformers_ixc.terminal import Terminal
 
 
 def screen(written: str) -> list[str]:
@@ -116,6 +117,26 @@ def test_what_does_not_last_is_not_said_unless_it_is_known_to_last():
     assert not stream.getvalue()
     with shown.doing("Compiling", at_once=True):
         assert stream.getvalue() == "Compiling ...\n"
+
+
+def test_a_narrow_terminal_breaks_sentences_between_words_but_no_commands():
+    shown, stream = on_terminal(24)
+    shown.fault("flags/questions.csv does not exist; name another file.")
+    shown.say("Type:\n    mindformers chat --model my/model")
+    assert screen(stream.getvalue()) == ["error:", "flags/questions.csv does", "not exist; name another", "file.",
+                                         "Type:", "    mindformers chat --model my/model", ""]
+    stream = io.StringIO()
+    Terminal(stream, interactive=False, columns=24).fault("flags/questions.csv does not exist; name another file.")
+    assert stream.getvalue() == "error: flags/questions.csv does not exist; name another file.\n"
+
+
+def test_the_log_may_have_more_than_is_shown():
+    stream, log = io.StringIO(), io.StringIO()
+    shown = Terminal(stream, log, interactive=False)
+    shown.note("step 1", "step 1, and how")
+    shown.quiet = True
+    shown.note("step 2", "step 2, and how")
+    assert (stream.getvalue(), log.getvalue()) == ("step 1\n", "step 1, and how\nstep 2, and how\n")
 
 
 def test_quiet_leaves_sentences():

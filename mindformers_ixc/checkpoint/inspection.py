@@ -12,6 +12,11 @@ from mindformers_ixc.checkpoint.tensors import JoinedTensor
 from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.parameters import BUFFERS, PARTS, base_name, parameter_table, part_of
+from mindformers_ixc.tables import Column, table, wrapped
+
+# Of the table of parts.
+COLUMNS = (Column("part", 18, left=True), Column("tensors", 9), Column("parameters", 17), Column("bytes", 17),
+           Column("formats", left=True, gap=2))
 
 
 @dataclass
@@ -70,23 +75,22 @@ class Report:
         """The report as JSON."""
         return json.dumps(asdict(self), indent=2)
 
-    def to_text(self) -> str:
-        """The report as a table and sentences."""
-        lines = [f"{self.path}: {self.kind} checkpoint, {len(self.files)} files"]
-        if self.layout:
-            lines[0] += f", {self.layout['ranks']} ranks, {self.layout['pipeline_stages']} pipeline stages"
-        lines.append(f"{'part':<18}{'tensors':>9}{'parameters':>17}{'bytes':>17}  formats")
-        total = Part()
-        for name, part in self.parts.items():
-            lines.append(_row(name, part))
-            total.tensors += part.tensors
-            total.parameters += part.parameters
-            total.bytes += part.bytes
-        lines.append(_row("all", total))
-        for name, dtype, shape in self.tensors or []:
-            lines.append(f"{name}  {dtype}  {tuple(shape)}")
-        lines += self._sentences()
-        return "\n".join(lines)
+    def to_text(self, room: int | None = None) -> str:
+        """The report as a table and sentences.
+
+        Args:
+            room: columns of the terminal, `None` for what is none.
+        """
+        files = f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}"
+        ranks = f", {self.layout['ranks']} ranks, {self.layout['pipeline_stages']} pipeline stages" \
+            if self.layout else ""
+        lines = wrapped(f"{self.path}: {self.kind} checkpoint, {files}{ranks}", room, "  ")
+        parts = self.parts.values()
+        total = Part(sum(part.tensors for part in parts), sum(part.parameters for part in parts),
+                     sum(part.bytes for part in parts))
+        lines += table(COLUMNS, (_row(name, part) for name, part in [*self.parts.items(), ("all", total)]), room)
+        lines += [f"{name}  {dtype}  {tuple(shape)}" for name, dtype, shape in self.tensors or []]
+        return "\n".join([*lines, *(line for sentence in self._sentences() for line in wrapped(sentence, room))])
 
     def _sentences(self) -> list[str]:
         lines = []
@@ -116,9 +120,9 @@ class Report:
         return lines
 
 
-def _row(name: str, part: Part) -> str:
+def _row(name: str, part: Part) -> list[str]:
     formats = ", ".join(f"{count} x {dtype}" for dtype, count in sorted(part.formats.items()))
-    return f"{name:<18}{part.tensors:>9,}{part.parameters:>17,}{part.bytes:>17,}  {formats}".rstrip()
+    return [name, f"{part.tensors:,}", f"{part.parameters:,}", f"{part.bytes:,}", formats]
 
 
 def _some(names: list[str]) -> str:

@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from mindformers_ixc import terminal
 from mindformers_ixc.cli.chat_input import Failed, Interrupts, line_history, read_message
 from mindformers_ixc.cli.chat_session import Measured, Reply, Session
 from mindformers_ixc.cli.hints import empty_hint, picture_hint
-from mindformers_ixc.cli.loading import Loading, waiting
+from mindformers_ixc.cli.loading import Loading
 from mindformers_ixc.cli.settings import generation_options, image_options
 from mindformers_ixc.processing.processor import EncodedSample, ImageProcessor
+from mindformers_ixc.tables import PAINT
 
 if TYPE_CHECKING:
     from mindformers_ixc.generation.assistant import Assistant
@@ -29,14 +31,16 @@ def chat(arguments: argparse.Namespace) -> int:
     """
     if arguments.question is None:
         return talk(arguments)
-    assistant = load(arguments)
+    with terminal.current.waiting(f"Loading {arguments.model}"):
+        assistant = load(arguments)
     query = {"query": arguments.question, "images": arguments.image, "hd_num": arguments.hd_num,
              "meta_instruction": arguments.meta_instruction}
-    answer = assistant.answer([query], arguments.mode, **generation_options(arguments))[0]
+    with terminal.current.waiting("Answering"):
+        answer = assistant.answer([query], arguments.mode, **generation_options(arguments))[0]
     print(answer, file=arguments.answers)
     advice = picture_hint(arguments.question, bool(arguments.image), "--image FILE gives one")
     for line in advice if answer else [*advice, empty_hint(parameters(assistant))]:
-        print(line, file=sys.stderr)
+        terminal.current.say(line)
     return 0
 
 
@@ -64,8 +68,8 @@ def talk(arguments: argparse.Namespace) -> int:
     loading.start()
     if not sys.stdin.isatty():
         loading.result()
-    print(f"{arguments.model}, mode {arguments.mode}. Type a question and press Enter; /image PATH adds a picture, "
-          "/help lists everything.", file=sys.stderr, flush=True)
+    terminal.current.say(f"{arguments.model}, mode {arguments.mode}. Type a question and press Enter; /image PATH adds "
+                         "a picture, /help lists everything.")
     with line_history([*session.commands, "/quit"]):
         _read_lines(session, loading, interrupts)
     if not loading.done.is_set():
@@ -82,7 +86,7 @@ def _read_lines(session: Session, loading: Loading[Assistant], interrupts: Inter
     while True:
         try:
             with interrupts.raising():
-                message = read_message()
+                message = read_message(_typed)
         except EOFError:
             return
         except KeyboardInterrupt:                # as in a shell: leaves the line, not the program
@@ -96,11 +100,19 @@ def _read_lines(session: Session, loading: Loading[Assistant], interrupts: Inter
             if not session.line(message):
                 return
         except KeyboardInterrupt:
-            print("[stopped]", file=sys.stderr, flush=True)
+            terminal.current.say("[stopped]")
         except (ValueError, OSError) as error:   # a bad picture must not end the conversation
             if error is loading.error:
                 raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            terminal.current.fault(str(error))
+
+
+def _typed(prompt: str) -> str:
+    """A line that is typed behind a prompt, which is in colour where there are any."""
+    if "readline" not in sys.modules:
+        return input(prompt)
+    # readline counts columns, so it must be told what takes none
+    return input(PAINT.sub("\001\\g<0>\002", terminal.current.paint(prompt, "cyan", "bold")))
 
 
 class Answers:
@@ -134,14 +146,14 @@ class Answers:
         self.steps, self.first = 0, None
         pieces: list[str] = []
         start, stopped = time.monotonic(), False
-        with waiting("reading the question") as shown:
+        with terminal.current.waiting("Reading the question") as shown:
             with self.interrupts.raising():
                 sample = assistant.encode(query)
             prepared = time.monotonic() - start
             try:
                 for piece in _pieces(assistant, sample, mode, options):
                     self.first = self.first or time.monotonic()
-                    shown()
+                    shown.close()
                     pieces.append(piece)
                     print(piece, end="", file=self.out, flush=True)
             except KeyboardInterrupt:
@@ -151,16 +163,16 @@ class Answers:
             print(file=self.out, flush=True)
         text = "".join(pieces).strip()
         if stopped:
-            print("[stopped]", file=sys.stderr, flush=True)
+            terminal.current.say("[stopped]")
         elif not text:
-            print(empty_hint(parameters(assistant)), file=sys.stderr, flush=True)
+            terminal.current.say(empty_hint(parameters(assistant)))
         first = seconds if self.first is None else self.first - start
         return Reply(text, stopped, Measured(len(sample.input_ids), sample.tiles, prepared, first, self.steps + 1,
                                              seconds))
 
     def _assistant(self) -> Assistant:
         try:
-            with self.interrupts.raising(), waiting("the model is loading"):
+            with terminal.current.waiting("The model is loading"), self.interrupts.raising():
                 assistant = self.loading.result()
         except Failed:
             assistant = self.loading.result()       # raises what loading has raised

@@ -4,12 +4,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from mindformers_ixc import terminal
 from mindformers_ixc.cli.chat_pictures import Picture, describe, read_paths, read_picture
 from mindformers_ixc.cli.hints import picture_hint
 from mindformers_ixc.cli.settings import Settings
@@ -121,7 +121,7 @@ class Session:
     def __init__(self, arguments: argparse.Namespace, answer: Callable[[dict, str, dict], Reply],
                  processor: ImageProcessor, say: Callable[[str], None] | None = None):
         self.arguments, self.answer, self.processor = arguments, answer, processor
-        self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self.say = say or terminal.current.say
         self.settings, self.mode = Settings(arguments), arguments.mode
         self.talk = Talk()
         self.last: Measured | None = None

@@ -15,6 +15,7 @@ from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.planning.check_layout import check_layout
+from mindformers_ixc.tables import columns_of
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -72,5 +73,6 @@ def _finish(arguments: argparse.Namespace, target: Path) -> int:
 def run_inspect(arguments: argparse.Namespace) -> int:
     """Runs `mindformers inspect`; 1 when a digest differs or ranks disagree."""
     report = inspect(arguments.source, arguments.config, arguments.strategy, arguments.verify, arguments.tensors)
-    print(report.to_json() if arguments.json else report.to_text(), file=arguments.answers)
+    text = report.to_json() if arguments.json else report.to_text(columns_of(arguments.answers))
+    print(text, file=arguments.answers)
     return 1 if report.damaged or report.differing else 0

@@ -21,6 +21,7 @@ from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.operations import training_costs
 from mindformers_ixc.planning.workload import read_workload
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
+from mindformers_ixc.tables import Column, columns_of, table
 
 # Sentences about bad samples that a source shows; the rest are counted.
 SHOWN = 5
@@ -67,7 +68,8 @@ def data_check(arguments: argparse.Namespace) -> int:
     shapes, share = _shapes(section), section.get("max_bad_share")
     share = MAX_BAD_SHARE if share is None else share
     found = [_look(source, shapes) for source in sources]
-    lines = [*_table(found), *_sentences(found), *_lengths(fields, section, sources)]
+    room = columns_of(arguments.answers)
+    lines = [*_table(found, room), *_sentences(found), *_lengths(fields, section, sources, room)]
     print("\n".join(lines), file=arguments.answers)
     bad, total = sum(one.bad for one in found), sum(one.numbers["samples"] for one in found)
     if bad > share * total:
@@ -132,16 +134,15 @@ def _look(source: IndexedSource, shapes: Shapes) -> _Found:
     return _Found(source.reader.name, numbers, [*errors, *(text for _, text in index.description.unusable)])
 
 
-def _table(found: Sequence[_Found]) -> Iterator[str]:
+def _table(found: Sequence[_Found], room: int | None) -> Iterator[str]:
     """A line a source, and one for all of them."""
-    rows = [(one.name, *(f"{one.numbers[name]:,}" for name in COLUMNS)) for one in found]
+    rows = [[one.name, *(f"{one.numbers[name]:,}" for name in COLUMNS)] for one in found]
     if len(found) > 1:
-        rows.append(("all", *(f"{sum(one.numbers[name] for one in found):,}" for name in COLUMNS)))
-    titles = ("source", *COLUMNS)
-    widths = [max(len(row[place]) for row in (titles, *rows)) for place in range(len(titles))]
-    for row in (titles, *rows):
-        yield "  ".join(text.ljust(width) if not place else text.rjust(width)
-                        for place, (text, width) in enumerate(zip(row, widths)))
+        rows.append(["all", *(f"{sum(one.numbers[name] for one in found):,}" for name in COLUMNS)])
+    columns = [Column("source", max(map(len, ("source", *(row[0] for row in rows)))), left=True)]
+    columns += [Column(name, max(len(name), *(len(row[place]) for row in rows)), gap=2)
+                for place, name in enumerate(COLUMNS, 1)]
+    return table(columns, rows, room)
 
 
 def _sentences(found: Sequence[_Found]) -> Iterator[str]:
@@ -153,7 +154,7 @@ def _sentences(found: Sequence[_Found]) -> Iterator[str]:
                 yield f"... and {len(one.sentences) - SHOWN:,} more of {one.name}"
 
 
-def _lengths(fields: dict, section: dict, sources: Sequence[IndexedSource]) -> Iterator[str]:
+def _lengths(fields: dict, section: dict, sources: Sequence[IndexedSource], room: int | None) -> Iterator[str]:
     """Histograms, and the goodput of the recipe's rows."""
     needs = needs_of(sources, 1.0)
     if not len(needs):
@@ -161,7 +162,7 @@ def _lengths(fields: dict, section: dict, sources: Sequence[IndexedSource]) -> I
     for name, values in (("positions", needs.positions), ("tiles", needs.tiles)):
         yield ""
         yield f"{name} of a sample"
-        yield from bars(values)
+        yield from bars(values, room)
     workload = read_workload({**fields, "train_dataset": section})
     budget, costs = row_budget(section), training_costs(workload.config, workload.trained_parts)
     packed = next(iter(advise(needs, [budget], costs)), None) if section.get("packing") else None

@@ -28,9 +28,15 @@ from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.operations import training_costs
 from mindformers_ixc.planning.workload import Workload, read_workload
 from mindformers_ixc.sections import check_value, whole
+from mindformers_ixc.tables import Column, columns_of, table, wrapped
 
 # Width of a histogram's longest bar, in signs.
 BAR = 40
+
+# Of the table of budgets.
+COLUMNS = (Column("seq_length", 10), Column("max_tiles", 11), Column("max_images", 12), Column("goodput", 9),
+           Column("samples a row", 15), Column("rows without pictures", 23), Column("samples that do not fit", 25),
+           Column("", left=True, gap=2))
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ def data_plan(arguments: argparse.Namespace) -> int:
     fields = read_yaml(arguments.config)
     apply_overrides(fields, parse_overrides(arguments.rest))
     plan = make_data_plan(fields, list(arguments.files), arguments.global_batch)
-    text = json.dumps(as_json(plan), indent=2) if arguments.json else "\n".join(as_text(plan))
+    text = json.dumps(as_json(plan), indent=2) if arguments.json else \
+        "\n".join(as_text(plan, columns_of(arguments.answers)))
     print(text, file=arguments.answers)
     return 0
 
@@ -136,37 +143,52 @@ def as_json(plan: DataPlan) -> dict[str, Any]:
             "best": row(plan.best), "samples_per_step": plan.samples, "micro_batches_key": plan.key}
 
 
-def as_text(plan: DataPlan) -> Iterator[str]:
-    """Lines of a plan."""
+def as_text(plan: DataPlan, room: int | None = None) -> Iterator[str]:
+    """Lines of a plan.
+
+    Args:
+        plan: what is known.
+        room: columns of the terminal, `None` for what is none.
+    """
     needs = plan.needs
     text_only = int((needs.images == 0).sum())
-    yield (f"{len(needs)} samples of {len(needs.names)} source{'s' * (len(needs.names) != 1)}, {text_only} of them "
-           f"without a picture; mean {needs.positions.mean():.0f} positions and {needs.tiles.mean():.1f} tiles.")
+    yield from wrapped(f"{len(needs)} samples of {len(needs.names)} source{'s' * (len(needs.names) != 1)}, {text_only} "
+                       f"of them without a picture; mean {needs.positions.mean():.0f} positions and "
+                       f"{needs.tiles.mean():.1f} tiles.", room)
     for name, values in (("positions", needs.positions), ("tiles", needs.tiles)):
         yield ""
         yield name
-        yield from bars(values)
+        yield from bars(values, room)
     yield ""
-    yield (f"At the recipe's budget, seq_length {plan.recipe.seq_length} and max_tiles {plan.recipe.max_tiles}: "
-           f"goodput {plan.unpacked:.1%} unpacked" + (f", {plan.now.goodput:.1%} packed." if plan.now else
-                                              "; no sample fits a packed row."))
+    yield from wrapped(f"At the recipe's budget, seq_length {plan.recipe.seq_length} and max_tiles "
+                       f"{plan.recipe.max_tiles}: goodput {plan.unpacked:.1%} unpacked"
+                       + (f", {plan.now.goodput:.1%} packed." if plan.now else "; no sample fits a packed row."), room)
     yield ""
-    yield "seq_length  max_tiles  max_images  goodput  samples a row  rows without pictures  samples that do not fit"
-    for one in [*([plan.now] if plan.now else []), *plan.tried]:
-        mark = "  best" if one is plan.best else "  the recipe's" if one is plan.now else ""
-        yield (f"{one.budget.seq_length:10d}  {one.budget.max_tiles:9d}  {one.budget.max_images:10d}  "
-               f"{one.goodput:7.1%}  {one.mean_samples:13.2f}  {one.without_pictures:21.1%}  "
-               f"{one.left_out:23.1%}{mark}")
+    yield from table(COLUMNS, (_row(plan, one) for one in [*([plan.now] if plan.now else []), *plan.tried]), room,
+                     heading=3)
     yield ""
-    yield from _conclusion(plan)
+    for sentence in _conclusion(plan):
+        yield from wrapped(sentence, room)
 
 
-def bars(values: np.ndarray) -> Iterator[str]:
-    """A histogram of whole numbers, a line a range."""
+def _row(plan: DataPlan, one: Advice) -> list[str]:
+    mark = "best" if one is plan.best else "the recipe's" if one is plan.now else ""
+    return [str(one.budget.seq_length), str(one.budget.max_tiles), str(one.budget.max_images), f"{one.goodput:.1%}",
+            f"{one.mean_samples:.2f}", f"{one.without_pictures:.1%}", f"{one.left_out:.1%}", mark]
+
+
+def bars(values: np.ndarray, room: int | None) -> Iterator[str]:
+    """A histogram of whole numbers, a line a range.
+
+    Args:
+        values: the numbers.
+        room: columns of the terminal; `None` where it is none.
+    """
     rows = histogram(values)
     most, width = max(count for _, _, count in rows), len(str(rows[-1][1]))
+    longest = BAR if room is None else max(5, min(BAR, room - 2 * width - 6 - len(str(most))))
     for first, last, count in rows:
-        yield f"{first:{width}d} to {last:{width}d} {'#' * round(BAR * count / most):{BAR}} {count}"
+        yield f"{first:{width}d} to {last:{width}d} {'#' * round(longest * count / most):{longest}} {count}"
 
 
 def _conclusion(plan: DataPlan) -> Iterator[str]:

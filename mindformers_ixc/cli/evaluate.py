@@ -4,11 +4,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import sys
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
+from mindformers_ixc import terminal
 from mindformers_ixc.cli.answer_file import AnswerFile, run_of
 from mindformers_ixc.cli.heavy import importing
 from mindformers_ixc.cli.settings import generation_options
@@ -36,8 +34,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         shuffle_images(questions)
     with AnswerFile(arguments.predictions, questions, run_of(arguments)) as file:
         if file.done:
-            print(f"{len(file.done)} of {len(questions)} answers are in {arguments.predictions} already.",
-                  file=sys.stderr)
+            terminal.current.say(f"{len(file.done)} of {len(questions)} answers are in {arguments.predictions} "
+                                 "already.")
         if len(file.done) < len(questions):
             _answer_rest(file, arguments)
     rows = file.done
@@ -45,7 +43,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     scores = each_score([row.get("answer") for row in rows], [row["expected"] for row in rows], arguments.metrics,
                         arguments.ignore_case)
     if arguments.worst:
-        print(worst_answers(rows, scores, arguments.worst), end="", file=sys.stderr)
+        terminal.current.say(worst_answers(rows, scores, arguments.worst))
     for name, values in scores.items():
         print(score_line(name, values, arguments.ignore_case), file=arguments.answers)
     return int(all("error" in row for row in rows))
@@ -56,9 +54,10 @@ def _answer_rest(file: AnswerFile, arguments: argparse.Namespace) -> None:
     with importing(arguments):
         inference = importlib.import_module("mindformers_ixc.cli.inference")
         answer_questions = importlib.import_module("mindformers_ixc.generation.predict").answer_questions
-    assistant = inference.load_assistant(arguments)
+    with terminal.current.waiting(f"Loading {arguments.model}"):
+        assistant = inference.load_assistant(arguments)
     questions, size, options = file.questions, arguments.batch_size, generation_options(arguments)
-    with tqdm(total=len(questions), initial=len(file.done), desc="answering", unit="question", disable=None) as bar:
+    with terminal.current.counting(len(questions), "answering", "question", initial=len(file.done)) as bar:
         while len(file.done) < len(questions):
             batch = questions[len(file.done):len(file.done) + size]
             file.add(answer_questions(assistant, [one.request(arguments.hd_num) for one in batch], size,
@@ -81,9 +80,9 @@ def _name_failed(rows: Sequence[dict]) -> None:
     """Says which questions could not be answered, and why."""
     failed = [row for row in rows if "error" in row]
     for row in failed:
-        print(f"sample {row['id']}, question {row['question'][:60]!r}: {row['error']}", file=sys.stderr)
+        terminal.current.say(f"sample {row['id']}, question {row['question'][:60]!r}: {row['error']}")
     if failed:
-        print(f"{len(failed)} of {len(rows)} questions could not be answered and count as wrong.", file=sys.stderr)
+        terminal.current.say(f"{len(failed)} of {len(rows)} questions could not be answered and count as wrong.")
 
 
 def worst_answers(rows: Sequence[dict], scores: dict[str, list[float]], most: int) -> str:
@@ -109,7 +108,7 @@ def worst_answers(rows: Sequence[dict], scores: dict[str, list[float]], most: in
         return ("error" not in row, *(scores[name][number] for name in (first, *others)), alike)
 
     if not wrong:
-        return "No answer is wrong.\n"
+        return "No answer is wrong."
     chosen = sorted(wrong, key=key)[:most]
     lines = [f"The {len(chosen)} worst of {len(wrong)} answers without full marks:" if len(chosen) < len(wrong) else
              f"The {len(wrong)} answers without full marks, the worst first:" if len(wrong) > 1 else
@@ -120,7 +119,7 @@ def worst_answers(rows: Sequence[dict], scores: dict[str, list[float]], most: in
                   f"    question  {_line(row['question'])}", f"    expected  {_line(row['expected'])}",
                   f"    error     {_line(row['error'])}" if "error" in row else
                   f"    answer    {_line(row['answer']) or '(empty)'}"]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _line(text: str) -> str:

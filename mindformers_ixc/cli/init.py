@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mindformers_ixc import terminal
 from mindformers_ixc.cli.init_data import describe, find_data, measure
 from mindformers_ixc.cli.init_text import Choices, next_steps, yaml_text
 from mindformers_ixc.cli.inputs import read_memory
@@ -16,6 +17,7 @@ from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import check_target, write_whole
 from mindformers_ixc.parameters import parameter_table
 from mindformers_ixc.resources import STARTER
+from mindformers_ixc.tables import columns_of, wrapped
 
 # Parameters from which on a model is trained by the recipes of the 7B model.
 LARGE = 10 ** 9
@@ -48,12 +50,13 @@ def init(arguments: argparse.Namespace) -> int:
     devices = int(ask("devices", COUNTS[0], _one_of(COUNTS), f"Devices: {', '.join(COUNTS)}")) if large else 1
     memory = ask("memory", MEMORY, _memory, "Memory of a device") if device != "CPU" else None
     target = ask("output", "my.yaml", _unused if not arguments.overwrite else _file, "YAML file to write")
-    print(f"Reading {data} ...", file=sys.stderr, flush=True)
-    measured = measure(data, model)
+    with terminal.current.doing(f"Reading {data}", at_once=True):
+        measured = measure(data, model)
     choices = Choices(data, model, device, memory, devices, large)
     write_whole(target, yaml_text(choices, target, measured))
+    room = columns_of(arguments.answers)
     for line in [*describe(data, ask.given["data"], measured), *next_steps(choices, target, measured)]:
-        print(line, file=arguments.answers)
+        print(*([line] if line.startswith(terminal.COMMAND) else wrapped(line, room)), sep="\n", file=arguments.answers)
     return 0
 
 
@@ -92,7 +95,7 @@ class Questions:
         if said is not None:
             return self._checked(name, said, check)
         while self.asks:
-            print(f"{text}{f' [{default}]' if default else ''}", file=sys.stderr, flush=True)
+            terminal.current.say(f"{text}{f' [{default}]' if default else ''}")
             try:
                 typed = input("> ").strip() or default
             except EOFError:
@@ -101,7 +104,7 @@ class Questions:
                 if typed:
                     return self._checked(name, typed, check)
             except (ValueError, OSError) as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                terminal.current.fault(str(error))
         raise ConfigError(f"mindformers init needs --{name}. {text}.")
 
     def _checked(self, name: str, said: str, check: Callable[[str], str]) -> str:

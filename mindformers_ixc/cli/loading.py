@@ -1,11 +1,9 @@
 """Work in the background while somebody types: what it writes waits, and what it raises comes with its result."""
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Generic, TextIO, TypeVar
 
 Result = TypeVar("Result")
@@ -100,45 +98,3 @@ class Loading(Generic[Result]):
         if self.error is not None:
             raise self.error
         return self._result[0]
-
-
-@contextlib.contextmanager
-def waiting(what: str, stream: TextIO | None = None, after: float = 1.0) -> Iterator[Callable[[], None]]:
-    """Says on a terminal what is waited for, and for how long, in a line that vanishes.
-
-    Args:
-        what: is done meanwhile.
-        stream: standard error by default; nothing is said where it is no terminal.
-        after: seconds before it is said at all.
-
-    Yields:
-        What ends it before the block does; it may be called again.
-    """
-    stream = sys.stderr if stream is None else stream
-    ended, start = threading.Event(), time.monotonic()
-
-    def tell() -> None:
-        shown = False
-        wait = after
-        while not ended.wait(wait):
-            stream.write(f"\r{what} ({time.monotonic() - start:.0f} s)")
-            stream.flush()
-            shown, wait = True, 1.0
-        if shown:
-            stream.write("\r\x1b[K")
-            stream.flush()
-
-    if not stream.isatty():
-        yield lambda: None
-        return
-    teller = threading.Thread(target=tell, name="waiting", daemon=True)
-
-    def end() -> None:
-        ended.set()
-        teller.join()
-
-    teller.start()
-    try:
-        yield end
-    finally:
-        end()

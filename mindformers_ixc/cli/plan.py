@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -26,6 +25,7 @@ from mindformers_ixc.planning.text import plan_text, search_text
 from mindformers_ixc.planning.workload import Workload, place, read_workload
 from mindformers_ixc.resources import resolve_model
 from mindformers_ixc.sections import Rule, check_value, is_number, whole
+from mindformers_ixc.tables import columns_of
 
 # Of a device, unless an option or the YAML's context.max_device_memory says otherwise.
 DEVICE_MEMORY = "64GB"
@@ -55,11 +55,11 @@ def plan(arguments: argparse.Namespace) -> int:
     memory, assumptions = _device_memory(arguments, fields), _assumptions(arguments, fields)
     asked = _with_rows(arguments, fields, read_workload(fields))
     workload: Workload | None
-    name, found = Path(arguments.config).name, None
+    name, found, room = Path(arguments.config).name, None, columns_of(arguments.answers)
     if arguments.search:
         found = _search(arguments, asked, memory, assumptions)
         if not arguments.json:
-            print(search_text(name, found, arguments.top), file=arguments.answers)
+            print(search_text(name, found, arguments.top, room), file=arguments.answers)
         workload = found.fitting[0].workload if found.fitting else None
     else:
         workload = place(asked, arguments.devices, _degrees(arguments), arguments.global_batch)
@@ -69,12 +69,12 @@ def plan(arguments: argparse.Namespace) -> int:
                          terminal.current.note, arguments.every_layer,
                          _steps(arguments, fields, workload))
         if not arguments.json:
-            print(("\nThe first of them:\n" if found else "") + plan_text(name, made), file=arguments.answers)
+            print(("\nThe first of them:\n" if found else "") + plan_text(name, made, room), file=arguments.answers)
     if arguments.json:
         print(json.dumps(_as_json(found, made), indent=1), file=arguments.answers)
     if arguments.html:
         write_whole(arguments.html, plan_page(name, made, found, arguments.top))
-        print(f"The page is {arguments.html}.", file=sys.stderr, flush=True)
+        terminal.current.say(f"The page is {arguments.html}.")
     return 0 if workload is not None and (made is None or made.fits) else 1
 
 

@@ -5,10 +5,10 @@ import argparse
 import os
 import re
 import shutil
-import sys
 import textwrap
 from pathlib import Path
 
+from mindformers_ixc import terminal
 from mindformers_ixc.cli.recipe_files import did_you_mean, recipes, summary
 from mindformers_ixc.cli.recipe_text import merged_text
 from mindformers_ixc.errors import ConfigError
@@ -39,12 +39,12 @@ def show_recipes(arguments: argparse.Namespace) -> int:
     if arguments.action is None:
         print(listing(shutil.get_terminal_size().columns if arguments.answers.isatty() else None),
               file=arguments.answers)
-        print(f"\n{HINT}", file=sys.stderr, flush=True)
+        terminal.current.say(f"\n{HINT}")
         return 0
     if arguments.name is None:
         raise ConfigError("mindformers recipes copy needs the name of a recipe; `mindformers recipes` lists them.")
     written = copy(arguments.name, arguments.target)
-    print(f"{written} is written. Change it, then take it with --config {written}.", file=sys.stderr, flush=True)
+    terminal.current.say(f"{written} is written. Change it, then take it with --config {written}.")
     return 0
 
 

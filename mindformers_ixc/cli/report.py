@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 from pathlib import Path
 
+from mindformers_ixc import terminal
 from mindformers_ixc.cli.report_page import CURVES, PAIRS, by_source, drawn, measured, page_of_run, page_of_runs
 from mindformers_ixc.cli.report_runs import read_runs
 from mindformers_ixc.errors import ConfigError
@@ -39,7 +39,7 @@ def report(arguments: argparse.Namespace) -> int:
         _check_own(target)
     for run in runs:
         if run.problem:
-            print(f"{run.name}: {run.problem}", file=sys.stderr, flush=True)
+            terminal.current.say(f"{run.name}: {run.problem}")
     write_whole(target, page_of_run(runs[0]) if single else page_of_runs(runs))
     print(target, file=arguments.answers)
     if single:
@@ -58,8 +58,8 @@ def _write_pictures(folder: Path, rows: list[dict], evaluations: list[dict]) -> 
     try:
         charts = draw(rows, evaluations)
     except ImportError:
-        print(f"The page is whole. The same curves as pictures ({folder}/*.png) need matplotlib; run `pip install "
-              "'mindformers_ixc[report]'`.", file=sys.stderr, flush=True)
+        terminal.current.say(f"The page is whole. The same curves as pictures ({folder}/*.png) need matplotlib; run "
+                             "`pip install 'mindformers_ixc[report]'`.")
         return
     folder.mkdir(exist_ok=True)
     for name, _, data in charts:

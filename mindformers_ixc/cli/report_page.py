@@ -8,6 +8,7 @@ from pathlib import Path
 from mindformers_ixc.cli.report_answers import answer_cards, compared_cards
 from mindformers_ixc.cli.report_runs import Run, curve, is_finite
 from mindformers_ixc.pages.page import cards, chart, duration, facts, line, page, section, table, text
+from mindformers_ixc.scores import as_text
 
 # Curves of a run that are there whenever their key is in its rows: file, title, key, logarithmic at first.
 CURVES = (("loss", "Loss", "loss", False), ("learning_rate", "Learning rate", "learning_rate", False),
@@ -34,6 +35,9 @@ SPEEDS = {"samples_per_second": ("samples a second", "{:.3g}"),
           "tiles_per_second": ("tiles a second", "{:.3g}"), "goodput": ("goodput", "{:.1%}"),
           "tflops": ("model TFLOPS a device", "{:.3g}"), "mfu": ("MFU", "{:.1%}"),
           "data_wait": ("waiting for data", "{:.1%}")}
+
+# Keys whose values are no measurements, so that nothing of them is smoothed.
+EXACT = ("learning_rate",)
 
 SHARES = ("goodput", "mfu", "data_wait", "reward_accuracy")
 
@@ -98,7 +102,7 @@ def _charts(run: Run) -> Iterator[dict]:
     losses, scores = measured(run.evaluations)
     clock = run.clock
     for _, title, key, logarithmic in CURVES:
-        lines = [line("training" if key == "loss" else title, drawn(run.rows, key), 0, clock, smooth=True)]
+        lines = [line("training" if key == "loss" else title, drawn(run.rows, key), 0, clock, smooth=key not in EXACT)]
         if key == "loss":
             lines += [line(_held_out(name), points, number, clock, marks=True)
                       for number, (name, points) in enumerate(losses.items(), 1)]
@@ -168,7 +172,7 @@ def _headline(run: Run) -> dict[str, str]:
             found["lowest held-out loss"] = f"{min(value for _, value in points):.4g}"
     for name, points in scores.items():
         if points:
-            found[f"best {name.replace('_', ' ')}"] = f"{max(value for _, value in points):.4g}"
+            found[f"best {name.replace('_', ' ')}"] = as_text(name, max(value for _, value in points))
     found["time in steps"] = duration(run.seconds)
     for key in ("samples_per_second", "goodput", "mfu"):
         value = _median(run.rows, key)
@@ -181,10 +185,11 @@ def numbers(run: Run) -> dict[str, object]:
     """The table of a run."""
     rows, last = run.rows, run.rows[-1]
     seconds = [row["seconds"] for row in rows[1:]] or [rows[0]["seconds"]]
+    tokens = sum(row["tokens"] for row in rows if is_finite(row.get("tokens")))
     found: dict[str, object] = {
-        "steps": last["step"], "first loss": _loss(rows[0]), "last loss": _loss(last),
+        "steps": f"{last['step']:,}", "first loss": _loss(rows[0]), "last loss": _loss(last),
         "median seconds a step": f"{statistics.median(seconds):.3g}", "time in steps": duration(run.seconds),
-        "labelled tokens": sum(row["tokens"] for row in rows if is_finite(row.get("tokens"))) or "",
+        "labelled tokens": f"{tokens:,}" if tokens else "",
         "steps skipped for overflow": sum(bool(row["overflow"]) for row in rows)}
     if run.elapsed is not None:
         found["time from start to end"] = duration(run.elapsed)
@@ -195,7 +200,7 @@ def numbers(run: Run) -> dict[str, object]:
         if value is not None:
             found[name] = form.format(value)
     last_measured = run.evaluations[-1] if run.evaluations else {}
-    found.update({f"held-out {key}": f"{value:.4g}" for key, value in last_measured.items()
+    found.update({f"held-out {key.replace('_', ' ')}": as_text(key, value) for key, value in last_measured.items()
                   if key != "step" and is_finite(value)})
     return found
 
@@ -220,7 +225,7 @@ def _settings(run: Run) -> str:
 def _value(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(_value, value))
-    return "" if value is None else str(value)
+    return "none" if value is None else str(value)
 
 
 def page_of_runs(runs: list[Run]) -> str:
@@ -241,8 +246,8 @@ def _compared(runs: list[Run]) -> Iterator[dict]:
     """Charts with a curve for each run."""
     clocks = [run.clock for run in runs]
     for _, title, key, logarithmic in CURVES:
-        lines = [line(run.name, drawn(run.rows, key), number % COLOURS, clocks[number], smooth=True)
-                 for number, run in enumerate(runs)]
+        lines = [line(run.name, drawn(run.rows, key), number % COLOURS, clocks[number],
+                      smooth=key not in EXACT) for number, run in enumerate(runs)]
         if key == "loss":
             lines += [line(f"{run.name}, held-out", curve(run.evaluations, "loss"), number % COLOURS, clocks[number],
                            marks=True, dashed=True) for number, run in enumerate(runs)]

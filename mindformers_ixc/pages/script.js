@@ -6,9 +6,18 @@
   const hover = document.getElementById("hover");
   const settings = { smoothing: 0.6, axis: "x" };
   const edge = { left: 54, right: 14, top: 8, bottom: 32 };
+  const unit = timeUnit();
   const fewest = 12;    /* points: fewer are shown as they are */
 
   const escape = (words) => String(words).replace(/[&<>"]/g, (sign) => "&#" + sign.charCodeAt(0) + ";");
+
+  /* what the time axis counts: the page has hours, of which a short run has few */
+  function timeUnit() {
+    const times = charts.flatMap((chart) => chart.lines.flatMap((line) => line.t || []));
+    const longest = times.reduce((a, b) => Math.max(a, b), 0);
+    return longest < 2 ? { name: "minutes", per: 60 } : longest < 48 ? { name: "hours", per: 1 }
+      : { name: "days", per: 1 / 24 };
+  }
 
   function number(value, percent) {
     if (percent) return number(100 * value) + "%";
@@ -54,7 +63,8 @@
 
   /* what of a curve is visible with the axes as they are */
   function visible(line, axis, logarithmic) {
-    const at = line[axis] || line.x, kept = { line: line, at: [], raw: [] }, means = [];
+    const times = axis === "t" && line.t ? line.t.map((one) => (one === null ? null : one * unit.per)) : null;
+    const at = times || line.x, kept = { line: line, at: [], raw: [] }, means = [];
     line.y.forEach((value, i) => {
       if (at[i] === null || (logarithmic && value <= 0)) return;
       kept.at.push(at[i]);
@@ -115,7 +125,7 @@
       parts.push(`<text x="${x.toFixed(1)}" y="${bottom + 15}" text-anchor="${anchor}">${number(value)}</text>`);
     }
     parts.push(`<text x="${width - edge.right}" y="${height - 3}" text-anchor="end">`
-      + `${settings.axis === "x" ? "step" : "hours in steps"}</text>`);
+      + `${settings.axis === "x" ? "step" : `${unit.name} in steps`}</text>`);
     return parts.join("");
   }
 
@@ -174,10 +184,11 @@
       if (Math.abs(one.at[i] - at) > gap) return "";
       const own = one.at[i] === at ? "" : ` (${number(one.at[i])})`;
       const second = one.smoothed ? `<td>smoothed ${number(one.shown[i], chart.percent)}</td>` : "";
-      return `<tr><td class="word"><span class="key"><span class="dot k${one.line.colour}"></span>`
+      const dot = `dot k${one.line.colour}${one.line.dashed ? " stripes" : ""}`;
+      return `<tr><td class="word"><span class="key"><span class="${dot}"></span>`
         + `${escape(one.line.name)}${own}</span></td><td>${number(one.raw[i], chart.percent)}</td>${second}</tr>`;
     });
-    const head = settings.axis === "x" ? `step ${at}` : `${number(at)} hours`;
+    const head = settings.axis === "x" ? `step ${at}` : `${number(at)} ${unit.name}`;
     put(`<strong>${head}</strong><table>${rows.join("")}</table>`, clientX, clientY);
   }
 
@@ -241,7 +252,8 @@
       const legend = document.createElement("div");
       legend.className = "legend";
       for (const line of chart.lines) {
-        legend.append(button(`<span class="key"><span class="dot k${line.colour}"></span>${escape(line.name)}</span>`,
+        const dot = `dot k${line.colour}${line.dashed ? " stripes" : ""}`;
+        legend.append(button(`<span class="key"><span class="${dot}"></span>${escape(line.name)}</span>`,
           true, () => {
             line.hidden = !line.hidden;
             draw(figure);
@@ -264,6 +276,7 @@
       document.getElementById("smoothing-value").textContent = smoothing.value;
       all();
     });
+    document.querySelector("#axis option[value=t]").textContent = unit.name;
     document.getElementById("axis").addEventListener("change", (event) => {
       settings.axis = event.target.value;
       all();

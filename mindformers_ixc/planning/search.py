@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.parallel.checks import check_global_batch, check_possible, layouts_for
+from mindformers_ixc.parallel.checks import check_possible, layouts_for
 from mindformers_ixc.parallel.cuts import check_degree
 from mindformers_ixc.parallel.degrees import Degrees
 from mindformers_ixc.planning.cost import Assumptions, StepTime, step_time
@@ -130,11 +130,8 @@ def _micro_batches(degrees: Degrees, global_batch: int) -> Iterator[Degrees]:
 
 
 def _why_no_batch(degrees: Degrees, global_batch: int) -> str:
-    try:
-        check_global_batch(degrees, global_batch)
-    except ConfigError as error:
-        return str(error)
-    return f"a global batch of {global_batch} leaves no multiple of {degrees.pipeline_stage} micro batches"
+    parts = degrees.data_parallel * degrees.pipeline_stage
+    return f"the global batch of {global_batch} is no multiple of {parts}, the replicas times the stages"
 
 
 def _cannot(workload: Workload) -> str | None:

@@ -1,7 +1,6 @@
-"""A plan and a search as tables for a terminal of 120 columns."""
+"""A plan and a search as tables, for a terminal of 120 columns or fewer."""
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Iterator
 
 from mindformers_ixc.parameters import PARTS, VISION
@@ -9,6 +8,7 @@ from mindformers_ixc.planning.cost import Assumptions
 from mindformers_ixc.planning.plan import GIB, Plan, StagePlan, cut_table
 from mindformers_ixc.planning.search import Candidate, Search
 from mindformers_ixc.planning.workload import Workload
+from mindformers_ixc.tables import Column, listed, table, wrapped
 
 COLUMNS = 120
 
@@ -20,18 +20,30 @@ PURPOSES = {"forward": "forward pass", "backward": "backward pass",
 # Terms of the activations, and lines of refusals, that are printed.
 LARGEST_TERMS, REFUSALS = 3, 14
 
+MEMORY = (Column("stage", 5), Column("rank", 6), Column("layers", 8, left=True, gap=2), Column("parameters", 12),
+          Column("gradients", 11), Column("optimizer", 11), Column("activations", 13), Column("total", 11),
+          Column("margin", 12), Column("", 4, left=True, gap=2))
+MESSAGES = (Column("stage", 5), Column("purpose", 28, left=True, gap=2), Column("operator", 15, left=True),
+            Column("devices", 8), Column("messages", 11))
+CUTS = (Column("part", 14, left=True), Column("parameter", 37, left=True), Column("count", 5),
+        Column("whole", 14, gap=2), Column("   a device", 18, left=True, gap=1), Column("cut", left=True))
+LAYOUTS = (Column("dp", 4), Column("tp", 4), Column("pp", 4), Column("micro batches", 15), Column("samples each", 14),
+           Column("GiB", 8), Column("products s", 12), Column("messages s", 12), Column("bubble s", 10),
+           Column("step s", 9), Column("efficiency", 12))
 
-def plan_text(name: str, plan: Plan) -> str:
+
+def plan_text(name: str, plan: Plan, room: int | None = None) -> str:
     """A plan as the lines that `mindformers plan` prints.
 
     Args:
         name: of the YAML file.
         plan: what was planned.
+        room: columns of the terminal, `None` for what is none.
     """
-    blocks = [f"{name} on {plan.workload.layout.devices} devices: {describe(plan.workload)}",
-              "\n".join(_memory_lines(plan)), "\n".join(_message_lines(plan)), "\n".join(_time_lines(plan)),
-              "\n".join(_cut_lines(plan.stages)), "\n".join(_remarks(plan))]
-    return "\n\n".join(block for block in blocks if block)
+    head = f"{name} on {plan.workload.layout.devices} devices: {describe(plan.workload)}"
+    blocks = [wrapped(head, room, "  "), _memory_lines(plan, room), _message_lines(plan, room), _time_lines(plan, room),
+              _cut_lines(plan.stages, room), _remarks(plan, room)]
+    return "\n\n".join(text for block in blocks if (text := "\n".join(block)))
 
 
 def describe(workload: Workload) -> str:
@@ -48,48 +60,50 @@ def unit_of(plan: Plan) -> tuple[int, str]:
     return (GIB, "GiB") if largest >= GIB else (2 ** 20, "MiB")
 
 
-def _memory_lines(plan: Plan) -> Iterator[str]:
+def _memory_lines(plan: Plan, room: int | None) -> Iterator[str]:
     unit, unit_name = unit_of(plan)
     yield f"Memory of a device in {unit_name}, of {plan.device_memory / unit:,.1f}"
-    yield (f"{'stage':>5}{'rank':>6}  {'layers':<8}{'parameters':>12}{'gradients':>11}{'optimizer':>11}"
-           f"{'activations':>13}{'total':>11}{'margin':>12}")
-    for stage in plan.stages:
+
+    def row(stage: StagePlan) -> list[str]:
         memory = stage.memory
+        sizes = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.total,
+                 plan.device_memory - memory.total)
         layers = "none" if stage.layers is None else "-".join(map(str, stage.layers))
-        sizes = [memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.total,
-                 plan.device_memory - memory.total]
-        widths = (12, 11, 11, 13, 11, 12)
-        row = "".join(f"{size / unit:>{width},.2f}" for size, width in zip(sizes, widths))
-        yield (f"{stage.stage:>5}{stage.rank:>6}  {layers:<8}{row}  "
-               f"{'fits' if stage.fits(plan.device_memory) else 'does not fit'}")
+        return [str(stage.stage), str(stage.rank), layers, *(f"{size / unit:,.2f}" for size in sizes),
+                "fits" if stage.fits(plan.device_memory) else "does not fit"]
+
+    yield from table(MEMORY, map(row, plan.stages), room)
     how = "State is as compiled" if plan.compiled else "Nothing was compiled, all is by formula"
-    yield f"{how}; activations are an estimate, its largest terms:"
+    yield from wrapped(f"{how}; activations are an estimate, its largest terms:", room, "  ")
     for stage in plan.stages:
         terms = sorted(stage.memory.terms.items(), key=lambda item: -item[1])[:LARGEST_TERMS]
-        yield f"{stage.stage:>5}  " + ", ".join(f"{term} {size / unit:,.2f}" for term, size in terms)
+        yield from listed((f"{term} {size / unit:,.2f}" for term, size in terms), room, " " * 7, f"{stage.stage:>5}  ")
 
 
-def _message_lines(plan: Plan) -> Iterator[str]:
+def _message_lines(plan: Plan, room: int | None) -> Iterator[str]:
     rows = [(stage.stage, one) for stage in plan.stages for one in stage.traffic]
     if not rows:
         return
     unit, unit_name = unit_of(plan)
     yield "Messages of a step"
-    yield f"{'stage':>5}  {'purpose':<28}{'operator':<15}{'devices':>8}{'messages':>11}{unit_name:>13}{'seconds':>11}"
     order = list(PURPOSES)
-    for stage, one in sorted(rows, key=lambda row: (row[0], order.index(row[1].purpose), row[1].operator)):
-        yield (f"{stage:>5}  {PURPOSES[one.purpose]:<28}{one.operator:<15}{len(one.group):>8}{one.count:>11,.0f}"
-               f"{one.bytes / unit:>13,.3f}{one.seconds(plan.assumptions):>11.4f}")
+    yield from table([*MESSAGES, Column(unit_name, 13), Column("seconds", 11)], (
+        [str(stage), PURPOSES[one.purpose], one.operator, str(len(one.group)), f"{one.count:,.0f}",
+         f"{one.bytes / unit:,.3f}", f"{one.seconds(plan.assumptions):.4f}"]
+        for stage, one in sorted(rows, key=lambda row: (row[0], order.index(row[1].purpose), row[1].operator))),
+        room, heading=3)
 
 
-def _time_lines(plan: Plan) -> Iterator[str]:
+def _time_lines(plan: Plan, room: int | None) -> Iterator[str]:
     time = plan.time
-    yield from _wrapped([f"Time of a step, by formula and {assumed(plan.assumptions)}"])
-    yield (f"products {time_text(time.compute)} + messages {time_text(time.communication)} + pipeline bubble "
-           f"{time_text(time.bubble)} = {time_text(time.total)}")
+    yield from _wrapped([f"Time of a step, by formula and {assumed(plan.assumptions)}"], room)
     noun = "rows" if plan.workload.config.packing else "samples"
-    yield f"{plan.workload.global_batch / time.total:,.2f} {noun} a second; efficiency {time.efficiency:.0%}"
-    yield from usage_lines(plan)
+    lines = [f"products {time_text(time.compute)} + messages {time_text(time.communication)} + pipeline bubble "
+             f"{time_text(time.bubble)} = {time_text(time.total)}",
+             f"{plan.workload.global_batch / time.total:,.2f} {noun} a second; efficiency {time.efficiency:.0%}",
+             *usage_lines(plan)]
+    for line in lines:
+        yield from wrapped(line, room, "  ")
 
 
 def usage_lines(plan: Plan) -> Iterator[str]:
@@ -121,11 +135,10 @@ def assumed(assumptions: Assumptions) -> str:
             f"{assumptions.network_bandwidth:g} between servers")
 
 
-def _cut_lines(stages: list[StagePlan]) -> Iterator[str]:
-    yield "How parameters are cut (N: number of a layer)"
-    yield f"{'part':<14}{'parameter':<37}{'count':>5}  {'whole':>14}    {'a device':<15}cut"
-    for part, name, count, whole, local, cut in cut_rows(stages):
-        yield f"{part:<14}{name:<37}{count:>5}  {whole:>14} -> {local:<15}{cut}".rstrip()
+def _cut_lines(stages: list[StagePlan], room: int | None) -> Iterator[str]:
+    yield from wrapped("How parameters are cut (N: number of a layer)", room, "  ")
+    yield from table(CUTS, ((part, name, str(count), whole, f"-> {local}", cut)
+                            for part, name, count, whole, local, cut in cut_rows(stages)), room, heading=2)
 
 
 def cut_rows(stages: list[StagePlan]) -> Iterator[tuple[str, str, int, str, str, str]]:
@@ -146,13 +159,13 @@ def _shape(shape: list[int]) -> str:
     return (" x " if len(shape) < 3 else "x").join(map(str, shape))
 
 
-def _remarks(plan: Plan) -> Iterator[str]:
+def _remarks(plan: Plan, room: int | None) -> Iterator[str]:
     if not plan.problems:
-        yield f"{plan.checked} parameters: the slices of all ranks are together the whole."
-    yield from _wrapped(f"problem: {problem}" for problem in plan.problems)
-    yield from _wrapped(f"warning: {warning}" for stage in plan.stages for warning in stage.warnings)
-    yield from _wrapped(f"note: {note}" for note in plan.notes)
-    yield verdict(plan)
+        yield from wrapped(f"{plan.checked} parameters: the slices of all ranks are together the whole.", room, "  ")
+    yield from _wrapped((f"problem: {problem}" for problem in plan.problems), room)
+    yield from _wrapped((f"warning: {warning}" for stage in plan.stages for warning in stage.warnings), room)
+    yield from _wrapped((f"note: {note}" for note in plan.notes), room)
+    yield from wrapped(verdict(plan), room, "  ")
 
 
 def verdict(plan: Plan) -> str:
@@ -163,43 +176,39 @@ def verdict(plan: Plan) -> str:
     return f"It does not fit: stage {stage} lacks {-left / GIB:.1f} GiB."
 
 
-def _wrapped(lines: Iterable[str]) -> Iterator[str]:
+def _wrapped(lines: Iterable[str], room: int | None) -> Iterator[str]:
+    """Sentences, which are broken where there is no terminal too."""
     for line in lines:
-        yield textwrap.fill(line, COLUMNS, subsequent_indent="  ", break_long_words=False)
+        yield from wrapped(line, min(room or COLUMNS, COLUMNS), "  ")
 
 
-def search_text(name: str, found: Search, top: int) -> str:
+def search_text(name: str, found: Search, top: int, room: int | None = None) -> str:
     """A search: the best layouts and why others are none.
 
     Args:
         name: of the YAML file.
         found: what was found.
         top: layouts shown at most.
+        room: columns of the terminal, `None` for what is none.
     """
     head = (f"{name} on {found.devices} devices of {found.device_memory / GIB:.1f} GiB, global batch "
             f"{found.global_batch}: {len(found.fitting)} of {found.tried} combinations fit, by formula")
-    blocks = [head]
-    if found.fitting:
-        blocks.append("\n".join(_candidate_lines(found.fitting[:top])))
-    if found.refused:
-        blocks.append("\n".join(_refusal_lines(found)))
-    return "\n\n".join(blocks)
+    blocks = [wrapped(head, room, "  "), table(LAYOUTS, map(_layout_row, found.fitting[:top]), room, heading=3)
+              if found.fitting else [], _refusal_lines(found, room) if found.refused else []]
+    return "\n\n".join(text for block in blocks if (text := "\n".join(block)))
 
 
-def _candidate_lines(candidates: list[Candidate]) -> Iterator[str]:
-    yield (f"{'dp':>4}{'tp':>4}{'pp':>4}{'micro batches':>15}{'samples each':>14}{'GiB':>8}{'products s':>12}"
-           f"{'messages s':>12}{'bubble s':>10}{'step s':>9}{'efficiency':>12}")
-    for one in candidates:
-        layout, time = one.workload.layout, one.time
-        yield (f"{layout.data_parallel:>4}{layout.model_parallel:>4}{layout.pipeline_stage:>4}"
-               f"{layout.micro_batch_num:>15}{one.workload.samples:>14}{one.memory.total / GIB:>8.1f}"
-               f"{time.compute:>12.2f}{time.communication:>12.2f}{time.bubble:>10.2f}{time.total:>9.2f}"
-               f"{time.efficiency:>12.0%}")
+def _layout_row(one: Candidate) -> list[str]:
+    layout, time = one.workload.layout, one.time
+    return [str(layout.data_parallel), str(layout.model_parallel), str(layout.pipeline_stage),
+            str(layout.micro_batch_num), str(one.workload.samples), f"{one.memory.total / GIB:.1f}",
+            f"{time.compute:.2f}", f"{time.communication:.2f}", f"{time.bubble:.2f}", f"{time.total:.2f}",
+            f"{time.efficiency:.0%}"]
 
 
-def _refusal_lines(found: Search) -> Iterator[str]:
+def _refusal_lines(found: Search, room: int | None) -> Iterator[str]:
     yield "Refused"
     for entry in found.refused[:REFUSALS]:
-        yield textwrap.fill(f"{entry.layouts}: {entry.reason}", COLUMNS, initial_indent="  ", subsequent_indent="    ")
+        yield from wrapped(f"{entry.layouts}: {entry.reason}", min(room or COLUMNS, COLUMNS), "    ", "  ")
     if len(found.refused) > REFUSALS:
         yield f"  and {len(found.refused) - REFUSALS} more (--json has all)"

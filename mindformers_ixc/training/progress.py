@@ -8,6 +8,9 @@ from typing import Any
 from mindformers_ixc import terminal
 from mindformers_ixc.device import group_size
 from mindformers_ixc.operations import goodput
+from mindformers_ixc.resources import shown
+from mindformers_ixc.scores import as_text
+from mindformers_ixc.tables import bar, broken
 from mindformers_ixc.training.parts import part_counts
 from mindformers_ixc.training.throughput import Throughput, duration, line, operations, short, work_of
 
@@ -19,6 +22,9 @@ LOOK_AHEAD = 50
 
 # Columns of a header's labels; of a bar at least, where one is drawn.
 LABEL, NARROWEST_BAR = 9, 8
+
+# Share of a step that it waits for data from which a line says so.
+NOTABLE_WAIT = 0.05
 
 # The file that the command runs, for the header.
 recipe = ""
@@ -46,37 +52,60 @@ class Progress:
         if row["step"] - self.printed < self.every and not last:
             return
         self.printed = row["step"]
+        whole = line(row, self.total)
         if screen.interactive and not last:
-            screen.log(line(row, self.total))
+            screen.log(whole)
         else:
-            screen.note(line(row, self.total))
+            screen.note(line_of(row, self.total, screen.columns if screen.interactive else None), whole)
+
+
+def line_of(row: dict, total: int, columns: int | None = None) -> str:
+    """A step as a line that can be read at a glance; the log has the whole of it.
+
+    Args:
+        row: of `metrics.jsonl`.
+        total: steps of the run.
+        columns: of the terminal, where only so many numbers stand as fit; `None` for what is none.
+    """
+    loss = "not finite" if row.get("loss") is None else f"{row['loss']:.4f}"
+    wait = [f"waited {row['data_wait']:.0%} for data"] if row.get("data_wait", 0) >= NOTABLE_WAIT else []
+    left = [f"{duration(row['seconds_left'])} left"] if row["step"] < total else []
+    numbers = [*_speeds(row), *wait]
+    while True:
+        text = ", ".join([f"step {row['step']}/{total}: loss {loss}", *numbers, *left])
+        if columns is None or len(text) <= columns or not numbers:
+            return text
+        numbers.pop()
+
+
+def _speeds(row: dict) -> list[str]:
+    """Rate and speeds of a step, as far as they are known."""
+    numbers = [f"rate {row['learning_rate']:.3g}"] if row.get("learning_rate") is not None else []
+    numbers.append(f"{short(row['samples_per_second'])} samples/s")
+    if "positions_per_second" in row:
+        numbers.append(f"{short(row['positions_per_second'])} tokens/s")
+    return [*numbers, f"MFU {row['mfu']:.1%}"] if "mfu" in row else numbers
 
 
 def bar_of(row: dict, total: int, columns: int, unicode: bool) -> str:
     """A step as a bar with numbers behind it, as many as fit."""
     loss = "not finite" if row.get("loss") is None else f"{row['loss']:.4f}"
     numbers = [f"{row['step']}/{total}", f"loss {loss}", f"{duration(row['seconds_left'])} left"]
-    more = [f"{short(row['samples_per_second'])} samples/s"]
-    if row.get("learning_rate") is not None:
-        more.append(f"rate {row['learning_rate']:.3g}")
-    if "positions_per_second" in row:
-        more.append(f"{short(row['positions_per_second'])} tokens/s")
-    if "mfu" in row:
-        more.append(f"MFU {row['mfu']:.1%}")
-    elif "tflops" in row:
+    more = _speeds(row)
+    if "tflops" in row and "mfu" not in row:
         more.append(operations(row))
     for word in more:      # what is left to do stays the last
         if len("  ".join([*numbers, word])) + 2 + NARROWEST_BAR <= columns:
             numbers.insert(-1, word)
     text = "  ".join(numbers)
     room = min(30, columns - len(text) - 2)
-    drawn = terminal.bar(row["step"] / max(1, total), room, unicode) + "  " if room >= NARROWEST_BAR else ""
+    drawn = bar(row["step"] / max(1, total), room, unicode) + "  " if room >= NARROWEST_BAR else ""
     return drawn + text
 
 
 def measured(row: Mapping[str, float], total: int) -> str:
     """A measurement on held-out conversations as a line."""
-    values = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
+    values = ", ".join(f"{name} {as_text(name, value)}" for name, value in row.items() if name != "step")
     return f"evaluation after step {row['step']}/{total}: {values}"
 
 
@@ -99,8 +128,11 @@ def header(trainer: Any) -> str:
 
 def _labelled(label: str, lines: Iterable[str]) -> str:
     first, *rest = list(lines) or [""]
-    painted = terminal.current.paint(label, "bold") + " " * (LABEL - len(label))
-    return "\n".join([painted + first, *(" " * LABEL + text for text in rest)])
+    screen, indent = terminal.current, " " * LABEL
+    painted = screen.paint(label, "bold") + " " * (LABEL - len(label))
+    whole = [painted + first, *(indent + text for text in rest)]
+    return "\n".join(part for text in whole
+                     for part in (broken(text, screen.columns, indent) if screen.interactive else [text]))
 
 
 def _data(config: Any, dataset: Any) -> list[str]:
@@ -124,7 +156,8 @@ def _model(trainer: Any) -> list[str]:
     total, _ = part_counts(trainer.trained_model)["all"]
     config = trainer.config
     start = trainer.start or config.load_checkpoint
-    whence = "going on with its checkpoint" if config.resume_training else f"from {start}" if start else "from nothing"
+    whence = "going on with its checkpoint" if config.resume_training else \
+        f"from {shown(start)}" if start else "from nothing"
     return [f"{units(total)} parameters, {whence}"]
 
 
@@ -157,9 +190,9 @@ def _goodput(trainer: Any) -> float:
 
 
 def _places(config: Any) -> list[str]:
-    lines = [str(config.output_dir)]
+    lines = [shown(config.output_dir)]
     log = terminal.current.log_path
-    return [*lines, f"(what the libraries print: {log})"] if log else lines
+    return [*lines, f"(what the libraries print: {shown(log)})"] if log else lines
 
 
 def units(count: int) -> str:

@@ -35,6 +35,7 @@ from mindformers_ixc.files import (
     traces_of_run,
 )
 from mindformers_ixc.interruption import JOB
+from mindformers_ixc.resources import shown
 from mindformers_ixc.trackers import TRACKED
 
 RECORD = RUN_RECORD
@@ -205,4 +206,4 @@ def make_room(folder: Path, fields: dict, overwrite: bool) -> None:
     for name in OWN:
         if (folder / name).exists():
             shutil.move(folder / name, aside / name)
-    terminal.current.say(f"The earlier run's files were moved to {aside}.")
+    terminal.current.say(f"The earlier run's files were moved to {shown(aside)}.")

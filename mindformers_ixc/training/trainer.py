@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.placement import mark_backward_end
 from mindformers_ixc.parallel.degrees import inference_layout
 from mindformers_ixc.parameters import part_of
+from mindformers_ixc.resources import shown
 from mindformers_ixc.training.averaging import averaged_weights
 from mindformers_ixc.training.checkpoints import MONITOR, safe_checkpoints
 from mindformers_ixc.training.evaluation import Evaluation
@@ -101,15 +103,18 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
     lines = []
     if "trained_parts" in written:
         parts = sorted({str(part_of(parameter.name)) for parameter in model.trainable_params()})
-        lines += [f"Of it, {', '.join(parts)} alone are in {folder}/trained_parts; put them on any checkpoint with",
-                  f"    mindformers merge BASE TARGET --attach {folder}/trained_parts"]
+        place = shown(folder / "trained_parts")
+        lines += [f"Of it, {', '.join(parts)} alone are in {place}; put them on any checkpoint with",
+                  f"    mindformers merge BASE TARGET --attach {shlex.quote(place)}"]
     image, question = "PICTURE", "QUESTION"
     if table is not None and (table.samples.images == 1).any():
         sample = table.samples[int(np.argmax(table.samples.images == 1))]
-        image = str(sample.images[0])
+        image = shlex.quote(shown(sample.images[0]))
         question = next(text for role, text in sample.turns if role == "user")
-    lines += [f"The trained model is in {folder / 'model'}. Ask it about a picture:",
-              f'    mindformers chat --model {folder / "model"} --image {image} "{question}"']
+    model_path = shown(folder / "model")
+    quoted = shlex.quote(question) if set(question) & set('"$`\\!') else f'"{question}"'
+    lines += [f"The trained model is in {model_path}. Ask it about a picture:",
+              f"    mindformers chat --model {shlex.quote(model_path)} --image {image} {quoted}"]
     return "\n".join(lines)
 
 

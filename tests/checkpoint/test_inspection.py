@@ -28,6 +28,9 @@ def test_parts_are_counted(model):
     assert part.bytes == 2 * part.parameters and part.formats == {"BF16": 40}
     assert (report.missing, report.surplus, report.wrong_shapes) == ([], [], [])
     assert "It holds exactly what its configuration asks for." in report.to_text()
+    lines = report.to_text(40).splitlines()
+    place = lines.index("partial_lora")
+    assert lines[place + 1].startswith("  tensors 40, parameters ") and max(map(len, lines[place:])) <= 40
 
 
 def test_missing_surplus_and_shapes_for_a_configuration(model, tmp_path):

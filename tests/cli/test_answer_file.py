@@ -196,8 +196,8 @@ def test_worse_answers_come_first():
     order = [line.split()[1] for line in text.splitlines() if line.startswith("  sample")]
     assert order == ["3", "4", "2", "1"]
     assert "    answer    (empty)" in text
-    assert worst_answers(rows[:1], {"exact_match": [1.0]}, 3) == "No answer is wrong.\n"
-    assert worst_answers(rows[:1], {"cider": [5.0]}, 3) == "No answer is wrong.\n"
+    assert worst_answers(rows[:1], {"exact_match": [1.0]}, 3) == "No answer is wrong."
+    assert worst_answers(rows[:1], {"cider": [5.0]}, 3) == "No answer is wrong."
     assert "only answer without full marks" in worst_answers(rows[:2], {"exact_match": [1.0, 0.0]}, 3)
     odd = [{"id": "1", "question": "q\x1b[2J" + "x" * 500, "images": ["a.jpg"], "expected": "a", "answer": "b\nc"}]
     shown = worst_answers(odd, {"exact_match": [0.0]}, 1)

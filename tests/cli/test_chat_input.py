@@ -8,8 +8,9 @@ import threading
 
 import pytest
 
+from mindformers_ixc import terminal
 from mindformers_ixc.cli.chat_input import completions, read_message
-from mindformers_ixc.cli.loading import Loading, waiting
+from mindformers_ixc.cli.loading import Loading
 
 
 def message_of(*lines: str) -> tuple[str, list[str], list[str]]:
@@ -107,25 +108,20 @@ def test_what_loading_raises_is_raised_by_its_result_and_reported_at_once():
         assert err.getvalue() == "why\n"
 
 
-class Terminal(io.StringIO):
-    def __init__(self):
-        super().__init__()
-        self.said = threading.Event()
-
-    def isatty(self):
-        return True
-
-    def flush(self):
-        self.said.set()
-
-
-def test_waiting_is_said_on_a_terminal_only_and_vanishes():
-    terminal, file = Terminal(), io.StringIO()
-    with waiting("loading", terminal, after=0.0) as end:
-        assert terminal.said.wait(30)
-        end()
-        assert terminal.getvalue() == "\rloading (0 s)\r\x1b[K"
-    with waiting("loading", file, after=0.0):
-        pass
-    assert terminal.getvalue() == "\rloading (0 s)\r\x1b[K"
+def test_waiting_is_said_on_a_terminal_only_and_ends_when_it_is_told_to(monkeypatch):
+    stream, file = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(terminal, "SPINNER_AFTER_S", 0.0)
+    monkeypatch.setattr(terminal, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(terminal, "current", terminal.Terminal(stream, interactive=True, columns=40))
+    with terminal.current.waiting("Reading") as shown:
+        while "Reading" not in stream.getvalue():
+            threading.Event().wait(0.01)
+        shown.close()
+        drawn = stream.getvalue()
+        assert drawn.endswith("\r\033[K")
+        threading.Event().wait(3 * terminal.SPINNER_EVERY_S)
+    assert stream.getvalue() == drawn
+    monkeypatch.setattr(terminal, "current", terminal.Terminal(file, interactive=False))
+    with terminal.current.waiting("Reading"):
+        threading.Event().wait(3 * terminal.SPINNER_EVERY_S)
     assert file.getvalue() == ""

@@ -140,7 +140,7 @@ def test_ctrl_c_works_while_the_model_loads(standin, tmp_path):
     terminal.write("\x03")
     terminal.read("> ", least=1)
     terminal.write("Too early\n")
-    terminal.read("the model is loading (")
+    terminal.read("The model is loading")
     terminal.write("\x03")
     terminal.read("[stopped]")
     terminal.read("> ")
@@ -152,6 +152,18 @@ def test_ctrl_c_works_while_the_model_loads(standin, tmp_path):
     terminal.read("> ")
     terminal.write("Hello\n")
     terminal.read("HELLO")
+    terminal.write("/quit\n")
+    assert terminal.status() == 0
+
+
+@pytest.mark.parametrize("coloured", [True, False])
+def test_the_prompt_is_in_colour_unless_it_is_not_wanted(standin, monkeypatch, coloured):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not coloured:
+        monkeypatch.setenv("NO_COLOR", "1")
+    terminal = standin()
+    assert terminal.read("> ").endswith("\x1b[36;1m> ") == coloured
     terminal.write("/quit\n")
     assert terminal.status() == 0
 
@@ -178,7 +190,7 @@ def test_a_model_that_does_not_load_ends_the_session_at_once(standin, tmp_path):
     terminal = standin("fails")
     terminal.read("> ")
     terminal.write("A question\n")
-    terminal.read("the model is loading (")
+    terminal.read("The model is loading")
     (tmp_path / "loaded").touch()
     assert terminal.status() == 1
     assert "error:" in terminal.unread and terminal.unread.endswith(" The weights are damaged.\r\n")     # in colour

@@ -85,11 +85,11 @@ def test_a_page_needs_nothing_else_and_pictures_lie_beside_it(tmp_path):
 
 def test_the_table_sums_the_run_up(tmp_path):
     rows = [row(step, tokens=10 * step, overflow=step == 2) for step in range(1, 5)]
-    page = make_run(tmp_path, rows, [{"step": 2, "loss": 1.5}, {"step": 4, "loss": 0.5, "anls": 61.25}])
+    page = make_run(tmp_path, rows, [{"step": 2, "loss": 1.5}, {"step": 4, "loss": 0.5, "anls": 61.5}])
     assert facts(page) == {
         "steps": "4", "first loss": "4", "last loss": "1", "median seconds a step": "0.75", "time in steps": "11.2 s",
         "labelled tokens": "100",
-        "steps skipped for overflow": "1", "samples a second": "8", "held-out loss": "0.5", "held-out anls": "61.25"}
+        "steps skipped for overflow": "1", "samples a second": "8", "held-out loss": "0.5", "held-out anls": "61.5%"}
 
 
 def test_speeds_are_medians_of_the_steps_after_the_first_and_have_curves(tmp_path):
@@ -190,6 +190,7 @@ def test_held_out_loss_stands_beside_the_training_loss(tmp_path):
     training, held_out, shuffled = charts(page)["Loss"]["lines"]
     assert (training["name"], training["x"], training["y"]) == ("training", [1, 2, 3, 4], [4.0, 2.0, 1.33333, 1.0])
     assert training["smooth"] and "smooth" not in held_out
+    assert "smooth" not in charts(page)["Learning rate"]["lines"][0]      # nothing of it is a measurement
     assert (held_out["name"], held_out["x"], held_out["y"]) == ("held-out", [2, 4], [1.5, 0.5])
     assert (shuffled["name"], shuffled["y"]) == ("held-out, shuffled loss", [3.0, 3.5])
     # 9 s for the first step, then 0.25 s times the step's number

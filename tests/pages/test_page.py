@@ -69,6 +69,8 @@ out.hover = document.getElementById("hover").innerText;
 document.querySelector("figcaption button").click(); out.logarithmic = drawn();
 const slider = document.getElementById("smoothing"); slider.value = 0; slider.dispatchEvent(new Event("input"));
 out.unsmoothed = plot.querySelectorAll("path.raw").length;
+const axis = document.getElementById("axis"); axis.value = "t"; axis.dispatchEvent(new Event("change"));
+out.time = axis.innerText + plot.textContent;
 document.querySelectorAll(".legend button")[1].click(); out.one = drawn().length;
 const end = document.createElement("pre"); end.id = "result"; end.textContent = JSON.stringify(out);
 document.body.append(end);
@@ -77,10 +79,11 @@ document.body.append(end);
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_a_browser_draws_the_curves_and_follows_the_pointer(tmp_path):
-    training = line("<i>training", [(step, 8.0 / step) for step in range(1, 101)], 0, smooth=True)
-    held_out = line("held-out", [(50, 0.5), (100, 0.25)], 1, marks=True)
+    clock = {step: 6 * step / 3600 for step in range(1, 101)}      # ten minutes
+    training = line("<i>training", [(step, 8.0 / step) for step in range(1, 101)], 0, clock, smooth=True)
+    held_out = line("held-out", [(50, 0.5), (100, 0.25)], 1, clock, marks=True)
     controls = '<input type="range" id="smoothing" max="0.98" step="0.02" value="0.6"><output id="smoothing-value">' \
-               '</output><select id="axis"><option value="x">steps</option></select>'
+               '</output><select id="axis"><option value="x">steps</option><option value="t">hours</option></select>'
     made = page("t", controls + chart(0, "Loss"), [{"title": "Loss", "lines": [training, held_out]}])
     target = tmp_path / "page.html"
     target.write_text(made.replace("</body>", ACTIONS), encoding="utf-8")
@@ -94,6 +97,7 @@ def test_a_browser_draws_the_curves_and_follows_the_pointer(tmp_path):
     step = int(re.search(r"step (\d+)", found["hover"])[1])
     assert 40 < step < 60 and f"{8 / step:.4g}" in found["hover"]
     assert found["logarithmic"] != found["before"] and len(found["logarithmic"]) == 2
+    assert "minutes" in found["time"] and "minutes in steps" in found["time"] and "10" in found["time"]
     assert found["unsmoothed"] == 0 and found["one"] == 1
     heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", found["logarithmic"][0])]
     assert heights == sorted(heights)       # a falling curve falls on a logarithmic axis too

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 
 import pytest
@@ -169,6 +170,14 @@ def test_the_text_fits_a_terminal_and_says_all(compiler, sharded):
         assert words in text
     assert text.splitlines()[-1].startswith("It fits: stage ")
     assert plan_text("x", made(sharded, 2 ** 30)).splitlines()[-1].startswith("It does not fit: stage ")
+
+
+@pytest.mark.parametrize("columns", [40, 80, 100])
+def test_the_text_fits_narrow_terminals_and_says_the_same(compiler, sharded, columns):
+    wide, narrow = (plan_text("x", made(sharded), room) for room in (None, columns))
+    assert max(map(len, narrow.splitlines())) <= columns
+    numbers = [sorted(re.findall(r"(?<![\w.])[\d,]*\d\.\d+", text)) for text in (wide, narrow)]
+    assert numbers[0] == numbers[1] and len(numbers[0]) > 30
 
 
 def test_the_json_has_everything(compiler, sharded):

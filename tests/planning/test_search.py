@@ -40,11 +40,12 @@ def test_layouts_that_do_not_fit_say_what_they_need():
     assert sum(entry.count for entry in found.refused) == found.tried
 
 
-def test_a_batch_that_replicas_do_not_divide_is_refused_for_them():
-    found = searched(8, 4)
-    refused = [entry for entry in found.refused if "A global batch of 4 does not divide" in entry.reason]
-    assert {entry.layouts for entry in refused} == {"dp 8 x tp 1 x pp 1", "dp 4 x tp 1 x pp 2", "dp 2 x tp 1 x pp 4",
-                                                    "dp 1 x tp 1 x pp 8"}
+def test_a_batch_that_replicas_do_not_divide_is_refused_for_them_once():
+    refused, = (entry for entry in searched(8, 4).refused if "global batch" in entry.reason)
+    assert (refused.layouts, refused.count) == ("dp 8 x tp 1 x pp 1 and 3 more", 4)
+    assert refused.reason == "the global batch of 4 is no multiple of 8, the replicas times the stages"
+    counts = [entry.count for entry in searched(16, 12).refused if "no multiple of" in entry.reason]
+    assert counts == [4, 5]       # of 8 replicas and stages, of 16
 
 
 def test_less_memory_leaves_fewer_layouts():

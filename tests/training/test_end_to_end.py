@@ -57,7 +57,7 @@ class TestTinyRun:
     def test_says_where_the_model_is_and_what_to_type_next(self, trained):
         folder, errors = trained
         lines = errors.strip().splitlines()
-        assert str(folder / "out" / "model") in lines[-2]
+        assert "out/model" in lines[-2] and str(folder) not in lines[-2]
         assert lines[-1].strip().startswith("mindformers chat --model")
         assert sorted(path.name for path in (folder / "out" / "model").iterdir()) == [
             "config.json", "digests.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"]

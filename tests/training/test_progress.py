@@ -7,7 +7,7 @@ import pytest
 
 from mindformers_ixc import terminal
 from mindformers_ixc.terminal import Terminal
-from mindformers_ixc.training.progress import Progress, bar_of, measured, part_lines, units
+from mindformers_ixc.training.progress import Progress, bar_of, line_of, measured, part_lines, units
 
 ROW = {"step": 120, "loss": 3.25, "learning_rate": 1e-4, "seconds": 2.0, "samples_per_second": 6.25,
        "positions_per_second": 1234.5, "computed_positions_per_second": 2000.0, "tiles_per_second": 9.0,
@@ -15,13 +15,30 @@ ROW = {"step": 120, "loss": 3.25, "learning_rate": 1e-4, "seconds": 2.0, "sample
 
 
 @pytest.mark.parametrize(("columns", "expected"), [
-    (110, "########--------  120/240  loss 3.2500  6.25 samples/s  rate 0.0001  1.23k tokens/s  MFU 31.2%  "
+    (110, "########--------  120/240  loss 3.2500  rate 0.0001  6.25 samples/s  1.23k tokens/s  MFU 31.2%  "
           "4 min 0 s left"),
     (60, "####-----  120/240  loss 3.2500  rate 0.0001  4 min 0 s left"),
     (39, "120/240  loss 3.2500  4 min 0 s left")])
 def test_a_bar_has_as_many_numbers_as_fit(columns, expected):
     assert bar_of(ROW, 240, columns, unicode=False) == expected
     assert len(bar_of(ROW, 240, columns, unicode=True)) == len(expected) <= columns
+
+
+def test_a_line_has_what_is_looked_at_and_fits_a_hundred_columns():
+    assert line_of({**ROW, "data_wait": 0.04}, 240) == \
+        "step 120/240: loss 3.2500, rate 0.0001, 6.25 samples/s, 1.23k tokens/s, MFU 31.2%, 4 min 0 s left"
+    row = {"step": 3, "loss": None, "seconds": 2.0, "samples_per_second": 8.0, "data_wait": 0.25, "seconds_left": 0.0}
+    assert line_of(row, 3) == "step 3/3: loss not finite, 8 samples/s, waited 25% for data"
+    assert line_of(ROW, 240, 70) == "step 120/240: loss 3.2500, rate 0.0001, 6.25 samples/s, 4 min 0 s left"
+    assert line_of(ROW, 240, 20) == "step 120/240: loss 3.2500, 4 min 0 s left"
+
+
+def test_without_a_terminal_the_lines_are_short_and_the_log_has_all(monkeypatch):
+    stream, log = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(terminal, "current", Terminal(stream, log, interactive=False))
+    Progress(240, 118, every=1).show(ROW)
+    assert "tokens/s" in stream.getvalue() and "goodput" not in stream.getvalue() and len(stream.getvalue()) < 101
+    assert "1.23k of 2k positions/s" in log.getvalue() and "goodput 50%" in log.getvalue()
 
 
 def test_a_loss_that_is_no_number_has_a_bar_too():
@@ -58,4 +75,4 @@ def test_the_parts_fit_a_narrow_terminal():
 
 def test_a_measurement_is_a_line():
     assert measured({"step": 7, "loss": 0.123456, "exact_match": 58.333}, 14) == \
-        "evaluation after step 7/14: loss 0.1235, exact_match 58.33"
+        "evaluation after step 7/14: loss 0.1235, exact_match 58.3%"
