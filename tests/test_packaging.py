@@ -28,10 +28,11 @@ def test_the_recipes_are_inside_the_package(installed):
     assert files(installed / "mindformers_ixc" / "recipes") == files(ROOT / "yaml_configs")
 
 
-def test_everything_else_is_where_it_was_but_what_is_compiled(installed):
+def test_everything_else_is_where_it_was(installed):
     there = {name for name in files(installed / "mindformers_ixc") if not name.startswith("recipes/")}
-    sources = {"native/kernels.c", "native/images.c", "native/vectorised.h"}
-    assert there == files(ROOT / "mindformers_ixc") - sources
+    assert there == files(ROOT / "mindformers_ixc")
+    # the kernels' sources, the starter and the mark of types among them
+    assert {"native/kernels.c", "native/vectorised.h", "starter/model-00001-of-00001.safetensors", "py.typed"} <= there
 
 
 def test_the_command_finds_them_there(installed, tmp_path):

@@ -19,6 +19,8 @@ from mindformers_ixc.doctor.machine import (
     shared_memory_finding,
 )
 from mindformers_ixc.doctor.self_test import judge, self_test
+from mindformers_ixc.errors import BuildError
+from mindformers_ixc.native.building import place
 
 
 @pytest.mark.parametrize("available,limit,state,words", [
@@ -57,14 +59,24 @@ def test_compilers_and_kernels(tmp_path, monkeypatch):
     for name in ("cc", "g++"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
-    monkeypatch.setattr(machine, "library", lambda: "_kernels.so")
-    assert [finding.state for finding in compiler_findings({"PATH": str(tmp_path)})] == [OK, OK]
-    assert "switched off" in compiler_findings({"PATH": str(tmp_path), machine.SWITCH: "0"})[0].text
-    monkeypatch.setattr(machine, "library", lambda: None)
-    here, _ = compiler_findings({"PATH": str(tmp_path)})
-    nowhere, second = compiler_findings({"PATH": str(tmp_path / "none")})
-    assert here.state == nowhere.state == second.state == NOTE
-    assert "gcc" not in here.advice and "gcc" in nowhere.advice and "g++" in second.advice
+    paths = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+    here, second = compiler_findings(paths)
+    assert (here.state, second.state) == (OK, OK) and f"{tmp_path}/cc builds them" in here.text
+    assert "switched off" in compiler_findings({**paths, machine.SWITCH: "0"})[0].text
+    nowhere, second = compiler_findings({**paths, "PATH": str(tmp_path / "none")})
+    assert nowhere.state == second.state == NOTE and "gcc" in nowhere.advice and "g++" in second.advice
+    library = place(paths)
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert str(library) in compiler_findings({**paths, "PATH": ""})[0].text
+
+    def fails():
+        raise BuildError("gcc could not compile the kernels.")
+
+    monkeypatch.setattr(machine, "build", fails)
+    failed, _ = compiler_findings(paths, build_now=True)
+    assert (failed.state, failed.text) == (NOTE, "gcc could not compile the kernels.")
+    assert "python -m mindformers_ixc.native" in failed.advice
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
