@@ -1,8 +1,10 @@
-"""What `pip install .` puts into place, by setuptools' own step that copies the files."""
+"""What `pip install .` puts into place, by setuptools' own step that copies the files, and what the archives hold."""
 from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,55 @@ def test_the_command_finds_them_there(installed, tmp_path):
 def test_the_command_has_two_names(name):
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'\n{name} = "mindformers_ixc_cli:main"\n' in text.partition("[project.scripts]")[2]
+
+
+@pytest.fixture(scope="module")
+def tracked():
+    """The files that the repository has, for a source distribution has no repository."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode or not (ROOT / ".git").exists():
+        pytest.skip("no git, or no repository")
+    return {name for name in done.stdout.splitlines() if (ROOT / name).exists()}
+
+
+@pytest.fixture(scope="module")
+def source_archive(tmp_path_factory):
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("source")
+    setup(ROOT, "egg_info", "--egg-base", str(folder), "sdist", "--dist-dir", str(folder))
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        archive.extractall(folder)
+    return next(path for path in folder.iterdir() if path.is_dir() and not path.name.endswith(".egg-info"))
+
+
+def setup(folder, *words):
+    done = subprocess.run([sys.executable, "setup.py", "-q", *words], cwd=folder, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_source_distribution_is_the_repository(source_archive, tracked):
+    made = {"PKG-INFO", "setup.cfg"}
+    names = {str(path.relative_to(source_archive)) for path in source_archive.rglob("*") if path.is_file()}
+    names = {name for name in names if ".egg-info/" not in name} - made
+    assert tracked - names == {".gitignore"}
+    ignored = subprocess.run(["git", "check-ignore", *sorted(names - tracked)], cwd=ROOT, capture_output=True,
+                             text=True)
+    assert ignored.stdout == ""
+
+
+def test_a_wheel_made_from_the_source_distribution_alone_is_pure_and_whole(source_archive, installed, tmp_path):
+    setup(source_archive, "bdist_wheel", "--dist-dir", str(tmp_path))
+    wheel = next(tmp_path.glob("*.whl"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == {str(path.relative_to(installed)) for path in installed.rglob("*")
+                     if path.is_file() and path.suffix != ".pyc"}
+
+
+@pytest.mark.parametrize("name", ["out/model/config.json", "out_ascend/log", "mine/x", "build/lib/x", "dist/x.whl",
+                                  "mindformers_ixc.egg-info/PKG-INFO", ".venv/bin/python"])
+def test_what_commands_of_the_documentation_write_is_ignored(name, tracked):
+    assert subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode == 0
+    assert name not in tracked
