@@ -102,3 +102,30 @@ def test_a_wheel_made_from_the_source_distribution_alone_is_pure_and_whole(sourc
 def test_what_commands_of_the_documentation_write_is_ignored(name, tracked):
     assert subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode == 0
     assert name not in tracked
+
+
+@pytest.mark.slow
+def test_a_program_that_uses_the_installed_package_has_its_types_checked(installed, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("""from mindformers_ixc import ConfigError, IXC25ForCausalLM, InternLM2Tokenizer, __version__
+
+def ask(model: IXC25ForCausalLM, tokenizer: InternLM2Tokenizer) -> str:
+    answer, history = model.chat(tokenizer, "What is this?", ["a.jpg"])
+    reveal_type(history)
+    model.chat(tokenizer, "What is this?", [7])
+    return answer
+
+version: str = __version__
+error: ValueError = ConfigError("no")
+""")
+    # as of what is installed, errors inside of the package itself are not shown
+    config = tmp_path / "mypy.ini"
+    config.write_text("[mypy]\nstrict = true\nignore_missing_imports = true\n\n"
+                      "[mypy-mindformers_ixc.*]\nignore_errors = true\n")
+    done = subprocess.run([sys.executable, "-m", "mypy", "--config-file", str(config), "--cache-dir",
+                           str(tmp_path / "cache"), str(program)], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300, env={"MYPYPATH": str(installed), "PATH": ""})
+    lines = [line.partition("program.py:")[2] for line in done.stdout.splitlines() if "program.py:" in line]
+    assert len(lines) == 2 and done.stdout.splitlines()[-1].startswith("Found 1 error"), done.stdout
+    assert lines[0].startswith('5: note: Revealed type is "') and "list[tuple[" in lines[0]
+    assert lines[1].startswith("6: error: List item 0 has incompatible type")
