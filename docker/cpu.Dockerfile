@@ -1,8 +1,8 @@
 # mindformers_ixc on the CPU: trains the tiny recipes, answers, converts, plans. From the repository's root:
 #
 #   docker build -f docker/cpu.Dockerfile -t mindformers_ixc .
-#   mkdir -p work && docker run --rm --user "$(id -u):$(id -g)" -v "$PWD/work:/work" mindformers_ixc \
-#     run --config ixc25_sft_tiny --output_dir out
+#   mkdir -p work && docker run --rm --shm-size 1g --user "$(id -u):$(id -g)" -v "$PWD/work:/work" \
+#     mindformers_ixc run --config ixc25_sft_tiny --output_dir out
 #   docker run --rm -it --user "$(id -u):$(id -g)" -v "$PWD/work:/work" mindformers_ixc chat --model out/model
 #
 # docs/install.md#in-a-container says what of this was checked, for no Docker was at hand.

@@ -187,6 +187,9 @@ def shared_memory_finding(folder: Path) -> Finding:
     if not folder.is_dir():
         return Finding("shared memory", NOTE, f"{folder} is not there; parallel runs on CPU processes need it",
                        "mount a tmpfs there")
+    writable = _writable("shared memory", folder, PROBLEM, f"chmod 1777 {folder}, as root")
+    if writable.state != OK:
+        return writable
     free = shutil.disk_usage(folder).free
     if free < LEAST_SHARED:
         return Finding("shared memory", NOTE, f"{free / 2 ** 20:.0f} MiB in {folder}; data workers and parallel runs "

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -91,6 +92,11 @@ def test_folders(tmp_path):
     assert (cache.state, temporary.state, here.state) == (OK, PROBLEM, OK)
     assert "TMPDIR" in temporary.advice and list(tmp_path.iterdir()) == []
     assert folder_findings({"TMPDIR": str(tmp_path)})[0].state == NOTE     # no home folder
+
+
+def test_shared_memory_that_cannot_be_written_stops_runs():
+    finding = shared_memory_finding(Path("/proc/self"))
+    assert finding.state == PROBLEM and "cannot be written" in finding.text and "chmod 1777" in finding.advice
 
 
 def test_disks(tmp_path, monkeypatch):
