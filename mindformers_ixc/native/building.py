@@ -136,8 +136,8 @@ def _run(command: list[str], what: str) -> None:
     # what a run preloads into its ranks is not for the compiler; in English, errors can be told from warnings
     environment = {**{name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}, "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace",
-                              timeout=_PATIENCE_S, check=False)
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              errors="replace", timeout=_PATIENCE_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{command[0]} {what} the kernels for the CPU: it did not end in {_PATIENCE_S} "
                          "seconds.") from error
