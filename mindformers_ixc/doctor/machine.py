@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from mindformers_ixc.doctor.findings import NOTE, OK, PROBLEM, Finding
+from mindformers_ixc.doctor.libraries import libraries_finding
 from mindformers_ixc.errors import BuildError
 from mindformers_ixc.native import SWITCH
 from mindformers_ixc.native.building import build, compilers, place
@@ -37,7 +38,7 @@ def machine_findings(environment: Mapping[str, str], build_now: bool = False) ->
     """
     return [memory_finding(psutil.virtual_memory().total, psutil.virtual_memory().available, memory_limit()),
             cores_finding(len(os.sched_getaffinity(0)), cpu_quota(), environment.get("OMP_NUM_THREADS")),
-            *compiler_findings(environment, build_now), *folder_findings(environment),
+            libraries_finding(), *compiler_findings(environment, build_now), *folder_findings(environment),
             disk_finding(Path.cwd()), shared_memory_finding(Path("/dev/shm"))]
 
 

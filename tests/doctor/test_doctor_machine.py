@@ -8,6 +8,7 @@ import pytest
 
 from mindformers_ixc.doctor import machine
 from mindformers_ixc.doctor.findings import NOTE, OK, PROBLEM, Finding, findings_text
+from mindformers_ixc.doctor.libraries import how_to_install, libraries_finding
 from mindformers_ixc.doctor.machine import (
     GIB,
     compiler_findings,
@@ -54,6 +55,16 @@ def test_limits_of_containers(files, memory, cores, tmp_path):
         (tmp_path / name).write_text(text)
     assert memory_limit(tmp_path) == memory
     assert cpu_quota(tmp_path) == cores
+
+
+def test_libraries_of_the_system():
+    assert libraries_finding().state == OK
+    finding = libraries_finding({"libgomp.so.1": "libgomp1", "libnowhere.so.7": "nowhere"})
+    assert finding.state == PROBLEM and "libnowhere.so.7 not found" in finding.text
+    assert finding.advice == "install libnowhere.so.7, a library of the system"
+    message = "libgomp.so.1: cannot open shared object file: No such file or directory"
+    assert how_to_install(message).endswith("apt-get install libgomp1 on Debian and Ubuntu")
+    assert how_to_install("No module named 'mindspore'") == ""
 
 
 def test_compilers_and_kernels(tmp_path, monkeypatch):
