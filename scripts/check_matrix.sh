@@ -36,7 +36,9 @@ done
 folder=${folder:-$(mktemp -d)}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
-status=0 rows=()
+status=0 rows=() ran=0
+
+nothing=$(printf '%-9s %-10s %-12s' - - -)
 
 can_make_environments() {   # a name may be a launcher of a Python that is not installed
     "$1" -c 'import ensurepip, venv' >/dev/null 2>&1
@@ -71,6 +73,7 @@ END
 }
 
 row() {   # name, versions, result
+    [ "$2" = "$nothing" ] || ran=1
     rows+=("$(printf '%-11s %s %s' "$1" "$2" "$3")")
     echo "== $1: $3"
 }
@@ -99,24 +102,25 @@ for name in $only; do
     case $name in
         python*)
             if ! can_make_environments "$name"; then
-                row "$name" "$(printf '%-9s %-10s %-12s' - - -)" "not here, or cannot make environments: left out"
+                row "$name" "$nothing" "not here, or cannot make environments: left out"
                 continue
             fi
-            environment "$name" "$name"
-            install "$name" mindspore==2.9.0 mindformers==1.9.0 && install "$name" ".[tests]" || {
+            if ! { environment "$name" "$name" && install "$name" mindspore==2.9.0 mindformers==1.9.0 &&
+                install "$name" ".[tests]"; }; then
                 failed "$name" "$name"
                 continue
-            }
+            fi
             check "$name" "$name" pytest -q "${tests[@]}"
             ;;
         old)
             python=$(python_for_old) || { failed old -; continue; }
-            environment old "$python"
             # the CPU build of PyTorch first: mindnlp would otherwise take the newest from PyPI
-            install old torch==2.13.0 &&
+            if ! { environment old "$python" && install old torch==2.13.0 &&
                 install old mindspore==2.7.2 mindformers==1.8.0 mindnlp==0.5.0 peft==0.17.1 accelerate==1.10.1 \
-                    diffusers==0.35.2 &&
-                install old ".[tests]" || { failed old "$python"; continue; }
+                    diffusers==0.35.2 && install old ".[tests]"; }; then
+                failed old "$python"
+                continue
+            fi
             check old old pytest -q "${tests[@]}"
             [ $# -gt 0 ] || check old mindnlp pytest -q peers/test_mindnlp.py
             ;;
@@ -124,11 +128,11 @@ for name in $only; do
             # MindFormers 2.0.0 asks for a package (hyper-parallel) that PyPI does not carry, so the newest pair goes in
             # without what it asks for
             python=$(python_for_old) || { failed next -; continue; }
-            environment next "$python"
-            install next . && install next --no-deps mindspore==2.10.0 mindformers==2.0.0 || {
+            if ! { environment next "$python" && install next . &&
+                install next --no-deps mindspore==2.10.0 mindformers==2.0.0; }; then
                 failed next "$python"
                 continue
-            }
+            fi
             echo "== next: a tiny model trains and answers"
             if "$folder/next/bin/python" -m mindformers_ixc.doctor.tiny_model >"$folder/next.out" 2>&1; then
                 result='a tiny model trains and answers'
@@ -142,4 +146,5 @@ done
 
 printf '\n%-11s %-9s %-10s %-12s %s\n' environment Python MindSpore MindFormers result
 printf '%s\n' "${rows[@]}"
-exit $status
+[ "$ran" = 1 ] || { echo "None of these environments could be made here." >&2; status=1; }
+exit "$status"
