@@ -126,18 +126,17 @@ def compiler_findings(environment: Mapping[str, str], build_now: bool = False) -
 
 
 def _kernels(environment: Mapping[str, str], build_now: bool) -> Finding:
-    topic, slower = "kernels for CPU", "answers on the CPU are the same without them, and slower"
+    topic, slower = "CPU kernels", "answers on the CPU are the same without them, and slower"
     if environment.get(SWITCH) == "0":
         return Finding(topic, NOTE, f"switched off ({SWITCH}=0)", f"unset {SWITCH}")
+    found = compilers(environment)
     try:
-        if build_now:
+        if found and build_now:
             build()
         if place(environment).exists():
             return Finding(topic, OK, f"built, {place(environment)}")
     except BuildError as error:
-        return Finding(topic, NOTE, str(error), f"{slower}; when that is mended, python -m mindformers_ixc.native "
-                       "builds them")
-    found = compilers(environment)
+        return Finding(topic, NOTE, f"{error} Till then {slower}", "then python -m mindformers_ixc.native builds them")
     if not found:
         return Finding(topic, NOTE, f"not built, for no C compiler (cc, gcc, clang, or CC) is found; {slower}",
                        "install your system's gcc")

@@ -87,7 +87,7 @@ def test_compilers_and_kernels(tmp_path, monkeypatch):
 
     monkeypatch.setattr(machine, "build", fails)
     failed, _ = compiler_findings(paths, build_now=True)
-    assert (failed.state, failed.text) == (NOTE, "gcc could not compile the kernels.")
+    assert failed.state == NOTE and failed.text.startswith("gcc could not compile the kernels. Till then answers")
     assert "python -m mindformers_ixc.native" in failed.advice
 
 
