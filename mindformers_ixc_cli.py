@@ -147,6 +147,8 @@ def _execute(arguments: argparse.Namespace) -> int:
         if arguments.own_process and "mindspore" in sys.modules:
             os._exit(130)       # its threads crash an interpreter that ends before they have begun
         return 130
+    except BrokenPipeError:         # whoever reads the answers has seen enough, as `head` does
+        return 141
     except (ValueError, OSError) as error:
         # input errors are sentences of this package or of the system; a traceback would bury them
         if os.environ.get("MINDFORMERS_IXC_TRACEBACK"):

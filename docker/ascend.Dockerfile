@@ -9,32 +9,31 @@
 #     -v /usr/local/Ascend/driver:/usr/local/Ascend/driver:ro -v /etc/ascend_install.info:/etc/ascend_install.info:ro \
 #     -v "$PWD:/work" mindformers_ixc:ascend plan --config ixc25_sft --devices 8
 #
-# Never built and never run: neither Docker nor an Ascend device was at hand. What rests on documents is said below.
+# Never built and never run: neither Docker nor an Ascend device was at hand. docs/install.md#in-a-container says what
+# was checked.
 #
-# MindFormers 1.9.0's installation page pairs MindSpore 2.9.0 with CANN 9.0.0; the image's tags are
-# <CANN>-<chip>-<system>-<python> by the naming rule of its repository (Ascend/cann-container-image). For MindSpore 2.7.2
-# and MindFormers 1.8.0 it is 8.5.0; a chip of another kind (910c is A3) has a tag of its own.
+# MindFormers 1.9.0's installation page pairs MindSpore 2.9.0 with CANN 9.0.0. The image's name, its tags
+# (<CANN>-<chip>-<system>-<python>), what is installed in it and its variables are those of the public repository that
+# builds it, github.com/Ascend/cann-container-image, file cann/9.0.0-910b-ubuntu22.04-py3.11/Dockerfile. For MindSpore
+# 2.7.2 and MindFormers 1.8.0 CANN is 8.5.0; Atlas A3 has the chip `a3`.
 ARG CANN=9.0.0
 ARG CHIP=910b
-FROM ascendai/cann:${CANN}-${CHIP}-ubuntu22.04-py3.11
+FROM quay.io/ascend/cann:${CANN}-${CHIP}-ubuntu22.04-py3.11
 
 ARG MINDSPORE=2.9.0
 ARG MINDFORMERS=1.9.0
 
-RUN apt-get update \
- && apt-get install -y --no-install-recommends g++ libgomp1 \
- && rm -rf /var/lib/apt/lists/*
-
+# the image has gcc, g++ and Python's own pip; CANN's Python packages are found by its PYTHONPATH
 WORKDIR /src
 COPY . .
-# MindSpore's wheels on PyPI hold the CPU and the Ascend back end; CANN's own Python packages come with the image
+# MindSpore's wheels on PyPI hold the CPU and the Ascend back end
 RUN pip install --no-cache-dir "mindspore==${MINDSPORE}" "mindformers==${MINDFORMERS}" ".[eval,report]" \
- && mindformers recipes && rm -rf /src/*
+ && python -m mindformers_ixc.native && mindformers recipes && rm -rf /src/*
 
-# CANN's variables, wherever this version keeps the script that sets them (in `cann` from 8.5 on)
+# the same scripts that the image's own entry point reads, before the command
 RUN printf '%s\n' '#!/bin/bash' \
-    'export LD_LIBRARY_PATH=/usr/local/Ascend/driver/lib64/driver:/usr/local/Ascend/driver/lib64/common:$LD_LIBRARY_PATH' \
-    'for script in /usr/local/Ascend/{cann,ascend-toolkit,nnal/atb}/set_env.sh; do' \
+    'source /usr/local/Ascend/ascend-toolkit/set_env.sh' \
+    'for script in /usr/local/Ascend/cann-*/share/info/ascendnpu-ir/bin/set_env.sh /usr/local/Ascend/nnal/atb/set_env.sh; do' \
     '    if [ -f "$script" ]; then source "$script"; fi' \
     'done' \
     'exec mindformers "$@"' > /usr/local/bin/with_cann \

@@ -19,7 +19,7 @@ FREE_PACKAGES = ("processing", "data", "parallel", "pages", "demo")
 FREE_MODULES = (
     "config", "parameters", "errors", "files", "interruption", "resources", "sections", "terminal", "training_options",
     "version",
-    "native", "native.images",
+    "native", "native.building", "native.images",
     *(f"checkpoint.{name}" for name in (
         "ckpt_file", "convert", "dtypes", "inspection", "layouts", "merge", "model_config", "protobuf",
         "safetensors_file", "sources", "strategy_file", "streaming", "tensor_file", "tensors", "torch_file",

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mindformers_ixc import interruption, terminal
+from mindformers_ixc.doctor.libraries import how_to_install
+from mindformers_ixc.errors import ConfigError
 
 
 @contextlib.contextmanager
@@ -18,6 +20,9 @@ def importing(arguments: argparse.Namespace, whole: contextlib.ExitStack | None 
         arguments: of the command; LOG_MF_PATH is set.
         whole: ended after the command, if the libraries are to be kept off the terminal until then (`run`, whose
             signals are looked after elsewhere). The log of a process that msrun started is its output already.
+
+    Raises:
+        ConfigError: when they cannot be imported, for want of a package or of a library of the system.
     """
     with contextlib.ExitStack() as own:
         if whole is None:
@@ -27,4 +32,11 @@ def importing(arguments: argparse.Namespace, whole: contextlib.ExitStack | None 
             log.parent.mkdir(parents=True, exist_ok=True)
             (own if whole is None else whole).enter_context(terminal.current.libraries_to(log))
         own.enter_context(terminal.current.doing("Loading MindSpore and MindFormers", at_once=True))
-        yield
+        try:
+            yield
+        except ImportError as error:
+            if (error.name or "").startswith("mindformers_ixc"):
+                raise
+            steps = [how_to_install(str(error)), "let `mindformers doctor` look at this machine"]
+            raise ConfigError(f"MindSpore or MindFormers cannot be imported: {error}; "
+                              f"{' and '.join(filter(None, steps))}.") from error

@@ -10,7 +10,10 @@ from pathlib import Path
 import psutil
 
 from mindformers_ixc.doctor.findings import NOTE, OK, PROBLEM, Finding
-from mindformers_ixc.native import SWITCH, library
+from mindformers_ixc.doctor.libraries import libraries_finding
+from mindformers_ixc.errors import BuildError
+from mindformers_ixc.native import SWITCH
+from mindformers_ixc.native.building import build, compilers, place
 
 GIB = 2 ** 30
 
@@ -26,15 +29,16 @@ LEAST_SHARED = 64 * 2 ** 20
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def machine_findings(environment: Mapping[str, str]) -> list[Finding]:
+def machine_findings(environment: Mapping[str, str], build_now: bool = False) -> list[Finding]:
     """All findings about the machine.
 
     Args:
         environment: variables of the process.
+        build_now: build the kernels for the CPU if they have not been, a matter of seconds.
     """
     return [memory_finding(psutil.virtual_memory().total, psutil.virtual_memory().available, memory_limit()),
             cores_finding(len(os.sched_getaffinity(0)), cpu_quota(), environment.get("OMP_NUM_THREADS")),
-            *compiler_findings(environment), *folder_findings(environment),
+            libraries_finding(), *compiler_findings(environment, build_now), *folder_findings(environment),
             disk_finding(Path.cwd()), shared_memory_finding(Path("/dev/shm"))]
 
 
@@ -108,24 +112,35 @@ def cores_finding(cores: int, quota: float | None, threads: str | None) -> Findi
     return Finding("cores", OK, f"{text}, OMP_NUM_THREADS {threads}")
 
 
-def compiler_findings(environment: Mapping[str, str]) -> list[Finding]:
-    """Whether C and C++ compilers are there, and the kernels that `pip install` builds with the former."""
-    path = environment.get("PATH", os.defpath)
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name, path=path))), None)
-    if library() is None:
-        first = Finding("C compiler", NOTE, f"{compiler or 'none'}; the kernels for inference on the CPU are not built "
-                        "and answers are slower", ("" if compiler else "install your system's gcc, then ") +
-                        "pip install --force-reinstall --no-deps this package")
-    elif environment.get(SWITCH) == "0":
-        first = Finding("C compiler", NOTE, f"the kernels for the CPU are built but switched off ({SWITCH}=0)",
-                        f"unset {SWITCH}")
-    else:
-        first = Finding("C compiler", OK, "the kernels for inference on the CPU are built")
-    second = shutil.which("g++", path=path)
-    if second:
-        return [first, Finding("C++ compiler", OK, second)]
-    return [first, Finding("C++ compiler", NOTE, "g++ is not found; `plan` without --no_compile, `convert "
-                           "--check_layout` and parallel runs on CPU processes need it", "install your system's g++")]
+def compiler_findings(environment: Mapping[str, str], build_now: bool = False) -> list[Finding]:
+    """Whether there are the kernels for the CPU or a C compiler that makes them, and whether there is a C++ compiler.
+
+    Args:
+        environment: variables of the process.
+        build_now: build the kernels if they have not been; otherwise a compiler will do.
+    """
+    second = shutil.which("g++", path=environment.get("PATH", os.defpath))
+    return [_kernels(environment, build_now), Finding("C++ compiler", OK, second) if second else Finding(
+        "C++ compiler", NOTE, "g++ is not found; `plan` without --no_compile, `convert --check_layout` and parallel "
+        "runs on CPU processes need it", "install your system's g++")]
+
+
+def _kernels(environment: Mapping[str, str], build_now: bool) -> Finding:
+    topic, slower = "CPU kernels", "answers on the CPU are the same without them, and slower"
+    if environment.get(SWITCH) == "0":
+        return Finding(topic, NOTE, f"switched off ({SWITCH}=0)", f"unset {SWITCH}")
+    found = compilers(environment)
+    try:
+        if found and build_now:
+            build()
+        if place(environment).exists():
+            return Finding(topic, OK, f"built, {place(environment)}")
+    except BuildError as error:
+        return Finding(topic, NOTE, f"{error} Till then {slower}", "then python -m mindformers_ixc.native builds them")
+    if not found:
+        return Finding(topic, NOTE, f"not built, for no C compiler (cc, gcc, clang, or CC) is found; {slower}",
+                       "install your system's gcc")
+    return Finding(topic, OK, f"{found[0][0]} builds them when they are first needed")
 
 
 def folder_findings(environment: Mapping[str, str]) -> list[Finding]:
@@ -172,6 +187,9 @@ def shared_memory_finding(folder: Path) -> Finding:
     if not folder.is_dir():
         return Finding("shared memory", NOTE, f"{folder} is not there; parallel runs on CPU processes need it",
                        "mount a tmpfs there")
+    writable = _writable("shared memory", folder, PROBLEM, f"chmod 1777 {folder}, as root")
+    if writable.state != OK:
+        return writable
     free = shutil.disk_usage(folder).free
     if free < LEAST_SHARED:
         return Finding("shared memory", NOTE, f"{free / 2 ** 20:.0f} MiB in {folder}; data workers and parallel runs "

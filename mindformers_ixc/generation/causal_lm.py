@@ -42,6 +42,7 @@ from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.processing.image import Tiles
 from mindformers_ixc.processing.messages import History, read_history
+from mindformers_ixc.processing.pictures import ImageSource
 from mindformers_ixc.processing.processor import EncodedSample, ImageProcessor, Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX
 from mindformers_ixc.processing.tokenizer import SentencePieceText
@@ -130,10 +131,10 @@ class IXC25ForCausalLM(IXC25Model):
             object.__setattr__(self, "_assistant", made)
             return made
 
-    def chat(self, tokenizer: SentencePieceText, query: str, image: Sequence = (), hd_num: int | None = None,
-             history: History = (), streamer: Streamer | None = None, max_new_tokens: int = 1024,
-             do_sample: bool = True, num_beams: int = 1, temperature: float = 1.0, top_p: float = 0.8,
-             repetition_penalty: float = 1.005, infer_mode: str = "base", use_meta: bool = False,
+    def chat(self, tokenizer: SentencePieceText, query: str, image: Sequence[ImageSource] = (),
+             hd_num: int | None = None, history: History = (), streamer: Streamer | None = None,
+             max_new_tokens: int = 1024, do_sample: bool = True, num_beams: int = 1, temperature: float = 1.0,
+             top_p: float = 0.8, repetition_penalty: float = 1.005, infer_mode: str = "base", use_meta: bool = False,
              meta_instruction: str = META_INSTRUCTION, **kwargs: Any) -> tuple[str, list[tuple[str, str]]]:
         """Answers a question about images.
 
@@ -180,9 +181,9 @@ class IXC25ForCausalLM(IXC25Model):
         response = assistant.reply(question, options, infer_mode, streamer)
         return response, [*rounds, (query, response)]
 
-    def write_article(self, inst: str, image: Sequence = (), hd_num: int | None = 25, history: Sequence = (),
-                      streamer: Streamer | None = None, max_new_tokens: int | None = None, do_sample: bool = True,
-                      num_beams: int = 1, temperature: float = 1.0, top_p: float = 0.8,
+    def write_article(self, inst: str, image: Sequence[ImageSource] = (), hd_num: int | None = 25,
+                      history: History = (), streamer: Streamer | None = None, max_new_tokens: int | None = None,
+                      do_sample: bool = True, num_beams: int = 1, temperature: float = 1.0, top_p: float = 0.8,
                       repetition_penalty: float = 1.005, max_length: int = ARTICLE_LENGTH, seed: int = -1,
                       use_meta: bool = False, **kwargs: Any) -> str:
         """Writes an article (mode `write`: the sft and dpo LoRAs); `write_artical`, as the public code spells it, too.
@@ -219,9 +220,10 @@ class IXC25ForCausalLM(IXC25Model):
     # the public code's spelling
     write_artical = write_article
 
-    def write_webpage(self, inst: str, image: Sequence = (), max_new_tokens: int = 4800, do_sample: bool = True,
-                      num_beams: int = 2, temperature: float = 1.0, repetition_penalty: float = 3.0, seed: int = -1,
-                      use_meta: bool = False, task: str = "Instruction-aware Webpage Generation",
+    def write_webpage(self, inst: str, image: Sequence[ImageSource] = (), max_new_tokens: int = 4800,
+                      do_sample: bool = True, num_beams: int = 2, temperature: float = 1.0,
+                      repetition_penalty: float = 3.0, seed: int = -1, use_meta: bool = False,
+                      task: str = "Instruction-aware Webpage Generation",
                       save_to: str | os.PathLike | None = None, overwrite: bool = False, **kwargs: Any) -> str:
         """Writes a web page from an instruction (mode `web`).
 
@@ -256,7 +258,7 @@ class IXC25ForCausalLM(IXC25Model):
             write_whole(target, page)
         return page
 
-    def resume_2_webpage(self, inst: str | os.PathLike, image: Sequence = (), *args: Any,
+    def resume_2_webpage(self, inst: str | os.PathLike, image: Sequence[ImageSource] = (), *args: Any,
                          prompt: str = RESUME_INSTRUCTION, task: str = "Resume-to-Personal Page",
                          **kwargs: Any) -> str:
         """Writes a personal page from a resume in Markdown.
@@ -277,7 +279,7 @@ class IXC25ForCausalLM(IXC25Model):
         """
         return self.write_webpage(prompt + read_resume(inst), image, *args, **{"task": task, **kwargs})
 
-    def screen_2_webpage(self, inst: str = SCREENSHOT_INSTRUCTION, image: Sequence = (), *args: Any,
+    def screen_2_webpage(self, inst: str = SCREENSHOT_INSTRUCTION, image: Sequence[ImageSource] = (), *args: Any,
                          task: str = "Screenshot-to-Webpage", **kwargs: Any) -> str:
         """Writes the web page that a screenshot shows.
 

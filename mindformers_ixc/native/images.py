@@ -1,4 +1,4 @@
-"""Resizing and cutting images in C, where the package was installed with a compiler at hand.
+"""Resizing and cutting images in C, where a compiler is at hand.
 
 The functions give what Pillow and NumPy give (resizing to the last bit); without the library they are not used.
 """
@@ -22,8 +22,6 @@ def _functions():
     if library() is None:
         return None
     functions = ctypes.CDLL(library())
-    if not all(hasattr(functions, name) for name in ("resize_image", "split_tiles", "shrink_image")):   # older sources
-        return None
     functions.resize_image.argtypes = [_BYTES, ctypes.c_int, ctypes.c_int, _BYTES, ctypes.c_int, ctypes.c_int]
     functions.split_tiles.argtypes = [_BYTES, ctypes.c_int, ctypes.c_int, ctypes.c_int, _BYTES]
     functions.split_tiles.restype = None

@@ -23,8 +23,8 @@ def available(*dtypes: mstype.Type) -> bool:
 
     The parallel compiler cannot cut them.
     """
-    return (is_switched_on() and ms.get_context("device_target") == "CPU" and not on_ascend() and not is_parallel()
-            and all(dtype == mstype.float32 for dtype in dtypes))
+    return (all(dtype == mstype.float32 for dtype in dtypes) and ms.get_context("device_target") == "CPU"
+            and not on_ascend() and not is_parallel() and is_switched_on())
 
 
 def kernel(name: str, shape: Callable[..., Any] = lambda x, *_: x, outputs: int = 1) -> ops.Custom:

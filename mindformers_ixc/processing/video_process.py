@@ -143,7 +143,8 @@ class VideoProcess:
         message = json.loads(line)
         if "missing" in message:
             raise VideoError(f"The video {self.name} needs the package decord, which cannot be imported "
-                             f"({message['missing']}); install it with pip (decord2 on aarch64).")
+                             f"({message['missing']}); install it with pip (on aarch64 decord2, which has wheels "
+                             "from Python 3.10 on).")
         if "error" in message:
             raise self._undecodable((message["error"].splitlines() or [""])[0][:120])
         return message

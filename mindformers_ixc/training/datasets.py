@@ -27,6 +27,7 @@ from mindformers_ixc.data.rows import MAX_BAD_SHARE, ConversationTable, make_pro
 from mindformers_ixc.data.sampling import PlanSampler
 from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.errors import DataError, ImageError
+from mindformers_ixc.native import library
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.processing.processor import Processor
 
@@ -65,6 +66,7 @@ def batched(cls, table: ConversationTable, planner: Planner, config: MindFormerC
     if table.plan.note:
         logger.info(table.plan.note)
     sampler = MindSporeSampler(table.plan, config.batch_size, shard, (config.seq_length, config.max_tiles))
+    library()              # built here, if it has not been, and not while the workers want it
     workers, cores = config.num_parallel_workers or 1, os.cpu_count() or 1
     if workers > cores:      # MindSpore takes no more
         logger.warning(f"train_dataset.num_parallel_workers is {workers}, but this machine has {cores} cores; {cores} "

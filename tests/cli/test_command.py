@@ -111,3 +111,13 @@ def test_the_log_folder_is_in_the_output_that_the_yaml_or_its_base_names(tmp_pat
                for name in ("base", "own", "top", "circle", "other", "gone")}
     assert folders == {"base": "there/log", "own": "there/log", "top": "output/log", "circle": "output/log",
                        "other": "here/log", "gone": "output/log"}
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run([COMMAND, "recipes"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

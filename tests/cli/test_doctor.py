@@ -47,7 +47,8 @@ def test_no_framework_is_imported():
 
 @pytest.mark.parametrize("state,code,tested", [(OK, 0, True), (NOTE, 0, True), (PROBLEM, 1, False)])
 def test_the_self_test_is_left_out_where_it_cannot_run(state, code, tested, monkeypatch, capfd):
-    monkeypatch.setattr(command, "quick_findings", lambda target: [Finding("MindSpore", state, "found", "do this")])
+    found = [Finding("MindSpore", state, "found", "do this")]
+    monkeypatch.setattr(command, "quick_findings", lambda target, build_now: [*found])
     monkeypatch.setattr(command, "self_test", lambda target: Finding("self test", OK, f"answered on {target}"))
     assert mindformers_ixc_cli.main(["doctor"]) == code
     said = capfd.readouterr().out

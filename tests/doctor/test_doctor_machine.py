@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from mindformers_ixc.doctor import machine
 from mindformers_ixc.doctor.findings import NOTE, OK, PROBLEM, Finding, findings_text
+from mindformers_ixc.doctor.libraries import how_to_install, libraries_finding
 from mindformers_ixc.doctor.machine import (
     GIB,
     compiler_findings,
@@ -19,6 +21,8 @@ from mindformers_ixc.doctor.machine import (
     shared_memory_finding,
 )
 from mindformers_ixc.doctor.self_test import judge, self_test
+from mindformers_ixc.errors import BuildError
+from mindformers_ixc.native.building import place
 
 
 @pytest.mark.parametrize("available,limit,state,words", [
@@ -53,18 +57,38 @@ def test_limits_of_containers(files, memory, cores, tmp_path):
     assert cpu_quota(tmp_path) == cores
 
 
+def test_libraries_of_the_system():
+    assert libraries_finding().state == OK
+    finding = libraries_finding({"libgomp.so.1": "libgomp1", "libnowhere.so.7": "nowhere"})
+    assert finding.state == PROBLEM and "libnowhere.so.7 not found" in finding.text
+    assert finding.advice == "install libnowhere.so.7, a library of the system"
+    message = "libgomp.so.1: cannot open shared object file: No such file or directory"
+    assert how_to_install(message).endswith("apt-get install libgomp1 on Debian and Ubuntu")
+    assert how_to_install("No module named 'mindspore'") == ""
+
+
 def test_compilers_and_kernels(tmp_path, monkeypatch):
     for name in ("cc", "g++"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
-    monkeypatch.setattr(machine, "library", lambda: "_kernels.so")
-    assert [finding.state for finding in compiler_findings({"PATH": str(tmp_path)})] == [OK, OK]
-    assert "switched off" in compiler_findings({"PATH": str(tmp_path), machine.SWITCH: "0"})[0].text
-    monkeypatch.setattr(machine, "library", lambda: None)
-    here, _ = compiler_findings({"PATH": str(tmp_path)})
-    nowhere, second = compiler_findings({"PATH": str(tmp_path / "none")})
-    assert here.state == nowhere.state == second.state == NOTE
-    assert "gcc" not in here.advice and "gcc" in nowhere.advice and "g++" in second.advice
+    paths = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+    here, second = compiler_findings(paths)
+    assert (here.state, second.state) == (OK, OK) and f"{tmp_path}/cc builds them" in here.text
+    assert "switched off" in compiler_findings({**paths, machine.SWITCH: "0"})[0].text
+    nowhere, second = compiler_findings({**paths, "PATH": str(tmp_path / "none")})
+    assert nowhere.state == second.state == NOTE and "gcc" in nowhere.advice and "g++" in second.advice
+    library = place(paths)
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert str(library) in compiler_findings({**paths, "PATH": ""})[0].text
+
+    def fails():
+        raise BuildError("gcc could not compile the kernels.")
+
+    monkeypatch.setattr(machine, "build", fails)
+    failed, _ = compiler_findings(paths, build_now=True)
+    assert failed.state == NOTE and failed.text.startswith("gcc could not compile the kernels. Till then answers")
+    assert "python -m mindformers_ixc.native" in failed.advice
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
@@ -79,6 +103,11 @@ def test_folders(tmp_path):
     assert (cache.state, temporary.state, here.state) == (OK, PROBLEM, OK)
     assert "TMPDIR" in temporary.advice and list(tmp_path.iterdir()) == []
     assert folder_findings({"TMPDIR": str(tmp_path)})[0].state == NOTE     # no home folder
+
+
+def test_shared_memory_that_cannot_be_written_stops_runs():
+    finding = shared_memory_finding(Path("/proc/self"))
+    assert finding.state == PROBLEM and "cannot be written" in finding.text and "chmod 1777" in finding.advice
 
 
 def test_disks(tmp_path, monkeypatch):

@@ -90,3 +90,8 @@ class TestRequirements:
         half, = (finding for finding in found if finding.state == NOTE)
         assert "eval is not complete: pycocoevalcap is not installed" in half.text
         assert "[eval]" in half.advice
+
+    def test_a_package_that_came_with_the_environment_is_no_half_of_an_extra(self):
+        lines = ["setuptools>=77; extra == 'tests'", "pytest>=8; extra == 'tests'", "mypy>=1; extra == 'tests'"]
+        found = requirement_findings(lines, {"setuptools": "66.1.1"}.get, {})
+        assert [finding.state for finding in found] == [OK, OK] and "not installed: tests" in found[1].text

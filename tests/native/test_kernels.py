@@ -16,7 +16,7 @@ from mindformers_ixc.models.rotary import rotary_tables
 from mindformers_ixc.native import kernels
 from mindformers_ixc.processing.processor import EncodedSample
 
-# without a compiler the package has no kernels, and says so in its README
+# without a compiler there are no kernels, as docs/install.md says
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
 
 RNG = np.random.default_rng(0)
@@ -46,8 +46,8 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def test_the_installation_built_the_kernels():
-    assert native.library() is not None, "there is a C compiler, but the package was installed without its kernels"
+def test_they_are_built_when_they_are_needed():
+    assert native.library() is not None
     assert kernels.available()
 
 

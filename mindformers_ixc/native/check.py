@@ -1,0 +1,50 @@
+"""Tries a library of kernels that was just built: `python check.py LIBRARY`, a program of its own.
+
+One function of each source is compared, with NumPy and with Pillow: whether each kernel is right is what the tests are
+for; here it is whether this compiler on this machine makes of them what it should.
+"""
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import numpy as np
+from PIL import Image
+
+
+def resizes_as_pillow(functions: ctypes.CDLL) -> bool:
+    """Whether a picture is resized to the same bytes."""
+    width, height, wide, high = 37, 23, 19, 31
+    pixels = (np.arange(height * width * 3) * 7919 % 256).astype(np.uint8).reshape(height, width, 3)
+    out = np.empty((high, wide, 3), np.uint8)
+    failed = functions.resize_image(pixels.ctypes, width, height, out.ctypes, wide, high)
+    expected = np.asarray(Image.fromarray(pixels).resize((wide, high), Image.Resampling.BILINEAR))
+    return not failed and np.array_equal(out, expected)
+
+
+def multiplies_as_numpy(functions: ctypes.CDLL) -> bool:
+    """Whether a product is right that is large enough for threads."""
+    rows, width, outputs = 2, 512, 260
+    x = np.sin(np.arange(rows * width, dtype=np.float32)).reshape(rows, width)
+    weight = np.cos(np.arange(outputs * width, dtype=np.float32)).reshape(outputs, width)
+    out = np.zeros((rows, outputs), np.float32)
+    arrays, sizes = (x, weight, out), ctypes.c_int64 * 2
+    shapes = [sizes(*array.shape) for array in arrays]
+    failed = functions.linear(
+        3, (ctypes.c_void_p * 3)(*[array.ctypes.data for array in arrays]), (ctypes.c_int * 3)(2, 2, 2),
+        (ctypes.POINTER(ctypes.c_int64) * 3)(*[ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64)) for shape in shapes]),
+        None, None, None)
+    return not failed and np.allclose(out, x @ weight.T, rtol=1e-4, atol=1e-3)
+
+
+def main(path: str) -> None:
+    """Ends the process with a sentence unless the library loads and is right."""
+    functions = ctypes.CDLL(path)
+    if not resizes_as_pillow(functions):
+        sys.exit("Error: a picture is resized to other bytes than Pillow's.")
+    if not multiplies_as_numpy(functions):
+        sys.exit("Error: a product has other numbers than NumPy's.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
