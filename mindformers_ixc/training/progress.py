@@ -8,6 +8,7 @@ from typing import Any
 from mindformers_ixc import terminal
 from mindformers_ixc.device import group_size
 from mindformers_ixc.operations import goodput
+from mindformers_ixc.resources import is_starter
 from mindformers_ixc.training.parts import part_counts
 from mindformers_ixc.training.throughput import Throughput, duration, line, operations, short, work_of
 
@@ -124,6 +125,7 @@ def _model(trainer: Any) -> list[str]:
     total, _ = part_counts(trainer.trained_model)["all"]
     config = trainer.config
     start = trainer.start or config.load_checkpoint
+    start = "the starter" if start and is_starter(start) else start
     whence = "going on with its checkpoint" if config.resume_training else f"from {start}" if start else "from nothing"
     return [f"{units(total)} parameters, {whence}"]
 
