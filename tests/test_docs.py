@@ -152,9 +152,11 @@ def test_every_example_on_the_page_is_parsed():
 
 
 def test_the_site_has_every_page_once():
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
     nav = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(nav) == len(set(nav))
-    assert set(nav) == {page.name for page in PAGES} | {"index.md", "index_zh.md", "contributing.md", "changelog.md"}
+    assert set(nav) == notebooks | {page.name for page in PAGES} | {"index.md", "index_zh.md", "contributing.md",
+                                                                    "changelog.md"}
 
 
 def _fenced(text: str) -> list[str]:
@@ -215,7 +217,15 @@ def test_the_map_from_paper_and_public_code_names_what_is_there():
 
 def test_the_site_builds_strictly(tmp_path):
     pytest.importorskip("material", reason="needs the extra docs")
+    pytest.importorskip("nbconvert", reason="needs the extra docs")
     done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
                           cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "contributing" / "index.html").exists()
+    page = (tmp_path / "site" / "notebooks" / "plan_a_cluster" / "index.html").read_text(encoding="utf-8")
+    pictures = re.findall(r'<img alt="output" src="([^"]+)"', page)
+    assert len(pictures) >= 4
+    assert all((tmp_path / "site" / "notebooks" / "plan_a_cluster" / name).is_file() for name in pictures)
+    assert 'href="../../scaling/"' in page
+    # a picture of a page is one, not its name
+    assert 'src="../images/plan.png"' in (tmp_path / "site" / "scaling" / "index.html").read_text(encoding="utf-8")

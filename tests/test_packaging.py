@@ -1,6 +1,8 @@
 """What `pip install .` puts into place, by setuptools' own step that copies the files."""
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +49,15 @@ def test_the_command_finds_them_there(installed, tmp_path):
 def test_the_command_has_two_names(name):
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'\n{name} = "mindformers_ixc_cli:main"\n' in text.partition("[project.scripts]")[2]
+
+
+def test_the_source_distribution_has_what_the_documents_link_to(tmp_path):
+    done = subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    there = set(next(tmp_path.glob("*.egg-info/SOURCES.txt")).read_text(encoding="utf-8").splitlines())
+    for page in (ROOT / "README.md", ROOT / "docs" / "quickstart.md"):
+        links = re.findall(r"\]\((?!https?://)([^)#\s]+)", page.read_text(encoding="utf-8"))
+        targets = {os.path.relpath((page.parent / link).resolve(), ROOT) for link in links}
+        assert len(targets) > 5
+        assert targets <= there
