@@ -99,5 +99,6 @@ def test_plan_a_cluster_says_what_is_kept(tmp_path):
     assert found == result(before), "the formulae have changed; run: python scripts/run_notebooks.py"
     assert streams(notebook, "stdout") == streams(before, "stdout")
     days = found["days"]
-    assert 0.9 < days[8] / days[16] / 2 < 1.1 and 0.8 < days[8] / days[64] / 8 < 1.1
+    # more devices hold less each, so that tensor parallel 2 fits, which is quicker than 4
+    assert 2 <= days[8] / days[16] < 2.4 and 8 <= days[8] / days[64] < 9.6
     assert streams(notebook, "stderr") == [] and list(tmp_path.iterdir()) == []
