@@ -23,7 +23,7 @@ sys.path[:0] = [str(HERE.parent / "scripts"), str(HERE / "helpers")]
 LONGEST = ["training/test_end_to_end.py", "faults/test_fuzz.py", "planning/test_plan_compiled.py",
            "training/test_interrupted.py", "test_docs_blocks.py", "cpu_cluster/test_layouts.py", "cli/test_launch.py",
            "generation/test_parallel_inference.py", "checkpoint/test_convert.py", "cpu_cluster/test_collectives.py",
-           "cpu_cluster/test_processes.py", "models/test_parity.py", "test_parity_script.py"]
+           "cpu_cluster/test_processes.py", "models/test_parity.py", "test_notebooks.py", "test_parity_script.py"]
 
 
 def pytest_configure(config):

@@ -155,9 +155,11 @@ def test_every_example_on_the_page_is_parsed():
 
 
 def test_the_site_has_every_page_once():
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
     nav = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(nav) == len(set(nav))
-    assert set(nav) == {page.name for page in PAGES} | {"index.md", "index_zh.md", "contributing.md", "changelog.md"}
+    assert set(nav) == notebooks | {page.name for page in PAGES} | {"index.md", "index_zh.md", "contributing.md",
+                                                                    "changelog.md"}
 
 
 def test_pictures_are_small_and_each_is_on_a_page():
@@ -274,7 +276,8 @@ def test_entries_of_the_api_reference_have_docstrings():
 
 def test_the_site_builds_strictly_and_imports_nothing_of_mindspore(tmp_path):
     pytest.importorskip("material", reason="needs the extra docs")
-    pytest.importorskip("mkdocstrings_handlers.python", reason="needs the extra docs")
+    for name in ("mkdocstrings_handlers.python", "nbconvert"):
+        pytest.importorskip(name, reason="needs the extra docs")
     for name in ("mindspore", "mindformers"):
         (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')\n", encoding="utf-8")
     done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
@@ -287,3 +290,10 @@ def test_the_site_builds_strictly_and_imports_nothing_of_mindspore(tmp_path):
                    "mindformers_ixc.IXC25ForCausalLM.write_article"):
         assert f'id="{anchor}"' in page
     assert "write_artical" in page
+    page = (tmp_path / "site" / "notebooks" / "plan_a_cluster" / "index.html").read_text(encoding="utf-8")
+    pictures = re.findall(r'<img alt="output" src="([^"]+)"', page)
+    assert len(pictures) >= 4
+    assert all((tmp_path / "site" / "notebooks" / "plan_a_cluster" / name).is_file() for name in pictures)
+    assert 'href="../../scaling/"' in page
+    # a picture of a page is one, not its name
+    assert 'src="../images/plan.png"' in (tmp_path / "site" / "scaling" / "index.html").read_text(encoding="utf-8")

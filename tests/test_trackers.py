@@ -175,6 +175,8 @@ def test_the_extras_have_the_names_of_the_trackers():
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     extras = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     assert all(f'\n{name} = ["{name}>=' in extras for name in TRACKERS)
+    tests = extras.partition("\ntests = [")[2].partition("\n]")[0]      # so that CI skips none of the tests below
+    assert all(name in tests for name in ("[swanlab,wandb]", '"mlflow-skinny', '"alembic', '"sqlalchemy'))
 
 
 def test_a_callback_is_added_on_the_command_line():
@@ -203,4 +205,5 @@ def test_the_real_package_works_offline(name, tmp_path, monkeypatch):
             "select distinct key, value, step from metrics where key = 'loss' order by step").fetchall()
         assert rows == [("loss", 1.0, 1), ("loss", 0.5, 2)]
     else:
-        assert len(list(folder.glob(f"*/*run-*/*{tracker.identity}.{name}"))) == 2
+        files = list(folder.glob(f"*/*run-*/*{tracker.identity}.{name}"))
+        assert len(files) == 2 and all(b"loss/a (1)" in file.read_bytes() for file in files)

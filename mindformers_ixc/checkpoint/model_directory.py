@@ -85,7 +85,14 @@ def read_as(tensor: LazyTensor, dtype: str) -> np.ndarray:
             value[begin:begin + len(piece)] = piece
         else:
             value[()] = piece
-    return value.view(np_dtype.bfloat16) if dtype == "BF16" else value
+    return value.view(numpy_type(dtype))
+
+
+def numpy_type(dtype: object) -> type[np.generic]:
+    """NumPy's type for numbers of MindSpore's type, or of any name in the table; MindSpore brings its bfloat16."""
+    name = format_of(dtype)
+    assert name is not None, f"{dtype} is no format of numbers"
+    return np_dtype.bfloat16 if name == "BF16" else STORAGE[name]
 
 
 def _format(parameter: Parameter) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 import os
 
 import mindspore as ms
-import mindspore.common.dtype as mstype
-import numpy as np
 from mindspore.context import get_jit_config
 
+from mindformers_ixc.checkpoint.dtypes import dtype_bytes
 from mindformers_ixc.device import is_parallel, on_ascend
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.models.configuration import IXC25Config
@@ -84,7 +83,7 @@ def blocks_needed(config: IXC25Config, rows: int, positions: int) -> int:
 
 def prompt_bytes(config: IXC25Config, rows: int, positions: int) -> int:
     """About what a layer's tensors of whole prompts take: three of the model's width, three of the MLP's."""
-    itemsize = np.dtype(mstype.dtype_to_nptype(config.compute_dtype)).itemsize
+    itemsize = dtype_bytes(config.compute_dtype)
     return 3 * rows * positions * (config.hidden_size + config.intermediate_size) * itemsize
 
 

@@ -17,6 +17,7 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
+from mindformers_ixc.checkpoint.model_directory import numpy_type
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.models.attention import MASKED, AttentionCore
 from mindformers_ixc.models.configuration import IXC25Config
@@ -43,7 +44,7 @@ class ContiguousCache(nn.Cell):
         super().__init__()
         self.batch, self.positions = batch, positions
         self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
-        zeros = np.zeros((batch * self.kv, positions, self.size), mstype.dtype_to_nptype(config.compute_dtype))
+        zeros = np.zeros((batch * self.kv, positions, self.size), numpy_type(config.compute_dtype))
         self.keys = Parameter(Tensor(zeros), name="key_cache", requires_grad=False)
         self.values = Parameter(Tensor(zeros), name="value_cache", requires_grad=False)
         self.split, self.merge = SplitHeads(config), MergeHeads(config)

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import mindspore as ms
-import mindspore.common.dtype as mstype
 import numpy as np
 from mindspore import Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
+from mindformers_ixc.checkpoint.model_directory import numpy_type
 from mindformers_ixc.device import is_parallel, on_ascend
 from mindformers_ixc.errors import GenerationError
 from mindformers_ixc.generation.ascend import device_memory, devices, prepare_inference, prompt_bytes
@@ -366,7 +366,7 @@ class CachedDecoder:
         config = self.engine.config
         shape = (self.bucket, config.hidden_size)
         if not sample.image_mask.any():
-            return Tensor(np.zeros(shape, mstype.dtype_to_nptype(config.compute_dtype)))
+            return Tensor(np.zeros(shape, numpy_type(config.compute_dtype)))
         rows = self.engine.encode_images(sample)
         where = np.flatnonzero(sample.image_mask).astype(np.int32)[:, None]
         return P.ScatterNd()(Tensor(where), rows, shape)

@@ -15,6 +15,8 @@ from mindspore import Tensor, nn
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
+from mindformers_ixc.checkpoint.dtypes import dtype_bytes
+from mindformers_ixc.checkpoint.model_directory import numpy_type
 from mindformers_ixc.device import is_parallel, on_ascend, rank
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.generation.ascend import blocks_needed, check_blocks
@@ -109,7 +111,7 @@ class Slot:
         self.graphs: dict[str, tuple[nn.Cell, nn.Cell]] = {}
         self.movable = not is_parallel()
         self._parameters = [cache_half for cache in caches for cache_half in (cache.keys, cache.values)]
-        self._layout = [(half.shape, mstype.dtype_to_nptype(half.dtype)) for half in self._parameters]
+        self._layout = [(half.shape, numpy_type(half.dtype)) for half in self._parameters]
         self.bytes = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self._layout)
         self._as_built = True                           # the caches still have the memory they were built with
         self.attached: Contents | None = None
@@ -293,7 +295,7 @@ def cache_bytes(config: IXC25Config, batch: int, positions: int) -> int:
     entries = batch * positions
     if config.use_past and on_ascend():
         entries = blocks_needed(config, batch, positions) * config.block_size
-    itemsize = np.dtype(mstype.dtype_to_nptype(config.compute_dtype)).itemsize
+    itemsize = dtype_bytes(config.compute_dtype)
     return 2 * config.num_hidden_layers * entries * config.num_key_value_heads * config.head_size * itemsize
 
 

@@ -1,12 +1,13 @@
 """Model directories: every format of weights goes in and out unchanged."""
 from __future__ import annotations
 
+import mindspore
 import numpy as np
 import pytest
 
 from mindformers_ixc import IXC25Config, IXC25ForCausalLM
 from mindformers_ixc.checkpoint.inspection import inspect
-from mindformers_ixc.checkpoint.model_directory import save_model_directory
+from mindformers_ixc.checkpoint.model_directory import numpy_type, save_model_directory
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.generation.loading import load_model
@@ -15,6 +16,12 @@ SIZES = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden
          "num_key_value_heads": 1, "plora_rank": 2, "task_lora_ranks": {},
          "vision_config": {"image_size": 28, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
                            "intermediate_size": 8}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "bool_"])
+def test_numpys_type_of_a_tensor_is_its_own(dtype):
+    dtype = getattr(mindspore, dtype)
+    assert mindspore.Tensor(np.zeros(2, numpy_type(dtype))).dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import pytest
 
 from mindformers_ixc import terminal
+from mindformers_ixc.resources import resolve_model
 from mindformers_ixc.terminal import Terminal
+from mindformers_ixc.training import progress
 from mindformers_ixc.training.progress import Progress, bar_of, line_of, measured, part_lines, units
 
 ROW = {"step": 120, "loss": 3.25, "learning_rate": 1e-4, "seconds": 2.0, "samples_per_second": 6.25,
@@ -71,6 +74,16 @@ def test_the_parts_fit_a_narrow_terminal():
     assert [line.split() for line in lines[1:]] == [
         ["vision", "303", "M", "-"], ["task_lora.web", "1.23", "G", "1.23", "G"], ["all", "1.53", "G", "1.23", "G"]]
     assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 31
+
+
+@pytest.mark.parametrize(("start", "whence"), [
+    (resolve_model("starter"), "from starter"), ("starter", "from starter"), ("my/model", "from my/model"),
+    (None, "from nothing")])
+def test_the_header_says_what_a_run_begins_with(start, whence, monkeypatch):
+    monkeypatch.setattr(progress, "part_counts", lambda model: {"all": (1_414_000, 0)})
+    config = SimpleNamespace(load_checkpoint=None, resume_training=False)
+    trainer = SimpleNamespace(trained_model=None, start=start, config=config)
+    assert progress._model(trainer) == [f"1.41 M parameters, {whence}"]
 
 
 def test_a_measurement_is_a_line():
