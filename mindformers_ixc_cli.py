@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ixc import terminal
+from mindformers_ixc.cli import ending
 from mindformers_ixc.cli.heavy import importing
 from mindformers_ixc.cli.inputs import check_inputs
 from mindformers_ixc.cli.parsers import build_parser
@@ -115,10 +116,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: the argument {odd!a} has a byte that is not UTF-8; rename the file, or write the word in "
               "UTF-8.", file=sys.stderr)
         return 1
-    arguments = parse(argv)
-    if arguments.command is None:
-        build_parser().print_help()
-        return 2
+    with ending.reading_help():
+        arguments = parse(argv)
+        if arguments.command is None:
+            build_parser().print_help()
+            return 2
     terminal.configure(arguments.verbose, arguments.quiet)
     arguments.answers, arguments.own_process = claim_stdout(), argv is None
     with contextlib.ExitStack() as stack:
@@ -146,16 +148,32 @@ def _execute(arguments: argparse.Namespace) -> int:
         if arguments.own_process and "mindspore" in sys.modules:
             os._exit(130)       # its threads crash an interpreter that ends before they have begun
         return 130
+    except BrokenPipeError as error:
+        streams = arguments.answers, sys.stderr
+        if not ending.is_unread(*streams):
+            return _refuse(error)
+        ending.let_go(*streams)
+        return ending.NOBODY_READS
     except (ValueError, OSError) as error:
-        # input errors are sentences of this package or of the system; a traceback would bury them
-        if os.environ.get("MINDFORMERS_IXC_TRACEBACK"):
+        return _refuse(error)
+    except Exception as error:
+        # a fault of a library, or of this package; where its traceback is in a log, a sentence leads there
+        log = terminal.current.last_log
+        if log is None or "MINDFORMERS_IXC_TRACEBACK" in os.environ:
             raise
-        sentence = str(error)
-        if isinstance(error, OSError) and error.filename and error.strerror:
-            # the system's own errors name a file and a reason
-            sentence = f"{error.filename} cannot be used: {error.strerror}."
-        terminal.current.say(f"{terminal.current.paint('error:', 'red', 'bold')} {sentence}")
-        return 1
+        return _say_error(ending.fault_of(error, log))
+
+
+def _refuse(error: Exception) -> int:
+    """Says what is wrong with the input; the sentences are this package's or the system's."""
+    if os.environ.get("MINDFORMERS_IXC_TRACEBACK"):
+        raise error
+    return _say_error(ending.sentence_of(error))
+
+
+def _say_error(sentence: str) -> int:
+    terminal.current.say(f"{terminal.current.paint('error:', 'red', 'bold')} {sentence}")
+    return 1
 
 
 def _prepare(arguments: argparse.Namespace, whole: contextlib.ExitStack) -> Any:

@@ -11,6 +11,7 @@ the launcher copies to its own terminal (`SHOWN`).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import logging
 import os
@@ -61,6 +62,7 @@ class Terminal:
         quiet: show sentences only, neither what goes on nor how far it is.
         verbose: let the libraries write to the terminal too.
         log_path: where the libraries write to instead, if they do.
+        last_log: the file that has the traceback of the last exception, if one has.
     """
 
     def __init__(self, stream: TextIO | None = None, log: TextIO | None = None, interactive: bool | None = None,
@@ -68,6 +70,7 @@ class Terminal:
         self._stream, self._log, self._interactive, self._columns = stream, log, interactive, columns
         self.quiet = self.verbose = False
         self.log_path: Path | None = None
+        self.last_log: Path | None = None
         self._lock = threading.RLock()
         self._live = ""                      # what stands in the live line
         self._drawn_at = -LIVE_IN_FILE_EVERY_S
@@ -235,11 +238,13 @@ class Terminal:
                 yield
             except BaseException:
                 traceback.print_exc(file=log)
+                self.last_log = path
                 raise
             finally:
                 for stream in (sys.stdout, sys.stderr):
                     with contextlib.suppress(OSError, ValueError):
                         stream.flush()
+                ctypes.CDLL(None).fflush(None)        # what C++ has printed and not written yet belongs there too
                 for number, kept in zip((1, 2), before):
                     os.dup2(kept, number)
                 with self._lock:
@@ -347,6 +352,10 @@ class Answers:
     def flush(self) -> None:
         """Hands over what was written."""
         self._stream.flush()
+
+    def fileno(self) -> int:
+        """The stream's descriptor."""
+        return self._stream.fileno()
 
 
 def width_of(text: str) -> int:

@@ -37,6 +37,8 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
         OSError: for a file to be written that cannot be.
     """
     run = arguments.run if arguments.command == "launch" else arguments
+    if run is not arguments and arguments.devices < 1:
+        raise ConfigError(f"-n is {arguments.devices}; it must be at least 1, one process a device.")
     if getattr(run, "register_path", None) and not Path(run.register_path).is_dir():
         raise NotADirectoryError(f"--register_path {run.register_path} is not a folder.")
     if run.command in ("run", "plan") or (run.command == "data" and run.config):
@@ -54,12 +56,17 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
     for name in ("image", "data", "pairs") if arguments.command != "init" else ():     # which takes folders, and asks
         given = getattr(arguments, name, None) or []
         for path in [given] if isinstance(given, str) else given:
-            if not resolve_path(path).exists():
-                raise FileNotFoundError(f"{path} does not exist; give the path of a file.")
+            if not resolve_path(path).is_file():
+                what = "is a folder" if resolve_path(path).is_dir() else "does not exist"
+                raise FileNotFoundError(f"{path} {what}; give the path of a file.")
     for name, target in _targets(arguments).items():
         check_target(target, name)
     if getattr(arguments, "model", None):
         read_fields(arguments.model)
+    if arguments.command in ("chat", "eval", "reference"):
+        importlib.import_module("mindformers_ixc.cli.early_device").check_device(
+            arguments.device_target, "--device_target")
+        importlib.import_module("mindformers_ixc.cli.early_questions").check_question(arguments)
 
 
 def _check_start(run: argparse.Namespace, fields: dict) -> None:

@@ -27,7 +27,7 @@ def show_recipes(arguments: argparse.Namespace) -> int:
     """Lists the recipes, or copies one.
 
     Args:
-        arguments: `action` (`None` or `copy`), `name`, `target`; `answers`, where the list goes.
+        arguments: `action` (`None`, `list` or `copy`), `name`, `target`; `answers`, where the list goes.
 
     Returns:
         Exit code 0.
@@ -36,7 +36,7 @@ def show_recipes(arguments: argparse.Namespace) -> int:
         ConfigError: for a name that no recipe has, or a file that is there.
         OSError: when the file cannot be written.
     """
-    if arguments.action is None:
+    if arguments.action in (None, "list"):
         print(listing(shutil.get_terminal_size().columns if arguments.answers.isatty() else None),
               file=arguments.answers)
         print(f"\n{HINT}", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from mindformers_ixc.config import FIELDS, default_max_images
 from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.data.packer import Budget
-from mindformers_ixc.errors import DataError
+from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.processing.pictures import EXIF, TRANSPARENCY
 from mindformers_ixc.sections import Rule, check_section, of_type, one_of, whole
 
@@ -76,3 +76,26 @@ def check_dataset_section(section: Any, preferences: bool = False) -> None:
             raise DataError("train_dataset.packing is True, but preference pairs are not packed: the two answers of a "
                             "pair are a row each; take packing out, here and in model.model_config.")
         row_budget(section).check()
+
+
+def check_shapes(model: Any, data: Any) -> None:
+    """Refuses rows of other shapes than the model's graph takes.
+
+    Args:
+        model: the YAML's `model.model_config`, as a mapping.
+        data: its `train_dataset`, checked.
+
+    Raises:
+        ConfigError: naming both keys and both values.
+    """
+    budget, vision = row_budget(data), model.get("vision_config") or {}
+    images = model.get("max_images") or default_max_images(model.get("max_tiles") or budget.max_tiles)
+    pairs = [*((key, model.get(key), data.get(key)) for key in ("seq_length", "max_tiles")),
+             ("packing", bool(model.get("packing")), bool(data.get("packing"))),
+             ("max_images", images, budget.max_images),
+             ("max_segments", model.get("max_segments") or FIELDS["max_segments"].default, budget.max_segments),
+             *((key, vision.get(key), data.get(key)) for key in ("image_size", "patch_size"))]
+    for key, ours, theirs in pairs:
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ConfigError(f"model.model_config has {key} {ours} but train_dataset has {key} {theirs}; the graph "
+                              "has one static shape, so give both the same value (a YAML anchor does it).")

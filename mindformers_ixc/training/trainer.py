@@ -20,9 +20,8 @@ from mindformers_ixc import interruption, terminal
 from mindformers_ixc.checkpoint.model_directory import weights_of, write_model_directory
 from mindformers_ixc.checkpoint.start import OVERRIDE
 from mindformers_ixc.checkpoint.tensors import LazyTensor
-from mindformers_ixc.config import FIELDS, default_max_images
 from mindformers_ixc.data.rows import ConversationTable
-from mindformers_ixc.data.sections import row_budget
+from mindformers_ixc.data.sections import check_shapes
 from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
 from mindformers_ixc.errors import ConfigError, DataError, TrainingError
 from mindformers_ixc.generation.assistant import Assistant
@@ -65,19 +64,7 @@ def check_sections_agree(config: MindFormerConfig) -> None:
         ConfigError: naming both keys and both values.
     """
     model, data = config.model.model_config, config.train_dataset
-    budget = row_budget(data)
-    vision = model.vision_config or {}
-    pairs = [("seq_length", model.seq_length, data.seq_length), ("max_tiles", model.max_tiles, data.max_tiles),
-             ("packing", bool(model.packing), bool(data.packing)),
-             ("max_images", model.max_images or default_max_images(model.max_tiles or budget.max_tiles),
-              budget.max_images),
-             ("max_segments", model.max_segments or FIELDS["max_segments"].default, budget.max_segments),
-             ("image_size", vision.get("image_size"), data.image_size),
-             ("patch_size", vision.get("patch_size"), data.patch_size)]
-    for key, ours, theirs in pairs:
-        if ours is not None and theirs is not None and ours != theirs:
-            raise ConfigError(f"model.model_config has {key} {ours} but train_dataset has {key} {theirs}; the graph "
-                              "has one static shape, so give both the same value (a YAML anchor does it).")
+    check_shapes(model, data)
     pieces = len(build_tokenizer(dict(data.tokenizer)))
     if model.vocab_size is not None and pieces > model.vocab_size:
         raise ConfigError(f"The tokenizer {data.tokenizer.vocab_file} has {pieces} pieces, more than "
