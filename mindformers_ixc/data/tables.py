@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Iterator
 
 from mindformers_ixc.data.paths import cut
@@ -21,6 +22,8 @@ COLUMNS = ("image", "question", "answer")
 TABLE_ENDINGS, SPREADSHEET_ENDINGS = (".csv", ".tsv"), (".xlsx", ".xls", ".ods", ".numbers")
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
+
+_PREAMBLE = re.compile(r'"?sep=[,;\t]?"?', re.IGNORECASE)
 
 # Lines with errors that a message lists; the rest are counted.
 LISTED_LINES = 10
@@ -51,9 +54,9 @@ def read_table(path: str | os.PathLike) -> list[dict]:
     """
     if not resolve_path(path).is_file():
         raise FileNotFoundError(f"The data file {path} does not exist.")
-    text = read_text(path)
+    text, skipped = _without_preamble(read_text(path))
     separator = _separator(text.partition("\n")[0], path)
-    lines = _lines(text, separator, path)
+    lines = ((number + skipped, cells) for number, cells in _lines(text, separator, path))
     first = next(lines, None)
     if first is None:
         raise DataError(f"{path} is empty; its first line must name the columns {', '.join(COLUMNS)}.")
@@ -73,6 +76,12 @@ def read_table(path: str | os.PathLike) -> list[dict]:
     if not samples:
         raise DataError(f"{path} has no line below its first; write one for each question.")
     return samples
+
+
+def _without_preamble(text: str) -> tuple[str, int]:
+    """A table without the line `sep=;` by which spreadsheets tell each other the separator; how many lines that was."""
+    first, _, rest = text.partition("\n")
+    return (rest, 1) if _PREAMBLE.fullmatch(first.strip()) else (text, 0)
 
 
 def _separator(first: str, path: object) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mindformers_ixc import interruption, terminal
 from mindformers_ixc.checkpoint.model_directory import weights_of, write_model_directory
 from mindformers_ixc.checkpoint.start import OVERRIDE
 from mindformers_ixc.checkpoint.tensors import LazyTensor
+from mindformers_ixc.data.questions import as_typed
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.data.sections import check_shapes
 from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
@@ -74,7 +76,8 @@ def check_sections_agree(config: MindFormerConfig) -> None:
 
 def how_to_join(folder: str | os.PathLike) -> str:
     """The command that joins what the ranks of a run have saved."""
-    return f"Join the parts with\n    mindformers convert {folder} {os.path.join(folder, 'model')} --to hf"
+    source, target = shlex.quote(os.fspath(folder)), shlex.quote(os.path.join(folder, "model"))
+    return f"Join the parts with\n    mindformers convert {source} {target} --to hf"
 
 
 def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: ConversationTable | None) -> str:
@@ -90,14 +93,10 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
     if "trained_parts" in written:
         parts = sorted({str(part_of(parameter.name)) for parameter in model.trainable_params()})
         lines += [f"Of it, {', '.join(parts)} alone are in {folder}/trained_parts; put them on any checkpoint with",
-                  f"    mindformers merge BASE TARGET --attach {folder}/trained_parts"]
-    image, question = "PICTURE", "QUESTION"
-    sample = next((s for s in (table.samples if table else []) if len(s.images) == 1), None)
-    if sample is not None:
-        image = str(sample.images[0])
-        question = next(text for role, text in sample.turns if role == "user")
+                  f"    mindformers merge BASE TARGET --attach {shlex.quote(str(folder / 'trained_parts'))}"]
+    image, question = as_typed(table.samples if table else [])
     lines += [f"The trained model is in {folder / 'model'}. Ask it about a picture:",
-              f'    mindformers chat --model {folder / "model"} --image {image} "{question}"']
+              f"    mindformers chat --model {shlex.quote(str(folder / 'model'))} --image {image} {question}"]
     return "\n".join(lines)
 
 
