@@ -4,6 +4,8 @@ from __future__ import annotations
 import argparse
 
 from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.cli.early import SMALL
+from mindformers_ixc.data.preferences import load_preferences
 from mindformers_ixc.decoding_options import RULES
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.processing.pictures import image_size
@@ -27,6 +29,7 @@ def check_question(arguments: argparse.Namespace) -> None:
         ConfigError: for an option's value.
         ImageError: for a picture that cannot be read.
         PromptError: for an empty question without a picture.
+        DataError: for preference pairs that are none, where reading them takes no time.
         CheckpointError: for a model directory without weights, or with damaged ones.
         FileNotFoundError: for one without a tokenizer, or a device that is not there.
     """
@@ -43,6 +46,8 @@ def check_question(arguments: argparse.Namespace) -> None:
     for picture in pictures:
         if not is_video(picture):
             image_size(resolve_path(picture))
+    if getattr(arguments, "pairs", None) and resolve_path(arguments.pairs).stat().st_size <= SMALL:
+        load_preferences(arguments.pairs, arguments.image_folder, arguments.image_root, arguments.ignore_keys)
     folder = resolve_model(arguments.model)
     check_directory(folder)
     open_source(folder, verify=False)

@@ -125,6 +125,11 @@ def test_a_launch_of_no_device():
     assert "-n is 0; it must be at least 1" in refusal("launch", "-n", "0", "--config", "ixc25_sft_tiny")
 
 
+def test_preference_pairs_that_are_none():
+    said = refusal("reference", "none.json", "target.json", "--model", "starter")
+    assert said.startswith("none.json must hold a JSON list with at least one pair")
+
+
 def test_data_plan_names_its_data_first():
     from mindformers_ixc.cli.data_plan import data_plan
 
