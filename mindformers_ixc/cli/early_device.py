@@ -9,8 +9,8 @@ from mindformers_ixc.errors import ConfigError
 # What MindFormers computes on where a YAML does not say it.
 USUAL = "Ascend"
 
-# The files by which a driver shows a device, in /dev.
-FILES = {"CPU": None, "GPU": "nvidia[0-9]*", "Ascend": "davinci[0-9]*"}
+# The files by which a driver shows a device, in /dev; a virtual NPU's is called vdavinci100, say.
+FILES = {"CPU": None, "GPU": "nvidia[0-9]*", "Ascend": "*davinci[0-9]*"}
 
 # With it MindSpore compiles for a device that need not be there.
 SIMULATED = "MS_SIMULATION_LEVEL"
