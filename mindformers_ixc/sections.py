@@ -50,6 +50,11 @@ def whole(least: int, note: str = "", required: bool = False) -> Rule:
     return Rule(lambda value: is_whole(value, least), f"a whole number of at least {least}{note}", required)
 
 
+def share() -> Rule:
+    """A number from 0 to 1."""
+    return Rule(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
+
+
 def above_0(note: str = "") -> Rule:
     """A number above 0; `note` is put behind the words."""
     return Rule(lambda value: is_number(value) and value > 0, f"a number above 0{note}")

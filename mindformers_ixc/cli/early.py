@@ -11,6 +11,7 @@ from pathlib import Path
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.checkpoint.start import OVERRIDE, begin
 from mindformers_ixc.cli.early_device import check_device
+from mindformers_ixc.cli.inputs import read_memory
 from mindformers_ixc.cli.run_config import check_fields, top_keys
 from mindformers_ixc.cli.yaml_file import SHORT_FORMS, merged_fields
 from mindformers_ixc.config import ModelConfig
@@ -50,7 +51,10 @@ def check_early(arguments: argparse.Namespace, devices: int | None = None, serve
     check_fields(fields, arguments.config)
     alone = JOB not in os.environ and "MS_ROLE" not in os.environ      # of a launch's ranks the launcher has looked
     if alone:
-        check_device((fields.get("context") or {}).get("device_target"), "context.device_target")
+        context = fields.get("context") or {}
+        check_device(context.get("device_target"), "context.device_target")
+        if context.get("max_device_memory") is not None:
+            read_memory(context["max_device_memory"], "context.max_device_memory")
     if fields["run_mode"] == "predict":
         if not fields.get("input_data"):
             raise ConfigError("run_mode is predict, and nothing says what is asked; give the file of requests as "

@@ -16,6 +16,7 @@ from mindformers_ixc.preference_options import needs_reference, preference_optio
 from mindformers_ixc.sections import (
     ANYTHING,
     Rule,
+    above_0,
     check_keys,
     check_section,
     check_value,
@@ -25,6 +26,7 @@ from mindformers_ixc.sections import (
     like,
     of_type,
     one_of,
+    share,
     whole,
 )
 from mindformers_ixc.trackers import CALLBACK, check_tracker
@@ -51,14 +53,14 @@ _TENSORBOARD = {"tensorboard_dir": of_type(str, required=True), "tensorboard_que
                 "log_expert_load_to_tensorboard": of_type(bool)}
 
 _FROM_0 = Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
-_SHARE = Rule(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
 
 # Numbers of other sections, by section.
 NUMBERS = {
     "runner_config": {"epochs": whole(1), "batch_size": whole(1), "gradient_accumulation_steps": whole(1)},
     "optimizer": {"learning_rate": _FROM_0, "weight_decay": _FROM_0, "eps": _FROM_0},
-    "lr_schedule": {"learning_rate": _FROM_0, "lr_end": _FROM_0, "warmup_lr_init": _FROM_0, "warmup_ratio": _SHARE,
+    "lr_schedule": {"learning_rate": _FROM_0, "lr_end": _FROM_0, "warmup_lr_init": _FROM_0, "warmup_ratio": share(),
                     "warmup_steps": whole(0)},
+    "runner_wrapper": {"max_grad_norm": above_0()},
     "train_dataset": {"batch_size": whole(1), "num_parallel_workers": whole(1)},
 }
 

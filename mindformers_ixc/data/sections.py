@@ -9,7 +9,8 @@ from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.data.packer import Budget
 from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.processing.pictures import EXIF, TRANSPARENCY
-from mindformers_ixc.sections import Rule, check_section, of_type, one_of, whole
+from mindformers_ixc.processing.processor import TRANSFORMS
+from mindformers_ixc.sections import Rule, check_section, of_type, one_of, share, whole
 
 
 def is_list_of_texts(value: object) -> bool:
@@ -20,12 +21,11 @@ def is_list_of_texts(value: object) -> bool:
 # Keys of the `train_dataset` section; MindFormers' own ones come last.
 DATASET_RULES = {
     "data_loader": of_type(dict, required=True), "tokenizer": of_type(dict, required=True),
-    "seq_length": of_type(int, required=True), "max_tiles": of_type(int, required=True),
-    "hd_num": of_type(int),
-    "image_transform": of_type(str), "transparency": one_of(TRANSPARENCY), "exif": one_of(EXIF),
+    "seq_length": whole(1, required=True), "max_tiles": whole(1, required=True), "hd_num": whole(1),
+    "image_transform": one_of(TRANSFORMS), "transparency": one_of(TRANSPARENCY), "exif": one_of(EXIF),
     "image_size": of_type(int), "patch_size": of_type(int),
     "max_images": whole(1), "max_segments": whole(2),
-    "max_bad_share": of_type(float), "packing": of_type(bool), "seed": of_type(int),
+    "max_bad_share": share(), "packing": of_type(bool), "seed": of_type(int),
     "control_tokens": of_type(bool), "input_columns": of_type(list),
     "batch_size": of_type(int, required=True), "drop_remainder": of_type(bool), "num_parallel_workers": of_type(int),
     "python_multiprocessing": of_type(bool), "repeat": of_type(int), "prefetch_size": of_type(int),
