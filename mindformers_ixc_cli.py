@@ -7,13 +7,18 @@ libraries print meanwhile goes to a file of that folder; what `run` makes them p
 """
 from __future__ import annotations
 
+import signal
+import sys
+from os.path import basename
+
+if basename(sys.argv[0]) in ("mindformers", "ixc25") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)      # Ctrl-C ends the process without a traceback, until `main` begins
+
 import argparse
 import contextlib
 import importlib
 import logging
 import os
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +113,20 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; by default the process's.
 
     Returns:
-        Exit code: 0, or 1 after an error in the input, whose sentence is the last line on standard error.
+        Exit code: 0, or 1 after an error in the input, whose sentence is the last line on standard error; 130 after
+        Ctrl-C.
     """
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:     # as it was while this file was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return _begin(argv)
+    except KeyboardInterrupt:
+        terminal.current.leave_line()
+        return 130
+
+
+def _begin(argv: list[str] | None) -> int:
+    """Reads the words and runs the command; arguments and value as of `main`."""
     odd = next((word for word in (sys.argv[1:] if argv is None else argv) if not word.isprintable()
                 and any("\ud800" <= letter <= "\udfff" for letter in word)), None)
     if odd is not None:
@@ -145,6 +162,7 @@ def _execute(arguments: argparse.Namespace) -> int:
                 arguments.answers = terminal.Answers(arguments.answers, working.close)
             return function(arguments) or 0
     except KeyboardInterrupt:
+        terminal.current.leave_line()
         if arguments.own_process and "mindspore" in sys.modules:
             os._exit(130)       # its threads crash an interpreter that ends before they have begun
         return 130

@@ -155,6 +155,13 @@ class Terminal:
         with self._lock:
             self._erase()
 
+    def leave_line(self) -> None:
+        """Takes the live line away and, on a terminal, goes to the next line: Ctrl-C has put its sign there."""
+        with self._lock:
+            self._erase()
+            if self.interactive:
+                self._write(self.stream, "\n")
+
     @contextlib.contextmanager
     def doing(self, what: str, at_once: bool = False) -> Iterator[None]:
         """Says what goes on while the block runs, if it takes its time: a spinner, or a line.

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -190,3 +191,22 @@ def test_what_c_code_has_not_written_yet_goes_to_the_log(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
     assert done.stdout == "" and (tmp_path / "c.log").read_text() == "late words"
+
+
+@pytest.mark.parametrize("module", ["numpy", "mindformers_ixc.terminal"])
+def test_ctrl_c_while_the_command_itself_is_imported_shows_no_traceback(tmp_path, module):
+    program = tmp_path / "mindformers"
+    # the signal comes where a finder is asked for a module
+    program.write_text(f"""import signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from mindformers_ixc_cli import main
+sys.exit(main())
+""")
+    done = subprocess.run([sys.executable, program, "inspect", "starter"], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, check=False)
+    assert done.returncode in (130, -signal.SIGINT)
+    assert (done.stdout, done.stderr) == ("", "")
