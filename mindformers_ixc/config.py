@@ -630,8 +630,10 @@ def _no_model(path: str | os.PathLike, file: Path) -> str:
         return f"{path} is a file; {wanted}."
     if not file.parent.exists():
         return f"{path} does not exist; {wanted}. `{STARTER}` is the small model that ships with this package."
-    inner = file.parent / "model"
-    meant = f" {inner} has one: is that meant?" if (inner / CONFIG_FILE).is_file() else ""
+    # the model in a run's folder, and the files in a hub tool's cache
+    inner = next((found.parent for pattern in ("model", "snapshots/*")
+                  for found in sorted(file.parent.glob(f"{pattern}/{CONFIG_FILE}"))), None)
+    meant = f" {inner} has one: is that meant?" if inner else ""
     return f"{file} does not exist; {wanted}.{meant}"
 
 

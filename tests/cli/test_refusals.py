@@ -37,6 +37,7 @@ def folder(tmp_path, monkeypatch):
     Path("text.yaml").write_text("base_config: ixc25_sft_tiny\nlr_schedule:\n  learning_rate: 1e-4\n")
     shutil.copytree(resolve_model("starter"), "half", ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copytree("half", "run/model")
+    shutil.copytree("half", "cached/snapshots/0a1b")
     shutil.copytree(resolve_model("starter"), "mute", ignore=shutil.ignore_patterns("tokenizer.model"))
     return tmp_path
 
@@ -52,6 +53,7 @@ def refusal(*words: str) -> str:
     (("--model", "gone", "hello"), "gone does not exist; a model directory holds config.json"),
     (("--model", "words.txt", "hello"), "words.txt is a file; a model directory"),
     (("--model", "run", "hello"), "run/model has one: is that meant?"),
+    (("--model", "cached", "hello"), "cached/snapshots/0a1b has one: is that meant?"),
     (("--model", "half", "hello"), "which are not in half; copy them too"),
     (("--model", "mute", "hello"), "mute/tokenizer.model does not exist"),
     ((*CHAT[1:], "--image", "folder", "hello"), "folder is a folder; give the path of a file"),
