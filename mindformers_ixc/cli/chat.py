@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from mindformers_ixc import terminal
 from mindformers_ixc.cli.chat_input import Failed, Interrupts, line_history, read_message
 from mindformers_ixc.cli.chat_session import Measured, Reply, Session
 from mindformers_ixc.cli.hints import empty_hint, picture_hint
@@ -29,10 +30,12 @@ def chat(arguments: argparse.Namespace) -> int:
     """
     if arguments.question is None:
         return talk(arguments)
-    assistant = load(arguments)
+    with terminal.current.doing("Loading the model"):
+        assistant = load(arguments)
     query = {"query": arguments.question, "images": arguments.image, "hd_num": arguments.hd_num,
              "meta_instruction": arguments.meta_instruction}
-    answer = assistant.answer([query], arguments.mode, **generation_options(arguments))[0]
+    with terminal.current.doing("Compiling, and answering"):
+        answer = assistant.answer([query], arguments.mode, **generation_options(arguments))[0]
     print(answer, file=arguments.answers)
     advice = picture_hint(arguments.question, bool(arguments.image), "--image FILE gives one")
     for line in advice if answer else [*advice, empty_hint(parameters(assistant))]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from mindformers_ixc import terminal
 from mindformers_ixc.cli.answer_file import AnswerFile, run_of
 from mindformers_ixc.cli.heavy import importing
 from mindformers_ixc.cli.settings import generation_options
@@ -56,7 +57,8 @@ def _answer_rest(file: AnswerFile, arguments: argparse.Namespace) -> None:
     with importing(arguments):
         inference = importlib.import_module("mindformers_ixc.cli.inference")
         answer_questions = importlib.import_module("mindformers_ixc.generation.predict").answer_questions
-    assistant = inference.load_assistant(arguments)
+    with terminal.current.doing("Loading the model"):
+        assistant = inference.load_assistant(arguments)
     questions, size, options = file.questions, arguments.batch_size, generation_options(arguments)
     with tqdm(total=len(questions), initial=len(file.done), desc="answering", unit="question", disable=None) as bar:
         while len(file.done) < len(questions):
