@@ -59,7 +59,7 @@ def check_early(arguments: argparse.Namespace, devices: int | None = None, serve
         if not fields.get("input_data"):
             raise ConfigError("run_mode is predict, and nothing says what is asked; give the file of requests as "
                               "--predict_data FILE.")
-        _check_file(fields["input_data"], "The request file")
+        _check_file(fields["input_data"], "The request file", arguments.config)
         return
     folder = Path(fields.get("output_dir") or "output").resolve()
     if alone and not server:
@@ -73,7 +73,7 @@ def check_early(arguments: argparse.Namespace, devices: int | None = None, serve
     if not start and not fields.get("resume_training") and (devices is None or devices > 0):
         check_run(fields, devices)       # of a run that starts with weights the sizes are those of the weights
     if (fields.get("train_dataset_task") or {}).get("type") in OWN_TASKS:
-        _check_data(fields, alone)
+        _check_data(fields, alone, arguments.config)
     fresh = alone and not server and not arguments.overwrite and not fields.get("resume_training")
     if fresh and not _in_use(folder):      # whose that is, is said when the folder is to be held
         refuse_used(folder)
@@ -127,7 +127,7 @@ def check_words(words: list[str], options: list[str]) -> None:
             raise ConfigError(f"--{name} is neither an option nor a key of the YAML; did you mean {close[0]}?")
 
 
-def _check_data(fields: dict, reads: bool) -> None:
+def _check_data(fields: dict, reads: bool, config: str) -> None:
     """Refuses data files that are not there and, where it takes no time, what is wrong inside."""
     section = fields["train_dataset"]
     find_vocab_file(section["tokenizer"].get("vocab_file"))
@@ -135,7 +135,7 @@ def _check_data(fields: dict, reads: bool) -> None:
     places = [loader.get("dataset_dir"), (fields.get("evaluation") or {}).get("dataset_dir")]
     paths = [path for place in places for path in (place if isinstance(place, list) else [place])]
     for path in paths:
-        _check_file(path, "The list file" if str(path).endswith(".txt") else "The data file")
+        _check_file(path, "The list file" if str(path).endswith(".txt") else "The data file", config)
     if not reads:
         return
     options: dict = {name: loader[name] for name in ("image_folder", "image_root") if loader.get(name)}
@@ -149,10 +149,13 @@ def _check_data(fields: dict, reads: bool) -> None:
             load_conversations(path, **options)
 
 
-def _check_file(path: object, what: str) -> None:
+def _check_file(path: object, what: str, config: str) -> None:
     if not isinstance(path, str) or not path or resolve_path(path).is_file():
         return
     if resolve_path(path).is_dir():
         raise FileNotFoundError(f"{what} {path} is a folder; name a file in it. `mindformers init --data {path}` finds "
                                 "its table or writes how to make one.")
-    raise FileNotFoundError(f"{what} {path} does not exist.")
+    beside = Path(config).parent.resolve()
+    meant = f" It is in {beside}, beside the YAML: paths start where the command is typed, so type it there." \
+        if (beside / path).is_file() else ""
+    raise FileNotFoundError(f"{what} {path} does not exist.{meant}")

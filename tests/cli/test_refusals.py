@@ -113,6 +113,17 @@ def test_run(words, said):
     assert not Path("out").exists()
 
 
+def test_data_beside_the_yaml_but_not_where_the_command_is_typed(folder, monkeypatch):
+    (folder / "run" / "own.yaml").write_text(
+        "base_config: ixc25_sft_tiny\ntrain_dataset:\n  data_loader:\n    dataset_dir: own.json\n")
+    (folder / "run" / "own.json").write_text("[]")
+    assert refusal("run", "--config", "run/own.yaml", "--output_dir", "out").endswith(
+        f"The data file own.json does not exist. It is in {folder / 'run'}, beside the YAML: paths start where the "
+        "command is typed, so type it there.")
+    monkeypatch.chdir(folder / "run")
+    assert "own.json must hold a JSON list" in refusal("run", "--config", "own.yaml", "--output_dir", "out")
+
+
 def test_a_number_that_yaml_takes_for_text_is_said_to_be_one():
     assert refusal("run", "--config", "text.yaml", "--output_dir", "out").endswith(
         "lr_schedule.learning_rate is '1e-4'; it must be a number of at least 0. YAML reads a number as text that is "
