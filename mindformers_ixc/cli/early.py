@@ -6,6 +6,7 @@ import copy
 import difflib
 import fcntl
 import os
+import shlex
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.sources import open_source
@@ -153,8 +154,8 @@ def _check_file(path: object, what: str, config: str) -> None:
     if not isinstance(path, str) or not path or resolve_path(path).is_file():
         return
     if resolve_path(path).is_dir():
-        raise FileNotFoundError(f"{what} {path} is a folder; name a file in it. `mindformers init --data {path}` finds "
-                                "its table or writes how to make one.")
+        raise FileNotFoundError(f"{what} {path} is a folder; name a file in it. `mindformers init --data "
+                                f"{shlex.quote(path)}` finds its table or says how to make one.")
     beside = Path(config).parent.resolve()
     meant = f" It is in {beside}, beside the YAML: paths start where the command is typed, so type it there." \
         if (beside / path).is_file() else ""

@@ -113,7 +113,7 @@ def _small(choices: Choices, target: str, measured: Measured) -> str:
         f"# Written by `mindformers init` for {choices.data}: {samples} samples.",
         "# Any key of a recipe can be changed here, or on the command line: --runner_config.epochs 20.",
         "#",
-        f"#   mindformers run --config {target}",
+        f"#   mindformers run --config {shlex.quote(target)}",
         "",
         _noted("base_config: ixc25_own_tiny.yaml", "the shipped recipe that this file changes"),
         "",
@@ -147,10 +147,11 @@ def _large(choices: Choices, target: str) -> str:
         f"# Written by `mindformers init` for {choices.data}: fine-tuning of {choices.model} on {choices.devices} "
         "devices.",
         "# Any key of the recipe can be changed here, or on the command line: --runner_config.epochs 2.",
-        f"# Which seq_length and max_tiles suit the data: mindformers data plan {choices.data} --config {target}",
+        f"# Which seq_length and max_tiles suit the data: mindformers data plan {shlex.quote(choices.data)} --config "
+        f"{shlex.quote(target)}",
         "#",
-        f"#   mindformers plan --config {target} --devices {choices.devices}",
-        f"#   mindformers launch -n {choices.devices} --config {target}",
+        f"#   mindformers plan --config {shlex.quote(target)} --devices {choices.devices}",
+        f"#   mindformers launch -n {choices.devices} --config {shlex.quote(target)}",
         "",
         _noted(f"base_config: {recipe}", "the shipped recipe that this file changes"),
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -44,7 +45,8 @@ def show_recipes(arguments: argparse.Namespace) -> int:
     if arguments.name is None:
         raise ConfigError("mindformers recipes copy needs the name of a recipe; `mindformers recipes` lists them.")
     written = copy(arguments.name, arguments.target)
-    print(f"{written} is written. Change it, then take it with --config {written}.", file=sys.stderr, flush=True)
+    print(f"{written} is written. Change it, then take it with --config {shlex.quote(str(written))}.", file=sys.stderr,
+          flush=True)
     return 0
 
 
