@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     if argv is None and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:     # as it was while this file was imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    ending.open_streams()
     try:
         return _begin(argv)
     except KeyboardInterrupt:

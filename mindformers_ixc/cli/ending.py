@@ -17,6 +17,13 @@ NOBODY_READS = 128 + signal.SIGPIPE
 _RULE = "-" * 20
 
 
+def open_streams() -> None:
+    """Gives the process the streams that it was started without (`>&-`), going nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:       # the lowest free descriptor is taken, which is the stream's
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - stays
+
+
 def is_unread(*streams: Any) -> bool:
     """Whether one of some streams is a pipe whose other end is closed, as of `| head -1` once it has its line."""
     for stream in streams:
@@ -54,6 +61,8 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         # the system's own errors name a file and a reason
         return f"{error.filename} cannot be used: {error.strerror}."
+    if isinstance(error, OSError) and error.strerror:
+        return f"Something cannot be read or written: {error.strerror}."
     return str(error)
 
 

@@ -180,6 +180,23 @@ def test_a_command_whose_output_nobody_reads_ends_quietly(words):
     assert "error" not in command.stderr.lower() and "broken" not in command.stderr.lower()
 
 
+@pytest.mark.parametrize("words", ["recipes", "--help", "inspect starter", "inspect gone"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_command_without_streams_does_what_it_does_with_them(words, closed):
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m mindformers_ixc {words} {closed}"], capture_output=True,
+                          text=True, timeout=60, check=False)
+    assert done.returncode == (1 if "gone" in words else 0)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_behind_standard_output_is_a_sentence():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "mindformers_ixc", "recipes"], stdout=full, text=True,
+                              stderr=subprocess.PIPE, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: Something cannot be read or written: No space left on device.\n"
+
+
 def test_the_closed_end_of_a_pipe_is_seen():
     reading, writing = os.pipe()
     with os.fdopen(writing, "w") as stream:
