@@ -12,7 +12,7 @@ from pathlib import Path
 from mindformers_ixc.cli.older_files import check_version
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml
 from mindformers_ixc.config import read_fields
-from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.files import check_target
 from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.resources import resolve_path
@@ -57,8 +57,7 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
         given = getattr(arguments, name, None) or []
         for path in [given] if isinstance(given, str) else given:
             if not resolve_path(path).is_file():
-                what = "is a folder" if resolve_path(path).is_dir() else "does not exist"
-                raise FileNotFoundError(f"{path} {what}; give the path of a file.")
+                raise FileNotFoundError(_no_file(path))
     for name, target in _targets(arguments).items():
         check_target(target, name)
     if getattr(arguments, "model", None):
@@ -67,6 +66,17 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
         importlib.import_module("mindformers_ixc.cli.early_device").check_device(
             arguments.device_target, "--device_target")
         importlib.import_module("mindformers_ixc.cli.early_questions").check_question(arguments)
+
+
+def _no_file(path: str) -> str:
+    """The sentence for a path that is no file; of a folder with one table or conversation file, that one is named."""
+    if not resolve_path(path).is_dir():
+        return f"{path} does not exist; give the path of a file."
+    try:
+        meant = importlib.import_module("mindformers_ixc.cli.init_data").find_data(path)
+    except (DataError, OSError):
+        return f"{path} is a folder; give the path of a file."
+    return f"{path} is a folder; give the path of a file: is {meant} meant?"
 
 
 def _check_start(run: argparse.Namespace, fields: dict) -> None:

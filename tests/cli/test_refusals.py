@@ -29,6 +29,8 @@ def folder(tmp_path, monkeypatch):
     """A working folder with what is given in place of the right thing."""
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
+    Path("cards").mkdir()
+    Path("cards/questions.csv").touch()
     Path("words.txt").write_text("words")
     Path("noise.png").write_bytes(bytes(range(256)))
     Path("none.json").write_text("[]")
@@ -74,7 +76,8 @@ def test_chat(words, said, monkeypatch):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (("--data", "folder"), "folder is a folder; give the path of a file"),
+    (("--data", "folder"), "folder is a folder; give the path of a file."),
+    (("--data", "cards"), "cards is a folder; give the path of a file: is cards/questions.csv meant?"),
     (("--data", "none.json", "--batch_size", "0"), "--batch_size is 0"),
     (("--data", "none.json", "--max_new_tokens", "-1"), "--max_new_tokens is -1"),
 ])
