@@ -459,3 +459,15 @@ def show_warnings(checkpoints: int) -> None:
     if not any(isinstance(handler, Sentences) for handler in own.handlers):
         own.addHandler(Sentences())
     logging.getLogger("mindformers_ixc.checkpoint").setLevel(checkpoints)
+
+
+@contextlib.contextmanager
+def to_be_said_later() -> Iterator[None]:
+    """Shows no warning about a checkpoint in the block: it is read again, and then it is time."""
+    logger = logging.getLogger("mindformers_ixc.checkpoint")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -9,6 +9,7 @@ import os
 import shlex
 from pathlib import Path
 
+from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.checkpoint.start import OVERRIDE, begin
 from mindformers_ixc.cli.early_device import check_device
@@ -88,7 +89,8 @@ def _check_start(fields: dict, start: str | None) -> None:
     if start and not resolve_model(start).exists():
         raise FileNotFoundError(f"load_checkpoint: {start} does not exist.")
     if start:
-        begin(section, open_source(start, verify=False), fields.get(OVERRIDE) or ())
+        with terminal.to_be_said_later():
+            begin(section, open_source(start, verify=False), fields.get(OVERRIDE) or ())
     try:
         ModelConfig(**{key: value for key, value in section.items() if key not in ("type", "parallel_config")})
     except ConfigError as error:
@@ -132,22 +134,17 @@ def _check_data(fields: dict, reads: bool, config: str) -> None:
     """Refuses data files that are not there and, where it takes no time, what is wrong inside."""
     section = fields["train_dataset"]
     find_vocab_file(section["tokenizer"].get("vocab_file"))
-    loader = section["data_loader"]
-    places = [loader.get("dataset_dir"), (fields.get("evaluation") or {}).get("dataset_dir")]
-    paths = [path for place in places for path in (place if isinstance(place, list) else [place])]
-    for path in paths:
-        _check_file(path, "The list file" if str(path).endswith(".txt") else "The data file", config)
-    if not reads:
-        return
-    options: dict = {name: loader[name] for name in ("image_folder", "image_root") if loader.get(name)}
-    options["ignore_keys"] = loader.get("ignore_keys") or ()
+    loader, held_out = section["data_loader"], fields.get("evaluation") or {}
     pairs = fields["train_dataset_task"]["type"] == "IXC25PreferenceDataset"
-    for path in paths:
-        small = isinstance(path, str) and path and resolve_path(path).stat().st_size <= SMALL
-        if small and pairs and path == paths[0]:
-            load_preferences(path, **options)
-        elif small and not path.endswith(".txt"):
-            load_conversations(path, **options)
+    # each as the run will read it
+    for part, read in ((loader, load_preferences if pairs else load_conversations), (held_out, load_conversations)):
+        places = part.get("dataset_dir")
+        for path in places if isinstance(places, list) else [places]:
+            is_list = str(path).endswith(".txt")
+            _check_file(path, "The list file" if is_list else "The data file", config)
+            if reads and not is_list and isinstance(path, str) and path and resolve_path(path).stat().st_size <= SMALL:
+                read(path, part.get("image_folder"), image_root=loader.get("image_root"),
+                     ignore_keys=loader.get("ignore_keys") or ())
 
 
 def _check_file(path: object, what: str, config: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 
+from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.cli.early import SMALL
 from mindformers_ixc.data.preferences import load_preferences
@@ -50,4 +51,5 @@ def check_question(arguments: argparse.Namespace) -> None:
         load_preferences(arguments.pairs, arguments.image_folder, arguments.image_root, arguments.ignore_keys)
     folder = resolve_model(arguments.model)
     check_directory(folder)
-    open_source(folder, verify=False)
+    with terminal.to_be_said_later():
+        open_source(folder, verify=False)

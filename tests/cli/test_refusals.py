@@ -1,6 +1,7 @@
 """What is refused before MindFormers is imported, command by command, and what is said of it."""
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import mindformers_ixc_cli
+from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.cli import ending
 from mindformers_ixc.cli.early_device import check_device
 from mindformers_ixc.cli.inputs import check_inputs
@@ -125,6 +128,36 @@ def test_data_beside_the_yaml_but_not_where_the_command_is_typed(folder, monkeyp
         "command is typed, so type it there.")
     monkeypatch.chdir(folder / "run")
     assert "own.json must hold a JSON list" in refusal("run", "--config", "own.yaml", "--output_dir", "out")
+
+
+def test_held_out_data_and_pairs_are_read_as_the_run_reads_them():
+    Path("held.json").write_text(json.dumps([{"image": "dot.png", "conversations": [
+        {"from": "human", "value": "What?"}, {"from": "bot", "value": "A dot."}]}]))
+    Path("pairs.json").write_text(json.dumps([{"image": "dot.png", "prompt": "What?", "chosen": "A dot.",
+                                               "rejected": "A cat."}]))
+    Path("elsewhere").mkdir()
+    shutil.move("dot.png", "elsewhere/dot.png")
+    held = ("--evaluation.dataset_dir", "held.json", "--evaluation.every", "0")
+    assert "dot.png does not exist" in refusal(*RUN, *held)
+    check_inputs(mindformers_ixc_cli.parse([*RUN, *held, "--evaluation.image_folder", "elsewhere"]), [])
+    pairs = ("run", "--config", "ixc25_dpo_tiny", "--output_dir", "out", "--train_dataset.data_loader.dataset_dir",
+             "[pairs.json, pairs.json]")
+    assert "dot.png does not exist" in refusal(*pairs)
+    check_inputs(mindformers_ixc_cli.parse([*pairs, "--train_dataset.data_loader.image_folder", "elsewhere"]), [])
+
+
+def test_what_there_is_to_say_of_a_checkpoint_is_not_said_before_it_is_loaded(caplog):
+    shutil.copytree(resolve_model("starter"), "wrapped")
+    index = Path("wrapped/model.safetensors.index.json")
+    file = next(Path("wrapped").glob("*.safetensors"))
+    tensors = {f"module.{name}": tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}))
+    Path("wrapped/digests.json").unlink(missing_ok=True)
+    check_inputs(mindformers_ixc_cli.parse(["chat", "--model", "wrapped", "hello"]), [])
+    assert not caplog.records
+    open_source("wrapped", verify=False)
+    assert "are read without module." in caplog.text
 
 
 def test_a_number_that_yaml_takes_for_text_is_said_to_be_one():
