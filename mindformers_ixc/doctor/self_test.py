@@ -9,7 +9,8 @@ import tempfile
 
 from mindformers_ixc.doctor.findings import OK, PROBLEM, Finding
 
-# Of the whole test at most; it takes about 14 seconds of processor time, most of them imports and compiling.
+# Of the whole test at most. It takes about 12 seconds of processor time: imports 3.5, compiling the training step 5.7,
+# the steps 1.1, compiling the model's graphs for an answer and answering 1.3. A second decoder layer takes 0.6 more.
 SECONDS = 180
 
 # Steps in their order, with what is being done.

@@ -32,7 +32,7 @@ from mindformers_ixc.training.wrapper import IXC25TrainOneStepCell
 
 LENGTH, STEPS, RATE, SEED = 48, 40, 3e-3, 42
 ASCEND_DTYPES = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16"}
-SIZES = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+SIZES = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "plora_rank": 4,
          "plora_alpha": 4, "plora_dropout": 0.0, "task_lora_ranks": {}, "seq_length": LENGTH, "max_tiles": 2,
          "vision_config": {"image_size": 56, "patch_size": 14, "hidden_size": 32, "num_hidden_layers": 1,
