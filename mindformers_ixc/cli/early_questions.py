@@ -51,5 +51,7 @@ def check_question(arguments: argparse.Namespace) -> None:
         load_preferences(arguments.pairs, arguments.image_folder, arguments.image_root, arguments.ignore_keys)
     folder = resolve_model(arguments.model)
     check_directory(folder)
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        return          # reading those takes PyTorch, whose import takes seconds
     with terminal.to_be_said_later():
         open_source(folder, verify=False)

@@ -180,6 +180,14 @@ def test_a_launch_of_no_device():
     assert "-n is 0; it must be at least 1" in refusal("launch", "-n", "0", "--config", "ixc25_sft_tiny")
 
 
+def test_weights_that_take_pytorch_are_left_for_later(monkeypatch):
+    Path("half/model.safetensors.index.json").unlink()
+    assert "holds no checkpoint" in refusal("chat", "--model", "half", "hello")
+    Path("half/pytorch_model.bin").write_bytes(b"no weights")
+    monkeypatch.setattr("mindformers_ixc.cli.early_questions.open_source", lambda *_, **__: pytest.fail("was opened"))
+    check_inputs(mindformers_ixc_cli.parse(["chat", "--model", "half", "hello"]), [])
+
+
 def test_preference_pairs_that_are_none():
     said = refusal("reference", "none.json", "target.json", "--model", "starter")
     assert said.startswith("none.json must hold a JSON list with at least one pair")
