@@ -57,6 +57,6 @@ def _tested(findings: list[Finding], device_target: str) -> Finding:
                   and finding.topic in ("Python", "MindSpore")), None)
     if stops is not None:
         return Finding("self test", "note", f"left out, since {stops.topic} is not in order")
-    what = "Self test: a tiny model trains and answers (about 12 seconds where nothing else computes)"
+    what = "Self test: a tiny model trains and answers (about 11 seconds where nothing else computes)"
     with terminal.current.doing(what, at_once=True):
         return self_test(device_target)
