@@ -117,7 +117,7 @@ def test_the_shipped_model_is_known_by_its_name(monkeypatch, tmp_path):
     chat = pipeline("multimodal_chat", model="starter")
     image = str(resolve_path("pkg:mindformers_ixc/demo/images/cat.jpg"))
     assert chat({"query": "What is shown in the picture?", "images": [image]}) == [
-        {"text_generation_text": "a cat"}]
+        {"text_generation_text": "the face of a cat"}]
     (tmp_path / "starter").mkdir()
     with pytest.raises(ConfigError, match="there is starter in"):
         AutoModel.from_pretrained("starter")
