@@ -7,17 +7,23 @@ libraries print meanwhile goes to a file of that folder; what `run` makes them p
 """
 from __future__ import annotations
 
+import signal
+import sys
+from os.path import basename
+
+if basename(sys.argv[0]) in ("mindformers", "ixc25") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)      # Ctrl-C ends the process without a traceback, until `main` begins
+
 import argparse
 import contextlib
 import importlib
 import logging
 import os
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 from mindformers_ixc import terminal
+from mindformers_ixc.cli import ending
 from mindformers_ixc.cli.heavy import importing
 from mindformers_ixc.cli.inputs import check_inputs
 from mindformers_ixc.cli.parsers import build_parser
@@ -108,18 +114,32 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; by default the process's.
 
     Returns:
-        Exit code: 0, or 1 after an error in the input, whose sentence is the last line on standard error.
+        Exit code: 0, or 1 after an error in the input, whose sentence is the last line on standard error; 130 after
+        Ctrl-C.
     """
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:     # as it was while this file was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    ending.open_streams()
+    try:
+        return _begin(argv)
+    except KeyboardInterrupt:
+        terminal.current.leave_line()
+        return 130
+
+
+def _begin(argv: list[str] | None) -> int:
+    """Reads the words and runs the command; arguments and value as of `main`."""
     odd = next((word for word in (sys.argv[1:] if argv is None else argv) if not word.isprintable()
                 and any("\ud800" <= letter <= "\udfff" for letter in word)), None)
     if odd is not None:
         print(f"error: the argument {odd!a} has a byte that is not UTF-8; rename the file, or write the word in "
               "UTF-8.", file=sys.stderr)
         return 1
-    arguments = parse(argv)
-    if arguments.command is None:
-        build_parser().print_help()
-        return 2
+    with ending.reading_help():
+        arguments = parse(argv)
+        if arguments.command is None:
+            build_parser().print_help()
+            return 2
     terminal.configure(arguments.verbose, arguments.quiet)
     arguments.answers, arguments.own_process = claim_stdout(), argv is None
     with contextlib.ExitStack() as stack:
@@ -144,21 +164,36 @@ def _execute(arguments: argparse.Namespace) -> int:
                 arguments.answers = terminal.Answers(arguments.answers, working.close)
             return function(arguments) or 0
     except KeyboardInterrupt:
+        terminal.current.leave_line()
         if arguments.own_process and "mindspore" in sys.modules:
             os._exit(130)       # its threads crash an interpreter that ends before they have begun
         return 130
-    except BrokenPipeError:         # whoever reads the answers has seen enough, as `head` does
-        return 141
+    except BrokenPipeError as error:
+        streams = arguments.answers, sys.stderr
+        if not ending.is_unread(*streams):
+            return _refuse(error)
+        ending.let_go(*streams)
+        return ending.NOBODY_READS
     except (ValueError, OSError) as error:
-        # input errors are sentences of this package or of the system; a traceback would bury them
-        if os.environ.get("MINDFORMERS_IXC_TRACEBACK"):
+        return _refuse(error)
+    except Exception as error:
+        # a fault of a library, or of this package; where its traceback is in a log, a sentence leads there
+        log = terminal.current.last_log
+        if log is None or "MINDFORMERS_IXC_TRACEBACK" in os.environ:
             raise
-        sentence = str(error)
-        if isinstance(error, OSError) and error.filename and error.strerror:
-            # the system's own errors name a file and a reason
-            sentence = f"{error.filename} cannot be used: {error.strerror}."
-        terminal.current.say(f"{terminal.current.paint('error:', 'red', 'bold')} {sentence}")
-        return 1
+        return _say_error(ending.fault_of(error, log))
+
+
+def _refuse(error: Exception) -> int:
+    """Says what is wrong with the input; the sentences are this package's or the system's."""
+    if os.environ.get("MINDFORMERS_IXC_TRACEBACK"):
+        raise error
+    return _say_error(ending.sentence_of(error))
+
+
+def _say_error(sentence: str) -> int:
+    terminal.current.say(f"{terminal.current.paint('error:', 'red', 'bold')} {sentence}")
+    return 1
 
 
 def _prepare(arguments: argparse.Namespace, whole: contextlib.ExitStack) -> Any:

@@ -16,12 +16,13 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindformers_ixc.errors import CheckpointError, ConfigError
 from mindformers_ixc.files import read_json
 from mindformers_ixc.hub import not_a_folder
-from mindformers_ixc.resources import resolve_model
+from mindformers_ixc.resources import STARTER, resolve_model
 from mindformers_ixc.rope import ROPE_FIELDS, read_rope
 from mindformers_ixc.sections import (
     ANYTHING,
@@ -607,13 +608,33 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
         on_a_hub = not_a_folder(path)
         if on_a_hub:
             raise CheckpointError(on_a_hub)
-        raise CheckpointError(f"{file} does not exist; a model directory holds it beside the tokenizer and "
-                              "the weights.")
+        raise CheckpointError(_no_model(path, file))
     found = read_json(file, CheckpointError)
     if not isinstance(found, dict) or found.get("model_type") != ModelConfig.model_type:
         model = found.get("model_type") if isinstance(found, dict) else type(found).__name__
         raise CheckpointError(f"{file} has model_type '{model}', expected '{ModelConfig.model_type}'.")
     return found
+
+
+def _no_model(path: str | os.PathLike, file: Path) -> str:
+    """The sentence for a path that is no model directory, with what may have been meant.
+
+    Args:
+        path: as it was given.
+        file: the config.json that is not there.
+    """
+    wanted = "a model directory holds config.json, the tokenizer and the weights"
+    if file == resolve_model(path):
+        return f"{path} does not exist."
+    if file.parent.is_file():
+        return f"{path} is a file; {wanted}."
+    if not file.parent.exists():
+        return f"{path} does not exist; {wanted}. `{STARTER}` is the small model that ships with this package."
+    # the model in a run's folder, and the files in a hub tool's cache
+    inner = next((found.parent for pattern in ("model", "snapshots/*")
+                  for found in sorted(file.parent.glob(f"{pattern}/{CONFIG_FILE}"))), None)
+    meant = f" {inner} has one: is that meant?" if inner else ""
+    return f"{file} does not exist; {wanted}.{meant}"
 
 
 def read_config(path: str | os.PathLike, config_class: type = ModelConfig, **overrides: Any) -> Any:

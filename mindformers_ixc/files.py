@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,27 @@ def check_target(target: str | os.PathLike, name: str, make_folder: bool = False
         if error.errno is None:                     # a sentence of the above
             raise
         raise type(error)(f"{name} {target} cannot be written ({error.strerror}); choose another place.") from error
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Refuses a folder that could not be made or written to, without making it.
+
+    Args:
+        folder: to be used; its parents may be missing.
+        name: the option or key that says where, for the message.
+
+    Raises:
+        OSError: when a file stands in its place or in that of a parent, or nothing can be written there.
+    """
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise NotADirectoryError(f"{name} {folder} cannot be used: {there} is no folder; choose another place.")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise type(error)(f"{name} {folder} cannot be used: nothing can be written in {there} ({error.strerror}); "
+                          "choose another place.") from error
 
 
 @contextmanager

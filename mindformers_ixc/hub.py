@@ -40,8 +40,10 @@ REPOSITORIES = (
 )
 HUGGING_FACE, MODEL_SCOPE = "internlm", "Shanghai_AI_Laboratory"
 
-_URL = re.compile(r"(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.(?:cn|com))/"
-                  r"(?:models/)?", re.IGNORECASE)
+_URL = re.compile(r"(?:hf|modelscope):/+|(?:https?:/+)?(?:www\.)?"
+                  r"(?:huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.(?:cn|com))/(?:models/)?", re.IGNORECASE)
+# A branch or another state behind a name.
+_REVISION = re.compile(r"@[\w./-]+$")
 
 
 def download_command(name: str, folder: str | None = None) -> str:
@@ -63,10 +65,10 @@ def hub_name(path: str | os.PathLike) -> str | None:
     text = os.fspath(path)
     if Path(text).exists():
         return None
-    bare = _URL.sub("", text, count=1).strip("/")
+    bare = _URL.sub("", _REVISION.sub("", text), count=1).strip("/")
     owner, _, rest = bare.rpartition("/")
     owners = {HUGGING_FACE.lower(), MODEL_SCOPE.lower()}
-    if bare != text.strip("/"):            # an address: owner, name, and perhaps tree/main behind them
+    if _URL.match(text):            # an address: owner, name, and perhaps tree/main behind them
         parts = bare.split("/")
         owner, rest = (parts[0], parts[1]) if len(parts) > 1 else ("", bare)
     known = {repository.name.lower(): repository.name for repository in REPOSITORIES}

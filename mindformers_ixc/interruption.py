@@ -136,7 +136,7 @@ def _leave() -> None:
         if _staying.is_set():
             os.kill(os.getpid(), signal.SIGINT)       # it was meant for somebody else
             return
-        terminal.current.rest()
+        terminal.current.leave_line()
         os._exit(128 + signal.SIGINT)
 
 

@@ -34,6 +34,7 @@ from mindformers_ixc.models.vision import IXC25VisionModel
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.processing.tokenizer import VOCAB_FILES_NAMES, SentencePieceText, check_directory
 from mindformers_ixc.processing.video import VideoProcessor
+from mindformers_ixc.resources import STARTER, resolve_model
 from mindformers_ixc.training.datasets import IXC25DataLoader, IXC25PreferenceDataset, IXC25SFTDataset
 from mindformers_ixc.training.pet import (
     PartialLoRAModel,
@@ -96,7 +97,7 @@ class InternLM2Tokenizer(SentencePieceText, PreTrainedTokenizer):
             ConfigError: when a settings file is damaged.
             CheckpointError: for a hub's name.
         """
-        _refuse_hub_name(name_or_path)
+        name_or_path = _as_folder(name_or_path)
         # a directory with a YAML file may have its vocabulary elsewhere
         if os.path.isdir(name_or_path) and "vocab_file" not in kwargs and not any(Path(name_or_path).glob("*.yaml")):
             check_directory(name_or_path)
@@ -190,8 +191,7 @@ class IXC25Processor(Processor, ProcessorMixin):
     @classmethod
     def from_pretrained(cls, yaml_name_or_path: str | os.PathLike, **kwargs: Any) -> IXC25Processor:
         """Builds the processor of a model directory from its config.json and tokenizer.model."""
-        _refuse_hub_name(yaml_name_or_path)
-        directory = Path(yaml_name_or_path)
+        directory = Path(_as_folder(yaml_name_or_path))
         images = IXC25ImageProcessor.from_directory(directory)
         # the class under the public name: MindFormers warns when tokenizer_config.json names another one
         return cls(images, InternLMXComposer2Tokenizer.from_pretrained(str(directory)))
@@ -243,25 +243,37 @@ def _refuse_hub_name(given: Any) -> None:
         raise CheckpointError(advice)
 
 
+def _as_folder(given: Any) -> Any:
+    """What stands for a name where a model directory is taken: the shipped model's folder for `starter`.
+
+    Raises:
+        CheckpointError: for a hub's name, with the command that downloads the model.
+    """
+    _refuse_hub_name(given)
+    return str(resolve_model(given)) if isinstance(given, str) and given == STARTER else given
+
+
 def _with_advice(original: Callable) -> Callable:
     """A function that takes a directory or a hub's name, and looks at it first."""
     @functools.wraps(original)
     def looking(*args: Any, **kwargs: Any) -> Any:
-        for given in (*args, *kwargs.values()):
-            _refuse_hub_name(given)
-        return original(*args, **kwargs)
+        return original(*map(_as_folder, args), **{name: _as_folder(value) for name, value in kwargs.items()})
     return looking
 
 
-def refuse_hub_names() -> None:
-    """Lets Auto classes and `pipeline` name the command that downloads this model; they would ask MindFormers' hub."""
-    for auto in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer):
+def look_at_names() -> None:
+    """Lets Auto classes and `pipeline` know `starter`, and name the command that downloads this model.
+
+    They would look for a model of MindFormers' own list, or ask its hub.
+    """
+    for auto in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, IXC25ForCausalLM):
         auto.from_pretrained = classmethod(_with_advice(auto.from_pretrained.__func__))
     names = vars(importlib.import_module("mindformers.pipeline.pipeline"))     # the package's name is the function's
-    names["cached_file"] = _with_advice(names["cached_file"])
+    for name in ("cached_file", "is_experimental_mode", "get_ms_experimental_pipeline"):
+        names[name] = _with_advice(names[name])
 
 
 register_auto_classes()
-refuse_hub_names()
+look_at_names()
 register_pet_types()
 register_pipeline()

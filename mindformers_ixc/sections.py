@@ -50,6 +50,11 @@ def whole(least: int, note: str = "", required: bool = False) -> Rule:
     return Rule(lambda value: is_whole(value, least), f"a whole number of at least {least}{note}", required)
 
 
+def share() -> Rule:
+    """A number from 0 to 1."""
+    return Rule(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
+
+
 def above_0(note: str = "") -> Rule:
     """A number above 0; `note` is put behind the words."""
     return Rule(lambda value: is_number(value) and value > 0, f"a number above 0{note}")
@@ -118,7 +123,25 @@ def check_value(name: str, value: object, rule: Rule, error: type[Exception] = C
         error: naming the value and what is wanted.
     """
     if not rule.test(value):
-        raise error(f"{source and source + ': '}{name} is {value!r:.80}; {rule.verb} {rule.wanted}.")
+        raise error(f"{source and source + ': '}{name} is {value!r:.80}; {rule.verb} {rule.wanted}."
+                    f"{_number_as_text(value, rule)}")
+
+
+def _number_as_text(value: object, rule: Rule) -> str:
+    """What is said of a number that YAML took for text, as it does with `1e-4`."""
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return ""
+    if not math.isfinite(number) or not rule.test(number):
+        return ""
+    return f" YAML reads a number as text that is quoted or has no point before its exponent; write {_pointed(number)}."
+
+
+def _pointed(number: float) -> str:
+    """A number as YAML 1.1 reads it: with a point, and a sign in the exponent."""
+    mantissa, exponent, power = repr(number).partition("e")
+    return f"{mantissa}{'' if '.' in mantissa or not exponent else '.0'}{exponent}{power}"
 
 
 def check_names(name: str, values: Iterable, choices: Iterable, error: type[Exception] = ConfigError) -> None:

@@ -11,6 +11,7 @@ the launcher copies to its own terminal (`SHOWN`).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import logging
 import os
@@ -64,6 +65,7 @@ class Terminal:
         quiet: show sentences only, neither what goes on nor how far it is.
         verbose: let the libraries write to the terminal too.
         log_path: where the libraries write to instead, if they do.
+        last_log: the file that has the traceback of the last exception, if one has.
     """
 
     def __init__(self, stream: TextIO | None = None, log: TextIO | None = None, interactive: bool | None = None,
@@ -71,6 +73,7 @@ class Terminal:
         self._stream, self._log, self._interactive, self._columns = stream, log, interactive, columns
         self.quiet = self.verbose = False
         self.log_path: Path | None = None
+        self.last_log: Path | None = None
         self._lock = threading.RLock()
         self._live = ""                      # what stands in the live line
         self._drawn_at = -LIVE_IN_FILE_EVERY_S
@@ -167,6 +170,13 @@ class Terminal:
         with self._lock:
             self._erase()
 
+    def leave_line(self) -> None:
+        """Takes the live line away and, on a terminal, goes to the next line: Ctrl-C has put its sign there."""
+        with self._lock:
+            self._erase()
+            if self.interactive:
+                self._write(self.stream, "\n")
+
     @contextlib.contextmanager
     def doing(self, what: str, at_once: bool = False) -> Iterator[None]:
         """Says what goes on while the block runs, if it takes its time: a spinner, or a line.
@@ -257,11 +267,13 @@ class Terminal:
                 yield
             except BaseException:
                 traceback.print_exc(file=log)
+                self.last_log = path
                 raise
             finally:
                 for stream in (sys.stdout, sys.stderr):
                     with contextlib.suppress(OSError, ValueError):
                         stream.flush()
+                ctypes.CDLL(None).fflush(None)        # what C++ has printed and not written yet belongs there too
                 for number, kept in zip((1, 2), before):
                     os.dup2(kept, number)
                 with self._lock:
@@ -447,3 +459,15 @@ def show_warnings(checkpoints: int) -> None:
     if not any(isinstance(handler, Sentences) for handler in own.handlers):
         own.addHandler(Sentences())
     logging.getLogger("mindformers_ixc.checkpoint").setLevel(checkpoints)
+
+
+@contextlib.contextmanager
+def to_be_said_later() -> Iterator[None]:
+    """Shows no warning about a checkpoint in the block: it is read again, and then it is time."""
+    logger = logging.getLogger("mindformers_ixc.checkpoint")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -20,7 +20,8 @@ NAME = "internlm-xcomposer2d5-7b"
     f"internlm/{NAME}", NAME, f"Shanghai_AI_Laboratory/{NAME}", f"InternLM/{NAME}", f"internlm/{NAME}/",
     f"https://huggingface.co/internlm/{NAME}", f"https://huggingface.co/internlm/{NAME}/tree/main",
     f"hf-mirror.com/internlm/{NAME}", f"https://www.modelscope.cn/models/Shanghai_AI_Laboratory/{NAME}",
-    f"https:/huggingface.co/internlm/{NAME}"])
+    f"https:/huggingface.co/internlm/{NAME}", f"hf://internlm/{NAME}", f"internlm/{NAME}@main",
+    f"modelscope://Shanghai_AI_Laboratory/{NAME}"])
 def test_names_and_addresses(text):
     assert hub_name(text) == NAME
 

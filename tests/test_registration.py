@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 import mindformers_ixc
 from mindformers_ixc.demo import demo_path
-from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.errors import CheckpointError, ConfigError
+from mindformers_ixc.resources import resolve_path
 
 
 @pytest.fixture
@@ -103,3 +104,20 @@ def test_register_path_finds_the_classes(monkeypatch, tmp_path):
 def test_a_hubs_name_is_refused_with_the_command(read):
     with pytest.raises(CheckpointError, match="huggingface-cli download internlm/internlm-xcomposer2d5-7b --local-dir"):
         read("internlm/internlm-xcomposer2d5-7b")
+
+
+def test_the_shipped_model_is_known_by_its_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert AutoConfig.from_pretrained("starter").hidden_size == 128
+    assert isinstance(AutoTokenizer.from_pretrained("starter"), mindformers_ixc.InternLM2Tokenizer)
+    assert type(AutoProcessor.from_pretrained("starter")) is mindformers_ixc.IXC25Processor
+    assert type(mindformers_ixc.IXC25Processor.from_pretrained("starter")) is mindformers_ixc.IXC25Processor
+    for read in (AutoModel, AutoModelForCausalLM, mindformers_ixc.IXC25ForCausalLM):
+        assert type(read.from_pretrained("starter")) is mindformers_ixc.IXC25ForCausalLM
+    chat = pipeline("multimodal_chat", model="starter")
+    image = str(resolve_path("pkg:mindformers_ixc/demo/images/cat.jpg"))
+    assert chat({"query": "What is shown in the picture?", "images": [image]}) == [
+        {"text_generation_text": "the face of a cat"}]
+    (tmp_path / "starter").mkdir()
+    with pytest.raises(ConfigError, match="there is starter in"):
+        AutoModel.from_pretrained("starter")

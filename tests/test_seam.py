@@ -120,7 +120,7 @@ RUN = ["run", "--config", str(Path(__file__).parents[1] / "yaml_configs" / "ixc2
     (["launch", "-n", "3", *RUN], "in which each of the 3 devices trains a whole model"),
     (["run", "--config", "gone.yaml"], "The configuration file gone.yaml does not exist, and"),
     (["launch", "-n", "2", "--config", "gone.yaml"], "The configuration file gone.yaml does not exist, and"),
-    (["chat", "--model", "gone", "hello"], "config.json does not exist"),
+    (["chat", "--model", "gone", "hello"], "gone does not exist; a model directory holds config.json"),
     (["inspect", "gone"], "gone does not exist"),
     (["convert", "gone", "there"], "gone does not exist")])
 def test_a_missing_file_is_said_before_anything_heavy_is_imported(tmp_path, words, sentence):

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import IO
 
@@ -15,6 +14,7 @@ from mindformers_ixc.config import CONFIG_FILE
 from mindformers_ixc.data.questions import Question
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import decode_text, parse_json, text_lines
+from mindformers_ixc.resources import resolve_model
 
 # Settings that an answer depends on, beside the weights. How many are answered at once is none of them.
 SETTINGS = ("mode", "hd_num", "max_new_tokens", "control_tokens", "transparency", "exif", "shuffle_images",
@@ -37,7 +37,7 @@ def weights_mark(directory: str | os.PathLike) -> str:
     A directory that this package has written has digests, which move with it; of others the sizes and times of the
     files are taken.
     """
-    folder, total = Path(directory), hashlib.sha256()
+    folder, total = resolve_model(directory), hashlib.sha256()
     digests = folder / "digests.json"
     total.update((folder / CONFIG_FILE).read_bytes())
     if digests.is_file():

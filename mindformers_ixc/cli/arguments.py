@@ -44,8 +44,8 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
             near = difflib.get_close_matches(str(value), list(map(str, action.choices)), n=1)
-            meant = f"did you mean {near[0]}? " if near else ""
-            raise argparse.ArgumentError(action, f"{value!r} is none of the choices; {meant}(choose from "
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentError(action, f"{value!r} is none of the choices{meant} (choose from "
                                                  f"{', '.join(map(str, action.choices))})")
 
     def error(self, message: str) -> NoReturn:

@@ -27,6 +27,7 @@ from mindformers_ixc.data.sections import check_dataset_section, row_budget
 from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.operations import training_costs
 from mindformers_ixc.planning.workload import Workload, read_workload
+from mindformers_ixc.resources import resolve_path
 from mindformers_ixc.sections import check_value, whole
 from mindformers_ixc.tables import Column, columns_of, table, wrapped
 
@@ -81,9 +82,14 @@ def data_plan(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: for a wrong key or value of the YAML.
         DataError: for unusable data.
+        FileNotFoundError: for a data file that is not there.
     """
     if not arguments.config:
         raise ConfigError("mindformers data plan needs --config, the YAML file whose rows are to hold the data.")
+    for path in arguments.files:
+        if not resolve_path(path).is_file():
+            what = "is a folder; name a file in it" if resolve_path(path).is_dir() else "does not exist"
+            raise FileNotFoundError(f"The data file {path} {what}.")
     fields = read_yaml(arguments.config)
     apply_overrides(fields, parse_overrides(arguments.rest))
     plan = make_data_plan(fields, list(arguments.files), arguments.global_batch)

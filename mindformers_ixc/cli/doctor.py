@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import asdict
 
+from mindformers_ixc import terminal
 from mindformers_ixc.doctor.ascend import ascend_findings, gather
 from mindformers_ixc.doctor.findings import PROBLEM, Finding, findings_text, has_problems
 from mindformers_ixc.doctor.machine import machine_findings
@@ -57,5 +58,6 @@ def _tested(findings: list[Finding], device_target: str) -> Finding:
                   and finding.topic in ("Python", "MindSpore", "libraries")), None)
     if stops is not None:
         return Finding("self test", "note", f"left out, since {stops.topic} is not in order")
-    print("Self test: a tiny model trains and answers (10 to 25 seconds) ...", file=sys.stderr, flush=True)
-    return self_test(device_target)
+    what = "Self test: a tiny model trains and answers (about 11 seconds where nothing else computes)"
+    with terminal.current.doing(what, at_once=True):
+        return self_test(device_target)

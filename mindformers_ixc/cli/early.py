@@ -2,15 +2,26 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import fcntl
 import os
+import shlex
 from pathlib import Path
 
+from mindformers_ixc import terminal
+from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.checkpoint.start import OVERRIDE, begin
+from mindformers_ixc.cli.early_device import check_device
+from mindformers_ixc.cli.inputs import read_memory
 from mindformers_ixc.cli.run_config import check_fields, top_keys
 from mindformers_ixc.cli.yaml_file import SHORT_FORMS, merged_fields
+from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.data.conversations import load_conversations
+from mindformers_ixc.data.preferences import load_preferences
+from mindformers_ixc.data.sections import check_shapes
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.files import LOCK_FILE, refuse_used
+from mindformers_ixc.files import LOCK_FILE, RUN_RECORD, check_folder, refuse_used
 from mindformers_ixc.interruption import JOB
 from mindformers_ixc.parallel.checks import check_run
 from mindformers_ixc.processing.tokenizer import find_vocab_file
@@ -18,6 +29,9 @@ from mindformers_ixc.resources import resolve_model, resolve_path
 
 # Data sets that read what `data_loader.dataset_dir` names in this package's way.
 OWN_TASKS = ("IXC25SFTDataset", "IXC25PreferenceDataset")
+
+# Bytes of a data file up to which it is read at once; what is wrong in larger ones is said when the run reads them.
+SMALL = 2 ** 20
 
 
 def check_early(arguments: argparse.Namespace, devices: int | None = None, server: int = 0) -> None:
@@ -37,21 +51,52 @@ def check_early(arguments: argparse.Namespace, devices: int | None = None, serve
     if devices is not None:
         fields["use_parallel"] = True
     check_fields(fields, arguments.config)
+    alone = JOB not in os.environ and "MS_ROLE" not in os.environ      # of a launch's ranks the launcher has looked
+    if alone:
+        context = fields.get("context") or {}
+        check_device(context.get("device_target"), "context.device_target")
+        if context.get("max_device_memory") is not None:
+            read_memory(context["max_device_memory"], "context.max_device_memory")
     if fields["run_mode"] == "predict":
-        _check_file(fields.get("input_data"), "The request file")
+        if not fields.get("input_data"):
+            raise ConfigError("run_mode is predict, and nothing says what is asked; give the file of requests as "
+                              "--predict_data FILE.")
+        _check_file(fields["input_data"], "The request file", arguments.config)
         return
+    folder = Path(fields.get("output_dir") or "output").resolve()
+    if alone and not server:
+        check_folder(folder, "output_dir")
     start = fields.get("load_checkpoint")
-    if start and not fields.get("resume_training") and not resolve_model(start).exists():
-        raise FileNotFoundError(f"load_checkpoint: {start} does not exist.")
+    if not fields.get("resume_training"):
+        _check_start(fields, start)
+    elif not start and not (folder / RUN_RECORD).is_file():
+        raise ConfigError(f"resume_training: {folder / RUN_RECORD} is missing, so there is no run to go on with; name "
+                          "the folder of one as --output_dir.")
     if not start and not fields.get("resume_training") and (devices is None or devices > 0):
         check_run(fields, devices)       # of a run that starts with weights the sizes are those of the weights
     if (fields.get("train_dataset_task") or {}).get("type") in OWN_TASKS:
-        _check_data(fields)
-    answers = JOB not in os.environ and "MS_ROLE" not in os.environ and not server
-    if answers and not arguments.overwrite and not fields.get("resume_training"):
-        folder = Path(fields.get("output_dir") or "output").resolve()
-        if not _in_use(folder):      # whose that is, is said when the folder is to be held
-            refuse_used(folder)
+        _check_data(fields, alone, arguments.config)
+    fresh = alone and not server and not arguments.overwrite and not fields.get("resume_training")
+    if fresh and not _in_use(folder):      # whose that is, is said when the folder is to be held
+        refuse_used(folder)
+
+
+def _check_start(fields: dict, start: str | None) -> None:
+    """Refuses a checkpoint that is none, one of another model, or sizes that no model can have."""
+    section = copy.deepcopy((fields.get("model") or {}).get("model_config") or {})
+    if section.get("type") != "IXC25Config":
+        return
+    if start and not resolve_model(start).exists():
+        raise FileNotFoundError(f"load_checkpoint: {start} does not exist.")
+    if start:
+        with terminal.to_be_said_later():
+            begin(section, open_source(start, verify=False), fields.get(OVERRIDE) or ())
+    try:
+        ModelConfig(**{key: value for key, value in section.items() if key not in ("type", "parallel_config")})
+    except ConfigError as error:
+        raise ConfigError(f"model.model_config: {error}") from error
+    if (fields.get("train_dataset_task") or {}).get("type") in OWN_TASKS:
+        check_shapes(section, fields["train_dataset"])
 
 
 def _in_use(folder: Path) -> bool:
@@ -85,15 +130,30 @@ def check_words(words: list[str], options: list[str]) -> None:
             raise ConfigError(f"--{name} is neither an option nor a key of the YAML; did you mean {close[0]}?")
 
 
-def _check_data(fields: dict) -> None:
+def _check_data(fields: dict, reads: bool, config: str) -> None:
+    """Refuses data files that are not there and, where it takes no time, what is wrong inside."""
     section = fields["train_dataset"]
     find_vocab_file(section["tokenizer"].get("vocab_file"))
-    places = [section["data_loader"].get("dataset_dir"), (fields.get("evaluation") or {}).get("dataset_dir")]
-    for place in places:
-        for path in place if isinstance(place, list) else [place]:
-            _check_file(path, "The list file" if str(path).endswith(".txt") else "The data file")
+    loader, held_out = section["data_loader"], fields.get("evaluation") or {}
+    pairs = fields["train_dataset_task"]["type"] == "IXC25PreferenceDataset"
+    # each as the run will read it
+    for part, read in ((loader, load_preferences if pairs else load_conversations), (held_out, load_conversations)):
+        places = part.get("dataset_dir")
+        for path in places if isinstance(places, list) else [places]:
+            is_list = str(path).endswith(".txt")
+            _check_file(path, "The list file" if is_list else "The data file", config)
+            if reads and not is_list and isinstance(path, str) and path and resolve_path(path).stat().st_size <= SMALL:
+                read(path, part.get("image_folder"), image_root=loader.get("image_root"),
+                     ignore_keys=loader.get("ignore_keys") or ())
 
 
-def _check_file(path: object, what: str) -> None:
-    if isinstance(path, str) and path and not resolve_path(path).is_file():
-        raise FileNotFoundError(f"{what} {path} does not exist.")
+def _check_file(path: object, what: str, config: str) -> None:
+    if not isinstance(path, str) or not path or resolve_path(path).is_file():
+        return
+    if resolve_path(path).is_dir():
+        raise FileNotFoundError(f"{what} {path} is a folder; name a file in it. `mindformers init --data "
+                                f"{shlex.quote(path)}` finds its table or says how to make one.")
+    beside = Path(config).parent.resolve()
+    meant = f" It is in {beside}, beside the YAML: paths start where the command is typed, so type it there." \
+        if (beside / path).is_file() else ""
+    raise FileNotFoundError(f"{what} {path} does not exist.{meant}")

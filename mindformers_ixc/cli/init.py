@@ -48,6 +48,7 @@ def init(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{model} has the size of the 7B recipes, which are for Ascend; give --device Ascend, or "
                           f"begin with --model {STARTER}.")
     devices = int(ask("devices", COUNTS[0], _one_of(COUNTS), f"Devices: {', '.join(COUNTS)}")) if large else 1
+    _check_idle(arguments, large, device)
     memory = ask("memory", MEMORY, _memory, "Memory of a device") if device != "CPU" else None
     target = ask("output", "my.yaml", _unused if not arguments.overwrite else _file, "YAML file to write")
     with terminal.current.doing(f"Reading {data}", at_once=True):
@@ -58,6 +59,19 @@ def init(arguments: argparse.Namespace) -> int:
     for line in [*describe(data, ask.given["data"], measured), *next_steps(choices, target, measured)]:
         print(*([line] if line.startswith(terminal.COMMAND) else wrapped(line, room)), sep="\n", file=arguments.answers)
     return 0
+
+
+def _check_idle(arguments: argparse.Namespace, large: bool, device: str) -> None:
+    """Refuses options that cannot be followed, in place of passing over them.
+
+    Raises:
+        ConfigError: for several devices of a small model, and a size of memory that is none.
+    """
+    if not large and arguments.devices not in (None, "1"):
+        raise ConfigError(f"--devices is {arguments.devices}; a model of this size trains on one device. Leave it out, "
+                          "or begin with the 7B model (--model).")
+    if device == "CPU" and arguments.memory is not None:
+        _memory(arguments.memory)
 
 
 def is_large(config: ModelConfig) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mindformers_ixc.cli.init_data import Measured
 from mindformers_ixc.cli.inputs import read_memory
+from mindformers_ixc.data.questions import as_typed
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.resources import STARTER, is_starter
 
@@ -112,7 +113,7 @@ def _small(choices: Choices, target: str, measured: Measured) -> str:
         f"# Written by `mindformers init` for {choices.data}: {samples} samples.",
         "# Any key of a recipe can be changed here, or on the command line: --runner_config.epochs 20.",
         "#",
-        f"#   mindformers run --config {target}",
+        f"#   mindformers run --config {shlex.quote(target)}",
         "",
         _noted("base_config: ixc25_own_tiny.yaml", "the shipped recipe that this file changes"),
         "",
@@ -146,10 +147,11 @@ def _large(choices: Choices, target: str) -> str:
         f"# Written by `mindformers init` for {choices.data}: fine-tuning of {choices.model} on {choices.devices} "
         "devices.",
         "# Any key of the recipe can be changed here, or on the command line: --runner_config.epochs 2.",
-        f"# Which seq_length and max_tiles suit the data: mindformers data plan {choices.data} --config {target}",
+        f"# Which seq_length and max_tiles suit the data: mindformers data plan {shlex.quote(choices.data)} --config "
+        f"{shlex.quote(target)}",
         "#",
-        f"#   mindformers plan --config {target} --devices {choices.devices}",
-        f"#   mindformers launch -n {choices.devices} --config {target}",
+        f"#   mindformers plan --config {shlex.quote(target)} --devices {choices.devices}",
+        f"#   mindformers launch -n {choices.devices} --config {shlex.quote(target)}",
         "",
         _noted(f"base_config: {recipe}", "the shipped recipe that this file changes"),
         "",
@@ -189,9 +191,7 @@ def next_steps(choices: Choices, target: str, measured: Measured) -> list[str]:
                 "Ask what it needs, without devices, then train:",
                 f"    mindformers plan --config {config} --devices {choices.devices}",
                 f"    mindformers launch -n {choices.devices} --config {config}"]
-    sample = next((one for one in measured.samples if len(one.images) == 1), None)
-    image = shlex.quote(str(sample.images[0])) if sample else "PICTURE"
-    question = next(said for role, said in sample.turns if role == "user") if sample else "QUESTION"
+    image, question = as_typed(measured.samples)
     model = shlex.quote(str(Path(output_of(target, choices.data)) / "model"))
     steps = batches(measured)[1]
     minutes = max(1, round(steps * epochs_for(steps) * SECONDS_A_STEP / 60))
@@ -199,5 +199,5 @@ def next_steps(choices: Choices, target: str, measured: Measured) -> list[str]:
     return [f"{target} is written. The run begins with {begin}",
             f"and takes about {minutes} minute{'s' * (minutes > 1)} on a laptop. Type:",
             f"    mindformers run --config {shlex.quote(target)}",
-            f"    mindformers chat --model {model} --image {image} {shlex.quote(question)}",
+            f"    mindformers chat --model {model} --image {image} {question}",
             f"    mindformers eval --model {model} --data {shlex.quote(choices.data)}"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from mindformers_ixc.cli.older_files import check_version
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml
 from mindformers_ixc.config import read_fields
-from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.files import check_target
 from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.resources import resolve_path
@@ -37,6 +37,8 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
         OSError: for a file to be written that cannot be.
     """
     run = arguments.run if arguments.command == "launch" else arguments
+    if run is not arguments and arguments.devices < 1:
+        raise ConfigError(f"-n is {arguments.devices}; it must be at least 1, one process a device.")
     if getattr(run, "register_path", None) and not Path(run.register_path).is_dir():
         raise NotADirectoryError(f"--register_path {run.register_path} is not a folder.")
     if run.command in ("run", "plan") or (run.command == "data" and run.config):
@@ -54,12 +56,27 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
     for name in ("image", "data", "pairs") if arguments.command != "init" else ():     # which takes folders, and asks
         given = getattr(arguments, name, None) or []
         for path in [given] if isinstance(given, str) else given:
-            if not resolve_path(path).exists():
-                raise FileNotFoundError(f"{path} does not exist; give the path of a file.")
+            if not resolve_path(path).is_file():
+                raise FileNotFoundError(_no_file(path))
     for name, target in _targets(arguments).items():
         check_target(target, name)
     if getattr(arguments, "model", None):
         read_fields(arguments.model)
+    if arguments.command in ("chat", "eval", "reference"):
+        importlib.import_module("mindformers_ixc.cli.early_device").check_device(
+            arguments.device_target, "--device_target")
+        importlib.import_module("mindformers_ixc.cli.early_questions").check_question(arguments)
+
+
+def _no_file(path: str) -> str:
+    """The sentence for a path that is no file; of a folder with one table or conversation file, that one is named."""
+    if not resolve_path(path).is_dir():
+        return f"{path} does not exist; give the path of a file."
+    try:
+        meant = importlib.import_module("mindformers_ixc.cli.init_data").find_data(path)
+    except (DataError, OSError):
+        return f"{path} is a folder; give the path of a file."
+    return f"{path} is a folder; give the path of a file: is {meant} meant?"
 
 
 def _check_start(run: argparse.Namespace, fields: dict) -> None:

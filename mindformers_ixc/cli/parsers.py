@@ -398,7 +398,8 @@ def _add_recipes(commands: Commands) -> None:
                     "changed. Wherever a command takes --config FILE, the name of a recipe will do.",
         epilog="examples:\n  mindformers recipes\n  mindformers recipes copy ixc25_sft_tiny my.yaml\n"
                "  mindformers run --config ixc25_sft_tiny --output_dir out")
-    recipes.add_argument("action", nargs="?", choices=["copy"], help="write the recipe NAME to FILE")
+    recipes.add_argument("action", nargs="?", choices=["list", "copy"], help="list: show them, as without "
+                         "a word; copy: write the recipe NAME to FILE")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="of the recipe")
     recipes.add_argument("target", nargs="?", metavar="FILE", help="to be written, or a folder for it; what is there "
                          "stays (default: NAME.yaml)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import textwrap
 from pathlib import Path
@@ -27,7 +28,7 @@ def show_recipes(arguments: argparse.Namespace) -> int:
     """Lists the recipes, or copies one.
 
     Args:
-        arguments: `action` (`None` or `copy`), `name`, `target`; `answers`, where the list goes.
+        arguments: `action` (`None`, `list` or `copy`), `name`, `target`; `answers`, where the list goes.
 
     Returns:
         Exit code 0.
@@ -36,7 +37,7 @@ def show_recipes(arguments: argparse.Namespace) -> int:
         ConfigError: for a name that no recipe has, or a file that is there.
         OSError: when the file cannot be written.
     """
-    if arguments.action is None:
+    if arguments.action in (None, "list"):
         print(listing(shutil.get_terminal_size().columns if arguments.answers.isatty() else None),
               file=arguments.answers)
         terminal.current.say(f"\n{HINT}")
@@ -44,7 +45,7 @@ def show_recipes(arguments: argparse.Namespace) -> int:
     if arguments.name is None:
         raise ConfigError("mindformers recipes copy needs the name of a recipe; `mindformers recipes` lists them.")
     written = copy(arguments.name, arguments.target)
-    terminal.current.say(f"{written} is written. Change it, then take it with --config {written}.")
+    terminal.current.say(f"{written} is written. Change it, then take it with --config {shlex.quote(str(written))}.")
     return 0
 
 

@@ -16,6 +16,7 @@ from mindformers_ixc.preference_options import needs_reference, preference_optio
 from mindformers_ixc.sections import (
     ANYTHING,
     Rule,
+    above_0,
     check_keys,
     check_section,
     check_value,
@@ -25,6 +26,7 @@ from mindformers_ixc.sections import (
     like,
     of_type,
     one_of,
+    share,
     whole,
 )
 from mindformers_ixc.trackers import CALLBACK, check_tracker
@@ -53,6 +55,18 @@ TENSORBOARD_RULES = {"tensorboard_dir": of_type(str, required=True), "tensorboar
                      "log_loss_scale_to_tensorboard": of_type(bool), "log_timers_to_tensorboard": of_type(bool),
                      "log_expert_load_to_tensorboard": of_type(bool)}
 
+_FROM_0 = Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
+
+# Numbers of other sections, by section.
+NUMBERS = {
+    "runner_config": {"epochs": whole(1), "batch_size": whole(1), "gradient_accumulation_steps": whole(1)},
+    "optimizer": {"learning_rate": _FROM_0, "weight_decay": _FROM_0, "eps": _FROM_0},
+    "lr_schedule": {"learning_rate": _FROM_0, "lr_end": _FROM_0, "warmup_lr_init": _FROM_0, "warmup_ratio": share(),
+                    "warmup_steps": whole(0)},
+    "runner_wrapper": {"max_grad_norm": above_0()},
+    "train_dataset": {"batch_size": whole(1), "num_parallel_workers": whole(1)},
+}
+
 DECAY_RULE = Rule(lambda value: is_number(value) and 0 <= value < 1, "a number of at least 0 and below 1")
 
 
@@ -72,7 +86,7 @@ def check_fields(fields: dict, source: str) -> None:
     check_keys(fields, top_keys(), source=source)
     check_values(fields, _template_rules(general), source=source)
     check_value("run_mode", fields.get("run_mode"), one_of(RUN_MODES), source=source)
-    check_values(fields, OWN_RULES, source=source)
+    check_values(fields, {"seed": whole(0), **OWN_RULES}, source=source)
     if isinstance(fields.get("tensorboard"), dict):      # MindFormers has a section of that name
         check_section(fields["tensorboard"], TENSORBOARD_RULES, "tensorboard", source=source)
     for name in sections:
@@ -85,6 +99,7 @@ def check_fields(fields: dict, source: str) -> None:
                 check_keys(section, template.keys(), name, source=source)
             check_values(section, _template_rules(template), name, source=source)
     _check_typed_sections(fields, source)
+    _check_numbers(fields, source)
     _check_model(fields, source)
     _check_parts(fields, source)
     decay = (fields.get("runner_wrapper") or {}).get("ema_decay")
@@ -129,6 +144,15 @@ def _check_typed_sections(fields: dict, source: str) -> None:
             _check_registered(section["type"], kind, register.MindFormerRegister.registry.get(kind, {}), source, where)
         if section["type"] == CALLBACK:
             check_tracker(section, where, source)
+
+
+def _check_numbers(fields: dict, source: str) -> None:
+    """Checks numbers that MindFormers hands on unread, so that a wrong one ends a run late or not at all."""
+    for name, rules in NUMBERS.items():
+        section = fields.get(name)
+        plain = {key: value for key, value in section.items() if not isinstance(value, (list, dict))} \
+            if isinstance(section, dict) else {}
+        check_values(plain, rules, name, source=source)
 
 
 def _check_registered(name: object, kind: str, registered: dict, source: str, where: str) -> None:

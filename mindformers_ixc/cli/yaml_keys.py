@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from mindformers_ixc.checkpoint.start import OVERRIDE
-from mindformers_ixc.cli.run_config import DECAY_RULE, OWN_RULES, RUN_MODES, TENSORBOARD_RULES
+from mindformers_ixc.cli.run_config import DECAY_RULE, NUMBERS, OWN_RULES, RUN_MODES, TENSORBOARD_RULES
 from mindformers_ixc.cli.templates import section_templates
 from mindformers_ixc.config import FIELDS, MODE_ADAPTERS, TASK_LORAS, RecomputeOptions
 from mindformers_ixc.data.conversations import CAPTION_PROMPTS
@@ -218,7 +218,7 @@ _RUNNER = Section({
                                        "`parallel_config.micro_batch_num` counts"),
     "sink_mode": Key("batches go to the device by MindSpore's data sink; False on the CPU, which has none"),
     "sink_size": Key("steps of a sink: the log has a row for each step with 1 only"),
-}, template="runner_config")
+}, NUMBERS["runner_config"], template="runner_config")
 
 # MindFormers' own lists of keys have other defaults for these three, which count only where a whole section is missing.
 _OPTIMIZER = Section({
@@ -227,25 +227,27 @@ _OPTIMIZER = Section({
     "eps": Key("added to the root of the second moment"),
     "weight_decay": Key("decoupled; norms, biases, and separators get none where `part_learning_rates` groups them"),
     "learning_rate": Key("constant rate; with `lr_schedule` that one counts"),
-}, defaults={"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "learning_rate": 1e-3}, template="optimizer")
+}, NUMBERS["optimizer"], {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "learning_rate": 1e-3}, "optimizer")
 
 _SCHEDULE = Section({
     "type": Key("a registered schedule, such as `CosineWithWarmUpLR`, whose defaults these are", "required"),
     "learning_rate": Key("the highest rate", "required"),
     "lr_end": Key("the last one"),
-    "warmup_ratio": Key("share of the run in which the rate rises from 0", kind="a number"),
+    "warmup_lr_init": Key("the first one, from which it rises"),
+    "warmup_ratio": Key("share of the run in which the rate rises"),
+    "warmup_steps": Key("steps in which it rises, in place of the share"),
     "total_steps": Key("-1: the whole run", "-1"),
-}, defaults={"lr_end": 0.0, "warmup_ratio": None}, template="lr_schedule")
+}, NUMBERS["lr_schedule"], defaults={"lr_end": 0.0, "warmup_ratio": None}, template="lr_schedule")
 
 _WRAPPER = Section({
     "type": Key("a registered step cell; `MFTrainOneStepCell`, whose defaults these are, becomes the one of this "
                 "package where it has to", "required"),
     "scale_sense": Key("loss scale: a number (1.0: none), or a section of MindFormers'", kind="a number or a section"),
     "use_clip_grad": Key("clip gradients by their global norm"),
-    "max_grad_norm": Key("the norm that is kept", kind="a number"),
+    "max_grad_norm": Key("the norm that is kept"),
     "ema_decay": Key("share of the moving average of the weights that a step keeps; leaves `OUTPUT/model_ema`",
                      "no average", DECAY_RULE.wanted),
-}, defaults={"scale_sense": 1.0, "use_clip_grad": False, "max_grad_norm": 1.0}, template="runner_wrapper")
+}, NUMBERS["runner_wrapper"], {"scale_sense": 1.0, "use_clip_grad": False, "max_grad_norm": 1.0}, "runner_wrapper")
 
 _RECOMPUTE = Section({
     "recompute": Key("all decoder layers and the tower's, or how many decoder layers, keep only their inputs",

@@ -1,12 +1,14 @@
 """The questions of conversations, one by one, for evaluation."""
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.data.forms import count_places
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
+from mindformers_ixc.resources import shown
 
 
 @dataclass
@@ -24,6 +26,21 @@ class Question:
         """The question as arguments of `IXC25Processor.encode_chat`."""
         return {"query": self.query, "images": self.images, "history": self.history, "hd_num": hd_num,
                 "meta_instruction": self.system}
+
+
+def as_typed(samples: Iterable[Conversation]) -> tuple[str, str]:
+    """A picture and a question about it, of the first sample with one picture, as they are typed in a shell.
+
+    Returns:
+        Both quoted where a shell needs it; `PICTURE` and `QUESTION` where there is no such sample.
+    """
+    sample = next((one for one in samples if len(one.images) == 1), None)
+    if sample is None:
+        return "PICTURE", "QUESTION"
+    said = next(text for role, text in sample.turns if role == "user")
+    # a picture stands before the text anyway; lines of a text are one in a shell
+    text = " ".join(said.strip().removeprefix(IMAGE_PLACEHOLDER).split())
+    return shlex.quote(shown(str(sample.images[0]))), shlex.quote(text or "What is shown in the picture?")
 
 
 def questions_of(samples: Iterable[Conversation]) -> list[Question]:

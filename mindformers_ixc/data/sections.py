@@ -7,9 +7,10 @@ from mindformers_ixc.config import FIELDS, default_max_images
 from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.data.packer import Budget
-from mindformers_ixc.errors import DataError
+from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.processing.pictures import EXIF, TRANSPARENCY
-from mindformers_ixc.sections import Rule, check_section, of_type, one_of, whole
+from mindformers_ixc.processing.processor import TRANSFORMS
+from mindformers_ixc.sections import Rule, check_section, of_type, one_of, share, whole
 
 
 def is_list_of_texts(value: object) -> bool:
@@ -20,12 +21,11 @@ def is_list_of_texts(value: object) -> bool:
 # Keys of the `train_dataset` section; MindFormers' own ones come last.
 DATASET_RULES = {
     "data_loader": of_type(dict, required=True), "tokenizer": of_type(dict, required=True),
-    "seq_length": of_type(int, required=True), "max_tiles": of_type(int, required=True),
-    "hd_num": of_type(int),
-    "image_transform": of_type(str), "transparency": one_of(TRANSPARENCY), "exif": one_of(EXIF),
+    "seq_length": whole(1, required=True), "max_tiles": whole(1, required=True), "hd_num": whole(1),
+    "image_transform": one_of(TRANSFORMS), "transparency": one_of(TRANSPARENCY), "exif": one_of(EXIF),
     "image_size": of_type(int), "patch_size": of_type(int),
     "max_images": whole(1), "max_segments": whole(2),
-    "max_bad_share": of_type(float), "packing": of_type(bool), "seed": of_type(int),
+    "max_bad_share": share(), "packing": of_type(bool), "seed": of_type(int),
     "control_tokens": of_type(bool), "input_columns": of_type(list),
     "batch_size": of_type(int, required=True), "drop_remainder": of_type(bool), "num_parallel_workers": of_type(int),
     "python_multiprocessing": of_type(bool), "repeat": of_type(int), "prefetch_size": of_type(int),
@@ -77,3 +77,26 @@ def check_dataset_section(section: Any, preferences: bool = False) -> None:
             raise DataError("train_dataset.packing is True, but preference pairs are not packed: the two answers of a "
                             "pair are a row each; take packing out, here and in model.model_config.")
         row_budget(section).check()
+
+
+def check_shapes(model: Any, data: Any) -> None:
+    """Refuses rows of other shapes than the model's graph takes.
+
+    Args:
+        model: the YAML's `model.model_config`, as a mapping.
+        data: its `train_dataset`, checked.
+
+    Raises:
+        ConfigError: naming both keys and both values.
+    """
+    budget, vision = row_budget(data), model.get("vision_config") or {}
+    images = model.get("max_images") or default_max_images(model.get("max_tiles") or budget.max_tiles)
+    pairs = [*((key, model.get(key), data.get(key)) for key in ("seq_length", "max_tiles")),
+             ("packing", bool(model.get("packing")), bool(data.get("packing"))),
+             ("max_images", images, budget.max_images),
+             ("max_segments", model.get("max_segments") or FIELDS["max_segments"].default, budget.max_segments),
+             *((key, vision.get(key), data.get(key)) for key in ("image_size", "patch_size"))]
+    for key, ours, theirs in pairs:
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ConfigError(f"model.model_config has {key} {ours} but train_dataset has {key} {theirs}; the graph "
+                              "has one static shape, so give both the same value (a YAML anchor does it).")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -154,8 +155,12 @@ def folder_findings(environment: Mapping[str, str]) -> list[Finding]:
                                 "and libraries for layouts are built anew", "set HOME or XDG_CACHE_HOME"))
     else:
         findings.append(_writable("cache", cache / "mindformers_ixc", NOTE, "set XDG_CACHE_HOME to another folder"))
-    findings.append(_writable("temporary", Path(environment.get("TMPDIR") or tempfile.gettempdir()), PROBLEM,
-                              "set TMPDIR to another folder"))
+    wanted = Path(environment.get("TMPDIR") or tempfile.gettempdir())
+    if wanted.is_dir():
+        findings.append(_writable("temporary", wanted, PROBLEM, "set TMPDIR to another folder"))
+    else:
+        findings.append(Finding("temporary", PROBLEM, f"TMPDIR is {wanted}, which is no folder",
+                                f"mkdir -p {shlex.quote(str(wanted))}, or set TMPDIR to another folder"))
     findings.append(_writable("this folder", Path.cwd(), NOTE, "give runs an --output_dir that can be written"))
     return findings
 

@@ -9,7 +9,9 @@ import tempfile
 
 from mindformers_ixc.doctor.findings import OK, PROBLEM, Finding
 
-# Of the whole test at most; it takes about 14 seconds of processor time, most of them imports and compiling.
+# Of the whole test at most. It takes 10 to 11 seconds of processor time: imports 3.4 to 3.8, compiling the training
+# step 4.5, the steps 1.0, compiling the graphs of an answer and answering 1.4. A second decoder layer takes 0.7 more,
+# and a tower that trains 1.2.
 SECONDS = 180
 
 # Steps in their order, with what is being done.

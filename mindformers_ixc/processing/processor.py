@@ -39,6 +39,7 @@ from mindformers_ixc.processing.prompt import (
     chat_pieces,
     chat_text,
     chat_turns,
+    check_asked,
     check_places,
     check_text,
     mask_labels,
@@ -376,8 +377,7 @@ class Processor:
         check_text(query, "query")
         system = "" if meta_instruction is None else check_text(meta_instruction, "meta_instruction")
         rounds = read_history(history)
-        if not query.strip() and not images:
-            raise PromptError("The query is empty and there is no picture; ask something.")
+        check_asked(query, bool(images))
         if self._public(control_tokens):
             pieces = public_pieces(chat_text(query, rounds, system))
         else:

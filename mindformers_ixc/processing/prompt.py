@@ -133,6 +133,20 @@ def public_pieces(text: str) -> list[Piece]:
     return pieces
 
 
+def check_asked(query: str, pictured: bool) -> None:
+    """Refuses a question that asks nothing.
+
+    Args:
+        query: its text.
+        pictured: whether there is a picture, which may be all of it.
+
+    Raises:
+        PromptError: for an empty text without one.
+    """
+    if not query.strip() and not pictured:
+        raise PromptError("The query is empty and there is no picture; ask something.")
+
+
 def check_places(places: int, images: int, where: str = "") -> bool:
     """Compares the places of a prompt with its pictures.
 

@@ -348,7 +348,8 @@ def find_vocab_file(name: str | None) -> Path:
         FileNotFoundError: when it is not there, or none is named.
     """
     if not name:
-        raise FileNotFoundError("The tokenizer has no vocab_file; give the path of a tokenizer.model.")
+        raise FileNotFoundError("The tokenizer has no vocab_file; give the path of a tokenizer.model, in a YAML as "
+                                "train_dataset.tokenizer.vocab_file. The public model's folder has one.")
     path = resolve_path(name)
     if not path.is_file():
         raise FileNotFoundError(_missing(path, name))

@@ -1,6 +1,7 @@
 """The weights a run starts with: its model becomes theirs before anything is built, and all of them are loaded."""
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def _check(section: dict, source: OpenedCheckpoint, recipe: Recipe, parallel: bo
     _, new = match_tensors(source, shapes, recipe, config.adapter_mode)
     if parallel and (source.renamed or any(file.suffix not in CUT_FORMATS for file in source.files)):
         raise CheckpointError(f"{source.path} is not in a form that MindFormers cuts for the ranks of a parallel run; "
-                              f"make one of it: mindformers convert {source.path} TARGET.")
+                              f"make one of it: mindformers convert {shlex.quote(str(source.path))} TARGET.")
     return new
 
 

@@ -22,9 +22,9 @@ from mindformers_ixc import interruption, terminal
 from mindformers_ixc.checkpoint.model_directory import weights_of, write_model_directory
 from mindformers_ixc.checkpoint.start import OVERRIDE
 from mindformers_ixc.checkpoint.tensors import LazyTensor
-from mindformers_ixc.config import FIELDS, default_max_images
+from mindformers_ixc.data.questions import as_typed
 from mindformers_ixc.data.rows import ConversationTable
-from mindformers_ixc.data.sections import row_budget
+from mindformers_ixc.data.sections import check_shapes
 from mindformers_ixc.decoding_options import PREDICT_BATCH_SIZE
 from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
 from mindformers_ixc.errors import ConfigError, DataError, TrainingError
@@ -66,19 +66,7 @@ def check_sections_agree(config: MindFormerConfig) -> None:
         ConfigError: naming both keys and both values.
     """
     model, data = config.model.model_config, config.train_dataset
-    budget = row_budget(data)
-    vision = model.vision_config or {}
-    pairs = [("seq_length", model.seq_length, data.seq_length), ("max_tiles", model.max_tiles, data.max_tiles),
-             ("packing", bool(model.packing), bool(data.packing)),
-             ("max_images", model.max_images or default_max_images(model.max_tiles or budget.max_tiles),
-              budget.max_images),
-             ("max_segments", model.max_segments or FIELDS["max_segments"].default, budget.max_segments),
-             ("image_size", vision.get("image_size"), data.image_size),
-             ("patch_size", vision.get("patch_size"), data.patch_size)]
-    for key, ours, theirs in pairs:
-        if ours is not None and theirs is not None and ours != theirs:
-            raise ConfigError(f"model.model_config has {key} {ours} but train_dataset has {key} {theirs}; the graph "
-                              "has one static shape, so give both the same value (a YAML anchor does it).")
+    check_shapes(model, data)
     pieces = len(build_tokenizer(dict(data.tokenizer)))
     if model.vocab_size is not None and pieces > model.vocab_size:
         raise ConfigError(f"The tokenizer {data.tokenizer.vocab_file} has {pieces} pieces, more than "
@@ -88,7 +76,8 @@ def check_sections_agree(config: MindFormerConfig) -> None:
 
 def how_to_join(folder: str | os.PathLike) -> str:
     """The command that joins what the ranks of a run have saved."""
-    return f"Join the parts with\n    mindformers convert {folder} {os.path.join(folder, 'model')} --to hf"
+    source, target = shlex.quote(os.fspath(folder)), shlex.quote(os.path.join(folder, "model"))
+    return f"Join the parts with\n    mindformers convert {source} {target} --to hf"
 
 
 def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: ConversationTable | None) -> str:
@@ -106,15 +95,11 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
         place = shown(folder / "trained_parts")
         lines += [f"Of it, {', '.join(parts)} alone are in {place}; put them on any checkpoint with",
                   f"    mindformers merge BASE TARGET --attach {shlex.quote(place)}"]
-    image, question = "PICTURE", "QUESTION"
-    if table is not None and (table.samples.images == 1).any():
-        sample = table.samples[int(np.argmax(table.samples.images == 1))]
-        image = shlex.quote(shown(sample.images[0]))
-        question = next(text for role, text in sample.turns if role == "user")
     model_path = shown(folder / "model")
-    quoted = shlex.quote(question) if set(question) & set('"$`\\!') else f'"{question}"'
+    single = [] if table is None else np.flatnonzero(table.samples.images == 1)[:1].tolist()
+    image, question = as_typed(table.samples[index] for index in single if table is not None)
     lines += [f"The trained model is in {model_path}. Ask it about a picture:",
-              f"    mindformers chat --model {shlex.quote(model_path)} --image {image} {quoted}"]
+              f"    mindformers chat --model {shlex.quote(model_path)} --image {image} {question}"]
     return "\n".join(lines)
 
 

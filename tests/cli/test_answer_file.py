@@ -13,6 +13,7 @@ from mindformers_ixc.cli.answer_file import AnswerFile, run_of, weights_mark
 from mindformers_ixc.cli.evaluate import evaluate, score_line, worst_answers
 from mindformers_ixc.data.questions import Question
 from mindformers_ixc.errors import DataError
+from mindformers_ixc.resources import resolve_model
 from mindformers_ixc_cli import parse
 
 QUESTIONS = [Question(f"s{i}", f"q{i}?", [], [f"pictures/{i}.jpg"], f"Answer {i}") for i in range(4)]
@@ -219,3 +220,9 @@ def test_a_run_is_told_by_weights_and_settings(tmp_path):
         ["--exif", "apply"], ["--max_new_tokens", "5"])]
     assert runs[0] == runs[1] == runs[2]
     assert len({json.dumps(run) for run in runs}) == 6
+
+
+def test_answers_of_the_shipped_model_are_known_by_its_weights(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = run_of(parse(["eval", "--model", "starter", "--data", "d"]))
+    assert run["model"] == "starter" and run["weights"] == weights_mark(resolve_model("starter"))

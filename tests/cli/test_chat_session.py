@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pty
 import select
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,6 +17,7 @@ from mindspore import Tensor
 from mindformers_ixc import InternLM2Tokenizer, IXC25Config, IXC25ForCausalLM
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
 from mindformers_ixc.demo import demo_path
+from mindformers_ixc.resources import resolve_model
 
 COMMAND = str(Path(sys.executable).parent / "mindformers")
 
@@ -98,8 +99,7 @@ def test_a_session_on_a_terminal(babbling_model, tmp_path):
 @pytest.fixture
 def standin(tmp_path):
     """A chat on a terminal whose model is a stand-in; the file `loaded` lets it be there."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "internlmxcomposer2"}))
+    shutil.copytree(resolve_model("starter"), tmp_path / "model")
     program = str(Path(__file__).parents[1] / "helpers" / "standin_chat.py")
 
     def start(*words: str) -> Terminal:

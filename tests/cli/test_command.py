@@ -86,7 +86,7 @@ def test_a_shell_can_ask_how_words_go_on(tmp_path, line, expected):
 @pytest.mark.parametrize(("words", "message"), [
     (("run", "--config", "gone.yaml"), "gone.yaml does not exist"),
     (("run", "--config", "x.yaml", "--register_path", "gone"), "--register_path gone"),
-    (("chat", "--model", "gone", "q"), "config.json does not exist"),
+    (("chat", "--model", "gone", "q"), "gone does not exist; a model directory holds config.json"),
     (("eval", "--model", "gone", "--data", "gone.json"), "gone.json does not exist"),
 ])
 def test_missing_files_end_in_one_sentence(tmp_path, words, message):

@@ -146,7 +146,7 @@ def test_a_run_from_the_starter_says_so(folder, no_terminal):
     (["--data", "gone"], "gone does not exist"),
     (["--data", "my pictures/red.png"], "is no data by the ending of its name"),
     (["--data", "my pictures", "--device", "tpu"], "'tpu' is none of the choices"),
-    (["--data", "my pictures", "--model", "gone"], "config.json does not exist"),
+    (["--data", "my pictures", "--model", "gone"], "gone does not exist; a model directory holds config.json"),
     (["--data", "my pictures", "--model", "seven", "--device", "CPU"], "give --device Ascend"),
     (["--data", "my pictures", "--model", "seven", "--devices", "12"], "'12' is none of the choices 8, 16, 64"),
     (["--data", "my pictures", "--device", "Ascend", "--memory", "32"], "--memory '32' is no size"),

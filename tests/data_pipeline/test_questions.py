@@ -1,11 +1,13 @@
 """Questions of a conversation file, and what shuffling their pictures does."""
 from __future__ import annotations
 
+import shlex
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mindformers_ixc.data.conversations import Conversation
-from mindformers_ixc.data.questions import Question, questions_of, shuffle_images
+from mindformers_ixc.data.questions import Question, as_typed, questions_of, shuffle_images
 
 
 def conversation(*texts, images=(), system=None):
@@ -23,6 +25,16 @@ def test_rounds_before_a_question_are_its_history():
 def test_a_question_has_the_pictures_up_to_its_round():
     questions = questions_of([conversation("q1", "a", "<ImageHere>q2", "b", "<ImageHere>q3", "c", images=["p", "r"])])
     assert [q.images for q in questions] == [[], ["p"], ["p", "r"]]
+
+
+def test_an_example_can_be_typed_in_a_shell():
+    asked = conversation("<ImageHere>\nWhat's\nthis?", "a", images=["my pictures/größe.png"])
+    samples = [conversation("q", "a"), asked]
+    image, question = as_typed(samples)
+    assert shlex.split(f"{image} {question}") == ["my pictures/größe.png", "What's this?"]
+    assert as_typed([conversation("Is <ImageHere> $5?", "a", images=["a.png"])]) == ("a.png", "'Is <ImageHere> $5?'")
+    assert as_typed([conversation("<ImageHere>", "a cat", images=["a.png"])])[1] == "'What is shown in the picture?'"
+    assert as_typed(samples[:1]) == as_typed([]) == ("PICTURE", "QUESTION")
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), max_size=12))

@@ -27,7 +27,8 @@ def write(folder, text, name="questions.csv"):
     "image,question,answer\na.png,\"Red, or blue?\",red\n\nb.png,Why?,\"It says \"\"no\"\".\nTwice.\"\n",
     "\ufeffAnswer;Image;Question;;\r\nred;a.png;Red, or blue?;;\r\n\"It says \"\"no\"\".\nTwice.\";b.png;Why?;;\r\n",
     "question\timage\tanswer\nRed, or blue?\ta.png\tred\nWhy?\tb.png\t\"It says \"\"no\"\".\nTwice.\"",
-], ids=["commas", "semicolons as Excel writes them", "tabs"])
+    "sep=;\r\nimage;question;answer\r\na.png;Red, or blue?;red\r\nb.png;Why?;\"It says \"\"no\"\".\nTwice.\"\r\n",
+], ids=["commas", "semicolons as Excel writes them", "tabs", "with the line that names the separator"])
 def test_the_same_questions_in_every_spelling(tmp_path, text):
     rows = read_table(write(tmp_path, text))
     assert [(row["image"], *(turn["value"] for turn in row["conversations"])) for row in rows] == [
@@ -50,6 +51,12 @@ def test_all_bad_lines_are_named_by_their_number_in_the_file(tmp_path):
         f"{path}, line 4: has 2 cells of 3; the first line names image, question, answer.",
         f"{path}, line 6: question, answer are empty.",
         f"{path}, line 7: has 4 cells, the first line 3; put a text that has a comma in double quotes."]
+
+
+def test_lines_are_counted_with_the_one_that_names_the_separator(tmp_path):
+    path = write(tmp_path, "\ufeff\"sep=,\"\nimage,question,answer\na.png,What?,this\nb.png,,that\n")
+    with pytest.raises(DataError, match=r"questions\.csv, line 4: question is empty"):
+        read_table(path)
 
 
 @pytest.mark.parametrize(("text", "message"), [

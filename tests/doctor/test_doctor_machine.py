@@ -102,6 +102,8 @@ def test_folders(tmp_path):
     cache, temporary, here = folder_findings({"XDG_CACHE_HOME": str(tmp_path), "TMPDIR": "/proc/nowhere"})
     assert (cache.state, temporary.state, here.state) == (OK, PROBLEM, OK)
     assert "TMPDIR" in temporary.advice and list(tmp_path.iterdir()) == []
+    missing = folder_findings({"TMPDIR": str(tmp_path / "my tmp")})[1]
+    assert missing.state == PROBLEM and missing.advice.startswith(f"mkdir -p '{tmp_path}/my tmp'")
     assert folder_findings({"TMPDIR": str(tmp_path)})[0].state == NOTE     # no home folder
 
 

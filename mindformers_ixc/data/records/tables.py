@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -22,6 +23,9 @@ COLUMNS = ("image", "question", "answer")
 
 # Endings of files that are tables; those of spreadsheets' own files, which are not read.
 TABLE_ENDINGS, SPREADSHEET_ENDINGS = (".csv", ".tsv"), (".xlsx", ".xls", ".ods", ".numbers")
+
+# The line by which spreadsheets tell each other the separator.
+_PREAMBLE = re.compile(r'"?sep=[,;\t]?"?', re.IGNORECASE)
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 
@@ -57,9 +61,13 @@ class TableRecords(Records):
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
         with open(check_source(path), "rb") as file:
-            head = file.read(HEAD)
-            file.seek(check_encoding(head, self.name))
-            self.separator = _separator(decode_text(file.readline(), self.name).rstrip("\r\n"), self.name)
+            self._begin, self._skipped = check_encoding(file.read(HEAD), self.name), 0
+            file.seek(self._begin)
+            line = decode_text(file.readline(), self.name).rstrip("\r\n")
+            if _PREAMBLE.fullmatch(line.strip()):
+                self._begin, self._skipped = file.tell(), 1
+                line = decode_text(file.readline(), self.name).rstrip("\r\n")
+            self.separator = _separator(line, self.name)
         first = next(self._lines(), None)
         if first is None:
             raise DataError(f"{self.name} is empty; its first line must name the columns {', '.join(COLUMNS)}.")
@@ -101,15 +109,15 @@ class TableRecords(Records):
     def _lines(self) -> Iterator[tuple[Place, list[str]]]:
         """Lines that hold something, each with its place, which begins at its first line in the file."""
         with open(self.path, "rb") as file:
-            file.seek(check_encoding(file.read(HEAD), self.name))
+            file.seek(self._begin)
             source = _CountedLines(file, self.name)
             rows = csv.reader(source, delimiter=self.separator, strict=True)
-            before, line = source.place, 0
+            before, line = source.place, self._skipped
             try:
                 for cells in rows:
                     if any(cell.strip() for cell in cells):
                         yield Place(before, source.place - before, line + 1), cells
-                    before, line = source.place, rows.line_num
+                    before, line = source.place, self._skipped + rows.line_num
             except csv.Error as error:
                 raise DataError(f"{self.name}, line {line + 1}: a text in double quotes is wrong ({error}); a quote "
                                 "inside one is written twice.") from error

@@ -1,0 +1,57 @@
+"""What can be said of a question to a model before MindFormers is imported, so that a mistake costs no wait."""
+from __future__ import annotations
+
+import argparse
+
+from mindformers_ixc import terminal
+from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.cli.early import SMALL
+from mindformers_ixc.data.preferences import load_preferences
+from mindformers_ixc.decoding_options import RULES
+from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.processing.pictures import image_size
+from mindformers_ixc.processing.prompt import check_asked
+from mindformers_ixc.processing.tokenizer import check_directory
+from mindformers_ixc.processing.video import is_video
+from mindformers_ixc.resources import resolve_model, resolve_path
+from mindformers_ixc.sections import check_value, whole
+
+# Whole numbers of the command line that the decoder has no rule for.
+COUNTS = {"hd_num": whole(1), "batch_size": whole(1)}
+
+
+def check_question(arguments: argparse.Namespace) -> None:
+    """Refuses options of decoding that can have no effect or no meaning, pictures that are none, and models in part.
+
+    Args:
+        arguments: of `chat`, `eval` or `reference`; `model` is a directory with a config.json of this model.
+
+    Raises:
+        ConfigError: for an option's value.
+        ImageError: for a picture that cannot be read.
+        PromptError: for an empty question without a picture.
+        DataError: for preference pairs that are none, where reading them takes no time.
+        CheckpointError: for a model directory without weights, or with damaged ones.
+        FileNotFoundError: for one without a tokenizer, or a device that is not there.
+    """
+    for name, rule in {**RULES, **COUNTS}.items():
+        value = getattr(arguments, name, None)
+        if value is not None:
+            check_value(f"--{name}", value, rule, ConfigError)
+    if getattr(arguments, "do_sample", False) and not arguments.temperature:
+        raise ConfigError("--temperature is 0 and --do_sample is given; sampling takes a temperature above 0, and "
+                          "without --do_sample the likeliest token is taken.")
+    question, pictures = getattr(arguments, "question", None), getattr(arguments, "image", None) or []
+    if question is not None:
+        check_asked(question, bool(pictures))
+    for picture in pictures:
+        if not is_video(picture):
+            image_size(resolve_path(picture))
+    if getattr(arguments, "pairs", None) and resolve_path(arguments.pairs).stat().st_size <= SMALL:
+        load_preferences(arguments.pairs, arguments.image_folder, arguments.image_root, arguments.ignore_keys)
+    folder = resolve_model(arguments.model)
+    check_directory(folder)
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        return          # reading those takes PyTorch, whose import takes seconds
+    with terminal.to_be_said_later():
+        open_source(folder, verify=False)
