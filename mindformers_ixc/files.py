@@ -273,16 +273,24 @@ def read_text(path: str | os.PathLike, error: type[ValueError] = DataError) -> s
     return decode_text(resolve_path(path).read_bytes(), str(path), error)
 
 
-def decode_text(content: bytes, name: str, error: type[ValueError] = DataError) -> str:
-    """As `read_text`, of bytes that were read; `name` is what the messages call them."""
-    start = check_encoding(content, name, error)
+def decode_text(content: bytes, name: str, error: type[ValueError] = DataError,
+                before: tuple[int, int] = (0, 0)) -> str:
+    """As `read_text`, of bytes that were read.
+
+    Args:
+        content: the bytes.
+        name: what messages call the file.
+        error: the class of what is raised.
+        before: bytes and lines of the file that stand before these.
+    """
+    start = check_encoding(content, name, error) if before == (0, 0) else 0
     try:
         return content[start:].decode("utf-8")
     except UnicodeDecodeError as bad:
         place = start + bad.start
-        line = content.count(b"\n", 0, place) + 1
-        raise error(f"{name} is not UTF-8 text: byte 0x{content[place]:02X} at place {place} (counted from 0), in line "
-                    f"{line}. Save it as UTF-8; GBK and Latin-1 text looks like this.") from bad
+        line = before[1] + content.count(b"\n", 0, place) + 1
+        raise error(f"{name} is not UTF-8 text: byte 0x{content[place]:02X} at place {before[0] + place} (counted from "
+                    f"0), in line {line}. Save it as UTF-8; GBK and Latin-1 text looks like this.") from bad
 
 
 def check_encoding(content: bytes, name: str, error: type[ValueError] = DataError) -> int:

@@ -54,7 +54,7 @@ def test_every_key_of_a_recipe_is_on_the_page(path):
 def test_a_section_has_the_keys_that_are_checked(name):
     section = SECTIONS[name]
     assert set(section.rules) - {"type"} <= set(section.keys)
-    if name:
+    if name and not section.template:       # what the rules leave out there, MindFormers' template says
         assert set(section.keys) <= set(section.rules)
 
 
@@ -68,7 +68,7 @@ def test_every_own_section_of_the_top_level_is_on_the_page():
 def test_keys_without_words_of_their_own_are_mindformers(name):
     template = section_templates()[SECTIONS[name].template]
     for key, words in SECTIONS[name].keys.items():
-        assert hasattr(template, key) or words.kind, key
+        assert hasattr(template, key) or words.kind or key in SECTIONS[name].rules, key
 
 
 def test_every_row_says_something():

@@ -150,7 +150,7 @@ def test_a_place_that_only_an_answer_has_is_missing(folder):
         read(folder, row)
 
 
-LONG = "data:image/jpeg;base64," + "/9j/4AAQSkZJRg" * 3000
+LONG = "data:image/jpeg;base64," + "/9j/4AAQSkZJRg" * 3000 + "!"
 REFUSED = [
     ({"audios": ["x.wav"], "messages": chat("what?")}, ["field audios", "x.wav", "ignore_keys"]),
     ({"tools": "[]{}", "messages": chat("what?")}, ["field tools"]),
@@ -193,8 +193,9 @@ REFUSED = [
     ({"query": "what?", "response": "x", "history": [["a", None]]}, ["field history[0][1]", "found None"]),
     ({"image": "a.png", "caption": 5}, ["field caption", "found 5"]),
     ({"id": [1], "messages": chat("what?")}, ["field id"]),
-    ({"image": LONG, "messages": chat("what?")}, ["field image", "data:image/jpeg", "(42023 characters)"]),
-    ({"image": LONG[23:], "messages": chat("what?")}, ["field image", "(42000 characters)", "is no path"]),
+    ({"image": LONG, "messages": chat("what?")}, ["field image", "base64 is damaged"]),
+    ({"image": LONG[23:], "messages": chat("what?")}, ["field image", "base64 is damaged"]),
+    ({"image": "x" * 42000, "messages": chat("what?")}, ["field image", "(42000 characters)", "is no path"]),
     ({"image": "a" * 300 + ".png", "messages": chat("what?")}, ["is no path"]),
     ({"image": "a\0.png", "messages": chat("what?")}, ["is no path"]),
     ({"image": "https://example.org/a.png", "messages": chat("what?")}, ["is an address", "download it"]),

@@ -17,7 +17,7 @@ import numpy as np
 
 from mindformers_ixc.data.records.base import Place, Progress, Record, Records, check_source
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.files import check_encoding, is_json_lines, parse_json
+from mindformers_ixc.files import check_encoding, decode_text, is_json_lines, parse_json
 
 # Bytes that are looked at together, and of a file's beginning that say whether it is a list or lines.
 WINDOW, HEAD = 1 << 23, 1 << 20
@@ -53,15 +53,24 @@ class JsonRecords(Records):
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
         """See `Records.scan`."""
         if not os.path.getsize(self.path) - self._begin:
-            raise DataError(f"{self.name} is empty; it must hold a JSON list or JSON lines, with at least one "
-                            f"{self.item}.")
+            raise DataError(f"{self.name} is empty, found no {self.item}s; it must hold a JSON list or JSON lines, "
+                            f"with at least one {self.item}.")
         with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             yield from self._lines(content, progress) if self.lines else self._list(content, progress)
 
     def read(self, index: int, place: Place) -> Record:
         """See `Records.read`."""
         name = f"{self.name}, line {place.line}" if place.line else self.where(index)
-        return Record(parse_json(self.read_bytes(place), name))
+        content = self.read_bytes(place)
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:          # where in the file is only counted when it matters
+            text = decode_text(content, self.name, before=(place.start, self._lines_before(place)))
+        return Record(parse_json(text, name))
+
+    def _lines_before(self, place: Place) -> int:
+        with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _line(content, place.start) - 1
 
     def _lines(self, content: mmap.mmap, progress: Progress) -> Iterator[np.ndarray]:
         done = 0

@@ -110,7 +110,7 @@ class TableRecords(Records):
         """Lines that hold something, each with its place, which begins at its first line in the file."""
         with open(self.path, "rb") as file:
             file.seek(self._begin)
-            source = _CountedLines(file, self.name)
+            source = _CountedLines(file, self.name, self._skipped)
             rows = csv.reader(source, delimiter=self.separator, strict=True)
             before, line = source.place, self._skipped
             try:
@@ -126,8 +126,8 @@ class TableRecords(Records):
 class _CountedLines:
     """Lines of a file as text, and the place behind the last one that was taken."""
 
-    def __init__(self, file: BinaryIO, name: str):
-        self.file, self.name, self.place, self.line = file, name, file.tell(), 0
+    def __init__(self, file: BinaryIO, name: str, skipped: int):
+        self.file, self.name, self.place, self.line = file, name, file.tell(), skipped
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -138,7 +138,9 @@ class _CountedLines:
             raise StopIteration
         self.place += len(content)
         self.line += 1
-        return decode_text(content, f"{self.name}, line {self.line}") if not content.isascii() else content.decode()
+        if content.isascii():
+            return content.decode()
+        return decode_text(content, self.name, before=(self.place - len(content), self.line - 1))
 
 
 def _separator(first: str, path: object) -> str:
