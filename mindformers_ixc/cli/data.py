@@ -31,8 +31,8 @@ def data(arguments: argparse.Namespace) -> int:
     if arguments.global_batch or arguments.json:
         raise DataError("--global_batch and --json belong to `mindformers data plan`.")
     if arguments.kind in READING:
-        if arguments.images or arguments.split:
-            raise DataError("--images and --split belong to the published datasets, not to `mindformers data "
+        if arguments.images or arguments.split or arguments.format:
+            raise DataError("--images, --split and --format belong to the published datasets, not to `mindformers data "
                             f"{arguments.kind}`.")
         return READING[arguments.kind](arguments)
     if arguments.config:
@@ -44,6 +44,7 @@ def data(arguments: argparse.Namespace) -> int:
         raise DataError(f"--split belongs to ocr_vqa; the files of {arguments.kind} are one split each.")
     options = {"split": arguments.split} if arguments.split else {}
     dropped: Counter[str] = Counter()
-    count = convert_dataset(arguments.kind, files, target, arguments.images, dropped, **options)
+    lines = (arguments.format or ("jsonl" if target.endswith(".jsonl") else "json")) == "jsonl"
+    count = convert_dataset(arguments.kind, files, target, arguments.images, dropped, lines, **options)
     print(f"{count} samples in {target}{drops_text(dropped)}", file=arguments.answers)
     return 0

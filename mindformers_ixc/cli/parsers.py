@@ -292,6 +292,8 @@ def _add_data(commands: Commands) -> None:
     data.add_argument("--output", metavar="FILE", help="of preview: page to write (default: preview.html); of index: "
                       "folder of indices (default: in the user's cache)")
     data.add_argument("--decode", action="store_true", help="of check: read the pixels of all pictures too")
+    data.add_argument("--format", choices=["json", "jsonl"], help="of the file to be written: a JSON list, or JSON "
+                      "lines (default: by its ending)")
     data.add_argument("--images", metavar="DIR", help="put in front of picture names")
     data.add_argument("--split", choices=["train", "validation", "test"], help="of ocr_vqa (default: train)")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mindformers_ixc.data.forms import MEDIA_KEYS, read_form
+from mindformers_ixc.data.records import open_records
+from mindformers_ixc.data.records.published import Published
 from mindformers_ixc.data.shared_talks import share_gpt
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.files import read_json, read_json_list, write_whole
+from mindformers_ixc.files import whole_file
 
 # OCR-VQA numbers its splits.
 OCR_VQA_SPLITS = {"1": "train", "2": "validation", "3": "test"}
@@ -127,8 +130,8 @@ CONVERTERS: dict[str, tuple[Callable, tuple[str, ...]]] = {
 
 def convert_dataset(kind: str, files: list[str | os.PathLike], target: str | os.PathLike,
                     images: str | os.PathLike | None = None, dropped: Counter[str] | None = None,
-                    **options: str) -> int:
-    """Converts a published dataset; an older target is replaced, whole.
+                    lines: bool = False, **options: str) -> int:
+    """Converts a published dataset, sample by sample; an older target is replaced, whole.
 
     Args:
         kind: key of `CONVERTERS`.
@@ -136,6 +139,7 @@ def convert_dataset(kind: str, files: list[str | os.PathLike], target: str | os.
         target: conversation file to be written.
         images: folder that is put in front of the names of pictures and videos.
         dropped: takes the number of what is left out, by reason.
+        lines: whether the target is JSON lines, or a JSON list.
         **options: of the converter (`split` of OCR-VQA).
 
     Returns:
@@ -153,20 +157,39 @@ def convert_dataset(kind: str, files: list[str | os.PathLike], target: str | os.
         raise DataError(f"{kind} is made from {len(names)} files ({', '.join(names)}), {len(files)} were given.")
     _check_target(Path(target), files)
     dropped = Counter() if dropped is None else dropped
-    contents = [_read(Path(file), "conversations" in names) for file in files]
-    try:
-        samples = [sample for sample in converter(*contents, dropped=dropped, **options)
-                   if _is_readable(sample, dropped)]
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise DataError(f"{', '.join(map(str, files))}: not in the form {kind} is published in "
-                        f"({type(error).__name__}: {str(error)[:80]}).") from error
-    if not samples:
-        raise DataError(f"{', '.join(map(str, files))} gives no samples{drops_text(dropped)}.")
-    for sample in samples if images is not None else ():
-        for key in (key for key in MEDIA_KEYS if key in sample):
-            sample[key] = _below(str(images), sample[key])
-    write_whole(target, json.dumps(samples, ensure_ascii=False, indent=1))
-    return len(samples)
+    count = 0
+    with whole_file(target) as part, open(part, "w", encoding="utf-8") as out:
+        try:
+            contents = [_read(Path(file), "conversations" in names) for file in files]
+            for sample in converter(*contents, dropped=dropped, **options):
+                if _is_readable(sample, dropped):
+                    _put_below(sample, images)
+                    out.write(_line_of(sample) if lines else _entry_of(sample, count))
+                    count += 1
+        except DataError:
+            raise
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise DataError(f"{', '.join(map(str, files))}: not in the form {kind} is published in "
+                            f"({type(error).__name__}: {str(error)[:80]}).") from error
+        if not count:
+            raise DataError(f"{', '.join(map(str, files))} gives no samples{drops_text(dropped)}.")
+        out.write("" if lines else "\n]")
+    return count
+
+
+def _line_of(sample: dict) -> str:
+    return json.dumps(sample, ensure_ascii=False) + "\n"
+
+
+def _entry_of(sample: dict, count: int) -> str:
+    """A sample in a list, behind so many others."""
+    text = textwrap.indent(json.dumps(sample, ensure_ascii=False, indent=1), " ", lambda line: True)
+    return ("[\n" if not count else ",\n") + text
+
+
+def _put_below(sample: dict, images: str | os.PathLike | None) -> None:
+    for key in (key for key in MEDIA_KEYS if images is not None and key in sample):
+        sample[key] = _below(str(images), sample[key])
 
 
 def drops_text(dropped: Counter[str]) -> str:
@@ -188,7 +211,12 @@ def _check_target(target: Path, files: list[str | os.PathLike]) -> None:
 def _read(file: Path, listed: bool) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"The data file {file} does not exist.")
-    return read_json_list(file, "conversation") if listed else read_json(file)
+    if not listed:
+        published = Published(file)
+        published.check()
+        return published
+    records = open_records(file, "conversation")
+    return (records.read(index, place).row for index, place in records)
 
 
 def _is_readable(sample: dict, dropped: Counter[str]) -> bool:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from mindformers_ixc.data.forms import MEDIA_KEYS, METADATA, PICTURE_METADATA, ROLES, TAG, holds, turn_keys
@@ -20,7 +20,7 @@ class Run(NamedTuple):
     text: str
 
 
-def share_gpt(rows: list, dropped: Counter[str]) -> Iterator[dict]:
+def share_gpt(rows: Iterable, dropped: Counter[str]) -> Iterator[dict]:
     """ShareGPT (and LLaVA) conversations, made to alternate.
 
     Shared conversations often begin with an answer or end with a question, and some have empty turns: those are left

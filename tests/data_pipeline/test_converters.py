@@ -15,6 +15,8 @@ from mindformers_ixc.cli.data import data as data_command
 from mindformers_ixc.data.conversations import CAPTION_PROMPTS, load_conversations
 from mindformers_ixc.data.converters import CONVERTERS, convert_dataset, drops_text
 from mindformers_ixc.data.forms import ROLES
+from mindformers_ixc.data.records import json_files, published
+from mindformers_ixc.data.records.published import Published
 from mindformers_ixc.data.shared_talks import share_gpt
 from mindformers_ixc.errors import DataError
 
@@ -320,3 +322,43 @@ def test_the_command(tmp_path):
     arguments.split = "test"
     with pytest.raises(DataError, match="--split belongs to ocr_vqa"):
         data_command(arguments)
+
+
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3)
+                      | st.dictionaries(st.text(), inner, max_size=3), max_leaves=5)
+
+
+@settings(deadline=None)
+@given(content=st.dictionaries(st.text(), VALUES, max_size=6), window=st.integers(1, 60),
+       indent=st.sampled_from([None, 1]), ascii_only=st.booleans())
+def test_a_published_file_is_gone_through_as_if_it_were_read(tmp_path_factory, content, window, indent, ascii_only):
+    path = tmp_path_factory.mktemp("published") / "data.json"
+    path.write_text(json.dumps(content, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(published, "WINDOW", window)
+        patched.setattr(json_files, "WINDOW", window)
+        file = Published(path)
+        assert dict(file.items()) == content
+        for key, value in content.items():
+            found = file[key]
+            assert (list(found) if isinstance(value, list) else found) == value
+        with pytest.raises(KeyError):
+            file["no such key, it is longer than any text that is drawn here, or at least that is very likely"]
+
+
+def test_a_published_file_that_is_cut_short_is_refused_and_leaves_nothing(tmp_path):
+    whole = json.dumps(COCO)
+    for kept in (len(whole) - 1, len(whole) // 2, len(whole) // 4, 20):
+        (tmp_path / "cut.json").write_text(whole[:kept])
+        with pytest.raises(DataError, match=r"cut\.json.* is not valid JSON"):
+            convert_dataset("coco_captions", [tmp_path / "cut.json"], tmp_path / "out.json")
+        assert [path.name for path in tmp_path.iterdir()] == ["cut.json"]
+
+
+def test_the_target_may_be_json_lines(tmp_path):
+    (tmp_path / "coco.json").write_text(json.dumps(COCO))
+    for name in ("out.json", "out.jsonl"):
+        words = ["data", "coco_captions", str(tmp_path / "coco.json"), str(tmp_path / name)]
+        assert mindformers_ixc_cli.main(words) == 0
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == json.loads((tmp_path / "out.json").read_text())

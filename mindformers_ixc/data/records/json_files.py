@@ -10,7 +10,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +70,7 @@ class JsonRecords(Records):
 
     def _lines_before(self, place: Place) -> int:
         with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _line(content, place.start) - 1
+            return line_of(content, place.start) - 1
 
     def _lines(self, content: mmap.mmap, progress: Progress) -> Iterator[np.ndarray]:
         done = 0
@@ -90,17 +90,43 @@ class JsonRecords(Records):
                 found = type(parse_json(content[self._begin:], self.name)).__name__
             raise DataError(f"{self.name} must hold a JSON list with at least one {self.item}, or JSON lines, an "
                             f"object each; found {found}.")
-        done = 0
-        for block in _list_blocks(self.name, content, first + 1):
-            end = int(block[-1, :2].sum())
-            progress(end - done)
-            done = end
-            yield block
-        progress(len(content) - done)
+        end = yield from _told(list_blocks(self.name, content, first + 1), progress)
+        _check_rest(self.name, content, end)
+        progress(len(content) - end)
 
 
-def _list_blocks(name: str, content: mmap.mmap, at: int) -> Iterator[np.ndarray]:
-    """Places of the entries of a list whose opening bracket is before `at`, window after window."""
+def _told(blocks: Generator[np.ndarray, None, int], progress: Progress) -> Generator[np.ndarray, None, int]:
+    """The blocks, each told when it has come."""
+    done = 0
+    while True:
+        try:
+            block = next(blocks)
+        except StopIteration as end:
+            progress(end.value - done)
+            return end.value
+        last = int(block[-1, :2].sum())
+        progress(last - done)
+        done = last
+        yield block
+
+
+def list_blocks(name: str, content: mmap.mmap, at: int) -> Generator[np.ndarray, None, int]:
+    """Places of the entries of a list, window after window.
+
+    Args:
+        name: of the file, for messages.
+        content: of it.
+        at: the byte behind the list's opening bracket.
+
+    Yields:
+        int64 `(n, 3)`, see `Place`.
+
+    Returns:
+        The byte behind the closing bracket.
+
+    Raises:
+        DataError: where the list is damaged, or cut short.
+    """
     size, entries = WINDOW, 0
     while True:
         text = content[at:at + size].decode("latin-1")
@@ -110,8 +136,7 @@ def _list_blocks(name: str, content: mmap.mmap, at: int) -> Iterator[np.ndarray]
             yield np.array([(at + start, length, 0) for start, length in spans], np.int64)
         entries += len(spans)
         if problem is None:
-            _check_rest(name, content, at + done)
-            return
+            return at + done
         if final or not problem.more:
             raise _error(name, content, at, problem, entries)
         size = WINDOW if done else size * 4
@@ -186,13 +211,14 @@ def _near_end(text: str, place: int) -> bool:
 
 
 def _error(name: str, content: mmap.mmap, at: int, problem: _Problem, entries: int) -> DataError:
-    line = _line(content, at + problem.place)
+    line = line_of(content, at + problem.place)
     if problem.cut_short and problem.between:
         return DataError(f"{name} is not valid JSON: it ends in line {line}, after its sample {entries}, without the "
                          "list's closing bracket; it is cut short, or still being written.")
     if problem.cut_short:
-        return DataError(f"{name} is not valid JSON: it ends in line {_line(content, len(content))}, within its sample "
-                         f"{entries}, which begins in line {_line(content, at + problem.start)}; it is cut short, or "
+        last = line_of(content, len(content))
+        return DataError(f"{name} is not valid JSON: it ends in line {last}, within its sample {entries}, which "
+                         f"begins in line {line_of(content, at + problem.start)}; it is cut short, or "
                          "still being written.")
     return DataError(f"{name}, line {line}: is not valid JSON ({problem.message}), in sample {entries} (counted from "
                      "0).")
@@ -204,11 +230,11 @@ def _check_rest(name: str, content: mmap.mmap, at: int) -> None:
         rest = content[start:start + WINDOW]
         if rest.strip(b" \t\r\n"):
             place = start + len(rest) - len(rest.lstrip(b" \t\r\n"))
-            raise DataError(f"{name}, line {_line(content, place)}: something follows the closing bracket of the list; "
-                            "a file is one list.")
+            raise DataError(f"{name}, line {line_of(content, place)}: something follows the closing bracket of the "
+                            "list; a file is one list.")
 
 
-def _line(content: mmap.mmap, place: int) -> int:
+def line_of(content: mmap.mmap, place: int) -> int:
     """Number of the line, counted from 1, that a byte is in."""
     return 1 + sum(content[start:min(start + WINDOW, place)].count(b"\n") for start in range(0, place, WINDOW))
 
