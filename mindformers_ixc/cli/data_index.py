@@ -9,7 +9,7 @@ import numpy as np
 
 from mindformers_ixc import terminal
 from mindformers_ixc.cli.data_plan import bars
-from mindformers_ixc.cli.data_section import RECIPE, data_files, read_section
+from mindformers_ixc.cli.data_section import RECIPE, read_section
 from mindformers_ixc.data.advice import advise, needs_of, processor_of, unpacked_goodput
 from mindformers_ixc.data.fitting import Shapes
 from mindformers_ixc.data.index.building import index_folder
@@ -86,7 +86,7 @@ def _open(arguments: argparse.Namespace, all_errors: bool) -> tuple[dict, list[I
                           "preview` shows them.")
     if not arguments.config:
         terminal.current.note(f"Measured as the recipe {RECIPE} measures, since no --config was given.")
-    loader = {**section["data_loader"], "dataset_dir": data_files(list(arguments.files))}
+    loader = {**section["data_loader"], "dataset_dir": list(arguments.files)}
     folder = (arguments.output if arguments.kind == "index" else None) or loader.get("index_dir")
     measures = measures_of(section, processor_of(section), bool(arguments.decode))
     sources = open_sources(loader, section.get("seed") or 0, measures, index_folder(folder), all_errors)

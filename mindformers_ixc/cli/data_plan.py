@@ -87,9 +87,8 @@ def data_plan(arguments: argparse.Namespace) -> int:
     if not arguments.config:
         raise ConfigError("mindformers data plan needs --config, the YAML file whose rows are to hold the data.")
     for path in arguments.files:
-        if not resolve_path(path).is_file():
-            what = "is a folder; name a file in it" if resolve_path(path).is_dir() else "does not exist"
-            raise FileNotFoundError(f"The data file {path} {what}.")
+        if not resolve_path(path).exists():
+            raise FileNotFoundError(f"The data file {path} does not exist.")
     fields = read_yaml(arguments.config)
     apply_overrides(fields, parse_overrides(arguments.rest))
     plan = make_data_plan(fields, list(arguments.files), arguments.global_batch)

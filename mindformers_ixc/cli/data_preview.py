@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from mindformers_ixc import terminal
-from mindformers_ixc.cli.data_section import RECIPE, data_files, read_section
+from mindformers_ixc.cli.data_section import RECIPE, read_section
 from mindformers_ixc.cli.preview_page import headline, preview_page
 from mindformers_ixc.cli.preview_text import sample_lines
 from mindformers_ixc.data.preview import Data, Reader, choose, look, named, read_data
@@ -46,7 +46,7 @@ def data_preview(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{target} is there and is no page of this command; say with --output where the page is to "
                           "be written.")
     reader, note, how = _reader(arguments)
-    data = read_data(reader, data_files(list(arguments.files)), guess=not arguments.config)
+    data = read_data(reader, list(arguments.files), guess=not arguments.config)
     entries = named(data, wanted) if wanted else choose(data, count or SAMPLES)
     looks = [look(data.reader, entry) for entry in entries]
     if not arguments.config and not all(entry.kept == entry.rounds for entry in data.measured):

@@ -3,11 +3,9 @@ from __future__ import annotations
 
 import argparse
 
-from mindformers_ixc.cli.init_data import find_data
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.resources import resolve_path
 
 # The recipe that data is read by where none is named.
 RECIPE = "ixc25_own_tiny"
@@ -34,9 +32,3 @@ def read_section(arguments: argparse.Namespace) -> tuple[dict, dict, bool]:
     pairs = (fields.get("train_dataset_task") or {}).get("type") == "IXC25PreferenceDataset"
     check_dataset_section(section, pairs)
     return fields, section, pairs
-
-
-def data_files(files: list[str]) -> list[str] | str:
-    """The data; of a folder its one table or file of conversations."""
-    found = [find_data(str(resolve_path(file))) if resolve_path(file).is_dir() else file for file in files]
-    return found if len(found) > 1 else found[0]

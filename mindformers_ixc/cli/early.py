@@ -6,7 +6,6 @@ import copy
 import difflib
 import fcntl
 import os
-import shlex
 from pathlib import Path
 
 from mindformers_ixc import terminal
@@ -17,7 +16,7 @@ from mindformers_ixc.cli.inputs import read_memory
 from mindformers_ixc.cli.run_config import check_fields, top_keys
 from mindformers_ixc.cli.yaml_file import SHORT_FORMS, merged_fields
 from mindformers_ixc.config import ModelConfig
-from mindformers_ixc.data.conversations import load_conversations
+from mindformers_ixc.data.conversations import load_conversations, named_sources
 from mindformers_ixc.data.preferences import load_preferences
 from mindformers_ixc.data.sections import check_shapes
 from mindformers_ixc.errors import ConfigError
@@ -142,17 +141,17 @@ def _check_data(fields: dict, reads: bool, config: str) -> None:
         for path in places if isinstance(places, list) else [places]:
             is_list = str(path).endswith(".txt")
             _check_file(path, "The list file" if is_list else "The data file", config)
-            if reads and not is_list and isinstance(path, str) and path and resolve_path(path).stat().st_size <= SMALL:
+            if not reads or is_list or loader.get("fetch") or not isinstance(path, str) or not path:
+                continue
+            path = next(iter(named_sources(path)))[0]          # of a folder its table
+            if resolve_path(path).stat().st_size <= SMALL:
                 read(path, part.get("image_folder"), image_root=loader.get("image_root"),
                      ignore_keys=loader.get("ignore_keys") or ())
 
 
 def _check_file(path: object, what: str, config: str) -> None:
-    if not isinstance(path, str) or not path or resolve_path(path).is_file():
+    if not isinstance(path, str) or not path or resolve_path(path).exists():
         return
-    if resolve_path(path).is_dir():
-        raise FileNotFoundError(f"{what} {path} is a folder; name a file in it. `mindformers init --data "
-                                f"{shlex.quote(path)}` finds its table or says how to make one.")
     beside = Path(config).parent.resolve()
     meant = f" It is in {beside}, beside the YAML: paths start where the command is typed, so type it there." \
         if (beside / path).is_file() else ""

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mindformers_ixc import terminal
-from mindformers_ixc.cli.init_data import describe, find_data, measure
+from mindformers_ixc.cli.init_data import describe, measure
 from mindformers_ixc.cli.init_text import Choices, next_steps, yaml_text
 from mindformers_ixc.cli.inputs import read_memory
 from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.config import ModelConfig, read_config
+from mindformers_ixc.data.folders import find_data
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import check_target, write_whole
 from mindformers_ixc.parameters import parameter_table

@@ -73,7 +73,7 @@ def _no_file(path: str) -> str:
     if not resolve_path(path).is_dir():
         return f"{path} does not exist; give the path of a file."
     try:
-        meant = importlib.import_module("mindformers_ixc.cli.init_data").find_data(path)
+        meant = importlib.import_module("mindformers_ixc.data.folders").find_data(path)
     except (DataError, OSError):
         return f"{path} is a folder; give the path of a file."
     return f"{path} is a folder; give the path of a file: is {meant} meant?"

@@ -17,6 +17,7 @@ from pathlib import Path
 from mindformers_ixc import terminal
 from mindformers_ixc.data.embedded import held_in
 from mindformers_ixc.data.fetching import fetched, is_web_address
+from mindformers_ixc.data.folders import find_data
 from mindformers_ixc.data.forms import Form, read_form
 from mindformers_ixc.data.paths import check_root, find_file, search_folders, shown
 from mindformers_ixc.data.records import open_records
@@ -254,7 +255,9 @@ def named_sources(dataset_dir: str | os.PathLike | Sequence[str] | None) -> Iter
     if not isinstance(dataset_dir, (str, os.PathLike)) or not str(dataset_dir):
         found = f"has the entry {shown(dataset_dir)}" if dataset_dir else "is empty"
         raise DataError(f"train_dataset.data_loader.dataset_dir {found}; name a .json, .jsonl, .csv, .parquet, .tar or "
-                        ".txt file.")
+                        ".txt file, or a folder with a table.")
+    if resolve_path(dataset_dir).is_dir():
+        dataset_dir = find_data(str(resolve_path(dataset_dir)))
     if str(dataset_dir).endswith(".txt"):
         yield from read_list_file(dataset_dir)
     else:

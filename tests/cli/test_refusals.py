@@ -105,7 +105,7 @@ def test_eval(words, said):
     (("--train_dataset.seq_length", "100"), "seq_length 160 but train_dataset has seq_length 100"),
     (("--train_dataset.data_loader.dataset_dir", "none.json"), "none.json must hold a JSON list with at least one"),
     (("--train_dataset.data_loader.dataset_dir", "other.csv"), "'picture' is none of them"),
-    (("--train_dataset.data_loader.dataset_dir", "folder"), "mindformers init --data folder"),
+    (("--train_dataset.data_loader.dataset_dir", "folder"), "folder has 0 pictures and no table of questions"),
     (("--load_checkpoint", "folder"), "folder holds no checkpoint"),
     (("--load_checkpoint", "half"), "which are not in half; copy them too"),
     (("--load_checkpoint", "starter", "--model.model_config.hidden_size", "64"), "contradicts config.json"),

@@ -84,3 +84,13 @@ def test_a_spreadsheet_is_refused_with_what_to_do(tmp_path):
 def test_a_missing_picture_is_named_with_its_line(tmp_path):
     with pytest.raises(DataError, match=r"line 2.*gone.png does not exist"):
         load_sources(str(write(tmp_path, "image,question,answer\ngone.png,What?,this\n")))
+
+
+def test_a_folder_is_its_table(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    write(tmp_path, "image,question,answer\na.png,What?,this\n")
+    [sample] = load_sources(str(tmp_path))
+    assert sample.images == [tmp_path / "a.png"]
+    write(tmp_path, "image,question,answer\na.png,Why?,that\n", "more.csv")
+    with pytest.raises(DataError, match=r"has 2 files that may be the data \(more\.csv, questions\.csv\)"):
+        load_sources(str(tmp_path))
