@@ -22,10 +22,10 @@ def data(arguments: argparse.Namespace) -> int:
     """
     if arguments.kind != "preview" and (arguments.sample or arguments.samples is not None):
         raise DataError("--sample and --samples belong to `mindformers data preview`.")
-    if arguments.output and arguments.kind not in ("preview", "index"):
-        raise DataError("--output belongs to `mindformers data preview` and `mindformers data index`.")
-    if arguments.decode and arguments.kind != "check":
-        raise DataError("--decode belongs to `mindformers data check`.")
+    if arguments.output and arguments.kind not in READING:
+        raise DataError("--output belongs to `mindformers data preview`, `index` and `check`.")
+    if (arguments.decode or arguments.png) and arguments.kind != "check":
+        raise DataError("--decode and --png belong to `mindformers data check`.")
     if arguments.kind == "plan":
         return data_plan(arguments)
     if arguments.global_batch or arguments.json:

@@ -2,15 +2,18 @@
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from mindformers_ixc import terminal
 from mindformers_ixc.cli.data_plan import bars
+from mindformers_ixc.cli.data_preview import write_preview
 from mindformers_ixc.cli.data_section import RECIPE, read_section
-from mindformers_ixc.data.advice import advise, needs_of, processor_of, unpacked_goodput
+from mindformers_ixc.data.advice import Needs, advise, needs_of, processor_of, unpacked_goodput
 from mindformers_ixc.data.fitting import Shapes
 from mindformers_ixc.data.index.building import index_folder
 from mindformers_ixc.data.index.samples import IndexedSource, fitting_rounds
@@ -18,6 +21,7 @@ from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.rows import MAX_BAD_SHARE
 from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.files import check_target, write_whole
 from mindformers_ixc.operations import training_costs
 from mindformers_ixc.planning.workload import read_workload
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
@@ -55,7 +59,8 @@ def data_check(arguments: argparse.Namespace) -> int:
     """Runs `mindformers data check`: prints what is wrong with some data, source by source.
 
     Args:
-        arguments: `files`, the data; `config`; `decode`, whether pixels are read; `rest`, overrides of the YAML.
+        arguments: `files`, the data; `config`; `decode`, whether pixels are read; `png` and `output`, files for
+            histograms and for a page of samples; `rest`, overrides of the YAML.
 
     Returns:
         1 when more samples cannot be used than `max_bad_share` allows, else 0.
@@ -71,6 +76,10 @@ def data_check(arguments: argparse.Namespace) -> int:
     room = columns_of(arguments.answers)
     lines = [*_table(found, room), *_sentences(found), *_lengths(fields, section, sources, room)]
     print("\n".join(lines), file=arguments.answers)
+    if arguments.png:
+        _draw(Path(arguments.png), needs_of(sources, 1.0), shapes)
+    if arguments.output:
+        write_preview(arguments, Path(arguments.output))
     bad, total = sum(one.bad for one in found), sum(one.numbers["samples"] for one in found)
     if bad > share * total:
         terminal.current.note(f"{bad:,} of {total:,} samples cannot be used, more than the share max_bad_share {share} "
@@ -87,6 +96,10 @@ def _open(arguments: argparse.Namespace, all_errors: bool) -> tuple[dict, list[I
     if not arguments.config:
         terminal.current.note(f"Measured as the recipe {RECIPE} measures, since no --config was given.")
     loader = {**section["data_loader"], "dataset_dir": list(arguments.files)}
+    if arguments.png:
+        check_target(arguments.png, "--png")
+    if arguments.kind == "check" and arguments.output:
+        check_target(arguments.output, "--output")
     folder = (arguments.output if arguments.kind == "index" else None) or loader.get("index_dir")
     measures = measures_of(section, processor_of(section), bool(arguments.decode))
     sources = open_sources(loader, section.get("seed") or 0, measures, index_folder(folder), all_errors)
@@ -170,3 +183,21 @@ def _lengths(fields: dict, section: dict, sources: Sequence[IndexedSource], room
     yield ""
     yield (f"Rows of seq_length {budget.seq_length} and max_tiles {budget.max_tiles}"
            f"{', packed' if packed else ''}: goodput {share:.1%}.")
+
+
+def _draw(path: Path, needs: Needs, shapes: Shapes) -> None:
+    """Histograms of positions and tiles, with what a row holds, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - optional, and slow to import
+    from matplotlib.figure import Figure  # noqa: PLC0415 - optional, and slow to import
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name, found, limit in zip(figure.subplots(1, 2), ("positions", "tiles"), (needs.positions, needs.tiles),
+                                        shapes.limits):
+        axes.hist(found, bins=min(60, int(np.ptp(found)) + 1) if len(found) else 1)
+        axes.axvline(limit, color="tab:red", label=f"a row holds {limit:,}")
+        axes.set(xlabel=f"{name} of a sample", ylabel="samples")
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_whole(path, buffer.getvalue())

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from mindformers_ixc import terminal
 from mindformers_ixc.cli.data_section import RECIPE, read_section
 from mindformers_ixc.cli.preview_page import headline, preview_page
 from mindformers_ixc.cli.preview_text import sample_lines
-from mindformers_ixc.data.preview import Data, Reader, choose, look, named, read_data
+from mindformers_ixc.data.preview import Data, Look, Reader, choose, look, named, read_data
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import check_target, write_whole
 from mindformers_ixc.pages.page import is_own
@@ -45,19 +46,40 @@ def data_preview(arguments: argparse.Namespace) -> int:
     if not arguments.output and target.exists() and not is_own(target):
         raise ConfigError(f"{target} is there and is no page of this command; say with --output where the page is to "
                           "be written.")
-    reader, note, how = _reader(arguments)
-    data = read_data(reader, list(arguments.files), guess=not arguments.config)
-    entries = named(data, wanted) if wanted else choose(data, count or SAMPLES)
-    looks = [look(data.reader, entry) for entry in entries]
-    if not arguments.config and not all(entry.kept == entry.rounds for entry in data.measured):
-        note += " Longer samples are cut or left out; --config names the YAML file of a run with longer rows."
-    write_whole(target, preview_page(data, looks, how, note))
+    data, looks, note = write_preview(arguments, target, wanted, count or SAMPLES)
     terminal.current.note(note)
     terminal.current.note(_summary(data))
     for found in looks if wanted else ():
         print("\n".join(sample_lines(data, found)), file=arguments.answers)
     print(target, file=arguments.answers)
     return 0
+
+
+def write_preview(arguments: argparse.Namespace, target: Path, wanted: Sequence[int] = (),
+                  count: int = SAMPLES) -> tuple[Data, list[Look], str]:
+    """Writes a page of samples.
+
+    Args:
+        arguments: `files`, the data; `config`, `rest`.
+        target: the page.
+        wanted: numbers of the samples.
+        count: of samples, where none are named.
+
+    Returns:
+        The data, the samples, and a sentence about how they were read.
+
+    Raises:
+        ConfigError: for a wrong key or value of the YAML.
+        DataError: for unusable data, and a sample that there is not.
+    """
+    reader, note, how = _reader(arguments)
+    data = read_data(reader, list(arguments.files), guess=not arguments.config)
+    entries = named(data, wanted) if wanted else choose(data, count)
+    looks = [look(data.reader, entry) for entry in entries]
+    if not arguments.config and not all(entry.kept == entry.rounds for entry in data.measured):
+        note += " Longer samples are cut or left out; --config names the YAML file of a run with longer rows."
+    write_whole(target, preview_page(data, looks, how, note))
+    return data, looks, note
 
 
 def _reader(arguments: argparse.Namespace) -> tuple[Reader, str, dict[str, object]]:

@@ -94,10 +94,20 @@ def test_good_data_ends_well():
     assert [row[name] for name in ("missing", "damaged", "wrong", "twice")] == [0] * 4
 
 
+def test_a_check_draws_histograms_and_writes_a_page(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra report")
+    run("check", str(write(tmp_path)), "--png", "lengths.png", "--output", "page.html")
+    with Image.open("lengths.png") as drawn:
+        assert drawn.size[0] > 900 and len(set(drawn.convert("RGB").getdata())) > 3
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "nowhere.png does not exist" in page and "good.png" in page
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["check", DEMO, "--config", "ixc25_dpo_tiny"], "preference pairs, which have no index"),
-    (["index", DEMO, "--decode"], "--decode belongs to `mindformers data check`"),
-    (["check", DEMO, "--output", "x"], "--output belongs to"),
+    (["index", DEMO, "--decode"], "--decode and --png belong to `mindformers data check`"),
+    (["plan", DEMO, "--output", "x"], "--output belongs to"),
+    (["check", DEMO, "--png", "no/where.png"], "no is no folder"),
     (["check", "nowhere.json"], "nowhere.json does not exist"),
 ])
 def test_what_cannot_be_done_is_one_sentence(words, message):
