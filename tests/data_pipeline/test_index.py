@@ -9,6 +9,8 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mindformers_ixc.data import mixture
@@ -20,6 +22,7 @@ from mindformers_ixc.data.index.plans import saved
 from mindformers_ixc.data.index.samples import make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.rows import SectionOptions, make_processor, own_tokenizer
+from mindformers_ixc.data.sampling import PlanSampler
 from mindformers_ixc.errors import DataError
 
 SECTION = {"tokenizer": {"type": "InternLM2Tokenizer", "vocab_file": "pkg:mindformers_ixc/demo/tokenizer.model"},
@@ -259,3 +262,29 @@ def test_a_source_that_changed_is_refused_where_the_index_says_otherwise(tmp_pat
         samples[2]
     with pytest.raises(DataError, match="was changed while it was being read"):
         unread[2]
+
+
+@settings(deadline=None, max_examples=25)
+@given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=3), weights=st.booleans(), seed=st.integers(0, 3),
+       batch=st.sampled_from([4, 8]))
+def test_any_number_of_ranks_sees_the_same_samples(tmp_path_factory, counts, weights, seed, batch):
+    numbers = np.repeat(np.arange(len(counts)), counts)
+    multimodal = np.arange(len(numbers)) % 3 > 0
+    section = {"weights": [1 + number for number in range(len(counts))], "samples_per_epoch": 80} if weights else None
+    folder = tmp_path_factory.mktemp("plans")
+    seen = []
+    for ranks in (1, 2, 4):
+        planner = saved(mixture.make_planner(numbers, multimodal, list("abc")[:len(counts)], section, seed, True, True),
+                        folder, seed, weights, ranks)          # each makes its own
+        plan = planner(batch)
+        samplers = [PlanSampler(plan, batch // ranks, (rank, ranks)) for rank in range(ranks)]
+        places = [np.concatenate([sampler.take() for _ in range(2)]).reshape(-1, batch // ranks)
+                  for sampler in samplers]
+        seen.append([plan.row(place) for step in zip(*places) for rank in step for place in rank.tolist()])
+    assert seen[0] == seen[1] == seen[2]
+    if not weights:
+        epoch = [row[0] for row in seen[0][:len(seen[0]) // 2]]
+        kinds = [int(multimodal.sum()), int((~multimodal).sum())]
+        if all(kind == 0 or kind >= batch for kind in kinds):
+            assert len(set(epoch)) == len(epoch)              # each at most once; what fills no batch is left out
+            assert len(epoch) == sum(kind // batch * batch for kind in kinds)

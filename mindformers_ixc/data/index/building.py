@@ -22,11 +22,14 @@ from mindformers_ixc import terminal
 from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, raise_errors
 from mindformers_ixc.data.index.measuring import Measured, Measurer, file_state
 from mindformers_ixc.data.index.store import (
+    COLUMNS,
     VERSION,
+    ColumnWriter,
     Description,
     SourceIndex,
     blocks,
     load_part,
+    mapped,
     save_part,
     write_index,
 )
@@ -229,12 +232,14 @@ class _Builder:
         file = self.folder / SCAN
         if not file.exists():
             size = os.path.getsize(self.reader.records.path)
-            with terminal.current.counting(size, f"looking through {self.reader.records.path.name}", "B",
-                                           disable=size < 1 << 26 or None, unit_scale=True) as bar:
-                found = list(self.reader.records.scan(bar.update))
-            with whole_file(file) as target:
-                np.save(target, np.concatenate(found) if found else np.zeros((0, 3), np.int64))
-        return np.load(file)
+            bar = terminal.current.counting(size, f"looking through {self.reader.records.path.name}", "B",
+                                            disable=size < 1 << 26 or None, unit_scale=True)
+            with bar as counted, whole_file(file) as target:
+                column = ColumnWriter(target, *COLUMNS["places"])
+                for block in self.reader.records.scan(counted.update):
+                    column.add(block)
+                column.close()
+        return mapped(file, *COLUMNS["places"])
 
     def _measure_by_workers(self, missing: list[int], progress: Callable[[int], object]) -> None:
         """Lets as many processes as there are cores measure the parts that are missing."""
