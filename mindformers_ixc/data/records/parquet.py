@@ -85,7 +85,7 @@ class ParquetRecords(Records):
             import pyarrow  # noqa: PLC0415 - slow to import, and seldom needed
 
             try:
-                self._groups[number] = self._parquet.read_row_group(number)
+                self._groups[number] = self._parquet.read_row_group(number, use_threads=False)
             except (pyarrow.ArrowException, OSError) as error:
                 raise DataError(f"{self.name}: its row group {number} (counted from 0) is damaged "
                                 f"({_first_line(error)}); fetch the file again.") from error
