@@ -1,6 +1,7 @@
 """The samples of a run: those of the indices of its sources that fit the rows, and how much of each."""
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -124,7 +125,9 @@ class SampleSet:
         return map(self.__getitem__, range(len(self)))
 
     def where(self, number: int) -> str:
-        """Names a sample in messages, unread."""
+        """Names a sample in messages, with its id if it can be read."""
+        with contextlib.suppress(DataError, OSError):
+            return self[number].where
         return self.sources[int(self.source[number])].reader.records.where(int(self.sample[number]))
 
 
