@@ -5,6 +5,7 @@ Every converter takes the published JSON and gives samples `{"id", "image", "con
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import textwrap
@@ -212,9 +213,10 @@ def _read(file: Path, listed: bool) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"The data file {file} does not exist.")
     if not listed:
-        published = Published(file)
-        published.check()
-        return published
+        with contextlib.suppress(TypeError):          # it is a list
+            published = Published(file)
+            published.check()
+            return published
     records = open_records(file, "conversation")
     return (records.read(index, place).row for index, place in records)
 
