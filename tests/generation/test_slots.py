@@ -86,6 +86,7 @@ def test_sharded_places():
     assert slot.source(np.array([1, 1])).tolist() == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "prefill", "decode"), [
     ([], "none", "none"),
     # sums of the embedding, and of two linears a layer and of their pairs for image positions; the logits

@@ -39,6 +39,7 @@ def encoded():
     return processor, samples
 
 
+@pytest.mark.slow
 def test_a_packed_batch_has_the_loss_and_gradients_of_its_samples():
     _, samples = encoded()
     model = small_model(plora_dropout=0.0)

@@ -192,6 +192,7 @@ def test_the_model_has_the_loss_of_the_reference_outputs(goldens):
                                             -golden["policy_chosen"].sum() / answers, 2], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_model_without_the_pair_and_gets_no_gradient(goldens):
     batch = batch_of(goldens, True)
     plain = model_of(goldens, IXC25ForCausalLM)

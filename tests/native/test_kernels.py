@@ -187,6 +187,7 @@ class TestCache:
             Call(attention)(*[Tensor(x) for x in inputs]).asnumpy()
 
 
+@pytest.mark.slow
 def test_the_engine_gives_the_same_with_and_without(goldens, monkeypatch):
     rng = np.random.default_rng(5)
     ids = rng.integers(3, 400, 20).astype(np.int32)

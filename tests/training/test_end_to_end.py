@@ -192,6 +192,7 @@ def test_bad_data_ends_in_one_sentence_and_leaves_no_model(tmp_path, text, word)
     assert not (tmp_path / "out" / "model").exists()
 
 
+@pytest.mark.slow
 def test_damaged_pictures_found_while_training_end_in_one_sentence(tmp_path):
     shutil.copytree(demo_path("images"), tmp_path / "images")
     shutil.copy(demo_path("train.json"), tmp_path / "train.json")

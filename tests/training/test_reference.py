@@ -62,6 +62,7 @@ def expected_logp(directory, mode: str, answer) -> float:
     return sum(logps[i, label] for i, label in enumerate(row["labels"]) if label != -100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["base", "write"])
 def test_log_probabilities_are_those_of_each_answer_alone(reference, pairs, mode):
     target = pairs.with_name("with.json")
