@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import importlib
 import os
 import re
 import shlex
@@ -57,10 +57,7 @@ def test_links_between_documents_lead_somewhere():
 def _load(name: str):
     if str(ROOT / "scripts") not in sys.path:      # scripts import each other by name
         sys.path.insert(0, str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 def test_generated_blocks_are_those_of_the_code():
