@@ -106,6 +106,9 @@ class ConversationReader:
         path: the source; `pkg:` paths work.
         options: how.
 
+    Attributes:
+        folders: where relative names of pictures and videos start.
+
     Raises:
         DataError: when the source is not what its name says.
         FileNotFoundError: when it is missing.
@@ -113,7 +116,7 @@ class ConversationReader:
 
     def __init__(self, path: str | os.PathLike, options: ReadingOptions):
         self.name, self.records, self.options = str(path), open_records(path), options
-        self._folders = search_folders(self.records.path, options.image_folder)
+        self.folders = search_folders(self.records.path, options.image_folder)
         self._root = check_root(options.image_root)
 
     def read(self, index: int, place: Place) -> Conversation:
@@ -129,7 +132,7 @@ class ConversationReader:
         record, options = self.records.read(index, place), self.options
         ask = partial(_prompt, options.caption_prompts, f"{options.seed} {self.name} {index}")
         form = read_form(record.row, self.records.where(index), options.ignore_keys, ask)
-        return make_conversation(form, self.name, index, record.row.get("id"), self._folders, self._root,
+        return make_conversation(form, self.name, index, record.row.get("id"), self.folders, self._root,
                                  record.files, options.fetch)
 
 

@@ -92,7 +92,7 @@ def make_planner(sources: np.ndarray, multimodal: np.ndarray, names: Sequence[st
     Args:
         sources: number of each sample's source.
         multimodal: whether each sample has images.
-        names: of all sources, in the YAML's order; a source may be there twice.
+        names: of all sources, in the YAML's order.
         section: `mixture` of the YAML; `None` means epochs in which every sample is seen once.
         seed: of the run.
         shuffle: whether epochs are shuffled (a mixture always is).
@@ -108,9 +108,7 @@ def make_planner(sources: np.ndarray, multimodal: np.ndarray, names: Sequence[st
             return partial(plan_packed, partial(_everything, len(sources)), packing, seed, True, shuffle)
         kinds = [np.flatnonzero(multimodal).astype(np.int32), np.flatnonzero(~multimodal).astype(np.int32)]
         return partial(plan_batches, partial(_epoch, kinds, seed, shuffle, drop_remainder))
-    same = np.array([names.index(name) for name in names])[sources]          # of two that are one, the first
-    members = {name: np.flatnonzero(same == number).astype(np.int32) for number, name in enumerate(names)
-               if names.index(name) == number}
+    members = {name: np.flatnonzero(sources == number).astype(np.int32) for number, name in enumerate(names)}
     weights = mixture_weights({name: len(indices) for name, indices in members.items()}, section)
     samples = section.get("samples_per_epoch") or len(sources)
     check_shares(weights, samples)

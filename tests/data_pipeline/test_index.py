@@ -23,7 +23,7 @@ from mindformers_ixc.data.index.samples import make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.rows import SectionOptions, make_processor, own_tokenizer
 from mindformers_ixc.data.sampling import PlanSampler
-from mindformers_ixc.errors import DataError
+from mindformers_ixc.errors import DataError, ImageError
 
 SECTION = {"tokenizer": {"type": "InternLM2Tokenizer", "vocab_file": "pkg:mindformers_ixc/demo/tokenizer.model"},
            "hd_num": 4, "image_size": 56}
@@ -78,8 +78,8 @@ def test_workers_measure_what_one_process_measures(tmp_path, monkeypatch):
     monkeypatch.setattr(building, "FEW", 0)
     monkeypatch.setattr(building, "PART", 7)
     progress = []
-    monkeypatch.setattr(building, "_follow", lambda workers, update, follow=building._follow: follow(
-        workers, lambda count: (progress.append(count), update(count))))
+    monkeypatch.setattr(building, "_follow", lambda workers, logs, update, follow=building._follow: follow(
+        workers, logs, lambda count: (progress.append(count), update(count))))
     together = columns(open_index(path, ReadingOptions(), how, tmp_path / "together"))
     assert sum(progress) >= 50
     for name, column in alone.items():
@@ -134,6 +134,54 @@ def test_an_index_is_built_once_and_anew_when_something_changes(tmp_path, monkey
     assert [opened(), opened()] == [1, 0]
     folders = [place for place in (tmp_path / "index").iterdir() if place.name.startswith("data.json")]
     assert len([one for one in folders[0].iterdir() if one.is_dir()]) == 1     # those of the file before are gone
+
+
+def test_samples_follow_a_picture_that_was_replaced(tmp_path):
+    path = write(tmp_path)
+
+    def opened():
+        sources = open_sources({"dataset_dir": str(path)}, 0, measures(), tmp_path / "index")
+        return make_samples(sources, Shapes(10_000, 99, 4), 0.01, tmp_path / "index")
+
+    before = np.array(opened().needs)
+    Image.new("RGB", (60, 230)).save(tmp_path / "1.png")
+    after = opened()
+    assert (before[1] != after.needs[1]).any()
+    sample = after[1]
+    assert measures().processor.conversation_length(sample.turns, sample.sizes, 4) == tuple(after.needs[1].tolist())
+
+
+def test_a_picture_that_went_away_is_as_a_damaged_one(tmp_path):
+    path = write(tmp_path)
+    samples = make_samples(open_sources({"dataset_dir": str(path)}, 0, measures(), tmp_path / "index"),
+                           Shapes(10_000, 99, 4), 0.01, tmp_path / "index")
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(ImageError, match=r"sample 1 .*1\.png does not exist"):
+        samples[1]
+    assert samples[2].images
+    assert "sample 1" in samples.where(1)
+
+
+def test_workers_that_say_much_are_not_stopped_by_it(tmp_path, monkeypatch):
+    path, how = write(tmp_path, 50), measures()
+    monkeypatch.setattr(building, "FEW", 0)
+    monkeypatch.setattr(building, "PART", 7)
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.stderr.write('warning ' * 50_000)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    index = open_index(path, ReadingOptions(), how, tmp_path / "index")
+    assert len(index) == 50
+    assert not list(index.folder.glob("*.log"))
+
+
+def test_relative_names_are_looked_for_anew_from_another_folder(tmp_path, monkeypatch):
+    path = write(tmp_path)
+    folders = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        folders.add(open_index(path, ReadingOptions(), measures(), tmp_path / "index").folder)
+        folders.add(open_index(path, ReadingOptions(image_folder=str(tmp_path)), measures(), tmp_path / "index").folder)
+    assert len(folders) == 3          # with a folder of their own, the pictures are the same ones from everywhere
 
 
 def test_a_damaged_index_is_built_anew(tmp_path, monkeypatch):

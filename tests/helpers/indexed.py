@@ -32,7 +32,7 @@ def fit_samples(processor, samples, seq_length, max_tiles, hd_num, max_bad_share
                         np.array([len(one) for one in rounds]),
                         np.array([row for one in rounds for row in one]).reshape(-1, 3), [], [], [])
     folder = Path(tempfile.mkdtemp())
-    write_index(folder, Description(VERSION, "x.json", len(samples), folder.name, [], unusable, [], []),
+    write_index(folder, Description(VERSION, "x.json", len(samples), folder.name, "", [], unusable, [], []),
                 [np.zeros((len(samples), 3))], [measured])
     reader = SimpleNamespace(name="x.json", read=lambda index, place: samples[index],
                              records=SimpleNamespace(where=lambda index: samples[index].where))

@@ -95,16 +95,17 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
     """
     reader = ConversationReader(path, options)
     state = reader.records.fingerprint()
-    key = key_of(VERSION, asdict(options), {**measures.section, "hd_num": measures.hd_num},
-                 measures.decode, state.ends, state.size,
-               state.time)
+    # relative names of pictures start in folders of which one may be the working directory
+    folders = [os.path.abspath(one) for one in reader.folders]
+    key = key_of(VERSION, asdict(options), folders, {**measures.section, "hd_num": measures.hd_num}, measures.decode,
+                 state)
     place = index_folder(folder) / f"{cut(reader.records.path.name)}-{key_of(str(reader.records.path.resolve()))}"
     target = place / key
     place.mkdir(parents=True, exist_ok=True)
     with locked(place / f"{key}.lock", f"waiting for the index of {reader.name}, which another process builds"):
         if not _is_current(target):
             builder = _Builder(reader, measures, place / f"{key}.building")
-            builder.build(Description(VERSION, reader.name, 0, key, list(state), [], [], []), all_errors)
+            builder.build(Description(VERSION, reader.name, 0, key, "", list(state), [], [], []), all_errors)
             shutil.rmtree(target, ignore_errors=True)
             os.rename(builder.folder, target)
             _remove_outdated(place, list(state))
@@ -204,8 +205,10 @@ class _Builder:
                 self._measure_by_workers(missing, bar.update)
             else:
                 measure_parts(self.reader, self.measures, places, missing, self.parts, bar.update)
-        unusable, errors, files = list[list](), list[list](), dict[str, list]()
+        unusable, errors, files, digest = list[list](), list[list](), dict[str, list](), hashlib.sha256()
         for number, part in enumerate(self._measured(count)):
+            for column in (part.digests, part.pictures, part.sizes, part.pairs, part.needs):
+                digest.update(column.tobytes())
             unusable += [list(entry) for entry in part.unusable]
             errors += [list(entry) for entry in part.errors]
             if part.errors and not all_errors:
@@ -215,8 +218,8 @@ class _Builder:
         if errors and not all_errors:
             raise_errors([sentence for _, sentence in errors])
         checked = list(files.values()) if len(files) <= CHECKED_PICTURES else []
-        write_index(self.folder, replace(description, samples=len(places), unusable=unusable, errors=errors,
-                                         files=checked),
+        write_index(self.folder, replace(description, samples=len(places), content=digest.hexdigest(),
+                                         unusable=unusable, errors=errors, files=checked),
                     blocks(places, PART), self._measured(count))
         shutil.rmtree(self.parts)
         (self.folder / SCAN).unlink()
@@ -245,41 +248,48 @@ class _Builder:
         """Lets as many processes as there are cores measure the parts that are missing."""
         job = {"source": self.reader.name, "options": asdict(self.reader.options),
                "section": dict(self.measures.section), "hd_num": self.measures.hd_num, "missing": missing,
-               "decode": self.measures.decode}
+               "decode": self.measures.decode, "parent": os.getpid()}
         write_whole(self.folder / JOB, json.dumps(job, default=str))
         count = min(len(missing), len(os.sched_getaffinity(0)))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        workers = [subprocess.Popen([sys.executable, "-m", "mindformers_ixc.data.index.worker", str(self.folder),
-                                     str(number), str(count)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                    text=True, env=environment) for number in range(count)]
+        # what they say goes to files: decoders may warn of every picture, and a pipe that nobody reads would stop them
+        logs = [self.folder / f"worker{number}.log" for number in range(count)]
+        workers = list[subprocess.Popen]()
         try:
-            _follow(workers, progress)
+            for number, log in enumerate(logs):
+                with open(log, "w", encoding="utf-8") as said:
+                    workers.append(subprocess.Popen(
+                        [sys.executable, "-m", "mindformers_ixc.data.index.worker", str(self.folder), str(number),
+                         str(count)], stdout=subprocess.PIPE, stderr=said, text=True, env=environment))
+            _follow(workers, logs, progress)
         finally:
             for worker in workers:
                 worker.kill()
                 worker.wait()
-        (self.folder / JOB).unlink()
+        for file in (*logs, self.folder / JOB):
+            file.unlink()
 
 
-def _follow(workers: list[subprocess.Popen], progress: Callable[[int], object]) -> None:
+def _follow(workers: list[subprocess.Popen], logs: list[Path], progress: Callable[[int], object]) -> None:
     """Passes on how many samples the workers have measured, until all have ended well.
 
     Raises:
         DataError: when one has not, with its last line.
     """
     with selectors.DefaultSelector() as waiting:
-        for worker in workers:
-            waiting.register(_output(worker), selectors.EVENT_READ, worker)
+        for worker, log in zip(workers, logs):
+            waiting.register(_output(worker), selectors.EVENT_READ, (worker, log))
         while waiting.get_map():
             for entry, _ in waiting.select():
-                worker = entry.data
+                worker, log = entry.data
                 line = _output(worker).readline()
                 if line:
                     progress(int(line))
                     continue
                 waiting.unregister(_output(worker))
                 if worker.wait():
-                    last = (worker.stderr.read().strip().splitlines() or ["it was killed"])[-1]
+                    said = log.read_text(encoding="utf-8", errors="replace")
+                    last = (said.strip().splitlines() or ["it was killed"])[-1]
                     raise DataError(f"A process that measures samples has ended: {last}. Start again; what was "
                                     "measured is kept.")
 

@@ -110,10 +110,16 @@ class SampleSet:
 
         Raises:
             DataError: when its source has changed.
+            ImageError: when a picture is gone.
         """
         source, sample = self.sources[int(self.source[number])], int(self.sample[number])
         index = source.index
-        found = source.reader.read(sample, Place(*index.places[sample].tolist()))
+        try:
+            found = source.reader.read(sample, Place(*index.places[sample].tolist()))
+        except DataError as error:
+            if isinstance(error.__cause__, FileNotFoundError):      # a picture that was there: as a damaged one
+                raise ImageError(str(error)) from error
+            raise
         first, end = index.picture_starts[sample:sample + 2].tolist()
         found.sizes = as_sizes(index.sizes[first:end].tolist())
         if len(found.sizes) != len(found.images):
@@ -126,7 +132,7 @@ class SampleSet:
 
     def where(self, number: int) -> str:
         """Names a sample in messages, with its id if it can be read."""
-        with contextlib.suppress(DataError, OSError):
+        with contextlib.suppress(DataError, ImageError, OSError):
             return self[number].where
         return self.sources[int(self.source[number])].reader.records.where(int(self.sample[number]))
 
@@ -166,7 +172,9 @@ def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share
     Raises:
         DataError: when nothing fits, or too many pictures cannot be used.
     """
-    keys = [(source.index.description.key, source.drawn, source.seed if source.drawn else "") for source in sources]
+    described = [(source, source.index.description) for source in sources]
+    keys = [(index.key, index.content, source.drawn, source.seed if source.drawn else "")
+            for source, index in described]
     target = index_folder(folder) / "samples" / key_of(VERSION, keys, asdict(shapes))
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_suffix(".lock"), "waiting for another process that fits the samples"):

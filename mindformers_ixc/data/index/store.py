@@ -33,6 +33,7 @@ class Description:
         source: the file, as it was named.
         samples: their number.
         key: of what the index depends on.
+        content: SHA-256 of what was measured; pictures may change while all else stays.
         fingerprint: of the file.
         unusable: samples with a picture that cannot be partitioned: (number, sentence).
         errors: samples that cannot be read, likewise; only in an index that is made to find them.
@@ -43,6 +44,7 @@ class Description:
     source: str
     samples: int
     key: str
+    content: str
     fingerprint: list
     unusable: list[list]
     errors: list[list]

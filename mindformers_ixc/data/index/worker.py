@@ -13,11 +13,13 @@ import numpy as np
 from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions
 from mindformers_ixc.data.index.building import JOB, SCAN, Measures, measure_parts
 from mindformers_ixc.data.rows import SectionOptions, make_processor, own_tokenizer
+from mindformers_ixc.interruption import die_with
 
 
 def main(folder: Path, number: int, count: int) -> None:
     """Measures every `count`-th of the missing parts, from `number` on."""
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    die_with(job["parent"])
     places = np.load(folder / SCAN, mmap_mode="r")
     section = job["section"]
     measures = Measures(section, make_processor(SectionOptions(section), own_tokenizer(section)),

@@ -144,16 +144,23 @@ class Records(ABC):
         """
         if self._file is None:
             self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            state = os.fstat(self._file)
-            self._state = self._state or (state.st_size, state.st_mtime_ns)
-        state = os.fstat(self._file)
-        if (state.st_size, state.st_mtime_ns) != self._state:
-            raise DataError(f"{self.name} was changed while it was being read; start again when it is complete.")
+        self._check_unchanged(os.fstat(self._file))
         content = os.pread(self._file, place.length, place.start)
         if len(content) != place.length:
             raise DataError(f"{self.name} ends at byte {place.start + len(content)}, before its record at byte "
                             f"{place.start} does; it is cut short, or being written.")
         return content
+
+    def _check_unchanged(self, state: os.stat_result) -> None:
+        """Refuses a file that is not the one that was read first, or that is expected.
+
+        Raises:
+            DataError: when it has changed.
+        """
+        now = state.st_size, state.st_mtime_ns
+        self._state = self._state or now
+        if now != self._state:
+            raise DataError(f"{self.name} was changed while it was being read; start again when it is complete.")
 
     def __iter__(self) -> Iterator[tuple[int, Place]]:
         """Number and place of every record.

@@ -84,6 +84,7 @@ class ParquetRecords(Records):
         else:
             import pyarrow  # noqa: PLC0415 - slow to import, and seldom needed
 
+            self._check_unchanged(os.stat(self.path))
             try:
                 self._groups[number] = self._parquet.read_row_group(number, use_threads=False)
             except (pyarrow.ArrowException, OSError) as error:
