@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, however a process ends, and JSON lists read with good messages."""
+"""Files and folders that are whole or not there, however a process ends, and JSON read with good messages."""
 from __future__ import annotations
 
 import codecs
@@ -366,31 +366,6 @@ def text_lines(text: str) -> list[tuple[int, str]]:
     Lines end at \n only: other line ends, such as U+2028, may stand inside a JSON text.
     """
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def read_json_list(path: str | os.PathLike, item: str) -> list:
-    """Content of a file that must hold at least one item, as a JSON list or as JSON lines (an object each).
-
-    Args:
-        path: the file; `pkg:` paths work. What begins with an object that ends in its line is read as JSON lines, and
-            so is everything named `.jsonl` that is no list.
-        item: what the list holds, for the messages (`sample`).
-
-    Raises:
-        FileNotFoundError: when the file is missing.
-        DataError: when it is no JSON (of JSON lines with the number of the line), no list or empty.
-    """
-    if not resolve_path(path).is_file():
-        raise FileNotFoundError(f"The data file {path} does not exist.")
-    text = read_text(path)
-    if is_json_lines(text, str(path)):
-        rows = [parse_json(line, f"{path}, line {number}") for number, line in text_lines(text)]
-    else:
-        rows = parse_json(text, str(path))
-    if not isinstance(rows, list) or not rows:
-        found = f"no {item}s" if rows == [] else type(rows).__name__
-        raise DataError(f"{path} must hold a JSON list with at least one {item}, found {found}.")
-    return rows
 
 
 def is_json_lines(text: str, name: str) -> bool:

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mindformers_ixc import files
+from mindformers_ixc.data.records import open_records
 from mindformers_ixc.errors import CheckpointError, DataError, PromptError
 from mindformers_ixc.files import (
     parse_json,
     read_json,
-    read_json_list,
     read_metrics,
     read_text,
     text_lines,
@@ -129,6 +129,12 @@ def test_a_killed_writer_leaves_the_older_target(tmp_path, what):
     assert all(name.startswith(".") for name in os.listdir(tmp_path) if name != "a")
     write_whole(target, "new")
     assert target.read_text() == "new"
+
+
+def read_json_list(path, item):
+    """Rows of a list as every reader of one has them."""
+    records = open_records(path, item)
+    return [records.read(index, place).row for index, place in records]
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "is not valid JSON"), ("[]", "at least one pair, found no pairs"),

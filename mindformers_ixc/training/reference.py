@@ -20,7 +20,9 @@ from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN, full_bat
 from mindformers_ixc.data.conversations import Conversation, read_image_sizes
 from mindformers_ixc.data.forms import LISTS, MEDIA_KEYS
 from mindformers_ixc.data.preferences import load_preferences
-from mindformers_ixc.files import read_json_list, write_whole
+from mindformers_ixc.data.records import open_records
+from mindformers_ixc.errors import DataError
+from mindformers_ixc.files import write_whole
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.processing.processor import Processor
@@ -71,12 +73,12 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
         DataError: for unusable pairs.
     """
     pairs = load_preferences(pairs_file, image_folder, image_root, ignore_keys)
+    rows = _rows(pairs_file)             # before the work, whose result they are to take
     processor = _processor(model, image_transform, image_options)
     processor.control_tokens = control_tokens
     read_image_sizes([chosen for chosen, _, _ in pairs], processor.image_processor.exif)
     answers = [answer for chosen, rejected, _ in pairs for answer in (chosen, replace(rejected, sizes=chosen.sizes))]
     logps = _answer_logps(model, mode, processor, answers, hd_num, batch_size).reshape(-1, 2)
-    rows = read_json_list(pairs_file, "pair")
     moved = Path(target).resolve().parent != resolve_path(pairs_file).resolve().parent
     for row, values, (chosen, _, _) in zip(rows, logps, pairs):
         row[REFERENCE_COLUMN] = [float(value) for value in values]
@@ -87,6 +89,22 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
             row["image"] = [os.path.realpath(str(image)) for image in chosen.images]
     write_whole(target, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
     return len(rows)
+
+
+def _rows(pairs_file: str) -> list[dict]:
+    """The pairs as they are written.
+
+    Raises:
+        DataError: for a source that has pictures inside, which JSON has no place for.
+    """
+    records, rows = open_records(pairs_file, "pair"), list[dict]()
+    for index, place in records:
+        row, files = records.read(index, place)
+        if files:
+            raise DataError(f"{records.where(index)}: its pictures lie inside of {pairs_file}, and what is written is "
+                            "JSON; write the pictures to files and the pairs to a JSON file that names them.")
+        rows.append(row)
+    return rows
 
 
 def _processor(model: str, image_transform: str, image_options: dict | None = None) -> Processor:

@@ -5,6 +5,8 @@ import json
 
 import mindspore as ms
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from mindspore import Tensor
 from PIL import Image
@@ -16,6 +18,7 @@ from mindformers_ixc.data.preferences import REFERENCE_COLUMN, load_preferences
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.generation.loading import load_model
+from mindformers_ixc.training import reference as reference_module
 from mindformers_ixc.training.reference import _processor, add_reference_logps
 
 SIZES = {"vocab_size": 1024, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -94,3 +97,13 @@ def test_bad_pairs_leave_no_file(reference, pairs, tmp_path):
     with pytest.raises(DataError, match="chosen equals rejected"):
         add_reference_logps(str(pairs), str(tmp_path / "x.json"), str(reference))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "pairs.json"]
+
+
+def test_pairs_with_pictures_inside_are_refused_before_the_work(reference, pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_module, "_answer_logps", lambda *given: pytest.fail("the work was done first"))
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c",
+             "image": {"bytes": (tmp_path / "a.png").read_bytes(), "path": "a.png"}}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    with pytest.raises(DataError, match=r"sample 0: its pictures lie inside of .*pairs\.parquet"):
+        add_reference_logps(str(tmp_path / "pairs.parquet"), str(tmp_path / "x.json"), str(reference))
+    assert not (tmp_path / "x.json").exists()

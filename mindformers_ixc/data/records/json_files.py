@@ -88,8 +88,8 @@ class JsonRecords(Records):
             found = "something else"
             if len(content) <= HEAD:
                 found = type(parse_json(content[self._begin:], self.name)).__name__
-            raise DataError(f"{self.name} must hold a JSON list with at least one {self.item}, or JSON lines, an "
-                            f"object each; found {found}.")
+            raise DataError(f"{self.name} must hold a JSON list with at least one {self.item}, found {found}; of "
+                            "JSON lines each is an object.")
         end = yield from _told(list_blocks(self.name, content, first + 1), progress)
         _check_rest(self.name, content, end)
         progress(len(content) - end)
