@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.data.forms import count_places
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
+from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.resources import shown
 
 
@@ -40,7 +41,10 @@ def as_typed(samples: Iterable[Conversation]) -> tuple[str, str]:
     said = next(text for role, text in sample.turns if role == "user")
     # a picture stands before the text anyway; lines of a text are one in a shell
     text = " ".join(said.strip().removeprefix(IMAGE_PLACEHOLDER).split())
-    return shlex.quote(shown(str(sample.images[0]))), shlex.quote(text or "What is shown in the picture?")
+    image = sample.images[0]
+    # a file inside another one cannot be named in a shell
+    name = "PICTURE" if isinstance(image, StoredFile) else shlex.quote(shown(str(image)))
+    return name, shlex.quote(text or "What is shown in the picture?")
 
 
 def questions_of(samples: Iterable[Conversation]) -> list[Question]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.data.questions import Question, as_typed, questions_of, shuffle_images
+from mindformers_ixc.processing.stored import StoredFile
 
 
 def conversation(*texts, images=(), system=None):
@@ -34,6 +35,8 @@ def test_an_example_can_be_typed_in_a_shell():
     assert shlex.split(f"{image} {question}") == ["my pictures/größe.png", "What's this?"]
     assert as_typed([conversation("Is <ImageHere> $5?", "a", images=["a.png"])]) == ("a.png", "'Is <ImageHere> $5?'")
     assert as_typed([conversation("<ImageHere>", "a cat", images=["a.png"])])[1] == "'What is shown in the picture?'"
+    inside = StoredFile("data.tar, a.png", bytes)
+    assert as_typed([conversation("Is it?", "a", images=[inside])]) == ("PICTURE", "'Is it?'")
     assert as_typed(samples[:1]) == as_typed([]) == ("PICTURE", "QUESTION")
 
 
