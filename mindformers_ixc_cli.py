@@ -165,6 +165,8 @@ def _execute(arguments: argparse.Namespace) -> int:
             return function(arguments) or 0
     except KeyboardInterrupt:
         terminal.current.leave_line()
+        if not terminal.current.interactive:        # in a log, an end without a word is a riddle
+            terminal.current.say("SIGINT ended this command.")
         if arguments.own_process and "mindspore" in sys.modules:
             os._exit(130)       # its threads crash an interpreter that ends before they have begun
         return 130

@@ -131,13 +131,24 @@ def leaving_at_interrupt() -> Iterator[None]:
 
 def _leave() -> None:
     while not _staying.is_set():
-        if signal.sigtimedwait({signal.SIGINT}, 0.1) is None:
+        found = signal.sigtimedwait({signal.SIGINT}, 0.1)
+        if found is None:
             continue
         if _staying.is_set():
             os.kill(os.getpid(), signal.SIGINT)       # it was meant for somebody else
             return
         terminal.current.leave_line()
+        if found.si_pid:        # 0 of the keys on a terminal; what a program sends is no wish of the one who reads this
+            _say(f"SIGINT of {sender_of(found.si_pid)} ended this command.")
         os._exit(128 + signal.SIGINT)
+
+
+def sender_of(pid: int) -> str:
+    """The process that sent a signal, with its name while it runs: `process 7 (bash)`."""
+    name = ""
+    with contextlib.suppress(OSError):
+        name = f" ({Path(f'/proc/{pid}/comm').read_text(encoding='utf-8', errors='replace').strip()})"
+    return f"{'this process itself, ' if pid == os.getpid() else ''}process {pid}{name}"
 
 
 def _unblock_in_children() -> None:

@@ -151,7 +151,11 @@ AFTERWARDS = ("import time\n"
 
 @pytest.mark.parametrize(("program", "code"), [(LOADING, 130), (AFTERWARDS, 7)])
 def test_an_interrupt_while_things_load_ends_the_process_whatever_they_catch(program, code):
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == code
+        name = psutil.Process().name()
+        assert process.stderr.read() == (f"SIGINT of process {os.getpid()} ({name}) ended this command.\n"
+                                         if code == 130 else "")

@@ -179,10 +179,13 @@ def run_bash(block: Block) -> str:
 
 
 def bash(text: str) -> subprocess.CompletedProcess:
-    """Runs a shell's text, with this interpreter and the command that is installed beside it."""
+    """Runs a shell's text, with this interpreter and the command that is installed beside it.
+
+    It is a session of its own, so that no signal to the group that the tests run in ends one of its commands.
+    """
     places = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     return subprocess.run(["bash", "-euo", "pipefail", "-c", text], capture_output=True, text=True, timeout=900,
-                          stdin=subprocess.DEVNULL, env={**os.environ, "PATH": os.pathsep.join(places)})
+                          stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "PATH": os.pathsep.join(places)})
 
 
 def run_python(block: Block) -> str:
