@@ -185,7 +185,8 @@ def bash(text: str) -> subprocess.CompletedProcess:
     """
     places = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     return subprocess.run(["bash", "-euo", "pipefail", "-c", text], capture_output=True, text=True, timeout=900,
-                          stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "PATH": os.pathsep.join(places)})
+                          stdin=subprocess.DEVNULL, start_new_session=True,
+                          env={**os.environ, "PATH": os.pathsep.join(places)})
 
 
 def run_python(block: Block) -> str:
