@@ -58,7 +58,7 @@ def first_pairs(sample: Conversation, pairs: int) -> Conversation:
 
 
 def check_bad_pictures(errors: Sequence[ImageError], total: int, max_bad_share: float) -> None:
-    """Tells which samples are left out for a picture that cannot be partitioned.
+    """Tells which samples are left out: with a picture that cannot be partitioned, or wrong otherwise.
 
     Args:
         errors: one for each of them.
@@ -71,9 +71,9 @@ def check_bad_pictures(errors: Sequence[ImageError], total: int, max_bad_share: 
     for error in errors[:LISTED_ERRORS]:
         logger.warning(f"Left out: {error}")
     if len(errors) > LISTED_ERRORS:
-        logger.warning(f"Left out: {len(errors)} samples in all with such pictures.")
+        logger.warning(f"Left out: {len(errors)} of {total} samples in all.")
     if errors and (len(errors) > max(1, max_bad_share * total) or len(errors) == total):
-        raise DataError(f"{len(errors)} of {total} samples have pictures that cannot be used, more than the share "
+        raise DataError(f"{len(errors)} of {total} samples cannot be used, more than the share "
                         f"max_bad_share {max_bad_share} allows. The last one: {errors[-1]}")
 
 

@@ -144,6 +144,11 @@ def _digest(sample: Conversation) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
+def is_the_same(sample: Conversation, digest: int) -> bool:
+    """Whether a sample says what it said, and names the files that it named, when it was measured."""
+    return _digest(sample) == digest
+
+
 def file_state(path: str | os.PathLike) -> tuple[int, int]:
     """Bytes of a file and the time of its last change in ns."""
     state = os.stat(path)

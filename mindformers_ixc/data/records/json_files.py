@@ -41,6 +41,8 @@ class JsonRecords(Records):
         DataError: when it is of another encoding.
     """
 
+    comparable = True
+
     def __init__(self, path: str | os.PathLike, name: str | None = None):
         super().__init__(path)
         check_source(path)

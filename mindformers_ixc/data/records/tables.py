@@ -58,6 +58,8 @@ class TableRecords(Records):
         FileNotFoundError: when the file is missing.
     """
 
+    comparable, form = True, "a table of questions"
+
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
         with open(check_source(path), "rb") as file:
@@ -101,8 +103,11 @@ class TableRecords(Records):
     def read(self, index: int, place: Place) -> Record:
         """See `Records.read`."""
         text = decode_text(self.read_bytes(place), self.where(index))
-        cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self.separator, strict=True))
-        image, question, answer = (cells[self.columns.index(column)].strip() for column in COLUMNS)
+        try:
+            cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self.separator, strict=True))
+            image, question, answer = (cells[self.columns.index(column)].strip() for column in COLUMNS)
+        except (csv.Error, StopIteration, IndexError) as error:
+            raise DataError(f"{self.name}, line {place.line}: is no line of the table any more.") from error
         return Record({"id": f"line {place.line}", "image": image, "conversations": [
             {"from": "human", "value": question}, {"from": "bot", "value": answer}]})
 
@@ -119,8 +124,12 @@ class TableRecords(Records):
                         yield Place(before, source.place - before, line + 1), cells
                     before, line = source.place, self._skipped + rows.line_num
             except csv.Error as error:
+                if "new-line" in str(error):
+                    raise DataError(f"{self.name}, line {line + 1}: has a carriage return without a line feed, as old "
+                                    "Macintosh files end their lines; save it as CSV (UTF-8).") from error
                 raise DataError(f"{self.name}, line {line + 1}: a text in double quotes is wrong ({error}); a quote "
-                                "inside one is written twice.") from error
+                                "inside one is written twice, and one that is not closed takes in all lines that "
+                                "follow.") from error
 
 
 class _CountedLines:
