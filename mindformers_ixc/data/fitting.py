@@ -6,11 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mindformers_ixc.data.conversations import LISTED_ERRORS, Conversation
+from mindformers_ixc.data.conversations import LISTED_ERRORS, Conversation, raise_errors
 from mindformers_ixc.data.forms import count_places
 from mindformers_ixc.data.packer import longest_sample
 from mindformers_ixc.errors import DataError, ImageError
+from mindformers_ixc.processing.pictures import load_image
 from mindformers_ixc.processing.processor import Processor
+from mindformers_ixc.processing.video import is_video
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,23 @@ def check_bad_pictures(errors: Sequence[ImageError], total: int, max_bad_share: 
     if errors and (len(errors) > max(1, max_bad_share * total) or len(errors) == total):
         raise DataError(f"{len(errors)} of {total} samples cannot be used, more than the share "
                         f"max_bad_share {max_bad_share} allows. The last one: {errors[-1]}")
+
+
+def check_pixels(samples: Sequence[Conversation]) -> None:
+    """Refuses samples with pictures that cannot be decoded; videos are not looked at.
+
+    Raises:
+        DataError: listing them.
+    """
+    errors = []
+    for sample in samples:
+        try:
+            for image in sample.images:
+                if not is_video(image):
+                    load_image(image)
+        except ImageError as error:
+            errors.append(f"{sample.where}, field image: {error}")
+    raise_errors(errors)
 
 
 @dataclass(frozen=True)
