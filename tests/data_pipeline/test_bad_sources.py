@@ -1,10 +1,12 @@
 """Sources that are damaged, cut short, of another kind or encoding: a sentence says what, where and what to do."""
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
 import tarfile
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mindformers_ixc.data import fetching
 from mindformers_ixc.data.conversations import load_conversations
 from mindformers_ixc.data.records import open_records, parquet
 from mindformers_ixc.data.records.base import Place
@@ -267,3 +270,45 @@ def test_headers_of_mindrecord_that_say_nothing_are_refused(tmp_path, header):
     (tmp_path / "a.mindrecord").write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(DataError, match="no MindRecord file, or damaged"):
         open_records(tmp_path / "a.mindrecord")
+
+
+@pytest.mark.parametrize("start", ["data:image/png;base64,", "data:image/png;charset=utf-8;base64,", "data:;base64,",
+                                   "data:application/octet-stream;base64,", "DATA:IMAGE/PNG;BASE64,", ""])
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.encodebytes, base64.urlsafe_b64encode,
+                                    lambda content: base64.b64encode(content).rstrip(b"=")],
+                         ids=["plain", "lines", "web", "no padding"])
+def test_base64_is_read_as_people_write_it(tmp_path, start, encode):
+    content = picture(size=(40, 31)) + b"\xff\xfe\xfb"
+    (tmp_path / "data.json").write_text(json.dumps([{"query": "q", "response": "r",
+                                                     "image": start + encode(content).decode()}]))
+    sample, = load_conversations(tmp_path / "data.json")
+    assert load_image(sample.images[0]).size == (40, 31)
+
+
+@pytest.mark.parametrize(("image", "message"), [
+    ("data:image/png;base64,a", "as base64 is damaged"), ("data:image/png;base64,%%%%", "as base64 is damaged"),
+    ("data:image/svg+xml,%3Csvg%3E", "is the content of a file and not its path"),
+    ("s3://bucket/a.png", r"is an address; download it and name the file\."),
+    ("https://a.b/c.png", r"download it and name the file \(or let data_loader\.fetch"),
+    ("iVBORw0KGgo.png", r"does not exist \(tried"), ("/9j/short", r"does not exist \(tried"),
+])
+def test_what_is_no_picture_is_told(tmp_path, image, message):
+    (tmp_path / "data.json").write_text(json.dumps([{"query": "q", "response": "r", "image": image}]))
+    with pytest.raises(DataError, match=message):
+        load_conversations(tmp_path / "data.json")
+
+
+def test_a_page_that_a_server_sends_is_not_kept_as_a_picture(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    answers = [b"<!DOCTYPE html><html>sorry</html>", b"", picture()]
+    monkeypatch.setattr(fetching.urllib.request, "urlopen", lambda *_, **__: Answer(answers.pop(0)))
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"sample 1: http://a/b\.png gave .* and no picture"):
+            fetching.fetched("http://a/b.png", "sample 1")
+    assert load_image(fetching.fetched("http://a/b.png", "sample 1")).size == (40, 30)
+
+
+class Answer(io.BytesIO):
+    """What a server answers."""
+
+    headers: ClassVar[dict] = {}
