@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,8 @@ def data_check(arguments: argparse.Namespace) -> int:
     """Runs `mindformers data check`: prints what is wrong with some data, source by source.
 
     Args:
-        arguments: `files`, the data; `config`; `decode`, whether pixels are read; `png` and `output`, files for
-            histograms and for a page of samples; `rest`, overrides of the YAML.
+        arguments: `files`, the data; `config`; `decode`, whether pixels are read; `png`, `bad` and `output`, files
+            for histograms, for what cannot be used and for a page of samples; `rest`, overrides of the YAML.
 
     Returns:
         1 when more samples of a source cannot be used than `max_bad_share` allows, or a source cannot be read; else 0.
@@ -86,6 +87,8 @@ def data_check(arguments: argparse.Namespace) -> int:
     if sum(one.usable for one in found):
         lines += [*_budget(found, shapes, room), *_lengths(fields, section, sources, room)]
     print("\n".join(lines).lstrip("\n"), file=arguments.answers)
+    if arguments.bad:
+        _write_bad(Path(arguments.bad), found, failed)
     if arguments.png and sources:
         _draw(Path(arguments.png), needs_of(sources, None), shapes)
     if arguments.output and not failed:
@@ -93,6 +96,15 @@ def data_check(arguments: argparse.Namespace) -> int:
     elif arguments.output:
         terminal.current.note(f"{arguments.output} is not written: a page has all sources.")
     return _tell(found, failed, share)
+
+
+def _write_bad(path: Path, found: Sequence[_Found], failed: Sequence[tuple[str, str]]) -> None:
+    """Writes everything that cannot be used, a JSON object a line; `sample` is none for a whole source."""
+    rows = [{"source": name, "sample": None, "kind": "unreadable", "problem": sentence} for name, sentence in failed]
+    rows += [{"source": one.name, "sample": number, "kind": kind, "problem": sentence} for one in found
+             for kind, problems in one.problems.items() for number, sentence in problems]
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    terminal.current.note(f"{path} has all {len(rows):,} of them.")
 
 
 def _tell(found: Sequence[_Found], failed: Sequence[tuple[str, str]], share: float) -> int:
@@ -116,8 +128,9 @@ def _open(arguments: argparse.Namespace, failed: list[tuple[str, str]] | None = 
     if not arguments.config:
         terminal.current.note(f"Measured as the recipe {RECIPE} measures, since no --config was given.")
     loader = {**section["data_loader"], "dataset_dir": list(arguments.files)}
-    if arguments.png:
-        check_target(arguments.png, "--png")
+    for option in ("png", "bad"):
+        if getattr(arguments, option):
+            check_target(getattr(arguments, option), f"--{option}")
     if arguments.kind == "check" and arguments.output:
         check_target(arguments.output, "--output")
     folder = (arguments.output if arguments.kind == "index" else None) or loader.get("index_dir")
@@ -145,17 +158,17 @@ class _Found:
     Attributes:
         name: of the source.
         numbers: by `COLUMNS`.
-        sentences: about samples that cannot be used, by the names of columns.
+        problems: samples that cannot be used, by the names of columns: numbers, each with a sentence.
     """
 
     name: str
     numbers: dict[str, int]
-    sentences: dict[str, list[str]]
+    problems: dict[str, list[tuple[int, str]]]
 
     @property
     def bad(self) -> int:
         """Samples that cannot be used."""
-        return sum(map(len, self.sentences.values()))
+        return sum(map(len, self.problems.values()))
 
     @property
     def usable(self) -> int:
@@ -166,16 +179,16 @@ class _Found:
 def _look(source: IndexedSource, shapes: Shapes) -> _Found:
     index = source.index
     rounds, fitting = fitting_rounds(index, np.arange(len(index)), shapes)
-    sentences: dict[str, list[str]] = {"missing": [], "damaged": [], "wrong": []}
-    for _, sentence in index.description.errors:
+    problems: dict[str, list[tuple[int, str]]] = {"missing": [], "damaged": [], "wrong": []}
+    for number, sentence in index.description.errors:
         missing, damaged = "does not exist" in sentence, ", field image: " in sentence
-        sentences["missing" if missing else "damaged" if damaged else "wrong"].append(sentence)
-    sentences["unusable"] = [sentence for _, sentence in index.description.unusable]
+        problems["missing" if missing else "damaged" if damaged else "wrong"].append((number, sentence))
+    problems["unusable"] = [(number, sentence) for number, sentence in index.description.unusable]
     usable = rounds > 0
     numbers = dict(zip(COLUMNS, (
-        len(index), len(index.sizes), len(index.needs), *map(len, sentences.values()),
+        len(index), len(index.sizes), len(index.needs), *map(len, problems.values()),
         _twice([source]), int(((fitting > 0) & (fitting < rounds)).sum()), int((usable & (fitting == 0)).sum()))))
-    return _Found(source.reader.name, numbers, sentences)
+    return _Found(source.reader.name, numbers, problems)
 
 
 def _twice(sources: Sequence[IndexedSource]) -> int:
@@ -206,14 +219,14 @@ def _sentences(found: Sequence[_Found], failed: Sequence[tuple[str, str]], room:
         for line in sentence.splitlines():
             yield from wrapped(line, room, "  ", "  ")
     for one in found:
-        for kind, sentences in one.sentences.items():
-            if sentences:
+        for kind, problems in one.problems.items():
+            if problems:
                 yield ""
-                yield f"{one.name}, {kind}: {len(sentences):,}"
-                for sentence in sentences[:SHOWN]:
+                yield f"{one.name}, {kind}: {len(problems):,}"
+                for _, sentence in problems[:SHOWN]:
                     yield from wrapped(sentence, room, "    ", "  ")
-                if len(sentences) > SHOWN:
-                    yield f"  ... and {len(sentences) - SHOWN:,} more"
+                if len(problems) > SHOWN:
+                    yield f"  ... and {len(problems) - SHOWN:,} more"
 
 
 def _budget(found: Sequence[_Found], shapes: Shapes, room: int | None) -> Iterator[str]:

@@ -93,6 +93,16 @@ def test_a_source_that_cannot_be_read_is_named_beside_the_others(tmp_path, capfd
         run("check", str(tmp_path / "bad.tar"))
 
 
+def test_everything_that_cannot_be_used_is_listed_in_a_file(tmp_path):
+    path = write(tmp_path)
+    (tmp_path / "bad.tar").write_bytes(b"no shard" * 200)
+    run("check", str(path), str(tmp_path / "bad.tar"), "--bad", "bad.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["sample"], row["kind"]) for row in rows] == [
+        (None, "unreadable"), (1, "missing"), (2, "damaged"), (4, "wrong"), (3, "unusable")]
+    assert all(row["source"] in row["problem"] for row in rows)
+
+
 def test_samples_of_two_sources_may_be_the_same(tmp_path):
     _, printed = run("check", DEMO, DEMO)
     assert "56" in next(line for line in printed.splitlines() if line.startswith("all")).split()
@@ -134,7 +144,7 @@ def test_a_check_draws_histograms_and_writes_a_page(tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     (["check", DEMO, "--config", "ixc25_dpo_tiny"], "preference pairs, which have no index"),
-    (["index", DEMO, "--decode"], "--decode and --png belong to `mindformers data check`"),
+    (["index", DEMO, "--decode"], "--decode, --png and --bad belong to `mindformers data check`"),
     (["plan", DEMO, "--output", "x"], "--output belongs to"),
     (["check", DEMO, "--png", "no/where.png"], "no is no folder"),
     (["check", "nowhere.json"], "nowhere.json does not exist"),

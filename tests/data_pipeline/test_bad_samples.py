@@ -191,6 +191,18 @@ def parquet_of(folder, colors="red"):
 
 
 @pytest.mark.parametrize("make", [shard_of, parquet_of])
+def test_a_source_may_be_named_otherwise_than_when_it_was_indexed(tmp_path, how, make, monkeypatch):
+    path = make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in (path, path.name, f"link/{path.name}", f"./../{tmp_path.name}/{path.name}"):
+        samples = opened(name, how, folder=tmp_path / "index")
+        assert [sample.index for sample in samples] == list(range(COUNT))
+    one, other = (opened(name, how, folder=tmp_path / "index").sources[0].index.digests for name in (path, path.name))
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("make", [shard_of, parquet_of])
 def test_a_changed_shard_or_table_is_not_read_on(tmp_path, how, make):
     path = make(tmp_path)
     samples = opened(path, how)

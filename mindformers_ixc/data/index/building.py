@@ -98,10 +98,11 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
     """
     reader = ConversationReader(path, options)
     state = reader.records.fingerprint()
-    # relative names of pictures start in folders of which one may be the working directory
+    # relative names of pictures start in folders of which one may be the working directory; questions of captions are
+    # chosen by the source's name, as it is written
     folders = [os.path.abspath(one) for one in reader.folders]
-    key = key_of(VERSION, asdict(options), folders, {**measures.section, "hd_num": measures.hd_num}, measures.decode,
-                 state)
+    key = key_of(VERSION, asdict(options), reader.name, folders, {**measures.section, "hd_num": measures.hd_num},
+                 measures.decode, state)
     place = index_folder(folder) / f"{cut(reader.records.path.name)}-{key_of(str(reader.records.path.resolve()))}"
     target = place / key
     place.mkdir(parents=True, exist_ok=True)

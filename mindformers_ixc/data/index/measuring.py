@@ -139,7 +139,8 @@ class Measurer:
 
 
 def _digest(sample: Conversation) -> int:
-    names = [image.name for image in sample.images]      # of files inside a record, the name it has for them
+    # of files inside the source, the name that they have there, however the source itself is named
+    names = [image.name.removeprefix(sample.source) for image in sample.images]
     text = json.dumps([sample.turns, names], ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
