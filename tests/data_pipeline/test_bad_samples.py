@@ -99,6 +99,15 @@ def test_a_line_that_is_cut_or_of_another_encoding_is_one_sample(tmp_path, how):
     assert "line 5 is not valid JSON" in sentences[4] and "in line 10" in sentences[9]
 
 
+def test_a_place_in_an_answer_is_counted_by_the_public_rule(tmp_path):
+    section = {**SECTION, "control_tokens": True}
+    how = measures_of(section, make_processor(SectionOptions(section), own_tokenizer(section)))
+    rows = plain()
+    rows[5]["conversations"][1]["value"] = "<ImageHere>"
+    sentences = opened(lines(tmp_path, rows), how).sources[0].index.description.left_out
+    assert list(sentences) == [5] and "sample 5" in sentences[5]
+
+
 def test_wrong_samples_are_not_measured_again_unless_they_have_come_right(tmp_path, how, monkeypatch):
     rows = plain()
     rows[7]["image"] = "late.png"

@@ -14,7 +14,7 @@ import numpy as np
 from mindformers_ixc.data.conversations import Conversation, ConversationReader
 from mindformers_ixc.data.fitting import first_pairs, pair_count
 from mindformers_ixc.data.records.base import Place
-from mindformers_ixc.errors import DataError, ImageError, VideoError
+from mindformers_ixc.errors import DataError, ImageError, PromptError, VideoError
 from mindformers_ixc.processing.pictures import image_size, load_image
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.stored import StoredFile
@@ -91,6 +91,9 @@ class Measurer:
             except ImageError as error:
                 unusable.append((first + number, str(error)))
                 rounds = []
+            except PromptError as error:         # by the public rule, <ImageHere> in an answer is a place
+                errors.append((first + number, str(error)))
+                continue
             pictures[number], pairs[number] = len(sample.sizes), len(rounds)
             sizes += [(*size, int(isinstance(size, BoardSize))) for size in sample.sizes]
             needs += rounds
