@@ -141,9 +141,11 @@ def _read(source: IndexedSource, sample: int) -> Conversation:
     try:
         found = reader.read(sample, Place(*index.places[sample].tolist()))
     except DataError as error:
-        raise SampleError(str(error)) from error
+        where = reader.records.where(sample)
+        raise SampleError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
     except OSError as error:
-        raise SampleError(f"{reader.name} cannot be read any more ({error.strerror or error}).") from error
+        raise SampleError(f"{reader.records.where(sample)}: cannot be read any more ({error.strerror or error}).") \
+            from error
     first, end = index.picture_starts[sample:sample + 2].tolist()
     # what pictures inside a changed source show is compared with nothing
     unknown = reader.records.changed and any(isinstance(image, StoredFile) for image in found.images)
