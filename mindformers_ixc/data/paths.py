@@ -73,7 +73,7 @@ def find_file(name: str, folders: Sequence[Path], root: Path | None = None) -> P
             return found
     inside = "" if root is None else f" inside image_root {root}, links followed"
     places = [cut(name)] if Path(name).is_absolute() else [str(folder / cut(name)) for folder in folders]
-    raise FileNotFoundError(f"{cut(name)} does not exist{inside} (tried {', '.join(places)})")
+    raise FileNotFoundError(f"{cut(name)} does not exist{inside} (tried {', '.join(dict.fromkeys(places))})")
 
 
 def _local(name: str) -> str:

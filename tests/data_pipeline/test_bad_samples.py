@@ -199,6 +199,29 @@ def parquet_of(folder, colors="red"):
     return path
 
 
+def test_sources_of_all_kinds_are_mixed_by_weights_also_twice(tmp_path, how):
+    lines(tmp_path, plain())
+    shard_of(tmp_path)
+    parquet_of(tmp_path)
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "data.csv").write_text("image,question,answer\n" + "a.png,what is it?,a square\n" * 20)
+    (tmp_path / "list.txt").write_text("data.jsonl 0.03\ndata.tar 0.02\ndata.parquet 0.06\ndata.csv 0.1\n"
+                                       "data.jsonl 0.01\n")
+    samples = opened(tmp_path / "list.txt", how)
+    assert [name.rpartition(".")[2] for name in samples.names] == ["jsonl", "tar", "parquet", "csv"]
+    assert np.bincount(samples.name_numbers).tolist() == [40, 20, 60, 100]
+    assert {len(sample.turns) for sample in samples} == {2}
+    weights = dict(zip(samples.names, (1, 1, 2, 4)))
+    plan = mixture.make_planner(samples.name_numbers, samples.images > 0, samples.names,
+                                {"weights": weights, "samples_per_epoch": 800}, 0, True, True)(8)
+    drawn = np.bincount([samples.name_numbers[index] for place in range(800) for index in plan.row(place)])
+    for count, share in zip(drawn, (1 / 8, 1 / 8, 2 / 8, 4 / 8)):
+        assert abs(count - 800 * share) < 3 * np.sqrt(800 * share * (1 - share)) + 8      # batches are of one kind
+    with pytest.raises(DataError, match="weights has 5 weights for 4 sources"):
+        mixture.make_planner(samples.name_numbers, samples.images > 0, samples.names, {"weights": [1] * 5}, 0, True,
+                             True)
+
+
 @pytest.mark.parametrize("make", [shard_of, parquet_of])
 def test_a_source_may_be_named_otherwise_than_when_it_was_indexed(tmp_path, how, make, monkeypatch):
     path = make(tmp_path)
