@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,10 +101,11 @@ def data_check(arguments: argparse.Namespace) -> int:
 
 def _write_bad(path: Path, found: Sequence[_Found], failed: Sequence[tuple[str, str]]) -> None:
     """Writes everything that cannot be used, a JSON object a line; `sample` is none for a whole source."""
-    rows = [{"source": name, "sample": None, "kind": "unreadable", "problem": sentence} for name, sentence in failed]
-    rows += [{"source": one.name, "sample": number, "kind": kind, "problem": sentence} for one in found
-             for kind, problems in one.problems.items() for number, sentence in problems]
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    rows: list[tuple[str, Any, str, str]] = [(name, None, "unreadable", sentence) for name, sentence in failed]
+    rows += [(one.name, number, kind, sentence) for one in found for kind, problems in one.problems.items()
+             for number, sentence in problems]
+    lines = (json.dumps(dict(zip(("source", "sample", "kind", "problem"), row)), ensure_ascii=False) for row in rows)
+    write_whole(path, "".join(f"{line}\n" for line in lines))
     terminal.current.note(f"{path} has all {len(rows):,} of them.")
 
 

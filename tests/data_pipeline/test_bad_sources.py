@@ -5,6 +5,7 @@ import base64
 import gzip
 import io
 import json
+import os
 import tarfile
 from typing import ClassVar
 
@@ -259,6 +260,23 @@ def test_damaged_pages_of_mindrecord_are_told_sample_by_sample(tmp_path, shards)
     sample = next(one for one in load_conversations(path, problems=[]) if one.index == places.index(mine[1]))
     with pytest.raises(ImageError, match=r"its record at byte .* is damaged, cut short"):
         load_image(sample.images[0])
+
+
+def test_a_shard_of_mindrecord_that_changed_is_not_read_on(tmp_path):
+    path = mindrecord(tmp_path, 2)
+    records = open_records(path)
+    state = records.fingerprint()
+    records.expect(*state[:2])
+    places = [Place(*place) for block in records.scan() for place in block.tolist()]
+    assert all(records.read(number, place).row["id"] in range(9) for number, place in enumerate(places))
+    other = path.with_name("data.mindrecord0")
+    os.utime(other, (1, 1))
+    with pytest.raises(DataError, match=r"data\.mindrecord0 was changed while"):
+        for number, place in enumerate(places):
+            records.read(number, place)
+    os.truncate(other, 100_000)
+    with pytest.raises(DataError, match="was changed while"):
+        open_records(path).expect(*state[:2])
 
 
 @pytest.mark.parametrize("header", [{}, {"shard_addresses": ["a"], "page_size": 9, "schema": [{"blob_fields": []}]},

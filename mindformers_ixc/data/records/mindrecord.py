@@ -73,6 +73,19 @@ class MindRecords(Records):
         return Fingerprint(sum(one.size for one in own), max(one.time for one in own),
                            "".join(one.ends for one in own))
 
+    def expect(self, size: int, time: int) -> None:
+        """See `Records.expect`.
+
+        Raises:
+            DataError: when a shard has changed already.
+        """
+        states = [[os.stat(file) for file in (shard.path, shard.database)] for shard in self.shards]
+        every = [state for pair in states for state in pair]
+        if (sum(state.st_size for state in every), max(state.st_mtime_ns for state in every)) != (size, time):
+            raise DataError(f"{self.name} was changed while it was being read; start again when it is complete.")
+        for shard, (state, _) in zip(self.shards, states):
+            shard.expect(state.st_size, state.st_mtime_ns)
+
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
         """See `Records.scan`."""
         size, done = os.path.getsize(self.path), 0
