@@ -140,6 +140,25 @@ def test_files_of_another_kind_are_told_by_their_first_bytes(tmp_path, name, con
         load_conversations(tmp_path / name)
 
 
+@pytest.mark.parametrize(("ending", "damage"), [
+    ("gz", lambda content: content[:400] + bytes(9) + content[409:]),
+    ("gz", lambda content: content[:60] + b"\xff" * 200 + content[260:]),      # zstd files may have no checksum
+    *((ending, damage) for ending in ("gz", "zst") for damage in (
+        lambda content: content + b"more", lambda content: content[:-3], lambda content: b"x" + content))])
+def test_damaged_compressed_files_leave_nothing_behind(tmp_path, monkeypatch, ending, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    content = "\n".join(json.dumps({"query": rng.bytes(20).hex(), "response": "r"}) for _ in range(200)).encode()
+    path = tmp_path / f"data.jsonl.{ending}"
+    if ending == "zst":
+        with pa.output_stream(str(path), compression="zstd") as out:
+            out.write(content)
+    path.write_bytes(damage(gzip.compress(content) if ending == "gz" else path.read_bytes()))
+    with pytest.raises(DataError, match=r"cannot be unpacked; it is damaged or cut short"):
+        load_conversations(path)
+    assert not [one for one in (tmp_path / "cache").rglob("*") if one.is_file()]
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("image,question,answer\r0.png,q,a\r", "carriage return without a line feed"),
     ('image,question,answer\n0.png,"q,a\n0.png,q,a\n', "line 2: .* not closed takes in all lines that follow"),
