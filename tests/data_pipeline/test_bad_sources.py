@@ -303,7 +303,7 @@ def test_a_shard_of_mindrecord_that_changed_is_not_read_on(tmp_path):
                                      "schema": [{"blob_fields": []}]}, {"shard_addresses": [], "page_size": "x",
                                                                         "header_size": 1, "schema": []}])
 def test_headers_of_mindrecord_that_say_nothing_are_refused(tmp_path, header):
-    text = json.dumps(header).encode()
+    text = json.dumps(header).encode().ljust(0x480)         # a length that looks like the beginning of a pickle
     (tmp_path / "a.mindrecord").write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(DataError, match="no MindRecord file, or damaged"):
         open_records(tmp_path / "a.mindrecord")

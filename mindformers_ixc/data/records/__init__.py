@@ -44,7 +44,7 @@ def open_records(path: str | os.PathLike, item: str = "sample") -> Records:
     elif _TAR.fullmatch(name):
         kind, own = TarRecords, (*COMPRESSED, b"\0")
     elif is_mindrecord(path):
-        kind = MindRecords
+        kind, own = MindRecords, (b"",)             # it begins with a length, which may be any bytes
     elif name.endswith(tuple(ENDINGS)):
         kind, own = CompressedRecords, tuple(COMPRESSED)
         _check_inner(path, name)
