@@ -38,7 +38,7 @@ COLUMNS = {"source": (np.uint16, 0), "sample": (np.int32, 0), "pairs": (np.int32
            "images": (np.int32, 0)}
 
 SUMMARY = "samples.json"
-FILES = (*(f"{name}.npy" for name in COLUMNS), SUMMARY)
+FILES = ("source.npy", "sample.npy", "pairs.npy", "needs.npy", "images.npy", SUMMARY)
 
 
 @dataclass(frozen=True)
