@@ -132,6 +132,25 @@ def test_an_index_of_a_check_does_not_let_a_run_through(tmp_path, how):
         opened(path, how, 0.0)
 
 
+@pytest.mark.parametrize("few", [8192, 0], ids=["alone", "workers"])
+def test_a_file_that_changes_while_it_is_indexed_is_refused(tmp_path, how, monkeypatch, few):
+    path = lines(tmp_path, plain())
+    monkeypatch.setattr(building, "PART", 10)
+    monkeypatch.setattr(building, "FEW", few)
+    scan = building._Builder._scan
+
+    def slow(builder):
+        places = scan(builder)
+        path.write_text(path.read_text().replace("what is", "what IS"))
+        return places
+
+    monkeypatch.setattr(building._Builder, "_scan", slow)
+    with pytest.raises(DataError, match=r"data\.jsonl was changed while it was being read.*\n60 of 60 samples"):
+        opened(path, how)
+    monkeypatch.setattr(building._Builder, "_scan", scan)
+    assert len(opened(path, how)) == COUNT
+
+
 def appended(path):
     with open(path, "a") as file:
         file.write(json.dumps({"id": "new", "conversations": talk(999)}) + "\n")

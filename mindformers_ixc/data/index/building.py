@@ -37,6 +37,7 @@ from mindformers_ixc.data.index.store import (
     write_index,
 )
 from mindformers_ixc.data.paths import cut
+from mindformers_ixc.data.records.base import Fingerprint
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import whole_file, write_whole
 from mindformers_ixc.processing.processor import Processor
@@ -98,6 +99,7 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
     """
     reader = ConversationReader(path, options)
     state = reader.records.fingerprint()
+    reader.records.expect(state.size, state.time, compared=False)
     # relative names of pictures start in folders of which one may be the working directory; questions of captions are
     # chosen by the source's name, as it is written
     folders = [os.path.abspath(one) for one in reader.folders]
@@ -108,7 +110,7 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
     place.mkdir(parents=True, exist_ok=True)
     with locked(place / f"{key}.lock", f"waiting for the index of {reader.name}, which another process builds"):
         if not _is_current(target, reader, measures):
-            builder = _Builder(reader, measures, place / f"{key}.building")
+            builder = _Builder(reader, measures, place / f"{key}.building", state)
             builder.build(Description(VERSION, reader.name, 0, key, "", list(state), [], [], []), bad_share)
             shutil.rmtree(target, ignore_errors=True)
             os.rename(builder.folder, target)
@@ -187,10 +189,12 @@ class _Builder:
         reader: of the source.
         measures: how samples are measured.
         folder: for what is not finished; left by an interrupted one, it is gone on from.
+        state: of the source's file.
     """
 
-    def __init__(self, reader: ConversationReader, measures: Measures, folder: Path):
-        self.reader, self.measures, self.folder, self.parts = reader, measures, folder, folder / "parts"
+    def __init__(self, reader: ConversationReader, measures: Measures, folder: Path, state: Fingerprint):
+        self.reader, self.measures, self.folder, self.state = reader, measures, folder, state
+        self.parts = folder / "parts"
 
     def build(self, description: Description, bad_share: float) -> None:
         """Fills the folder.
@@ -258,7 +262,7 @@ class _Builder:
         """Lets as many processes as there are cores measure the parts that are missing."""
         job = {"source": self.reader.name, "options": asdict(self.reader.options),
                "section": dict(self.measures.section), "hd_num": self.measures.hd_num, "missing": missing,
-               "decode": self.measures.decode, "parent": os.getpid()}
+               "decode": self.measures.decode, "parent": os.getpid(), "state": self.state[:2]}
         write_whole(self.folder / JOB, json.dumps(job, default=str))
         count = min(len(missing), len(os.sched_getaffinity(0)))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

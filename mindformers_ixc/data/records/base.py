@@ -113,12 +113,16 @@ class Records(ABC):
         """What tells the source from a changed one."""
         return fingerprint(self.path)
 
-    def expect(self, size: int, time: int) -> None:
-        """Says what the file was like when it was indexed (see `Fingerprint`).
+    def expect(self, size: int, time: int, compared: bool = True) -> None:
+        """Says what the file was like when it was indexed, or when that began (see `Fingerprint`).
 
-        A changed one is refused, unless its records are `comparable`: whoever reads them compares each with the index.
+        Args:
+            size: of it.
+            time: of its last change.
+            compared: whether each record is compared with the index, so that a changed file may be read on if its
+                records are `comparable`; else it is refused.
         """
-        self._state, self._expected = (size, time), True
+        self._state, self._expected = (size, time), compared
 
     @abstractmethod
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:

@@ -73,7 +73,7 @@ class MindRecords(Records):
         return Fingerprint(sum(one.size for one in own), max(one.time for one in own),
                            "".join(one.ends for one in own))
 
-    def expect(self, size: int, time: int) -> None:
+    def expect(self, size: int, time: int, compared: bool = True) -> None:
         """See `Records.expect`.
 
         Raises:
@@ -84,7 +84,7 @@ class MindRecords(Records):
         if (sum(state.st_size for state in every), max(state.st_mtime_ns for state in every)) != (size, time):
             raise DataError(f"{self.name} was changed while it was being read; start again when it is complete.")
         for shard, (state, _) in zip(self.shards, states):
-            shard.expect(state.st_size, state.st_mtime_ns)
+            shard.expect(state.st_size, state.st_mtime_ns, compared)
 
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
         """See `Records.scan`."""
