@@ -18,6 +18,10 @@ class ImageError(ValueError):
     """An image that cannot be read or cannot be partitioned."""
 
 
+class SampleError(ImageError):
+    """A sample that cannot be used any more, and could when its source was indexed; like one with a damaged picture."""
+
+
 class VideoError(ValueError):
     """A video that cannot be read, or frames that cannot be put on a board."""
 

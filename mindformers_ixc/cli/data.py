@@ -24,8 +24,8 @@ def data(arguments: argparse.Namespace) -> int:
         raise DataError("--sample and --samples belong to `mindformers data preview`.")
     if arguments.output and arguments.kind not in READING:
         raise DataError("--output belongs to `mindformers data preview`, `index` and `check`.")
-    if (arguments.decode or arguments.png) and arguments.kind != "check":
-        raise DataError("--decode and --png belong to `mindformers data check`.")
+    if (arguments.decode or arguments.png or arguments.bad) and arguments.kind != "check":
+        raise DataError("--decode, --png and --bad belong to `mindformers data check`.")
     if arguments.kind == "plan":
         return data_plan(arguments)
     if arguments.global_batch or arguments.json:

@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,15 +22,18 @@ from mindformers_ixc.data.index.samples import IndexedSource, fitting_rounds
 from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.rows import MAX_BAD_SHARE
 from mindformers_ixc.data.sections import row_budget
-from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.files import check_target, write_whole
 from mindformers_ixc.operations import training_costs
 from mindformers_ixc.planning.workload import read_workload
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
-from mindformers_ixc.tables import Column, columns_of, table
+from mindformers_ixc.tables import Column, columns_of, table, wrapped
 
-# Sentences about bad samples that a source shows; the rest are counted.
-SHOWN = 5
+# Sentences about bad samples of a kind that a source shows; the rest are counted.
+SHOWN = 3
+
+# Bars of a drawn histogram at most.
+BARS = 60
 
 COLUMNS = ("samples", "pictures", "rounds", "missing", "damaged", "wrong", "unusable", "twice", "cut", "left out")
 
@@ -43,13 +48,17 @@ def data_index(arguments: argparse.Namespace) -> int:
         ConfigError: for a wrong key or value of the YAML, and for preference pairs.
         DataError: for unusable data.
     """
-    _, sources, _ = _open(arguments, all_errors=False)
+    _, sources, _ = _open(arguments)
     for source in sources:
         index = source.index
+        errors = index.description.left_out
         size = sum(file.stat().st_size for file in index.folder.iterdir() if file.is_file())
         print(f"{source.reader.name}: {len(index):,} samples, {len(index.sizes):,} pictures, "
               f"{index.needs[:, 0].mean() if len(index.needs) else 0:.0f} positions on average; "
+              f"{f'{len(errors):,} left out; ' if errors else ''}"
               f"{size / 1e6:.1f} MB in {index.folder}", file=arguments.answers)
+        for sentence in list(errors.values())[:SHOWN]:
+            terminal.current.note(f"Left out: {sentence}")
     if arguments.output:
         terminal.current.note(f"Runs find it with train_dataset.data_loader.index_dir: {arguments.output}")
     return 0
@@ -59,36 +68,61 @@ def data_check(arguments: argparse.Namespace) -> int:
     """Runs `mindformers data check`: prints what is wrong with some data, source by source.
 
     Args:
-        arguments: `files`, the data; `config`; `decode`, whether pixels are read; `png` and `output`, files for
-            histograms and for a page of samples; `rest`, overrides of the YAML.
+        arguments: `files`, the data; `config`; `decode`, whether pixels are read; `png`, `bad` and `output`, files
+            for histograms, for what cannot be used and for a page of samples; `rest`, overrides of the YAML.
 
     Returns:
-        1 when more samples cannot be used than `max_bad_share` allows, else 0.
+        1 when more samples of a source cannot be used than `max_bad_share` allows, or a source cannot be read; else 0.
 
     Raises:
         ConfigError: for a wrong key or value of the YAML, and for preference pairs.
         DataError: for a file that is none of data.
     """
-    fields, sources, section = _open(arguments, all_errors=True)
-    shapes, share = _shapes(section), section.get("max_bad_share")
-    share = MAX_BAD_SHARE if share is None else share
-    found = [_look(source, shapes) for source in sources]
-    room = columns_of(arguments.answers)
-    lines = [*_table(found, room), *_sentences(found), *_lengths(fields, section, sources, room)]
-    print("\n".join(lines), file=arguments.answers)
-    if arguments.png:
-        _draw(Path(arguments.png), needs_of(sources, 1.0), shapes)
-    if arguments.output:
+    failed = list[tuple[str, str]]()
+    fields, sources, section = _open(arguments, failed)
+    if not sources and len(failed) == 1:
+        raise DataError(failed[0][1])
+    shapes, share = _shapes(section), _bad_share(section)
+    found, room = [_look(source, shapes) for source in sources], columns_of(arguments.answers)
+    lines = [*_table(found, _twice(sources), room), *_sentences(found, failed, room)]
+    if sum(one.usable for one in found):
+        lines += [*_budget(found, shapes, room), *_lengths(fields, section, sources, room)]
+    print("\n".join(lines).lstrip("\n"), file=arguments.answers)
+    if arguments.bad:
+        _write_bad(Path(arguments.bad), found, failed)
+    if arguments.png and sources:
+        _draw(Path(arguments.png), needs_of(sources, None), shapes)
+    if arguments.output and not failed:
         write_preview(arguments, Path(arguments.output))
-    bad, total = sum(one.bad for one in found), sum(one.numbers["samples"] for one in found)
-    if bad > share * total:
-        terminal.current.note(f"{bad:,} of {total:,} samples cannot be used, more than the share max_bad_share {share} "
-                              "allows.")
-        return 1
-    return 0
+    elif arguments.output:
+        terminal.current.note(f"{arguments.output} is not written: a page has all sources.")
+    return _tell(found, failed, share)
 
 
-def _open(arguments: argparse.Namespace, all_errors: bool) -> tuple[dict, list[IndexedSource], dict]:
+def _write_bad(path: Path, found: Sequence[_Found], failed: Sequence[tuple[str, str]]) -> None:
+    """Writes everything that cannot be used, a JSON object a line; `sample` is none for a whole source."""
+    rows: list[tuple[str, Any, str, str]] = [(name, None, "unreadable", sentence) for name, sentence in failed]
+    rows += [(one.name, number, kind, sentence) for one in found for kind, problems in one.problems.items()
+             for number, sentence in problems]
+    lines = (json.dumps(dict(zip(("source", "sample", "kind", "problem"), row)), ensure_ascii=False) for row in rows)
+    write_whole(path, "".join(f"{line}\n" for line in lines))
+    terminal.current.note(f"{path} has all {len(rows):,} of them.")
+
+
+def _tell(found: Sequence[_Found], failed: Sequence[tuple[str, str]], share: float) -> int:
+    """Says why the exit code is 1, if it is."""
+    if failed:
+        terminal.current.note(f"{len(failed)} of {len(found) + len(failed)} sources cannot be read.")
+    bad = [one for one in found if one.bad > share * one.numbers["samples"]]
+    for one in bad:
+        terminal.current.note(f"{one.bad:,} of {one.numbers['samples']:,} samples of {one.name} cannot be used, more "
+                              f"than the share max_bad_share {share} allows.")
+    return int(bool(bad or failed))
+
+
+def _open(arguments: argparse.Namespace, failed: list[tuple[str, str]] | None = None) -> tuple[
+        dict, list[IndexedSource], dict]:
+    """The fields of the YAML, the sources and its section; `failed` as of `open_sources`, for sources of any state."""
     fields, section, pairs = read_section(arguments)
     if pairs:
         raise ConfigError(f"{arguments.config} trains on preference pairs, which have no index; `mindformers data "
@@ -96,14 +130,21 @@ def _open(arguments: argparse.Namespace, all_errors: bool) -> tuple[dict, list[I
     if not arguments.config:
         terminal.current.note(f"Measured as the recipe {RECIPE} measures, since no --config was given.")
     loader = {**section["data_loader"], "dataset_dir": list(arguments.files)}
-    if arguments.png:
-        check_target(arguments.png, "--png")
+    for option in ("png", "bad"):
+        if getattr(arguments, option):
+            check_target(getattr(arguments, option), f"--{option}")
     if arguments.kind == "check" and arguments.output:
         check_target(arguments.output, "--output")
     folder = (arguments.output if arguments.kind == "index" else None) or loader.get("index_dir")
     measures = measures_of(section, processor_of(section), bool(arguments.decode))
-    sources = open_sources(loader, section.get("seed") or 0, measures, index_folder(folder), all_errors)
+    sources = open_sources(loader, section.get("seed") or 0, measures, index_folder(folder),
+                           _bad_share(section) if failed is None else 1.0, failed)
     return fields, sources, {**section, "data_loader": loader}
+
+
+def _bad_share(section: dict) -> float:
+    share = section.get("max_bad_share")
+    return MAX_BAD_SHARE if share is None else share
 
 
 def _shapes(section: dict) -> Shapes:
@@ -119,59 +160,89 @@ class _Found:
     Attributes:
         name: of the source.
         numbers: by `COLUMNS`.
-        sentences: about samples that cannot be used.
+        problems: samples that cannot be used, by the names of columns: numbers, each with a sentence.
     """
 
     name: str
     numbers: dict[str, int]
-    sentences: list[str]
+    problems: dict[str, list[tuple[int, str]]]
 
     @property
     def bad(self) -> int:
         """Samples that cannot be used."""
-        return sum(self.numbers[name] for name in ("missing", "damaged", "wrong", "unusable"))
+        return sum(map(len, self.problems.values()))
+
+    @property
+    def usable(self) -> int:
+        """Samples that can be used, whether they fit or not."""
+        return self.numbers["samples"] - self.bad
 
 
 def _look(source: IndexedSource, shapes: Shapes) -> _Found:
     index = source.index
     rounds, fitting = fitting_rounds(index, np.arange(len(index)), shapes)
-    errors = [sentence for _, sentence in index.description.errors]
-    missing = sum("does not exist" in sentence for sentence in errors)
-    damaged = sum(", field image: " in sentence and "does not exist" not in sentence for sentence in errors)
+    problems: dict[str, list[tuple[int, str]]] = {"missing": [], "damaged": [], "wrong": []}
+    for number, sentence in index.description.errors:
+        missing, damaged = "does not exist" in sentence, ", field image: " in sentence
+        problems["missing" if missing else "damaged" if damaged else "wrong"].append((number, sentence))
+    problems["unusable"] = [(number, sentence) for number, sentence in index.description.unusable]
     usable = rounds > 0
-    digests = index.digests[usable]
     numbers = dict(zip(COLUMNS, (
-        len(index), len(index.sizes), len(index.needs), missing, damaged, len(errors) - missing - damaged,
-        len(index.description.unusable), len(digests) - len(np.unique(digests)),
-        int(((fitting > 0) & (fitting < rounds)).sum()), int((usable & (fitting == 0)).sum()))))
-    return _Found(source.reader.name, numbers, [*errors, *(text for _, text in index.description.unusable)])
+        len(index), len(index.sizes), len(index.needs), *map(len, problems.values()),
+        _twice([source]), int(((fitting > 0) & (fitting < rounds)).sum()), int((usable & (fitting == 0)).sum()))))
+    return _Found(source.reader.name, numbers, problems)
 
 
-def _table(found: Sequence[_Found], room: int | None) -> Iterator[str]:
-    """A line a source, and one for all of them."""
+def _twice(sources: Sequence[IndexedSource]) -> int:
+    """Samples that say the same as another one, of the same pictures, beyond the first."""
+    digests = [source.index.digests[np.diff(source.index.pair_starts) > 0] for source in sources]
+    return sum(map(len, digests)) - len(np.unique(np.concatenate(digests))) if digests else 0
+
+
+def _table(found: Sequence[_Found], twice: int, room: int | None) -> Iterator[str]:
+    """A line a source, and one for all of them, whose samples may be there twice in two sources."""
     rows = [[one.name, *(f"{one.numbers[name]:,}" for name in COLUMNS)] for one in found]
     if len(found) > 1:
-        rows.append(["all", *(f"{sum(one.numbers[name] for one in found):,}" for name in COLUMNS)])
+        sums = {name: sum(one.numbers[name] for one in found) for name in COLUMNS}
+        rows.append(["all", *(f"{number:,}" for number in {**sums, "twice": twice}.values())])
+    if not rows:
+        return iter(())
     columns = [Column("source", max(map(len, ("source", *(row[0] for row in rows)))), left=True)]
     columns += [Column(name, max(len(name), *(len(row[place]) for row in rows)), gap=2)
                 for place, name in enumerate(COLUMNS, 1)]
     return table(columns, rows, room)
 
 
-def _sentences(found: Sequence[_Found]) -> Iterator[str]:
+def _sentences(found: Sequence[_Found], failed: Sequence[tuple[str, str]], room: int | None) -> Iterator[str]:
+    """What is wrong: with whole sources, then with samples, some of each kind."""
+    for name, sentence in failed:
+        yield ""
+        yield f"{name} cannot be read:"
+        for line in sentence.splitlines():
+            yield from wrapped(line, room, "  ", "  ")
     for one in found:
-        if one.sentences:
-            yield ""
-            yield from one.sentences[:SHOWN]
-            if len(one.sentences) > SHOWN:
-                yield f"... and {len(one.sentences) - SHOWN:,} more of {one.name}"
+        for kind, problems in one.problems.items():
+            if problems:
+                yield ""
+                yield f"{one.name}, {kind}: {len(problems):,}"
+                for _, sentence in problems[:SHOWN]:
+                    yield from wrapped(sentence, room, "    ", "  ")
+                if len(problems) > SHOWN:
+                    yield f"  ... and {len(problems) - SHOWN:,} more"
+
+
+def _budget(found: Sequence[_Found], shapes: Shapes, room: int | None) -> Iterator[str]:
+    """The share of the samples that the recipe's rows cut or leave out."""
+    usable = sum(one.usable for one in found)
+    cut, left = (sum(one.numbers[name] for one in found) for name in ("cut", "left out"))
+    yield ""
+    yield from wrapped(f"Of {usable:,} samples that can be used, {cut:,} ({cut / usable:.1%}) are cut between whole "
+                       f"rounds and {left:,} ({left / usable:.1%}) are left out, to fit {shapes}.", room)
 
 
 def _lengths(fields: dict, section: dict, sources: Sequence[IndexedSource], room: int | None) -> Iterator[str]:
     """Histograms, and the goodput of the recipe's rows."""
-    needs = needs_of(sources, 1.0)
-    if not len(needs):
-        return
+    needs = needs_of(sources, None)
     for name, values in (("positions", needs.positions), ("tiles", needs.tiles)):
         yield ""
         yield f"{name} of a sample"
@@ -194,7 +265,8 @@ def _draw(path: Path, needs: Needs, shapes: Shapes) -> None:
     FigureCanvasAgg(figure)
     for axes, name, found, limit in zip(figure.subplots(1, 2), ("positions", "tiles"), (needs.positions, needs.tiles),
                                         shapes.limits):
-        axes.hist(found, bins=min(60, int(np.ptp(found)) + 1) if len(found) else 1)
+        few = len(found) and int(np.ptp(found)) < BARS          # then each number has a bar of its own
+        axes.hist(found, bins=np.arange(found.min(), found.max() + 2) - 0.5 if few else BARS)
         axes.axvline(limit, color="tab:red", label=f"a row holds {limit:,}")
         axes.set(xlabel=f"{name} of a sample", ylabel="samples")
         axes.legend()

@@ -292,6 +292,7 @@ def _add_data(commands: Commands) -> None:
     data.add_argument("--output", metavar="FILE", help="of preview: page to write (default: preview.html); of check: "
                       "a page of samples as well; of index: folder of indices (default: in the user's cache)")
     data.add_argument("--decode", action="store_true", help="of check: read the pixels of all pictures too")
+    data.add_argument("--bad", metavar="FILE", help="of check: every sample that cannot be used, as JSON lines")
     data.add_argument("--png", metavar="FILE", help="of check: histograms as a picture (extra `report`)")
     data.add_argument("--format", choices=["json", "jsonl"], help="of the file to be written: a JSON list, or JSON "
                       "lines (default: by its ending)")

@@ -126,8 +126,8 @@ _DATASET = Section({
                          "sample), `source` (loss by source), `reference_logps` (preferences)", "the seven"),
     "control_tokens": Key("text spelled like `</s>` or `[UNUSED_TOKEN_145]` becomes that token, labels by the public "
                           "rule ([data.md](data.md#checks-lengths-batches))", "False"),
-    "max_bad_share": Key("share of damaged or impossible pictures above which the run stops; one always may be",
-                         str(MAX_BAD_SHARE)),
+    "max_bad_share": Key("share of a source's samples that may be wrong, and of all that may have damaged pictures or "
+                         "change; above it the run stops ([data.md](data.md#bad-samples))", str(MAX_BAD_SHARE)),
     "seed": Key("of the order of epochs, of mixtures, of caption questions and of packing", "0"),
     "batch_size": Key("rows of a micro batch; `runner_config.batch_size` is what counts, and the same"),
     "drop_remainder": Key("what does not fill a batch is left out; False: its last batch is filled with samples of the "

@@ -96,34 +96,36 @@ def measure(section: Mapping) -> Needs:
         DataError: for unusable data or a tokenizer of another kind.
     """
     loader = section["data_loader"]
-    sources = open_sources(loader, section.get("seed") or 0, measures_of(section, processor_of(section)),
-                           loader.get("index_dir"))
     share = section.get("max_bad_share")
-    return needs_of(sources, MAX_BAD_SHARE if share is None else share)
+    share = MAX_BAD_SHARE if share is None else share
+    sources = open_sources(loader, section.get("seed") or 0, measures_of(section, processor_of(section)),
+                           loader.get("index_dir"), share)
+    return needs_of(sources, share)
 
 
-def needs_of(sources: Sequence[IndexedSource], max_bad_share: float) -> Needs:
+def needs_of(sources: Sequence[IndexedSource], max_bad_share: float | None) -> Needs:
     """What the samples of sources need, uncut.
 
     Args:
         sources: of a run.
-        max_bad_share: share of samples with unusable pictures that may be left out.
+        max_bad_share: share of samples that cannot be used and may be left out; `None`: any, and nothing is said.
 
     Raises:
-        DataError: when too many pictures cannot be used.
+        DataError: when there are more.
     """
     names = list(dict.fromkeys(source.reader.name for source in sources))
     rows, numbers, bad, total = list[np.ndarray](), list[np.ndarray](), list[ImageError](), 0
     for source in sources:
         entries, index = source.entries(), source.index
         total += len(entries)
-        unusable = dict(index.description.unusable)
+        unusable = index.description.left_out
         bad += [ImageError(unusable[int(number)]) for number in entries[np.isin(entries, list(unusable))]]
         ends = index.pair_starts[entries + 1]
         usable = ends > index.pair_starts[entries]
         rows.append(index.needs[ends[usable] - 1])
         numbers.append(np.full(int(usable.sum()), names.index(source.reader.name), np.int32))
-    check_bad_pictures(bad, total, max_bad_share)
+    if max_bad_share is not None:
+        check_bad_pictures(bad, total, max_bad_share)
     needs = np.concatenate(rows)
     return Needs(needs[:, 0], needs[:, 1], needs[:, 2], np.concatenate(numbers), tuple(names))
 

@@ -204,11 +204,17 @@ def make_conversation(form: Form, source: str, index: int, identity: object, fol
     return sample
 
 
-def raise_errors(errors: Sequence[str]) -> None:
-    """Raises one `DataError` for all errors found, if any."""
+def raise_errors(errors: Sequence[str], end: str = "") -> None:
+    """Raises one `DataError` for all errors found, if any; what is said of several samples is said once.
+
+    Args:
+        errors: the sentences.
+        end: a sentence that comes last.
+    """
     if errors:
+        errors = list(dict.fromkeys(errors))
         more = f"\n... and {len(errors) - LISTED_ERRORS} more" if len(errors) > LISTED_ERRORS else ""
-        raise DataError("\n".join(errors[:LISTED_ERRORS]) + more)
+        raise DataError("\n".join(errors[:LISTED_ERRORS]) + more + (f"\n{end}" if end else ""))
 
 
 def tell_problems(found: Problems, wanted: Problems | None) -> None:

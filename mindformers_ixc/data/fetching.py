@@ -16,6 +16,16 @@ from mindformers_ixc.resources import usable_cache_folder
 SILENCE, LARGEST, CHUNK = 30, 1 << 28, 1 << 20
 
 
+def _check_content(file: Path, address: str, where: str) -> None:
+    """Refuses a page that a server sends in place of a file, before it is kept as that."""
+    with open(file, "rb") as opened:
+        head = opened.read(512).lstrip().lower()
+    if not head or head.startswith((b"<!doctype", b"<html", b"{")):
+        found = "a page or message" if head else "nothing"
+        raise DataError(f"{where}: {address} gave {found} and no picture; fetch it by hand and name the file, or take "
+                        "the sample out.")
+
+
 def is_web_address(name: str) -> bool:
     """Whether a name is an http or https address."""
     return name.lower().startswith(("http://", "https://"))
@@ -44,6 +54,8 @@ def fetched(address: str, where: str) -> Path:
                 if file.tell() > LARGEST:
                     raise DataError(f"{where}: {address} has more than {LARGEST >> 20} MiB; fetch it by hand and name "
                                     "the file.")
+            file.flush()
+            _check_content(part, address, where)
             missing = int(answer.headers.get("Content-Length") or 0) - file.tell()
             if missing > 0:
                 raise DataError(f"{where}: {address} ended {missing} bytes early; try again.")

@@ -6,11 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mindformers_ixc.data.conversations import LISTED_ERRORS, Conversation
+from mindformers_ixc.data.conversations import LISTED_ERRORS, Conversation, raise_errors
 from mindformers_ixc.data.forms import count_places
 from mindformers_ixc.data.packer import longest_sample
 from mindformers_ixc.errors import DataError, ImageError
+from mindformers_ixc.processing.pictures import load_image
 from mindformers_ixc.processing.processor import Processor
+from mindformers_ixc.processing.video import is_video
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def first_pairs(sample: Conversation, pairs: int) -> Conversation:
 
 
 def check_bad_pictures(errors: Sequence[ImageError], total: int, max_bad_share: float) -> None:
-    """Tells which samples are left out for a picture that cannot be partitioned.
+    """Tells which samples are left out: with a picture that cannot be partitioned, or wrong otherwise.
 
     Args:
         errors: one for each of them.
@@ -71,10 +73,27 @@ def check_bad_pictures(errors: Sequence[ImageError], total: int, max_bad_share: 
     for error in errors[:LISTED_ERRORS]:
         logger.warning(f"Left out: {error}")
     if len(errors) > LISTED_ERRORS:
-        logger.warning(f"Left out: {len(errors)} samples in all with such pictures.")
+        logger.warning(f"Left out: {len(errors)} of {total} samples in all.")
     if errors and (len(errors) > max(1, max_bad_share * total) or len(errors) == total):
-        raise DataError(f"{len(errors)} of {total} samples have pictures that cannot be used, more than the share "
+        raise DataError(f"{len(errors)} of {total} samples cannot be used, more than the share "
                         f"max_bad_share {max_bad_share} allows. The last one: {errors[-1]}")
+
+
+def check_pixels(samples: Sequence[Conversation]) -> None:
+    """Refuses samples with pictures that cannot be decoded; videos are not looked at.
+
+    Raises:
+        DataError: listing them.
+    """
+    errors = []
+    for sample in samples:
+        try:
+            for image in sample.images:
+                if not is_video(image):
+                    load_image(image)
+        except ImageError as error:
+            errors.append(f"{sample.where}, field image: {error}")
+    raise_errors(errors)
 
 
 @dataclass(frozen=True)

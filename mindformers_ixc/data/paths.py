@@ -73,7 +73,7 @@ def find_file(name: str, folders: Sequence[Path], root: Path | None = None) -> P
             return found
     inside = "" if root is None else f" inside image_root {root}, links followed"
     places = [cut(name)] if Path(name).is_absolute() else [str(folder / cut(name)) for folder in folders]
-    raise FileNotFoundError(f"{cut(name)} does not exist{inside} (tried {', '.join(places)})")
+    raise FileNotFoundError(f"{cut(name)} does not exist{inside} (tried {', '.join(dict.fromkeys(places))})")
 
 
 def _local(name: str) -> str:
@@ -83,8 +83,8 @@ def _local(name: str) -> str:
                                 "that")
     if _ADDRESS.match(name):
         if not name.startswith("file://"):
-            raise FileNotFoundError(f"{cut(name)} is an address; download it and name the file (or let "
-                                    "data_loader.fetch: True do that)")
+            fetch = " (or let data_loader.fetch: True do that)" if name.lower().startswith("http") else ""
+            raise FileNotFoundError(f"{cut(name)} is an address; download it and name the file{fetch}")
         name = unquote(urlsplit(name).path)
     # the limits are those of Linux; a control character is in no name that was meant
     if len(name.encode()) > 4095 or max(len(part.encode()) for part in name.split("/")) > 255 or min(name) < " ":

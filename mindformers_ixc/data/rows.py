@@ -177,8 +177,8 @@ class ConversationTable:
         raise self._too_many("there is no other sample of its kind")
 
     def _too_many(self, last: object) -> DataError:
-        return DataError(f"{self.bad_samples} of {len(self)} samples have damaged pictures, more than the share "
-                         f"max_bad_share {self.max_bad_share} allows. The last one: {last}")
+        return DataError(f"{self.bad_samples} of {len(self)} samples have damaged pictures or were changed, more "
+                         f"than the share max_bad_share {self.max_bad_share} allows. The last one: {last}")
 
     @property
     def bad_samples(self) -> int:

@@ -105,13 +105,13 @@ class IXC25DataLoader:
         self.section = {"dataset_dir": dataset_dir, "image_folder": image_folder, "caption_prompts": caption_prompts,
                         "image_root": image_root, "ignore_keys": ignore_keys, "fetch": fetch}
 
-    def sources(self, measures: Measures) -> list[IndexedSource]:
-        """The sources, each with its index, which is built where there is none.
+    def sources(self, measures: Measures, bad_share: float = 0.0) -> list[IndexedSource]:
+        """The sources, each with its index, which is built where there is none; arguments as of `open_sources`.
 
         Raises:
             DataError: for unusable data.
         """
-        return open_sources(self.section, self.seed, measures, self.index_dir)
+        return open_sources(self.section, self.seed, measures, self.index_dir, bad_share)
 
 
 @MindFormerRegister.register(MindFormerModuleType.DATASET)
@@ -144,8 +144,8 @@ def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, Pl
     seed, budget = config.seed or 0, row_budget(config)
     processor = section_processor(config)
     loader = IXC25DataLoader(seed=seed, mixture=mixture, **options)
-    sources = loader.sources(measures_of(config, processor))
     share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
+    sources = loader.sources(measures_of(config, processor), share)
     segments = budget.max_segments if config.packing else None
     shapes = Shapes(config.seq_length, config.max_tiles, config.hd_num or HD_NUM_TRAINING, budget.max_images, segments)
     samples = make_samples(sources, shapes, share, loader.index_dir)

@@ -18,7 +18,7 @@ from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc import terminal
 from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
-from mindformers_ixc.data.fitting import Shapes
+from mindformers_ixc.data.fitting import Shapes, check_pixels
 from mindformers_ixc.data.index.samples import make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.questions import questions_of
@@ -67,6 +67,10 @@ class HeldOut:
     Args:
         data: the `train_dataset` section: shapes and tokenizer.
         options: of `evaluation_options`.
+
+    Raises:
+        DataError: for samples that cannot be used, also with a picture that is damaged behind its header: before the
+            run, and not at its first measurement.
     """
 
     def __init__(self, data: MindFormerConfig, options: dict):
@@ -80,6 +84,7 @@ class HeldOut:
         samples = make_samples(sources, Shapes(data.seq_length, data.max_tiles, hd_num), MAX_BAD_SHARE,
                                loader.get("index_dir"))
         self.samples = list(islice(samples, options["max_samples"]))
+        check_pixels(self.samples)
         check_images(ListedSamples(self.samples), self.max_images)
         self.shape = (data.seq_length, data.max_tiles, hd_num)
 

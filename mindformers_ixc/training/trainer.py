@@ -258,7 +258,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             return
         table = getattr(self.train_dataset, "conversations", None)
         if table is not None and table.bad_samples:
-            logger.warning(f"{table.bad_samples} of {len(table)} samples had damaged pictures and were left out.")
+            logger.warning(f"{table.bad_samples} of {len(table)} samples had damaged pictures or were changed, and "
+                           "were left out.")
         try:
             with terminal.current.doing("Writing the model"):
                 self._save_model(table, saved.final)

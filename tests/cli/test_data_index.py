@@ -78,7 +78,46 @@ def test_a_check_counts_what_is_wrong_by_kind(tmp_path, capfd):
     assert rows["all"]["samples"] == 65
     assert all(text in printed for text in ("nowhere.png does not exist", "bad.png is no image file",
                                               "field conversations", "strip.png", "positions of a sample", "goodput"))
-    assert "4 of 65 samples cannot be used" in capfd.readouterr().err
+    assert f"4 of 9 samples of {path} cannot be used" in capfd.readouterr().err
+    assert "Of 61 samples that can be used, 0 (0.0%) are cut between whole rounds and 1 (1.6%) are left out" in printed
+
+
+def test_a_source_that_cannot_be_read_is_named_beside_the_others(tmp_path, capfd):
+    (tmp_path / "bad.tar").write_bytes(b"no shard" * 200)
+    code, printed = run("check", DEMO, str(tmp_path / "bad.tar"), "nowhere.json")
+    assert code == 1
+    assert rows_of(printed)[DEMO]["samples"] == 56
+    assert "bad.tar is no tar file" in printed and "nowhere.json does not exist" in printed
+    assert "2 of 3 sources cannot be read" in capfd.readouterr().err
+    with pytest.raises(DataError, match=r"bad\.tar is no tar file"):
+        run("check", str(tmp_path / "bad.tar"))
+
+
+def test_everything_that_cannot_be_used_is_listed_in_a_file(tmp_path):
+    path = write(tmp_path)
+    (tmp_path / "bad.tar").write_bytes(b"no shard" * 200)
+    run("check", str(path), str(tmp_path / "bad.tar"), "--bad", "bad.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["sample"], row["kind"]) for row in rows] == [
+        (None, "unreadable"), (1, "missing"), (2, "damaged"), (4, "wrong"), (3, "unusable")]
+    assert all(row["source"] in row["problem"] for row in rows)
+
+
+def test_samples_of_two_sources_may_be_the_same(tmp_path):
+    _, printed = run("check", DEMO, DEMO)
+    assert "56" in next(line for line in printed.splitlines() if line.startswith("all")).split()
+
+
+def test_few_bad_samples_are_left_out_and_told(tmp_path, capfd):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([sample(number) for number in range(150)] + [sample(150, "nowhere.png")]))
+    code, printed = run("index", str(path))
+    assert code == 0 and "151 samples" in printed and "1 left out" in printed
+    assert "sample 150" in capfd.readouterr().err
+    code, _ = run("check", str(path))
+    assert code == 0
+    with pytest.raises(DataError, match=r"nowhere\.png does not exist"):
+        run("index", str(path), "--train_dataset.max_bad_share", "0")
 
 
 def test_pixels_are_looked_at_where_that_is_asked_for(tmp_path, capfd):
@@ -105,7 +144,7 @@ def test_a_check_draws_histograms_and_writes_a_page(tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     (["check", DEMO, "--config", "ixc25_dpo_tiny"], "preference pairs, which have no index"),
-    (["index", DEMO, "--decode"], "--decode and --png belong to `mindformers data check`"),
+    (["index", DEMO, "--decode"], "--decode, --png and --bad belong to `mindformers data check`"),
     (["plan", DEMO, "--output", "x"], "--output belongs to"),
     (["check", DEMO, "--png", "no/where.png"], "no is no folder"),
     (["check", "nowhere.json"], "nowhere.json does not exist"),

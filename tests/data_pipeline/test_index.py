@@ -23,7 +23,7 @@ from mindformers_ixc.data.index.samples import make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.rows import SectionOptions, make_processor, own_tokenizer
 from mindformers_ixc.data.sampling import PlanSampler
-from mindformers_ixc.errors import DataError, ImageError
+from mindformers_ixc.errors import DataError, ImageError, SampleError
 
 SECTION = {"tokenizer": {"type": "InternLM2Tokenizer", "vocab_file": "pkg:mindformers_ixc/demo/tokenizer.model"},
            "hd_num": 4, "image_size": 56}
@@ -207,7 +207,7 @@ def test_errors_leave_no_index_and_name_the_samples(tmp_path):
     with pytest.raises(DataError, match=r"sample 1 .*1\.png is no image file"):
         open_index(path, ReadingOptions(), measures(), tmp_path / "index")
     assert not list((tmp_path / "index").glob("data.json-*/*/index.json"))
-    found = open_index(path, ReadingOptions(), measures(), tmp_path / "index", all_errors=True)
+    found = open_index(path, ReadingOptions(), measures(), tmp_path / "index", bad_share=1.0)
     assert [number for number, _ in found.description.errors] == [1, 4, 11, 16, 26, 31]
     assert len(found) == 40
     assert (np.diff(found.pair_starts)[[1, 4]] == 0).all()
@@ -221,7 +221,7 @@ def test_pixels_are_read_where_that_is_asked_for(tmp_path):
     (tmp_path / "1.png").write_bytes(content[:60])
     plain, decoding = measures(), measures_of(SECTION, measures().processor, decode=True)
     assert not open_index(path, ReadingOptions(), plain, tmp_path / "index").description.errors
-    found = open_index(path, ReadingOptions(), decoding, tmp_path / "index", all_errors=True)
+    found = open_index(path, ReadingOptions(), decoding, tmp_path / "index", bad_share=1.0)
     assert found.description.errors
     assert all("1.png" in sentence and "damaged" in sentence for _, sentence in found.description.errors)
 
@@ -297,19 +297,21 @@ def test_a_saved_plan_is_the_plan_and_is_made_once(tmp_path):
     assert made == [4, 4]
 
 
-def test_a_source_that_changed_is_refused_where_the_index_says_otherwise(tmp_path):
+def test_a_source_that_changed_is_compared_with_the_index(tmp_path):
     path = write(tmp_path)
     samples = make_samples(open_sources({"dataset_dir": str(path)}, 0, measures(), tmp_path / "index"),
                            Shapes(10_000, 99, 4), 0.01, tmp_path / "index")
     assert samples[1].turns
+    before = samples[2].turns
     unread = make_samples(open_sources({"dataset_dir": str(path)}, 0, measures(), tmp_path / "index"),
                           Shapes(10_000, 99, 4), 0.01, tmp_path / "index")
     time.sleep(0.01)
     path.write_text(path.read_text() + " ")
-    with pytest.raises(DataError, match="was changed while it was being read"):
-        samples[2]
-    with pytest.raises(DataError, match="was changed while it was being read"):
-        unread[2]
+    assert samples[2].turns == unread[2].turns == before          # what was appended changes no sample
+    path.write_text(path.read_text().replace("what is it?", "what was it"))
+    for one in (samples, unread):
+        with pytest.raises(SampleError, match="is not what it was when the data were indexed"):
+            one[2]
 
 
 @settings(deadline=None, max_examples=25)

@@ -62,8 +62,8 @@ def test_records_of_json_are_what_json_says_through_windows_of_any_size(tmp_path
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ('[{"a": 1},\n{"a": 2}\n', "ends in line 3, after its sample 1, without the list's closing bracket"),
-    ('[{"a": 1},\n{"a": 2\n', "ends in line 3, within its sample 1, which begins in line 2"),
+    ('[{"a": 1},\n{"a": 2}\n', "ends in line 2, after its sample 1, without the list's closing bracket"),
+    ('[{"a": 1},\n{"a": 2\n', "ends in line 2, within its sample 1, which begins in line 2"),
     ('[{"a": "b', "ends in line 1, within its sample 0"),
     ('[{"a": 1}\n{"a": 2}]', r"line 2: is not valid JSON \(a comma or the closing bracket is missing\), in sample 0"),
     ('[{"a": 1},]', r"line 1: is not valid JSON \(a value is missing\), in sample 1"),

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mindformers.tools.register import MindFormerConfig
 from mindspore import Tensor
+from PIL import Image
 
 from mindformers_ixc.data.batch import full_batches
 from mindformers_ixc.demo import demo_path
+from mindformers_ixc.errors import DataError
 from mindformers_ixc.training import evaluation
 from mindformers_ixc.training.evaluation import HeldOut, evaluation_options
 
@@ -56,6 +58,15 @@ def test_the_loss_is_the_mean_over_labelled_positions_for_any_batch_size(data, t
     losses = [held_out(data, tmp_path, batch_size=size).loss(model) for size in (1, 2, 3, 5, 8)]
     assert losses == pytest.approx([losses[0]] * 5)
     assert set(shapes) == {(size, 96) for size in (1, 2, 3, 5, 8)}
+
+
+def test_a_picture_damaged_behind_its_header_is_found_before_the_run(data, tmp_path):
+    Image.radial_gradient("L").resize((60, 60)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
+    rows = [{"query": "what?", "response": "a cat", "image": "a.png"}]
+    (tmp_path / "held_out.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"sample 0 .*a\.png is damaged and cannot be decoded"):
+        held_out(data, tmp_path)
 
 
 def test_every_question_gets_its_answer(data, tmp_path):

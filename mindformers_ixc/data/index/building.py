@@ -19,9 +19,12 @@ from typing import IO, Any
 import numpy as np
 
 from mindformers_ixc import terminal
-from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, raise_errors
+from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions
+from mindformers_ixc.data.index.faulty import refuse_errors, still_wrong
 from mindformers_ixc.data.index.measuring import Measured, Measurer, file_state
+from mindformers_ixc.data.index.seals import check_seal
 from mindformers_ixc.data.index.store import (
+    COLUMN_FILES,
     COLUMNS,
     VERSION,
     ColumnWriter,
@@ -34,6 +37,7 @@ from mindformers_ixc.data.index.store import (
     write_index,
 )
 from mindformers_ixc.data.paths import cut
+from mindformers_ixc.data.records.base import Fingerprint
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import whole_file, write_whole
 from mindformers_ixc.processing.processor import Processor
@@ -77,7 +81,7 @@ class Measures:
 
 
 def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measures,
-               folder: str | os.PathLike | None = None, all_errors: bool = False) -> SourceIndex:
+               folder: str | os.PathLike | None = None, bad_share: float = 0.0) -> SourceIndex:
     """The index of a source, built if it is not there, or the source has changed.
 
     Args:
@@ -85,31 +89,35 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
         options: how its records are read.
         measures: how its samples are measured.
         folder: where indices lie; by default in the user's cache.
-        all_errors: whether an index is given even of a source with samples that cannot be read, which it lists; it is
-            built anew the next time.
+        bad_share: share of samples that may be unreadable; the index lists them. (What cannot be read the next time
+            either is not measured again.)
 
     Raises:
-        DataError: for a source that cannot be used: listing what is wrong with which samples.
+        DataError: for a source that cannot be used: listing what is wrong with which samples, if there are more.
         FileNotFoundError: when it is missing.
         OSError: when the folder cannot be written.
     """
     reader = ConversationReader(path, options)
     state = reader.records.fingerprint()
-    # relative names of pictures start in folders of which one may be the working directory
+    reader.records.expect(state.size, state.time, compared=False)
+    # relative names of pictures start in folders of which one may be the working directory; questions of captions are
+    # chosen by the source's name, as it is written
     folders = [os.path.abspath(one) for one in reader.folders]
-    key = key_of(VERSION, asdict(options), folders, {**measures.section, "hd_num": measures.hd_num}, measures.decode,
-                 state)
+    key = key_of(VERSION, asdict(options), reader.name, folders, {**measures.section, "hd_num": measures.hd_num},
+                 measures.decode, state)
     place = index_folder(folder) / f"{cut(reader.records.path.name)}-{key_of(str(reader.records.path.resolve()))}"
     target = place / key
     place.mkdir(parents=True, exist_ok=True)
     with locked(place / f"{key}.lock", f"waiting for the index of {reader.name}, which another process builds"):
-        if not _is_current(target):
-            builder = _Builder(reader, measures, place / f"{key}.building")
-            builder.build(Description(VERSION, reader.name, 0, key, "", list(state), [], [], []), all_errors)
+        if not _is_current(target, reader, measures):
+            builder = _Builder(reader, measures, place / f"{key}.building", state)
+            builder.build(Description(VERSION, reader.name, 0, key, "", list(state), [], [], []), bad_share)
             shutil.rmtree(target, ignore_errors=True)
             os.rename(builder.folder, target)
             _remove_outdated(place, list(state))
-    return SourceIndex(target)
+    index = SourceIndex(target)
+    refuse_errors(index.description.errors, len(index), bad_share)
+    return index
 
 
 def index_folder(folder: str | os.PathLike | None = None) -> Path:
@@ -140,16 +148,20 @@ def locked(path: Path, waiting: str) -> Iterator[None]:
         yield
 
 
-def _is_current(folder: Path) -> bool:
+def _is_current(folder: Path, reader: ConversationReader, measures: Measures) -> bool:
     """Whether an index is there and what it says of pictures, as far as it is checked, still holds."""
     if not folder.is_dir():
         return False
     try:
+        check_seal(folder, COLUMN_FILES)
         index = SourceIndex(folder)
     except DataError as error:
         logger.warning(f"{error}")
         return False
-    if index.description.errors:
+    except (OSError, ValueError) as error:
+        logger.warning(f"The index {folder} is damaged ({error}), and is built anew.")
+        return False
+    if index.description.key != folder.name or not still_wrong(index, reader, measures):
         return False
     for path, *state in index.description.files:
         try:
@@ -177,17 +189,19 @@ class _Builder:
         reader: of the source.
         measures: how samples are measured.
         folder: for what is not finished; left by an interrupted one, it is gone on from.
+        state: of the source's file.
     """
 
-    def __init__(self, reader: ConversationReader, measures: Measures, folder: Path):
-        self.reader, self.measures, self.folder, self.parts = reader, measures, folder, folder / "parts"
+    def __init__(self, reader: ConversationReader, measures: Measures, folder: Path, state: Fingerprint):
+        self.reader, self.measures, self.folder, self.state = reader, measures, folder, state
+        self.parts = folder / "parts"
 
-    def build(self, description: Description, all_errors: bool) -> None:
+    def build(self, description: Description, bad_share: float) -> None:
         """Fills the folder.
 
         Args:
             description: of the index, without what is found now.
-            all_errors: see `open_index`.
+            bad_share: see `open_index`.
 
         Raises:
             DataError: see `open_index`.
@@ -206,17 +220,17 @@ class _Builder:
             else:
                 measure_parts(self.reader, self.measures, places, missing, self.parts, bar.update)
         unusable, errors, files, digest = list[list](), list[list](), dict[str, list](), hashlib.sha256()
-        for number, part in enumerate(self._measured(count)):
+        for part in self._measured(count):
             for column in (part.digests, part.pictures, part.sizes, part.pairs, part.needs):
                 digest.update(column.tobytes())
             unusable += [list(entry) for entry in part.unusable]
             errors += [list(entry) for entry in part.errors]
-            if part.errors and not all_errors:
-                self._part(number).unlink()         # what is wrong may lie in other files than the source
             if len(files) <= CHECKED_PICTURES:
                 files.update({path: [path, *state] for path, *state in part.files})
-        if errors and not all_errors:
-            raise_errors([sentence for _, sentence in errors])
+        if len(errors) > bad_share * len(places):
+            for number in {sample // PART for sample, _ in errors}:
+                self._part(number).unlink()         # what is wrong may lie in other files than the source
+        refuse_errors(errors, len(places), bad_share)
         checked = list(files.values()) if len(files) <= CHECKED_PICTURES else []
         write_index(self.folder, replace(description, samples=len(places), content=digest.hexdigest(),
                                          unusable=unusable, errors=errors, files=checked),
@@ -248,7 +262,7 @@ class _Builder:
         """Lets as many processes as there are cores measure the parts that are missing."""
         job = {"source": self.reader.name, "options": asdict(self.reader.options),
                "section": dict(self.measures.section), "hd_num": self.measures.hd_num, "missing": missing,
-               "decode": self.measures.decode, "parent": os.getpid()}
+               "decode": self.measures.decode, "parent": os.getpid(), "state": self.state[:2]}
         write_whole(self.folder / JOB, json.dumps(job, default=str))
         count = min(len(missing), len(os.sched_getaffinity(0)))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -14,7 +14,7 @@ import numpy as np
 from mindformers_ixc.data.conversations import Conversation, ConversationReader
 from mindformers_ixc.data.fitting import first_pairs, pair_count
 from mindformers_ixc.data.records.base import Place
-from mindformers_ixc.errors import DataError, ImageError, VideoError
+from mindformers_ixc.errors import DataError, ImageError, PromptError, VideoError
 from mindformers_ixc.processing.pictures import image_size, load_image
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.stored import StoredFile
@@ -91,6 +91,9 @@ class Measurer:
             except ImageError as error:
                 unusable.append((first + number, str(error)))
                 rounds = []
+            except PromptError as error:         # by the public rule, <ImageHere> in an answer is a place
+                errors.append((first + number, str(error)))
+                continue
             pictures[number], pairs[number] = len(sample.sizes), len(rounds)
             sizes += [(*size, int(isinstance(size, BoardSize))) for size in sample.sizes]
             needs += rounds
@@ -139,9 +142,15 @@ class Measurer:
 
 
 def _digest(sample: Conversation) -> int:
-    names = [image.name for image in sample.images]      # of files inside a record, the name it has for them
+    # of files inside the source, the name that they have there, however the source itself is named
+    names = [image.name.removeprefix(sample.source) for image in sample.images]
     text = json.dumps([sample.turns, names], ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def is_the_same(sample: Conversation, digest: int) -> bool:
+    """Whether a sample says what it said, and names the files that it named, when it was measured."""
+    return _digest(sample) == digest
 
 
 def file_state(path: str | os.PathLike) -> tuple[int, int]:

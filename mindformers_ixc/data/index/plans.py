@@ -1,6 +1,7 @@
 """Plans of runs on disk: the rows of an epoch are made once, and all processes of a machine share them."""
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,16 @@ import numpy as np
 
 from mindformers_ixc import terminal
 from mindformers_ixc.data.index.building import key_of, locked
+from mindformers_ixc.data.index.seals import SEAL, is_sealed, seal
 from mindformers_ixc.data.packer import Rows
 from mindformers_ixc.data.sampling import RunPlan
+from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_json, whole_file, write_whole
 
 # Changes whenever other rows come of the same settings.
 VERSION = 1
 
-FACTS = "plan.json"
+FACTS, KEYS = "plan.json", {"epoch_rows", "mean_samples", "note", "checked"}
 
 
 class SavedPlan(RunPlan):
@@ -53,23 +56,27 @@ class SavedPlan(RunPlan):
         return locked(self.folder / "lock", "Waiting for another process that plans the rows of an epoch")
 
     def _facts(self) -> dict[str, Any]:
-        file = self.folder / FACTS
-        return read_json(file) if file.exists() else {}
+        with contextlib.suppress(OSError, DataError):        # not there, or damaged
+            facts = read_json(self.folder / FACTS)
+            return facts if isinstance(facts, dict) and facts.keys() >= KEYS else {}
+        return {}
 
     def _write(self, facts: dict[str, Any]) -> None:
         write_whole(self.folder / FACTS, json.dumps(facts))
 
     def _rows(self, epoch: int) -> Rows:
         """Rows of an epoch."""
-        files = [self.folder / f"{epoch:06d}-{name}.npy" for name in ("order", "starts")]
-        if not files[1].exists():            # the second one is written last
+        names, note = [f"{epoch:06d}-{name}.npy" for name in ("order", "starts")], f"{epoch:06d}-{SEAL}"
+        files = [self.folder / name for name in names]
+        if not is_sealed(self.folder, names, note):
             with self._alone():
-                if not files[1].exists():
+                if not is_sealed(self.folder, names, note):
                     with terminal.current.doing(f"Planning the rows of epoch {epoch + 1}"):
                         rows = self._made(self.batch_rows).epoch(epoch)
                     for file, column in zip(files, (rows.order, rows.starts)):
                         with whole_file(file) as target, open(target, "wb") as opened:
                             np.save(opened, column)
+                    seal(self.folder, names, note)
         return Rows(*(np.load(file, mmap_mode="r") for file in files))
 
     def _check(self, epochs: int) -> None:

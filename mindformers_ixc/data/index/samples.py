@@ -8,19 +8,21 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from mindformers_ixc.data.conversations import Conversation, ConversationReader, resample
+from mindformers_ixc.data.conversations import LISTED_ERRORS, Conversation, ConversationReader, resample
 from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, first_pairs
 from mindformers_ixc.data.index.building import index_folder, key_of, locked
-from mindformers_ixc.data.index.measuring import as_sizes
+from mindformers_ixc.data.index.measuring import as_sizes, is_the_same
+from mindformers_ixc.data.index.seals import is_sealed, seal
 from mindformers_ixc.data.index.store import ColumnWriter, SourceIndex, mapped
 from mindformers_ixc.data.records.base import Place
-from mindformers_ixc.errors import DataError, ImageError
+from mindformers_ixc.errors import DataError, ImageError, SampleError
 from mindformers_ixc.files import read_json, whole_folder, write_whole
+from mindformers_ixc.processing.stored import StoredFile
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ COLUMNS = {"source": (np.uint16, 0), "sample": (np.int32, 0), "pairs": (np.int32
            "images": (np.int32, 0)}
 
 SUMMARY = "samples.json"
+FILES = ("source.npy", "sample.npy", "pairs.npy", "needs.npy", "images.npy", SUMMARY)
 
 
 @dataclass(frozen=True)
@@ -109,22 +112,13 @@ class SampleSet:
         """A sample, with the rounds of it that are used and the sizes of their pictures.
 
         Raises:
-            DataError: when its source has changed.
-            ImageError: when a picture is gone.
+            SampleError: when it is not what it was when it was indexed, or a picture is gone.
         """
         source, sample = self.sources[int(self.source[number])], int(self.sample[number])
         index = source.index
-        try:
-            found = source.reader.read(sample, Place(*index.places[sample].tolist()))
-        except DataError as error:
-            if isinstance(error.__cause__, FileNotFoundError):      # a picture that was there: as a damaged one
-                raise ImageError(str(error)) from error
-            raise
+        found = _read(source, sample)
         first, end = index.picture_starts[sample:sample + 2].tolist()
         found.sizes = as_sizes(index.sizes[first:end].tolist())
-        if len(found.sizes) != len(found.images):
-            raise DataError(f"{found.where} has {len(found.images)} pictures, and had {len(found.sizes)} when the data "
-                            "were indexed; remove the index, and it is built anew.")
         return first_pairs(found, int(self.pairs[number]))
 
     def __iter__(self) -> Iterator[Conversation]:
@@ -137,13 +131,39 @@ class SampleSet:
         return self.sources[int(self.source[number])].reader.records.where(int(self.sample[number]))
 
 
+def _read(source: IndexedSource, sample: int) -> Conversation:
+    """A sample, compared with what the index says of it.
+
+    Raises:
+        SampleError: when it cannot be read, though it could be, or is another one.
+    """
+    index, reader = source.index, source.reader
+    try:
+        found = reader.read(sample, Place(*index.places[sample].tolist()))
+    except DataError as error:
+        where = reader.records.where(sample)
+        raise SampleError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+    except OSError as error:
+        raise SampleError(f"{reader.records.where(sample)}: cannot be read any more ({error.strerror or error}).") \
+            from error
+    first, end = index.picture_starts[sample:sample + 2].tolist()
+    # what pictures inside a changed source show is compared with nothing
+    unknown = reader.records.changed and any(isinstance(image, StoredFile) for image in found.images)
+    if unknown or len(found.images) != end - first or not is_the_same(found, int(index.digests[sample])):
+        raise SampleError(f"{found.where}: is not what it was when the data were indexed; the file was changed, or the "
+                          f"index is damaged (remove {index.folder}, and it is built anew).")
+    return found
+
+
 @dataclass
 class Summary:
     """What the fitting of samples found.
 
     Attributes:
         total: samples before.
-        unusable: samples with a picture that cannot be partitioned, and the last sentence about one.
+        unusable: samples that no run uses (`Description.left_out`).
+        first: sentences about the first of them.
+        last: about the last one.
         cut: samples that are used in part.
         dropped: samples of which not even the first round fits.
         least: positions, tiles and pictures that the first rounds of those need at least, each by itself.
@@ -152,11 +172,18 @@ class Summary:
 
     total: int = 0
     unusable: int = 0
+    first: list[str] = field(default_factory=list)
     last: str = ""
     cut: int = 0
     dropped: int = 0
     least: tuple[int, int, int] = (0, 0, 0)
     most: tuple[int, int, int] = (0, 0, 0)
+
+    def add_unusable(self, sentences: list[str]) -> None:
+        """Counts samples that no run uses, by what is said of each."""
+        self.unusable += len(sentences)
+        self.first += sentences[:LISTED_ERRORS - len(self.first)]
+        self.last = sentences[-1] if sentences else self.last
 
 
 def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share: float,
@@ -178,7 +205,7 @@ def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share
     target = index_folder(folder) / "samples" / key_of(VERSION, keys, asdict(shapes))
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.with_suffix(".lock"), "waiting for another process that fits the samples"):
-        if not (target / SUMMARY).exists():
+        if not is_sealed(target, FILES):
             shutil.rmtree(target, ignore_errors=True)
             with whole_folder(target) as part:
                 _write(sources, shapes, part)
@@ -193,14 +220,11 @@ def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> No
     for number, source in enumerate(sources):
         entries, index = source.entries(), source.index
         summary.total += len(entries)
-        sentences = dict(index.description.unusable)
+        sentences = index.description.left_out
         for block in (entries[start:start + BLOCK] for start in range(0, len(entries), BLOCK)):
             pairs, fitting = fitting_rounds(index, block, shapes)
-            unusable = np.array([int(sample) in sentences for sample in block]) if sentences else np.zeros(len(block),
-                                                                                                          bool)
-            if unusable.any():
-                summary.unusable += int(unusable.sum())
-                summary.last = sentences[int(block[np.flatnonzero(unusable)[-1]])]
+            unusable = np.isin(block, list(sentences))
+            summary.add_unusable([sentences[number] for number in block[unusable].tolist()])
             dropped = (fitting == 0) & ~unusable
             summary.dropped += int(dropped.sum())
             summary.cut += int(((fitting > 0) & (fitting < pairs)).sum())
@@ -219,6 +243,7 @@ def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> No
     if least:
         summary.least, summary.most = tuple(np.min(least, 0).tolist()), tuple(np.max(most, 0).tolist())
     write_whole(folder / SUMMARY, json.dumps(asdict(summary)))
+    seal(folder, FILES)
 
 
 def fitting_rounds(index: SourceIndex, samples: np.ndarray, shapes: Shapes) -> tuple[np.ndarray, np.ndarray]:
@@ -247,8 +272,9 @@ def _tell(summary: Summary, shapes: Shapes, max_bad_share: float) -> None:
     Raises:
         DataError: when nothing is left, or too many pictures cannot be used.
     """
-    check_bad_pictures([ImageError(summary.last)] * summary.unusable, summary.total, max_bad_share)
+    sentences = [*summary.first, *[summary.last] * (summary.unusable - len(summary.first))]
+    check_bad_pictures(list(map(ImageError, sentences)), summary.total, max_bad_share)
     if summary.dropped:
-        shapes.tell_dropped(summary.dropped, summary.total, summary.least, summary.most)
+        shapes.tell_dropped(summary.dropped, summary.total - summary.unusable, summary.least, summary.most)
     if summary.cut:
         logger.warning(f"{summary.cut} of {summary.total} conversations are cut between whole turns to fit {shapes}.")

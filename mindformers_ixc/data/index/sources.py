@@ -56,7 +56,8 @@ def reading_options(loader: Mapping[str, Any], seed: int) -> ReadingOptions:
 
 
 def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
-                 folder: str | os.PathLike | None = None, all_errors: bool = False) -> list[IndexedSource]:
+                 folder: str | os.PathLike | None = None, bad_share: float = 0.0,
+                 failed: list[tuple[str, str]] | None = None) -> list[IndexedSource]:
     """The sources of a `data_loader` section, each with its index, which is built where there is none.
 
     Args:
@@ -64,7 +65,8 @@ def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
         seed: of the run.
         measures: how samples are measured.
         folder: where indices lie; by default in the user's cache.
-        all_errors: see `open_index`.
+        bad_share: share of a source's samples that may be wrong; they are left out (see `open_index`).
+        failed: gets the sources that cannot be used, each with a sentence; without it the first one is an error.
 
     Raises:
         DataError: for sources that cannot be used.
@@ -72,7 +74,14 @@ def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
     """
     options, sources = reading_options(loader, seed), []
     for path, count in named_sources(loader.get("dataset_dir")):
-        index, reader = open_index(path, options, measures, folder, all_errors), ConversationReader(path, options)
+        try:
+            index = open_index(path, options, measures, folder, bad_share)
+            reader = ConversationReader(path, options)
+        except (DataError, FileNotFoundError) as error:
+            if failed is None:
+                raise
+            failed.append((str(path), str(error)))
+            continue
         reader.records.expect(*index.description.fingerprint[:2])
         sources.append(IndexedSource(index, reader, count, choice_seed(seed, path)))
     return sources

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mindformers_ixc.data.index.measuring import Measured
+from mindformers_ixc.data.index.seals import seal
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_json, whole_file, write_whole
 
@@ -22,6 +23,7 @@ DESCRIPTION = "index.json"
 # Columns: type, and numbers a row (0: a plain list).
 COLUMNS = {"places": (np.int64, 3), "digests": (np.int64, 0), "picture_starts": (np.int64, 0), "sizes": (np.int32, 3),
            "pair_starts": (np.int64, 0), "needs": (np.int32, 3)}
+COLUMN_FILES = tuple(f"{name}.npy" for name in COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Description:
         content: SHA-256 of what was measured; pictures may change while all else stays.
         fingerprint: of the file.
         unusable: samples with a picture that cannot be partitioned: (number, sentence).
-        errors: samples that cannot be read, likewise; only in an index that is made to find them.
+        errors: samples that cannot be read, likewise.
         files: pictures of the samples that are files, as in `Measured`; none where there are many.
     """
 
@@ -49,6 +51,11 @@ class Description:
     unusable: list[list]
     errors: list[list]
     files: list[list]
+
+    @property
+    def left_out(self) -> dict[int, str]:
+        """Samples that no run uses, with what is wrong with each."""
+        return dict(sorted([*self.unusable, *self.errors]))
 
 
 class SourceIndex:
@@ -85,7 +92,7 @@ class SourceIndex:
             for name in COLUMNS:
                 setattr(self, name, mapped(folder / f"{name}.npy", *COLUMNS[name]))
             self._check()
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, EOFError) as error:
             raise DataError(f"The index {folder} is damaged ({error}); remove the folder, and it is built anew.") \
                 from error
 
@@ -154,6 +161,7 @@ def write_index(folder: Path, description: Description, places: Iterable[np.ndar
             writers[name].add(rows)
     for writer in writers.values():
         writer.close()
+    seal(folder, COLUMN_FILES)
     write_whole(folder / DESCRIPTION, json.dumps(asdict(description)), sync=True)
 
 

@@ -25,6 +25,8 @@ def main(folder: Path, number: int, count: int) -> None:
     measures = Measures(section, make_processor(SectionOptions(section), own_tokenizer(section)),
                         job["hd_num"], True, job["decode"])
     reader = ConversationReader(job["source"], ReadingOptions(**job["options"]))
+    size, time = job["state"]
+    reader.records.expect(size, time, compared=False)
     measure_parts(reader, measures, places, job["missing"][number::count], folder / "parts",
                   lambda samples: print(samples, flush=True))
 

@@ -2,16 +2,25 @@
 from __future__ import annotations
 
 import os
+import re
 
-from mindformers_ixc.data.records.base import Record, Records
+from mindformers_ixc.data.records.base import Record, Records, check_source
 from mindformers_ixc.data.records.compressed import ENDINGS, CompressedRecords
 from mindformers_ixc.data.records.json_files import JsonRecords
 from mindformers_ixc.data.records.mindrecord import MindRecords, is_mindrecord
 from mindformers_ixc.data.records.parquet import ParquetRecords
+from mindformers_ixc.data.records.signatures import refuse_foreign
 from mindformers_ixc.data.records.tables import TableRecords, is_table
-from mindformers_ixc.data.records.tar import TarRecords
+from mindformers_ixc.data.records.tar import COMPRESSED, TarRecords
+from mindformers_ixc.errors import DataError
 
 __all__ = ["Record", "Records", "open_records"]
+
+# Names of tar shards, compressed ones too, which are refused with what to do.
+_TAR = re.compile(r".*\.(tar(\.\w+)?|tgz|tbz2?|txz|tzst)")
+
+# What Parquet files begin with.
+_PARQUET = (b"PAR1", b"PARE")
 
 
 def open_records(path: str | os.PathLike, item: str = "sample") -> Records:
@@ -25,18 +34,28 @@ def open_records(path: str | os.PathLike, item: str = "sample") -> Records:
         FileNotFoundError: when the file is missing.
         DataError: when it is not what its name says.
     """
-    name = os.fspath(path).lower()
+    name = os.path.basename(os.fspath(path)).lower()
     kind: type[Records] = JsonRecords
+    own: tuple[bytes, ...] = ()
     if is_table(path):
         kind = TableRecords
     elif name.endswith(".parquet"):
-        kind = ParquetRecords
-    elif name.endswith(".tar"):
-        kind = TarRecords
+        kind, own = ParquetRecords, _PARQUET
+    elif _TAR.fullmatch(name):
+        kind, own = TarRecords, (*COMPRESSED, b"\0")
     elif is_mindrecord(path):
-        kind = MindRecords
+        kind, own = MindRecords, (b"",)             # it begins with a length, which may be any bytes
     elif name.endswith(tuple(ENDINGS)):
-        kind = CompressedRecords
+        kind, own = CompressedRecords, tuple(COMPRESSED)
+        _check_inner(path, name)
+    refuse_foreign(check_source(path), str(path), own)
     records = kind(path)
     records.item = item
     return records
+
+
+def _check_inner(path: str | os.PathLike, name: str) -> None:
+    """Refuses what is compressed and, by its name, no JSON."""
+    inner = os.path.splitext(os.path.splitext(name)[0])[1]
+    if inner in (".csv", ".tsv", ".parquet", ".mindrecord", ".txt"):
+        raise DataError(f"{path} is a compressed {inner} file, and only JSON is read compressed; unpack it.")

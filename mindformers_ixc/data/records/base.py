@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,8 @@ import numpy as np
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.resources import resolve_path
+
+logger = logging.getLogger(__name__)
 
 # Bytes of a file's beginning, and of its end, that tell it from a changed one.
 HASHED = 1 << 16
@@ -84,15 +87,20 @@ class Records(ABC):
         path: the source; `pkg:` paths work.
 
     Attributes:
+        changed: whether a changed file is read on.
         item: what a record is called in messages.
+        form: what a file of the kind is called there.
     """
 
-    item = "sample"
+    # Whether a changed file may be read on, since all that a record says is compared with what was indexed.
+    comparable = False
+    item, form = "sample", "a JSON list"
 
     def __init__(self, path: str | os.PathLike):
         self.name, self.path = str(path), resolve_path(path)
         self._file: int | None = None
         self._state: tuple[int, int] | None = None
+        self._expected, self.changed = False, False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
@@ -105,9 +113,16 @@ class Records(ABC):
         """What tells the source from a changed one."""
         return fingerprint(self.path)
 
-    def expect(self, size: int, time: int) -> None:
-        """Makes reading refuse a file of another size, or another time of its last change (see `Fingerprint`)."""
-        self._state = size, time
+    def expect(self, size: int, time: int, compared: bool = True) -> None:
+        """Says what the file was like when it was indexed, or when that began (see `Fingerprint`).
+
+        Args:
+            size: of it.
+            time: of its last change.
+            compared: whether each record is compared with the index, so that a changed file may be read on if its
+                records are `comparable`; else it is refused.
+        """
+        self._state, self._expected = (size, time), compared
 
     @abstractmethod
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
@@ -144,11 +159,14 @@ class Records(ABC):
         """
         if self._file is None:
             self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        self._check_unchanged(os.fstat(self._file))
-        content = os.pread(self._file, place.length, place.start)
-        if len(content) != place.length:
-            raise DataError(f"{self.name} ends at byte {place.start + len(content)}, before its record at byte "
-                            f"{place.start} does; it is cut short, or being written.")
+        state = os.fstat(self._file)
+        self._check_unchanged(state)
+        # a damaged length may ask for more than there is memory
+        whole = 0 <= place.start <= place.start + place.length <= state.st_size
+        content = os.pread(self._file, place.length, place.start) if whole else b""
+        if not whole or len(content) != place.length:
+            raise DataError(f"{self.name} has {state.st_size} bytes, and its record at byte {place.start} would have "
+                            f"{place.length}; it is damaged, cut short, or being written.")
         return content
 
     def _check_unchanged(self, state: os.stat_result) -> None:
@@ -159,7 +177,12 @@ class Records(ABC):
         """
         now = state.st_size, state.st_mtime_ns
         self._state = self._state or now
-        if now != self._state:
+        if now != self._state and self._expected and self.comparable:
+            if not self.changed:
+                logger.warning(f"{self.name} was changed since it was indexed; samples that say something else than "
+                               "they did are left out.")
+            self.changed = True
+        elif now != self._state:
             raise DataError(f"{self.name} was changed while it was being read; start again when it is complete.")
 
     def __iter__(self) -> Iterator[tuple[int, Place]]:
@@ -174,7 +197,7 @@ class Records(ABC):
                 yield index, place
                 index += 1
         if not index:
-            raise DataError(f"{self.name} must hold a JSON list with at least one {self.item}, found no "
+            raise DataError(f"{self.name} must hold {self.form} with at least one {self.item}, found no "
                             f"{self.item}s.")
 
     def where(self, index: int) -> str:

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -61,7 +62,7 @@ def unpacked(path: str | os.PathLike) -> Path:
         try:
             with ENDINGS[ending](file) as source, open(part, "wb") as out:
                 shutil.copyfileobj(source, out, CHUNK)
-        except (EOFError, gzip.BadGzipFile, ValueError) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
             raise DataError(f"{path} cannot be unpacked; it is damaged or cut short ({error}).") from error
         except OSError as error:
             if error.errno:

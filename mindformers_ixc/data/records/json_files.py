@@ -41,6 +41,8 @@ class JsonRecords(Records):
         DataError: when it is of another encoding.
     """
 
+    comparable = True
+
     def __init__(self, path: str | os.PathLike, name: str | None = None):
         super().__init__(path)
         check_source(path)
@@ -212,11 +214,12 @@ def _near_end(text: str, place: int) -> bool:
 
 def _error(name: str, content: mmap.mmap, at: int, problem: _Problem, entries: int) -> DataError:
     line = line_of(content, at + problem.place)
+    tail = content[max(0, len(content) - WINDOW):]
+    last = line_of(content, len(content) - len(tail) + len(tail.rstrip(b" \t\r\n")))
     if problem.cut_short and problem.between:
-        return DataError(f"{name} is not valid JSON: it ends in line {line}, after its sample {entries}, without the "
+        return DataError(f"{name} is not valid JSON: it ends in line {last}, after its sample {entries}, without the "
                          "list's closing bracket; it is cut short, or still being written.")
     if problem.cut_short:
-        last = line_of(content, len(content))
         return DataError(f"{name} is not valid JSON: it ends in line {last}, within its sample {entries}, which "
                          f"begins in line {line_of(content, at + problem.start)}; it is cut short, or "
                          "still being written.")

@@ -29,7 +29,7 @@ from mindformers_ixc.data.records.base import (
     check_source,
     fingerprint,
 )
-from mindformers_ixc.errors import DataError
+from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.files import parse_json
 from mindformers_ixc.processing.stored import StoredFile
 
@@ -73,6 +73,19 @@ class MindRecords(Records):
         return Fingerprint(sum(one.size for one in own), max(one.time for one in own),
                            "".join(one.ends for one in own))
 
+    def expect(self, size: int, time: int, compared: bool = True) -> None:
+        """See `Records.expect`.
+
+        Raises:
+            DataError: when a shard has changed already.
+        """
+        states = [[os.stat(file) for file in (shard.path, shard.database)] for shard in self.shards]
+        every = [state for pair in states for state in pair]
+        if (sum(state.st_size for state in every), max(state.st_mtime_ns for state in every)) != (size, time):
+            raise DataError(f"{self.name} was changed while it was being read; start again when it is complete.")
+        for shard, (state, _) in zip(self.shards, states):
+            shard.expect(state.st_size, state.st_mtime_ns, compared)
+
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
         """See `Records.scan`."""
         size, done = os.path.getsize(self.path), 0
@@ -86,13 +99,16 @@ class MindRecords(Records):
 
     def read(self, index: int, place: Place) -> Record:
         """See `Records.read`."""
-        shard = self.shards[place.line >> SHARD_BITS]
+        number = place.line >> SHARD_BITS
+        if not 0 <= number < len(self.shards):
+            raise DataError(f"{self.where(index)}: there is no shard {number}.")
+        shard = self.shards[number]
         start = place.line & (1 << SHARD_BITS) - 1
         row = shard.plain(place, self.where(index))
         files: dict[str, StoredFile] = {}
-        for name, span in shard.spans(start).items():
+        for name, span in shard.spans(start, self.where(index)).items():
             if name in MEDIA_KEYS:
-                files[name] = StoredFile(f"{self.where(index)}: {name}", partial(shard.read_bytes, span))
+                files[name] = StoredFile(f"{self.where(index)}: {name}", partial(shard.held, span, self.where(index)))
                 row[name] = name
             else:
                 row[name] = f"{span.length} bytes"       # unknown, and refused by name unless it is ignored
@@ -110,7 +126,7 @@ class _Shard(Records):
         header = _header(check_source(path), self.name)
         if header.get("compression_size"):
             raise DataError(f"{self.name} is compressed, which is not read; write it without compression.")
-        self.first_page, self.page = int(header["header_size"]), int(header["page_size"])
+        self.first_page, self.page = header["header_size"], header["page_size"]
         self.bytes_fields = list(header["schema"][0]["blob_fields"])
         self.database = check_source(f"{path}.db")
 
@@ -124,7 +140,7 @@ class _Shard(Records):
                     plain = self.first_page + pages[:, 0] * self.page + pages[:, 1]
                     held = self.first_page + pages[:, 3] * self.page + pages[:, 4]
                     yield np.stack([plain, pages[:, 2] - pages[:, 1], held], 1)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:      # the latter of what is no number
             raise DataError(f"{self.database}, the index of {self.name}, cannot be read ({error}); both files belong "
                             "together.") from error
 
@@ -134,20 +150,24 @@ class _Shard(Records):
             import msgpack  # noqa: PLC0415 - optional
         except ImportError as error:
             raise DataError(f"{self.name}: MindRecord files need the package msgpack; pip install msgpack.") from error
+        content = self.read_bytes(place)
         try:
-            row = msgpack.unpackb(self.read_bytes(place)[_LENGTH.size:])
-        except ValueError as error:
-            raise DataError(f"{where}: is damaged ({error}).") from error
+            if _LENGTH.unpack_from(content)[0] != place.length - _LENGTH.size:
+                raise ValueError("its length and its index's differ")
+            row = msgpack.unpackb(content[_LENGTH.size:])
+        except (ValueError, struct.error) as error:
+            raise DataError(f"{where}: is damaged in {self.name} ({error}).") from error
         if not isinstance(row, dict):
-            raise DataError(f"{where}: is damaged (no fields).")
+            raise DataError(f"{where}: is damaged in {self.name} (no fields).")
         return row
 
-    def spans(self, start: int) -> dict[str, Place]:
+    def spans(self, start: int, where: str) -> dict[str, Place]:
         """Where the fields of a record that are bytes lie."""
         if not self.bytes_fields:
             return {}
         length, = _LENGTH.unpack(self.read_bytes(Place(start, _LENGTH.size)))
         start += _LENGTH.size
+        end = start + length
         if len(self.bytes_fields) == 1:
             return {self.bytes_fields[0]: Place(start, length)}
         spans = {}
@@ -155,7 +175,20 @@ class _Shard(Records):
             inner, = _INNER_LENGTH.unpack(self.read_bytes(Place(start, _INNER_LENGTH.size)))
             spans[name] = Place(start + _INNER_LENGTH.size, inner)
             start += _INNER_LENGTH.size + inner
+        if start != end:
+            raise DataError(f"{where}: is damaged in {self.name} (the lengths of its fields differ from the whole).")
         return spans
+
+    def held(self, span: Place, where: str) -> bytes:
+        """The bytes of a field.
+
+        Raises:
+            ImageError: when they cannot be read.
+        """
+        try:
+            return self.read_bytes(span)
+        except (DataError, OSError) as error:
+            raise ImageError(f"{where}: {error}") from error
 
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
         """See `Records.scan`."""
@@ -171,7 +204,15 @@ def _header(path: Path, name: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             length, = _LENGTH.unpack(file.read(_LENGTH.size))
             header = json.loads(file.read(min(length, 1 << 24)))
-        header["shard_addresses"], header["page_size"], header["schema"][0]["blob_fields"]
+        sizes, shards = (header["header_size"], header["page_size"]), header["shard_addresses"]
+        fields = header["schema"][0]["blob_fields"]
+        if not (all(type(size) is int and size >= 0 for size in sizes) and _are_texts(shards) and shards and
+                _are_texts(fields)):
+            raise ValueError("it says something else than sizes, shards and fields")
     except (struct.error, ValueError, KeyError, IndexError, TypeError) as error:
         raise DataError(f"{name} is no MindRecord file, or damaged: its header cannot be read ({error}).") from error
     return header
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

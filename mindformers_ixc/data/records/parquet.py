@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mindformers_ixc.data.forms import MEDIA_KEYS
+from mindformers_ixc.data.paths import cut
 from mindformers_ixc.data.records.base import Place, Progress, Record, Records, check_source
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import parse_json
@@ -18,8 +19,9 @@ from mindformers_ixc.processing.stored import StoredFile
 if TYPE_CHECKING:
     import pyarrow
 
-# Row groups that a process keeps: rows are read by whole groups, and shuffled samples lie in any of them.
-KEPT_GROUPS = 8
+# Row groups that a process keeps, and their bytes together: rows are read by whole groups, and shuffled samples lie in
+# any of them.
+KEPT_GROUPS, KEPT_BYTES = 8, 1 << 28
 
 
 class ParquetRecords(Records):
@@ -33,11 +35,18 @@ class ParquetRecords(Records):
         DataError: when it is no Parquet file, or cut short.
     """
 
+    form = "a table"
+
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
         check_source(path)
         self._groups: OrderedDict[int, pyarrow.Table] = OrderedDict()
         self._open: Any = None
+        self._damaged: dict[int, str] = {}
+        names = self._parquet.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{self.name} has {names.count(twice[0])} columns named {cut(twice[0])!r}; rename or drop "
+                            "all but one.")
         self.rows = [self._parquet.metadata.row_group(group).num_rows
                      for group in range(self._parquet.metadata.num_row_groups)]
 
@@ -50,7 +59,8 @@ class ParquetRecords(Records):
             import pyarrow.parquet  # noqa: PLC0415 - slow to import, and seldom needed
 
             try:
-                self._open = pyarrow.parquet.ParquetFile(self.path, memory_map=True)
+                # not mapped: of a file that is shortened, or written over, pages would end the process or change
+                self._open = pyarrow.parquet.ParquetFile(self.path, page_checksum_verification=True)
             except (pyarrow.ArrowException, OSError) as error:
                 raise DataError(f"{self.name} is no Parquet file, or cut short: its description, which stands at its "
                                 f"end, cannot be read ({_first_line(error)}).") from error
@@ -67,7 +77,17 @@ class ParquetRecords(Records):
 
     def read(self, index: int, place: Place) -> Record:
         """See `Records.read`."""
-        row = self._group(place.length).slice(place.start, 1).to_pylist()[0]
+        import pyarrow  # noqa: PLC0415 - slow to import, and seldom needed
+
+        if not (0 <= place.length < len(self.rows) and 0 <= place.start < self.rows[place.length]):
+            raise DataError(f"{self.where(index)}: the table has no row {place.start} in a group {place.length}.")
+        try:
+            row = self._group(place.length).slice(place.start, 1).to_pylist()[0]
+        except (pyarrow.ArrowException, UnicodeDecodeError, ValueError, OverflowError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{self.where(index)}: row {place.start} of row group {place.length} (both counted from 0) "
+                            f"cannot be read ({_first_line(error)}); texts must be UTF-8.") from error
         files: dict[str, StoredFile] = {}
         for key, value in row.items():
             if key in MEDIA_KEYS and value is not None:
@@ -78,27 +98,36 @@ class ParquetRecords(Records):
                 row[key] = parse_json(value, f"{self.where(index)}, field {key}")
         return Record(row, files)
 
-    def _group(self, number: int) -> Any:
+    def _group(self, number: int) -> pyarrow.Table:
+        if number in self._damaged:         # every row of it would try again
+            raise DataError(self._damaged[number])
+        self._check_unchanged(os.stat(self.path))
         if number in self._groups:
             self._groups.move_to_end(number)
-        else:
-            import pyarrow  # noqa: PLC0415 - slow to import, and seldom needed
+            return self._groups[number]
+        import pyarrow  # noqa: PLC0415 - slow to import, and seldom needed
 
-            self._check_unchanged(os.stat(self.path))
-            try:
-                self._groups[number] = self._parquet.read_row_group(number, use_threads=False)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(f"{self.name}: its row group {number} (counted from 0) is damaged "
-                                f"({_first_line(error)}); fetch the file again.") from error
-            if len(self._groups) > KEPT_GROUPS:
-                self._groups.popitem(last=False)
-        return self._groups[number]
+        try:
+            group = self._parquet.read_row_group(number, use_threads=False)
+        except (pyarrow.ArrowException, OSError) as error:
+            first = sum(self.rows[:number])
+            self._damaged[number] = (f"{self.name}: its row group {number} (counted from 0), samples {first} to "
+                                     f"{first + self.rows[number] - 1}, is damaged ({_first_line(error)}); fetch the "
+                                     "file again.")
+            raise DataError(self._damaged[number]) from error
+        self._groups[number] = group
+        while len(self._groups) > 1 and (len(self._groups) > KEPT_GROUPS or
+                                         sum(kept.nbytes for kept in self._groups.values()) > KEPT_BYTES):
+            self._groups.popitem(last=False)
+        return group
 
     def _file_name(self, value: object, field: str, index: int, files: dict[str, StoredFile]) -> object:
         """The name of a picture, whose bytes are put aside if the row has them."""
         given = value.get("path") if isinstance(value, dict) else None
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
+            if isinstance(value, dict) and given is None and set(value) <= {"bytes", "path"}:
+                return None                 # no picture, as a row of such a column says it
             return value if given is None else given
         name = PurePosixPath(given).name if given else field
         if name in files:

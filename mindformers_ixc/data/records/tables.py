@@ -32,9 +32,6 @@ SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 # Bytes that show the encoding; lines whose places are given together.
 HEAD, BLOCK = 4, 4096
 
-# Lines with errors that a message lists; the rest are counted.
-LISTED_LINES = 10
-
 
 def is_table(path: str | os.PathLike) -> bool:
     """Whether a file is a table, by the ending of its name.
@@ -58,6 +55,8 @@ class TableRecords(Records):
         FileNotFoundError: when the file is missing.
     """
 
+    comparable, form = True, "a table of questions"
+
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
         with open(check_source(path), "rb") as file:
@@ -74,14 +73,11 @@ class TableRecords(Records):
         self.columns = _columns(first[1], self.name)
 
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
-        """See `Records.scan`; all wrong lines are named by number."""
-        places, errors, done, first = list[Place](), list[str](), 0, True
-        for place, cells in self._lines():
+        """See `Records.scan`; a line with other cells than the first is one that cannot be read."""
+        places, done, first = list[Place](), 0, True
+        for place, _ in self._lines():
             if first:
                 first = False
-                continue
-            if problem := _problem(cells, self.columns, self.separator):
-                errors.append(f"{self.name}, line {place.line}: {problem}")
                 continue
             places.append(place)
             if len(places) == BLOCK:
@@ -89,9 +85,6 @@ class TableRecords(Records):
                 done = sum(place[:2])
                 yield np.array(places, np.int64)
                 places = []
-        if errors:
-            more = f"\n... and {len(errors) - LISTED_LINES} more lines" if len(errors) > LISTED_LINES else ""
-            raise DataError("\n".join(errors[:LISTED_LINES]) + more)
         if places:
             yield np.array(places, np.int64)
         elif not done:
@@ -101,7 +94,12 @@ class TableRecords(Records):
     def read(self, index: int, place: Place) -> Record:
         """See `Records.read`."""
         text = decode_text(self.read_bytes(place), self.where(index))
-        cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self.separator, strict=True))
+        try:
+            cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self.separator, strict=True))
+        except (csv.Error, StopIteration) as error:
+            raise DataError(f"{self.name}, line {place.line}: is no line of the table any more.") from error
+        if problem := _problem(cells, self.columns, self.separator):
+            raise DataError(f"{self.name}, line {place.line}: {problem}")
         image, question, answer = (cells[self.columns.index(column)].strip() for column in COLUMNS)
         return Record({"id": f"line {place.line}", "image": image, "conversations": [
             {"from": "human", "value": question}, {"from": "bot", "value": answer}]})
@@ -119,8 +117,12 @@ class TableRecords(Records):
                         yield Place(before, source.place - before, line + 1), cells
                     before, line = source.place, self._skipped + rows.line_num
             except csv.Error as error:
+                if "new-line" in str(error):
+                    raise DataError(f"{self.name}, line {line + 1}: has a carriage return without a line feed, as old "
+                                    "Macintosh files end their lines; save it as CSV (UTF-8).") from error
                 raise DataError(f"{self.name}, line {line + 1}: a text in double quotes is wrong ({error}); a quote "
-                                "inside one is written twice.") from error
+                                "inside one is written twice, and one that is not closed takes in all lines that "
+                                "follow.") from error
 
 
 class _CountedLines:
