@@ -1,4 +1,4 @@
-"""`mindformers data index` and `data check`: what is built, what is printed, and the exit code."""
+"""`mindformers data index` and `data check`: what is built, kept, removed and printed, and the exit code."""
 from __future__ import annotations
 
 import io
@@ -9,6 +9,7 @@ from PIL import Image
 
 import mindformers_ixc_cli
 from mindformers_ixc.cli.data import data
+from mindformers_ixc.data.index.holding import Held
 from mindformers_ixc.errors import ConfigError, DataError
 
 DEMO = "pkg:mindformers_ixc/demo/train.json"
@@ -103,7 +104,43 @@ def test_a_check_draws_histograms_and_writes_a_page(tmp_path):
     assert "nowhere.png does not exist" in page and "good.png" in page
 
 
+def test_what_is_kept_is_listed_and_cleaned(tmp_path, capfd):
+    (tmp_path / "one.json").write_text(json.dumps([sample(0), sample(1)]))
+    (tmp_path / "two.json").write_text(json.dumps([sample(0)]))
+    assert run("index", "--list") == (0, f"Nothing is kept in {tmp_path / 'index'}.\n")
+    run("index", "one.json", "two.json")
+    (tmp_path / "two.json").write_text(json.dumps([sample(0), sample(1), sample(2)]))
+    _, printed = run("index", "--list")
+    lines = [line.split() for line in printed.splitlines()]
+    assert lines[0] == ["of", "what", "samples", "size", "last", "used", "state"]
+    assert [(line[0], line[2], line[-1]) for line in lines[1:3]] == [("one.json", "2", "current"),
+                                                                     ("two.json", "1", "changed")]
+    assert "of them outdated" in printed and "--clean` removes what is outdated" in capfd.readouterr().err
+    _, printed = run("index", "--list", "one.json")
+    assert "one.json" in printed and "two.json" not in printed
+    _, printed = run("index", "--clean")
+    assert "two.json" in printed and "Removed 1 entry" in printed and "one.json" not in printed
+    assert run("index", "--clean")[1] == f"Nothing in {tmp_path / 'index'} is outdated.\n"
+    assert "Removed 1 entry" in run("index", "--clean", "--all")[1]
+    assert list((tmp_path / "index").iterdir()) == []
+
+
+def test_what_is_in_use_is_said_and_kept(tmp_path, capfd):
+    (tmp_path / "one.json").write_text(json.dumps([sample(0)]))
+    run("index", "one.json", "--output", "here")
+    held = Held(next(tmp_path.glob("here/*/*/index.json")).parent)
+    assert "in use" in run("index", "--list", "--output", "here")[1]
+    assert run("index", "--clean", "--all", "--output", "here") == (0, "")
+    assert "1 entry, " in (said := capfd.readouterr().err) and held.folder.name in said
+    assert held.folder.exists()
+
+
 @pytest.mark.parametrize(("words", "message"), [
+    (["check", DEMO, "--list"], "--list, --clean and --all belong to `mindformers data index`"),
+    (["index", "--list", "--clean"], "give one of them"),
+    (["index", "--list", "--all"], "--all belongs to --clean"),
+    (["index", "--clean", "x.json"], "goes through the whole folder of indices, so x.json cannot be named"),
+    (["index", "--list", "--hd_num", "3"], "--hd_num is no option of"),
     (["check", DEMO, "--config", "ixc25_dpo_tiny"], "preference pairs, which have no index"),
     (["index", DEMO, "--decode"], "--decode and --png belong to `mindformers data check`"),
     (["plan", DEMO, "--output", "x"], "--output belongs to"),

@@ -15,12 +15,15 @@ import numpy as np
 
 from mindformers_ixc.data.conversations import Conversation, ConversationReader, resample
 from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, first_pairs
-from mindformers_ixc.data.index.building import index_folder, key_of, locked
+from mindformers_ixc.data.index.cleaning import MADE_OF, make_room
+from mindformers_ixc.data.index.folders import SAMPLES, index_folder, writing
+from mindformers_ixc.data.index.holding import Held, locked, put_in_place, unfinished
+from mindformers_ixc.data.index.keys import key_of
 from mindformers_ixc.data.index.measuring import as_sizes
 from mindformers_ixc.data.index.store import ColumnWriter, SourceIndex, mapped
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError, ImageError
-from mindformers_ixc.files import read_json, whole_folder, write_whole
+from mindformers_ixc.files import read_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +92,7 @@ class SampleSet:
         self.sources, all_names = list(sources), [source.reader.name for source in sources]
         self.names = list(dict.fromkeys(all_names))
         self._name_of = np.array([self.names.index(name) for name in all_names], np.uint16)
-        self.folder = folder
+        self.folder, self._held = folder, Held(folder)
         for name, form in COLUMNS.items():
             setattr(self, name, mapped(folder / f"{name}.npy", *form))
 
@@ -175,16 +178,46 @@ def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share
     described = [(source, source.index.description) for source in sources]
     keys = [(index.key, index.content, source.drawn, source.seed if source.drawn else "")
             for source, index in described]
-    target = index_folder(folder) / "samples" / key_of(VERSION, keys, asdict(shapes))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.with_suffix(".lock"), "waiting for another process that fits the samples"):
-        if not (target / SUMMARY).exists():
-            shutil.rmtree(target, ignore_errors=True)
-            with whole_folder(target) as part:
-                _write(sources, shapes, part)
-    summary = Summary(**read_json(target / SUMMARY))
-    _tell(summary, shapes, max_bad_share)
-    return SampleSet(sources, target)
+    root = index_folder(folder)
+    target = root / SAMPLES / key_of(VERSION, keys, asdict(shapes))
+    samples = _kept(sources, target)
+    if samples is None:
+        waiting = "waiting for the samples that {who} fits to the rows"
+        with writing(root), locked(target.with_suffix(".lock"), waiting) as alone:
+            samples = _kept(sources, target)
+            if samples is None:
+                _make(sources, shapes, target, alone)
+                samples = SampleSet(sources, target)
+        make_room(root)
+    _tell(Summary(**read_json(target / SUMMARY)), shapes, max_bad_share)
+    return samples
+
+
+def _kept(sources: Sequence[IndexedSource], folder: Path) -> SampleSet | None:
+    """The samples that are there, if there are some."""
+    if not (folder / SUMMARY).exists():
+        return None
+    try:
+        return SampleSet(sources, folder)
+    except (OSError, ValueError):        # damaged, or removed just now
+        return None
+
+
+def _make(sources: Sequence[IndexedSource], shapes: Shapes, target: Path, alone: bool) -> None:
+    """Writes a set of samples; the folder is whole or not there."""
+    part = unfinished(target, alone)
+    shutil.rmtree(part, ignore_errors=True)          # of a process that was killed
+    part.mkdir()
+    try:
+        _write(sources, shapes, part)
+        described = [source.index.description for source in sources]
+        write_whole(part / MADE_OF, json.dumps({
+            "indices": [[one.key, one.content] for one in described], "samples": sum(one.samples for one in described),
+            "names": list(dict.fromkeys(one.path or one.source for one in described))}), sync=True)
+        put_in_place(part, target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> None:
@@ -218,7 +251,7 @@ def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> No
         writer.close()
     if least:
         summary.least, summary.most = tuple(np.min(least, 0).tolist()), tuple(np.max(most, 0).tolist())
-    write_whole(folder / SUMMARY, json.dumps(asdict(summary)))
+    write_whole(folder / SUMMARY, json.dumps(asdict(summary)), sync=True)
 
 
 def fitting_rounds(index: SourceIndex, samples: np.ndarray, shapes: Shapes) -> tuple[np.ndarray, np.ndarray]:

@@ -1,21 +1,24 @@
 """The index of a source on disk: columns that are mapped into memory, so that all processes of a machine share them."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mindformers_ixc.data.index.holding import UNFINISHED, Held
 from mindformers_ixc.data.index.measuring import Measured
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_json, whole_file, write_whole
 
-# Changes whenever the columns, or what makes them, do.
-VERSION = 1
+# Changes whenever the columns do, or anything that the numbers in them come of: forms, prompts, tokens, tiles
+# (tests/data_pipeline/test_index_keys.py has what this version measures).
+VERSION = 2
 
 DESCRIPTION = "index.json"
 
@@ -38,6 +41,11 @@ class Description:
         unusable: samples with a picture that cannot be partitioned: (number, sentence).
         errors: samples that cannot be read, likewise; only in an index that is made to find them.
         files: pictures of the samples that are files, as in `Measured`; none where there are many.
+        path: of the source, whatever the working directory.
+        base: see `keys.Keys`.
+        asked: likewise.
+        captions: as in `Measured`.
+        start: of a file that may grow at its end: its bytes, their SHA-256, the lines that end in them.
     """
 
     version: int
@@ -49,6 +57,11 @@ class Description:
     unusable: list[list]
     errors: list[list]
     files: list[list]
+    path: str = ""
+    base: str = ""
+    asked: str = ""
+    captions: bool = False
+    start: list = field(default_factory=list)
 
 
 class SourceIndex:
@@ -80,6 +93,7 @@ class SourceIndex:
     def __init__(self, folder: Path):
         self.folder = folder
         try:
+            self._held = Held(folder)
             fields = read_json(folder / DESCRIPTION)
             self.description = Description(**fields)
             for name in COLUMNS:
@@ -104,6 +118,30 @@ class SourceIndex:
 
     def __deepcopy__(self, memo: dict) -> SourceIndex:
         return self       # MindSpore copies what it reads from; this does not change
+
+
+def read_description(folder: Path) -> Description:
+    """What an index says of itself.
+
+    Raises:
+        DataError: when it is damaged, or of another version.
+        OSError: when it is not there.
+    """
+    try:
+        description = Description(**read_json(folder / DESCRIPTION))
+        if description.version == VERSION:
+            return description
+    except TypeError as error:
+        raise DataError(f"The index {folder} is damaged ({error}); remove the folder, and it is built anew.") from error
+    raise DataError(f"The index {folder} is of version {description.version}, and {VERSION} is expected.")
+
+
+def descriptions(place: Path) -> Iterator[tuple[Path, Description]]:
+    """Folder and description of the indices of a source that can be used."""
+    for folder in sorted(place.iterdir()):
+        if folder.suffix != UNFINISHED and not folder.name.startswith("."):
+            with contextlib.suppress(DataError, OSError):
+                yield folder, read_description(folder)
 
 
 def mapped(path: Path, dtype: Any, width: int) -> np.ndarray:
@@ -209,7 +247,7 @@ def load_part(path: Path) -> Measured:
     with np.load(path, allow_pickle=False) as held:
         fields: dict[str, Any] = {name: [tuple(entry) for entry in json.loads(held[name].tobytes())]
                                   if name in _TEXTS else held[name] for name in Measured._fields}
-        return Measured(**fields)
+        return Measured(**{**fields, "captions": bool(fields["captions"])})
 
 
 def blocks(column: np.ndarray, rows: int) -> Iterator[np.ndarray]:

@@ -85,12 +85,15 @@ class Records(ABC):
 
     Attributes:
         item: what a record is called in messages.
+        source: the file that the path names.
+        path: the file that is read, the same one but for what is compressed.
     """
 
     item = "sample"
 
     def __init__(self, path: str | os.PathLike):
         self.name, self.path = str(path), resolve_path(path)
+        self.source = self.path
         self._file: int | None = None
         self._state: tuple[int, int] | None = None
 
@@ -103,7 +106,7 @@ class Records(ABC):
 
     def fingerprint(self) -> Fingerprint:
         """What tells the source from a changed one."""
-        return fingerprint(self.path)
+        return fingerprint(self.source)
 
     def expect(self, size: int, time: int) -> None:
         """Makes reading refuse a file of another size, or another time of its last change (see `Fingerprint`)."""
