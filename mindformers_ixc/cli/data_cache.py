@@ -46,13 +46,13 @@ def data_cache(arguments: argparse.Namespace) -> int:
 
 def _folder(arguments: argparse.Namespace) -> Path:
     if arguments.output:
-        return index_folder(arguments.output, "--output")
+        return index_folder(arguments.output, "--output", arguments.clean)
     if not arguments.config:
         if arguments.rest:
             raise ConfigError(f"{arguments.rest[0]} is no option of `mindformers data index --list` and `--clean`.")
-        return index_folder()
+        return index_folder(to_write=arguments.clean)
     _, section, _ = read_section(arguments)
-    return index_folder((section.get("data_loader") or {}).get("index_dir"))
+    return index_folder((section.get("data_loader") or {}).get("index_dir"), to_write=arguments.clean)
 
 
 def _list(arguments: argparse.Namespace, root: Path) -> int:

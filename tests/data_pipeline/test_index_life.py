@@ -21,7 +21,7 @@ from test_index import builds, columns, measures, write
 
 from mindformers_ixc.data.conversations import ReadingOptions
 from mindformers_ixc.data.fitting import Shapes
-from mindformers_ixc.data.index import building, cleaning, folders, holding
+from mindformers_ixc.data.index import building, cleaning, folders, holding, telling
 from mindformers_ixc.data.index.building import open_index
 from mindformers_ixc.data.index.cleaning import clean, entries
 from mindformers_ixc.data.index.holding import Held, is_held, remove, sweep, tried
@@ -390,6 +390,18 @@ def test_a_full_disk_is_a_sentence_and_what_was_measured_is_kept(tmp_path, root,
     assert files_of(root) == []
 
 
+def test_a_full_disk_of_another_process_is_the_same_sentence(tmp_path, root, monkeypatch):
+    path = write(tmp_path, 20)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "sitecustomize.py").write_text(
+        "import sys\nif 'mindformers_ixc.data.index.worker' in ' '.join(sys.orig_argv):\n"
+        "    import resource\n    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "full"))
+    monkeypatch.setattr(building, "FEW", 0)
+    with pytest.raises(OSError, match=r"cannot be written in .*index \(File too large.*was measured is kept"):
+        open_index(path, ReadingOptions(), measures(), root)
+
+
 def test_parts_of_another_time_are_measured_anew(tmp_path, root, monkeypatch):
     path = write(tmp_path)
     interrupted(path, root, monkeypatch)
@@ -402,6 +414,23 @@ def test_parts_of_another_time_are_measured_anew(tmp_path, root, monkeypatch):
         os.utime(tmp_path / "1.png", ns=(1, len(content)))
         index = open_index(path, ReadingOptions(), measures(), root)
         assert [str(tmp_path / "1.png"), (tmp_path / "1.png").stat().st_size, len(content)] in index.description.files
+
+
+def test_a_log_says_how_far_it_is(tmp_path, root, monkeypatch, capfd):
+    path = write(tmp_path)
+    interrupted(path, root, monkeypatch)
+    for name, value in (("FEW", 40), ("PART", 10)):
+        monkeypatch.setattr(building, name, value)
+    monkeypatch.setattr(telling, "LINE_EVERY_S", 0)
+    capfd.readouterr()
+    open_index(path, ReadingOptions(), measures(), root)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "Indexing data.json, 40 samples, of which 10 are measured already ..."
+    told = [line.split(" of 40 samples")[0] for line in lines[1:3]]
+    assert told == [f"Indexing data.json: {done}" for done in (20, 30)]
+    assert lines[1].endswith(" left") and lines[3].startswith("Indexed data.json: 40 samples, in 1 s, ")
+    open_index(path, ReadingOptions(), measures(), root)
+    assert not capfd.readouterr().err
 
 
 # where it lies

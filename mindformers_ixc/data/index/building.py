@@ -21,7 +21,7 @@ import numpy as np
 from mindformers_ixc import terminal
 from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, raise_errors
 from mindformers_ixc.data.index.cleaning import NOTE, place_of, remove_outdated
-from mindformers_ixc.data.index.folders import index_folder, writing
+from mindformers_ixc.data.index.folders import FULL, index_folder, writing
 from mindformers_ixc.data.index.growing import grown_from, measured_part, pictures_are_unchanged, start_of
 from mindformers_ixc.data.index.holding import locked, put_in_place, unfinished
 from mindformers_ixc.data.index.keys import Keys, Measures, keys_of
@@ -39,6 +39,7 @@ from mindformers_ixc.data.index.store import (
     save_part,
     write_index,
 )
+from mindformers_ixc.data.index.telling import measuring
 from mindformers_ixc.data.records.json_files import JsonRecords
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_json, tidy, whole_file, write_whole
@@ -168,14 +169,15 @@ class _Builder:
 
     def _measure(self, places: np.ndarray, missing: list[int]) -> None:
         """Measures the parts that are missing."""
-        with terminal.current.counting(len(places), f"indexing {self.reader.records.source.name}", "sample",
-                                       disable=len(places) < FEW or None, unit_scale=True,
-                                       initial=len(places) - sum(len(places[number * PART:(number + 1) * PART])
-                                                                 for number in missing)) as bar:
+        measured = len(places) - sum(len(places[number * PART:(number + 1) * PART]) for number in missing)
+        with contextlib.ExitStack() as stack:
+            progress: Callable[[int], object] = int
+            if missing and len(places) >= FEW:
+                progress = stack.enter_context(measuring(self.reader.records.source.name, len(places), measured))
             if len(missing) * PART > FEW and self.measures.own:
-                self._measure_by_workers(missing, bar.update)
+                self._measure_by_workers(missing, progress)
             else:
-                measure_parts(self.reader, self.measures, places, missing, self.parts, bar.update)
+                measure_parts(self.reader, self.measures, places, missing, self.parts, progress)
 
     def _put_together(self, description: Description, places: np.ndarray, count: int, all_errors: bool) -> None:
         """Writes the index of its parts; arguments as of `build`."""
@@ -307,6 +309,7 @@ def _follow(workers: list[subprocess.Popen], logs: list[Path], progress: Callabl
 
     Raises:
         DataError: when one has not, with its last line.
+        OSError: when the disk is full.
     """
     with selectors.DefaultSelector() as waiting:
         for worker, log in zip(workers, logs):
@@ -320,6 +323,8 @@ def _follow(workers: list[subprocess.Popen], logs: list[Path], progress: Callabl
                     continue
                 waiting.unregister(_output(worker))
                 if worker.wait():
+                    if worker.returncode in FULL:
+                        raise OSError(worker.returncode, os.strerror(worker.returncode))
                     said = log.read_text(encoding="utf-8", errors="replace")
                     last = (said.strip().splitlines() or ["it was killed"])[-1]
                     raise DataError(f"A process that measures samples has ended: {last}. Start again; what was "

@@ -21,15 +21,16 @@ FOLDER_VARIABLE, FOLDER_KEY = "MINDFORMERS_IXC_INDEX", "train_dataset.data_loade
 SAMPLES, PLANS = "samples", "plans"
 
 # What a file system says that takes no more.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def index_folder(folder: str | os.PathLike | None = None, name: str = FOLDER_KEY) -> Path:
+def index_folder(folder: str | os.PathLike | None = None, name: str = FOLDER_KEY, to_write: bool = True) -> Path:
     """Where indices lie: the folder that is given, or that the environment names, or a place in the user's cache.
 
     Args:
         folder: that is given.
         name: of what gave it, for messages.
+        to_write: whether something is to be written there.
 
     Raises:
         OSError: when nothing can be written there.
@@ -37,7 +38,8 @@ def index_folder(folder: str | os.PathLike | None = None, name: str = FOLDER_KEY
     chosen, name = (folder, name) if folder else (os.environ.get(FOLDER_VARIABLE), FOLDER_VARIABLE)
     if not chosen:
         return _in_cache(os.environ.get("XDG_CACHE_HOME"))
-    check_folder(Path(chosen), name)
+    if to_write:
+        check_folder(Path(chosen), name)
     return Path(chosen)
 
 
@@ -65,7 +67,7 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise OSError(f"The index of the data cannot be written in {folder} ({error.strerror}). Free space there "
                           f"(`mindformers data index --clean`), or choose another place by {FOLDER_KEY} or "
                           f"{FOLDER_VARIABLE}; what was measured is kept, and gone on from.") from error

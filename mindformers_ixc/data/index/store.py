@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ import numpy as np
 from mindformers_ixc.data.index.holding import UNFINISHED, Held
 from mindformers_ixc.data.index.measuring import Measured
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.files import read_json, whole_file, write_whole
+from mindformers_ixc.files import read_json, write_whole
 
 # Changes whenever the columns do, or anything that the numbers in them come of: forms, prompts, tokens, tiles
 # (tests/data_pipeline/test_index_keys.py has what this version measures).
@@ -234,8 +235,9 @@ _TEXTS = ("unusable", "errors", "files")
 def save_part(path: Path, part: Measured) -> None:
     """Writes what was measured of some samples; the file is whole or not there."""
     texts = {name: np.frombuffer(json.dumps(getattr(part, name)).encode(), np.uint8) for name in _TEXTS}
-    with whole_file(path) as target, open(target, "wb") as file:
-        np.savez(file, **{**part._asdict(), **texts})
+    content = io.BytesIO()         # an archive that is written to a full disk says something else
+    np.savez(content, **{**part._asdict(), **texts})
+    write_whole(path, content.getvalue())
 
 
 def load_part(path: Path) -> Measured:
