@@ -15,7 +15,7 @@ from mindformers_ixc.cli.data_preview import write_preview
 from mindformers_ixc.cli.data_section import RECIPE, read_section
 from mindformers_ixc.data.advice import Needs, advise, needs_of, processor_of, unpacked_goodput
 from mindformers_ixc.data.fitting import Shapes
-from mindformers_ixc.data.index.building import index_folder
+from mindformers_ixc.data.index.folders import index_folder
 from mindformers_ixc.data.index.samples import IndexedSource, fitting_rounds
 from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.rows import MAX_BAD_SHARE

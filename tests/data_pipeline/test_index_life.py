@@ -104,7 +104,7 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path, monkeypatch):
 
     def removed_once(handle, name):
         if not seen:
-            os.unlink(name)                                 # as by the holder that was waited for
+            os.unlink(name)                                 # as by one that had it between the two
         seen.append(real(handle, name))
         return seen[-1]
 

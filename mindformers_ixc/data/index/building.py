@@ -13,6 +13,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +24,7 @@ from mindformers_ixc.data.conversations import ConversationReader, ReadingOption
 from mindformers_ixc.data.index.cleaning import NOTE, place_of, remove_outdated
 from mindformers_ixc.data.index.folders import FULL, index_folder, writing
 from mindformers_ixc.data.index.growing import grown_from, measured_part, pictures_are_unchanged, start_of
-from mindformers_ixc.data.index.holding import locked, put_in_place, unfinished
+from mindformers_ixc.data.index.holding import is_there, made, put_in_place, unfinished
 from mindformers_ixc.data.index.keys import Keys, Measures, keys_of
 from mindformers_ixc.data.index.measuring import Measured, Measurer, file_state
 from mindformers_ixc.data.index.store import (
@@ -80,12 +81,8 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
     state = reader.records.fingerprint()
     keys, root = keys_of(reader, measures, state), index_folder(folder)
     place = place_of(root, reader.records)
-    if (found := _current(place, keys)) is not None:
-        return found
-    with writing(root), locked(place / f"{keys.plain}.lock",
-                               f"waiting for the index of {reader.name}, which {{who}} builds") as alone:
-        if (found := _current(place, keys, tell=True)) is not None:
-            return found
+
+    def build(alone: bool) -> SourceIndex:
         part = unfinished(place / keys.plain, alone)
         described = Description(VERSION, reader.name, 0, "", "", list(state), [], [], [],
                                 os.path.abspath(reader.records.source), keys.base)
@@ -94,25 +91,22 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
         put_in_place(part, place / builder.name)
         index = SourceIndex(place / builder.name)       # held, before others are removed
         remove_outdated(root, place, list(state))
-    return index
+        return index
+
+    with writing(root):
+        return made(partial(_current, place, keys), build, place / f"{keys.plain}.lock",
+                    f"waiting for the index of {reader.name}, which {{who}} builds")
 
 
-def _current(place: Path, keys: Keys, tell: bool = False) -> SourceIndex | None:
-    """The index that is there, if what it says of pictures, as far as it is checked, still holds.
-
-    Args:
-        place: of the indices of the source.
-        keys: of the index.
-        tell: whether it is said of a damaged one.
-    """
+def _current(place: Path, keys: Keys) -> SourceIndex | None:
+    """The index that is there, if what it says of pictures, as far as it is checked, still holds."""
     for name, captions in ((keys.plain, False), (keys.seeded, True)):
-        if not (place / name).is_dir():
+        if not is_there(place / name):
             continue
         try:
             index = SourceIndex(place / name)
         except DataError as error:
-            if tell:
-                logger.warning(f"{error}")
+            logger.info(f"{error}")              # it is built anew
             continue
         described = index.description
         if described.captions == captions and not described.errors and pictures_are_unchanged(index):

@@ -14,13 +14,16 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from mindformers_ixc import terminal
 from mindformers_ixc.files import sync_folder
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 # Of a folder that is kept: locked, shared, by every process that uses it; changed when one begins to.
 USED = "used"
@@ -48,14 +51,87 @@ def locked(path: Path, waiting: str) -> Iterator[bool]:
     Yields:
         Whether it is held; False where the file system has no locks.
     """
-    handle = _locked_file(path, waiting)
+    while (handle := _locked_file(path, waiting)) is None:
+        pass
     try:
-        yield handle is not None
+        yield handle != _NONE
     finally:
-        if handle is not None:
+        _let_go(handle, path)
+
+
+def made(there: Callable[[], Item | None], make: Callable[[bool], Item], path: Path, waiting: str) -> Item:
+    """What is there, or is made by one of all processes that want it; the others wait, and go on at the same time.
+
+    Args:
+        there: gives it, if it is there.
+        make: makes it; told whether this process has the lock, which it has not where the file system has no locks.
+        path: of the lock's file.
+        waiting: see `locked`.
+    """
+    while True:
+        if (found := there()) is not None:
+            return found
+        if (handle := _locked_file(path, waiting)) is not None:
+            try:
+                found = there()               # it was made between the two
+                return make(handle != _NONE) if found is None else found
+            finally:
+                _let_go(handle, path)
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a folder is there.
+
+    It is looked for in a list of all, since a server's client may remember for a while that a name was not there.
+    """
+    try:
+        return folder.name in os.listdir(folder.parent)
+    except FileNotFoundError:
+        return False
+
+
+def _let_go(handle: int, path: Path) -> None:
+    if handle != _NONE:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(handle)
+
+
+# In place of a file that is locked, where there are no locks.
+_NONE = -1
+
+
+def _locked_file(path: Path, waiting: str) -> int | None:
+    """A file that is locked, `_NONE`, or nothing after another process's lock was waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError:       # the folder was empty and removed
+        return None
+    try:
+        if _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if _is_at(handle, path):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+                return handle
+        else:
+            with terminal.current.doing(waiting.format(who=_holder(handle))):
+                fcntl.flock(handle, fcntl.LOCK_SH)         # so that all who wait go on together
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            os.close(handle)
             with contextlib.suppress(OSError):
                 path.unlink()
+            _tell_no_locks(path.parent)
+            return _NONE
+        if error.errno not in _GONE:
             os.close(handle)
+            raise
+    except BaseException:
+        os.close(handle)
+        raise
+    os.close(handle)
+    return None
 
 
 @contextlib.contextmanager
@@ -80,37 +156,6 @@ def tried(path: Path) -> Iterator[bool]:
             with contextlib.suppress(OSError):
                 path.unlink()
         os.close(handle)
-
-
-def _locked_file(path: Path, waiting: str) -> int | None:
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:       # the folder was empty and removed
-            continue
-        try:
-            if not _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                with terminal.current.doing(waiting.format(who=_holder(handle))):
-                    fcntl.flock(handle, fcntl.LOCK_EX)
-            if _is_at(handle, path):
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-                return handle
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                os.close(handle)
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                _tell_no_locks(path.parent)
-                return None
-            if error.errno not in _GONE:
-                os.close(handle)
-                raise
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)         # its holder has removed it: the next one is another file
 
 
 def _lock(handle: int, how: int) -> bool:

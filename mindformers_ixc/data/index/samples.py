@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from mindformers_ixc.data.conversations import Conversation, ConversationReader,
 from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, first_pairs
 from mindformers_ixc.data.index.cleaning import MADE_OF, make_room
 from mindformers_ixc.data.index.folders import SAMPLES, index_folder, writing
-from mindformers_ixc.data.index.holding import Held, locked, put_in_place, unfinished
+from mindformers_ixc.data.index.holding import Held, is_there, made, put_in_place, unfinished
 from mindformers_ixc.data.index.keys import key_of
 from mindformers_ixc.data.index.measuring import as_sizes
 from mindformers_ixc.data.index.store import ColumnWriter, SourceIndex, mapped
@@ -180,22 +181,23 @@ def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share
             for source, index in described]
     root = index_folder(folder)
     target = root / SAMPLES / key_of(VERSION, keys, asdict(shapes))
-    samples = _kept(sources, target)
-    if samples is None:
-        waiting = "waiting for the samples that {who} fits to the rows"
-        with writing(root), locked(target.with_suffix(".lock"), waiting) as alone:
-            samples = _kept(sources, target)
-            if samples is None:
-                _make(sources, shapes, target, alone)
-                samples = SampleSet(sources, target)
+
+    def make(alone: bool) -> SampleSet:
+        _make(sources, shapes, target, alone)
+        samples = SampleSet(sources, target)             # held, before others are removed
         make_room(root)
+        return samples
+
+    with writing(root):
+        samples = made(partial(_kept, sources, target), make, target.with_suffix(".lock"),
+                       "waiting for the samples that {who} fits to the rows")
     _tell(Summary(**read_json(target / SUMMARY)), shapes, max_bad_share)
     return samples
 
 
 def _kept(sources: Sequence[IndexedSource], folder: Path) -> SampleSet | None:
     """The samples that are there, if there are some."""
-    if not (folder / SUMMARY).exists():
+    if not is_there(folder) or not (folder / SUMMARY).exists():
         return None
     try:
         return SampleSet(sources, folder)
