@@ -88,9 +88,10 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
                                 os.path.abspath(reader.records.source), keys.base)
         builder = _Builder(reader, measures, part, keys)
         builder.build(described, all_errors)
-        put_in_place(part, place / builder.name)
-        index = SourceIndex(place / builder.name)       # held, before others are removed
+        held = put_in_place(part, place / builder.name)
+        index = SourceIndex(place / builder.name)
         remove_outdated(root, place, list(state))
+        del held
         return index
 
     with writing(root):

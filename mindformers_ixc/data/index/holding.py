@@ -316,11 +316,15 @@ def unfinished(target: Path, alone: bool) -> Path:
     return target.with_name(f"{target.name}{own}{UNFINISHED}")
 
 
-def put_in_place(folder: Path, target: Path) -> None:
-    """Gives a finished folder its name; what has the name is put aside, for those who use it."""
+def put_in_place(folder: Path, target: Path) -> Held:
+    """Gives a finished folder its name; what has the name is put aside, for those who use it.
+
+    Returns:
+        The folder, which is not removed as long as this is kept.
+    """
+    held = Held(folder)             # before anybody finds it
     if target.exists():
         put_aside(target)
-    (folder / USED).touch()
     try:
         os.rename(folder, target)
     except OSError as error:
@@ -328,6 +332,7 @@ def put_in_place(folder: Path, target: Path) -> None:
             raise
         shutil.rmtree(folder, ignore_errors=True)       # without locks, another process has made the same
     sync_folder(target.parent)
+    return held
 
 
 def put_aside(folder: Path) -> Path:

@@ -183,9 +183,10 @@ def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share
     target = root / SAMPLES / key_of(VERSION, keys, asdict(shapes))
 
     def make(alone: bool) -> SampleSet:
-        _make(sources, shapes, target, alone)
-        samples = SampleSet(sources, target)             # held, before others are removed
+        held = _make(sources, shapes, target, alone)
+        samples = SampleSet(sources, target)
         make_room(root)
+        del held
         return samples
 
     with writing(root):
@@ -205,8 +206,8 @@ def _kept(sources: Sequence[IndexedSource], folder: Path) -> SampleSet | None:
         return None
 
 
-def _make(sources: Sequence[IndexedSource], shapes: Shapes, target: Path, alone: bool) -> None:
-    """Writes a set of samples; the folder is whole or not there."""
+def _make(sources: Sequence[IndexedSource], shapes: Shapes, target: Path, alone: bool) -> Held:
+    """Writes a set of samples; the folder is whole or not there, and not removed as long as the value is kept."""
     part = unfinished(target, alone)
     shutil.rmtree(part, ignore_errors=True)          # of a process that was killed
     part.mkdir()
@@ -216,7 +217,7 @@ def _make(sources: Sequence[IndexedSource], shapes: Shapes, target: Path, alone:
         write_whole(part / MADE_OF, json.dumps({
             "indices": [[one.key, one.content] for one in described], "samples": sum(one.samples for one in described),
             "names": list(dict.fromkeys(one.path or one.source for one in described))}), sync=True)
-        put_in_place(part, target)
+        return put_in_place(part, target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
