@@ -11,12 +11,14 @@ from mindformers_ixc import terminal
 from mindformers_ixc.cli.data_section import read_section
 from mindformers_ixc.data.index.cleaning import Entry, bound, clean, entries
 from mindformers_ixc.data.index.folders import index_folder
+from mindformers_ixc.data.records.compressed import copies_folder
 from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.resources import resolve_path
 from mindformers_ixc.tables import Column, columns_of, table
 
 # What entries are called.
-KINDS = {"index": "index", "unfinished": "index, unfinished", "samples": "samples that fit", "rows": "rows of epochs"}
+KINDS = {"index": "index", "unfinished": "index, unfinished", "samples": "samples that fit", "rows": "rows of epochs",
+         "copy": "unpacked file"}
 
 COLUMNS = ("of", "what", "samples", "size", "last used", "state")
 
@@ -55,8 +57,13 @@ def _folder(arguments: argparse.Namespace) -> Path:
     return index_folder((section.get("data_loader") or {}).get("index_dir"), to_write=arguments.clean)
 
 
+def _copies(arguments: argparse.Namespace) -> Path | None:
+    """The folder of unpacked files, which lie in the user's cache wherever indices do."""
+    return None if arguments.output else copies_folder()
+
+
 def _list(arguments: argparse.Namespace, root: Path) -> int:
-    found = entries(root)
+    found = entries(root, _copies(arguments))
     if arguments.files:
         wanted = {os.path.realpath(resolve_path(path)) for path in arguments.files}
         found = [entry for entry in found if wanted.intersection(map(os.path.realpath, entry.source.split(", ")))]
@@ -72,7 +79,7 @@ def _list(arguments: argparse.Namespace, root: Path) -> int:
 
 
 def _clean(arguments: argparse.Namespace, root: Path) -> int:
-    removed, kept = clean(root, arguments.all)
+    removed, kept = clean(root, arguments.all, _copies(arguments))
     room = columns_of(arguments.answers)
     if removed:
         print("\n".join([*_table(removed, room), ""]), file=arguments.answers)

@@ -1,6 +1,8 @@
 """`mindformers data index` and `data check`: what is built, kept, removed and printed, and the exit code."""
 from __future__ import annotations
 
+import gc
+import gzip
 import io
 import json
 
@@ -19,6 +21,7 @@ DEMO = "pkg:mindformers_ixc/demo/train.json"
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINDFORMERS_IXC_INDEX", str(tmp_path / "index"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def run(*words):
@@ -123,6 +126,19 @@ def test_what_is_kept_is_listed_and_cleaned(tmp_path, capfd):
     assert run("index", "--clean")[1] == f"Nothing in {tmp_path / 'index'} is outdated.\n"
     assert "Removed 1 entry" in run("index", "--clean", "--all")[1]
     assert list((tmp_path / "index").iterdir()) == []
+
+
+def test_unpacked_files_are_listed_and_cleaned_too(tmp_path):
+    with gzip.open("one.jsonl.gz", "wt") as file:
+        file.write(json.dumps(sample(0)) + "\n")
+    run("index", "one.jsonl.gz")
+    printed = run("index", "--list")[1]
+    assert [line.split()[:2] for line in printed.splitlines()[1:3]] == [["one.jsonl.gz", "index"],
+                                                                        ["one.jsonl.gz", "unpacked"]]
+    gc.collect()
+    (tmp_path / "one.jsonl.gz").unlink()
+    assert "outdated: source is gone" in (printed := run("index", "--clean")[1]) and "Removed 2 entries" in printed
+    assert not list(tmp_path.glob("cache/mindformers_ixc/unpacked/*"))
 
 
 def test_what_is_in_use_is_said_and_kept(tmp_path, capfd):

@@ -169,6 +169,7 @@ def test_a_compressed_source_is_known_by_its_own_file(built, tmp_path, monkeypat
     opened(loader=source)
     assert built == ["one.jsonl.gz"] * 2
     assert len(list(tmp_path.glob("index/one.jsonl.gz-*/*/index.json"))) == 1
+    assert len(list(tmp_path.glob("cache/mindformers_ixc/unpacked/*/*/*.jsonl"))) == 1
 
 
 def test_a_line_more_in_a_list_measures_what_it_names_alone(built):

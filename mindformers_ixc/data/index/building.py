@@ -21,10 +21,10 @@ import numpy as np
 
 from mindformers_ixc import terminal
 from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, raise_errors
-from mindformers_ixc.data.index.cleaning import NOTE, place_of, remove_outdated
+from mindformers_ixc.data.index.cleaning import place_of, remove_outdated
 from mindformers_ixc.data.index.folders import FULL, index_folder, writing
 from mindformers_ixc.data.index.growing import grown_from, measured_part, pictures_are_unchanged, start_of
-from mindformers_ixc.data.index.holding import is_there, made, put_in_place, unfinished
+from mindformers_ixc.data.index.holding import NOTE, is_there, made, put_in_place, unfinished
 from mindformers_ixc.data.index.keys import Keys, Measures, keys_of
 from mindformers_ixc.data.index.measuring import Measured, Measurer, file_state
 from mindformers_ixc.data.index.store import (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ixc.data.index.folders import PLANS, SAMPLES
-from mindformers_ixc.data.index.holding import UNFINISHED, USED, is_held, is_locked, remove, sweep, tried
+from mindformers_ixc.data.index.holding import NOTE, UNFINISHED, USED, is_held, is_locked, remove, sweep, tried
 from mindformers_ixc.data.index.keys import key_of
 from mindformers_ixc.data.index.store import descriptions, read_description
 from mindformers_ixc.data.paths import cut
@@ -27,8 +27,8 @@ from mindformers_ixc.files import read_json
 # samples take 22 MB, the rows of one epoch of them 8 MB.
 BOUND_VARIABLE, BOUND_GB = "MINDFORMERS_IXC_INDEX_GB", 20.0
 
-# What folders say of themselves: an unfinished index, a set of samples, a plan.
-NOTE, MADE_OF, FACTS = "note.json", "made_of.json", "plan.json"
+# What folders say of themselves: a set of samples, a plan.
+MADE_OF, FACTS = "made_of.json", "plan.json"
 
 # Names of folders of this package: of a source; of an index, samples or a plan, finished or not.
 _PLACE = re.compile(r".+-[0-9a-f]{24}")
@@ -42,7 +42,7 @@ class Entry:
 
     Attributes:
         folder: of it.
-        kind: `index`, `unfinished`, `samples` or `rows`.
+        kind: `index`, `unfinished`, `samples`, `rows` or `copy` (an unpacked file).
         source: what it is of.
         samples: their number, if it is known.
         size: bytes.
@@ -66,14 +66,19 @@ def place_of(root: Path, records: Records) -> Path:
     return root / f"{cut(records.source.name)}-{key_of(str(records.source.resolve()))}"
 
 
-def entries(root: Path) -> list[Entry]:
-    """Everything that is kept in a folder of indices."""
+def entries(root: Path, copies: Path | None = None) -> list[Entry]:
+    """Everything that is kept.
+
+    Args:
+        root: the folder of indices.
+        copies: that of unpacked files, if they are meant too.
+    """
     found = [entry for place in _folders(root, _PLACE) for entry in _of_source(place)]
     outdated = {entry.folder for entry in found if entry.outdated}
     known = {made for folder, made in _made(root) if folder not in outdated}
     sets = [_of_samples(folder, known) for folder in _folders(root / SAMPLES, _KEY, _UNFINISHED)]
     there = {entry.folder.name: entry for entry in sets if not entry.outdated}
-    return [*found, *sets, *(_of_plan(folder, there) for folder in _folders(root / PLANS, _KEY))]
+    return [*found, *sets, *(_of_plan(folder, there) for folder in _folders(root / PLANS, _KEY)), *_of_copies(copies)]
 
 
 def _made(root: Path) -> Iterator[tuple[Path, tuple[str, str]]]:
@@ -134,6 +139,16 @@ def _of_plan(folder: Path, there: dict[str, Entry]) -> Entry:
                  _size(folder), _used(folder), "" if samples else "no current samples", is_held(folder))
 
 
+def _of_copies(copies: Path | None) -> Iterator[Entry]:
+    for place in _folders(copies, _PLACE) if copies else ():
+        for folder in _folders(place, _KEY, _UNFINISHED):
+            note, unfinished = _read(folder / NOTE), folder.suffix == UNFINISHED
+            outdated = "interrupted" if unfinished else _changed(note.get("path", ""), note.get("fingerprint"))
+            held = is_locked(_lock_of(folder)) if unfinished else is_held(folder)
+            source = note.get("path") or place.name[:-25]
+            yield Entry(folder, "copy", source, None, _size(folder), _used(folder), outdated, held)
+
+
 def _read(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, DataError):
         found = read_json(path)
@@ -162,12 +177,13 @@ def _size(folder: Path) -> int:
     return total
 
 
-def clean(root: Path, everything: bool = False) -> tuple[list[Entry], list[Entry]]:
+def clean(root: Path, everything: bool = False, copies: Path | None = None) -> tuple[list[Entry], list[Entry]]:
     """Removes what is outdated, and what killed processes have left.
 
     Args:
         root: the folder of indices.
         everything: also what is current.
+        copies: see `entries`.
 
     Returns:
         What was removed, and what would have been but is in use.
@@ -175,12 +191,13 @@ def clean(root: Path, everything: bool = False) -> tuple[list[Entry], list[Entry
     removed, kept = list[Entry](), list[Entry]()
     while True:                                # samples go when their index has, rows when their samples have
         left = {entry.folder for entry in kept}
-        wanted = [entry for entry in entries(root) if (everything or entry.outdated) and entry.folder not in left]
+        wanted = [entry for entry in entries(root, copies)
+                  if (everything or entry.outdated) and entry.folder not in left]
         if not wanted:
             break
         for entry in wanted:
             (removed if _remove(entry.folder) else kept).append(entry)
-    for place in _folders(root, _PLACE):
+    for place in (*_folders(root, _PLACE), *(_folders(copies, _PLACE) if copies else ())):
         sweep(place)
         with contextlib.suppress(OSError):     # there is still something in it
             place.rmdir()

@@ -28,6 +28,9 @@ Item = TypeVar("Item")
 # Of a folder that is kept: locked, shared, by every process that uses it; changed when one begins to.
 USED = "used"
 
+# What an unfinished index, or an unpacked file, says of itself.
+NOTE = "note.json"
+
 # Ending of a folder that is being filled.
 UNFINISHED = ".building"
 
@@ -331,6 +334,7 @@ def put_in_place(folder: Path, target: Path) -> Held:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         shutil.rmtree(folder, ignore_errors=True)       # without locks, another process has made the same
+    held.folder = target
     sync_folder(target.parent)
     return held
 
