@@ -100,9 +100,10 @@ def _open(arguments: argparse.Namespace, all_errors: bool) -> tuple[dict, list[I
         check_target(arguments.png, "--png")
     if arguments.kind == "check" and arguments.output:
         check_target(arguments.output, "--output")
-    folder = (arguments.output if arguments.kind == "index" else None) or loader.get("index_dir")
+    named = arguments.kind == "index" and arguments.output
+    folder = index_folder(arguments.output, "--output") if named else loader.get("index_dir")
     measures = measures_of(section, processor_of(section), bool(arguments.decode))
-    sources = open_sources(loader, section.get("seed") or 0, measures, index_folder(folder), all_errors)
+    sources = open_sources(loader, section.get("seed") or 0, measures, folder, all_errors)
     return fields, sources, {**section, "data_loader": loader}
 
 

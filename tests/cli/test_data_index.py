@@ -154,6 +154,8 @@ def test_what_is_in_use_is_said_and_kept(tmp_path, capfd):
 @pytest.mark.parametrize(("words", "message"), [
     (["check", DEMO, "--list"], "--list, --clean and --all belong to `mindformers data index`"),
     (["index", "--list", "--clean"], "give one of them"),
+    (["index", DEMO, "--output", __file__], "--output .* cannot be used: .* is no folder"),
+    (["index", "--clean", "--output", __file__], "--output .* cannot be used: .* is no folder"),
     (["index", "--list", "--all"], "--all belongs to --clean"),
     (["index", "--clean", "x.json"], "goes through the whole folder of indices, so x.json cannot be named"),
     (["index", "--list", "--hd_num", "3"], "--hd_num is no option of"),
@@ -164,5 +166,5 @@ def test_what_is_in_use_is_said_and_kept(tmp_path, capfd):
     (["check", "nowhere.json"], "nowhere.json does not exist"),
 ])
 def test_what_cannot_be_done_is_one_sentence(words, message):
-    with pytest.raises((ConfigError, DataError, FileNotFoundError), match=message):
+    with pytest.raises((ConfigError, DataError, OSError), match=message):
         run(*words)

@@ -444,6 +444,27 @@ def test_a_folder_that_cannot_be_used_is_one_sentence(tmp_path, monkeypatch):
         open_index(path, ReadingOptions(), measures())
 
 
+def test_an_index_that_can_only_be_read_serves(tmp_path, root, monkeypatch):
+    path = write(tmp_path)
+    open_index(path, ReadingOptions(), measures(), root)
+    before = sorted(root.rglob("*"))
+    check = folders.check_folder
+
+    def read_only(folder, name):
+        if folder == root:
+            raise OSError(f"{name} {folder} cannot be used: nothing can be written")
+        check(folder, name)
+
+    monkeypatch.setattr(folders, "check_folder", read_only)
+    monkeypatch.delenv("MINDFORMERS_IXC_INDEX")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    samples = make_samples(open_sources({"dataset_dir": str(path)}, 0, measures(), root), SHAPES, 0.01, root)
+    assert len(samples) == 40 and samples.folder.is_relative_to(tmp_path / "cache")
+    assert sorted(root.rglob("*")) == before
+    with pytest.raises(OSError, match=r"index_dir .*index cannot be used"):
+        open_index(path, ReadingOptions(), measures(hd_num=2), root)
+
+
 def test_a_home_that_cannot_be_written_is_told_once(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("MINDFORMERS_IXC_INDEX")
     (tmp_path / "home").touch()

@@ -79,8 +79,11 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
     """
     reader = ConversationReader(path, options)
     state = reader.records.fingerprint()
-    keys, root = keys_of(reader, measures, state), index_folder(folder)
+    keys, root = keys_of(reader, measures, state), index_folder(folder, to_write=False)
     place = place_of(root, reader.records)
+    if (found := _current(place, keys)) is not None:
+        return found                        # perhaps where nothing can be written
+    index_folder(folder)
 
     def build(alone: bool) -> SourceIndex:
         part = unfinished(place / keys.plain, alone)

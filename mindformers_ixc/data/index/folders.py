@@ -43,6 +43,22 @@ def index_folder(folder: str | os.PathLike | None = None, name: str = FOLDER_KEY
     return Path(chosen)
 
 
+def folder_of_runs(folder: str | os.PathLike | None = None) -> Path:
+    """Where samples and rows lie: with the indices, or in the user's cache where those can only be read.
+
+    Raises:
+        OSError: when there is no such folder either.
+    """
+    root = index_folder(folder, to_write=False)
+    try:
+        check_folder(root, FOLDER_KEY)
+    except OSError:
+        if not root.is_dir():
+            return index_folder(folder)          # says what is wrong
+        return _in_cache(os.environ.get("XDG_CACHE_HOME"))
+    return root
+
+
 @lru_cache
 def _in_cache(cache: str | None) -> Path:
     """The place in the user's cache (the variable that names it, if it is set); elsewhere, told once, if need be."""

@@ -89,7 +89,7 @@ def is_there(folder: Path) -> bool:
     """
     try:
         return folder.name in os.listdir(folder.parent)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -223,15 +223,17 @@ class Held:
 
 
 def _held_file(folder: Path) -> int | None:
-    path = folder / USED
+    path, handle = folder / USED, None
+    for how in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):       # the second: what another user or machine keeps
+        with contextlib.suppress(OSError):
+            handle = os.open(path, how | os.O_CLOEXEC, 0o666)
+            break
+    if handle is None:
+        if folder.is_dir():
+            return None
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if not folder.is_dir():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder)) from error
-        return None                     # nobody can remove what nobody can write
-    try:
-        with contextlib.suppress(PermissionError):      # of another user, who lets this one write
+        with contextlib.suppress(OSError):
             os.utime(handle)
         fcntl.flock(handle, fcntl.LOCK_SH)
         if _is_at(handle, path):

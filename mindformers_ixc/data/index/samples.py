@@ -17,7 +17,7 @@ import numpy as np
 from mindformers_ixc.data.conversations import Conversation, ConversationReader, resample
 from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, first_pairs
 from mindformers_ixc.data.index.cleaning import MADE_OF, make_room
-from mindformers_ixc.data.index.folders import SAMPLES, index_folder, writing
+from mindformers_ixc.data.index.folders import SAMPLES, folder_of_runs, writing
 from mindformers_ixc.data.index.holding import Held, is_there, made, put_in_place, unfinished
 from mindformers_ixc.data.index.keys import key_of
 from mindformers_ixc.data.index.measuring import as_sizes
@@ -179,7 +179,7 @@ def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share
     described = [(source, source.index.description) for source in sources]
     keys = [(index.key, index.content, source.drawn, source.seed if source.drawn else "")
             for source, index in described]
-    root = index_folder(folder)
+    root = folder_of_runs(folder)
     target = root / SAMPLES / key_of(VERSION, keys, asdict(shapes))
 
     def make(alone: bool) -> SampleSet:
