@@ -94,9 +94,9 @@ def _clean(arguments: argparse.Namespace, root: Path) -> int:
 
 def _table(found: Sequence[Entry], room: int | None) -> Iterator[str]:
     now = time.time()
-    rows = [[_name(entry.source), KINDS[entry.kind], "" if entry.samples is None else f"{entry.samples:,}",
-             _bytes([entry]), "in use" if entry.held else _ago(now - entry.used), _state(entry)]
-            for entry in found]
+    rows = [[_name(entry.source), KINDS[entry.kind] + (f": {entry.how}" if entry.how else ""),
+             "" if entry.samples is None else f"{entry.samples:,}", _bytes([entry]),
+             "in use" if entry.held else _ago(now - entry.used), _state(entry)] for entry in found]
     columns = [Column(name, left=name in ("of", "what", "last used", "state"), gap=2 * (place > 0))
                for place, name in enumerate(COLUMNS)]
     return table(columns, rows, room, heading=2)

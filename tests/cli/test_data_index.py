@@ -5,6 +5,7 @@ import gc
 import gzip
 import io
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -114,10 +115,11 @@ def test_what_is_kept_is_listed_and_cleaned(tmp_path, capfd):
     run("index", "one.json", "two.json")
     (tmp_path / "two.json").write_text(json.dumps([sample(0), sample(1), sample(2)]))
     _, printed = run("index", "--list")
-    lines = [line.split() for line in printed.splitlines()]
-    assert lines[0] == ["of", "what", "samples", "size", "last", "used", "state"]
-    assert [(line[0], line[2], line[-1]) for line in lines[1:3]] == [("one.json", "2", "current"),
-                                                                     ("two.json", "1", "changed")]
+    lines = [re.split(r"\s{2,}", line) for line in printed.splitlines()]
+    assert lines[0] == ["of", "what", "samples", "size", "last used", "state"]
+    assert [line[:3] + line[-1:] for line in lines[1:3]] == [
+        ["one.json", "index: hd_num 4, 112 pixels", "2", "current"],
+        ["two.json", "index: hd_num 4, 112 pixels", "1", "outdated: source has changed"]]
     assert "of them outdated" in printed and "--clean` removes what is outdated" in capfd.readouterr().err
     _, printed = run("index", "--list", "one.json")
     assert "one.json" in printed and "two.json" not in printed
@@ -133,7 +135,7 @@ def test_unpacked_files_are_listed_and_cleaned_too(tmp_path):
         file.write(json.dumps(sample(0)) + "\n")
     run("index", "one.jsonl.gz")
     printed = run("index", "--list")[1]
-    assert [line.split()[:2] for line in printed.splitlines()[1:3]] == [["one.jsonl.gz", "index"],
+    assert [line.split()[:2] for line in printed.splitlines()[1:3]] == [["one.jsonl.gz", "index:"],
                                                                         ["one.jsonl.gz", "unpacked"]]
     gc.collect()
     (tmp_path / "one.jsonl.gz").unlink()

@@ -88,7 +88,8 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
     def build(alone: bool) -> SourceIndex:
         part = unfinished(place / keys.plain, alone)
         described = Description(VERSION, reader.name, 0, "", "", list(state), [], [], [],
-                                os.path.abspath(reader.records.source), keys.base)
+                                os.path.abspath(reader.records.source), keys.base,
+                                how=f"hd_num {measures.hd_num}, {measures.processor.image_processor.image_size} pixels")
         builder = _Builder(reader, measures, part, keys)
         builder.build(described, all_errors)
         held = put_in_place(part, place / builder.name)

@@ -49,6 +49,7 @@ class Entry:
         used: when a process began to use it last, seconds since the epoch.
         outdated: why nobody will ask for it again; empty if somebody may.
         held: whether a process uses it now, or that cannot be known.
+        how: see `store.Description`.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Entry:
     used: float
     outdated: str
     held: bool
+    how: str = ""
 
 
 def place_of(root: Path, records: Records) -> Path:
@@ -77,8 +79,8 @@ def entries(root: Path, copies: Path | None = None) -> list[Entry]:
     outdated = {entry.folder for entry in found if entry.outdated}
     known = {made for folder, made in _made(root) if folder not in outdated}
     sets = [_of_samples(folder, known) for folder in _folders(root / SAMPLES, _KEY, _UNFINISHED)]
-    there = {entry.folder.name: entry for entry in sets if not entry.outdated}
-    return [*found, *sets, *(_of_plan(folder, there) for folder in _folders(root / PLANS, _KEY)), *_of_copies(copies)]
+    made_of = {entry.folder.name: entry for entry in sets}
+    return [*found, *sets, *(_of_plan(folder, made_of) for folder in _folders(root / PLANS, _KEY)), *_of_copies(copies)]
 
 
 def _made(root: Path) -> Iterator[tuple[Path, tuple[str, str]]]:
@@ -106,7 +108,7 @@ def _of_source(place: Path) -> Iterator[Entry]:
             yield Entry(folder, "index", place.name[:-25], None, size, used, old, held)
             continue
         yield Entry(folder, "index", described.path or described.source, described.samples, size, used,
-                    _changed(described.path, described.fingerprint), held)
+                    _changed(described.path, described.fingerprint), held, described.how)
     for folder in _folders(place, _UNFINISHED):
         note = _read(folder / NOTE)
         path = note.get("path", "")
@@ -133,10 +135,11 @@ def _of_samples(folder: Path, known: set[tuple[str, str]]) -> Entry:
                  is_locked(_lock_of(folder)) if unfinished else is_held(folder))
 
 
-def _of_plan(folder: Path, there: dict[str, Entry]) -> Entry:
-    samples = there.get(str(_read(folder / FACTS).get("samples")))
+def _of_plan(folder: Path, made_of: dict[str, Entry]) -> Entry:
+    samples = made_of.get(str(_read(folder / FACTS).get("samples")))
+    outdated = "no current samples" if samples is None or samples.outdated else ""
     return Entry(folder, "rows", samples.source if samples else "", samples.samples if samples else None,
-                 _size(folder), _used(folder), "" if samples else "no current samples", is_held(folder))
+                 _size(folder), _used(folder), outdated, is_held(folder))
 
 
 def _of_copies(copies: Path | None) -> Iterator[Entry]:

@@ -47,6 +47,7 @@ class Description:
         asked: likewise.
         captions: as in `Measured`.
         start: of a file that may grow at its end: its bytes, their SHA-256, the lines that end in them.
+        how: samples are measured, for people to tell indices of one source apart.
     """
 
     version: int
@@ -63,6 +64,7 @@ class Description:
     asked: str = ""
     captions: bool = False
     start: list = field(default_factory=list)
+    how: str = ""
 
 
 class SourceIndex:
