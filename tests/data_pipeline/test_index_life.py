@@ -495,6 +495,6 @@ def test_the_process_that_is_waited_for_is_named(tmp_path, capfd, monkeypatch):
             time.sleep(1)
         os._exit(0)
     os.read(reading, 1)
-    with holding.locked(path, "waiting for the index, which {who} builds"):
+    with holding.locked(path, "waiting for the index of {0}.json, which {who} builds"):
         assert os.waitpid(child, 0)[1] == 0
-    assert f"waiting for the index, which process {child} on " in capfd.readouterr().err
+    assert f"waiting for the index of {{0}}.json, which process {child} on " in capfd.readouterr().err

@@ -109,8 +109,10 @@ def _locked_file(path: Path, waiting: str) -> int | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except FileNotFoundError:       # the folder was empty and removed
-        return None
+    except OSError as error:
+        if error.errno in _GONE:    # the folder was empty and removed
+            return None
+        raise
     try:
         if _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
             if _is_at(handle, path):
@@ -118,7 +120,7 @@ def _locked_file(path: Path, waiting: str) -> int | None:
                 os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
                 return handle
         else:
-            with terminal.current.doing(waiting.format(who=_holder(handle))):
+            with terminal.current.doing(waiting.replace("{who}", _holder(handle))):
                 fcntl.flock(handle, fcntl.LOCK_SH)         # so that all who wait go on together
     except OSError as error:
         if error.errno in _NO_LOCKS:
