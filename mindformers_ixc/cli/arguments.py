@@ -59,6 +59,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n`{self.prog} --help` lists what there is.\n")
 
 
+class WithoutFiles(argparse.Action):
+    """An option with which the files of a command (`files`) may be left out."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any):
+        super().__init__(option_strings, dest, nargs=0, default=False, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        """See `argparse`."""
+        setattr(namespace, self.dest, True)
+        for action in parser._actions:
+            if action.dest == "files":
+                action.nargs, action.required, action.default = "*", False, []
+        if getattr(namespace, "files", None) is None:
+            namespace.files = []
+
+
 def add_loudness(parser: argparse.ArgumentParser) -> None:
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("--verbose", action="store_true", help="show all that the libraries print, too")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
+from mindformers_ixc.cli.data_cache import data_cache
 from mindformers_ixc.cli.data_index import data_check, data_index
 from mindformers_ixc.cli.data_plan import data_plan
 from mindformers_ixc.cli.data_preview import data_preview
@@ -20,6 +21,9 @@ def data(arguments: argparse.Namespace) -> int:
     Raises:
         DataError: for options of another kind, and for unusable files.
     """
+    kept = arguments.list or arguments.clean or arguments.all
+    if kept and arguments.kind != "index":
+        raise DataError("--list, --clean and --all belong to `mindformers data index`.")
     if arguments.kind != "preview" and (arguments.sample or arguments.samples is not None):
         raise DataError("--sample and --samples belong to `mindformers data preview`.")
     if arguments.output and arguments.kind not in READING:
@@ -34,7 +38,7 @@ def data(arguments: argparse.Namespace) -> int:
         if arguments.images or arguments.split or arguments.format:
             raise DataError("--images, --split and --format belong to the published datasets, not to `mindformers data "
                             f"{arguments.kind}`.")
-        return READING[arguments.kind](arguments)
+        return data_cache(arguments) if kept else READING[arguments.kind](arguments)
     if arguments.config:
         raise DataError(f"--config belongs to `mindformers data` {', '.join(READING)} and plan.")
     if len(arguments.files) < 2:

@@ -17,7 +17,7 @@ from mindformers_ixc.cli.data_preview import write_preview
 from mindformers_ixc.cli.data_section import RECIPE, read_section
 from mindformers_ixc.data.advice import Needs, advise, needs_of, processor_of, unpacked_goodput
 from mindformers_ixc.data.fitting import Shapes
-from mindformers_ixc.data.index.building import index_folder
+from mindformers_ixc.data.index.folders import index_folder
 from mindformers_ixc.data.index.samples import IndexedSource, fitting_rounds
 from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.rows import MAX_BAD_SHARE
@@ -135,9 +135,10 @@ def _open(arguments: argparse.Namespace, failed: list[tuple[str, str]] | None = 
             check_target(getattr(arguments, option), f"--{option}")
     if arguments.kind == "check" and arguments.output:
         check_target(arguments.output, "--output")
-    folder = (arguments.output if arguments.kind == "index" else None) or loader.get("index_dir")
+    named = arguments.kind == "index" and arguments.output
+    folder = index_folder(arguments.output, "--output") if named else loader.get("index_dir")
     measures = measures_of(section, processor_of(section), bool(arguments.decode))
-    sources = open_sources(loader, section.get("seed") or 0, measures, index_folder(folder),
+    sources = open_sources(loader, section.get("seed") or 0, measures, folder,
                            _bad_share(section) if failed is None else 1.0, failed)
     return fields, sources, {**section, "data_loader": loader}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mindformers_ixc.cli.arguments import Help, Parser, add_loudness
+from mindformers_ixc.cli.arguments import Help, Parser, WithoutFiles, add_loudness
 from mindformers_ixc.config import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.scores import SCORES
@@ -266,7 +266,8 @@ def _add_data(commands: Commands) -> None:
                     "max_tiles suit them when samples are packed. `data preview DATA` writes one HTML page of samples "
                     "as the model sees them: tiles, tokens with and without loss, counts, what is cut or refused; DATA "
                     "may be a folder with a table too. `data index DATA` builds the index that runs read by (else they "
-                    "do it themselves); `data check DATA` prints what is wrong with data, source by source. "
+                    "do it themselves), `data index --list` shows what is kept and `--clean` removes what is outdated; "
+                    "`data check DATA` prints what is wrong with data, source by source. "
                     "Any key of FILE can be overridden, as with `run`.",
         epilog="examples:\n  mindformers data coco_captions captions_train2017.json coco.json --images train2017\n"
                "  mindformers data vqa_v2 v2_OpenEnded_mscoco_train2014_questions.json "
@@ -275,12 +276,15 @@ def _add_data(commands: Commands) -> None:
                "--train_dataset.tokenizer.vocab_file PUBLIC/tokenizer.model\n"
                "  mindformers data preview my_pictures --config my.yaml --output preview.html\n"
                "  mindformers data index data.txt --config my.yaml\n"
+               "  mindformers data index --list\n"
+               "  mindformers data index --clean\n"
                "  mindformers data check data.txt --config my.yaml --decode")
     data.add_argument("kind", metavar="KIND",
                       help="coco_captions, vqa_v2, text_vqa, ocr_vqa, share_gpt or llava; or plan, preview, index or "
                       "check")
     data.add_argument("files", nargs="+", metavar="FILE",
-                      help="the published files, then the file to be written; of the others the data")
+                      help="the published files, then the file to be written; of the others the data (--list and "
+                      "--clean do without)")
     data.add_argument("--config", metavar="FILE", help="of plan, preview, index and check: YAML file of the run, "
                       "or the name of a recipe (default, but for plan: ixc25_own_tiny)")
     data.add_argument("--global_batch", type=int, metavar="N", help="of plan: samples of a step (default: the file's)")
@@ -291,6 +295,10 @@ def _add_data(commands: Commands) -> None:
                       "(default: 12, at most 50)")
     data.add_argument("--output", metavar="FILE", help="of preview: page to write (default: preview.html); of check: "
                       "a page of samples as well; of index: folder of indices (default: in the user's cache)")
+    data.add_argument("--list", action=WithoutFiles, help="of index: show what is kept of the data, or of all; with "
+                      "--output or the index_dir of --config, in that folder")
+    data.add_argument("--clean", action=WithoutFiles, help="of index: remove what is outdated and not in use")
+    data.add_argument("--all", action="store_true", help="with --clean: remove what is current, too")
     data.add_argument("--decode", action="store_true", help="of check: read the pixels of all pictures too")
     data.add_argument("--bad", metavar="FILE", help="of check: every sample that cannot be used, as JSON lines")
     data.add_argument("--png", metavar="FILE", help="of check: histograms as a picture (extra `report`)")

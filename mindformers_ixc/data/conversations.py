@@ -108,6 +108,8 @@ class ConversationReader:
 
     Attributes:
         folders: where relative names of pictures and videos start.
+        root: the folder that they must not leave, links followed.
+        asked: captions that were read so far, whose questions are chosen by the seed.
 
     Raises:
         DataError: when the source is not what its name says.
@@ -116,8 +118,8 @@ class ConversationReader:
 
     def __init__(self, path: str | os.PathLike, options: ReadingOptions):
         self.name, self.records, self.options = str(path), open_records(path), options
-        self.folders = search_folders(self.records.path, options.image_folder)
-        self._root = check_root(options.image_root)
+        self.folders = search_folders(self.records.source, options.image_folder)
+        self.root, self.asked = check_root(options.image_root), 0
 
     def read(self, index: int, place: Place) -> Conversation:
         """A conversation whose files are found.
@@ -130,10 +132,14 @@ class ConversationReader:
             DataError: naming sample and key of what is wrong with it.
         """
         record, options = self.records.read(index, place), self.options
-        ask = partial(_prompt, options.caption_prompts, f"{options.seed} {self.name} {index}")
-        form = read_form(record.row, self.records.where(index), options.ignore_keys, ask)
-        return make_conversation(form, self.name, index, record.row.get("id"), self.folders, self._root,
+        form = read_form(record.row, self.records.where(index), options.ignore_keys, partial(self._ask, index))
+        return make_conversation(form, self.name, index, record.row.get("id"), self.folders, self.root,
                                  record.files, options.fetch)
+
+    def _ask(self, index: int) -> str:
+        """The question that a caption answers."""
+        self.asked += 1
+        return _prompt(self.options.caption_prompts, f"{self.options.seed} {self.name} {index}")
 
 
 def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,

@@ -16,7 +16,7 @@ from mindspore.dataset import GeneratorDataset, Sampler
 from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN
 from mindformers_ixc.data.conversations import read_image_sizes
 from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, fit_pairs
-from mindformers_ixc.data.index.building import Measures, index_folder
+from mindformers_ixc.data.index.keys import Measures
 from mindformers_ixc.data.index.plans import saved
 from mindformers_ixc.data.index.samples import IndexedSource, make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
@@ -159,7 +159,9 @@ def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, Pl
         packing = Packing(samples.needs[:, 0], samples.needs[:, 1], samples.images, samples.name_numbers, budget)
     settings = (mixture, seed, loader.shuffle, bool(config.get("drop_remainder", True)))
     planner = make_planner(samples.name_numbers, multimodal, samples.names, *settings, packing)
-    return table, saved(planner, index_folder(loader.index_dir), samples.folder.name, bool(packing), budget, *settings)
+    names = [source.reader.name for source in sources]         # those of a mixture; equal ones are one source
+    return table, saved(planner, samples.folder.parent.parent, samples.folder.name, names, bool(packing), budget,
+                        *settings)
 
 
 @MindFormerRegister.register(MindFormerModuleType.DATASET)

@@ -1,14 +1,18 @@
-"""`mindformers data index` and `data check`: what is built, what is printed, and the exit code."""
+"""`mindformers data index` and `data check`: what is built, kept, removed and printed, and the exit code."""
 from __future__ import annotations
 
+import gc
+import gzip
 import io
 import json
+import re
 
 import pytest
 from PIL import Image
 
 import mindformers_ixc_cli
 from mindformers_ixc.cli.data import data
+from mindformers_ixc.data.index.holding import Held
 from mindformers_ixc.errors import ConfigError, DataError
 
 DEMO = "pkg:mindformers_ixc/demo/train.json"
@@ -18,6 +22,7 @@ DEMO = "pkg:mindformers_ixc/demo/train.json"
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINDFORMERS_IXC_INDEX", str(tmp_path / "index"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def run(*words):
@@ -142,7 +147,59 @@ def test_a_check_draws_histograms_and_writes_a_page(tmp_path):
     assert "nowhere.png does not exist" in page and "good.png" in page
 
 
+def test_what_is_kept_is_listed_and_cleaned(tmp_path, capfd):
+    (tmp_path / "one.json").write_text(json.dumps([sample(0), sample(1)]))
+    (tmp_path / "two.json").write_text(json.dumps([sample(0)]))
+    assert run("index", "--list") == (0, f"Nothing is kept in {tmp_path / 'index'}.\n")
+    run("index", "one.json", "two.json")
+    (tmp_path / "two.json").write_text(json.dumps([sample(0), sample(1), sample(2)]))
+    _, printed = run("index", "--list")
+    lines = [re.split(r"\s{2,}", line) for line in printed.splitlines()]
+    assert lines[0] == ["of", "what", "samples", "size", "last used", "state"]
+    assert [line[:3] + line[-1:] for line in lines[1:3]] == [
+        ["one.json", "index: hd_num 4, 112 pixels", "2", "current"],
+        ["two.json", "index: hd_num 4, 112 pixels", "1", "outdated: source has changed"]]
+    assert "of them outdated" in printed and "--clean` removes what is outdated" in capfd.readouterr().err
+    _, printed = run("index", "--list", "one.json")
+    assert "one.json" in printed and "two.json" not in printed
+    _, printed = run("index", "--clean")
+    assert "two.json" in printed and "Removed 1 entry" in printed and "one.json" not in printed
+    assert run("index", "--clean")[1] == f"Nothing in {tmp_path / 'index'} is outdated.\n"
+    assert "Removed 1 entry" in run("index", "--clean", "--all")[1]
+    assert list((tmp_path / "index").iterdir()) == []
+
+
+def test_unpacked_files_are_listed_and_cleaned_too(tmp_path):
+    with gzip.open("one.jsonl.gz", "wt") as file:
+        file.write(json.dumps(sample(0)) + "\n")
+    run("index", "one.jsonl.gz")
+    printed = run("index", "--list")[1]
+    assert [line.split()[:2] for line in printed.splitlines()[1:3]] == [["one.jsonl.gz", "index:"],
+                                                                        ["one.jsonl.gz", "unpacked"]]
+    gc.collect()
+    (tmp_path / "one.jsonl.gz").unlink()
+    assert "outdated: source is gone" in (printed := run("index", "--clean")[1]) and "Removed 2 entries" in printed
+    assert not list(tmp_path.glob("cache/mindformers_ixc/unpacked/*"))
+
+
+def test_what_is_in_use_is_said_and_kept(tmp_path, capfd):
+    (tmp_path / "one.json").write_text(json.dumps([sample(0)]))
+    run("index", "one.json", "--output", "here")
+    held = Held(next(tmp_path.glob("here/*/*/index.json")).parent)
+    assert "in use" in run("index", "--list", "--output", "here")[1]
+    assert run("index", "--clean", "--all", "--output", "here") == (0, "")
+    assert "1 entry, " in (said := capfd.readouterr().err) and held.folder.name in said
+    assert held.folder.exists()
+
+
 @pytest.mark.parametrize(("words", "message"), [
+    (["check", DEMO, "--list"], "--list, --clean and --all belong to `mindformers data index`"),
+    (["index", "--list", "--clean"], "give one of them"),
+    (["index", DEMO, "--output", __file__], "--output .* cannot be used: .* is no folder"),
+    (["index", "--clean", "--output", __file__], "--output .* cannot be used: .* is no folder"),
+    (["index", "--list", "--all"], "--all belongs to --clean"),
+    (["index", "--clean", "x.json"], "goes through the whole folder of indices, so x.json cannot be named"),
+    (["index", "--list", "--hd_num", "3"], "--hd_num is no option of"),
     (["check", DEMO, "--config", "ixc25_dpo_tiny"], "preference pairs, which have no index"),
     (["index", DEMO, "--decode"], "--decode, --png and --bad belong to `mindformers data check`"),
     (["plan", DEMO, "--output", "x"], "--output belongs to"),
@@ -150,5 +207,5 @@ def test_a_check_draws_histograms_and_writes_a_page(tmp_path):
     (["check", "nowhere.json"], "nowhere.json does not exist"),
 ])
 def test_what_cannot_be_done_is_one_sentence(words, message):
-    with pytest.raises((ConfigError, DataError, FileNotFoundError), match=message):
+    with pytest.raises((ConfigError, DataError, OSError), match=message):
         run(*words)

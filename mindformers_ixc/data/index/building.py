@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -11,21 +10,29 @@ import selectors
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from mindformers_ixc import terminal
 from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions
+from mindformers_ixc.data.index.cleaning import place_of, remove_outdated
 from mindformers_ixc.data.index.faulty import refuse_errors, still_wrong
+from mindformers_ixc.data.index.folders import FULL, index_folder, writing
+from mindformers_ixc.data.index.growing import grown_from, measured_part, pictures_are_unchanged, start_of
+from mindformers_ixc.data.index.holding import NOTE, is_there, made, put_in_place, unfinished
+from mindformers_ixc.data.index.keys import Keys, Measures, keys_of
 from mindformers_ixc.data.index.measuring import Measured, Measurer, file_state
 from mindformers_ixc.data.index.seals import check_seal
 from mindformers_ixc.data.index.store import (
     COLUMN_FILES,
     COLUMNS,
+    DESCRIPTION,
     VERSION,
     ColumnWriter,
     Description,
@@ -36,17 +43,13 @@ from mindformers_ixc.data.index.store import (
     save_part,
     write_index,
 )
-from mindformers_ixc.data.paths import cut
+from mindformers_ixc.data.index.telling import measuring
 from mindformers_ixc.data.records.base import Fingerprint
+from mindformers_ixc.data.records.json_files import JsonRecords
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.files import whole_file, write_whole
-from mindformers_ixc.processing.processor import Processor
-from mindformers_ixc.resources import usable_cache_folder
+from mindformers_ixc.files import read_json, tidy, whole_file, write_whole
 
 logger = logging.getLogger(__name__)
-
-# Environment variable that names the folder of indices.
-FOLDER_VARIABLE = "MINDFORMERS_IXC_INDEX"
 
 # Samples that are measured, and kept, together.
 PART = 4096
@@ -59,25 +62,6 @@ FEW = 8192
 
 # Pictures whose files are looked at again whenever an index is opened; of more, a change is found when one is read.
 CHECKED_PICTURES = 20000
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What the needs of samples depend on.
-
-    Attributes:
-        section: keys of the YAML's `train_dataset` that say what a processor does, with its tokenizer.
-        processor: made of them.
-        hd_num: tiles of a picture at most.
-        decode: whether pixels are read (see `Measurer`).
-        own: whether the tokenizer is this package's, so that other processes can make it without MindFormers.
-    """
-
-    section: Mapping[str, Any]
-    processor: Processor
-    hd_num: int
-    own: bool
-    decode: bool = False
 
 
 def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measures,
@@ -100,86 +84,58 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
     reader = ConversationReader(path, options)
     state = reader.records.fingerprint()
     reader.records.expect(state.size, state.time, compared=False)
-    # relative names of pictures start in folders of which one may be the working directory; questions of captions are
-    # chosen by the source's name, as it is written
-    folders = [os.path.abspath(one) for one in reader.folders]
-    key = key_of(VERSION, asdict(options), reader.name, folders, {**measures.section, "hd_num": measures.hd_num},
-                 measures.decode, state)
-    place = index_folder(folder) / f"{cut(reader.records.path.name)}-{key_of(str(reader.records.path.resolve()))}"
-    target = place / key
-    place.mkdir(parents=True, exist_ok=True)
-    with locked(place / f"{key}.lock", f"waiting for the index of {reader.name}, which another process builds"):
-        if not _is_current(target, reader, measures):
-            builder = _Builder(reader, measures, place / f"{key}.building", state)
-            builder.build(Description(VERSION, reader.name, 0, key, "", list(state), [], [], []), bad_share)
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(builder.folder, target)
-            _remove_outdated(place, list(state))
-    index = SourceIndex(target)
+    keys, root = keys_of(reader, measures, state), index_folder(folder, to_write=False)
+    place = place_of(root, reader.records)
+    current = partial(_current, place, keys, reader, measures)
+    if (found := current()) is not None:    # perhaps where nothing can be written
+        return _checked(found, bad_share)
+    index_folder(folder)
+
+    def build(alone: bool) -> SourceIndex:
+        part = unfinished(place / keys.plain, alone)
+        described = Description(VERSION, reader.name, 0, "", "", list(state), [], [], [],
+                                os.path.abspath(reader.records.source), keys.base,
+                                how=f"hd_num {measures.hd_num}, {measures.processor.image_processor.image_size} pixels")
+        builder = _Builder(reader, measures, part, keys, state)
+        builder.build(described, bad_share)
+        held = put_in_place(part, place / builder.name)
+        index = SourceIndex(place / builder.name)
+        remove_outdated(root, place, list(state))
+        del held
+        return index
+
+    with writing(root):
+        return _checked(made(current, build, place / f"{keys.plain}.lock",
+                             f"waiting for the index of {reader.name}, which {{who}} builds"), bad_share)
+
+
+def _checked(index: SourceIndex, bad_share: float) -> SourceIndex:
+    """The index, unless too many of its samples cannot be read."""
     refuse_errors(index.description.errors, len(index), bad_share)
     return index
 
 
-def index_folder(folder: str | os.PathLike | None = None) -> Path:
-    """Where indices lie: the folder that is given, or that the environment names, or a place in the user's cache."""
-    chosen = folder or os.environ.get(FOLDER_VARIABLE)
-    return Path(chosen) if chosen else usable_cache_folder("index")
-
-
-def key_of(*values: object) -> str:
-    """A name that follows from values, of 24 hexadecimal signs."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-@contextlib.contextmanager
-def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Holds a lock, so that of all processes that want the same thing one makes it.
-
-    Args:
-        path: of the lock's file.
-        waiting: what the terminal says as long as another process holds it.
-    """
-    with open(path, "w") as file:
+def _current(place: Path, keys: Keys, reader: ConversationReader, measures: Measures) -> SourceIndex | None:
+    """The index that is there, if what it says of pictures, as far as it is checked, still holds."""
+    for name, captions in ((keys.plain, False), (keys.seeded, True)):
+        if not is_there(place / name):
+            continue
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with terminal.current.doing(waiting):
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _is_current(folder: Path, reader: ConversationReader, measures: Measures) -> bool:
-    """Whether an index is there and what it says of pictures, as far as it is checked, still holds."""
-    if not folder.is_dir():
-        return False
-    try:
-        check_seal(folder, COLUMN_FILES)
-        index = SourceIndex(folder)
-    except DataError as error:
-        logger.warning(f"{error}")
-        return False
-    except (OSError, ValueError) as error:
-        logger.warning(f"The index {folder} is damaged ({error}), and is built anew.")
-        return False
-    if index.description.key != folder.name or not still_wrong(index, reader, measures):
-        return False
-    for path, *state in index.description.files:
-        try:
-            if list(file_state(path)) != state:
-                return False
-        except OSError:      # the sentence about it comes when the index is built anew
-            return False
-    return True
-
-
-def _remove_outdated(place: Path, state: list) -> None:
-    """Removes indices of the same source as it was before."""
-    for folder in place.iterdir():
-        if folder.is_dir() and folder.suffix != ".building":
-            with contextlib.suppress(DataError):
-                if SourceIndex(folder).description.fingerprint == state:
-                    continue
-            shutil.rmtree(folder, ignore_errors=True)
+            check_seal(place / name, COLUMN_FILES)
+            index = SourceIndex(place / name)
+        except DataError as error:
+            logger.warning(f"{error}")
+            continue
+        except FileNotFoundError:                # removed just now, or of another version
+            continue
+        except (OSError, ValueError) as error:
+            logger.warning(f"The index {place / name} is damaged ({error}), and is built anew.")
+            continue
+        described = index.description
+        if (described.key == name and described.captions == captions and still_wrong(index, reader, measures)
+                and pictures_are_unchanged(index)):
+            return index
+    return None
 
 
 class _Builder:
@@ -189,12 +145,16 @@ class _Builder:
         reader: of the source.
         measures: how samples are measured.
         folder: for what is not finished; left by an interrupted one, it is gone on from.
+        keys: of the index.
         state: of the source's file.
+
+    Attributes:
+        name: that the folder is to have, when it is filled.
     """
 
-    def __init__(self, reader: ConversationReader, measures: Measures, folder: Path, state: Fingerprint):
-        self.reader, self.measures, self.folder, self.state = reader, measures, folder, state
-        self.parts = folder / "parts"
+    def __init__(self, reader: ConversationReader, measures: Measures, folder: Path, keys: Keys, state: Fingerprint):
+        self.reader, self.measures, self.folder, self.keys, self.state = reader, measures, folder, keys, state
+        self.parts, self.name = folder / "parts", ""
 
     def build(self, description: Description, bad_share: float) -> None:
         """Fills the folder.
@@ -206,25 +166,48 @@ class _Builder:
         Raises:
             DataError: see `open_index`.
         """
+        self.name = self._finished()
+        if self.name:
+            return
         self.parts.mkdir(parents=True, exist_ok=True)
-        places = self._scan()
-        if not len(places):
-            next(iter(self.reader.records))             # says that there is none
-        count = -(-len(places) // PART)
-        missing = [number for number in range(count) if not self._part(number).exists()]
-        with terminal.current.counting(len(places), f"indexing {self.reader.records.path.name}", "sample",
-                                       disable=len(places) < FEW or None) as bar:
-            bar.update(PART * (count - len(missing)))
+        for folder in (self.folder, self.parts):
+            tidy(folder)
+        write_whole(self.folder / NOTE, json.dumps({"source": description.source, "path": description.path,
+                                                    "fingerprint": description.fingerprint, "asked": self.keys.asked}))
+        try:
+            places = self._scan()
+            if not len(places):
+                next(iter(self.reader.records))             # says that there is none
+            count = -(-len(places) // PART)
+            self._measure(places, [number for number in range(count) if not self._part(number).exists()])
+        except KeyboardInterrupt:
+            terminal.current.note(f"The index of {self.reader.name} is not finished; what was measured is kept, and "
+                                  "gone on from the next time.")
+            raise
+        self._put_together(description, places, count, bad_share)
+
+    def _measure(self, places: np.ndarray, missing: list[int]) -> None:
+        """Measures the parts that are missing."""
+        measured = len(places) - sum(len(places[number * PART:(number + 1) * PART]) for number in missing)
+        with contextlib.ExitStack() as stack:
+            progress: Callable[[int], object] = int
+            if missing and len(places) >= FEW:
+                progress = stack.enter_context(measuring(self.reader.records.source.name, len(places), measured))
             if len(missing) * PART > FEW and self.measures.own:
-                self._measure_by_workers(missing, bar.update)
+                self._measure_by_workers(missing, progress)
             else:
-                measure_parts(self.reader, self.measures, places, missing, self.parts, bar.update)
+                measure_parts(self.reader, self.measures, places, missing, self.parts, progress)
+
+    def _put_together(self, description: Description, places: np.ndarray, count: int, bad_share: float) -> None:
+        """Writes the index of its parts; arguments as of `build`."""
         unusable, errors, files, digest = list[list](), list[list](), dict[str, list](), hashlib.sha256()
+        captions = False
         for part in self._measured(count):
             for column in (part.digests, part.pictures, part.sizes, part.pairs, part.needs):
                 digest.update(column.tobytes())
             unusable += [list(entry) for entry in part.unusable]
             errors += [list(entry) for entry in part.errors]
+            captions |= part.captions
             if len(files) <= CHECKED_PICTURES:
                 files.update({path: [path, *state] for path, *state in part.files})
         if len(errors) > bad_share * len(places):
@@ -232,11 +215,49 @@ class _Builder:
                 self._part(number).unlink()         # what is wrong may lie in other files than the source
         refuse_errors(errors, len(places), bad_share)
         checked = list(files.values()) if len(files) <= CHECKED_PICTURES else []
-        write_index(self.folder, replace(description, samples=len(places), content=digest.hexdigest(),
-                                         unusable=unusable, errors=errors, files=checked),
+        self.name = self.keys.seeded if captions else self.keys.plain
+        write_index(self.folder, replace(description, samples=len(places), key=self.name, content=digest.hexdigest(),
+                                         unusable=unusable, errors=errors, files=checked, captions=captions,
+                                         asked=self.keys.asked if captions else "",
+                                         start=start_of(self.reader.records, description.fingerprint[0])),
                     blocks(places, PART), self._measured(count))
-        shutil.rmtree(self.parts)
-        (self.folder / SCAN).unlink()
+        self._leave_the_index()
+
+    def _leave_the_index(self) -> None:
+        """Removes what the index was made of."""
+        shutil.rmtree(self.parts, ignore_errors=True)
+        for file in (*(self.folder / name for name in (SCAN, JOB, NOTE)), *self.folder.glob("worker*.log")):
+            file.unlink(missing_ok=True)
+
+    def _finished(self) -> str:
+        """The name of the index if the folder has one, left by a process that ended before it was given its name."""
+        if not (self.folder / DESCRIPTION).exists():
+            self._drop_stale_parts()
+            return ""
+        with contextlib.suppress(DataError):
+            index = SourceIndex(self.folder)
+            described = index.description
+            asked = not described.captions or described.asked == self.keys.asked
+            if asked and not described.errors and pictures_are_unchanged(index):
+                self._leave_the_index()
+                return described.key
+        shutil.rmtree(self.folder)
+        return ""
+
+    def _drop_stale_parts(self) -> None:
+        """Removes parts that an interrupted process left and that would come out otherwise now."""
+        asked = None
+        with contextlib.suppress(DataError, OSError, AttributeError):
+            asked = read_json(self.folder / NOTE).get("asked")
+        for path in sorted(self.parts.glob("*.npz")):
+            try:
+                part = load_part(path)
+                good = (asked == self.keys.asked or not part.captions) and all(
+                    file_state(picture) == tuple(state) for picture, *state in part.files)
+            except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):      # OSError: a picture is gone
+                good = False
+            if not good:
+                path.unlink()
 
     def _measured(self, count: int) -> Iterator[Measured]:
         return (load_part(self._part(number)) for number in range(count))
@@ -248,15 +269,35 @@ class _Builder:
         """Places of all samples."""
         file = self.folder / SCAN
         if not file.exists():
-            size = os.path.getsize(self.reader.records.path)
-            bar = terminal.current.counting(size, f"looking through {self.reader.records.path.name}", "B",
+            records = self.reader.records
+            size = os.path.getsize(records.path)
+            known = grown_from(self.folder.parent, self.keys, records, size)
+            bar = terminal.current.counting(size, f"looking through {records.source.name}", "B",
                                             disable=size < 1 << 26 or None, unit_scale=True)
             with bar as counted, whole_file(file) as target:
                 column = ColumnWriter(target, *COLUMNS["places"])
-                for block in self.reader.records.scan(counted.update):
+                for block in self._places(known, counted.update):
                     column.add(block)
                 column.close()
         return mapped(file, *COLUMNS["places"])
+
+    def _places(self, known: SourceIndex | None, progress: Callable[[int], object]) -> Iterator[np.ndarray]:
+        """Places of all samples; what is known of the first ones is taken over.
+
+        Args:
+            known: the index of the source before something was appended.
+            progress: see `Records.scan`.
+        """
+        records = self.reader.records
+        if known is None or not isinstance(records, JsonRecords):
+            yield from records.scan(progress)
+            return
+        for number in range(len(known) // PART):
+            if not self._part(number).exists():
+                save_part(self._part(number), measured_part(known, number * PART, (number + 1) * PART))
+        yield from blocks(known.places, PART)
+        at, _, line = known.description.start
+        yield from records.scan_rest(at, line, progress)
 
     def _measure_by_workers(self, missing: list[int], progress: Callable[[int], object]) -> None:
         """Lets as many processes as there are cores measure the parts that are missing."""
@@ -280,8 +321,6 @@ class _Builder:
             for worker in workers:
                 worker.kill()
                 worker.wait()
-        for file in (*logs, self.folder / JOB):
-            file.unlink()
 
 
 def _follow(workers: list[subprocess.Popen], logs: list[Path], progress: Callable[[int], object]) -> None:
@@ -289,6 +328,7 @@ def _follow(workers: list[subprocess.Popen], logs: list[Path], progress: Callabl
 
     Raises:
         DataError: when one has not, with its last line.
+        OSError: when the disk is full.
     """
     with selectors.DefaultSelector() as waiting:
         for worker, log in zip(workers, logs):
@@ -302,6 +342,8 @@ def _follow(workers: list[subprocess.Popen], logs: list[Path], progress: Callabl
                     continue
                 waiting.unregister(_output(worker))
                 if worker.wait():
+                    if worker.returncode in FULL:
+                        raise OSError(worker.returncode, os.strerror(worker.returncode))
                     said = log.read_text(encoding="utf-8", errors="replace")
                     last = (said.strip().splitlines() or ["it was killed"])[-1]
                     raise DataError(f"A process that measures samples has ended: {last}. Start again; what was "

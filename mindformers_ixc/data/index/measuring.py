@@ -40,6 +40,7 @@ class Measured(NamedTuple):
         unusable: samples with a picture that cannot be partitioned: (number, sentence).
         errors: what is wrong with samples that cannot be read: (number, sentence).
         files: path, bytes and time of the last change in ns of the pictures that are files, each once.
+        captions: whether some are captions, whose questions are chosen by the seed.
     """
 
     digests: np.ndarray
@@ -50,6 +51,7 @@ class Measured(NamedTuple):
     unusable: list[tuple[int, str]]
     errors: list[tuple[int, str]]
     files: list[tuple[str, int, int]]
+    captions: bool = False
 
 
 class Measurer:
@@ -77,7 +79,7 @@ class Measurer:
         digests = np.zeros(len(places), np.int64)
         sizes, needs = list[Size](), list[tuple[int, int, int]]()
         unusable, errors = list[tuple[int, str]](), list[tuple[int, str]]()
-        files = dict[Path, tuple[int, int]]()
+        files, before = dict[Path, tuple[int, int]](), self.reader.asked
         for number, place in enumerate(map(Place._make, places.tolist())):
             try:
                 sample = self.reader.read(first + number, place)
@@ -99,7 +101,7 @@ class Measurer:
             needs += rounds
         return Measured(digests, pictures, np.array(sizes, np.int32).reshape(-1, 3), pairs,
                         np.array(needs, np.int32).reshape(-1, 3), unusable, errors,
-                        [(str(path), *state) for path, state in files.items()])
+                        [(str(path), *state) for path, state in files.items()], self.reader.asked > before)
 
     def rounds(self, sample: Conversation) -> list[tuple[int, int, int]]:
         """(positions, tiles, pictures) of the first round of a conversation, of the first two, and so on.

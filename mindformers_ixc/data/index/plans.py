@@ -3,24 +3,28 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mindformers_ixc import terminal
-from mindformers_ixc.data.index.building import key_of, locked
+from mindformers_ixc.data.index.cleaning import FACTS, make_room
+from mindformers_ixc.data.index.folders import PLANS, writing
+from mindformers_ixc.data.index.holding import Held, locked
+from mindformers_ixc.data.index.keys import key_of
 from mindformers_ixc.data.index.seals import SEAL, is_sealed, seal
 from mindformers_ixc.data.packer import Rows
 from mindformers_ixc.data.sampling import RunPlan
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.files import read_json, whole_file, write_whole
+from mindformers_ixc.files import read_json, tidy, whole_file, write_whole
 
 # Changes whenever other rows come of the same settings.
 VERSION = 1
 
-FACTS, KEYS = "plan.json", {"epoch_rows", "mean_samples", "note", "checked"}
+# What a plan says of itself at least.
+KEYS = {"epoch_rows", "mean_samples", "note", "checked"}
 
 
 class SavedPlan(RunPlan):
@@ -30,20 +34,22 @@ class SavedPlan(RunPlan):
         make: the plan itself; it is made only when something is missing.
         folder: for what it gives; of a name that follows from everything it depends on.
         batch_rows: rows of a global batch.
+        samples: name of the folder of the samples.
     """
 
-    def __init__(self, make: Callable[[int], RunPlan], folder: Path, batch_rows: int):
-        self.folder, self._make_plan = folder, make
+    def __init__(self, make: Callable[[int], RunPlan], folder: Path, batch_rows: int, samples: str = ""):
+        self.folder, self._make_plan, self._held = folder, make, _held(folder)
         self._plan: RunPlan | None = None
-        folder.mkdir(parents=True, exist_ok=True)
         with self._alone():
+            tidy(folder)                          # what a process that was killed had begun
             facts = self._facts()
             if not facts:
                 with terminal.current.doing("Planning the rows of an epoch"):
                     plan = self._made(batch_rows)
                 facts = {"epoch_rows": plan.epoch_rows, "mean_samples": plan.mean_samples, "note": plan.note,
-                         "checked": 0}
+                         "checked": 0, "samples": samples}
                 self._write(facts)
+                make_room(folder.parent.parent)
         super().__init__(self._rows, facts["epoch_rows"], batch_rows, facts["mean_samples"], self._check,
                          facts["note"])
 
@@ -52,8 +58,11 @@ class SavedPlan(RunPlan):
             self._plan = self._make_plan(batch_rows)
         return self._plan
 
-    def _alone(self) -> Any:
-        return locked(self.folder / "lock", "Waiting for another process that plans the rows of an epoch")
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with writing(self.folder.parent.parent), locked(self.folder / "lock",
+                                                        "Waiting for {who}, which plans the rows of an epoch"):
+            yield
 
     def _facts(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, DataError):        # not there, or damaged
@@ -62,7 +71,7 @@ class SavedPlan(RunPlan):
         return {}
 
     def _write(self, facts: dict[str, Any]) -> None:
-        write_whole(self.folder / FACTS, json.dumps(facts))
+        write_whole(self.folder / FACTS, json.dumps(facts), sync=True)
 
     def _rows(self, epoch: int) -> Rows:
         """Rows of an epoch."""
@@ -74,9 +83,10 @@ class SavedPlan(RunPlan):
                     with terminal.current.doing(f"Planning the rows of epoch {epoch + 1}"):
                         rows = self._made(self.batch_rows).epoch(epoch)
                     for file, column in zip(files, (rows.order, rows.starts)):
-                        with whole_file(file) as target, open(target, "wb") as opened:
+                        with whole_file(file, sync=True) as target, open(target, "wb") as opened:
                             np.save(opened, column)
                     seal(self.folder, names, note)
+                    make_room(self.folder.parent.parent)
         return Rows(*(np.load(file, mmap_mode="r") for file in files))
 
     def _check(self, epochs: int) -> None:
@@ -88,15 +98,25 @@ class SavedPlan(RunPlan):
                 self._write({**facts, "checked": epochs})
 
 
+def _held(folder: Path) -> Held:
+    """A plan's folder, made if it is not there, as one that this process uses."""
+    while True:
+        with writing(folder.parent.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):      # it was removed just now
+            return Held(folder)
+
+
 def saved(make: Callable[[int], RunPlan], folder: Path, *depends: object) -> Callable[[int], RunPlan]:
     """The planner of a run whose plans are kept on disk.
 
     Args:
         make: the plan of a run from the rows of a global batch.
         folder: where indices lie.
-        *depends: everything that the plan follows from.
+        *depends: everything that the plan follows from; the first is the name of the folder of the samples.
     """
     def plan(batch_rows: int) -> RunPlan:
-        return SavedPlan(make, folder / "plans" / key_of(VERSION, batch_rows, *depends), batch_rows)
+        return SavedPlan(make, folder / PLANS / key_of(VERSION, batch_rows, *depends), batch_rows,
+                         str(depends[0]) if depends else "")
 
     return plan

@@ -9,19 +9,23 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from mindformers_ixc.data.conversations import LISTED_ERRORS, Conversation, ConversationReader, resample
 from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, first_pairs
-from mindformers_ixc.data.index.building import index_folder, key_of, locked
+from mindformers_ixc.data.index.cleaning import MADE_OF, make_room
+from mindformers_ixc.data.index.folders import SAMPLES, folder_of_runs, writing
+from mindformers_ixc.data.index.holding import Held, is_there, made, put_in_place, unfinished
+from mindformers_ixc.data.index.keys import key_of
 from mindformers_ixc.data.index.measuring import as_sizes, is_the_same
 from mindformers_ixc.data.index.seals import is_sealed, seal
 from mindformers_ixc.data.index.store import ColumnWriter, SourceIndex, mapped
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError, ImageError, SampleError
-from mindformers_ixc.files import read_json, whole_folder, write_whole
+from mindformers_ixc.files import read_json, write_whole
 from mindformers_ixc.processing.stored import StoredFile
 
 logger = logging.getLogger(__name__)
@@ -92,7 +96,7 @@ class SampleSet:
         self.sources, all_names = list(sources), [source.reader.name for source in sources]
         self.names = list(dict.fromkeys(all_names))
         self._name_of = np.array([self.names.index(name) for name in all_names], np.uint16)
-        self.folder = folder
+        self.folder, self._held = folder, Held(folder)
         for name, form in COLUMNS.items():
             setattr(self, name, mapped(folder / f"{name}.npy", *form))
 
@@ -202,16 +206,48 @@ def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share
     described = [(source, source.index.description) for source in sources]
     keys = [(index.key, index.content, source.drawn, source.seed if source.drawn else "")
             for source, index in described]
-    target = index_folder(folder) / "samples" / key_of(VERSION, keys, asdict(shapes))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.with_suffix(".lock"), "waiting for another process that fits the samples"):
-        if not is_sealed(target, FILES):
-            shutil.rmtree(target, ignore_errors=True)
-            with whole_folder(target) as part:
-                _write(sources, shapes, part)
-    summary = Summary(**read_json(target / SUMMARY))
-    _tell(summary, shapes, max_bad_share)
-    return SampleSet(sources, target)
+    root = folder_of_runs(folder)
+    target = root / SAMPLES / key_of(VERSION, keys, asdict(shapes))
+
+    def make(alone: bool) -> SampleSet:
+        held = _make(sources, shapes, target, alone)
+        samples = SampleSet(sources, target)
+        make_room(root)
+        del held
+        return samples
+
+    with writing(root):
+        samples = made(partial(_kept, sources, target), make, target.with_suffix(".lock"),
+                       "waiting for the samples that {who} fits to the rows")
+    _tell(Summary(**read_json(target / SUMMARY)), shapes, max_bad_share)
+    return samples
+
+
+def _kept(sources: Sequence[IndexedSource], folder: Path) -> SampleSet | None:
+    """The samples that are there, if there are some."""
+    if not is_there(folder) or not is_sealed(folder, FILES):
+        return None
+    try:
+        return SampleSet(sources, folder)
+    except (OSError, ValueError):        # damaged, or removed just now
+        return None
+
+
+def _make(sources: Sequence[IndexedSource], shapes: Shapes, target: Path, alone: bool) -> Held:
+    """Writes a set of samples; the folder is whole or not there, and not removed as long as the value is kept."""
+    part = unfinished(target, alone)
+    shutil.rmtree(part, ignore_errors=True)          # of a process that was killed
+    part.mkdir()
+    try:
+        _write(sources, shapes, part)
+        described = [source.index.description for source in sources]
+        write_whole(part / MADE_OF, json.dumps({
+            "indices": [[one.key, one.content] for one in described], "samples": sum(one.samples for one in described),
+            "names": list(dict.fromkeys(one.path or one.source for one in described))}), sync=True)
+        return put_in_place(part, target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> None:
@@ -242,7 +278,7 @@ def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> No
         writer.close()
     if least:
         summary.least, summary.most = tuple(np.min(least, 0).tolist()), tuple(np.max(most, 0).tolist())
-    write_whole(folder / SUMMARY, json.dumps(asdict(summary)))
+    write_whole(folder / SUMMARY, json.dumps(asdict(summary)), sync=True)
     seal(folder, FILES)
 
 

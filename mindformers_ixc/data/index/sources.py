@@ -12,16 +12,15 @@ from mindformers_ixc.data.conversations import (
     choice_seed,
     named_sources,
 )
-from mindformers_ixc.data.index.building import Measures, open_index
+from mindformers_ixc.data.index.building import open_index
+from mindformers_ixc.data.index.keys import Measures
 from mindformers_ixc.data.index.samples import IndexedSource
-from mindformers_ixc.data.records.base import fingerprint
 from mindformers_ixc.data.rows import has_own_tokenizer
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.processing.processor import Processor
-from mindformers_ixc.resources import resolve_path
 
-# Keys of `train_dataset` that what samples need depends on, besides the tokenizer.
+# Keys of `train_dataset` that a processor for measuring is made of, besides the tokenizer.
 KEYS = ("image_size", "patch_size", "image_transform", "control_tokens", "exif", "hd_num")
 
 
@@ -33,11 +32,8 @@ def measures_of(section: Mapping[str, Any], processor: Processor, decode: bool =
         processor: of the section.
         decode: whether pixels are read (see `Measurer`).
     """
-    tokenizer = dict(section["tokenizer"])
-    files = {key: fingerprint(resolve_path(value))._replace(time=0) for key, value in tokenizer.items()
-             if isinstance(value, str) and os.path.isfile(resolve_path(value))}
     kept = {key: section.get(key) for key in KEYS if section.get(key) is not None}
-    return Measures({**kept, "tokenizer": tokenizer, "files": files}, processor,
+    return Measures({**kept, "tokenizer": dict(section["tokenizer"])}, processor,
                     section.get("hd_num") or HD_NUM_TRAINING, has_own_tokenizer(section), decode)
 
 

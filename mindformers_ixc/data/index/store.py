@@ -1,22 +1,26 @@
 """The index of a source on disk: columns that are mapped into memory, so that all processes of a machine share them."""
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mindformers_ixc.data.index.holding import UNFINISHED, Held
 from mindformers_ixc.data.index.measuring import Measured
 from mindformers_ixc.data.index.seals import seal
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.files import read_json, whole_file, write_whole
+from mindformers_ixc.files import read_json, write_whole
 
-# Changes whenever the columns, or what makes them, do.
-VERSION = 1
+# Changes whenever the columns do, or anything that the numbers in them come of: forms, prompts, tokens, tiles
+# (tests/data_pipeline/test_index_keys.py has what this version measures).
+VERSION = 2
 
 DESCRIPTION = "index.json"
 
@@ -40,6 +44,12 @@ class Description:
         unusable: samples with a picture that cannot be partitioned: (number, sentence).
         errors: samples that cannot be read, likewise.
         files: pictures of the samples that are files, as in `Measured`; none where there are many.
+        path: of the source, whatever the working directory.
+        base: see `keys.Keys`.
+        asked: likewise.
+        captions: as in `Measured`.
+        start: of a file that may grow at its end: its bytes, their SHA-256, the lines that end in them.
+        how: samples are measured, for people to tell indices of one source apart.
     """
 
     version: int
@@ -51,6 +61,12 @@ class Description:
     unusable: list[list]
     errors: list[list]
     files: list[list]
+    path: str = ""
+    base: str = ""
+    asked: str = ""
+    captions: bool = False
+    start: list = field(default_factory=list)
+    how: str = ""
 
     @property
     def left_out(self) -> dict[int, str]:
@@ -87,6 +103,7 @@ class SourceIndex:
     def __init__(self, folder: Path):
         self.folder = folder
         try:
+            self._held = Held(folder)
             fields = read_json(folder / DESCRIPTION)
             self.description = Description(**fields)
             for name in COLUMNS:
@@ -111,6 +128,30 @@ class SourceIndex:
 
     def __deepcopy__(self, memo: dict) -> SourceIndex:
         return self       # MindSpore copies what it reads from; this does not change
+
+
+def read_description(folder: Path) -> Description:
+    """What an index says of itself.
+
+    Raises:
+        DataError: when it is damaged, or of another version.
+        OSError: when it is not there.
+    """
+    try:
+        description = Description(**read_json(folder / DESCRIPTION))
+        if description.version == VERSION:
+            return description
+    except TypeError as error:
+        raise DataError(f"The index {folder} is damaged ({error}); remove the folder, and it is built anew.") from error
+    raise DataError(f"The index {folder} is of version {description.version}, and {VERSION} is expected.")
+
+
+def descriptions(place: Path) -> Iterator[tuple[Path, Description]]:
+    """Folder and description of the indices of a source that can be used."""
+    for folder in sorted(place.iterdir()):
+        if folder.suffix != UNFINISHED and not folder.name.startswith("."):
+            with contextlib.suppress(DataError, OSError):
+                yield folder, read_description(folder)
 
 
 def mapped(path: Path, dtype: Any, width: int) -> np.ndarray:
@@ -204,8 +245,9 @@ _TEXTS = ("unusable", "errors", "files")
 def save_part(path: Path, part: Measured) -> None:
     """Writes what was measured of some samples; the file is whole or not there."""
     texts = {name: np.frombuffer(json.dumps(getattr(part, name)).encode(), np.uint8) for name in _TEXTS}
-    with whole_file(path) as target, open(target, "wb") as file:
-        np.savez(file, **{**part._asdict(), **texts})
+    content = io.BytesIO()         # an archive that is written to a full disk says something else
+    np.savez(content, **{**part._asdict(), **texts})
+    write_whole(path, content.getvalue())
 
 
 def load_part(path: Path) -> Measured:
@@ -217,7 +259,7 @@ def load_part(path: Path) -> Measured:
     with np.load(path, allow_pickle=False) as held:
         fields: dict[str, Any] = {name: [tuple(entry) for entry in json.loads(held[name].tobytes())]
                                   if name in _TEXTS else held[name] for name in Measured._fields}
-        return Measured(**fields)
+        return Measured(**{**fields, "captions": bool(fields["captions"])})
 
 
 def blocks(column: np.ndarray, rows: int) -> Iterator[np.ndarray]:

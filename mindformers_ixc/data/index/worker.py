@@ -1,6 +1,7 @@
 """The program of a process that measures some parts of a source: `python -m ... FOLDER NUMBER COUNT`.
 
-It prints the number of samples of each part that it has written.
+It prints the number of samples of each part that it has written; on a full disk its exit code is the system's number of
+that error.
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions
 from mindformers_ixc.data.index.building import JOB, SCAN, Measures, measure_parts
+from mindformers_ixc.data.index.folders import FULL
 from mindformers_ixc.data.rows import SectionOptions, make_processor, own_tokenizer
 from mindformers_ixc.interruption import die_with
 
@@ -32,4 +34,9 @@ def main(folder: Path, number: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    try:
+        main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    except OSError as full:
+        if full.errno not in FULL:
+            raise
+        sys.exit(full.errno)

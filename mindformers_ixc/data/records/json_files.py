@@ -50,7 +50,7 @@ class JsonRecords(Records):
         with open(self.path, "rb") as file:
             head = file.read(HEAD)
         self._begin = check_encoding(head, self.name)
-        self.lines = is_json_lines(head[self._begin:].decode("utf-8", errors="replace"), self.name)
+        self.lines = is_json_lines(head[self._begin:].decode("utf-8", errors="replace"), str(self.path))
 
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
         """See `Records.scan`."""
@@ -59,6 +59,18 @@ class JsonRecords(Records):
                             f"with at least one {self.item}.")
         with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             yield from self._lines(content, progress) if self.lines else self._list(content, progress)
+
+    def scan_rest(self, at: int, line: int, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
+        """Places of the records of JSON lines behind a place; see `Records.scan`.
+
+        Args:
+            at: the byte where to begin, behind a line or at its end.
+            line: lines that end before it.
+            progress: as of `scan`.
+        """
+        with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            progress(at)
+            yield from self._lines(content, progress, at, line)
 
     def read(self, index: int, place: Place) -> Record:
         """See `Records.read`."""
@@ -74,9 +86,9 @@ class JsonRecords(Records):
         with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return line_of(content, place.start) - 1
 
-    def _lines(self, content: mmap.mmap, progress: Progress) -> Iterator[np.ndarray]:
-        done = 0
-        for block in _line_blocks(content, self._begin):
+    def _lines(self, content: mmap.mmap, progress: Progress, at: int = 0, before: int = 0) -> Iterator[np.ndarray]:
+        done = at
+        for block in _line_blocks(content, at or self._begin, before):
             end = int(block[-1, :2].sum())
             progress(end - done)
             done = end
@@ -242,9 +254,9 @@ def line_of(content: mmap.mmap, place: int) -> int:
     return 1 + sum(content[start:min(start + WINDOW, place)].count(b"\n") for start in range(0, place, WINDOW))
 
 
-def _line_blocks(content: mmap.mmap, at: int) -> Iterator[np.ndarray]:
-    """Places of the lines that hold something."""
-    size, before = WINDOW, 0
+def _line_blocks(content: mmap.mmap, at: int, before: int = 0) -> Iterator[np.ndarray]:
+    """Places of the lines that hold something, from a byte on before which so many end."""
+    size = WINDOW
     while at < len(content):
         window = content[at:at + size]
         ends = np.flatnonzero(np.frombuffer(window, np.uint8) == _NEWLINE)
