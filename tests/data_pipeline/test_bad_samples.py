@@ -331,7 +331,7 @@ def test_whatever_is_damaged_in_a_folder_of_indices_is_made_anew(tmp_path, how, 
     expected = [(sample.turns, sample.sizes) for sample in opened(path, how)]
     rng = np.random.default_rng(0)
     files = parts(tmp_path / "index")
-    assert len(files) == 15
+    assert len(files) == 16
     for part in files:
         folder = tmp_path / "damaged"
         shutil.copytree(tmp_path / "index", folder)

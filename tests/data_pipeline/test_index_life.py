@@ -59,7 +59,7 @@ def changed(path):
 
 def files_of(root):
     """Everything in a folder that is no index, set of samples or plan."""
-    known = {"used", "index.json", "plan.json", "samples.json", "made_of.json"}
+    known = {"used", "index.json", "plan.json", "samples.json", "made_of.json", "seal.json"}
     return sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()
                   and file.name not in known and file.suffix != ".npy")
 
@@ -218,12 +218,12 @@ def test_an_unfinished_index_of_a_source_as_it_was_goes(tmp_path, root, monkeypa
     assert not list(root.rglob("*.json"))
 
 
-def test_an_index_that_lists_wrong_samples_is_not_asked_for_again(tmp_path, root):
+def test_an_index_that_lists_wrong_samples_is_kept(tmp_path, root):
     path = write(tmp_path)
     (tmp_path / "1.png").unlink()
-    assert open_index(path, ReadingOptions(), measures(), root, all_errors=True).description.errors
-    assert [entry.outdated for entry in entries(root)] == ["a check found wrong samples"]
-    assert len(clean(root)[0]) == 1
+    assert open_index(path, ReadingOptions(), measures(), root, bad_share=1.0).description.errors
+    assert [entry.outdated for entry in entries(root)] == [""]
+    assert not clean(root)[0]
 
 
 def test_foreign_folders_are_left_alone(tmp_path, root):

@@ -108,8 +108,6 @@ def _of_source(place: Path) -> Iterator[Entry]:
             yield Entry(folder, "index", place.name[:-25], None, size, used, old, held)
             continue
         outdated = _changed(described.path, described.fingerprint)
-        if described.errors and not outdated:           # it is built anew whenever somebody asks for it
-            outdated = "a check found wrong samples"
         yield Entry(folder, "index", described.path or described.source, described.samples, size, used, outdated, held,
                     described.how)
     for folder in _folders(place, _UNFINISHED):
