@@ -91,6 +91,13 @@ def test_members_that_would_be_lost_are_refused(tmp_path, members, message):
         load_conversations(shard(tmp_path / "data.tar", *members))
 
 
+def test_a_caption_may_stand_in_two_files(tmp_path):
+    members = [member("0.jpg", picture()), member("0.txt", b"a red square"),
+               member("0.json", b'{"caption": "a red square ", "width": 40}')]
+    sample, = load_conversations(shard(tmp_path / "data.tar", *members))
+    assert sample.turns[1] == ("assistant", "a red square ")
+
+
 def test_sparse_members_are_refused(tmp_path):
     path = tmp_path / "data.tar"
     header = bytearray(member("0.png", bytes(512))[0].tobuf(tarfile.GNU_FORMAT))

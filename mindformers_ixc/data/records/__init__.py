@@ -17,7 +17,7 @@ from mindformers_ixc.errors import DataError
 __all__ = ["Record", "Records", "open_records"]
 
 # Names of tar shards, compressed ones too, which are refused with what to do.
-_TAR = re.compile(r".*\.(tar(\.\w+)?|tgz|tbz2?|txz|tzst)")
+_TAR = re.compile(r".*\.(tar(\.(gz|bz2|xz|zst|zstd|lz4))?|tgz|tbz2?|txz|tzst)")
 
 # What Parquet files begin with.
 _PARQUET = (b"PAR1", b"PARE")

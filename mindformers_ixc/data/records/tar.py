@@ -169,7 +169,7 @@ class TarRecords(Records):
                 raise DataError(f"{where}: is empty; write what the picture shows, or leave the sample out.")
         else:
             more = {ending: decode_text(held, where) if ending in ("cls", "id") else f"{len(held)} bytes"}
-        twice = next((key for key in more if key in row and row[key] != more[key]), None)
+        twice = next((key for key in more if key in row and _stripped(row[key]) != _stripped(more[key])), None)
         if twice is not None:
             raise DataError(f"{where}: another file of the sample has its field {cut(str(twice))} too, with another "
                             "value; leave one of them.")
@@ -199,6 +199,10 @@ _NAMES: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 # Beginnings of compressed files.
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+
+
+def _stripped(value: object) -> object:
+    return value.strip() if isinstance(value, str) else value
 
 
 def _is_read(member: tarfile.TarInfo) -> bool:
