@@ -85,15 +85,14 @@ class Records(ABC):
 
     Attributes:
         item: what a record is called in messages.
-        source: the file that the path names.
-        path: the file that is read, the same one but for what is compressed.
+        home: the file that was named, from whose folder names of pictures start; not always the one that is read.
     """
 
     item = "sample"
 
     def __init__(self, path: str | os.PathLike):
         self.name, self.path = str(path), resolve_path(path)
-        self.source = self.path
+        self.home = self.path
         self._file: int | None = None
         self._state: tuple[int, int] | None = None
 
@@ -106,7 +105,7 @@ class Records(ABC):
 
     def fingerprint(self) -> Fingerprint:
         """What tells the source from a changed one."""
-        return fingerprint(self.source)
+        return fingerprint(self.home)
 
     def expect(self, size: int, time: int) -> None:
         """Makes reading refuse a file of another size, or another time of its last change (see `Fingerprint`)."""

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -47,7 +48,7 @@ class CompressedRecords(JsonRecords):
     def __init__(self, path: str | os.PathLike):
         self._held = unpacked(path)
         super().__init__(_content(self._held.folder), str(path))
-        self.source = resolve_path(path)
+        self.home = resolve_path(path)
 
     def expect(self, size: int, time: int) -> None:
         """Nothing: the folder of the unpacked file says which one it is of, and no other file is put there."""
@@ -110,7 +111,7 @@ def _unpack(path: str | os.PathLike, file: Path, folder: Path) -> None:
         try:
             with ENDINGS[ending](file) as source, open(target, "wb") as out:
                 shutil.copyfileobj(source, out, CHUNK)
-        except (EOFError, gzip.BadGzipFile, ValueError) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
             raise DataError(f"{path} cannot be unpacked; it is damaged or cut short ({error}).") from error
         except OSError as error:
             if error.errno:
