@@ -108,7 +108,7 @@ class ConversationReader:
 
     Attributes:
         folders: where relative names of pictures and videos start.
-        root: the folder that they must not leave, links followed.
+        root: of `check_root`.
         asked: captions that were read so far, whose questions are chosen by the seed.
 
     Raises:
@@ -118,8 +118,9 @@ class ConversationReader:
 
     def __init__(self, path: str | os.PathLike, options: ReadingOptions):
         self.name, self.records, self.options = str(path), open_records(path), options
-        self.folders = search_folders(self.records.source, options.image_folder)
-        self.root, self.asked = check_root(options.image_root), 0
+        self.folders = search_folders(self.records.home, options.image_folder)
+        self.root = check_root(options.image_root)
+        self.asked = 0
 
     def read(self, index: int, place: Place) -> Conversation:
         """A conversation whose files are found.

@@ -94,7 +94,7 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
     def build(alone: bool) -> SourceIndex:
         part = unfinished(place / keys.plain, alone)
         described = Description(VERSION, reader.name, 0, "", "", list(state), [], [], [],
-                                os.path.abspath(reader.records.source), keys.base,
+                                os.path.abspath(reader.records.home), keys.base,
                                 how=f"hd_num {measures.hd_num}, {measures.processor.image_processor.image_size} pixels")
         builder = _Builder(reader, measures, part, keys, state)
         builder.build(described, bad_share)
@@ -192,7 +192,7 @@ class _Builder:
         with contextlib.ExitStack() as stack:
             progress: Callable[[int], object] = int
             if missing and len(places) >= FEW:
-                progress = stack.enter_context(measuring(self.reader.records.source.name, len(places), measured))
+                progress = stack.enter_context(measuring(self.reader.records.home.name, len(places), measured))
             if len(missing) * PART > FEW and self.measures.own:
                 self._measure_by_workers(missing, progress)
             else:
@@ -272,7 +272,7 @@ class _Builder:
             records = self.reader.records
             size = os.path.getsize(records.path)
             known = grown_from(self.folder.parent, self.keys, records, size)
-            bar = terminal.current.counting(size, f"looking through {records.source.name}", "B",
+            bar = terminal.current.counting(size, f"looking through {records.home.name}", "B",
                                             disable=size < 1 << 26 or None, unit_scale=True)
             with bar as counted, whole_file(file) as target:
                 column = ColumnWriter(target, *COLUMNS["places"])

@@ -65,7 +65,7 @@ class Entry:
 
 def place_of(root: Path, records: Records) -> Path:
     """The folder of the indices of a source."""
-    return root / f"{cut(records.source.name)}-{key_of(str(records.source.resolve()))}"
+    return root / f"{cut(records.home.name)}-{key_of(str(records.home.resolve()))}"
 
 
 def entries(root: Path, copies: Path | None = None) -> list[Entry]:

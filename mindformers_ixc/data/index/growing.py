@@ -27,7 +27,7 @@ def start_of(records: Records, size: int) -> list:
         records: of the source.
         size: bytes that are measured.
     """
-    if not (isinstance(records, JsonRecords) and records.lines and records.path == records.source):
+    if not (isinstance(records, JsonRecords) and records.lines and records.path == records.home):
         return []
     return next(_digests(records.path, [size]))
 

@@ -211,7 +211,7 @@ def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share
 
     def make(alone: bool) -> SampleSet:
         held = _make(sources, shapes, target, alone)
-        samples = SampleSet(sources, target)
+        samples = _opened(sources, target)
         make_room(root)
         del held
         return samples
@@ -228,9 +228,13 @@ def _kept(sources: Sequence[IndexedSource], folder: Path) -> SampleSet | None:
     if not is_there(folder) or not is_sealed(folder, FILES):
         return None
     try:
-        return SampleSet(sources, folder)
+        return _opened(sources, folder)
     except (OSError, ValueError):        # damaged, or removed just now
         return None
+
+
+def _opened(sources: Sequence[IndexedSource], folder: Path) -> SampleSet:
+    return SampleSet(sources, folder)
 
 
 def _make(sources: Sequence[IndexedSource], shapes: Shapes, target: Path, alone: bool) -> Held:

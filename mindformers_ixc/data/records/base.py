@@ -90,8 +90,7 @@ class Records(ABC):
         changed: whether a changed file is read on.
         item: what a record is called in messages.
         form: what a file of the kind is called there.
-        source: the file that the path names.
-        path: the file that is read, the same one but for what is compressed.
+        home: the file that was named, from whose folder names of pictures start; not always the one that is read.
     """
 
     # Whether a changed file may be read on, since all that a record says is compared with what was indexed.
@@ -100,7 +99,7 @@ class Records(ABC):
 
     def __init__(self, path: str | os.PathLike):
         self.name, self.path = str(path), resolve_path(path)
-        self.source = self.path
+        self.home = self.path
         self._file: int | None = None
         self._state: tuple[int, int] | None = None
         self._expected, self.changed = False, False
@@ -114,7 +113,7 @@ class Records(ABC):
 
     def fingerprint(self) -> Fingerprint:
         """What tells the source from a changed one."""
-        return fingerprint(self.source)
+        return fingerprint(self.home)
 
     def expect(self, size: int, time: int, compared: bool = True) -> None:
         """Says what the file was like when it was indexed, or when that began (see `Fingerprint`).

@@ -48,7 +48,7 @@ class CompressedRecords(JsonRecords):
     def __init__(self, path: str | os.PathLike):
         self._held = unpacked(path)
         super().__init__(_content(self._held.folder), str(path))
-        self.source = resolve_path(path)
+        self.home = resolve_path(path)
 
     def expect(self, size: int, time: int, compared: bool = True) -> None:
         """Nothing: the folder of the unpacked file says which one it is of, and no other file is put there."""
