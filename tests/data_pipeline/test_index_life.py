@@ -61,7 +61,7 @@ def files_of(root):
     """Everything in a folder that is no index, set of samples or plan."""
     known = {"used", "index.json", "plan.json", "samples.json", "made_of.json", "seal.json"}
     return sorted(str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()
-                  and file.name not in known and file.suffix != ".npy")
+                  and file.name not in known and not file.name.endswith((".npy", "-seal.json")))
 
 
 # what is held

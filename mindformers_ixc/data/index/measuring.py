@@ -4,8 +4,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,8 +65,10 @@ class Measurer:
     """
 
     def __init__(self, reader: ConversationReader, processor: Processor, hd_num: int, decode: bool = False):
-        self.reader, self.processor, self.hd_num, self.decode = reader, processor, hd_num, decode
-        self._size_of_file = lru_cache(REMEMBERED)(self._look_at_file)
+        self.reader, self.processor, self.hd_num = reader, processor, hd_num
+        self._look = partial(_size, exif=processor.image_processor.exif, decode=decode)
+        # no method is remembered: it would keep the reader, and the file that it reads, until garbage is collected
+        self._size_of_file = lru_cache(REMEMBERED)(partial(_size_and_state, self._look))
 
     def measure(self, places: np.ndarray, first: int) -> Measured:
         """Measures samples.
@@ -133,14 +135,15 @@ class Measurer:
         except (ImageError, VideoError, OSError) as error:
             raise DataError(f"{sample.where}, field image: {error}") from error
 
-    def _look_at_file(self, path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
-        return self._look(path), file_state(path)
 
-    def _look(self, source: Path | StoredFile) -> tuple[int, int]:
-        if is_video(source):
-            return board_size(source)
-        exif = self.processor.image_processor.exif
-        return load_image(source, exif=exif).size if self.decode else image_size(source, exif)
+def _size(source: Path | StoredFile, exif: str, decode: bool) -> tuple[int, int]:
+    if is_video(source):
+        return board_size(source)
+    return load_image(source, exif=exif).size if decode else image_size(source, exif)
+
+
+def _size_and_state(look: Callable[[Path], tuple[int, int]], path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
+    return look(path), file_state(path)
 
 
 def _digest(sample: Conversation) -> int:
