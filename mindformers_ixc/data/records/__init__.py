@@ -10,6 +10,7 @@ from mindformers_ixc.data.records.mindrecord import MindRecords, is_mindrecord
 from mindformers_ixc.data.records.parquet import ParquetRecords
 from mindformers_ixc.data.records.tables import TableRecords, is_table
 from mindformers_ixc.data.records.tar import TarRecords
+from mindformers_ixc.reading import reading
 
 __all__ = ["Record", "Records", "open_records"]
 
@@ -25,18 +26,20 @@ def open_records(path: str | os.PathLike, item: str = "sample") -> Records:
         FileNotFoundError: when the file is missing.
         DataError: when it is not what its name says.
     """
-    name = os.fspath(path).lower()
-    kind: type[Records] = JsonRecords
-    if is_table(path):
-        kind = TableRecords
-    elif name.endswith(".parquet"):
-        kind = ParquetRecords
-    elif name.endswith(".tar"):
-        kind = TarRecords
-    elif is_mindrecord(path):
-        kind = MindRecords
-    elif name.endswith(tuple(ENDINGS)):
-        kind = CompressedRecords
-    records = kind(path)
+    with reading(path):
+        records = _kind_of(path)(path)
     records.item = item
     return records
+
+
+def _kind_of(path: str | os.PathLike) -> type[Records]:
+    name = os.fspath(path).lower()
+    if is_table(path):
+        return TableRecords
+    if name.endswith(".parquet"):
+        return ParquetRecords
+    if name.endswith(".tar"):
+        return TarRecords
+    if is_mindrecord(path):
+        return MindRecords
+    return CompressedRecords if name.endswith(tuple(ENDINGS)) else JsonRecords

@@ -5,13 +5,17 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mindformers_ixc.data.paths import missing_file
+from mindformers_ixc.data.records.held import OPEN_FILES
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.stored import StoredFile
+from mindformers_ixc.reading import read_on, reading
 from mindformers_ixc.resources import resolve_path
 
 # Bytes of a file's beginning, and of its end, that tell it from a changed one.
@@ -67,7 +71,7 @@ def fingerprint(path: str | os.PathLike) -> Fingerprint:
     Raises:
         OSError: when it cannot be read.
     """
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         state = os.fstat(file.fileno())
         digest = hashlib.sha256(file.read(HASHED))
         file.seek(max(0, state.st_size - HASHED))
@@ -91,15 +95,7 @@ class Records(ABC):
 
     def __init__(self, path: str | os.PathLike):
         self.name, self.path = str(path), resolve_path(path)
-        self._file: int | None = None
         self._state: tuple[int, int] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
-
-    def __del__(self) -> None:
-        if getattr(self, "_file", None) is not None:
-            os.close(self._file)      # type: ignore[arg-type]
 
     def fingerprint(self) -> Fingerprint:
         """What tells the source from a changed one."""
@@ -142,14 +138,20 @@ class Records(ABC):
             DataError: when the file has changed since it was read first.
             OSError: when it cannot be read.
         """
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        self._check_unchanged(os.fstat(self._file))
-        content = os.pread(self._file, place.length, place.start)
+        file = OPEN_FILES.get((self.path, *self.state), partial(open, self.path, "rb", buffering=0))
+        self._check_unchanged(os.fstat(file.fileno()))
+        content = os.pread(file.fileno(), place.length, place.start)
         if len(content) != place.length:
             raise DataError(f"{self.name} ends at byte {place.start + len(content)}, before its record at byte "
                             f"{place.start} does; it is cut short, or being written.")
         return content
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Bytes of the file that is read, and the time of its last change in ns."""
+        if self._state is None:
+            self._check_unchanged(os.stat(self.path))
+        return self._state or (0, 0)
 
     def _check_unchanged(self, state: os.stat_result) -> None:
         """Refuses a file that is not the one that was read first, or that is expected.
@@ -169,7 +171,7 @@ class Records(ABC):
             DataError: when there is none; see `scan`.
         """
         index = 0
-        for places in self.scan():
+        for places in read_on(self.name, self.scan()):
             for place in map(Place._make, places.tolist()):
                 yield index, place
                 index += 1
@@ -187,8 +189,10 @@ def check_source(path: str | os.PathLike) -> Path:
 
     Raises:
         FileNotFoundError: when it is missing.
+        DataError: when it is no regular file: a record is read by its place, and not as it comes.
     """
     file = resolve_path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"The data file {path} does not exist.")
-    return file
+    with reading(path):
+        if file.is_file():
+            return file
+        raise missing_file(f"The data file {path}", file)

@@ -4,8 +4,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
-import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +14,7 @@ from mindformers_ixc.data.records.base import check_source, fingerprint
 from mindformers_ixc.data.records.json_files import JsonRecords
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import whole_file
+from mindformers_ixc.reading import read_on
 from mindformers_ixc.resources import user_cache_folder
 
 
@@ -60,7 +61,8 @@ def unpacked(path: str | os.PathLike) -> Path:
     with terminal.current.doing(f"unpacking {file.name}"), whole_file(target) as part:
         try:
             with ENDINGS[ending](file) as source, open(part, "wb") as out:
-                shutil.copyfileobj(source, out, CHUNK)
+                for piece in read_on(file, iter(partial(source.read, CHUNK), b"")):
+                    out.write(piece)
         except (EOFError, gzip.BadGzipFile, ValueError) as error:
             raise DataError(f"{path} cannot be unpacked; it is damaged or cut short ({error}).") from error
         except OSError as error:

@@ -2,24 +2,22 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+import threading
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mindformers_ixc.data.forms import MEDIA_KEYS
 from mindformers_ixc.data.records.base import Place, Progress, Record, Records, check_source
+from mindformers_ixc.data.records.held import GROUP_BYTES, GROUPS, OPEN_FILES
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import parse_json
 from mindformers_ixc.processing.stored import StoredFile
 
-if TYPE_CHECKING:
-    import pyarrow
-
-# Row groups that a process keeps: rows are read by whole groups, and shuffled samples lie in any of them.
-KEPT_GROUPS = 8
+# Bytes of a column that are read at a time, if its pages are no larger; bytes of rows that a stream gives together.
+BUFFER, BATCH_BYTES = 1 << 20, 1 << 24
 
 
 class ParquetRecords(Records):
@@ -36,25 +34,23 @@ class ParquetRecords(Records):
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
         check_source(path)
-        self._groups: OrderedDict[int, pyarrow.Table] = OrderedDict()
-        self._open: Any = None
-        self.rows = [self._parquet.metadata.row_group(group).num_rows
-                     for group in range(self._parquet.metadata.num_row_groups)]
+        metadata = self._parquet().metadata
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        self.rows, self.sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_open": None, "_groups": OrderedDict()}
-
-    @property
     def _parquet(self) -> Any:
-        if self._open is None:
-            import pyarrow.parquet  # noqa: PLC0415 - slow to import, and seldom needed
+        """The open file; of a thread, since its reader is not said to be for several."""
+        return OPEN_FILES.get((self.path, threading.get_ident(), *self.state), self._open)
 
-            try:
-                self._open = pyarrow.parquet.ParquetFile(self.path, memory_map=True)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(f"{self.name} is no Parquet file, or cut short: its description, which stands at its "
-                                f"end, cannot be read ({_first_line(error)}).") from error
-        return self._open
+    def _open(self, buffer: int = 0) -> Any:
+        import pyarrow.parquet  # noqa: PLC0415 - slow to import, and seldom needed
+
+        try:
+            # not mapped into memory, see `mindformers_ixc.reading`
+            return pyarrow.parquet.ParquetFile(self.path, memory_map=False, buffer_size=buffer)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{self.name} is no Parquet file, or cut short: its description, which stands at its "
+                            f"end, cannot be read ({_first_line(error)}).") from error
 
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
         """See `Records.scan`."""
@@ -67,7 +63,7 @@ class ParquetRecords(Records):
 
     def read(self, index: int, place: Place) -> Record:
         """See `Records.read`."""
-        row = self._group(place.length).slice(place.start, 1).to_pylist()[0]
+        row = self._row(place.start, place.length).to_pylist()[0]
         files: dict[str, StoredFile] = {}
         for key, value in row.items():
             if key in MEDIA_KEYS and value is not None:
@@ -78,21 +74,27 @@ class ParquetRecords(Records):
                 row[key] = parse_json(value, f"{self.where(index)}, field {key}")
         return Record(row, files)
 
-    def _group(self, number: int) -> Any:
-        if number in self._groups:
-            self._groups.move_to_end(number)
-        else:
-            import pyarrow  # noqa: PLC0415 - slow to import, and seldom needed
+    def _row(self, row: int, group: int) -> Any:
+        """A row as a table."""
+        import pyarrow  # noqa: PLC0415 - slow to import, and seldom needed
 
+        try:
             self._check_unchanged(os.stat(self.path))
-            try:
-                self._groups[number] = self._parquet.read_row_group(number, use_threads=False)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(f"{self.name}: its row group {number} (counted from 0) is damaged "
-                                f"({_first_line(error)}); fetch the file again.") from error
-            if len(self._groups) > KEPT_GROUPS:
-                self._groups.popitem(last=False)
-        return self._groups[number]
+            if self.sizes[group] > GROUP_BYTES:
+                return _streamed(self, group).row(row)
+            table = GROUPS.get((self.path, group, *self.state), lambda: self._group(group), lambda table: table.nbytes)
+            return table.slice(row, 1)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{self.name}: its row group {group} (counted from 0) is damaged ({_first_line(error)}); "
+                            "fetch the file again.") from error
+
+    def _group(self, number: int) -> Any:
+        return self._parquet().read_row_group(number, use_threads=False)
+
+    def stream(self, group: int) -> Iterator[Any]:
+        """The rows of a group from its start on, some at a time."""
+        rows = max(1, self.rows[group] * BATCH_BYTES // max(1, self.sizes[group]))
+        return self._open(BUFFER).iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
 
     def _file_name(self, value: object, field: str, index: int, files: dict[str, StoredFile]) -> object:
         """The name of a picture, whose bytes are put aside if the row has them."""
@@ -105,6 +107,55 @@ class ParquetRecords(Records):
             name = f"{field}_{name}"
         files[name] = StoredFile(f"{self.where(index)}: {name}", lambda: content)
         return name
+
+
+class _Stream:
+    """Rows of a group that is too large to be kept: read on from the last one, or from the start for an earlier one.
+
+    Args:
+        records: of the file.
+        group: number of the group.
+    """
+
+    def __init__(self, records: ParquetRecords, group: int):
+        self.records, self.group, self.key = records, group, _stream_key(records, group)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.start, self.end, self.batch = 0, 0, None      # rows of the batch, and they themselves
+        self.batches = self.records.stream(self.group)
+
+    def row(self, number: int) -> Any:
+        """A row as a table.
+
+        Raises:
+            OSError: when there are fewer.
+        """
+        if number < self.start:
+            self._begin()
+        while number >= self.end:
+            self.batch = None             # its memory is the next one's
+            self.batch = next(self.batches, None)
+            if self.batch is None:
+                raise OSError(f"it has {self.end} rows and not {self.records.rows[self.group]}")
+            self.start, self.end = self.end, self.end + self.batch.num_rows
+        return self.batch.slice(number - self.start, 1)
+
+
+# Of each thread the stream that it reads from.
+_streams = threading.local()
+
+
+def _stream_key(records: ParquetRecords, group: int) -> tuple:
+    return records.path, group, records.state, os.getpid()
+
+
+def _streamed(records: ParquetRecords, group: int) -> _Stream:
+    stream: _Stream | None = getattr(_streams, "last", None)
+    if stream is None or stream.key != _stream_key(records, group):
+        _streams.last = stream = None     # its memory is the next one's
+        _streams.last = stream = _Stream(records, group)
+    return stream
 
 
 # Columns that hold lists, which some tables have as JSON texts.
