@@ -122,7 +122,8 @@ class _Stream:
         self._begin()
 
     def _begin(self) -> None:
-        self.start, self.end, self.batch = 0, 0, None      # rows of the batch, and they themselves
+        self.start = self.end = 0        # of the batch
+        self.batch: Any = None
         self.batches = self.records.stream(self.group)
 
     def row(self, number: int) -> Any:
