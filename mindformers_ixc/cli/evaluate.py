@@ -12,7 +12,6 @@ from mindformers_ixc.cli.heavy import importing
 from mindformers_ixc.cli.settings import generation_options
 from mindformers_ixc.data.conversations import load_conversations
 from mindformers_ixc.data.questions import questions_of, shuffle_images
-from mindformers_ixc.reading import watch_reads
 from mindformers_ixc.scores import CIDER_BEST, check_libraries, each_score
 
 # How each score is called where it is printed.
@@ -29,7 +28,6 @@ def evaluate(arguments: argparse.Namespace) -> int:
         Exit code: 1 when no question could be answered.
     """
     check_libraries(arguments.metrics)
-    watch_reads(None)
     questions = questions_of(load_conversations(arguments.data, image_folder=arguments.image_folder,
                                                 image_root=arguments.image_root, ignore_keys=arguments.ignore_keys))
     if arguments.shuffle_images:
