@@ -30,6 +30,7 @@ from mindformers_ixc.cli.parsers import build_parser
 from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.interruption import JOB, die_with_launcher, listening
+from mindformers_ixc.reading import watch_reads
 from mindformers_ixc.resources import usable_log_folder, user_log_folder
 from mindformers_ixc.terminal import claim_stdout, quiet_libraries
 
@@ -45,6 +46,9 @@ COMMANDS = {
 # What goes on in commands that say nothing until they have a result.
 WORK = {"convert": "Converting", "merge": "Merging", "inspect": "Reading the checkpoint", "data": "Reading the data",
         "report": "Drawing", "plan": "Planning"}
+
+# Commands that end when a file of their data does not answer; those with a YAML within the time that it says.
+READING = ("run", "data", "init", "eval", "reference")
 
 # Commands that import MindFormers at once.
 HEAVY = ("run", "launch", "chat", "reference")
@@ -155,6 +159,8 @@ def _execute(arguments: argparse.Namespace) -> int:
     terminal.show_warnings(logging.WARNING if arguments.command in ("run", "launch") else logging.INFO)
     if arguments.command not in ("run", "launch") and not arguments.verbose:
         quiet_libraries()
+    if arguments.command in READING:
+        watch_reads(None)
     try:
         with contextlib.ExitStack() as whole:
             function = _prepare(arguments, whole)

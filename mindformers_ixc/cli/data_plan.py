@@ -27,6 +27,7 @@ from mindformers_ixc.data.sections import check_dataset_section, row_budget
 from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.operations import training_costs
 from mindformers_ixc.planning.workload import Workload, read_workload
+from mindformers_ixc.reading import watch_reads
 from mindformers_ixc.resources import resolve_path
 from mindformers_ixc.sections import check_value, whole
 from mindformers_ixc.tables import Column, columns_of, table, wrapped
@@ -118,6 +119,7 @@ def make_data_plan(fields: dict, files: list[str], global_batch: int | None = No
     loader = {**(section.get("data_loader") or {}), "dataset_dir": files if len(files) > 1 else files[0]}
     section = {**section, "data_loader": loader}
     check_dataset_section(section)
+    watch_reads(section["data_loader"].get("read_timeout"))
     needs = measure(section)
     return _compare(needs, drawn(needs, loader.get("mixture"), section.get("seed") or 0), section, workload,
                     global_batch)

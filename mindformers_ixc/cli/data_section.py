@@ -6,6 +6,7 @@ import argparse
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.reading import watch_reads
 
 # The recipe that data is read by where none is named.
 RECIPE = "ixc25_own_tiny"
@@ -31,4 +32,5 @@ def read_section(arguments: argparse.Namespace) -> tuple[dict, dict, bool]:
                           "name the YAML file of a training run.")
     pairs = (fields.get("train_dataset_task") or {}).get("type") == "IXC25PreferenceDataset"
     check_dataset_section(section, pairs)
+    watch_reads(section["data_loader"].get("read_timeout"))
     return fields, section, pairs

@@ -24,6 +24,7 @@ from mindformers_ixc.files import LOCK_FILE, RUN_RECORD, check_folder, refuse_us
 from mindformers_ixc.interruption import JOB
 from mindformers_ixc.parallel.checks import check_run
 from mindformers_ixc.processing.tokenizer import find_vocab_file
+from mindformers_ixc.reading import reading, watch_reads
 from mindformers_ixc.resources import resolve_model, resolve_path
 
 # Data sets that read what `data_loader.dataset_dir` names in this package's way.
@@ -134,13 +135,15 @@ def _check_data(fields: dict, reads: bool, config: str) -> None:
     section = fields["train_dataset"]
     find_vocab_file(section["tokenizer"].get("vocab_file"))
     loader, held_out = section["data_loader"], fields.get("evaluation") or {}
+    watch_reads(loader.get("read_timeout"))
     pairs = fields["train_dataset_task"]["type"] == "IXC25PreferenceDataset"
     # each as the run will read it
     for part, read in ((loader, load_preferences if pairs else load_conversations), (held_out, load_conversations)):
         places = part.get("dataset_dir")
         for path in places if isinstance(places, list) else [places]:
             is_list = str(path).endswith(".txt")
-            _check_file(path, "The list file" if is_list else "The data file", config)
+            with reading(path):
+                _check_file(path, "The list file" if is_list else "The data file", config)
             if not reads or is_list or loader.get("fetch") or not isinstance(path, str) or not path:
                 continue
             path = next(iter(named_sources(path)))[0]          # of a folder its table

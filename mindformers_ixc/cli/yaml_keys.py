@@ -25,6 +25,7 @@ from mindformers_ixc.planning.workload import SHARD_THRESHOLD_KIB
 from mindformers_ixc.preference_options import BETA, LOSS, LOSSES, TASK
 from mindformers_ixc.preference_options import RULES as PREFERENCE_RULES
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
+from mindformers_ixc.reading import LIMIT
 from mindformers_ixc.scores import SCORES
 from mindformers_ixc.sections import ANYTHING, Rule, like, one_of
 from mindformers_ixc.trackers import CALLBACK, TrackerOptions
@@ -157,6 +158,9 @@ _LOADER = Section({
                    "every sample once an epoch"),
     "fetch": Key("whether pictures and videos at http(s) addresses are fetched, into the user's cache", "False"),
     "index_dir": Key("where the [indices](data.md#the-index) of the sources lie", "the user's cache"),
+    "read_timeout": Key("seconds that opening or reading a source, picture or video may take before the run ends "
+                        "([slow and dead file systems](data.md#slow-and-dead-file-systems)); for held-out samples too",
+                        str(LIMIT)),
 }, LOADER_RULES)
 
 _MIXTURE = Section({

@@ -19,7 +19,7 @@ from mindformers_ixc.data.embedded import held_in
 from mindformers_ixc.data.fetching import fetched, is_web_address
 from mindformers_ixc.data.folders import find_data
 from mindformers_ixc.data.forms import Form, read_form
-from mindformers_ixc.data.paths import check_root, find_file, search_folders, shown
+from mindformers_ixc.data.paths import check_root, find_file, missing_file, search_folders, shown
 from mindformers_ixc.data.records import open_records
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError, ImageError, VideoError
@@ -27,6 +27,7 @@ from mindformers_ixc.files import read_text, text_lines
 from mindformers_ixc.processing.pictures import image_size
 from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.processing.video import board_size, is_video
+from mindformers_ixc.reading import reading
 from mindformers_ixc.resources import resolve_path
 
 # Questions that a caption answers, one chosen at random for each (arXiv 2407.03320, pre-training).
@@ -132,7 +133,9 @@ class ConversationReader:
         Raises:
             DataError: naming sample and key of what is wrong with it.
         """
-        record, options = self.records.read(index, place), self.options
+        options = self.options
+        with reading(self.name):
+            record = self.records.read(index, place)
         form = read_form(record.row, self.records.where(index), options.ignore_keys, partial(self._ask, index))
         return make_conversation(form, self.name, index, record.row.get("id"), self.folders, self.root,
                                  record.files, options.fetch)
@@ -272,8 +275,9 @@ def named_sources(dataset_dir: str | os.PathLike | Sequence[str] | None) -> Iter
         found = f"has the entry {shown(dataset_dir)}" if dataset_dir else "is empty"
         raise DataError(f"train_dataset.data_loader.dataset_dir {found}; name a .json, .jsonl, .csv, .parquet, .tar or "
                         ".txt file, or a folder with a table.")
-    if resolve_path(dataset_dir).is_dir():
-        dataset_dir = find_data(str(resolve_path(dataset_dir)))
+    with reading(dataset_dir):
+        if resolve_path(dataset_dir).is_dir():
+            dataset_dir = find_data(str(resolve_path(dataset_dir)))
     if str(dataset_dir).endswith(".txt"):
         yield from read_list_file(dataset_dir)
     else:
@@ -289,13 +293,17 @@ def read_list_file(path: str | os.PathLike) -> list[tuple[Path, int]]:
     """Sources of a list file with the number of samples to take from each.
 
     Raises:
-        DataError: for a line that is not `<source> <thousands>`, a missing source or a file without sources.
+        DataError: for a line that is not `<source> <thousands>`, a missing source, a file without sources, and for what
+            is no regular file.
+        FileNotFoundError: when it is missing.
     """
     file = resolve_path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"The list file {path} does not exist.")
+    with reading(path):
+        if not file.is_file():
+            raise missing_file(f"The list file {path}", file)
+        text = read_text(path)
     sources = []
-    for number, line in text_lines(read_text(path)):
+    for number, line in text_lines(text):
         line = _COMMENT.sub("", line).strip()
         if not line:
             continue

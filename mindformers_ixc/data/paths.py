@@ -4,11 +4,13 @@ from __future__ import annotations
 import os
 import re
 import reprlib
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from mindformers_ixc.errors import DataError
+from mindformers_ixc.reading import reading
 
 # Characters of a value of the data that a message shows.
 SHOWN = 80
@@ -64,13 +66,18 @@ def find_file(name: str, folders: Sequence[Path], root: Path | None = None) -> P
         root: a folder of `check_root`, which the file must lie in when all links are followed.
 
     Raises:
-        FileNotFoundError: saying what the name is, if no path, or every place that was tried.
+        FileNotFoundError: saying what the name is, if no path or no regular file, or every place that was tried.
     """
-    name = _local(name)
+    name, odd = _local(name), ""
     for path in (path for folder in folders for path in _candidates(Path(name), folder)):
         found = path if root is None else Path(os.path.realpath(path))
-        if (root is None or found.is_relative_to(root)) and _is_file(found):
-            return found
+        if root is None or found.is_relative_to(root):
+            with reading(found):
+                if _is_file(found):
+                    return found
+                odd = odd or _named(found)
+    if odd:
+        raise FileNotFoundError(f"{odd} and {_NOT_REGULAR}")
     inside = "" if root is None else f" inside image_root {root}, links followed"
     places = [cut(name)] if Path(name).is_absolute() else [str(folder / cut(name)) for folder in folders]
     raise FileNotFoundError(f"{cut(name)} does not exist{inside} (tried {', '.join(dict.fromkeys(places))})")
@@ -97,6 +104,35 @@ def _candidates(name: Path, folder: Path) -> Iterator[Path]:
     yield folder / name
     if len(name.parts) > 1 and name.parts[0] == folder.absolute().name:
         yield folder / Path(*name.parts[1:])
+
+
+# What is opened as a file and may never answer, and what is said of it.
+_ODD = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_NOT_REGULAR = "no regular file; write what it holds to one, and name that"
+
+
+def missing_file(what: str, path: Path) -> Exception:
+    """The error of a name that should be a file's, and is none's.
+
+    Args:
+        what: it is, with its name.
+        path: of it.
+    """
+    kind = _odd_kind(path)
+    return DataError(f"{what} is {kind} and {_NOT_REGULAR}.") if kind else FileNotFoundError(f"{what} does not exist.")
+
+
+def _odd_kind(path: Path) -> str:
+    """What a name stands for that can be opened, and is neither a regular file nor a folder; else nothing."""
+    try:
+        return _ODD.get(stat.S_IFMT(path.stat().st_mode), "")
+    except OSError:
+        return ""
+
+
+def _named(path: Path) -> str:
+    kind = _odd_kind(path)
+    return f"{cut(str(path))} is {kind}" if kind else ""
 
 
 def _is_file(path: Path) -> bool:

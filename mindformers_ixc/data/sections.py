@@ -10,7 +10,7 @@ from mindformers_ixc.data.packer import Budget
 from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.processing.pictures import EXIF, TRANSPARENCY
 from mindformers_ixc.processing.processor import TRANSFORMS
-from mindformers_ixc.sections import Rule, check_section, of_type, one_of, share, whole
+from mindformers_ixc.sections import Rule, above_0, check_section, of_type, one_of, share, whole
 
 
 def is_list_of_texts(value: object) -> bool:
@@ -34,7 +34,7 @@ DATASET_RULES = {
 LOADER_RULES = {"type": of_type(str), "dataset_dir": of_type(str, list), "image_folder": of_type(str),
                 "image_root": of_type(str), "ignore_keys": Rule(is_list_of_texts, "a list of texts"),
                 "shuffle": of_type(bool), "caption_prompts": of_type(list), "mixture": of_type(dict),
-                "index_dir": of_type(str), "fetch": of_type(bool)}
+                "index_dir": of_type(str), "fetch": of_type(bool), "read_timeout": above_0(" of seconds")}
 
 
 def row_budget(section: Any) -> Budget:

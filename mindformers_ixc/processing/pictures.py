@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from mindformers_ixc.errors import ImageError
 from mindformers_ixc.processing.stored import StoredFile
+from mindformers_ixc.reading import reading
 from mindformers_ixc.sections import check_value, one_of
 
 # What an image may be given as: a path (of a video too, where both may come), a file inside another one, a file's
@@ -151,13 +152,15 @@ def _file_of(source: object, prefix: str) -> tuple[str | os.PathLike | IO[bytes]
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source), "the picture's bytes"
     if isinstance(source, StoredFile):
-        return io.BytesIO(source.read()), shown(source.name)
+        with reading(source):
+            return io.BytesIO(source.read()), shown(source.name)
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(f"{prefix}a picture must be a path, bytes, a PIL image or a uint8 array; found "
                          f"{type(source).__name__}.")
     name = shown(source)
-    if os.path.isfile(source):
-        return source, name
+    with reading(name):
+        if os.path.isfile(source):
+            return source, name
     if str(source).startswith("data:"):
         raise ImageError(f"{prefix}the picture {name} is a data: URI; write it to a file and name that.")
     if len(str(source)) > SHOWN_PATH:
@@ -172,7 +175,8 @@ def _file_of(source: object, prefix: str) -> tuple[str | os.PathLike | IO[bytes]
 def _guarded(prefix: str, name: str, work: Callable[[], Result]) -> Result:
     """What `work` gives; whatever it raises becomes `ImageError` naming the picture."""
     try:
-        return work()
+        with reading(name):
+            return work()
     except ImageError as error:
         raise ImageError(f"{prefix}{name} {error}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -18,6 +18,7 @@ from mindformers_ixc.processing.image import Grid, ImageSource, image_to_tiles
 from mindformers_ixc.processing.pictures import shown
 from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.processing.video_process import VideoProcess
+from mindformers_ixc.reading import reading
 
 # Public video loading: at most this many frames, one a second.
 FRAME_LIMIT = 32
@@ -115,7 +116,8 @@ def _sampled(video: VideoProcess, limit: int) -> list[int]:
 def _open_video(source: ImageSource) -> Iterator[VideoProcess]:
     if isinstance(source, StoredFile):       # decoders read files
         with tempfile.NamedTemporaryFile(suffix=Path(source.name).suffix) as file:
-            file.write(source.read())
+            with reading(source):
+                file.write(source.read())
             file.flush()
             with _checked(VideoProcess(_existing_file(file.name, source.name), source.name)) as video:
                 yield video
@@ -135,6 +137,16 @@ def _existing_file(source: ImageSource, name: str = "") -> Path:
     if not isinstance(source, (str, os.PathLike)):
         raise VideoError(f"A video must be given as the path of its file; found {type(source).__name__}.")
     path, name = Path(source), name or shown(source)
+    with reading(name):
+        return _checked_file(path, name)
+
+
+def _checked_file(path: Path, name: str) -> Path:
+    """A video's file.
+
+    Raises:
+        VideoError: for what is none.
+    """
     if not os.path.exists(path):
         raise VideoError(f"The video {name} does not exist.")
     if not path.is_file():

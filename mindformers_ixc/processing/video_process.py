@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mindformers_ixc.errors import VideoError
+from mindformers_ixc.reading import reading
 
 DECODER = Path(__file__).with_name("video_decoder.py")
 
@@ -161,14 +162,23 @@ class VideoProcess:
         file = self._process.stdout.fileno()
         poll = select.poll()      # select.select takes no descriptor above 1023
         poll.register(file, select.POLLIN)
-        while not poll.poll(TICK * 1000):
-            self._slept += TICK if _sleeps(self._process.pid) else 0.0
-            if self._slept > self.seconds or time.monotonic() > self._deadline:
-                raise self._too_slow()
+        with reading(self.name):
+            self._wait(poll)
         piece = os.read(file, count)
         if not piece:
             raise self._ended()
         return piece
+
+    def _wait(self, poll: select.poll) -> None:
+        """Waits for the process to answer.
+
+        Raises:
+            VideoError: when it takes longer than it may.
+        """
+        while not poll.poll(TICK * 1000):
+            self._slept += TICK if _sleeps(self._process.pid) else 0.0
+            if self._slept > self.seconds or time.monotonic() > self._deadline:
+                raise self._too_slow()
 
     def _too_slow(self) -> VideoError:
         return VideoError(f"The video {self.name} took longer than {self.seconds:g} seconds to decode; it is damaged, "

@@ -30,6 +30,7 @@ from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.native import library
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.processing.processor import Processor
+from mindformers_ixc.reading import watch_reads
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +96,15 @@ class IXC25DataLoader:
         mixture: weights of the sources (`mindformers_ixc.data.mixture`); without, an epoch has every sample once.
         fetch: whether http(s) addresses of pictures and videos are fetched, into the user's cache.
         index_dir: where the indices of the sources lie; by default in the user's cache.
+        read_timeout: seconds that reading a file may take before the process ends (`mindformers_ixc.reading`).
     """
 
     def __init__(self, dataset_dir: str, image_folder: str | None = None, shuffle: bool = True, seed: int = 0,
                  caption_prompts: Sequence[str] | None = None, mixture: dict | None = None,
                  image_root: str | None = None, ignore_keys: Sequence[str] = (), fetch: bool = False,
-                 index_dir: str | None = None):
+                 index_dir: str | None = None, read_timeout: float | None = None):
         self.shuffle, self.seed, self.mixture, self.index_dir = shuffle, seed, mixture, index_dir
+        self.read_timeout = read_timeout
         self.section = {"dataset_dir": dataset_dir, "image_folder": image_folder, "caption_prompts": caption_prompts,
                         "image_root": image_root, "ignore_keys": ignore_keys, "fetch": fetch}
 
@@ -111,6 +114,7 @@ class IXC25DataLoader:
         Raises:
             DataError: for unusable data.
         """
+        watch_reads(self.read_timeout)
         return open_sources(self.section, self.seed, measures, self.index_dir, bad_share)
 
 
@@ -191,6 +195,7 @@ class IXC25PreferenceDataset(BaseDataset):
 
 def _preference_table(config: MindFormerConfig) -> PreferenceTable:
     loader, seed = config.data_loader, config.seed or 0
+    watch_reads(loader.read_timeout)
     files = loader.dataset_dir if isinstance(loader.dataset_dir, (list, tuple)) else [loader.dataset_dir]
     pairs = [pair for path in files for pair in load_preferences(path, loader.image_folder, loader.image_root,
                                                                  loader.ignore_keys or ())]

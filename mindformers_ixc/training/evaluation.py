@@ -31,6 +31,7 @@ from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.cells import of_whole_batches, row_parts
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
+from mindformers_ixc.reading import watch_reads
 from mindformers_ixc.scores import SCORES, score_answers
 from mindformers_ixc.training.datasets import section_processor
 from mindformers_ixc.training.log import steps_of
@@ -78,6 +79,7 @@ class HeldOut:
         hd_num = data.hd_num or HD_NUM_TRAINING
         self.max_images = row_budget(data).max_images
         loader = data.data_loader or {}      # what it says of trust and of keys holds for held-out samples too
+        watch_reads(loader.get("read_timeout"))
         held_out = {"dataset_dir": options["dataset_dir"], "image_folder": options["image_folder"],
                     **{key: loader.get(key) for key in ("image_root", "ignore_keys")}}
         sources = open_sources(held_out, 0, measures_of(data, self.processor), loader.get("index_dir"))

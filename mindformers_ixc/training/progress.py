@@ -68,14 +68,18 @@ def line_of(row: dict, total: int, columns: int | None = None) -> str:
         columns: of the terminal, where only so many numbers stand as fit; `None` for what is none.
     """
     loss = "not finite" if row.get("loss") is None else f"{row['loss']:.4f}"
-    wait = [f"waited {row['data_wait']:.0%} for data"] if row.get("data_wait", 0) >= NOTABLE_WAIT else []
     left = [f"{duration(row['seconds_left'])} left"] if row["step"] < total else []
-    numbers = [*_speeds(row), *wait]
+    numbers = [*_speeds(row), *_wait(row)]
     while True:
         text = ", ".join([f"step {row['step']}/{total}: loss {loss}", *numbers, *left])
         if columns is None or len(text) <= columns or not numbers:
             return text
         numbers.pop()
+
+
+def _wait(row: dict) -> list[str]:
+    """What of a step went by before its batch was there, where that is much."""
+    return [f"waited {row['data_wait']:.0%} for data"] if row.get("data_wait", 0) >= NOTABLE_WAIT else []
 
 
 def _speeds(row: dict) -> list[str]:
@@ -94,7 +98,7 @@ def bar_of(row: dict, total: int, columns: int, unicode: bool) -> str:
     more = _speeds(row)
     if "tflops" in row and "mfu" not in row:
         more.append(operations(row))
-    for word in more:      # what is left to do stays the last
+    for word in [*_wait(row), *more]:      # what is left to do stays the last
         if len("  ".join([*numbers, word])) + 2 + NARROWEST_BAR <= columns:
             numbers.insert(-1, word)
     text = "  ".join(numbers)

@@ -8,6 +8,8 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ from PIL import Image
 from mindformers_ixc.data import mixture
 from mindformers_ixc.data.conversations import ReadingOptions, load_conversations, read_image_sizes
 from mindformers_ixc.data.fitting import Shapes, fit_pairs
-from mindformers_ixc.data.index import building
+from mindformers_ixc.data.index import building, sources
 from mindformers_ixc.data.index.building import open_index
 from mindformers_ixc.data.index.plans import saved
 from mindformers_ixc.data.index.samples import make_samples
@@ -338,3 +340,18 @@ def test_any_number_of_ranks_sees_the_same_samples(tmp_path_factory, counts, wei
         if all(kind == 0 or kind >= batch for kind in kinds):
             assert len(set(epoch)) == len(epoch)              # each at most once; what fills no batch is left out
             assert len(epoch) == sum(kind // batch * batch for kind in kinds)
+
+
+@pytest.mark.parametrize("limit", [1 << 27, 1000])
+def test_tables_with_large_row_groups_are_named(tmp_path, monkeypatch, caplog, limit):
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a cat"}]
+    for name, count in (("small", 1), ("large", 50)):
+        pq.write_table(pa.Table.from_pylist([{"id": f"{number}" * 20, "conversations": turns}
+                                             for number in range(count)]), tmp_path / f"{name}.parquet")
+    monkeypatch.setattr(sources, "GROUP_BYTES", limit)
+    names = [str(tmp_path / f"{name}.parquet") for name in ("small", "large")]
+    with caplog.at_level("WARNING"):
+        open_sources({"dataset_dir": names}, 0, measures(), tmp_path / "index")
+    said = [record.getMessage() for record in caplog.records if "row groups" in record.getMessage()]
+    assert len(said) == (limit == 1000)
+    assert all(text.startswith(f"{tmp_path / 'large.parquet'} has row groups of up to") for text in said)

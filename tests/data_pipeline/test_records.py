@@ -5,8 +5,12 @@ import base64
 import gzip
 import io
 import json
+import os
 import pickle
+import random
+import socket
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, load_conversations
-from mindformers_ixc.data.records import json_files, open_records
+from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, load_conversations, load_sources
+from mindformers_ixc.data.records import held, json_files, open_records
+from mindformers_ixc.data.records import parquet as tables
 from mindformers_ixc.data.records.base import Place
+from mindformers_ixc.data.records.held import OPEN_FILES, Held
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.pictures import image_size, load_image
 
@@ -292,3 +298,98 @@ def test_addresses_are_refused_unless_they_are_to_be_fetched(tmp_path, server):
     reader = ConversationReader(path, ReadingOptions(fetch=True))
     with pytest.raises(DataError, match=r"sample 0 .*, field image: .*b\.png cannot be fetched \(File not found\)"):
         reader.read(*next(iter(reader.records)))
+
+
+def large_groups(folder, monkeypatch):
+    """A table of one row group, which is streamed in batches of 7 rows, and the streams that are begun."""
+    rows = [{"id": str(number), "image": {"bytes": bytes([number]) * 1000, "path": f"{number}.png"}, "caption": "x"}
+            for number in range(100)]
+    records = open_records(parquet(folder / "data.parquet", rows))
+    monkeypatch.setattr(tables, "GROUP_BYTES", 50_000)
+    monkeypatch.setattr(tables, "BATCH_BYTES", records.sizes[0] * 7 // 100 + 1)
+    begun, begin = [], tables.ParquetRecords.stream
+    monkeypatch.setattr(tables.ParquetRecords, "stream", lambda self, group: begun.append(group) or begin(self, group))
+    return records, begun
+
+
+def number_of(record):
+    [file] = record.files.values()
+    assert len(file.read()) == 1000
+    return file.read()[0]
+
+
+def test_rows_of_a_large_group_are_read_on_in_one_stream(tmp_path, monkeypatch):
+    records, begun = large_groups(tmp_path, monkeypatch)
+    assert [number_of(records.read(row, Place(row, 0))) for row in range(0, 100, 3)] == list(range(0, 100, 3))
+    assert begun == [0]
+    assert not len([key for key in held.GROUPS._held if key[0] == records.path])
+
+
+def test_rows_of_a_large_group_come_in_any_order_and_to_several_threads(tmp_path, monkeypatch):
+    records, _ = large_groups(tmp_path, monkeypatch)
+    order = random.Random(0).sample(range(100), 100)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda row: number_of(records.read(row, Place(row, 0))), order)) == order
+        monkeypatch.setattr(tables, "GROUP_BYTES", 1 << 30)
+        assert list(pool.map(lambda row: number_of(records.read(row, Place(row, 0))), order)) == order
+
+
+def test_what_is_held_stays_below_its_limit_and_the_latest_is_kept():
+    kept, made = Held(10), []
+
+    def get(key):
+        return kept.get(key, lambda: made.append(key) or key * 2, lambda value: 4)
+
+    assert [get(key) for key in ("a", "b", "a", "c", "a", "b")] == ["aa", "bb", "aa", "cc", "aa", "bb"]
+    assert made == ["a", "b", "c", "b"] and (len(kept), kept.weight) == (2, 8)
+    assert kept.get("large", lambda: "x", lambda value: 100) == "x" and len(kept) == 1
+
+
+def test_as_many_shards_as_you_like_are_read_through_few_open_files(tmp_path):
+    shards = []
+    for number in range(100):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(f'{{"number": {number}}}\n')
+        shards.append(open_records(path))
+    before = len(os.listdir("/proc/self/fd"))
+    places = [next(iter(records))[1] for records in shards]
+    for _ in range(2):
+        assert [records.read(0, place).row["number"] for records, place in zip(shards, places)] == list(range(100))
+    assert len(OPEN_FILES) <= 64 and len(os.listdir("/proc/self/fd")) <= before + 64
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_another_file_of_the_same_name_is_read_anew(tmp_path, kind):
+    path = tmp_path / f"data.{kind}"
+    for number in (1, 2):
+        if kind == "jsonl":
+            (tmp_path / "new").write_text(f'{{"caption": "{number}"}}\n')
+        else:
+            parquet(tmp_path / "new", [{"caption": str(number)}])
+        os.replace(tmp_path / "new", path)
+        os.utime(path, ns=(number, number))
+        records = open_records(path)
+        place = next(iter(records))[1]
+        assert records.read(0, place).row["caption"] == str(number)
+    os.utime(path, ns=(3, 3))
+    with pytest.raises(DataError, match="was changed while it was being read"):
+        records.read(0, place)
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "device"])
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "tar", "jsonl.gz", "txt"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch, kind, ending):
+    monkeypatch.chdir(tmp_path)             # a socket's name must be short
+    odd, holder = f"odd.{ending}", socket.socket(socket.AF_UNIX)
+    with holder:
+        if kind == "FIFO":
+            os.mkfifo(odd)
+        elif kind == "socket":
+            holder.bind(odd)
+        else:
+            os.symlink("/dev/zero", odd)
+        with pytest.raises(DataError, match=f"a {kind} and no regular file; write what it holds to one"):
+            load_sources(odd)
+        (tmp_path / "data.json").write_text(json.dumps([{"conversations": TURNS, "image": odd}]))
+        with pytest.raises(DataError, match=rf"sample 0 .*, field image: the picture .*odd.* is a {kind} and no reg"):
+            load_sources("data.json")

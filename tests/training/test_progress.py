@@ -27,6 +27,12 @@ def test_a_bar_has_as_many_numbers_as_fit(columns, expected):
     assert len(bar_of(ROW, 240, columns, unicode=True)) == len(expected) <= columns
 
 
+def test_a_bar_says_first_that_data_is_waited_for_where_that_is_much():
+    assert bar_of({**ROW, "data_wait": 0.04}, 240, 110, unicode=False) == bar_of(ROW, 240, 110, unicode=False)
+    assert bar_of({**ROW, "data_wait": 0.3}, 240, 80, unicode=False) == \
+        "####----  120/240  loss 3.2500  waited 30% for data  rate 0.0001  4 min 0 s left"
+
+
 def test_a_line_has_what_is_looked_at_and_fits_a_hundred_columns():
     assert line_of({**ROW, "data_wait": 0.04}, 240) == \
         "step 120/240: loss 3.2500, rate 0.0001, 6.25 samples/s, 1.23k tokens/s, MFU 31.2%, 4 min 0 s left"

@@ -48,6 +48,8 @@ from mindformers_ixc.data.records.base import Fingerprint
 from mindformers_ixc.data.records.json_files import JsonRecords
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_json, tidy, whole_file, write_whole
+from mindformers_ixc.reading import current as reads
+from mindformers_ixc.reading import read_on
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,12 @@ PART = 4096
 
 # Of a folder that is being filled: places of all samples; what the workers are to do.
 SCAN, JOB = "scan.npy", "job.json"
+
+# What a worker's lines begin with that are no numbers: sentences to be shown, and the one with which it ends.
+SAYS, ENDS = "says ", "ends "
+
+# Seconds that a worker which was killed may take to end.
+GRACE = 5
 
 # Samples below which starting other processes takes longer than it saves.
 FEW = 8192
@@ -276,7 +284,7 @@ class _Builder:
                                             disable=size < 1 << 26 or None, unit_scale=True)
             with bar as counted, whole_file(file) as target:
                 column = ColumnWriter(target, *COLUMNS["places"])
-                for block in self._places(known, counted.update):
+                for block in read_on(records.name, self._places(known, counted.update)):
                     column.add(block)
                 column.close()
         return mapped(file, *COLUMNS["places"])
@@ -303,7 +311,8 @@ class _Builder:
         """Lets as many processes as there are cores measure the parts that are missing."""
         job = {"source": self.reader.name, "options": asdict(self.reader.options),
                "section": dict(self.measures.section), "hd_num": self.measures.hd_num, "missing": missing,
-               "decode": self.measures.decode, "parent": os.getpid(), "state": self.state[:2]}
+               "decode": self.measures.decode, "parent": os.getpid(), "state": self.state[:2],
+               "read_timeout": reads.limit}
         write_whole(self.folder / JOB, json.dumps(job, default=str))
         count = min(len(missing), len(os.sched_getaffinity(0)))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -320,7 +329,9 @@ class _Builder:
         finally:
             for worker in workers:
                 worker.kill()
-                worker.wait()
+                # one that a dead file system holds ends when that lets it go
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.wait(GRACE)
 
 
 def _follow(workers: list[subprocess.Popen], logs: list[Path], progress: Callable[[int], object]) -> None:
@@ -337,8 +348,11 @@ def _follow(workers: list[subprocess.Popen], logs: list[Path], progress: Callabl
             for entry, _ in waiting.select():
                 worker, log = entry.data
                 line = _output(worker).readline()
-                if line:
+                if line.startswith((SAYS, ENDS)):
+                    _pass_on(line)
+                elif line:
                     progress(int(line))
+                if line:
                     continue
                 waiting.unregister(_output(worker))
                 if worker.wait():
@@ -348,6 +362,17 @@ def _follow(workers: list[subprocess.Popen], logs: list[Path], progress: Callabl
                     last = (said.strip().splitlines() or ["it was killed"])[-1]
                     raise DataError(f"A process that measures samples has ended: {last}. Start again; what was "
                                     "measured is kept.")
+
+
+def _pass_on(line: str) -> None:
+    """Shows what a worker says.
+
+    Raises:
+        DataError: when it is the last.
+    """
+    if line.startswith(ENDS):
+        raise DataError(f"{line[len(ENDS):].strip()} What was measured is kept.")
+    terminal.current.say(line[len(SAYS):].strip())
 
 
 def _output(worker: subprocess.Popen) -> IO[str]:

@@ -19,6 +19,7 @@ from mindformers_ixc.processing.pictures import image_size, load_image
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.processing.video import BoardSize, board_size, is_video
+from mindformers_ixc.reading import reading
 
 # Pictures whose sizes are remembered: many samples may ask about one, mostly in a row.
 REMEMBERED = 65536
@@ -160,7 +161,8 @@ def is_the_same(sample: Conversation, digest: int) -> bool:
 
 def file_state(path: str | os.PathLike) -> tuple[int, int]:
     """Bytes of a file and the time of its last change in ns."""
-    state = os.stat(path)
+    with reading(path):
+        state = os.stat(path)
     return state.st_size, state.st_mtime_ns
 
 

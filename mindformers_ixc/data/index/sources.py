@@ -1,8 +1,9 @@
 """From the YAML's `train_dataset` to the samples of a run, over the indices of its sources."""
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mindformers_ixc.data.conversations import (
@@ -15,10 +16,15 @@ from mindformers_ixc.data.conversations import (
 from mindformers_ixc.data.index.building import open_index
 from mindformers_ixc.data.index.keys import Measures
 from mindformers_ixc.data.index.samples import IndexedSource
+from mindformers_ixc.data.records.base import Records
+from mindformers_ixc.data.records.held import GROUP_BYTES
+from mindformers_ixc.data.records.parquet import ParquetRecords
 from mindformers_ixc.data.rows import has_own_tokenizer
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.processing.processor import Processor
+
+logger = logging.getLogger(__name__)
 
 # Keys of `train_dataset` that a processor for measuring is made of, besides the tokenizer.
 KEYS = ("image_size", "patch_size", "image_transform", "control_tokens", "exif", "hd_num")
@@ -80,4 +86,18 @@ def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
             continue
         reader.records.expect(*index.description.fingerprint[:2])
         sources.append(IndexedSource(index, reader, count, choice_seed(seed, path)))
+    _tell_large_groups([source.reader.records for source in sources])
     return sources
+
+
+def _tell_large_groups(sources: Sequence[Records]) -> None:
+    """Says which Parquet files take long in any other order than their own."""
+    large = {source.name: max(source.sizes) for source in sources
+             if isinstance(source, ParquetRecords) and max(source.sizes, default=0) > GROUP_BYTES}
+    if large:
+        name = max(large, key=lambda name: large[name])
+        more = f" (and {len(large) - 1} more)" if len(large) > 1 else ""
+        logger.warning(f"{name}{more} has row groups of up to {large[name] / 1e6:,.0f} MB. A row is found by reading "
+                       "its group from the start, so shuffled samples are slow; write the file anew with row groups of "
+                       f"at most {GROUP_BYTES >> 20} MiB (docs/data.md, Row groups), or set data_loader.shuffle to "
+                       "False.")

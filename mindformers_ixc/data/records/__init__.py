@@ -13,6 +13,7 @@ from mindformers_ixc.data.records.signatures import refuse_foreign
 from mindformers_ixc.data.records.tables import TableRecords, is_table
 from mindformers_ixc.data.records.tar import COMPRESSED, TarRecords
 from mindformers_ixc.errors import DataError
+from mindformers_ixc.reading import reading
 
 __all__ = ["Record", "Records", "open_records"]
 
@@ -34,24 +35,29 @@ def open_records(path: str | os.PathLike, item: str = "sample") -> Records:
         FileNotFoundError: when the file is missing.
         DataError: when it is not what its name says.
     """
-    name = os.path.basename(os.fspath(path)).lower()
-    kind: type[Records] = JsonRecords
-    own: tuple[bytes, ...] = ()
-    if is_table(path):
-        kind = TableRecords
-    elif name.endswith(".parquet"):
-        kind, own = ParquetRecords, _PARQUET
-    elif _TAR.fullmatch(name):
-        kind, own = TarRecords, (*COMPRESSED, b"\0")
-    elif is_mindrecord(path):
-        kind, own = MindRecords, (b"",)             # it begins with a length, which may be any bytes
-    elif name.endswith(tuple(ENDINGS)):
-        kind, own = CompressedRecords, tuple(COMPRESSED)
-        _check_inner(path, name)
-    refuse_foreign(check_source(path), str(path), own)
-    records = kind(path)
+    with reading(path):
+        kind, own = _kind_of(path)
+        refuse_foreign(check_source(path), str(path), own)
+        records = kind(path)
     records.item = item
     return records
+
+
+def _kind_of(path: str | os.PathLike) -> tuple[type[Records], tuple[bytes, ...]]:
+    """The kind of a source, by its name, and what its first bytes may be though they are another kind's signature."""
+    name = os.path.basename(os.fspath(path)).lower()
+    if is_table(path):
+        return TableRecords, ()
+    if name.endswith(".parquet"):
+        return ParquetRecords, _PARQUET
+    if _TAR.fullmatch(name):
+        return TarRecords, (*COMPRESSED, b"\0")
+    if is_mindrecord(path):
+        return MindRecords, (b"",)             # it begins with a length, which may be any bytes
+    if name.endswith(tuple(ENDINGS)):
+        _check_inner(path, name)
+        return CompressedRecords, tuple(COMPRESSED)
+    return JsonRecords, ()
 
 
 def _check_inner(path: str | os.PathLike, name: str) -> None:

@@ -6,13 +6,17 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mindformers_ixc.data.paths import missing_file
+from mindformers_ixc.data.records.held import OPEN_FILES
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.stored import StoredFile
+from mindformers_ixc.reading import read_on, reading
 from mindformers_ixc.resources import resolve_path
 
 logger = logging.getLogger(__name__)
@@ -70,7 +74,7 @@ def fingerprint(path: str | os.PathLike) -> Fingerprint:
     Raises:
         OSError: when it cannot be read.
     """
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         state = os.fstat(file.fileno())
         digest = hashlib.sha256(file.read(HASHED))
         file.seek(max(0, state.st_size - HASHED))
@@ -100,16 +104,8 @@ class Records(ABC):
     def __init__(self, path: str | os.PathLike):
         self.name, self.path = str(path), resolve_path(path)
         self.home = self.path
-        self._file: int | None = None
         self._state: tuple[int, int] | None = None
         self._expected, self.changed = False, False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
-
-    def __del__(self) -> None:
-        if getattr(self, "_file", None) is not None:
-            os.close(self._file)      # type: ignore[arg-type]
 
     def fingerprint(self) -> Fingerprint:
         """What tells the source from a changed one."""
@@ -159,17 +155,23 @@ class Records(ABC):
             DataError: when the file has changed since it was read first.
             OSError: when it cannot be read.
         """
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        state = os.fstat(self._file)
+        file = OPEN_FILES.get((self.path, *self.state), partial(open, self.path, "rb", buffering=0))
+        state = os.fstat(file.fileno())
         self._check_unchanged(state)
         # a damaged length may ask for more than there is memory
         whole = 0 <= place.start <= place.start + place.length <= state.st_size
-        content = os.pread(self._file, place.length, place.start) if whole else b""
+        content = os.pread(file.fileno(), place.length, place.start) if whole else b""
         if not whole or len(content) != place.length:
             raise DataError(f"{self.name} has {state.st_size} bytes, and its record at byte {place.start} would have "
                             f"{place.length}; it is damaged, cut short, or being written.")
         return content
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Bytes of the file that is read, and the time of its last change in ns."""
+        if self._state is None:
+            self._check_unchanged(os.stat(self.path))
+        return self._state or (0, 0)
 
     def _check_unchanged(self, state: os.stat_result) -> None:
         """Refuses a file that is not the one that was read first, or that is expected.
@@ -194,7 +196,7 @@ class Records(ABC):
             DataError: when there is none; see `scan`.
         """
         index = 0
-        for places in self.scan():
+        for places in read_on(self.name, self.scan()):
             for place in map(Place._make, places.tolist()):
                 yield index, place
                 index += 1
@@ -212,8 +214,10 @@ def check_source(path: str | os.PathLike) -> Path:
 
     Raises:
         FileNotFoundError: when it is missing.
+        DataError: when it is no regular file: a record is read by its place, and not as it comes.
     """
     file = resolve_path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"The data file {path} does not exist.")
-    return file
+    with reading(path):
+        if file.is_file():
+            return file
+        raise missing_file(f"The data file {path}", file)

@@ -10,6 +10,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ from mindformers_ixc.data.records.base import check_source, fingerprint
 from mindformers_ixc.data.records.json_files import JsonRecords
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import write_whole
+from mindformers_ixc.reading import read_on
 from mindformers_ixc.resources import resolve_path, usable_cache_folder
 
 
@@ -110,7 +112,8 @@ def _unpack(path: str | os.PathLike, file: Path, folder: Path) -> None:
     with terminal.current.doing(f"unpacking {file.name}"):
         try:
             with ENDINGS[ending](file) as source, open(target, "wb") as out:
-                shutil.copyfileobj(source, out, CHUNK)
+                for piece in read_on(file, iter(partial(source.read, CHUNK), b"")):
+                    out.write(piece)
         except (EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
             raise DataError(f"{path} cannot be unpacked; it is damaged or cut short ({error}).") from error
         except OSError as error:

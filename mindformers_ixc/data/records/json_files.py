@@ -7,11 +7,10 @@ file. Whether a record is UTF-8, and what it says, is found when it is read.
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import re
 from collections.abc import Generator, Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,6 +26,58 @@ _NEWLINE = ord("\n")
 
 # Bytes of a line above which it is taken to hold something, unseen; what does not is refused when it is read.
 _BLANK = 1000
+
+
+class Bytes(Protocol):
+    """Bytes that are taken by slices: those of a file, mapped into memory or not."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, span: slice) -> bytes: ...
+
+
+class FileBytes:
+    """Bytes of an open file by slices, read when they are asked for.
+
+    Mapped memory would keep all of Python waiting with the thread whose page does not come (see `reading`).
+
+    Args:
+        file: it must stay open.
+        name: what messages call it.
+    """
+
+    def __init__(self, file: BinaryIO, name: str):
+        self.number, self.name, self.size = file.fileno(), name, os.fstat(file.fileno()).st_size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, span: slice) -> bytes:
+        """The bytes.
+
+        Raises:
+            DataError: when the file has become shorter.
+        """
+        start, stop, _ = span.indices(self.size)
+        pieces = []
+        while start < stop:
+            piece = os.pread(self.number, stop - start, start)
+            if not piece:
+                raise DataError(f"{self.name} was changed while it was being read; start again when it is complete.")
+            pieces.append(piece)
+            start += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _first_sign(content: Bytes, at: int) -> int:
+    """Place of the first byte that is no white space."""
+    while at < len(content):
+        window = content[at:at + WINDOW]
+        rest = window.lstrip(b" \t\r\n")
+        at += len(window) - len(rest)
+        if rest:
+            break
+    return at
 
 
 class JsonRecords(Records):
@@ -57,7 +108,8 @@ class JsonRecords(Records):
         if not os.path.getsize(self.path) - self._begin:
             raise DataError(f"{self.name} is empty, found no {self.item}s; it must hold a JSON list or JSON lines, "
                             f"with at least one {self.item}.")
-        with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with open(self.path, "rb") as file:
+            content = FileBytes(file, self.name)
             yield from self._lines(content, progress) if self.lines else self._list(content, progress)
 
     def scan_rest(self, at: int, line: int, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
@@ -68,9 +120,9 @@ class JsonRecords(Records):
             line: lines that end before it.
             progress: as of `scan`.
         """
-        with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with open(self.path, "rb") as file:
             progress(at)
-            yield from self._lines(content, progress, at, line)
+            yield from self._lines(FileBytes(file, self.name), progress, at, line)
 
     def read(self, index: int, place: Place) -> Record:
         """See `Records.read`."""
@@ -83,10 +135,10 @@ class JsonRecords(Records):
         return Record(parse_json(text, name))
 
     def _lines_before(self, place: Place) -> int:
-        with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return line_of(content, place.start) - 1
+        with open(self.path, "rb") as file:
+            return line_of(FileBytes(file, self.name), place.start) - 1
 
-    def _lines(self, content: mmap.mmap, progress: Progress, at: int = 0, before: int = 0) -> Iterator[np.ndarray]:
+    def _lines(self, content: Bytes, progress: Progress, at: int = 0, before: int = 0) -> Iterator[np.ndarray]:
         done = at
         for block in _line_blocks(content, at or self._begin, before):
             end = int(block[-1, :2].sum())
@@ -95,9 +147,9 @@ class JsonRecords(Records):
             yield block
         progress(len(content) - done)
 
-    def _list(self, content: mmap.mmap, progress: Progress) -> Iterator[np.ndarray]:
+    def _list(self, content: Bytes, progress: Progress) -> Iterator[np.ndarray]:
         """Places of the entries of a list."""
-        first = re.compile(rb"[ \t\r\n]*").match(content, self._begin).end()      # type: ignore[union-attr]
+        first = _first_sign(content, self._begin)
         if content[first:first + 1] != b"[":
             found = "something else"
             if len(content) <= HEAD:
@@ -124,7 +176,7 @@ def _told(blocks: Generator[np.ndarray, None, int], progress: Progress) -> Gener
         yield block
 
 
-def list_blocks(name: str, content: mmap.mmap, at: int) -> Generator[np.ndarray, None, int]:
+def list_blocks(name: str, content: Bytes, at: int) -> Generator[np.ndarray, None, int]:
     """Places of the entries of a list, window after window.
 
     Args:
@@ -224,7 +276,7 @@ def _near_end(text: str, place: int) -> bool:
     return place >= len(text) - 16
 
 
-def _error(name: str, content: mmap.mmap, at: int, problem: _Problem, entries: int) -> DataError:
+def _error(name: str, content: Bytes, at: int, problem: _Problem, entries: int) -> DataError:
     line = line_of(content, at + problem.place)
     tail = content[max(0, len(content) - WINDOW):]
     last = line_of(content, len(content) - len(tail) + len(tail.rstrip(b" \t\r\n")))
@@ -239,7 +291,7 @@ def _error(name: str, content: mmap.mmap, at: int, problem: _Problem, entries: i
                      "0).")
 
 
-def _check_rest(name: str, content: mmap.mmap, at: int) -> None:
+def _check_rest(name: str, content: Bytes, at: int) -> None:
     """Refuses what follows the list's closing bracket."""
     for start in range(at, len(content), WINDOW):
         rest = content[start:start + WINDOW]
@@ -249,12 +301,12 @@ def _check_rest(name: str, content: mmap.mmap, at: int) -> None:
                             "list; a file is one list.")
 
 
-def line_of(content: mmap.mmap, place: int) -> int:
+def line_of(content: Bytes, place: int) -> int:
     """Number of the line, counted from 1, that a byte is in."""
     return 1 + sum(content[start:min(start + WINDOW, place)].count(b"\n") for start in range(0, place, WINDOW))
 
 
-def _line_blocks(content: mmap.mmap, at: int, before: int = 0) -> Iterator[np.ndarray]:
+def _line_blocks(content: Bytes, at: int, before: int = 0) -> Iterator[np.ndarray]:
     """Places of the lines that hold something, from a byte on before which so many end."""
     size = WINDOW
     while at < len(content):

@@ -2,26 +2,23 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
+import threading
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mindformers_ixc.data.forms import MEDIA_KEYS
 from mindformers_ixc.data.paths import cut
 from mindformers_ixc.data.records.base import Place, Progress, Record, Records, check_source
+from mindformers_ixc.data.records.held import GROUP_BYTES, GROUPS, OPEN_FILES
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import parse_json
 from mindformers_ixc.processing.stored import StoredFile
 
-if TYPE_CHECKING:
-    import pyarrow
-
-# Row groups that a process keeps, and their bytes together: rows are read by whole groups, and shuffled samples lie in
-# any of them.
-KEPT_GROUPS, KEPT_BYTES = 8, 1 << 28
+# Bytes of a column that are read at a time, if its pages are no larger; bytes of rows that a stream gives together.
+BUFFER, BATCH_BYTES = 1 << 20, 1 << 24
 
 
 class ParquetRecords(Records):
@@ -40,31 +37,30 @@ class ParquetRecords(Records):
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
         check_source(path)
-        self._groups: OrderedDict[int, pyarrow.Table] = OrderedDict()
-        self._open: Any = None
         self._damaged: dict[int, str] = {}
-        names = self._parquet.schema_arrow.names
+        file = self._parquet()
+        names = file.schema_arrow.names
         if twice := [name for name in names if names.count(name) > 1]:
             raise DataError(f"{self.name} has {names.count(twice[0])} columns named {cut(twice[0])!r}; rename or drop "
                             "all but one.")
-        self.rows = [self._parquet.metadata.row_group(group).num_rows
-                     for group in range(self._parquet.metadata.num_row_groups)]
+        groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+        self.rows, self.sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_open": None, "_groups": OrderedDict()}
-
-    @property
     def _parquet(self) -> Any:
-        if self._open is None:
-            import pyarrow.parquet  # noqa: PLC0415 - slow to import, and seldom needed
+        """The open file; of a thread, since its reader is not said to be for several."""
+        return OPEN_FILES.get((self.path, threading.get_ident(), *self.state), self._open)
 
-            try:
-                # not mapped: of a file that is shortened, or written over, pages would end the process or change
-                self._open = pyarrow.parquet.ParquetFile(self.path, page_checksum_verification=True)
-            except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(f"{self.name} is no Parquet file, or cut short: its description, which stands at its "
-                                f"end, cannot be read ({_first_line(error)}).") from error
-        return self._open
+    def _open(self, buffer: int = 0) -> Any:
+        import pyarrow.parquet  # noqa: PLC0415 - slow to import, and seldom needed
+
+        try:
+            # not mapped into memory, see `mindformers_ixc.reading`; of a file that is shortened, or written over, pages
+            # would end the process or change, too
+            return pyarrow.parquet.ParquetFile(self.path, memory_map=False, buffer_size=buffer,
+                                               page_checksum_verification=True)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{self.name} is no Parquet file, or cut short: its description, which stands at its "
+                            f"end, cannot be read ({_first_line(error)}).") from error
 
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
         """See `Records.scan`."""
@@ -82,7 +78,7 @@ class ParquetRecords(Records):
         if not (0 <= place.length < len(self.rows) and 0 <= place.start < self.rows[place.length]):
             raise DataError(f"{self.where(index)}: the table has no row {place.start} in a group {place.length}.")
         try:
-            row = self._group(place.length).slice(place.start, 1).to_pylist()[0]
+            row = self._row(place.start, place.length).to_pylist()[0]
         except (pyarrow.ArrowException, UnicodeDecodeError, ValueError, OverflowError) as error:
             if isinstance(error, DataError):
                 raise
@@ -98,28 +94,32 @@ class ParquetRecords(Records):
                 row[key] = parse_json(value, f"{self.where(index)}, field {key}")
         return Record(row, files)
 
-    def _group(self, number: int) -> pyarrow.Table:
-        if number in self._damaged:         # every row of it would try again
-            raise DataError(self._damaged[number])
-        self._check_unchanged(os.stat(self.path))
-        if number in self._groups:
-            self._groups.move_to_end(number)
-            return self._groups[number]
+    def _row(self, row: int, group: int) -> Any:
+        """A row as a table."""
         import pyarrow  # noqa: PLC0415 - slow to import, and seldom needed
 
+        if group in self._damaged:         # every row of it would try again
+            raise DataError(self._damaged[group])
+        self._check_unchanged(os.stat(self.path))
         try:
-            group = self._parquet.read_row_group(number, use_threads=False)
+            if self.sizes[group] > GROUP_BYTES:
+                return _streamed(self, group).row(row)
+            table = GROUPS.get((self.path, group, *self.state), lambda: self._group(group), lambda table: table.nbytes)
         except (pyarrow.ArrowException, OSError) as error:
-            first = sum(self.rows[:number])
-            self._damaged[number] = (f"{self.name}: its row group {number} (counted from 0), samples {first} to "
-                                     f"{first + self.rows[number] - 1}, is damaged ({_first_line(error)}); fetch the "
-                                     "file again.")
-            raise DataError(self._damaged[number]) from error
-        self._groups[number] = group
-        while len(self._groups) > 1 and (len(self._groups) > KEPT_GROUPS or
-                                         sum(kept.nbytes for kept in self._groups.values()) > KEPT_BYTES):
-            self._groups.popitem(last=False)
-        return group
+            first = sum(self.rows[:group])
+            self._damaged[group] = (f"{self.name}: its row group {group} (counted from 0), samples {first} to "
+                                    f"{first + self.rows[group] - 1}, is damaged ({_first_line(error)}); fetch the "
+                                    "file again.")
+            raise DataError(self._damaged[group]) from error
+        return table.slice(row, 1)
+
+    def _group(self, number: int) -> Any:
+        return self._parquet().read_row_group(number, use_threads=False)
+
+    def stream(self, group: int) -> Iterator[Any]:
+        """The rows of a group from its start on, some at a time."""
+        rows = max(1, self.rows[group] * BATCH_BYTES // max(1, self.sizes[group]))
+        return self._open(BUFFER).iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
 
     def _file_name(self, value: object, field: str, index: int, files: dict[str, StoredFile]) -> object:
         """The name of a picture, whose bytes are put aside if the row has them."""
@@ -134,6 +134,56 @@ class ParquetRecords(Records):
             name = f"{field}_{name}"
         files[name] = StoredFile(f"{self.where(index)}: {name}", lambda: content)
         return name
+
+
+class _Stream:
+    """Rows of a group that is too large to be kept: read on from the last one, or from the start for an earlier one.
+
+    Args:
+        records: of the file.
+        group: number of the group.
+    """
+
+    def __init__(self, records: ParquetRecords, group: int):
+        self.records, self.group, self.key = records, group, _stream_key(records, group)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.start = self.end = 0        # of the batch
+        self.batch: Any = None
+        self.batches = self.records.stream(self.group)
+
+    def row(self, number: int) -> Any:
+        """A row as a table.
+
+        Raises:
+            OSError: when there are fewer.
+        """
+        if number < self.start:
+            self._begin()
+        while number >= self.end:
+            self.batch = None             # its memory is the next one's
+            self.batch = next(self.batches, None)
+            if self.batch is None:
+                raise OSError(f"it has {self.end} rows and not {self.records.rows[self.group]}")
+            self.start, self.end = self.end, self.end + self.batch.num_rows
+        return self.batch.slice(number - self.start, 1)
+
+
+# Of each thread the stream that it reads from.
+_streams = threading.local()
+
+
+def _stream_key(records: ParquetRecords, group: int) -> tuple:
+    return records.path, group, records.state, os.getpid()
+
+
+def _streamed(records: ParquetRecords, group: int) -> _Stream:
+    stream: _Stream | None = getattr(_streams, "last", None)
+    if stream is None or stream.key != _stream_key(records, group):
+        _streams.last = stream = None     # its memory is the next one's
+        _streams.last = stream = _Stream(records, group)
+    return stream
 
 
 # Columns that hold lists, which some tables have as JSON texts.
