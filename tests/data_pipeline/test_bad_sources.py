@@ -17,7 +17,7 @@ from PIL import Image
 
 from mindformers_ixc.data import fetching
 from mindformers_ixc.data.conversations import load_conversations
-from mindformers_ixc.data.records import open_records, parquet
+from mindformers_ixc.data.records import open_records
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.processing.pictures import load_image
@@ -227,15 +227,6 @@ def test_a_column_may_say_that_there_is_no_picture(tmp_path):
     rows = [{"image": image, "conversations": TURNS} for image in (none, some, None)]
     found = load_conversations(table(tmp_path / "data.parquet", rows))
     assert [len(sample.images) for sample in found] == [0, 1, 0]
-
-
-def test_kept_row_groups_are_bounded_by_their_bytes(tmp_path, monkeypatch):
-    rows = [{"query": "q", "response": "r" * 1000} for _ in range(40)]
-    records = open_records(table(tmp_path / "data.parquet", rows, row_group_size=10))
-    monkeypatch.setattr(parquet, "KEPT_BYTES", 25_000)
-    for group in range(4):
-        assert records.read(group * 10, Place(0, group)).row["query"] == "q"
-    assert list(records._groups) == [2, 3]
 
 
 @pytest.mark.parametrize(("kind", "place"), [

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, load_conversations, load_sources
-from mindformers_ixc.data.records import held, json_files, open_records
+from mindformers_ixc.data.records import json_files, latest, open_records
 from mindformers_ixc.data.records import parquet as tables
 from mindformers_ixc.data.records.base import Place
-from mindformers_ixc.data.records.held import OPEN_FILES, Held
+from mindformers_ixc.data.records.latest import OPEN_FILES, Latest
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.pictures import image_size, load_image
 
@@ -322,7 +322,7 @@ def test_rows_of_a_large_group_are_read_on_in_one_stream(tmp_path, monkeypatch):
     records, begun = large_groups(tmp_path, monkeypatch)
     assert [number_of(records.read(row, Place(row, 0))) for row in range(0, 100, 3)] == list(range(0, 100, 3))
     assert begun == [0]
-    assert not len([key for key in held.GROUPS._held if key[0] == records.path])
+    assert not len([key for key in latest.GROUPS._held if key[0] == records.path])
 
 
 def test_rows_of_a_large_group_come_in_any_order_and_to_several_threads(tmp_path, monkeypatch):
@@ -335,7 +335,7 @@ def test_rows_of_a_large_group_come_in_any_order_and_to_several_threads(tmp_path
 
 
 def test_what_is_held_stays_below_its_limit_and_the_latest_is_kept():
-    kept, made = Held(10), []
+    kept, made = Latest(10), []
 
     def get(key):
         return kept.get(key, lambda: made.append(key) or key * 2, lambda value: 4)

@@ -17,7 +17,7 @@ from mindformers_ixc.data.index.building import open_index
 from mindformers_ixc.data.index.keys import Measures
 from mindformers_ixc.data.index.samples import IndexedSource
 from mindformers_ixc.data.records.base import Records
-from mindformers_ixc.data.records.held import GROUP_BYTES
+from mindformers_ixc.data.records.latest import GROUP_BYTES
 from mindformers_ixc.data.records.parquet import ParquetRecords
 from mindformers_ixc.data.rows import has_own_tokenizer
 from mindformers_ixc.errors import DataError

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mindformers_ixc.data.paths import missing_file
-from mindformers_ixc.data.records.held import OPEN_FILES
+from mindformers_ixc.data.records.latest import OPEN_FILES
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.reading import read_on, reading

@@ -12,7 +12,7 @@ import numpy as np
 from mindformers_ixc.data.forms import MEDIA_KEYS
 from mindformers_ixc.data.paths import cut
 from mindformers_ixc.data.records.base import Place, Progress, Record, Records, check_source
-from mindformers_ixc.data.records.held import GROUP_BYTES, GROUPS, OPEN_FILES
+from mindformers_ixc.data.records.latest import GROUP_BYTES, GROUPS, OPEN_FILES
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import parse_json
 from mindformers_ixc.processing.stored import StoredFile

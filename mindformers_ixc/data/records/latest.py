@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 
-class Held:
+class Latest:
     """Values that are made when they are asked for, of which the latest are kept.
 
     Whoever has been given a value may go on using it when it is no longer kept. Threads may ask at the same time, and
@@ -51,8 +51,8 @@ class Held:
 
 
 # Files that a process keeps open: a data set may have thousands of shards.
-OPEN_FILES = Held(64)
+OPEN_FILES = Latest(64)
 
 # Bytes of row groups that a process keeps decoded; of a larger one rows are read from its start on.
 GROUP_BYTES = 1 << 27
-GROUPS = Held(GROUP_BYTES)
+GROUPS = Latest(GROUP_BYTES)
