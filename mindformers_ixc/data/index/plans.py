@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mindformers_ixc import terminal
+from mindformers_ixc.data.columns import give_back
 from mindformers_ixc.data.index.building import key_of, locked
 from mindformers_ixc.data.packer import Rows
 from mindformers_ixc.data.sampling import RunPlan
@@ -66,10 +67,12 @@ class SavedPlan(RunPlan):
             with self._alone():
                 if not files[1].exists():
                     with terminal.current.doing(f"Planning the rows of epoch {epoch + 1}"):
-                        rows = self._made(self.batch_rows).epoch(epoch)
+                        rows = self._made(self.batch_rows).made(epoch)
                     for file, column in zip(files, (rows.order, rows.starts)):
                         with whole_file(file) as target, open(target, "wb") as opened:
                             np.save(opened, column)
+                    del rows, column
+                    give_back()
         return Rows(*(np.load(file, mmap_mode="r") for file in files))
 
     def _check(self, epochs: int) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_ixc.data.conversations import Conversation, ConversationReader, resample
+from mindformers_ixc.data.conversations import Conversation, ConversationReader
+from mindformers_ixc.data.drawing import resampled
 from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, first_pairs
 from mindformers_ixc.data.index.building import index_folder, key_of, locked
 from mindformers_ixc.data.index.measuring import as_sizes
@@ -25,7 +26,7 @@ from mindformers_ixc.files import read_json, whole_folder, write_whole
 logger = logging.getLogger(__name__)
 
 # Changes whenever the columns, or what makes them, do.
-VERSION = 1
+VERSION = 2
 
 # Samples that are looked at together.
 BLOCK = 1 << 18
@@ -58,8 +59,7 @@ class IndexedSource:
         """Numbers of the samples of an epoch, int32."""
         if self.drawn is None:
             return np.arange(len(self.index), dtype=np.int32)
-        numbers = resample(range(len(self.index)), self.drawn, random.Random(self.seed))
-        return np.fromiter(numbers, np.int32, self.drawn)
+        return resampled(len(self.index), self.drawn, random.Random(self.seed))
 
 
 class SampleSet:
@@ -76,6 +76,7 @@ class SampleSet:
         needs: positions and tiles, global views included, that those take, int32 `(n, 2)`.
         images: pictures they have.
         names: of the sources, each once.
+        multimodal: how many of the samples have pictures.
         folder: of the columns.
     """
 
@@ -85,7 +86,8 @@ class SampleSet:
     needs: np.ndarray
     images: np.ndarray
 
-    def __init__(self, sources: Sequence[IndexedSource], folder: Path):
+    def __init__(self, sources: Sequence[IndexedSource], folder: Path, multimodal: int):
+        self.multimodal = multimodal
         self.sources, all_names = list(sources), [source.reader.name for source in sources]
         self.names = list(dict.fromkeys(all_names))
         self._name_of = np.array([self.names.index(name) for name in all_names], np.uint16)
@@ -101,6 +103,10 @@ class SampleSet:
     def name_numbers(self) -> np.ndarray:
         """Number of the name of each sample's source, uint16 `(n,)`."""
         return self.source if len(self.names) == len(self.sources) else self._name_of[self.source]
+
+    def name_number(self, number: int) -> int:
+        """Number of the name of one sample's source."""
+        return int(self._name_of[self.source[number]])
 
     def __deepcopy__(self, memo: dict) -> SampleSet:
         return self       # MindSpore copies what it reads from; this does not change
@@ -143,6 +149,7 @@ class Summary:
 
     Attributes:
         total: samples before.
+        multimodal: samples with pictures, of those that are used.
         unusable: samples with a picture that cannot be partitioned, and the last sentence about one.
         cut: samples that are used in part.
         dropped: samples of which not even the first round fits.
@@ -151,6 +158,7 @@ class Summary:
     """
 
     total: int = 0
+    multimodal: int = 0
     unusable: int = 0
     last: str = ""
     cut: int = 0
@@ -184,7 +192,7 @@ def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share
                 _write(sources, shapes, part)
     summary = Summary(**read_json(target / SUMMARY))
     _tell(summary, shapes, max_bad_share)
-    return SampleSet(sources, target)
+    return SampleSet(sources, target, summary.multimodal)
 
 
 def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> None:
@@ -196,8 +204,7 @@ def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> No
         sentences = dict(index.description.unusable)
         for block in (entries[start:start + BLOCK] for start in range(0, len(entries), BLOCK)):
             pairs, fitting = fitting_rounds(index, block, shapes)
-            unusable = np.array([int(sample) in sentences for sample in block]) if sentences else np.zeros(len(block),
-                                                                                                          bool)
+            unusable = np.isin(block, list(sentences))
             if unusable.any():
                 summary.unusable += int(unusable.sum())
                 summary.last = sentences[int(block[np.flatnonzero(unusable)[-1]])]
@@ -210,6 +217,7 @@ def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> No
                 most.append(needs.max(0))
             kept = fitting > 0
             needs = index.needs[index.pair_starts[block[kept]] + fitting[kept] - 1]
+            summary.multimodal += int(np.count_nonzero(needs[:, 2]))
             columns = {"source": np.full(int(kept.sum()), number), "sample": block[kept], "pairs": fitting[kept],
                        "needs": needs[:, :2], "images": needs[:, 2]}
             for name, column in columns.items():
