@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mindformers_ixc import terminal
-from mindformers_ixc.data.columns import give_back
+from mindformers_ixc.data.columns import give_back, unmap
 from mindformers_ixc.data.index.building import key_of, locked
 from mindformers_ixc.data.packer import Rows
 from mindformers_ixc.data.sampling import RunPlan
@@ -19,6 +19,9 @@ from mindformers_ixc.files import read_json, whole_file, write_whole
 VERSION = 1
 
 FACTS = "plan.json"
+
+# Rows that are looked up before what was mapped of the files is let go of.
+LOOKS = 1024
 
 
 class SavedPlan(RunPlan):
@@ -33,6 +36,7 @@ class SavedPlan(RunPlan):
     def __init__(self, make: Callable[[int], RunPlan], folder: Path, batch_rows: int):
         self.folder, self._make_plan = folder, make
         self._plan: RunPlan | None = None
+        self._looks = 0
         folder.mkdir(parents=True, exist_ok=True)
         with self._alone():
             facts = self._facts()
@@ -74,6 +78,14 @@ class SavedPlan(RunPlan):
                     del rows, column
                     give_back()
         return Rows(*(np.load(file, mmap_mode="r") for file in files))
+
+    def row(self, place: int) -> list[int]:
+        """See `RunPlan.row`; what is mapped of the rows is kept small."""
+        self._looks += 1
+        if self._looks % LOOKS == 0:
+            for rows in list(self._known.values()):
+                unmap(rows.order, rows.starts)
+        return super().row(place)
 
     def _check(self, epochs: int) -> None:
         """Checks that so many epochs can be made, unless that was done before."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mindformers_ixc.data.columns import unmap
 from mindformers_ixc.data.conversations import Conversation, ConversationReader
 from mindformers_ixc.data.drawing import resampled
 from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, first_pairs
@@ -30,6 +31,9 @@ VERSION = 2
 
 # Samples that are looked at together.
 BLOCK = 1 << 18
+
+# Samples that are read before what was mapped of the columns is let go of: each may map 64 kB of each of them.
+LOOKS = 64
 
 # Columns, as `store.COLUMNS`: number of the source, of the sample in it, its rounds that are used, the positions and
 # tiles that they take, and their pictures.
@@ -88,6 +92,7 @@ class SampleSet:
 
     def __init__(self, sources: Sequence[IndexedSource], folder: Path, multimodal: int):
         self.multimodal = multimodal
+        self._looks, self._looked_at = 0, dict[int, SourceIndex]()
         self.sources, all_names = list(sources), [source.reader.name for source in sources]
         self.names = list(dict.fromkeys(all_names))
         self._name_of = np.array([self.names.index(name) for name in all_names], np.uint16)
@@ -120,6 +125,7 @@ class SampleSet:
         """
         source, sample = self.sources[int(self.source[number])], int(self.sample[number])
         index = source.index
+        self._unmap_sometimes(index)
         try:
             found = source.reader.read(sample, Place(*index.places[sample].tolist()))
         except DataError as error:
@@ -132,6 +138,16 @@ class SampleSet:
             raise DataError(f"{found.where} has {len(found.images)} pictures, and had {len(found.sizes)} when the data "
                             "were indexed; remove the index, and it is built anew.")
         return first_pairs(found, int(self.pairs[number]))
+
+    def _unmap_sometimes(self, index: SourceIndex) -> None:
+        """Keeps what is mapped of the columns small: samples by chance would soon have looked at every page."""
+        self._looked_at[id(index)] = index
+        self._looks += 1
+        if self._looks % LOOKS == 0:
+            looked_at, self._looked_at = self._looked_at, {}
+            for one in looked_at.values():
+                unmap(one.places, one.picture_starts, one.sizes)
+            unmap(self.source, self.sample, self.pairs, self.needs, self.images)
 
     def __iter__(self) -> Iterator[Conversation]:
         return map(self.__getitem__, range(len(self)))
