@@ -160,8 +160,7 @@ def measure(data: Path, few: Path, packed: bool) -> None:
     print(f"first batch, all cached       {middle(again, 'first batch'):8.1f} s   "
           f"(the data set is there after {middle(again, 'open'):.2f} s)")
     result(start(few, packed))
-    for name, found in ((f"with {FEW:,} samples", [result(start(few, packed)) for _ in range(3)]),
-                        ("with all", again)):
+    for name, found in ((f"with {FEW:,} samples", [result(start(few, packed))]), ("with all", again)):
         print(f"memory of a rank {name:21}{middle(found, 'own'):8.1f} MB its own, {middle(found, 'mapped'):.1f} MB of "
               f"the index, {middle(found, 'mapped later'):.1f} MB of it after {READ:,} rows")
     for _ in range(2):              # rows of a larger global batch are planned first
