@@ -238,6 +238,7 @@ def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> No
                        "needs": needs[:, :2], "images": needs[:, 2]}
             for name, column in columns.items():
                 writers[name].add(column)
+            unmap(index.pair_starts, index.needs)
     for writer in writers.values():
         writer.close()
     if least:
