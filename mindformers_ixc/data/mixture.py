@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ixc.data.packed_plan import Packing, plan_packed
+from mindformers_ixc.data.columns import count_values, places_where
+from mindformers_ixc.data.packed_plan import Packing, draw_everything, plan_packed
 from mindformers_ixc.data.sampling import (
     MixtureSource,
     RunPlan,
@@ -105,38 +106,40 @@ def make_planner(sources: np.ndarray, multimodal: np.ndarray, names: Sequence[st
     """
     if section is None:
         if packing is not None:
-            return partial(plan_packed, partial(_everything, len(sources)), packing, seed, True, shuffle)
-        kinds = [np.flatnonzero(multimodal).astype(np.int32), np.flatnonzero(~multimodal).astype(np.int32)]
-        return partial(plan_batches, partial(_epoch, kinds, seed, shuffle, drop_remainder))
-    members = {name: np.flatnonzero(sources == number).astype(np.int32) for number, name in enumerate(names)}
-    weights = mixture_weights({name: len(indices) for name, indices in members.items()}, section)
+            return partial(plan_packed, draw_everything, packing, seed, True, shuffle)
+        return partial(plan_batches, partial(_epoch, multimodal, seed, shuffle, drop_remainder))
+    sizes = count_values(sources, least=len(names)).tolist()
+    weights = mixture_weights(dict(zip(names, sizes)), section)
     samples = section.get("samples_per_epoch") or len(sources)
     check_shares(weights, samples)
+    shares = list(weights.values())
     if packing is not None:
-        draw = partial(_drawn, list(members.values()), list(weights.values()), seed, samples)
-        return partial(plan_packed, draw, packing, seed, False, True)
-    parts = []
-    for name, indices in members.items():
-        for kind, wanted in enumerate((True, False)):
-            chosen = indices[multimodal[indices] == wanted]
-            if len(chosen):   # a source of both kinds shares its weight between them by number
-                parts.append(MixtureSource(kind, weights[name] * len(chosen) / len(indices), chosen))
-    return partial(plan_batches, partial(_mixture, parts, seed, samples))
+        return partial(plan_packed, partial(_drawn, sources, shares, seed, samples), packing, seed, False, True)
+    return partial(plan_batches, partial(_mixture, sources, multimodal, shares, seed, samples))
 
 
-def _everything(count: int, epoch: int) -> np.ndarray:
-    return np.arange(count, dtype=np.int32)
+# Which samples are of which kind and source is found anew for every epoch: that takes a moment, and a run that has the
+# rows of its epochs on disk holds nothing of it.
+
+def _drawn(sources: np.ndarray, weights: Sequence[float], seed: int, samples: int, epoch: int) -> np.ndarray:
+    members = [places_where(sources, number) for number in range(len(weights))]
+    return draw_samples(members, weights, seed, epoch, samples)
 
 
-def _drawn(sources: Sequence[np.ndarray], weights: Sequence[float], seed: int, samples: int,
+def _epoch(multimodal: np.ndarray, seed: int, shuffle: bool, drop_remainder: bool, batch_size: int,
            epoch: int) -> np.ndarray:
-    return draw_samples(sources, weights, seed, epoch, samples)
-
-
-def _epoch(kinds: Sequence[np.ndarray], seed: int, shuffle: bool, drop_remainder: bool, batch_size: int,
-           epoch: int) -> np.ndarray:
+    kinds = [places_where(multimodal, True), places_where(multimodal, False)]
     return plan_epoch(kinds, batch_size, seed, epoch, shuffle, drop_remainder)
 
 
-def _mixture(parts: Sequence[MixtureSource], seed: int, samples: int, batch_size: int, epoch: int) -> np.ndarray:
+def _mixture(sources: np.ndarray, multimodal: np.ndarray, weights: Sequence[float], seed: int, samples: int,
+             batch_size: int, epoch: int) -> np.ndarray:
+    parts = []
+    for number, weight in enumerate(weights):
+        indices = places_where(sources, number)
+        of_kind = multimodal[indices]
+        for kind, wanted in enumerate((True, False)):
+            chosen = indices[of_kind == wanted]
+            if len(chosen):   # a source of both kinds shares its weight between them by number
+                parts.append(MixtureSource(kind, weight * len(chosen) / len(indices), chosen))
     return plan_mixture(parts, batch_size, seed, epoch, max(1, samples // batch_size))

@@ -7,9 +7,12 @@ of each two neighbours one goes to either half, and the differences between such
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from mindformers_ixc.data.packer import Rows
+from mindformers_ixc.data.columns import blocks, count_values, sorted_by, unmap
+from mindformers_ixc.data.packer import PART, Rows
 
 # Nodes of more rows are halved by matching equal differences, at once for all pairs; in smaller ones the side of each
 # pair is chosen by what the pairs before it have done. Stretches of a few hundred rows depend on the smaller ones.
@@ -34,13 +37,14 @@ def mix_rows(rows: Rows, sources: np.ndarray, seed: int) -> Rows:
     if count < 2:
         return rows
     rng = np.random.default_rng([seed & 0xFFFFFFFF, count])
-    held = _Contents(rows, np.asarray(sources))
-    order = rng.permutation(np.arange(count))
-    order = order[np.lexsort([key[order] for key in held.sorting_keys()])]
+    held = _Contents(rows, np.asanyarray(sources))
+    order = np.arange(count, dtype=np.int32)
+    rng.shuffle(order)
+    order = sorted_by(order, *held.sorting_keys())
     # equal differences of these numbers are, almost surely, equal differences of what rows hold
-    mark = np.bincount(held.row, rng.random(held.sources)[held.source] * held.number, count)
+    mark = held.weighed(rng.random(held.sources))
     levels = int(count - 1).bit_length()
-    path = np.zeros(count, np.int64)              # which half, and which half of that, and so on
+    path = np.zeros(count, np.int32)              # which half, and which half of that, and so on
     level = 0
     while count >> level > SMALL_NODE:
         order, path = _apply(order, path, _match(order, path, mark, rng))
@@ -63,38 +67,56 @@ class _Contents:
 
     Attributes:
         sources: their number.
-        row: of each entry, ascending.
+        starts: where the entries of each row begin, and the end.
         source: of each entry.
         number: of samples, of each entry.
         shares: of each source, of all samples.
     """
 
     def __init__(self, rows: Rows, sources: np.ndarray):
-        of_sample = sources[rows.order]
-        self.rows, self.sources = len(rows), int(of_sample.max()) + 1
-        self.shares = np.bincount(of_sample, minlength=self.sources) / len(of_sample)
-        pairs, self.number = np.unique(rows.row_numbers() * self.sources + of_sample, return_counts=True)
-        self.row, self.source = pairs // self.sources, pairs % self.sources
-        self.starts = np.searchsorted(self.row, np.arange(self.rows + 1))
+        counts = count_values(sources, rows.order)
+        self.rows, self.sources, self.shares = len(rows), len(counts), counts / len(rows.order)
+        small = [np.min_scalar_type(most) for most in (self.sources, int(np.diff(rows.starts).max()))]
+        entries, source, number = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+        for part in rows.parts():
+            pairs, times = np.unique(part.row_numbers() * self.sources + sources[part.order], return_counts=True)
+            entries.append(np.bincount(pairs // self.sources, minlength=len(part)).astype(np.int32))
+            source.append((pairs % self.sources).astype(small[0]))
+            number.append(times.astype(small[1]))
+        unmap(sources)
+        self.source, self.number = np.concatenate(source), np.concatenate(number)
+        self.starts = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(np.concatenate(entries), dtype=np.int32, out=self.starts[1:])
+
+    def _parts(self) -> Iterator[tuple[slice, slice, np.ndarray]]:
+        """Some rows at a time: these, their entries, and for each entry its row among them."""
+        for rows in blocks(self.rows, PART):
+            starts = self.starts[rows.start:rows.stop + 1]
+            yield rows, slice(int(starts[0]), int(starts[-1])), np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+
+    def weighed(self, weights: np.ndarray) -> np.ndarray:
+        """What rows hold, each source by its weight, float64 `(rows,)`."""
+        return np.concatenate([np.bincount(row, weights[self.source[entries]] * self.number[entries],
+                                           rows.stop - rows.start) for rows, entries, row in self._parts()])
 
     def sorting_keys(self) -> list[np.ndarray]:
-        """Keys that bring rows together that hold alike, the most important one last, as `lexsort` wants them.
+        """Columns that bring rows together that hold alike, the most important one first.
 
         Compared are the two sources of which a row holds most, measured by the noise that chance would give.
         """
-        order = np.lexsort((self.source, -self.number / np.sqrt(self.shares[self.source]), self.row))
-        place = np.arange(len(order)) - self.starts[self.row]
-        keys = []
-        for wanted in (1, 0):
-            chosen = order[place == wanted]
-            key = np.zeros(self.rows, np.int64)
-            key[self.row[chosen]] = (self.source[chosen] + 1) * (int(self.number.max()) + 1) + self.number[chosen]
-            keys.append(key)
+        keys, step = [np.zeros(self.rows, np.int32) for _ in range(2)], int(self.number.max()) + 1
+        for rows, entries, row in self._parts():
+            source, number = self.source[entries].astype(np.int64), self.number[entries].astype(np.int64)
+            order = np.lexsort((source, -number / np.sqrt(self.shares[source]), row))
+            place = np.arange(len(order)) - (self.starts[rows] - entries.start)[row]
+            for wanted, key in enumerate(keys):
+                chosen = order[place == wanted]
+                key[rows][row[chosen]] = (source[chosen] + 1) * step + number[chosen]
         return keys
 
     def deviations(self, rows: np.ndarray) -> np.ndarray:
         """What rows have beyond the shares of the sources, float32 `(rows, sources)`; 1 is the noise of a sample."""
-        lengths = np.diff(self.starts)[rows]
+        lengths = self.starts[rows + 1] - self.starts[rows]
         first = np.repeat(self.starts[rows] - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
         entries = first + np.arange(lengths.sum())
         numbers = np.zeros((len(rows), self.sources), np.float32)
@@ -113,8 +135,8 @@ class _Pairs:
     def __init__(self, path: np.ndarray):
         new = np.concatenate([[True], path[1:] != path[:-1]])
         first = np.flatnonzero(new)
-        node = np.cumsum(new) - 1
-        within = np.arange(len(path)) - first[node]
+        node = np.cumsum(new, dtype=np.int32) - np.int32(1)
+        within = np.arange(len(path), dtype=np.int32) - first[node].astype(np.int32)
         partner = within + 1 < np.diff(np.append(first, len(path)))[node]
         self.nodes = len(first)
         self.left = np.flatnonzero((within % 2 == 0) & partner)          # place of the first of each pair
@@ -141,7 +163,7 @@ def _match(order: np.ndarray, path: np.ndarray, mark: np.ndarray, rng: np.random
     alike = np.lexsort((rng.random(len(difference)), np.abs(difference), pairs.node))
     turn = (pairs.rank(alike) + rng.integers(0, 2, pairs.nodes)[pairs.node[alike]]) % 2
     turn = np.where(difference[alike] < 0, 1 - turn, turn)
-    side = np.zeros(len(order), np.int64)
+    side = np.zeros(len(order), np.int8)
     side[pairs.left[alike]], side[pairs.left[alike] + 1] = turn, 1 - turn
     side[pairs.single] = rng.integers(0, 2, len(pairs.single))
     return side
@@ -171,7 +193,7 @@ def _balance(places: np.ndarray, path: np.ndarray, contents: np.ndarray, rng: np
     rank = pairs.rank(largest_first)
     turns = largest_first[np.argsort(rank, kind="stable")]
     ends = np.cumsum(np.bincount(rank)) if len(rank) else rank
-    side = np.zeros(len(places), np.int64)
+    side = np.zeros(len(places), np.int8)
     gap = np.zeros((pairs.nodes, contents.shape[1]), np.float32)      # first half less second
     first = 0
     for end in ends:

@@ -5,9 +5,11 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 
+from mindformers_ixc.data.columns import unmap
 from mindformers_ixc.data.ordering import mix_rows
 from mindformers_ixc.data.packer import Budget, Rows, pack, split_rows
 from mindformers_ixc.data.sampling import RunPlan
@@ -24,6 +26,9 @@ CHECKED_SAMPLES = 5_000_000
 # Rows that are added to what the first epochs of a mixture took, as a share of them. Epochs of 10,000 samples and more
 # differ by less than that.
 MARGIN = 0.001
+
+# Samples of an epoch, counted from 0, as indices; `None`: all of them, once.
+Draw = Callable[[int], Optional[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,16 @@ class Packing:
     sources: np.ndarray
     budget: Budget
 
-    def rows(self, drawn: np.ndarray, seed: int) -> Rows:
-        """Rows of drawn samples, in no order."""
-        rows = pack(self.positions[drawn], self.tiles[drawn], self.images[drawn], seed, **self.budget._asdict())
-        return Rows(drawn[rows.order], rows.starts)
+    def rows(self, drawn: np.ndarray | None, seed: int) -> Rows:
+        """Rows of drawn samples (`None`: of all), in no order."""
+        return pack(self.positions, self.tiles, self.images, seed, **self.budget._asdict(), drawn=drawn)
 
     def without_pictures(self, rows: Rows) -> int:
         """Rows in which there is no picture, for which the tower computes nothing but padding."""
-        return int((np.bincount(rows.row_numbers(), self.images[rows.order], len(rows)) == 0).sum())
+        count = sum(int((np.bincount(part.row_numbers(), self.images[part.order], len(part)) == 0).sum())
+                    for part in rows.parts())
+        unmap(self.images)
+        return count
 
 
 class _Epochs:
@@ -62,7 +69,7 @@ class _Epochs:
     unpacked samples is.
 
     Args:
-        draw: samples of an epoch.
+        draw: see `Draw`.
         packing: how they share rows.
         seed: of the run.
         constant: whether every epoch has the same samples.
@@ -70,7 +77,7 @@ class _Epochs:
         batch_rows: rows of a global batch.
     """
 
-    def __init__(self, draw: Callable[[int], np.ndarray], packing: Packing, seed: int, constant: bool, shuffle: bool,
+    def __init__(self, draw: Draw, packing: Packing, seed: int, constant: bool, shuffle: bool,
                  batch_rows: int):
         self.draw, self.packing, self.seed, self.shuffle = draw, packing, seed, shuffle
         first = self.pack(0)
@@ -82,6 +89,7 @@ class _Epochs:
         if not constant:
             counts = [needed, *(len(self.pack(epoch)) for epoch in range(1, self.tried))]
             needed = max(counts) + max(int(np.ceil(MARGIN * max(counts))), max(counts) - min(counts))
+        self._first: Rows | None = first      # mostly epoch 0 is asked for next
         self.packed_rows, self.needed = len(first), needed
         self.rows = -(-needed // batch_rows) * batch_rows
 
@@ -95,7 +103,8 @@ class _Epochs:
         Raises:
             DataError: when the samples of an epoch need more rows than an epoch has.
         """
-        packed = self.pack(epoch)
+        first, self._first = self._first, None
+        packed = first if epoch == 0 and first is not None else self.pack(epoch)
         self._check_count(epoch, len(packed))
         rows = split_rows(packed, self.rows)
         missing = self.rows - len(rows)
@@ -120,7 +129,7 @@ class _Epochs:
                             "samples_per_epoch or seed.")
 
 
-def plan_packed(draw: Callable[[int], np.ndarray], packing: Packing, seed: int, constant: bool, shuffle: bool,
+def plan_packed(draw: Draw, packing: Packing, seed: int, constant: bool, shuffle: bool,
                 batch_rows: int) -> RunPlan:
     """The plan of a run with packing.
 
@@ -128,7 +137,7 @@ def plan_packed(draw: Callable[[int], np.ndarray], packing: Packing, seed: int, 
     so a run that is resumed, or has more epochs, has it too.
 
     Args:
-        draw: samples of an epoch, counted from 0, as indices; as many in every epoch.
+        draw: see `Draw`; as many samples in every epoch.
         packing: how they share rows.
         seed: of the run.
         constant: whether every epoch has the same samples.
@@ -146,6 +155,10 @@ def plan_packed(draw: Callable[[int], np.ndarray], packing: Packing, seed: int, 
             f"them without a picture; an epoch has {epochs.rows} rows of {samples / epochs.rows:.2f} samples on "
             "average.")
     return RunPlan(epochs, epochs.rows, batch_rows, samples / epochs.rows, epochs.check, note)
+
+
+def draw_everything(epoch: int) -> None:
+    """Draws every sample, once an epoch."""
 
 
 def draw_nothing(epoch: int) -> Rows:

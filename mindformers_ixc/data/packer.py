@@ -20,10 +20,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mindformers_ixc.data.columns import blocks, highest, sorted_by, unmap
 from mindformers_ixc.errors import DataError
 
 # Samples that are packed among themselves: rows get no fuller in larger blocks, and the memory stays small.
 BLOCK = 65536
+
+# Rows that are worked on together.
+PART = 1 << 16
 
 # Classes of a block, about; and samples of a class at most. More classes fill rows no better.
 CLASSES, CLASS_SIZE = 2048, 32
@@ -95,6 +99,12 @@ class Rows:
         """Samples of a row."""
         return self.order[self.starts[number]:self.starts[number + 1]].tolist()
 
+    def parts(self, rows: int = PART) -> Iterator[Rows]:
+        """The rows, so many at a time."""
+        for part in blocks(len(self), rows):
+            first, end = self.starts[part.start], self.starts[part.stop]
+            yield Rows(self.order[first:end], self.starts[part.start:part.stop + 1] - first)
+
     def lists(self) -> Iterator[list[int]]:
         """Samples of every row."""
         return (self.row(number) for number in range(len(self)))
@@ -105,14 +115,19 @@ class Rows:
 
     def take(self, numbers: np.ndarray) -> Rows:
         """The rows of the given numbers, in their order."""
-        lengths = np.diff(self.starts)[numbers]
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        first = np.repeat(self.starts[:-1][numbers] - starts[:-1], lengths)
-        return Rows(self.order[first + np.arange(starts[-1])], starts.astype(np.int32))
+        lengths = np.diff(self.starts)
+        starts = np.zeros(len(numbers) + 1, np.int32)
+        np.cumsum(lengths[numbers], dtype=np.int32, out=starts[1:])
+        order = np.empty(starts[-1], self.order.dtype)
+        for part in blocks(len(numbers), PART):
+            chosen, first, end = numbers[part], starts[part.start], starts[part.stop]
+            moved = np.repeat(self.starts[chosen] - starts[part], lengths[chosen])
+            order[first:end] = self.order[moved + np.arange(first, end)]
+        return Rows(order, starts)
 
 
 def pack(positions: np.ndarray, tiles: np.ndarray, images: np.ndarray, seed: int, *, seq_length: int, max_tiles: int,
-         max_images: int, max_segments: int, block: int = BLOCK) -> Rows:
+         max_images: int, max_segments: int, block: int = BLOCK, drawn: np.ndarray | None = None) -> Rows:
     """Rows of several samples that fill both positions and tiles.
 
     Each row begins with the sample that is largest by the budgets and takes what then leaves the least room, by both
@@ -131,40 +146,75 @@ def pack(positions: np.ndarray, tiles: np.ndarray, images: np.ndarray, seed: int
         max_images: see `Budget`.
         max_segments: see `Budget`.
         block: samples that are packed among themselves at most.
+        drawn: indices of the samples that are packed, int32, each as often as it is drawn; by default all, once.
 
     Returns:
-        Rows in which every sample is once, as indices into the arrays.
+        Rows in which every sample is once, or as often as it is drawn, as indices into the arrays.
 
     Raises:
         DataError: when a sample does not fit alone.
     """
     budget = Budget(seq_length, max_tiles, max_images, max_segments)
-    positions, tiles, images = (np.asarray(values).astype(np.int32) for values in (positions, tiles, images))
+    positions, tiles, images = (np.asanyarray(values).astype(np.int32, copy=False)
+                                for values in (positions, tiles, images))
     _check_fit(positions, tiles, images, budget)
-    count = len(positions)
+    shuffled = np.arange(len(positions), dtype=np.int32) if drawn is None else np.array(drawn, np.int32)
+    count = len(shuffled)
     if count == 0:
         return Rows(np.zeros(0, np.int32), np.zeros(1, np.int32))
-    shuffled = np.random.default_rng([seed & 0xFFFFFFFF, count]).permutation(count).astype(np.int32)
-    by_size = shuffled[np.lexsort((images[shuffled], positions[shuffled], tiles[shuffled]))]
-    blocks = -(-count // block)
-    orders, lengths = [], []
-    for first in range(blocks):        # every block has the sizes of the whole
-        members = by_size[first::blocks]
-        order, length = _pack_block(positions[members], tiles[members], images[members], budget)
-        orders.append(members[order])
-        lengths.append(length)
-    return Rows(np.concatenate(orders), np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int32))
+    np.random.default_rng([seed & 0xFFFFFFFF, count]).shuffle(shuffled)
+    sizes = _Sizes(positions, tiles, images)
+    by_size = sorted_by(shuffled, sizes.codes)
+    del shuffled
+    number = -(-count // block)
+    order, end, lengths = np.empty(count, np.int32), 0, []
+    for first in range(number):        # every block has the sizes of the whole
+        members = by_size[first::number]
+        places, length = _pack_block(*sizes.at(members), budget)
+        order[end:end + len(members)] = members[places]
+        lengths.append(length.astype(np.int32))
+        end += len(members)
+    starts = np.zeros(sum(map(len, lengths)) + 1, np.int32)
+    np.cumsum(np.concatenate(lengths), dtype=np.int32, out=starts[1:])
+    return Rows(order, starts)
 
 
 def _check_fit(positions: np.ndarray, tiles: np.ndarray, images: np.ndarray, budget: Budget) -> None:
     budget.check()
     for name, values, most in (("positions", positions, budget.longest), ("tiles", tiles, budget.max_tiles),
                                ("pictures", images, budget.max_images)):
-        if len(values) and values.max() > most:
+        if len(values) and highest(values) > most:
             place = int(np.argmax(values))
             raise DataError(f"Sample {place} needs {values[place]} {name}, but a row of seq_length "
                             f"{budget.seq_length}, max_tiles {budget.max_tiles}, max_images {budget.max_images} and "
                             f"max_segments {budget.max_segments} has room for {most}; raise the budget of rows.")
+
+
+class _Sizes:
+    """Sizes of samples, one number for each, which is larger the more tiles, then positions, then pictures it has.
+
+    Columns that are mapped into memory are read once, from the first to the last.
+
+    Args:
+        positions: of each sample.
+        tiles: of each sample.
+        images: of each sample.
+    """
+
+    def __init__(self, positions: np.ndarray, tiles: np.ndarray, images: np.ndarray):
+        self.steps = highest(positions) + 1, highest(images) + 1
+        most = (highest(tiles) + 1) * self.steps[0] * self.steps[1]
+        self.codes = np.empty(len(positions), np.uint32 if most <= 1 << 32 else np.int64)
+        for part in blocks(len(positions)):
+            code = tiles[part].astype(np.int64) * self.steps[0] + positions[part]
+            self.codes[part] = code * self.steps[1] + images[part]
+            unmap(positions, tiles, images)
+
+    def at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Positions, tiles and pictures of some samples, int32."""
+        rest, images = np.divmod(self.codes[places].astype(np.int64), self.steps[1])
+        tiles, positions = np.divmod(rest, self.steps[0])
+        return positions.astype(np.int32), tiles.astype(np.int32), images.astype(np.int32)
 
 
 class _Class(NamedTuple):
@@ -304,14 +354,24 @@ def split_rows(rows: Rows, count: int) -> Rows:
     Returns:
         `count` rows; fewer when each has one sample.
     """
-    lengths = np.diff(rows.starts)
-    heap = [(-int(length), int(start)) for length, start in zip(lengths, rows.starts[:-1])]
+    missing = count - len(rows)
+    heap = [(-length, start) for length, start in _longest(rows, missing)]
     heapify(heap)
-    cuts = []
-    while heap and heap[0][0] < -1 and len(heap) < count:
+    cuts = list[int]()
+    while heap and heap[0][0] < -1 and len(cuts) < missing:
         length, start = heap[0]
         half = -length // 2
         heapreplace(heap, (-half, start))
         cuts.append(start + half)
         heappush(heap, (length + half, start + half))
     return Rows(rows.order, np.sort(np.concatenate([rows.starts, np.array(cuts, np.int32)])).astype(np.int32))
+
+
+def _longest(rows: Rows, count: int) -> list[tuple[int, int]]:
+    """Length and start of as many rows, those of most samples, and of equal ones the first; others are not halved."""
+    lengths = np.diff(rows.starts)
+    counts = np.cumsum(np.bincount(lengths)[::-1])[::-1]        # rows of so many samples and more
+    shortest = max(1, int(np.searchsorted(-counts, -count, side="right")) - 1)
+    longer = np.flatnonzero(lengths > shortest)
+    chosen = np.concatenate([longer, np.flatnonzero(lengths == shortest)[:max(0, count - len(longer))]])
+    return list(zip(lengths[chosen].tolist(), rows.starts[chosen].tolist()))

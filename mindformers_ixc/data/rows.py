@@ -36,21 +36,25 @@ class SharedFlags:
     """
 
     def __init__(self, count: int):
-        self._flags = multiprocessing.Array("b", count)
+        self._bits = multiprocessing.Array("B", -(-count // 8))
+        self._raised = multiprocessing.Value("q", 0, lock=False)       # its lock is that of the bits
 
     def __deepcopy__(self, memo: dict) -> SharedFlags:
         return self
 
     def __getitem__(self, index: int) -> bool:
-        return bool(self._flags[index])
+        return bool(self._bits.get_obj()[index // 8] >> index % 8 & 1)
 
     def set(self, index: int) -> None:
         """Marks the row `index`, for all processes."""
-        self._flags[index] = 1
+        with self._bits.get_lock():
+            if not self[index]:
+                self._bits.get_obj()[index // 8] |= 1 << index % 8
+                self._raised.value += 1
 
     def count(self) -> int:
         """Number of raised flags."""
-        return sum(self._flags[:])
+        return self._raised.value
 
 
 class Samples(Protocol):
@@ -75,6 +79,9 @@ class Samples(Protocol):
     def name_numbers(self) -> np.ndarray:
         """Number of the name of each sample's source, int `(n,)`."""
 
+    def name_number(self, index: int) -> int:
+        """Number of the name of one sample's source."""
+
 
 class ListedSamples:
     """Samples in memory; see `Samples`."""
@@ -91,6 +98,10 @@ class ListedSamples:
 
     def __getitem__(self, index: int) -> Conversation:
         return self.samples[index]
+
+    def name_number(self, index: int) -> int:
+        """Number of the name of one sample's source."""
+        return int(self.name_numbers[index])
 
     def where(self, index: int) -> str:
         """Names a sample in messages."""
@@ -135,7 +146,8 @@ class ConversationTable:
         self.source_names = self.samples.names
         self._needs = needs
         self._bad = SharedFlags(len(self.samples))
-        check_images(self.samples, self.max_images)
+        if isinstance(self.samples, ListedSamples):          # of others those that do not fit are left out
+            check_images(self.samples, self.max_images)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -202,7 +214,7 @@ class ConversationTable:
 
     def source_of(self, index: int) -> str:
         """Name of a sample's source."""
-        return self.source_names[self.samples.name_numbers[index]]
+        return self.source_names[self.samples.name_number(index)]
 
     def describe(self, index: int) -> str:
         """Names a sample in messages."""
@@ -230,7 +242,7 @@ class ConversationTable:
         source, end = np.zeros(self.seq_length, np.int32), 0     # any number in the padding, where no label is
         for index, encoded in members:
             first, end = end, end + len(encoded.input_ids)
-            source[first:end] = self.samples.name_numbers[index]
+            source[first:end] = self.samples.name_number(index)
         return {**joined, "noise_seed": noise_seed(self.seed, place), "source": source}
 
 

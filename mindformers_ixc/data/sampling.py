@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mindformers_ixc.data.columns import blocks
 from mindformers_ixc.data.packer import Rows
 
 # Steps of this size through [0, 1) leave gaps as even as they can be, for any number of steps (the golden ratio).
@@ -44,7 +45,7 @@ def plan_epoch(kinds: Sequence[Sequence[int] | np.ndarray], batch_size: int, see
     Returns:
         int32 `(batches, batch_size)`.
     """
-    queues, turns = [], []
+    queues, turns = list[np.ndarray](), list[np.ndarray]()
     for number, kind in enumerate(kinds):
         if not len(kind):
             continue
@@ -57,12 +58,19 @@ def plan_epoch(kinds: Sequence[Sequence[int] | np.ndarray], batch_size: int, see
         turns.append(np.arange(whole))
     if not queues:
         return np.zeros((0, batch_size), np.int32)
-    return np.concatenate(queues)[np.argsort(np.concatenate(turns), kind="stable")]
+    taken = np.argsort(np.concatenate(turns), kind="stable")
+    places = np.empty(len(taken), np.int32)
+    places[taken] = np.arange(len(taken), dtype=np.int32)
+    plan = np.empty((len(taken), batch_size), np.int32)
+    for queue, turn in zip(queues, np.split(places, np.cumsum([len(queue) for queue in queues])[:-1])):
+        plan[turn] = queue
+    return plan
 
 
 def _shuffled(indices: Sequence[int] | np.ndarray, seed: str) -> np.ndarray:
     """The indices in another order, int32."""
-    order = array("i", np.asarray(indices, np.int32).tobytes())
+    order = array("i")
+    order.frombytes(np.ascontiguousarray(indices, np.int32).view(np.uint8))
     random.Random(seed).shuffle(order)
     return np.frombuffer(order, np.int32)
 
@@ -108,20 +116,43 @@ def plan_mixture(sources: Sequence[MixtureSource], batch_size: int, seed: int, e
     """
     kinds = sorted({source.kind for source in sources})
     weights = [sum(source.weight for source in sources if source.kind == kind) for kind in kinds]
-    chosen = spread(weights, 0, (epoch + 1) * batches)
+    batches_before, chosen = _counted(weights, epoch * batches), _spread_small(weights, epoch * batches, batches)
     plan = np.empty((batches, batch_size), np.int32)           # every batch has a kind, so each of them is filled
     for number, kind in enumerate(kinds):
         members = [source for source in sources if source.kind == kind]
-        before = int(np.sum(chosen[:epoch * batches] == number)) * batch_size
-        places = np.flatnonzero(chosen[epoch * batches:] == number)
-        picks = spread([source.weight for source in members], 0, before + len(places) * batch_size)
-        drawn = np.empty(len(places) * batch_size, np.int32)
-        for i, source in enumerate(members):
-            used = int(np.sum(picks[:before] == i))
-            here = np.flatnonzero(picks[before:] == i)
-            drawn[here] = _pass_after_pass(source.indices, f"{seed} {kind} {i}", used, len(here))
-        plan[places] = drawn.reshape(-1, batch_size)
+        before, here = int(batches_before[number]) * batch_size, chosen == number
+        drawn = _draw([source.indices for source in members], [source.weight for source in members],
+                      [f"{seed} {kind} {i}" for i in range(len(members))], before,
+                      int(np.count_nonzero(here)) * batch_size)
+        plan[here] = drawn.reshape(-1, batch_size)
     return plan
+
+
+def _counted(weights: Sequence[float], stop: int) -> np.ndarray:
+    """How often each of several choices stands at the first `stop` places of `spread`, int64."""
+    counts = np.zeros(len(weights), np.int64)
+    for part in blocks(stop, COUNTED):
+        counts += np.bincount(spread(weights, part.start, part.stop), minlength=len(weights))
+    return counts
+
+
+def _spread_small(weights: Sequence[float], start: int, count: int) -> np.ndarray:
+    """`spread` of so many places, as numbers that are as small as they can be."""
+    found = np.empty(count, np.min_scalar_type(len(weights)))
+    for part in blocks(count, COUNTED):
+        found[part] = spread(weights, start + part.start, start + part.stop)
+    return found
+
+
+def _draw(sources: Sequence[Sequence[int] | np.ndarray], weights: Sequence[float], seeds: Sequence[str], start: int,
+          count: int) -> np.ndarray:
+    """Places `start` to `start + count` of a mixture that goes through each source pass after pass, int32."""
+    before, picks = _counted(weights, start), _spread_small(weights, start, count)
+    drawn = np.empty(count, np.int32)
+    for number, (indices, seed) in enumerate(zip(sources, seeds)):
+        here = picks == number
+        drawn[here] = _pass_after_pass(indices, seed, int(before[number]), int(np.count_nonzero(here)))
+    return drawn
 
 
 def _pass_after_pass(indices: Sequence[int] | np.ndarray, seed: str, start: int, count: int) -> np.ndarray:
@@ -149,15 +180,8 @@ def draw_samples(sources: Sequence[Sequence[int] | np.ndarray], weights: Sequenc
     Returns:
         int32 `(samples,)`.
     """
-    before = np.zeros(len(sources), np.int64)
-    for first in range(0, epoch * samples, COUNTED):
-        before += np.bincount(spread(weights, first, min(first + COUNTED, epoch * samples)), minlength=len(sources))
-    picks = spread(weights, epoch * samples, (epoch + 1) * samples)
-    drawn = np.empty(samples, np.int32)
-    for number, indices in enumerate(sources):
-        here = np.flatnonzero(picks == number)
-        drawn[here] = _pass_after_pass(indices, f"{seed} source {number}", int(before[number]), len(here))
-    return drawn
+    return _draw(sources, weights, [f"{seed} source {number}" for number in range(len(sources))], epoch * samples,
+                 samples)
 
 
 class RunPlan:
@@ -188,9 +212,13 @@ class RunPlan:
         """Rows of an epoch, counted from 0."""
         rows = self._known.get(number)
         if rows is None:
-            rows = self._make(number)
+            rows = self.made(number)
             self._known = {**dict(list(self._known.items())[1 - KEPT_EPOCHS:]), number: rows}
         return rows
+
+    def made(self, number: int) -> Rows:
+        """Rows of an epoch for whoever keeps them: they are not remembered here."""
+        return self._make(number)
 
     def row(self, place: int) -> list[int]:
         """Sample indices of the row at a place of the run."""
@@ -209,11 +237,14 @@ def plan_batches(batches: Callable[[int, int], np.ndarray], batch_rows: int) -> 
         batches: of sample indices, of (global batch size, epoch); in every epoch as many.
         batch_rows: the global batch size.
     """
-    def make(epoch: int) -> Rows:
-        order = np.asarray(batches(batch_rows, epoch), np.int32).reshape(-1)
-        return Rows(order, np.arange(len(order) + 1, dtype=np.int32))
+    first = [np.asarray(batches(batch_rows, 0), np.int32).reshape(-1)]        # mostly it is asked for next
 
-    return RunPlan(make, len(make(0)), batch_rows)
+    def make(epoch: int) -> Rows:
+        known = first.pop() if first else None
+        order = known if epoch == 0 and known is not None else np.asarray(batches(batch_rows, epoch), np.int32)
+        return Rows(order.reshape(-1), np.arange(order.size + 1, dtype=np.int32))
+
+    return RunPlan(make, len(first[0]), batch_rows)
 
 
 class PlanSampler:
@@ -243,9 +274,14 @@ class PlanSampler:
 
     def places(self, epoch: int) -> np.ndarray:
         """Places of this rank's rows of an epoch, int64."""
-        size, total = self.batch_size * self.ranks, self.plan.epoch_rows
-        first = np.arange(epoch * total, (epoch + 1) * total, size) + self.rank * self.batch_size
-        return (first[:, None] + np.arange(self.batch_size)).reshape(-1)
+        steps = self.plan.epoch_rows // (self.batch_size * self.ranks)
+        return self._places(epoch * steps, steps)
+
+    def _places(self, step: int, steps: int) -> np.ndarray:
+        """Places of this rank's rows of so many steps, of which the first is counted from 0 over the whole run."""
+        size = self.batch_size * self.ranks                   # epochs are whole global batches, one after the other
+        first = np.arange(step * size, (step + steps) * size, size)[:, None] + self.rank * self.batch_size
+        return (first + np.arange(self.batch_size)).reshape(-1)
 
     def rows(self, step: int) -> list[list[int]]:
         """Rows, as sample indices, of the global batch of a step, counted from 0 over the whole run."""
@@ -265,12 +301,9 @@ class PlanSampler:
 
     def take(self) -> np.ndarray:
         """Places of the next iteration, int64."""
-        places = self.places(self.epoch)
-        if self.skip:
-            rest = self.skip * self.batch_size
-            places = np.concatenate([places[rest:], self.places(self.epoch + 1)[:rest]])
+        steps = self.plan.epoch_rows // (self.batch_size * self.ranks)
         self.epoch += 1
-        return places
+        return self._places((self.epoch - 1) * steps + self.skip, steps)
 
     def __iter__(self) -> Iterator[int]:
         return map(int, self.take())

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,19 @@ from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, M
 from mindspore.dataset import GeneratorDataset, Sampler
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN
+from mindformers_ixc.data.columns import unmap
 from mindformers_ixc.data.conversations import read_image_sizes
 from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, fit_pairs
 from mindformers_ixc.data.index.keys import Measures
 from mindformers_ixc.data.index.plans import saved
-from mindformers_ixc.data.index.samples import IndexedSource, make_samples
+from mindformers_ixc.data.index.samples import IndexedSource, SampleSet, make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.mixture import Planner, make_planner
 from mindformers_ixc.data.packed_plan import Packing
+from mindformers_ixc.data.packer import Budget
 from mindformers_ixc.data.preferences import PreferenceTable, load_preferences
 from mindformers_ixc.data.rows import MAX_BAD_SHARE, ConversationTable, make_processor
-from mindformers_ixc.data.sampling import PlanSampler
+from mindformers_ixc.data.sampling import PlanSampler, RunPlan
 from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.native import library
@@ -156,16 +159,21 @@ def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, Pl
     table = ConversationTable(processor, samples, config.seq_length, config.max_tiles, shapes.hd_num, share,
                               samples.needs, list(config.input_columns or BATCH_COLUMNS), seed, budget.max_images,
                               segments)
-    multimodal = samples.images > 0
-    logger.info(f"{multimodal.sum()} multimodal and {(~multimodal).sum()} text-only samples.")
-    packing = None
-    if config.packing:
-        packing = Packing(samples.needs[:, 0], samples.needs[:, 1], samples.images, samples.name_numbers, budget)
+    logger.info(f"{samples.multimodal} multimodal and {len(samples) - samples.multimodal} text-only samples.")
     settings = (mixture, seed, loader.shuffle, bool(config.get("drop_remainder", True)))
-    planner = make_planner(samples.name_numbers, multimodal, samples.names, *settings, packing)
+    packing = budget if config.packing else None
+    planner = partial(_plan, samples, packing, settings)
     names = [source.reader.name for source in sources]         # those of a mixture; equal ones are one source
     return table, saved(planner, samples.folder.parent.parent, samples.folder.name, names, bool(packing), budget,
                         *settings)
+
+
+def _plan(samples: SampleSet, budget: Budget | None, settings: tuple, batch_rows: int) -> RunPlan:
+    """The plan of a run over samples; of the ranks of a machine one makes it, and the others look at none of this."""
+    numbers, multimodal = samples.name_numbers, samples.images > 0
+    unmap(samples.images)
+    packing = Packing(samples.needs[:, 0], samples.needs[:, 1], samples.images, numbers, budget) if budget else None
+    return make_planner(numbers, multimodal, samples.names, *settings, packing)(batch_rows)
 
 
 @MindFormerRegister.register(MindFormerModuleType.DATASET)

@@ -19,6 +19,7 @@ from itertools import chain
 from typing import Any
 
 from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.data.columns import unmap
 from mindformers_ixc.operations import goodput, training_costs
 
 # Keys of a row of `metrics.jsonl` that depend on the clock: two runs that do the same differ in them.
@@ -65,6 +66,7 @@ def work_of(dataset: Any, step: int) -> Work:
     rows = sampler.rows(step)
     samples = tuple(chain.from_iterable(rows))
     needs = table.needs[list(samples)]                 # positions of each sequence of a sample, then its tiles
+    unmap(table.needs)
     length, tiles = sampler.row_shape
     sequences = needs.shape[1] - 1
     return Work(samples, tuple(needs[:, :-1].reshape(-1).tolist()), int(needs[:, -1].sum()),

@@ -299,6 +299,20 @@ def test_a_saved_plan_is_the_plan_and_is_made_once(tmp_path):
     assert made == [4, 4]
 
 
+def test_samples_and_rows_are_the_same_after_their_columns_were_let_go_of(tmp_path, monkeypatch):
+    sources = open_sources({"dataset_dir": str(write(tmp_path))}, 0, measures(), tmp_path / "index")
+    found = make_samples(sources, Shapes(10_000, 99, 4), 0.01, tmp_path / "index")
+    assert found.multimodal == np.count_nonzero(found.images)
+    planner = saved(mixture.make_planner(found.name_numbers, found.images > 0, found.names, None, 0, True, True),
+                    tmp_path / "index", "a run")
+    rows, samples = [planner(2).row(place) for place in range(10)], list(found)
+    for module in ("samples", "plans"):
+        monkeypatch.setattr(f"mindformers_ixc.data.index.{module}.LOOKS", 1)
+    plan = planner(2)
+    assert list(found) == samples
+    assert [plan.row(place) for place in range(10)] == rows
+
+
 def test_a_source_that_changed_is_compared_with_the_index(tmp_path):
     path = write(tmp_path)
     samples = make_samples(open_sources({"dataset_dir": str(path)}, 0, measures(), tmp_path / "index"),

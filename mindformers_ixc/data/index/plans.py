@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mindformers_ixc import terminal
+from mindformers_ixc.data.columns import give_back, unmap
 from mindformers_ixc.data.index.cleaning import FACTS, make_room
 from mindformers_ixc.data.index.folders import PLANS, writing
 from mindformers_ixc.data.index.holding import Held, locked
@@ -26,6 +27,9 @@ VERSION = 1
 # What a plan says of itself at least.
 KEYS = {"epoch_rows", "mean_samples", "note", "checked"}
 
+# Rows that are looked up before what was mapped of the files is let go of.
+LOOKS = 1024
+
 
 class SavedPlan(RunPlan):
     """A plan whose numbers and epochs are kept in a folder.
@@ -40,6 +44,7 @@ class SavedPlan(RunPlan):
     def __init__(self, make: Callable[[int], RunPlan], folder: Path, batch_rows: int, samples: str = ""):
         self.folder, self._make_plan, self._held = folder, make, _held(folder)
         self._plan: RunPlan | None = None
+        self._looks = 0
         with self._alone():
             tidy(folder)                          # what a process that was killed had begun
             facts = self._facts()
@@ -81,13 +86,23 @@ class SavedPlan(RunPlan):
             with self._alone():
                 if not is_sealed(self.folder, names, note):
                     with terminal.current.doing(f"Planning the rows of epoch {epoch + 1}"):
-                        rows = self._made(self.batch_rows).epoch(epoch)
+                        rows = self._made(self.batch_rows).made(epoch)
                     for file, column in zip(files, (rows.order, rows.starts)):
                         with whole_file(file, sync=True) as target, open(target, "wb") as opened:
                             np.save(opened, column)
                     seal(self.folder, names, note)
+                    del rows, column
+                    give_back()
                     make_room(self.folder.parent.parent)
         return Rows(*(np.load(file, mmap_mode="r") for file in files))
+
+    def row(self, place: int) -> list[int]:
+        """See `RunPlan.row`; what is mapped of the rows is kept small."""
+        self._looks += 1
+        if self._looks % LOOKS == 0:
+            for rows in list(self._known.values()):
+                unmap(rows.order, rows.starts)
+        return super().row(place)
 
     def _check(self, epochs: int) -> None:
         """Checks that so many epochs can be made, unless that was done before."""

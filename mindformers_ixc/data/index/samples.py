@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_ixc.data.conversations import LISTED_ERRORS, Conversation, ConversationReader, resample
+from mindformers_ixc.data.columns import unmap
+from mindformers_ixc.data.conversations import LISTED_ERRORS, Conversation, ConversationReader
+from mindformers_ixc.data.drawing import resampled
 from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, first_pairs
 from mindformers_ixc.data.index.cleaning import MADE_OF, make_room
 from mindformers_ixc.data.index.folders import SAMPLES, folder_of_runs, writing
@@ -31,10 +33,13 @@ from mindformers_ixc.processing.stored import StoredFile
 logger = logging.getLogger(__name__)
 
 # Changes whenever the columns, or what makes them, do.
-VERSION = 1
+VERSION = 2
 
 # Samples that are looked at together.
 BLOCK = 1 << 18
+
+# Samples that are read before what was mapped of the columns is let go of: each may map 64 kB of each of them.
+LOOKS = 64
 
 # Columns, as `store.COLUMNS`: number of the source, of the sample in it, its rounds that are used, the positions and
 # tiles that they take, and their pictures.
@@ -65,8 +70,7 @@ class IndexedSource:
         """Numbers of the samples of an epoch, int32."""
         if self.drawn is None:
             return np.arange(len(self.index), dtype=np.int32)
-        numbers = resample(range(len(self.index)), self.drawn, random.Random(self.seed))
-        return np.fromiter(numbers, np.int32, self.drawn)
+        return resampled(len(self.index), self.drawn, random.Random(self.seed))
 
 
 class SampleSet:
@@ -83,6 +87,7 @@ class SampleSet:
         needs: positions and tiles, global views included, that those take, int32 `(n, 2)`.
         images: pictures they have.
         names: of the sources, each once.
+        multimodal: how many of the samples have pictures.
         folder: of the columns.
     """
 
@@ -92,7 +97,9 @@ class SampleSet:
     needs: np.ndarray
     images: np.ndarray
 
-    def __init__(self, sources: Sequence[IndexedSource], folder: Path):
+    def __init__(self, sources: Sequence[IndexedSource], folder: Path, multimodal: int):
+        self.multimodal = multimodal
+        self._looks, self._looked_at = 0, dict[int, SourceIndex]()
         self.sources, all_names = list(sources), [source.reader.name for source in sources]
         self.names = list(dict.fromkeys(all_names))
         self._name_of = np.array([self.names.index(name) for name in all_names], np.uint16)
@@ -109,6 +116,10 @@ class SampleSet:
         """Number of the name of each sample's source, uint16 `(n,)`."""
         return self.source if len(self.names) == len(self.sources) else self._name_of[self.source]
 
+    def name_number(self, number: int) -> int:
+        """Number of the name of one sample's source."""
+        return int(self._name_of[self.source[number]])
+
     def __deepcopy__(self, memo: dict) -> SampleSet:
         return self       # MindSpore copies what it reads from; this does not change
 
@@ -120,10 +131,21 @@ class SampleSet:
         """
         source, sample = self.sources[int(self.source[number])], int(self.sample[number])
         index = source.index
+        self._unmap_sometimes(index)
         found = _read(source, sample)
         first, end = index.picture_starts[sample:sample + 2].tolist()
         found.sizes = as_sizes(index.sizes[first:end].tolist())
         return first_pairs(found, int(self.pairs[number]))
+
+    def _unmap_sometimes(self, index: SourceIndex) -> None:
+        """Keeps what is mapped of the columns small: samples by chance would soon have looked at every page."""
+        self._looked_at[id(index)] = index
+        self._looks += 1
+        if self._looks % LOOKS == 0:
+            looked_at, self._looked_at = self._looked_at, {}
+            for one in looked_at.values():
+                unmap(one.places, one.picture_starts, one.sizes)
+            unmap(self.source, self.sample, self.pairs, self.needs, self.images)
 
     def __iter__(self) -> Iterator[Conversation]:
         return map(self.__getitem__, range(len(self)))
@@ -165,6 +187,7 @@ class Summary:
 
     Attributes:
         total: samples before.
+        multimodal: samples with pictures, of those that are used.
         unusable: samples that no run uses (`Description.left_out`).
         first: sentences about the first of them.
         last: about the last one.
@@ -175,6 +198,7 @@ class Summary:
     """
 
     total: int = 0
+    multimodal: int = 0
     unusable: int = 0
     first: list[str] = field(default_factory=list)
     last: str = ""
@@ -234,7 +258,7 @@ def _kept(sources: Sequence[IndexedSource], folder: Path) -> SampleSet | None:
 
 
 def _opened(sources: Sequence[IndexedSource], folder: Path) -> SampleSet:
-    return SampleSet(sources, folder)
+    return SampleSet(sources, folder, Summary(**read_json(folder / SUMMARY)).multimodal)
 
 
 def _make(sources: Sequence[IndexedSource], shapes: Shapes, target: Path, alone: bool) -> Held:
@@ -274,10 +298,12 @@ def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> No
                 most.append(needs.max(0))
             kept = fitting > 0
             needs = index.needs[index.pair_starts[block[kept]] + fitting[kept] - 1]
+            summary.multimodal += int(np.count_nonzero(needs[:, 2]))
             columns = {"source": np.full(int(kept.sum()), number), "sample": block[kept], "pairs": fitting[kept],
                        "needs": needs[:, :2], "images": needs[:, 2]}
             for name, column in columns.items():
                 writers[name].add(column)
+            unmap(index.pair_starts, index.needs)
     for writer in writers.values():
         writer.close()
     if least:
