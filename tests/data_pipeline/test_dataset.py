@@ -235,7 +235,7 @@ def test_pictures_have_a_budget_of_their_own():
     assert len(fit_samples(PROCESSOR, [conversation(4, images=4)], 500, 9, 1, max_images=2)[0].images) == 2
     with pytest.raises(DataError, match=r"max_images 1: .* and 2 pictures"):
         fit_samples(PROCESSOR, [Conversation("x.json", 0, 0, [("user", "<ImageHere><ImageHere>q"), ("assistant", "a")],
-                                             ["0.png", "1.png"], [(56, 56)] * 2)], 500, 9, 1, max_images=1)
+                                             [Path("0.png"), Path("1.png")], [(56, 56)] * 2)], 500, 9, 1, max_images=1)
 
 
 def test_any_number_of_workers_gives_the_same_packed_epochs(source):
