@@ -83,7 +83,8 @@ def conversation(pairs, images=0, text="what is it?"):
     turns = []
     for i in range(pairs):
         turns += [("user", ("<ImageHere>" if i < images else "") + text), ("assistant", "a cat")]
-    return Conversation("x.json", 0, "a", turns, [Path(f"{i}.png") for i in range(images)], [(56, 56)] * images)
+    return Conversation("x.json", 0, "a", turns, [Path(f"{i}.png") for i in range(images)],
+                        [(56, 56)] * images)
 
 
 def test_long_conversations_are_cut_between_pairs():
