@@ -94,7 +94,7 @@ class Watch:
                          "True).")
             elif not one.told and one.age >= min(self.limit * TOLD_AFTER, TOLD_AFTER_AT_MOST):
                 one.told = True
-                self.say(f"Waiting for {one.name}, which has not been read for {one.age:.0f} s; after {self.limit:g} s "
+                self.say(f"Waiting for {one.name}, which has not been read for {one.age:.2g} s; after {self.limit:g} s "
                          f"({KEY}) that ends this process.")
 
 
