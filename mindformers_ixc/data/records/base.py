@@ -85,12 +85,14 @@ class Records(ABC):
 
     Attributes:
         item: what a record is called in messages.
+        home: the file that was named, from whose folder names of pictures start; not always the one that is read.
     """
 
     item = "sample"
 
     def __init__(self, path: str | os.PathLike):
         self.name, self.path = str(path), resolve_path(path)
+        self.home = self.path
         self._file: int | None = None
         self._state: tuple[int, int] | None = None
 
@@ -174,8 +176,17 @@ class Records(ABC):
                 yield index, place
                 index += 1
         if not index:
-            raise DataError(f"{self.name} must hold a JSON list with at least one {self.item}, found no "
-                            f"{self.item}s.")
+            raise self._empty()
+
+    def places(self, progress: Progress = lambda count: None) -> np.ndarray:
+        """Places of all records, int64 `(n, 3)`; arguments and errors as of `scan`, and none is an error too."""
+        blocks = list(self.scan(progress))
+        if not blocks:
+            raise self._empty()
+        return np.concatenate(blocks)
+
+    def _empty(self) -> DataError:
+        return DataError(f"{self.name} must hold a JSON list with at least one {self.item}, found no {self.item}s.")
 
     def where(self, index: int) -> str:
         """Names a record in messages."""

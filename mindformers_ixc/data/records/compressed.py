@@ -14,7 +14,7 @@ from mindformers_ixc.data.records.base import check_source, fingerprint
 from mindformers_ixc.data.records.json_files import JsonRecords
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import whole_file
-from mindformers_ixc.resources import user_cache_folder
+from mindformers_ixc.resources import resolve_path, user_cache_folder
 
 
 def _zstd(path: Path) -> Any:
@@ -40,6 +40,7 @@ class CompressedRecords(JsonRecords):
 
     def __init__(self, path: str | os.PathLike):
         super().__init__(unpacked(path), str(path))
+        self.home = resolve_path(path)
 
 
 def unpacked(path: str | os.PathLike) -> Path:

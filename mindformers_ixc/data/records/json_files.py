@@ -140,7 +140,18 @@ def list_blocks(name: str, content: mmap.mmap, at: int) -> Generator[np.ndarray,
         if final or not problem.more:
             raise _error(name, content, at, problem, entries)
         size = WINDOW if done else size * 4
+        release(content, at, at + done)
         at += done
+
+
+def release(content: mmap.mmap, start: int, end: int) -> None:
+    """Gives back the memory of a part of a file that was looked at, up to the page that its end is in.
+
+    The system keeps it in its cache as before; but it no longer counts as this process's.
+    """
+    first, last = (place // mmap.PAGESIZE * mmap.PAGESIZE for place in (start, end))
+    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+        content.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 class _Problem(NamedTuple):
@@ -255,4 +266,5 @@ def _line_blocks(content: mmap.mmap, at: int) -> Iterator[np.ndarray]:
                 if end - start > _BLANK or window[start:end].strip()]
         if held:
             yield np.stack([starts[held] + at, (ends - starts)[held], np.array(held) + before + 1], 1)
+        release(content, at, at + int(ends[-1]))
         at, size, before = at + int(ends[-1]) + 1, WINDOW, before + len(ends)
