@@ -11,16 +11,16 @@ import numpy as np
 
 from mindformers_ixc import terminal
 from mindformers_ixc.cli.data_plan import bars
-from mindformers_ixc.cli.data_preview import write_preview
+from mindformers_ixc.cli.data_preview import write_indexed
 from mindformers_ixc.cli.data_section import RECIPE, read_section
 from mindformers_ixc.data.advice import Needs, advise, needs_of, processor_of, unpacked_goodput
 from mindformers_ixc.data.fitting import Shapes
 from mindformers_ixc.data.index.building import index_folder
+from mindformers_ixc.data.index.kinds import KINDS
 from mindformers_ixc.data.index.samples import IndexedSource, fitting_rounds
 from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.rows import MAX_BAD_SHARE
 from mindformers_ixc.data.sections import row_budget
-from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import check_target, write_whole
 from mindformers_ixc.operations import training_costs
 from mindformers_ixc.planning.workload import read_workload
@@ -40,7 +40,7 @@ def data_index(arguments: argparse.Namespace) -> int:
         arguments: `files`, the data; `config`; `output`, the folder of indices; `rest`, overrides of the YAML.
 
     Raises:
-        ConfigError: for a wrong key or value of the YAML, and for preference pairs.
+        ConfigError: for a wrong key or value of the YAML.
         DataError: for unusable data.
     """
     _, sources, _ = _open(arguments, all_errors=False)
@@ -66,7 +66,7 @@ def data_check(arguments: argparse.Namespace) -> int:
         1 when more samples cannot be used than `max_bad_share` allows, else 0.
 
     Raises:
-        ConfigError: for a wrong key or value of the YAML, and for preference pairs.
+        ConfigError: for a wrong key or value of the YAML.
         DataError: for a file that is none of data.
     """
     fields, sources, section = _open(arguments, all_errors=True)
@@ -79,7 +79,7 @@ def data_check(arguments: argparse.Namespace) -> int:
     if arguments.png:
         _draw(Path(arguments.png), needs_of(sources, 1.0), shapes)
     if arguments.output:
-        write_preview(arguments, Path(arguments.output))
+        write_indexed(arguments, Path(arguments.output), sources, shapes)
     bad, total = sum(one.bad for one in found), sum(one.numbers["samples"] for one in found)
     if bad > share * total:
         terminal.current.note(f"{bad:,} of {total:,} samples cannot be used, more than the share max_bad_share {share} "
@@ -90,9 +90,6 @@ def data_check(arguments: argparse.Namespace) -> int:
 
 def _open(arguments: argparse.Namespace, all_errors: bool) -> tuple[dict, list[IndexedSource], dict]:
     fields, section, pairs = read_section(arguments)
-    if pairs:
-        raise ConfigError(f"{arguments.config} trains on preference pairs, which have no index; `mindformers data "
-                          "preview` shows them.")
     if not arguments.config:
         terminal.current.note(f"Measured as the recipe {RECIPE} measures, since no --config was given.")
     loader = {**section["data_loader"], "dataset_dir": list(arguments.files)}
@@ -102,7 +99,8 @@ def _open(arguments: argparse.Namespace, all_errors: bool) -> tuple[dict, list[I
         check_target(arguments.output, "--output")
     folder = (arguments.output if arguments.kind == "index" else None) or loader.get("index_dir")
     measures = measures_of(section, processor_of(section), bool(arguments.decode))
-    sources = open_sources(loader, section.get("seed") or 0, measures, index_folder(folder), all_errors)
+    sources = open_sources(loader, section.get("seed") or 0, measures, index_folder(folder), all_errors,
+                           "pair" if pairs else "sample")
     return fields, sources, {**section, "data_loader": loader}
 
 
@@ -134,15 +132,15 @@ class _Found:
 
 def _look(source: IndexedSource, shapes: Shapes) -> _Found:
     index = source.index
-    rounds, fitting = fitting_rounds(index, np.arange(len(index)), shapes)
+    rounds, fitting = fitting_rounds(source, np.arange(len(index)), shapes)
     errors = [sentence for _, sentence in index.description.errors]
     missing = sum("does not exist" in sentence for sentence in errors)
     damaged = sum(", field image: " in sentence and "does not exist" not in sentence for sentence in errors)
     usable = rounds > 0
     digests = index.digests[usable]
     numbers = dict(zip(COLUMNS, (
-        len(index), len(index.sizes), len(index.needs), missing, damaged, len(errors) - missing - damaged,
-        len(index.description.unusable), len(digests) - len(np.unique(digests)),
+        len(index), len(index.sizes), len(index.needs) // source.kind.together, missing, damaged,
+        len(errors) - missing - damaged, len(index.description.unusable), len(digests) - len(np.unique(digests)),
         int(((fitting > 0) & (fitting < rounds)).sum()), int((usable & (fitting == 0)).sum()))))
     return _Found(source.reader.name, numbers, [*errors, *(text for _, text in index.description.unusable)])
 
@@ -176,6 +174,8 @@ def _lengths(fields: dict, section: dict, sources: Sequence[IndexedSource], room
         yield ""
         yield f"{name} of a sample"
         yield from bars(values, room)
+    if sources[0].kind is KINDS["pair"]:
+        return          # what a row of two answers costs is another sum
     workload = read_workload({**fields, "train_dataset": section})
     budget, costs = row_budget(section), training_costs(workload.config, workload.trained_parts)
     packed = next(iter(advise(needs, [budget], costs)), None) if section.get("packing") else None

@@ -20,6 +20,7 @@ import numpy as np
 
 from mindformers_ixc import terminal
 from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, raise_errors
+from mindformers_ixc.data.index.kinds import open_reader
 from mindformers_ixc.data.index.measuring import Measured, Measurer, file_state
 from mindformers_ixc.data.index.store import (
     COLUMNS,
@@ -93,7 +94,7 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
         FileNotFoundError: when it is missing.
         OSError: when the folder cannot be written.
     """
-    reader = ConversationReader(path, options)
+    reader = open_reader(path, options)
     state = reader.records.fingerprint()
     # relative names of pictures start in folders of which one may be the working directory
     folders = [os.path.abspath(one) for one in reader.folders]
@@ -110,6 +111,13 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
             os.rename(builder.folder, target)
             _remove_outdated(place, list(state))
     return SourceIndex(target)
+
+
+def looking_through(path: Path) -> contextlib.AbstractContextManager[Any]:
+    """A bar of the bytes of a source whose records are looked for, as `terminal.counting` gives it."""
+    size = os.path.getsize(path)
+    return terminal.current.counting(size, f"looking through {path.name}", "B", disable=size < 1 << 26 or None,
+                                     unit_scale=True)
 
 
 def index_folder(folder: str | os.PathLike | None = None) -> Path:
@@ -206,11 +214,13 @@ class _Builder:
             else:
                 measure_parts(self.reader, self.measures, places, missing, self.parts, bar.update)
         unusable, errors, files, digest = list[list](), list[list](), dict[str, list](), hashlib.sha256()
+        lacking = 0
         for number, part in enumerate(self._measured(count)):
             for column in (part.digests, part.pictures, part.sizes, part.pairs, part.needs):
                 digest.update(column.tobytes())
             unusable += [list(entry) for entry in part.unusable]
             errors += [list(entry) for entry in part.errors]
+            lacking += part.lacking
             if part.errors and not all_errors:
                 self._part(number).unlink()         # what is wrong may lie in other files than the source
             if len(files) <= CHECKED_PICTURES:
@@ -219,7 +229,7 @@ class _Builder:
             raise_errors([sentence for _, sentence in errors])
         checked = list(files.values()) if len(files) <= CHECKED_PICTURES else []
         write_index(self.folder, replace(description, samples=len(places), content=digest.hexdigest(),
-                                         unusable=unusable, errors=errors, files=checked),
+                                         unusable=unusable, errors=errors, files=checked, lacking=lacking),
                     blocks(places, PART), self._measured(count))
         shutil.rmtree(self.parts)
         (self.folder / SCAN).unlink()
@@ -234,10 +244,7 @@ class _Builder:
         """Places of all samples."""
         file = self.folder / SCAN
         if not file.exists():
-            size = os.path.getsize(self.reader.records.path)
-            bar = terminal.current.counting(size, f"looking through {self.reader.records.path.name}", "B",
-                                            disable=size < 1 << 26 or None, unit_scale=True)
-            with bar as counted, whole_file(file) as target:
+            with looking_through(self.reader.records.path) as counted, whole_file(file) as target:
                 column = ColumnWriter(target, *COLUMNS["places"])
                 for block in self.reader.records.scan(counted.update):
                     column.add(block)

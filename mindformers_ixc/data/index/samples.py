@@ -8,14 +8,16 @@ import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mindformers_ixc.data.conversations import Conversation, ConversationReader, resample
-from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, first_pairs
+from mindformers_ixc.data.conversations import LISTED_ERRORS, Conversation, ConversationReader, resample
+from mindformers_ixc.data.fitting import Shapes, check_bad_pictures
 from mindformers_ixc.data.index.building import index_folder, key_of, locked
+from mindformers_ixc.data.index.kinds import KINDS, Kind
 from mindformers_ixc.data.index.measuring import as_sizes
 from mindformers_ixc.data.index.store import ColumnWriter, SourceIndex, mapped
 from mindformers_ixc.data.records.base import Place
@@ -25,15 +27,16 @@ from mindformers_ixc.files import read_json, whole_folder, write_whole
 logger = logging.getLogger(__name__)
 
 # Changes whenever the columns, or what makes them, do.
-VERSION = 1
+VERSION = 2
 
 # Samples that are looked at together.
 BLOCK = 1 << 18
 
-# Columns, as `store.COLUMNS`: number of the source, of the sample in it, its rounds that are used, the positions and
-# tiles that they take, and their pictures.
-COLUMNS = {"source": (np.uint16, 0), "sample": (np.int32, 0), "pairs": (np.int32, 0), "needs": (np.int32, 2),
-           "images": (np.int32, 0)}
+def _columns(kind: Kind) -> dict[str, tuple[Any, int]]:
+    """Columns, as `store.COLUMNS`; what they are, `SampleSet` says."""
+    return {"source": (np.uint16, 0), "sample": (np.int32, 0), "pairs": (np.int32, 0),
+            "needs": (np.int32, kind.together + 1), "images": (np.int32, 0)}
+
 
 SUMMARY = "samples.json"
 
@@ -54,6 +57,11 @@ class IndexedSource:
     drawn: int | None = None
     seed: str = ""
 
+    @property
+    def kind(self) -> Kind:
+        """What its samples are."""
+        return KINDS[self.reader.options.kind]
+
     def entries(self) -> np.ndarray:
         """Numbers of the samples of an epoch, int32."""
         if self.drawn is None:
@@ -72,8 +80,9 @@ class SampleSet:
     Attributes:
         source: number of each sample's source, uint16 `(n,)`.
         sample: its number there, int32 `(n,)`.
-        pairs: rounds of it that are used.
-        needs: positions and tiles, global views included, that those take, int32 `(n, 2)`.
+        pairs: rounds of it that are used; 1 of a preference pair.
+        needs: positions and tiles, global views included, that those take, int32 `(n, 2)`; of preference pairs the
+            positions of both sides and their tiles, `(n, 3)`.
         images: pictures they have.
         names: of the sources, each once.
         folder: of the columns.
@@ -90,7 +99,7 @@ class SampleSet:
         self.names = list(dict.fromkeys(all_names))
         self._name_of = np.array([self.names.index(name) for name in all_names], np.uint16)
         self.folder = folder
-        for name, form in COLUMNS.items():
+        for name, form in _columns(sources[0].kind).items():
             setattr(self, name, mapped(folder / f"{name}.npy", *form))
 
     def __len__(self) -> int:
@@ -125,7 +134,7 @@ class SampleSet:
         if len(found.sizes) != len(found.images):
             raise DataError(f"{found.where} has {len(found.images)} pictures, and had {len(found.sizes)} when the data "
                             "were indexed; remove the index, and it is built anew.")
-        return first_pairs(found, int(self.pairs[number]))
+        return source.kind.used(found, int(self.pairs[number]))
 
     def __iter__(self) -> Iterator[Conversation]:
         return map(self.__getitem__, range(len(self)))
@@ -143,7 +152,9 @@ class Summary:
 
     Attributes:
         total: samples before.
-        unusable: samples with a picture that cannot be partitioned, and the last sentence about one.
+        unusable: samples with a picture that cannot be partitioned.
+        first: sentences about the first of them.
+        last: about the last one.
         cut: samples that are used in part.
         dropped: samples of which not even the first round fits.
         least: positions, tiles and pictures that the first rounds of those need at least, each by itself.
@@ -152,11 +163,18 @@ class Summary:
 
     total: int = 0
     unusable: int = 0
+    first: list[str] = field(default_factory=list)
     last: str = ""
     cut: int = 0
     dropped: int = 0
     least: tuple[int, int, int] = (0, 0, 0)
     most: tuple[int, int, int] = (0, 0, 0)
+
+    def add_unusable(self, sentences: list[str]) -> None:
+        """Counts samples with unusable pictures, by what is said of each."""
+        self.unusable += len(sentences)
+        self.first += sentences[:LISTED_ERRORS - len(self.first)]
+        self.last = sentences[-1] if sentences else self.last
 
 
 def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share: float,
@@ -183,35 +201,33 @@ def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share
             with whole_folder(target) as part:
                 _write(sources, shapes, part)
     summary = Summary(**read_json(target / SUMMARY))
-    _tell(summary, shapes, max_bad_share)
+    _tell(summary, shapes, max_bad_share, sources[0].kind is KINDS["pair"])
     return SampleSet(sources, target)
 
 
 def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> None:
-    writers = {name: ColumnWriter(folder / f"{name}.npy", *form) for name, form in COLUMNS.items()}
+    kind = sources[0].kind
+    writers = {name: ColumnWriter(folder / f"{name}.npy", *form) for name, form in _columns(kind).items()}
     summary, least, most = Summary(), list[np.ndarray](), list[np.ndarray]()
     for number, source in enumerate(sources):
         entries, index = source.entries(), source.index
         summary.total += len(entries)
         sentences = dict(index.description.unusable)
         for block in (entries[start:start + BLOCK] for start in range(0, len(entries), BLOCK)):
-            pairs, fitting = fitting_rounds(index, block, shapes)
-            unusable = np.array([int(sample) in sentences for sample in block]) if sentences else np.zeros(len(block),
-                                                                                                          bool)
-            if unusable.any():
-                summary.unusable += int(unusable.sum())
-                summary.last = sentences[int(block[np.flatnonzero(unusable)[-1]])]
+            pairs, fitting = fitting_rounds(source, block, shapes)
+            unusable = np.isin(block, list(sentences))
+            summary.add_unusable([sentences[number] for number in block[unusable].tolist()])
             dropped = (fitting == 0) & ~unusable
             summary.dropped += int(dropped.sum())
             summary.cut += int(((fitting > 0) & (fitting < pairs)).sum())
             if dropped.any():
-                needs = index.needs[index.pair_starts[block[dropped]]]
+                needs = needs_of_rounds(source, block[dropped], 1).max(1)
                 least.append(needs.min(0))
                 most.append(needs.max(0))
             kept = fitting > 0
-            needs = index.needs[index.pair_starts[block[kept]] + fitting[kept] - 1]
+            needs = needs_of_rounds(source, block[kept], fitting[kept])                # the same pictures on all sides
             columns = {"source": np.full(int(kept.sum()), number), "sample": block[kept], "pairs": fitting[kept],
-                       "needs": needs[:, :2], "images": needs[:, 2]}
+                       "needs": np.concatenate([needs[..., 0], needs[:, :1, 1]], 1), "images": needs[:, 0, 2]}
             for name, column in columns.items():
                 writers[name].add(column)
     for writer in writers.values():
@@ -221,34 +237,54 @@ def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> No
     write_whole(folder / SUMMARY, json.dumps(asdict(summary)))
 
 
-def fitting_rounds(index: SourceIndex, samples: np.ndarray, shapes: Shapes) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds that samples have, and how many of the first ones fit: what they need only grows.
+def needs_of_rounds(source: IndexedSource, samples: np.ndarray, rounds: np.ndarray | int) -> np.ndarray:
+    """What so many first rounds of samples need, side by side, `(n, sides, 3)`: a conversation has one side.
 
     Args:
-        index: of their source.
+        source: of the samples.
+        samples: their numbers, all of usable ones.
+        rounds: of each, or of all.
+    """
+    together, index = source.kind.together, source.index
+    first = index.pair_starts[samples] + (np.asarray(rounds) - 1) * together
+    return index.needs[first[:, None] + np.arange(together)]
+
+
+def fitting_rounds(source: IndexedSource, samples: np.ndarray, shapes: Shapes) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds that samples have, and how many of the first ones fit: what they need only grows.
+
+    A preference pair has one, which fits when both its sides do.
+
+    Args:
+        source: of the samples.
         samples: their numbers.
         shapes: that they must fit.
 
     Returns:
         Two arrays, int64 `(n,)`.
     """
+    index, together = source.index, source.kind.together
     starts, ends = index.pair_starts[samples], index.pair_starts[samples + 1]
     counts = (ends - starts).astype(np.int64)
     rows = np.repeat(starts - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) + np.arange(counts.sum())
     fits = (index.needs[rows] <= np.array(shapes.limits)).all(1)
     passed = np.concatenate([[0], np.cumsum(fits)])
     last = np.cumsum(counts)
-    return counts, passed[last] - passed[last - counts]
+    return counts // together, (passed[last] - passed[last - counts]) // together
 
 
-def _tell(summary: Summary, shapes: Shapes, max_bad_share: float) -> None:
+def _tell(summary: Summary, shapes: Shapes, max_bad_share: float, pairs: bool) -> None:
     """Says in the log what was lost.
 
     Raises:
         DataError: when nothing is left, or too many pictures cannot be used.
     """
-    check_bad_pictures([ImageError(summary.last)] * summary.unusable, summary.total, max_bad_share)
-    if summary.dropped:
-        shapes.tell_dropped(summary.dropped, summary.total, summary.least, summary.most)
+    sentences = [*summary.first, *[summary.last] * (summary.unusable - len(summary.first))]
+    check_bad_pictures(list(map(ImageError, sentences)), summary.total, max_bad_share)
+    total = summary.total - summary.unusable
+    if summary.dropped and pairs:
+        shapes.tell_dropped_pairs(summary.dropped, total, summary.most)
+    elif summary.dropped:
+        shapes.tell_dropped(summary.dropped, total, summary.least, summary.most)
     if summary.cut:
         logger.warning(f"{summary.cut} of {summary.total} conversations are cut between whole turns to fit {shapes}.")

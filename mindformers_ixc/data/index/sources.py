@@ -7,12 +7,12 @@ from typing import Any
 
 from mindformers_ixc.data.conversations import (
     CAPTION_PROMPTS,
-    ConversationReader,
     ReadingOptions,
     choice_seed,
     named_sources,
 )
 from mindformers_ixc.data.index.building import Measures, open_index
+from mindformers_ixc.data.index.kinds import open_reader
 from mindformers_ixc.data.index.samples import IndexedSource
 from mindformers_ixc.data.records.base import fingerprint
 from mindformers_ixc.data.rows import has_own_tokenizer
@@ -41,8 +41,8 @@ def measures_of(section: Mapping[str, Any], processor: Processor, decode: bool =
                     section.get("hd_num") or HD_NUM_TRAINING, has_own_tokenizer(section), decode)
 
 
-def reading_options(loader: Mapping[str, Any], seed: int) -> ReadingOptions:
-    """How the records of a `data_loader` section become conversations.
+def reading_options(loader: Mapping[str, Any], seed: int, kind: str = "sample") -> ReadingOptions:
+    """How the records of a `data_loader` section become samples of a kind (`KINDS`).
 
     Raises:
         DataError: for prompts that are none.
@@ -52,11 +52,12 @@ def reading_options(loader: Mapping[str, Any], seed: int) -> ReadingOptions:
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise DataError(f"train_dataset.data_loader.caption_prompts is {prompts!r}, expected a list of questions.")
     return ReadingOptions(loader.get("image_folder"), tuple(prompts), seed, loader.get("image_root"),
-                          tuple(loader.get("ignore_keys") or ()), bool(loader.get("fetch")))
+                          tuple(loader.get("ignore_keys") or ()), bool(loader.get("fetch")), kind)
 
 
 def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
-                 folder: str | os.PathLike | None = None, all_errors: bool = False) -> list[IndexedSource]:
+                 folder: str | os.PathLike | None = None, all_errors: bool = False,
+                 kind: str = "sample") -> list[IndexedSource]:
     """The sources of a `data_loader` section, each with its index, which is built where there is none.
 
     Args:
@@ -65,14 +66,15 @@ def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
         measures: how samples are measured.
         folder: where indices lie; by default in the user's cache.
         all_errors: see `open_index`.
+        kind: of the samples, of `KINDS`.
 
     Raises:
         DataError: for sources that cannot be used.
         FileNotFoundError: for one that is missing.
     """
-    options, sources = reading_options(loader, seed), []
+    options, sources = reading_options(loader, seed, kind), []
     for path, count in named_sources(loader.get("dataset_dir")):
-        index, reader = open_index(path, options, measures, folder, all_errors), ConversationReader(path, options)
+        index, reader = open_index(path, options, measures, folder, all_errors), open_reader(path, options)
         reader.records.expect(*index.description.fingerprint[:2])
         sources.append(IndexedSource(index, reader, count, choice_seed(seed, path)))
     return sources

@@ -15,7 +15,7 @@ from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_json, whole_file, write_whole
 
 # Changes whenever the columns, or what makes them, do.
-VERSION = 1
+VERSION = 2
 
 DESCRIPTION = "index.json"
 
@@ -38,6 +38,7 @@ class Description:
         unusable: samples with a picture that cannot be partitioned: (number, sentence).
         errors: samples that cannot be read, likewise; only in an index that is made to find them.
         files: pictures of the samples that are files, as in `Measured`; none where there are many.
+        lacking: as in `Measured`.
     """
 
     version: int
@@ -49,6 +50,7 @@ class Description:
     unusable: list[list]
     errors: list[list]
     files: list[list]
+    lacking: int = 0
 
 
 class SourceIndex:
@@ -62,7 +64,7 @@ class SourceIndex:
         digests: int64 `(n,)`, see `Measured.digests`.
         picture_starts: int64 `(n + 1,)`, where each sample's pictures begin in `sizes`, and the end.
         sizes: int32 `(p, 3)`, see `Measured.sizes`.
-        pair_starts: int64 `(n + 1,)`, where each sample's rounds begin in `needs`, and the end.
+        pair_starts: int64 `(n + 1,)`, where each sample's parts begin in `needs`, and the end.
         needs: int32 `(r, 3)`, see `Measured.needs`.
         description: of the index.
 
@@ -209,7 +211,7 @@ def load_part(path: Path) -> Measured:
     with np.load(path, allow_pickle=False) as held:
         fields: dict[str, Any] = {name: [tuple(entry) for entry in json.loads(held[name].tobytes())]
                                   if name in _TEXTS else held[name] for name in Measured._fields}
-        return Measured(**fields)
+        return Measured(**{**fields, "lacking": int(fields["lacking"])})
 
 
 def blocks(column: np.ndarray, rows: int) -> Iterator[np.ndarray]:

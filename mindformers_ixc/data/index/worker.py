@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions
+from mindformers_ixc.data.conversations import ReadingOptions
 from mindformers_ixc.data.index.building import JOB, SCAN, Measures, measure_parts
+from mindformers_ixc.data.index.kinds import open_reader
 from mindformers_ixc.data.rows import SectionOptions, make_processor, own_tokenizer
 from mindformers_ixc.interruption import die_with
 
@@ -24,7 +25,7 @@ def main(folder: Path, number: int, count: int) -> None:
     section = job["section"]
     measures = Measures(section, make_processor(SectionOptions(section), own_tokenizer(section)),
                         job["hd_num"], True, job["decode"])
-    reader = ConversationReader(job["source"], ReadingOptions(**job["options"]))
+    reader = open_reader(job["source"], ReadingOptions(**job["options"]))
     measure_parts(reader, measures, places, job["missing"][number::count], folder / "parts",
                   lambda samples: print(samples, flush=True))
 
