@@ -88,7 +88,9 @@ def _share(part: int, whole: int, drawn: bool = False) -> str:
 
 
 def _summary(data: Data) -> str:
-    """Histograms of what samples take."""
+    """Histograms of what samples take, and of how many of them."""
+    if data.named:
+        return f'<p class="note">{text(f"Of the {data.count:,} samples only those that are named were read.")}</p>'
     known, parts = data.known, []
     for name, found, limit in (("positions", known.positions, data.reader.longest),
                                ("tiles", known.tiles, data.reader.budget.max_tiles)):
@@ -97,10 +99,9 @@ def _summary(data: Data) -> str:
         caption = f"mean {np.mean(found):,.1f}, the most {found[most]:,} (sample {known.numbers[most]})"
         parts.append(f'<div class="chart"><h3>{name.capitalize()} of a sample</h3>{drawn}'
                      f'<p class="note">{text(caption)}</p></div>')
-    how = "those that are named" if data.named else "drawn by chance"
     drawn_of = "" if data.looked_at == data.count else (
-        f'<p class="note">Read are {data.looked_at:,} of the {data.count:,} samples, {how}. '
-        f"{text('`mindformers data check` looks at all of them.')}</p>")
+        f'<p class="note">Of the {data.count:,} samples {data.looked_at:,}, drawn by chance, were read; mindformers '
+        "data check looks at all of them.</p>")
     return f'<div class="charts">{"".join(parts)}</div>{drawn_of}'
 
 
