@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ixc.data.batch import REFERENCE_COLUMN
 from mindformers_ixc.data.forms import MEDIA_KEYS
 from mindformers_ixc.data.records.base import (
     Fingerprint,
@@ -41,7 +42,7 @@ BLOCK = 4096
 SHARD_BITS = 48
 
 # Fields whose texts may be lists in JSON, since the form has no lists of texts.
-LISTS = ("conversations", "messages", "history", *MEDIA_KEYS)
+LISTS = ("conversations", "messages", "history", REFERENCE_COLUMN, *MEDIA_KEYS)
 
 _LENGTH, _INNER_LENGTH = struct.Struct("<Q"), struct.Struct(">Q")
 
@@ -77,7 +78,7 @@ class MindRecords(Records):
         """See `Records.scan`."""
         size, done = os.path.getsize(self.path), 0
         for number, shard in enumerate(self.shards):
-            for places in shard.places():
+            for places in shard.blocks():
                 places[:, 2] += number << SHARD_BITS
                 yield places
             end = size * (number + 1) // len(self.shards)
@@ -94,6 +95,8 @@ class MindRecords(Records):
             if name in MEDIA_KEYS:
                 files[name] = StoredFile(f"{self.where(index)}: {name}", partial(shard.read_bytes, span))
                 row[name] = name
+            elif name == REFERENCE_COLUMN and shard.types.get(name, "").startswith("float"):
+                row[name] = np.frombuffer(shard.read_bytes(span), shard.types[name]).tolist()
             else:
                 row[name] = f"{span.length} bytes"       # unknown, and refused by name unless it is ignored
         for name in LISTS:
@@ -112,9 +115,10 @@ class _Shard(Records):
             raise DataError(f"{self.name} is compressed, which is not read; write it without compression.")
         self.first_page, self.page = int(header["header_size"]), int(header["page_size"])
         self.bytes_fields = list(header["schema"][0]["blob_fields"])
+        self.types = {name: field["type"] for name, field in header["schema"][0]["schema"].items()}
         self.database = check_source(f"{path}.db")
 
-    def places(self) -> Iterator[np.ndarray]:
+    def blocks(self) -> Iterator[np.ndarray]:
         """Places of its records, `line` without the shard."""
         try:
             with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as index:
@@ -159,7 +163,7 @@ class _Shard(Records):
 
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
         """See `Records.scan`."""
-        return self.places()
+        return self.blocks()
 
     def read(self, index: int, place: Place) -> Record:
         """See `Records.read`."""
@@ -171,7 +175,8 @@ def _header(path: Path, name: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             length, = _LENGTH.unpack(file.read(_LENGTH.size))
             header = json.loads(file.read(min(length, 1 << 24)))
-        header["shard_addresses"], header["page_size"], header["schema"][0]["blob_fields"]
+        schema = header["schema"][0]
+        header["shard_addresses"], header["page_size"], schema["blob_fields"], schema["schema"]
     except (struct.error, ValueError, KeyError, IndexError, TypeError) as error:
         raise DataError(f"{name} is no MindRecord file, or damaged: its header cannot be read ({error}).") from error
     return header

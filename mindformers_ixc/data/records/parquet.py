@@ -108,7 +108,7 @@ class ParquetRecords(Records):
 
 
 # Columns that hold lists, which some tables have as JSON texts.
-_LISTS = ("conversations", "messages", "history")
+_LISTS = ("conversations", "messages", "history", "reference_logps")
 
 
 def _first_line(error: Exception) -> str:
