@@ -6,14 +6,16 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import IO
+from typing import IO, Protocol
 
 from mindformers_ixc.config import CONFIG_FILE
 from mindformers_ixc.data.questions import Question
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.files import decode_text, parse_json, text_lines
+from mindformers_ixc.files import decode_text, parse_json
 from mindformers_ixc.resources import resolve_model
 
 # Settings that an answer depends on, beside the weights. How many are answered at once is none of them.
@@ -50,11 +52,45 @@ def weights_mark(directory: str | os.PathLike) -> str:
     return total.hexdigest()[:12]
 
 
+class Questions(Protocol):
+    """Questions in order, a list of them or `mindformers_ixc.data.questions.SourceQuestions`."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Question]: ...
+
+
+class Answers:
+    """The answers in a file, read as they are asked for, by one loop at a time.
+
+    Attributes:
+        file: opened for reading and writing; `None` before there is one.
+        count: whole lines that hold an answer.
+    """
+
+    def __init__(self) -> None:
+        self.file: IO[bytes] | None = None
+        self.count = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict]:
+        if self.file is None:
+            return
+        self.file.seek(0)
+        for line in self.file:
+            if line.strip():
+                yield json.loads(line)
+
+
 class AnswerFile:
     """One JSON object a line: a question with its `answer` or `error`, and the `run` that answered.
 
+    Neither the questions nor the answers are held in memory.
+
     Args:
-        path: the file; an earlier run's answers in it stay, and are `done`. `None`: nothing is written.
+        path: the file; an earlier run's answers in it stay, and are `done`. `None`: a temporary one.
         questions: all that are asked, in order.
         run: of `run_of`.
 
@@ -63,30 +99,34 @@ class AnswerFile:
         OSError: when it cannot be written, or another process is writing it.
     """
 
-    def __init__(self, path: str | None, questions: Sequence[Question], run: dict):
+    def __init__(self, path: str | None, questions: Questions, run: dict):
         self.path, self.questions, self.run = path, questions, run
-        self.done: list[dict] = []
-        self._file: IO[bytes] | None = None
-        if path is not None and os.path.exists(path):
-            self._file = open(path, "r+b")  # noqa: SIM115 - closed by `__exit__`
+        self.done = Answers()
+        self._upcoming, self._waiting = iter(questions), deque[Question]()
+        if path is None:
+            self.done.file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `__exit__`
+        elif os.path.exists(path):
+            self.done.file = open(path, "r+b")  # noqa: SIM115 - closed by `__exit__`
             try:
-                self._take(path, self._file)
+                self._take(path, self.done.file)
             except BaseException:
-                self._file.close()
+                self.done.file.close()
                 raise
 
     def _take(self, path: str, file: IO[bytes]) -> None:
         """Reads the answers that are there, and goes to their end."""
         _lock(file, path)
-        content = file.read()
-        whole = content[:content.rfind(b"\n") + 1]          # a killed run may have left half a line
-        if content and not whole and not content.startswith(b'{"id": '):
-            raise DataError(f"{path} holds something else than answers of eval; choose another file.")
-        for number, line in text_lines(decode_text(whole, path)):
-            self._check(line, f"{path}, line {number}")
-        if len(whole) < len(content):
-            file.truncate(len(whole))
-        file.seek(len(whole))
+        end = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):         # a killed run may have left half a line
+                if not end and not line.startswith(b'{"id": '):
+                    raise DataError(f"{path} holds something else than answers of eval; choose another file.")
+                break
+            if line.strip():
+                self._check(decode_text(line, path, before=(end, number - 1)), f"{path}, line {number}")
+            end += len(line)
+        if end < os.fstat(file.fileno()).st_size:
+            file.truncate(end)
 
     def _check(self, line: str, where: str) -> None:
         advice = "choose another file, or delete this one to begin anew."
@@ -105,33 +145,45 @@ class AnswerFile:
             raise DataError(f"{where}: an answer {what}: {pairs}; {advice}")
         if len(self.done) == len(self.questions):
             raise DataError(f"{where}: the data has {len(self.questions)} questions only; {advice}")
-        if _identity(row) != _identity(_row(self.questions[len(self.done)])):
+        if _identity(row) != _identity(_row(next(self._upcoming))):
             raise DataError(f"{where}: an answer to another question than number {len(self.done) + 1} of the data; "
                             f"{advice}")
-        self.done.append(row)
+        self.done.count += 1
+
+    def ahead(self, count: int) -> list[Question]:
+        """So many of the next questions without an answer, or all that are left."""
+        while len(self._waiting) < min(count, len(self.questions) - len(self.done)):
+            self._waiting.append(next(self._upcoming))
+        return list(self._waiting)[:count]
 
     def add(self, results: Sequence[dict]) -> None:
         """Appends the next answers, `{"answer": text}` or `{"error": sentence}` each."""
         rows = [{**_row(question), **result, "run": self.run}
-                for question, result in zip(self.questions[len(self.done):], results)]
-        if self.path is not None and self._file is None:        # made now: a model that does not load leaves no file
-            try:
-                self._file = open(self.path, "xb")  # noqa: SIM115 - closed by `__exit__`
-            except FileExistsError as error:
-                raise OSError(f"{self.path} has come into being meanwhile; choose another file.") from error
-            _lock(self._file, self.path)
-        if self._file is not None:
-            self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-            self._file.flush()
-        self.done += rows
+                for question, result in zip(self.ahead(len(results)), results)]
+        file = self.done.file or self._make_file(str(self.path))
+        file.seek(0, os.SEEK_END)
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        file.flush()
+        for _ in rows:
+            self._waiting.popleft()
+        self.done.count += len(rows)
+
+    def _make_file(self, path: str) -> IO[bytes]:
+        """Made only when there is an answer: a model that does not load leaves no file."""
+        try:
+            file = self.done.file = open(path, "x+b")  # noqa: SIM115 - closed by `__exit__`
+        except FileExistsError as error:
+            raise OSError(f"{path} has come into being meanwhile; choose another file.") from error
+        _lock(file, path)
+        return file
 
     def __enter__(self) -> AnswerFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self.done.file is not None:
+            self.done.file.close()
 
 
 def _lock(file: IO[bytes], path: str) -> None:

@@ -13,16 +13,17 @@ import numpy as np
 
 from mindformers_ixc import terminal
 from mindformers_ixc.cli.data_plan import bars
-from mindformers_ixc.cli.data_preview import write_preview
+from mindformers_ixc.cli.data_preview import write_indexed
 from mindformers_ixc.cli.data_section import RECIPE, read_section
 from mindformers_ixc.data.advice import Needs, advise, needs_of, processor_of, unpacked_goodput
 from mindformers_ixc.data.fitting import Shapes
 from mindformers_ixc.data.index.folders import index_folder
+from mindformers_ixc.data.index.kinds import KINDS
 from mindformers_ixc.data.index.samples import IndexedSource, fitting_rounds
 from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.rows import MAX_BAD_SHARE
 from mindformers_ixc.data.sections import row_budget
-from mindformers_ixc.errors import ConfigError, DataError
+from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import check_target, write_whole
 from mindformers_ixc.operations import training_costs
 from mindformers_ixc.planning.workload import read_workload
@@ -45,7 +46,7 @@ def data_index(arguments: argparse.Namespace) -> int:
         arguments: `files`, the data; `config`; `output`, the folder of indices; `rest`, overrides of the YAML.
 
     Raises:
-        ConfigError: for a wrong key or value of the YAML, and for preference pairs.
+        ConfigError: for a wrong key or value of the YAML.
         DataError: for unusable data.
     """
     _, sources, _ = _open(arguments)
@@ -75,7 +76,7 @@ def data_check(arguments: argparse.Namespace) -> int:
         1 when more samples of a source cannot be used than `max_bad_share` allows, or a source cannot be read; else 0.
 
     Raises:
-        ConfigError: for a wrong key or value of the YAML, and for preference pairs.
+        ConfigError: for a wrong key or value of the YAML.
         DataError: for a file that is none of data.
     """
     failed = list[tuple[str, str]]()
@@ -93,7 +94,7 @@ def data_check(arguments: argparse.Namespace) -> int:
     if arguments.png and sources:
         _draw(Path(arguments.png), needs_of(sources, None), shapes)
     if arguments.output and not failed:
-        write_preview(arguments, Path(arguments.output))
+        write_indexed(arguments, Path(arguments.output), sources, shapes)
     elif arguments.output:
         terminal.current.note(f"{arguments.output} is not written: a page has all sources.")
     return _tell(found, failed, share)
@@ -124,9 +125,6 @@ def _open(arguments: argparse.Namespace, failed: list[tuple[str, str]] | None = 
         dict, list[IndexedSource], dict]:
     """The fields of the YAML, the sources and its section; `failed` as of `open_sources`, for sources of any state."""
     fields, section, pairs = read_section(arguments)
-    if pairs:
-        raise ConfigError(f"{arguments.config} trains on preference pairs, which have no index; `mindformers data "
-                          "preview` shows them.")
     if not arguments.config:
         terminal.current.note(f"Measured as the recipe {RECIPE} measures, since no --config was given.")
     loader = {**section["data_loader"], "dataset_dir": list(arguments.files)}
@@ -139,7 +137,7 @@ def _open(arguments: argparse.Namespace, failed: list[tuple[str, str]] | None = 
     folder = index_folder(arguments.output, "--output") if named else loader.get("index_dir")
     measures = measures_of(section, processor_of(section), bool(arguments.decode))
     sources = open_sources(loader, section.get("seed") or 0, measures, folder,
-                           _bad_share(section) if failed is None else 1.0, failed)
+                           _bad_share(section) if failed is None else 1.0, failed, "pair" if pairs else "sample")
     return fields, sources, {**section, "data_loader": loader}
 
 
@@ -181,7 +179,7 @@ class _Found:
 
 def _look(source: IndexedSource, shapes: Shapes) -> _Found:
     index = source.index
-    rounds, fitting = fitting_rounds(index, np.arange(len(index)), shapes)
+    rounds, fitting = fitting_rounds(source, np.arange(len(index)), shapes)
     problems: dict[str, list[tuple[int, str]]] = {"missing": [], "damaged": [], "wrong": []}
     for number, sentence in index.description.errors:
         missing, damaged = "does not exist" in sentence, ", field image: " in sentence
@@ -189,7 +187,7 @@ def _look(source: IndexedSource, shapes: Shapes) -> _Found:
     problems["unusable"] = [(number, sentence) for number, sentence in index.description.unusable]
     usable = rounds > 0
     numbers = dict(zip(COLUMNS, (
-        len(index), len(index.sizes), len(index.needs), *map(len, problems.values()),
+        len(index), len(index.sizes), len(index.needs) // source.kind.together, *map(len, problems.values()),
         _twice([source]), int(((fitting > 0) & (fitting < rounds)).sum()), int((usable & (fitting == 0)).sum()))))
     return _Found(source.reader.name, numbers, problems)
 
@@ -248,6 +246,8 @@ def _lengths(fields: dict, section: dict, sources: Sequence[IndexedSource], room
         yield ""
         yield f"{name} of a sample"
         yield from bars(values, room)
+    if sources[0].kind is KINDS["pair"]:
+        return          # what a row of two answers costs is another sum
     workload = read_workload({**fields, "train_dataset": section})
     budget, costs = row_budget(section), training_costs(workload.config, workload.trained_parts)
     packed = next(iter(advise(needs, [budget], costs)), None) if section.get("packing") else None

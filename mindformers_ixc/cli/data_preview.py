@@ -9,8 +9,11 @@ from mindformers_ixc import terminal
 from mindformers_ixc.cli.data_section import RECIPE, read_section
 from mindformers_ixc.cli.preview_page import headline, preview_page
 from mindformers_ixc.cli.preview_text import sample_lines
-from mindformers_ixc.data.preview import Data, Look, Reader, choose, look, named, read_data
-from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.data.fitting import Shapes
+from mindformers_ixc.data.index.samples import IndexedSource
+from mindformers_ixc.data.preview import Look, look
+from mindformers_ixc.data.preview_data import Data, Entry, Reader, choose, indexed_data, named, read_data
+from mindformers_ixc.errors import ConfigError, DataError
 from mindformers_ixc.files import check_target, write_whole
 from mindformers_ixc.pages.page import is_own
 from mindformers_ixc.sections import check_value, whole
@@ -46,7 +49,10 @@ def data_preview(arguments: argparse.Namespace) -> int:
     if not arguments.output and target.exists() and not is_own(target):
         raise ConfigError(f"{target} is there and is no page of this command; say with --output where the page is to "
                           "be written.")
-    data, looks, note = write_preview(arguments, target, wanted, count or SAMPLES)
+    reader, note, how = _reader(arguments)
+    data = read_data(reader, list(arguments.files), not arguments.config, wanted)
+    entries = named(data, wanted) if wanted else choose(data, count or SAMPLES)
+    looks, note = _write(arguments, target, data, entries, how, note)
     terminal.current.note(note)
     terminal.current.note(_summary(data))
     for found in looks if wanted else ():
@@ -55,31 +61,35 @@ def data_preview(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def write_preview(arguments: argparse.Namespace, target: Path, wanted: Sequence[int] = (),
-                  count: int = SAMPLES) -> tuple[Data, list[Look], str]:
-    """Writes a page of samples.
+def write_indexed(arguments: argparse.Namespace, target: Path, sources: Sequence[IndexedSource],
+                  shapes: Shapes) -> None:
+    """Writes a page of data that has an index; only the samples on it are read.
 
     Args:
         arguments: `files`, the data; `config`, `rest`.
         target: the page.
-        wanted: numbers of the samples.
-        count: of samples, where none are named.
-
-    Returns:
-        The data, the samples, and a sentence about how they were read.
+        sources: of the data.
+        shapes: that samples must fit.
 
     Raises:
-        ConfigError: for a wrong key or value of the YAML.
-        DataError: for unusable data, and a sample that there is not.
+        DataError: when no sample can be used.
     """
     reader, note, how = _reader(arguments)
-    data = read_data(reader, list(arguments.files), guess=not arguments.config)
-    entries = named(data, wanted) if wanted else choose(data, count)
+    data = indexed_data(reader, sources, shapes)
+    entries = choose(data, SAMPLES) if len(data.known.numbers) else []
+    if not entries:
+        raise DataError(f"No sample can be used, so there is none for a page; {target} is not written.")
+    _write(arguments, target, data, entries, how, note)
+
+
+def _write(arguments: argparse.Namespace, target: Path, data: Data, entries: Sequence[Entry], how: dict[str, object],
+           note: str) -> tuple[list[Look], str]:
+    """Writes the page; gives what it shows of the samples, and the sentence about how they were read."""
     looks = [look(data.reader, entry) for entry in entries]
-    if not arguments.config and not all(entry.kept == entry.rounds for entry in data.measured):
+    if not arguments.config and (data.known.kept < data.known.rounds).any():
         note += " Longer samples are cut or left out; --config names the YAML file of a run with longer rows."
     write_whole(target, preview_page(data, looks, how, note))
-    return data, looks, note
+    return looks, note
 
 
 def _reader(arguments: argparse.Namespace) -> tuple[Reader, str, dict[str, object]]:

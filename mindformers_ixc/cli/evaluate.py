@@ -3,16 +3,26 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import heapq
 import importlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Union
 
 from mindformers_ixc import terminal
-from mindformers_ixc.cli.answer_file import AnswerFile, run_of
+from mindformers_ixc.cli.answer_file import AnswerFile, Answers, run_of
 from mindformers_ixc.cli.heavy import importing
 from mindformers_ixc.cli.settings import generation_options
-from mindformers_ixc.data.conversations import load_conversations
-from mindformers_ixc.data.questions import questions_of, shuffle_images
+from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions
+from mindformers_ixc.data.questions import SourceQuestions
 from mindformers_ixc.scores import CIDER_BEST, check_libraries, each_score
+
+# Rows of answers.
+Rows = Union[Answers, Sequence[dict]]
+
+# Answers that are scored together.
+TOGETHER = 4096
 
 # How each score is called where it is printed.
 TITLES = {"exact_match": "exact match", "anls": "ANLS", "relaxed_accuracy": "relaxed accuracy", "cider": "CIDEr"}
@@ -28,25 +38,33 @@ def evaluate(arguments: argparse.Namespace) -> int:
         Exit code: 1 when no question could be answered.
     """
     check_libraries(arguments.metrics)
-    questions = questions_of(load_conversations(arguments.data, image_folder=arguments.image_folder,
-                                                image_root=arguments.image_root, ignore_keys=arguments.ignore_keys))
-    if arguments.shuffle_images:
-        shuffle_images(questions)
+    options = ReadingOptions(arguments.image_folder, image_root=arguments.image_root,
+                             ignore_keys=arguments.ignore_keys)
+    questions = SourceQuestions(ConversationReader(arguments.data, options), arguments.shuffle_images)
     with AnswerFile(arguments.predictions, questions, run_of(arguments)) as file:
         if file.done:
             terminal.current.say(f"{len(file.done)} of {len(questions)} answers are in {arguments.predictions} "
                                  "already.")
         if len(file.done) < len(questions):
             _answer_rest(file, arguments)
-    rows = file.done
-    _name_failed(rows)
-    scores = each_score([row.get("answer") for row in rows], [row["expected"] for row in rows], arguments.metrics,
-                        arguments.ignore_case)
-    if arguments.worst:
-        terminal.current.say(worst_answers(rows, scores, arguments.worst))
-    for name, values in scores.items():
-        print(score_line(name, values, arguments.ignore_case), file=arguments.answers)
-    return int(all("error" in row for row in rows))
+        _name_failed(file.done)
+        scores = _scores(file.done, arguments.metrics, arguments.ignore_case)
+        if arguments.worst:
+            terminal.current.say(worst_answers(file.done, scores, arguments.worst))
+        for name, values in scores.items():
+            print(score_line(name, values, arguments.ignore_case), file=arguments.answers)
+        return int(all("error" in row for row in file.done))
+
+
+def _scores(rows: Rows, names: Sequence[str], ignore_case: bool) -> dict[str, Sequence[float]]:
+    """The scores of every answer. CIDEr takes all texts at once: it counts words over all of them."""
+    found: dict[str, array] = {name: array("d") for name in names}
+    for name in names:
+        answers = iter(rows)
+        while some := list(islice(answers, len(rows) if name == "cider" else TOGETHER)):
+            found[name].extend(each_score([row.get("answer") for row in some], [row["expected"] for row in some],
+                                          [name], ignore_case)[name])
+    return dict(found)
 
 
 def _answer_rest(file: AnswerFile, arguments: argparse.Namespace) -> None:
@@ -56,10 +74,9 @@ def _answer_rest(file: AnswerFile, arguments: argparse.Namespace) -> None:
         answer_questions = importlib.import_module("mindformers_ixc.generation.predict").answer_questions
     with terminal.current.waiting(f"Loading {arguments.model}"):
         assistant = inference.load_assistant(arguments)
-    questions, size, options = file.questions, arguments.batch_size, generation_options(arguments)
-    with terminal.current.counting(len(questions), "answering", "question", initial=len(file.done)) as bar:
-        while len(file.done) < len(questions):
-            batch = questions[len(file.done):len(file.done) + size]
+    size, options = arguments.batch_size, generation_options(arguments)
+    with terminal.current.counting(len(file.questions), "answering", "question", initial=len(file.done)) as bar:
+        while batch := file.ahead(size):
             file.add(answer_questions(assistant, [one.request(arguments.hd_num) for one in batch], size,
                                       arguments.mode, options))
             bar.update(len(batch))
@@ -76,45 +93,51 @@ def score_line(name: str, values: Sequence[float], ignore_case: bool) -> str:
     return f"{title}: {mean:.1f} %{counted}"
 
 
-def _name_failed(rows: Sequence[dict]) -> None:
+def _name_failed(rows: Rows) -> None:
     """Says which questions could not be answered, and why."""
-    failed = [row for row in rows if "error" in row]
-    for row in failed:
-        terminal.current.say(f"sample {row['id']}, question {row['question'][:60]!r}: {row['error']}")
+    failed = 0
+    for row in rows:
+        if "error" in row:
+            failed += 1
+            terminal.current.say(f"sample {row['id']}, question {row['question'][:60]!r}: {row['error']}")
     if failed:
-        terminal.current.say(f"{len(failed)} of {len(rows)} questions could not be answered and count as wrong.")
+        terminal.current.say(f"{failed} of {len(rows)} questions could not be answered and count as wrong.")
 
 
-def worst_answers(rows: Sequence[dict], scores: dict[str, list[float]], most: int) -> str:
+def worst_answers(rows: Rows, scores: Mapping[str, Sequence[float]], most: int) -> str:
     """The answers that are furthest from right, worst first, as lines.
 
     The first score decides, then the others, then how much of the letters is in both texts; what has full marks by the
     first score, or is the expectation itself, is left out.
 
     Args:
-        rows: of `AnswerFile`.
+        rows: of `AnswerFile`, or a list of such.
         scores: of `each_score`.
         most: so many at most.
     """
     first, *others = scores
     best = CIDER_BEST if first == "cider" else 1.0
-    # of few words not even the expectation itself gets CIDEr's best
-    wrong = [number for number, (row, value) in enumerate(zip(rows, scores[first])) if value < best
-             and ("error" in row or row["answer"].strip() != row["expected"].strip())]
+    count = 0
 
-    def key(number: int) -> tuple:
-        row = rows[number]
+    def key(number: int, row: dict) -> tuple:
         alike = difflib.SequenceMatcher(None, row.get("answer", "").lower(), row["expected"].lower()).ratio()
         return ("error" not in row, *(scores[name][number] for name in (first, *others)), alike)
 
-    if not wrong:
+    def wrong() -> Iterator[tuple[tuple, int, dict]]:
+        nonlocal count
+        for number, (row, value) in enumerate(zip(rows, scores[first])):
+            # of few words not even the expectation itself gets CIDEr's best
+            if value < best and ("error" in row or row["answer"].strip() != row["expected"].strip()):
+                count += 1
+                yield key(number, row), number, row
+
+    chosen = heapq.nsmallest(most, wrong())
+    if not count:
         return "No answer is wrong."
-    chosen = sorted(wrong, key=key)[:most]
-    lines = [f"The {len(chosen)} worst of {len(wrong)} answers without full marks:" if len(chosen) < len(wrong) else
-             f"The {len(wrong)} answers without full marks, the worst first:" if len(wrong) > 1 else
+    lines = [f"The {len(chosen)} worst of {count} answers without full marks:" if len(chosen) < count else
+             f"The {count} answers without full marks, the worst first:" if count > 1 else
              "The only answer without full marks:"]
-    for number in chosen:
-        row = rows[number]
+    for _, _, row in chosen:
         lines += [f"  sample {row['id']}{': ' if row['images'] else ''}{', '.join(row['images'])}",
                   f"    question  {_line(row['question'])}", f"    expected  {_line(row['expected'])}",
                   f"    error     {_line(row['error'])}" if "error" in row else

@@ -90,7 +90,7 @@ def epochs_for(steps: int) -> int:
 def batches(measured: Measured) -> tuple[int, int]:
     """Samples of a step, and steps of an epoch, of little data; a batch is of one kind."""
     size = min(BATCH_SIZE, measured.fewest_of_a_kind)
-    return size, len(measured.samples) // size
+    return size, measured.samples // size
 
 
 def _noted(line: str, note: str) -> str:
@@ -100,11 +100,10 @@ def _noted(line: str, note: str) -> str:
 
 def _small(choices: Choices, target: str, measured: Measured) -> str:
     """A run of the tiny model."""
-    samples, longest = len(measured.samples), max(measured.positions)
+    samples, longest = measured.samples, measured.longest.positions
     if longest > MOST_POSITIONS:
-        where = measured.samples[measured.positions.index(longest)].where
-        raise ConfigError(f"{where} is {longest} positions long; the tiny model is for {MOST_POSITIONS} at most. "
-                          "Shorten its text, or take fewer pictures in one sample.")
+        raise ConfigError(f"{measured.longest.where} is {longest} positions long; the tiny model is for "
+                          f"{MOST_POSITIONS} at most. Shorten its text, or take fewer pictures in one sample.")
     size, steps = batches(measured)
     epochs = epochs_for(steps)
     starter = is_starter(choices.model)
@@ -129,7 +128,7 @@ def _small(choices: Choices, target: str, measured: Measured) -> str:
         _noted(f"    dataset_dir: {text(choices.data)}", "relative to where the command is typed"),
         *([] if starter else [_tokenizer(choices.model)]),
         _noted(f"  seq_length: &seq_length {_rounded(longest)}", f"the longest sample is {longest} positions"),
-        _noted(f"  max_tiles: &max_tiles {max(2, *measured.tiles)}", "tiles of a sample at most, with global views"),
+        _noted(f"  max_tiles: &max_tiles {max(2, measured.tiles)}", "tiles of a sample at most, with global views"),
         "  batch_size: *batch_size",
         *TIES, "",
         "model:",
@@ -191,7 +190,7 @@ def next_steps(choices: Choices, target: str, measured: Measured) -> list[str]:
                 "Ask what it needs, without devices, then train:",
                 f"    mindformers plan --config {config} --devices {choices.devices}",
                 f"    mindformers launch -n {choices.devices} --config {config}"]
-    image, question = as_typed(measured.samples)
+    image, question = as_typed(entry.sides[0] for entry in measured.data.measured)
     model = shlex.quote(str(Path(output_of(target, choices.data)) / "model"))
     steps = batches(measured)[1]
     minutes = max(1, round(steps * epochs_for(steps) * SECONDS_A_STEP / 60))

@@ -12,7 +12,8 @@ from PIL import Image
 
 from mindformers_ixc.cli.preview_text import clipped, counts, picture_text, token_texts, verdict, visible
 from mindformers_ixc.data.advice import histogram as ranges
-from mindformers_ixc.data.preview import GIVEN, LEARNT, PICTURE, Board, Data, Entry, Look, Seen, Stretch
+from mindformers_ixc.data.preview import GIVEN, LEARNT, PICTURE, Board, Look, Seen, Stretch
+from mindformers_ixc.data.preview_data import Data, Entry, file_names
 from mindformers_ixc.pages import drawing
 from mindformers_ixc.pages.page import cards, facts, page, section, table, text, values
 from mindformers_ixc.processing.tokenizer import SentencePieceText
@@ -44,7 +45,7 @@ def preview_page(data: Data, looks: list[Look], how: Mapping[str, object], note:
         how: names and values of the settings that it was read by.
         note: a sentence about them.
     """
-    title = " · ".join(dict.fromkeys(Path(source.name).name for source in data.sources))
+    title = file_names(data)
     pieces: dict[int, str] = {}
     samples = "".join(_samples(data, looks, pieces))
     body = (f'<h1>{text(title)}</h1><p class="sub">{text(note)}</p>{cards(headline(data))}'
@@ -57,18 +58,21 @@ def preview_page(data: Data, looks: list[Look], how: Mapping[str, object], note:
 
 def headline(data: Data) -> dict[str, object]:
     """The numbers of the data that are looked at first."""
-    measured, entries = data.measured, data.entries
-    pictures = {path for entry in entries for path in entry.sides[0].images}
-    turns = sum(sum(role == "user" for role, _ in entry.sides[0].turns) for entry in entries)
-    looked_at, drawn = len(measured) + len(data.uncut), len(measured) < len(entries)
-    cut = sum(map(_is_cut, measured))
-    out = sum(not entry.kept for entry in measured) + len(data.uncut)
-    found: dict[str, object] = {
-        "preference pairs" if data.reader.pairs else "samples": f"{data.count:,}", "pictures": f"{len(pictures):,}",
-        "questions": f"{turns:,}", "without a picture": f"{sum(not entry.sides[0].images for entry in entries):,}",
-        "cut": _share(cut, looked_at, drawn), "left out": _share(out, looked_at, drawn)}
+    known, drawn = data.known, data.looked_at < data.count
+    fitted, usable = len(known.numbers) + len(data.uncut), len(known.numbers)
+    cut, out = int(((known.kept > 0) & (known.kept < known.rounds)).sum()), int((known.kept == 0).sum())
+    found: dict[str, object] = {"preference pairs" if data.reader.pairs else "samples": f"{data.count:,}"}
+    if drawn:
+        found["read"] = f"{data.looked_at:,}"
+    if data.named:
+        return found             # of the samples themselves more is said
+    # an index does not know whether two samples have one file
+    pictures = "pictures" if data.indexed is None else "uses of pictures"
+    found |= {pictures: f"{data.pictures:,}", "questions": f"{data.questions:,}",
+              "without a picture": _share(data.text_only, usable, True) if drawn else f"{data.text_only:,}",
+              "cut": _share(cut, fitted, drawn), "left out": _share(out + len(data.uncut), fitted, drawn)}
     if data.problems:
-        found["not usable"] = _share(len(data.problems), data.count)
+        found["not usable"] = _share(len(data.problems), data.looked_at, drawn)
     return found
 
 
@@ -84,18 +88,20 @@ def _share(part: int, whole: int, drawn: bool = False) -> str:
 
 
 def _summary(data: Data) -> str:
-    """Histograms of what samples take."""
-    budget, measured = data.reader.budget, data.measured
-    parts = []
-    for name, found, limit in (("positions", [entry.positions for entry in measured], data.reader.longest),
-                               ("tiles", [entry.tiles for entry in measured], budget.max_tiles)):
-        most = measured[int(np.argmax(found))]
-        drawn = drawing.histogram(name, _ranges(np.array(found), limit), limit, "a row holds", "sample")
-        caption = f"mean {np.mean(found):,.1f}, the most {max(found):,} (sample {most.number})"
+    """Histograms of what samples take, and of how many of them."""
+    if data.named:
+        return f'<p class="note">{text(f"Of the {data.count:,} samples only those that are named were read.")}</p>'
+    known, parts = data.known, []
+    for name, found, limit in (("positions", known.positions, data.reader.longest),
+                               ("tiles", known.tiles, data.reader.budget.max_tiles)):
+        most = int(np.argmax(found))
+        drawn = drawing.histogram(name, _ranges(found, limit), limit, "a row holds", "sample")
+        caption = f"mean {np.mean(found):,.1f}, the most {found[most]:,} (sample {known.numbers[most]})"
         parts.append(f'<div class="chart"><h3>{name.capitalize()} of a sample</h3>{drawn}'
                      f'<p class="note">{text(caption)}</p></div>')
-    drawn_of = "" if len(measured) == len(data.entries) else (
-        f'<p class="note">Measured are {len(measured):,} of the {len(data.entries):,} samples, drawn by chance.</p>')
+    drawn_of = "" if data.looked_at == data.count else (
+        f'<p class="note">Of the {data.count:,} samples {data.looked_at:,}, drawn by chance, were read; mindformers '
+        "data check looks at all of them.</p>")
     return f'<div class="charts">{"".join(parts)}</div>{drawn_of}'
 
 
@@ -126,7 +132,7 @@ def _problems(data: Data, looks: list[Look]) -> str:
 
 
 def _choice(data: Data, looks: list[Look]) -> str:
-    shown, usable = len(looks), len(data.entries)
+    shown, usable = len(looks), data.count if data.looked_at < data.count else len(data.known.numbers)
     start = "All of them." if shown == usable else f"{shown} of {usable:,}; --sample N shows the one of that number."
     return f"{start} Hold the pointer over a token or a tile. Numbers and positions are counted from 0."
 

@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mindformers_ixc.data.preview import GIVEN, LEARNT, PICTURE, Board, Data, Entry, Look, Reader, Seen, Stretch
+from mindformers_ixc.data.preview import GIVEN, LEARNT, PICTURE, Board, Look, Seen, Stretch
+from mindformers_ixc.data.preview_data import Data, Entry, Reader
 from mindformers_ixc.processing.tokenizer import SentencePieceText
 
 # Tokens of a text that are shown at most on a terminal.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mindformers_ixc.data.fitting import check_bad_pictures
-from mindformers_ixc.data.index.samples import IndexedSource
+from mindformers_ixc.data.index.samples import IndexedSource, needs_of_rounds
 from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.mixture import check_shares, mixture_weights
 from mindformers_ixc.data.packer import Budget, pack
@@ -120,9 +120,9 @@ def needs_of(sources: Sequence[IndexedSource], max_bad_share: float | None) -> N
         total += len(entries)
         unusable = index.description.left_out
         bad += [ImageError(unusable[int(number)]) for number in entries[np.isin(entries, list(unusable))]]
-        ends = index.pair_starts[entries + 1]
-        usable = ends > index.pair_starts[entries]
-        rows.append(index.needs[ends[usable] - 1])
+        rounds = (index.pair_starts[entries + 1] - index.pair_starts[entries]) // source.kind.together
+        usable = rounds > 0
+        rows.append(needs_of_rounds(source, entries[usable], rounds[usable]).max(1))
         numbers.append(np.full(int(usable.sum()), names.index(source.reader.name), np.int32))
     if max_bad_share is not None:
         check_bad_pictures(bad, total, max_bad_share)

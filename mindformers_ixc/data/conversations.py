@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from mindformers_ixc import terminal
 from mindformers_ixc.data.embedded import held_in
 from mindformers_ixc.data.fetching import fetched, is_web_address
 from mindformers_ixc.data.folders import find_data
@@ -22,11 +22,9 @@ from mindformers_ixc.data.forms import Form, read_form
 from mindformers_ixc.data.paths import check_root, find_file, missing_file, search_folders, shown
 from mindformers_ixc.data.records import open_records
 from mindformers_ixc.data.records.base import Place
-from mindformers_ixc.errors import DataError, ImageError, VideoError
+from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_text, text_lines
-from mindformers_ixc.processing.pictures import image_size
 from mindformers_ixc.processing.stored import StoredFile
-from mindformers_ixc.processing.video import board_size, is_video
 from mindformers_ixc.reading import reading
 from mindformers_ixc.resources import resolve_path
 
@@ -44,9 +42,6 @@ _COMMENT = re.compile(r"(^|\s)#.*")
 
 # Most records have no files of their own.
 _NO_FILES: Mapping[str, StoredFile] = {}
-
-# Samples that are wrong, by their numbers, each with a sentence that says why.
-Problems = list[tuple[int, str]]
 
 # Scans below this many samples finish before a progress bar would be read.
 PROGRESS_FROM = 1000
@@ -90,6 +85,7 @@ class ReadingOptions:
         image_root: a folder that every picture and video must lie in, links followed; by default any file may be named.
         ignore_keys: keys of samples and turns that are not read.
         fetch: whether http(s) addresses of pictures and videos are fetched; otherwise they are refused.
+        kind: what a record is, `sample` or `pair` (`mindformers_ixc.data.index.kinds`).
     """
 
     image_folder: str | os.PathLike | None = None
@@ -98,6 +94,7 @@ class ReadingOptions:
     image_root: str | os.PathLike | None = None
     ignore_keys: Sequence[str] = ()
     fetch: bool = False
+    kind: str = "sample"
 
 
 class ConversationReader:
@@ -118,7 +115,7 @@ class ConversationReader:
     """
 
     def __init__(self, path: str | os.PathLike, options: ReadingOptions):
-        self.name, self.records, self.options = str(path), open_records(path), options
+        self.name, self.records, self.options = str(path), open_records(path, options.kind), options
         self.folders = search_folders(self.records.home, options.image_folder)
         self.root = check_root(options.image_root)
         self.asked = 0
@@ -145,12 +142,27 @@ class ConversationReader:
         self.asked += 1
         return _prompt(self.options.caption_prompts, f"{self.options.seed} {self.name} {index}")
 
+    def load(self) -> list[Any]:
+        """Everything in the source; for files that are small.
+
+        Raises:
+            DataError: listing what is wrong with which samples.
+        """
+        samples, errors = list[Any](), list[str]()
+        for index, place in self.records:
+            try:
+                samples.append(self.read(index, place))
+            except DataError as error:
+                errors.append(str(error))
+        raise_errors(errors)
+        return samples
+
 
 def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
                        caption_prompts: Sequence[str] = CAPTION_PROMPTS, seed: int = 0,
-                       image_root: str | os.PathLike | None = None, ignore_keys: Sequence[str] = (),
-                       problems: Problems | None = None) -> list[Conversation]:
-    """Reads one source, all of it, and checks its structure.
+                       image_root: str | os.PathLike | None = None,
+                       ignore_keys: Sequence[str] = ()) -> list[Conversation]:
+    """Reads one source, all of it, and checks its structure; for files that are small.
 
     Args:
         path: the file; `pkg:` paths work.
@@ -159,21 +171,13 @@ def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike 
         seed: of `ReadingOptions`.
         image_root: of `ReadingOptions`.
         ignore_keys: of `ReadingOptions`.
-        problems: gets the samples that are wrong, which are left out then; without it they are an error.
 
     Raises:
         DataError: listing what is wrong with which samples.
         FileNotFoundError: when the file is missing.
     """
-    reader = ConversationReader(path, ReadingOptions(image_folder, caption_prompts, seed, image_root, ignore_keys))
-    samples, errors = list[Conversation](), Problems()
-    for index, place in reader.records:
-        try:
-            samples.append(reader.read(index, place))
-        except DataError as error:
-            errors.append((index, str(error)))
-    tell_problems(errors, problems)
-    return samples
+    options = ReadingOptions(image_folder, caption_prompts, seed, image_root, ignore_keys)
+    return ConversationReader(path, options).load()
 
 
 def _prompt(prompts: Sequence[str], seed: str) -> str:
@@ -225,38 +229,6 @@ def raise_errors(errors: Sequence[str], end: str = "") -> None:
         errors = list(dict.fromkeys(errors))
         more = f"\n... and {len(errors) - LISTED_ERRORS} more" if len(errors) > LISTED_ERRORS else ""
         raise DataError("\n".join(errors[:LISTED_ERRORS]) + more + (f"\n{end}" if end else ""))
-
-
-def tell_problems(found: Problems, wanted: Problems | None) -> None:
-    """Hands over what was found to whoever wants it, or raises it as one `DataError`."""
-    if wanted is None:
-        raise_errors([sentence for _, sentence in found])
-    else:
-        wanted += found
-
-
-def load_sources(dataset_dir: str | os.PathLike | Sequence[str] | None, image_folder: str | None = None,
-                 seed: int = 0, caption_prompts: Sequence[str] = CAPTION_PROMPTS, image_root: str | None = None,
-                 ignore_keys: Sequence[str] = ()) -> list[Conversation]:
-    """Reads everything `dataset_dir` names.
-
-    Args:
-        dataset_dir: a `.json`, `.jsonl` or `.csv` source, a `.txt` list file (`<source> <thousands>` a line), or a list
-            of these.
-        image_folder: where relative paths of pictures and videos start.
-        seed: of the choice among a source's samples when it is down-sampled, and among prompts.
-        caption_prompts: questions for samples that are captions.
-        image_root: a folder that every picture and video must lie in.
-        ignore_keys: keys of samples and turns that are not read.
-
-    Raises:
-        DataError: for bad sources; see `load_conversations`.
-    """
-    samples = list[Conversation]()
-    for path, count in named_sources(dataset_dir):
-        source = load_conversations(path, image_folder, caption_prompts, seed, image_root, ignore_keys)
-        samples += source if count is None else resample(source, count, random.Random(choice_seed(seed, path)))
-    return samples
 
 
 def named_sources(dataset_dir: str | os.PathLike | Sequence[str] | None) -> Iterator[
@@ -328,32 +300,3 @@ def resample(samples: Sequence, count: int, rng: random.Random) -> list:
     """`count` samples: every sample as often as any other, and the rest drawn without repetition."""
     whole, rest = divmod(count, len(samples))
     return list(samples) * whole + rng.sample(list(samples), rest)
-
-
-def read_image_sizes(samples: Sequence[Conversation], exif: str = "ignore", problems: Problems | None = None) -> None:
-    """Fills in the images' sizes from their headers.
-
-    Args:
-        samples: whose `sizes` are still empty, or known.
-        exif: as in `processing.pictures.load_image`.
-        problems: gets the samples with an image that cannot be used, by their place among `samples`; without it they
-            are an error.
-
-    Raises:
-        DataError: listing the images that cannot be opened, or whose headers show that they cannot be used.
-    """
-    known: dict[Path | StoredFile, tuple[int, int]] = {}
-    errors = Problems()
-    counted = terminal.current.counted(samples, len(samples), "reading picture sizes", "sample",
-                                       disable=len(samples) < PROGRESS_FROM or None)
-    for number, sample in enumerate(counted):
-        if sample.sizes:
-            continue
-        try:
-            for path in sample.images:
-                if path not in known:
-                    known[path] = board_size(path) if is_video(path) else image_size(path, exif)
-            sample.sizes = [known[path] for path in sample.images]
-        except (ImageError, VideoError, OSError) as error:
-            errors.append((number, f"{sample.where}, field image: {error}"))
-    tell_problems(errors, problems)

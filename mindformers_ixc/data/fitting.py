@@ -1,4 +1,4 @@
-"""Which conversations fit the fixed shapes: measured once, cut between whole question-answer pairs, the rest told."""
+"""Which samples fit the fixed shapes: conversations are cut between whole question-answer pairs, the rest is told."""
 from __future__ import annotations
 
 import logging
@@ -11,39 +11,9 @@ from mindformers_ixc.data.forms import count_places
 from mindformers_ixc.data.packer import longest_sample
 from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.processing.pictures import load_image
-from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.video import is_video
 
 logger = logging.getLogger(__name__)
-
-
-def fit_pairs(processor: Processor, sample: Conversation, seq_length: int, max_tiles: int, hd_num: int,
-              max_images: int | None = None) -> tuple[int, tuple[int, int]]:
-    """How many question-answer pairs of a conversation fit, counted from its start.
-
-    Args:
-        processor: counts positions and tiles.
-        sample: conversation with known image sizes.
-        seq_length: positions at most.
-        max_tiles: tiles at most.
-        hd_num: tiles of an image at most.
-        max_images: pictures at most; `None` for any number.
-
-    Returns:
-        Number of pairs, and (positions, tiles) of the whole conversation if all fit, else of the first pair that does
-        not fit with everything before it.
-
-    Raises:
-        ImageError: for a picture that cannot be partitioned, with sample and file.
-    """
-    for count in range(pair_count(sample), 0, -1):
-        part = first_pairs(sample, count)
-        needed = processor.conversation_length(part.turns, part.sizes, hd_num, sample.where, part.images)
-        few = max_images is None or len(part.images) <= max_images
-        if needed[0] <= seq_length and needed[1] <= max_tiles and few:
-            return count, needed
-        shortest = needed
-    return 0, shortest
 
 
 def pair_count(sample: Conversation) -> int:
@@ -153,3 +123,15 @@ class Shapes:
             raise DataError(f"None of the {total} samples fits {self}: {fits}. Raise them or lower hd_num (now "
                             f"{self.hd_num}).")
         logger.warning(f"{dropped} of {total} samples do not fit {self} and are left out: {fits}.")
+
+    def tell_dropped_pairs(self, dropped: int, total: int, most: tuple[int, int, int]) -> None:
+        """The same of preference pairs, of which both answers must fit.
+
+        Raises:
+            DataError: when nothing is left.
+        """
+        message = (f"{dropped} of {total} pairs do not fit {self} (the longest has {most[0]} positions, and {most[1]} "
+                   "tiles are the most)")
+        if dropped == total:
+            raise DataError(f"{message}, so nothing is left to train on; raise them.")
+        logger.warning(f"{message} and are left out.")

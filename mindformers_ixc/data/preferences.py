@@ -9,59 +9,82 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS, REFERENCE_COLUMN
-from mindformers_ixc.data.conversations import Conversation, Problems, make_conversation, tell_problems
+from mindformers_ixc.data.conversations import Conversation, ConversationReader, ReadingOptions, make_conversation
 from mindformers_ixc.data.forms import open_sample, read_pair
-from mindformers_ixc.data.paths import check_root, search_folders, shown
-from mindformers_ixc.data.records import open_records
+from mindformers_ixc.data.paths import shown
+from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.data.rows import ConversationTable
-from mindformers_ixc.errors import DataError
-from mindformers_ixc.processing.processor import Processor
+from mindformers_ixc.errors import DataError, ImageError
+
+
+@dataclass
+class Pair(Conversation):
+    """A preference pair: the conversation with the chosen answer, and what the other one has instead.
+
+    Attributes:
+        rejected: turns of the conversation with the rejected answer; its pictures are the same.
+        logps: log-probabilities of both answers by the reference model, if the pair has them.
+    """
+
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    logps: tuple[float, float] | None = None
+
+    @property
+    def sides(self) -> tuple[Conversation, Conversation]:
+        """The conversations with the chosen and with the rejected answer."""
+        return self, Conversation(self.source, self.index, self.id, self.rejected, self.images, self.sizes)
+
+
+class PairReader(ConversationReader):
+    """Reads single preference pairs of a source; see `ConversationReader`."""
+
+    def read(self, index: int, place: Place) -> Pair:
+        """A pair whose files are found; arguments and errors as of `ConversationReader.read`."""
+        record, options = self.records.read(index, place), self.options
+        row, where = open_sample(record.row, self.records.where(index), options.ignore_keys, "pair")
+        chosen, rejected = read_pair(row, where, options.ignore_keys)
+        if chosen.turns[-1][1].strip() == rejected.turns[-1][1].strip():
+            raise DataError(f"{where}: chosen equals rejected, so there is nothing to prefer; take the pair out.")
+        logps = read_logps(row, where)
+        found = make_conversation(chosen, self.name, index, record.row.get("id"), self.folders, self.root,
+                                  record.files, options.fetch)
+        return Pair(**vars(found), rejected=rejected.turns, logps=logps)
 
 
 class PreferenceTable(ConversationTable):
-    """Encoded pairs; see `ConversationTable`.
-
-    Args:
-        processor: encodes samples.
-        chosen: conversations that end with the chosen answer.
-        rejected: the same ones with the rejected answer.
-        logps: reference log-probabilities of each pair, `None` where there are none.
-        **options: of `ConversationTable`.
-    """
-
-    def __init__(self, processor: Processor, chosen: Sequence[Conversation], rejected: Sequence[Conversation],
-                 logps: Sequence[tuple[float, float] | None], **options: Any):
-        super().__init__(processor, list(chosen), **options)
-        self.chosen, self.rejected, self.logps = list(chosen), list(rejected), list(logps)
+    """Encoded pairs: a row is one pair, both its answers. Its samples are `Pair`s; see `ConversationTable`."""
 
     @property
     def needs(self) -> np.ndarray:
         """Positions of either answer's sequence and the tiles that both look at, int `(n, 3)`."""
         if self._needs is None:
-            sides = [(self._measure(chosen), self._measure(rejected))
-                     for chosen, rejected in zip(self.chosen, self.rejected)]
+            pairs: list[Any] = [self.samples[index] for index in range(len(self))]
+            sides = [list(map(self._measure, pair.sides)) for pair in pairs]
             self._needs = np.array([(chosen[0], *rejected) for chosen, rejected in sides], np.int32).reshape(-1, 3)
         return self._needs
 
     def _encode(self, index: int) -> dict[str, np.ndarray]:
-        pair = (self.chosen[index], self.rejected[index])
-        encoded_images = self.processor.image_processor.cut(list(pair[0].images), self.hd_num, training=True,
-                                                            where=pair[0].where)
-        padded = []
-        for sample in pair:
-            encoded = self.processor.encode_conversation(sample.turns, sample.images, sample.where, self.hd_num,
-                                                         encoded_images)
-            # the answers are compared, not what ends every conversation alike
-            padded.append(encoded.pad(self.seq_length, self.max_tiles, self.max_images, self.processor.pad_token_id))
+        pair: Any = self.samples[index]
+        cut = self.processor.image_processor.cut(list(pair.images), self.hd_num, training=True, where=pair.where)
+        encoded = [self.processor.encode_conversation(side.turns, side.images, side.where, self.hd_num, cut)
+                   for side in pair.sides]
+        found = (*(len(one.input_ids) for one in encoded), encoded[0].tiles)
+        if self._needs is not None and found != tuple(self._needs[index].tolist()):
+            raise ImageError(f"{pair.where}: its pictures have other sizes than when the data were measured; its "
+                             f"answers take {found[0]} and {found[1]} positions and {found[2]} tiles now.")
+        # the answers are compared, not what ends every conversation alike
+        padded = [one.pad(self.seq_length, self.max_tiles, self.max_images, self.processor.pad_token_id)
+                  for one in encoded]
         columns = {name: np.stack([row[name] for row in padded]) for name in ANSWER_COLUMNS}
         columns.update({name: padded[0][name] for name in PIXEL_COLUMNS})
         if REFERENCE_COLUMN in self.columns:
-            columns[REFERENCE_COLUMN] = np.array(self.logps[index], np.float32)
+            columns[REFERENCE_COLUMN] = np.array(pair.logps, np.float32)
         return columns
 
     def _join(self, members: list[tuple[int, Any]], place: int) -> dict[str, Any]:
@@ -69,45 +92,21 @@ class PreferenceTable(ConversationTable):
 
 
 def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
-                     image_root: str | os.PathLike | None = None, ignore_keys: Sequence[str] = (),
-                     problems: Problems | None = None) -> list[
-        tuple[Conversation, Conversation, tuple[float, float] | None]]:
-    """Reads the preference pairs of one source.
+                     image_root: str | os.PathLike | None = None, ignore_keys: Sequence[str] = ()) -> list[Pair]:
+    """Reads the preference pairs of one source, all of them; for files that are small.
 
     Args:
         path: the file; `pkg:` paths work.
         image_folder: where relative paths of pictures and videos start.
         image_root: a folder that every picture and video must lie in, links followed.
         ignore_keys: keys of pairs that are not read.
-        problems: as in `load_conversations`.
-
-    Returns:
-        (chosen, rejected, reference log-probabilities or `None`) of each pair.
 
     Raises:
         DataError: listing what is wrong with which samples.
         FileNotFoundError: when the file is missing.
     """
-    records = open_records(path, "pair")
-    folders, root = search_folders(records.path, image_folder), check_root(image_root)
-    pairs: list[tuple[Conversation, Conversation, tuple[float, float] | None]] = []
-    errors = Problems()
-    for index, place in records:
-        try:
-            row, files = records.read(index, place)
-            known, where = open_sample(row, records.where(index), ignore_keys, "pair")
-            chosen, rejected = read_pair(known, where, ignore_keys)
-            if chosen.turns[-1][1].strip() == rejected.turns[-1][1].strip():
-                raise DataError(f"{where}: chosen equals rejected, so there is nothing to prefer; take the pair out.")
-            logps = read_logps(known, where)
-            sides = [make_conversation(form, str(path), index, row.get("id"), folders, root, files)
-                     for form in (chosen, rejected)]
-        except DataError as error:
-            errors.append((index, str(error)))
-        else:
-            pairs.append((sides[0], sides[1], logps))
-    tell_problems(errors, problems)
-    return pairs
+    options = ReadingOptions(image_folder, image_root=image_root, ignore_keys=ignore_keys, kind="pair")
+    return PairReader(path, options).load()
 
 
 def read_logps(row: Mapping[str, Any], where: str) -> tuple[float, float] | None:

@@ -1,12 +1,19 @@
 """The questions of conversations, one by one, for evaluation."""
 from __future__ import annotations
 
+import hashlib
 import shlex
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from mindformers_ixc.data.conversations import Conversation
+import numpy as np
+
+from mindformers_ixc import terminal
+from mindformers_ixc.data.conversations import PROGRESS_FROM, Conversation, ConversationReader, raise_errors
 from mindformers_ixc.data.forms import count_places
+from mindformers_ixc.data.records.base import Place
+from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
 from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.resources import shown
@@ -51,7 +58,7 @@ def questions_of(samples: Iterable[Conversation]) -> list[Question]:
     """Every question of every conversation.
 
     Args:
-        samples: conversations as `load_conversations` gives them.
+        samples: the conversations.
 
     Returns:
         Questions in file order; a question's images are those up to its round.
@@ -71,18 +78,78 @@ def questions_of(samples: Iterable[Conversation]) -> list[Question]:
     return questions
 
 
-def shuffle_images(questions: list[Question]) -> None:
-    """Gives every question the images of another one that has as many, none its own; in place.
+class SourceQuestions:
+    """Every question of a source, in order; all samples are looked at once, and read again as they are asked about.
 
-    The order is fixed: question i of a group takes the images of the first later question that shows other images.
+    Args:
+        reader: of the source.
+        shuffle_images: whether every question gets the pictures of another one that has as many, none its own
+            (`other_pictures`).
+
+    Raises:
+        DataError: listing what is wrong with which samples.
     """
-    groups: dict[int, list[Question]] = {}
-    for question in questions:
-        groups.setdefault(len(question.images), []).append(question)
-    for count, group in groups.items():
-        if count == 0:
-            continue
-        originals = [question.images for question in group]
-        for i, question in enumerate(group):
-            others = (originals[(i + step) % len(group)] for step in range(1, len(group)))
-            question.images = next((images for images in others if images != question.images), question.images)
+
+    def __init__(self, reader: ConversationReader, shuffle_images: bool = False):
+        self._reader, self._places = reader, reader.records.places()
+        counts, errors = np.zeros(len(self._places), np.int32), list[str]()
+        pictures, marks = array("i"), array("q")
+        numbers = terminal.current.counted(range(len(counts)), len(counts), "reading questions", "sample",
+                                           disable=len(counts) < PROGRESS_FROM or None)
+        for number in numbers:
+            try:
+                questions = self._of_sample(number)
+            except DataError as error:
+                errors.append(str(error))
+                continue
+            counts[number] = len(questions)
+            if shuffle_images:
+                pictures.extend(len(question.images) for question in questions)
+                marks.extend(_mark(question.images) for question in questions)
+        raise_errors(errors)
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self._others = other_pictures(np.array(pictures), np.array(marks)) if shuffle_images else None
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __iter__(self) -> Iterator[Question]:
+        count = 0
+        for number in range(len(self._places)):
+            for question in self._of_sample(number):
+                if self._others is not None and self._others[count] != count:
+                    question.images = self._pictures_of(int(self._others[count]))
+                yield question
+                count += 1
+
+    def _of_sample(self, number: int) -> list[Question]:
+        return questions_of([self._reader.read(number, Place(*self._places[number].tolist()))])
+
+    def _pictures_of(self, number: int) -> list:
+        sample = int(np.searchsorted(self._ends, number, side="right"))
+        return self._of_sample(sample)[number - int(self._ends[sample])].images
+
+
+def _mark(images: list) -> int:
+    """A number that is another one for other pictures."""
+    names = "\0".join(image.name if isinstance(image, StoredFile) else str(image) for image in images)
+    return int.from_bytes(hashlib.blake2b(names.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def other_pictures(counts: np.ndarray, marks: np.ndarray) -> np.ndarray:
+    """For every question the number of one that has as many pictures, which are others; itself if there is none.
+
+    The order is fixed: it is the first later one among those of as many pictures, from the last one on the first.
+
+    Args:
+        counts: pictures of each question.
+        marks: a number for the pictures of each; of the same ones the same.
+    """
+    found = np.arange(len(counts))
+    for count in np.unique(counts[counts > 0]):
+        group = np.flatnonzero(counts == count)
+        changes = np.flatnonzero(marks[group] != np.roll(marks[group], 1))
+        if len(changes):
+            following = np.searchsorted(changes, np.arange(len(group)), side="right")
+            found[group] = group[changes[following % len(changes)]]
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +15,7 @@ from mindspore.dataset import GeneratorDataset, Sampler
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN
 from mindformers_ixc.data.columns import unmap
-from mindformers_ixc.data.conversations import read_image_sizes
-from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, fit_pairs
+from mindformers_ixc.data.fitting import Shapes
 from mindformers_ixc.data.index.keys import Measures
 from mindformers_ixc.data.index.plans import saved
 from mindformers_ixc.data.index.samples import IndexedSource, SampleSet, make_samples
@@ -25,11 +23,11 @@ from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.mixture import Planner, make_planner
 from mindformers_ixc.data.packed_plan import Packing
 from mindformers_ixc.data.packer import Budget
-from mindformers_ixc.data.preferences import PreferenceTable, load_preferences
+from mindformers_ixc.data.preferences import PreferenceTable
 from mindformers_ixc.data.rows import MAX_BAD_SHARE, ConversationTable, make_processor
 from mindformers_ixc.data.sampling import PlanSampler, RunPlan
 from mindformers_ixc.data.sections import row_budget
-from mindformers_ixc.errors import DataError, ImageError
+from mindformers_ixc.errors import DataError
 from mindformers_ixc.native import library
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.processing.processor import Processor
@@ -111,14 +109,18 @@ class IXC25DataLoader:
         self.section = {"dataset_dir": dataset_dir, "image_folder": image_folder, "caption_prompts": caption_prompts,
                         "image_root": image_root, "ignore_keys": ignore_keys, "fetch": fetch}
 
-    def sources(self, measures: Measures, bad_share: float = 0.0) -> list[IndexedSource]:
+    def sources(self, measures: Measures, bad_share: float = 0.0, kind: str = "sample") -> list[IndexedSource]:
         """The sources, each with its index, which is built where there is none; arguments as of `open_sources`.
+
+        Args:
+            measures: how samples are measured.
+            kind: of the samples, of `KINDS`.
 
         Raises:
             DataError: for unusable data.
         """
         watch_reads(self.read_timeout)
-        return open_sources(self.section, self.seed, measures, self.index_dir, bad_share)
+        return open_sources(self.section, self.seed, measures, self.index_dir, bad_share, kind=kind)
 
 
 @MindFormerRegister.register(MindFormerModuleType.DATASET)
@@ -141,11 +143,11 @@ class IXC25SFTDataset(BaseDataset):
         """
         config = cls.check_dataset_config(dataset_config, locals())
         cls.init_dataset_config(config)
-        table, planner = _conversation_table(config)
-        return batched(cls, table, planner, config)
+        return batched(cls, *_table(config, "sample"), config)
 
 
-def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, Planner]:
+def _table(config: MindFormerConfig, kind: str) -> tuple[ConversationTable, Planner]:
+    """The rows of a section whose samples are of a kind, and what plans a run over them."""
     options = {key: value for key, value in config.data_loader.items() if key != "type"}
     mixture = dict(options.pop("mixture")) if options.get("mixture") else None
     seed, budget = config.seed or 0, row_budget(config)
@@ -154,12 +156,18 @@ def _conversation_table(config: MindFormerConfig) -> tuple[ConversationTable, Pl
     share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
     sources = loader.sources(measures_of(config, processor), share)
     segments = budget.max_segments if config.packing else None
-    shapes = Shapes(config.seq_length, config.max_tiles, config.hd_num or HD_NUM_TRAINING, budget.max_images, segments)
+    columns = list(config.input_columns or BATCH_COLUMNS)
+    if REFERENCE_COLUMN in columns and any(source.index.description.lacking for source in sources):
+        raise DataError(f"train_dataset.input_columns has {REFERENCE_COLUMN}, but not every pair has that field; "
+                        "leave the column out, and the model without the pair is the reference.")
+    # a pair with too many pictures is refused, since there is no part of it to be used
+    max_images = None if kind == "pair" else budget.max_images
+    shapes = Shapes(config.seq_length, config.max_tiles, config.hd_num or HD_NUM_TRAINING, max_images, segments)
     samples = make_samples(sources, shapes, share, loader.index_dir)
-    table = ConversationTable(processor, samples, config.seq_length, config.max_tiles, shapes.hd_num, share,
-                              samples.needs, list(config.input_columns or BATCH_COLUMNS), seed, budget.max_images,
-                              segments)
-    logger.info(f"{samples.multimodal} multimodal and {len(samples) - samples.multimodal} text-only samples.")
+    make = PreferenceTable if kind == "pair" else ConversationTable
+    table = make(processor, samples, config.seq_length, config.max_tiles, shapes.hd_num, share, samples.needs, columns,
+                 seed, budget.max_images, segments)
+    logger.info(f"{samples.multimodal} multimodal and {len(samples) - samples.multimodal} text-only {kind}s.")
     settings = (mixture, seed, loader.shuffle, bool(config.get("drop_remainder", True)))
     packing = budget if config.packing else None
     planner = partial(_plan, samples, packing, settings)
@@ -195,47 +203,4 @@ class IXC25PreferenceDataset(BaseDataset):
         """
         config = cls.check_dataset_config(dataset_config, locals())
         cls.init_dataset_config(config)
-        table = _preference_table(config)
-        planner = make_planner(table.samples.name_numbers, table.samples.images > 0, table.source_names, None,
-                               table.seed, config.data_loader.get("shuffle", True), config.get("drop_remainder", True))
-        return batched(cls, table, planner, config)
-
-
-def _preference_table(config: MindFormerConfig) -> PreferenceTable:
-    loader, seed = config.data_loader, config.seed or 0
-    watch_reads(loader.read_timeout)
-    files = loader.dataset_dir if isinstance(loader.dataset_dir, (list, tuple)) else [loader.dataset_dir]
-    pairs = [pair for path in files for pair in load_preferences(path, loader.image_folder, loader.image_root,
-                                                                 loader.ignore_keys or ())]
-    processor, hd_num = section_processor(config), config.hd_num or HD_NUM_TRAINING
-    read_image_sizes([chosen for chosen, _, _ in pairs], processor.image_processor.exif)
-    columns = list(config.input_columns or BATCH_COLUMNS)
-    if REFERENCE_COLUMN in columns and any(logps is None for _, _, logps in pairs):
-        raise DataError(f"train_dataset.input_columns has {REFERENCE_COLUMN}, but not every pair has that field; "
-                        "leave the column out, and the model without the pair is the reference.")
-    pairs = [(chosen, replace(rejected, sizes=chosen.sizes), logps) for chosen, rejected, logps in pairs]
-    shapes = (config.seq_length, config.max_tiles, hd_num)
-    share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
-    measured, usable, bad = [], [], []
-    for pair in pairs:      # a pair is one question and answer: both sides are measured whole
-        try:
-            measured.append([fit_pairs(processor, side, *shapes) for side in pair[:2]])
-            usable.append(pair)
-        except ImageError as error:
-            bad.append(error)
-    check_bad_pictures(bad, len(pairs), share)
-    pairs = usable
-    fitting = [(pair, sides) for pair, sides in zip(pairs, measured) if all(count for count, _ in sides)]
-    if len(fitting) < len(pairs):
-        longest = max(positions for sides in measured for _, (positions, _) in sides)
-        message = (f"{len(pairs) - len(fitting)} of {len(pairs)} pairs do not fit seq_length {config.seq_length} "
-                   f"and max_tiles {config.max_tiles} (the longest has {longest} positions)")
-        if not fitting:
-            raise DataError(f"{message}, so nothing is left to train on; raise them.")
-        logger.warning(f"{message} and are left out.")
-    chosen, rejected, logps = zip(*(pair for pair, _ in fitting))
-    # both answers look at the same pictures
-    needs = np.array([(one[0], *other) for _, ((_, one), (_, other)) in fitting], np.int32)
-    return PreferenceTable(processor, chosen, rejected, logps, seq_length=config.seq_length,
-                           max_tiles=config.max_tiles, hd_num=hd_num, max_bad_share=share, needs=needs, columns=columns,
-                           seed=seed, max_images=config.max_images)
+        return batched(cls, *_table(config, "pair"), config)

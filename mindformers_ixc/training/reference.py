@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,14 @@ from mindspore import Tensor, nn
 from mindformers_ixc import terminal
 from mindformers_ixc.config import default_max_images, read_fields
 from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN, full_batches
-from mindformers_ixc.data.conversations import Conversation, read_image_sizes
+from mindformers_ixc.data.conversations import Conversation, ReadingOptions, raise_errors
 from mindformers_ixc.data.forms import LISTS, MEDIA_KEYS
-from mindformers_ixc.data.preferences import load_preferences
-from mindformers_ixc.data.records import open_records
-from mindformers_ixc.errors import DataError
-from mindformers_ixc.files import write_whole
+from mindformers_ixc.data.index.building import PART
+from mindformers_ixc.data.index.measuring import Measurer
+from mindformers_ixc.data.preferences import PairReader
+from mindformers_ixc.data.records.base import Place
+from mindformers_ixc.errors import DataError, ImageError
+from mindformers_ixc.files import whole_file
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.processing.processor import Processor
@@ -72,61 +73,86 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
     Raises:
         DataError: for unusable pairs.
     """
-    pairs = load_preferences(pairs_file, image_folder, image_root, ignore_keys)
-    rows = _rows(pairs_file)             # before the work, whose result they are to take
+    options = ReadingOptions(image_folder, image_root=image_root, ignore_keys=ignore_keys, kind="pair")
+    reader = PairReader(pairs_file, options)
     processor = _processor(model, image_transform, image_options)
     processor.control_tokens = control_tokens
-    read_image_sizes([chosen for chosen, _, _ in pairs], processor.image_processor.exif)
-    answers = [answer for chosen, rejected, _ in pairs for answer in (chosen, replace(rejected, sizes=chosen.sizes))]
-    logps = _answer_logps(model, mode, processor, answers, hd_num, batch_size).reshape(-1, 2)
+    hd_num = hd_num or _own_hd_num(model) or processor.image_processor.hd_num_training
+    places, longest, tiles = _measured(reader, processor, hd_num)
+    logps = _answer_logps(model, mode, processor, _answers(reader, places), len(places), hd_num, (longest, tiles),
+                          batch_size)
     moved = Path(target).resolve().parent != resolve_path(pairs_file).resolve().parent
-    for row, values, (chosen, _, _) in zip(rows, logps, pairs):
-        row[REFERENCE_COLUMN] = [float(value) for value in values]
-        if moved and chosen.images and all(isinstance(image, Path) for image in chosen.images):
-            for key in (*MEDIA_KEYS, *LISTS):
-                row.pop(key, None)
-            row["prompt"] = chosen.turns[-2][1]
-            row["image"] = [os.path.realpath(str(image)) for image in chosen.images]
-    write_whole(target, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
-    return len(rows)
+    with whole_file(target) as part, open(part, "w", encoding="utf-8") as out:
+        for index, place in enumerate(map(Place._make, places.tolist())):
+            row = _row(reader, index, place, moved)
+            row[REFERENCE_COLUMN] = logps[index].tolist()
+            out.write(("[\n" if not index else ",\n") + json.dumps(row, ensure_ascii=False))
+        out.write("\n]\n")
+    return len(places)
 
 
-def _rows(pairs_file: str) -> list[dict]:
-    """The pairs as they are written.
+def _row(reader: PairReader, index: int, place: Place, moved: bool) -> dict:
+    """A pair as it is written; `moved` to another folder it names its pictures by whole paths."""
+    row = reader.records.read(index, place).row
+    pair = reader.read(index, place) if moved else None
+    if pair and pair.images and all(isinstance(image, Path) for image in pair.images):
+        for key in (*MEDIA_KEYS, *LISTS):
+            row.pop(key, None)
+        row["prompt"] = pair.turns[-2][1]
+        row["image"] = [os.path.realpath(str(image)) for image in pair.images]
+    return row
+
+
+def _measured(reader: PairReader, processor: Processor, hd_num: int) -> tuple[np.ndarray, int, int]:
+    """Where all pairs lie, and the positions and tiles that the largest answers take; before the work, nothing of it.
 
     Raises:
-        DataError: for a source that has pictures inside, which JSON has no place for.
+        DataError: for pairs that cannot be used, and a source that has pictures inside, which JSON has no place for.
+        ImageError: for a picture that cannot be cut into tiles.
     """
-    records, rows = open_records(pairs_file, "pair"), list[dict]()
-    for index, place in records:
-        row, files = records.read(index, place)
-        if files:
-            raise DataError(f"{records.where(index)}: its pictures lie inside of {pairs_file}, and what is written is "
-                            "JSON; write the pictures to files and the pairs to a JSON file that names them.")
-        rows.append(row)
-    return rows
+    longest, tiles, errors = 0, 0, list[str]()
+    measurer, places = Measurer(reader, processor, hd_num), reader.records.places()
+    for first in range(0, len(places), PART):
+        block = places[first:first + PART]
+        measured = measurer.measure(block, first)
+        errors += [sentence for _, sentence in measured.errors]
+        bad = {index for index, _ in measured.errors}
+        for index, place in enumerate(map(Place._make, block.tolist()), first):
+            if index not in bad and reader.records.read(index, place).files:
+                raise DataError(f"{reader.records.where(index)}: its pictures lie inside of {reader.name}, and what is "
+                                "written is JSON; write the pictures to files and the pairs to a JSON file that names "
+                                "them.")
+        if measured.unusable:
+            raise ImageError(measured.unusable[0][1])
+        longest, tiles = np.max([(longest, tiles, 0), *measured.needs], 0).tolist()[:2]
+    raise_errors(errors)
+    return places, longest, tiles
+
+
+def _answers(reader: PairReader, places: np.ndarray) -> Iterator[Conversation]:
+    """Both answers of every pair, read as they are asked for."""
+    for index, place in enumerate(map(Place._make, places.tolist())):
+        yield from reader.read(index, place).sides
 
 
 def _processor(model: str, image_transform: str, image_options: dict | None = None) -> Processor:
     return Processor.from_directory(model, training_transform=image_transform, **(image_options or {}))
 
 
-def _answer_logps(directory: str, mode: str, processor: Processor, answers: Sequence[Conversation],
-                  hd_num: int | None, batch_size: int) -> np.ndarray:
-    """Log-probability of each answer, float32 `(len(answers),)`; one shape for all, so one graph."""
-    hd_num = hd_num or _own_hd_num(directory) or processor.image_processor.hd_num_training
-    sizes = [processor.conversation_length(answer.turns, answer.sizes, hd_num, answer.where, answer.images)
-             for answer in answers]
-    length, tiles = (max(size[i] for size in sizes) for i in (0, 1))
+def _answer_logps(directory: str, mode: str, processor: Processor, answers: Iterable[Conversation], pairs: int,
+                  hd_num: int, shape: tuple[int, int], batch_size: int) -> np.ndarray:
+    """Log-probabilities of the answers of so many pairs, float32 `(pairs, 2)`; one shape for all, so one graph."""
+    length, tiles = shape
     model = AnswerLogps(load_model(directory, adapter_mode=mode, seq_length=length, max_tiles=max(1, tiles)))
-    found: list[float] = []
+    found, done = np.zeros(2 * pairs, np.float32), 0
     rows = (processor.encode_conversation(sample.turns, sample.images, sample.where, hd_num)
             .pad(length, max(1, tiles), default_max_images(tiles), processor.pad_token_id) for sample in answers)
-    for batch, real in terminal.current.counted(full_batches(rows, batch_size), -(-len(answers) // batch_size),
+    for batch, real in terminal.current.counted(full_batches(rows, batch_size), -(-len(found) // batch_size),
                                                 "reference", "batch"):
         columns = [Tensor(np.stack([row[name] for row in batch])) for name in BATCH_COLUMNS]
-        found += model(*columns).asnumpy()[:real].tolist()
-    return np.array(found, np.float32)
+        found[done:done + real] = model(*columns).asnumpy()[:real]
+        done += real
+    return found.reshape(-1, 2)
 
 
 def _own_hd_num(directory: str) -> int | None:

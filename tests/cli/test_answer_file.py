@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mindformers_ixc.cli import evaluate as evaluate_module
 from mindformers_ixc.cli.answer_file import AnswerFile, run_of, weights_mark
 from mindformers_ixc.cli.evaluate import evaluate, score_line, worst_answers
 from mindformers_ixc.data.questions import Question
@@ -49,7 +50,7 @@ def test_an_interrupted_run_goes_on_behind_the_last_whole_line(tmp_path):
             assert path.read_bytes() == whole
     path.write_bytes(whole[:10])
     with AnswerFile(str(path), QUESTIONS, RUN) as file:
-        assert file.done == []
+        assert len(file.done) == 0
         file.add(results("a", "b", "c"))
     assert path.read_bytes() == whole
 
@@ -188,6 +189,36 @@ def test_the_worst_answers_are_shown_on_standard_error(command, capsys):
     assert "The 1 worst of 2 answers without full marks:" in capsys.readouterr().err
     command("--worst", "0")
     assert "full marks" not in capsys.readouterr().err
+
+
+def test_answers_are_scored_some_at_a_time(command, monkeypatch, tmp_path):
+    names = ("--metrics", "cider", "exact_match", "anls", "relaxed_accuracy")
+    lines, _ = command(*names)
+    monkeypatch.setattr(evaluate_module, "TOGETHER", 1)
+    assert command(*names, "--predictions", "a.jsonl")[0] == lines
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 3
+
+
+def test_only_the_questions_of_a_batch_are_read(tmp_path):
+    given = iter(QUESTIONS)
+    questions = SimpleNamespace(taken=0)
+
+    class Counted:
+        def __len__(self):
+            return len(QUESTIONS)
+
+        def __iter__(self):
+            for question in given:
+                questions.taken += 1
+                yield question
+
+    with AnswerFile(None, Counted(), RUN) as file:
+        assert [one.sample for one in file.ahead(2)] == ["s0", "s1"] == [one.sample for one in file.ahead(2)]
+        assert questions.taken == 2
+        file.add(results("a", "b"))
+        assert [one.sample for one in file.ahead(9)] == ["s2", "s3"]
+        file.add(results("c", "d"))
+        assert file.ahead(9) == [] and [row["answer"] for row in file.done] == ["a", "b", "c", "d"]
 
 
 def test_worse_answers_come_first():

@@ -6,16 +6,20 @@ import gzip
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import mindformers_ixc_cli
 from mindformers_ixc.cli.data import data
+from mindformers_ixc.cli.data_preview import SAMPLES
+from mindformers_ixc.data.conversations import ConversationReader
 from mindformers_ixc.data.index.holding import Held
 from mindformers_ixc.errors import ConfigError, DataError
 
 DEMO = "pkg:mindformers_ixc/demo/train.json"
+PAIRS = "pkg:mindformers_ixc/demo/stages/preferences.json"
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +151,65 @@ def test_a_check_draws_histograms_and_writes_a_page(tmp_path):
     assert "nowhere.png does not exist" in page and "good.png" in page
 
 
+def readings(monkeypatch):
+    """Numbers of the samples that are read from now on."""
+    read, seen = ConversationReader.read, []
+    monkeypatch.setattr(ConversationReader, "read", lambda self, index, place: (seen.append(index),
+                                                                                read(self, index, place))[1])
+    return seen
+
+
+def test_the_page_of_a_check_reads_only_what_it_shows(tmp_path, monkeypatch):
+    path = tmp_path / "many.jsonl"
+    path.write_text("\n".join(json.dumps(sample(number, text=f"what is {number}?")) for number in range(400)))
+    run("index", str(path))
+    seen = readings(monkeypatch)
+    run("check", str(path), "--output", "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len(seen) == SAMPLES == page.count('<article class="sample"')
+    assert "<strong>400</strong>" in page and "drawn by chance" not in page
+    assert "what" in page and "399" in page
+
+
+def test_a_page_of_an_index_counts_what_one_of_samples_counts(tmp_path):
+    path = str(write(tmp_path))
+    run("check", path, "--output", "indexed.html")
+    arguments = mindformers_ixc_cli.parse(["data", "preview", path, "--output", "read.html"])
+    arguments.answers = io.StringIO()
+    data(arguments)
+    cards = [re.findall(r'<div class="card"><span>([^<]*)</span><strong>([^<]*)</strong>', Path(name).read_text())
+             for name in ("indexed.html", "read.html")]
+    numbers = [dict(found) for found in cards]
+    assert numbers[0].pop("uses of pictures") == "3" and numbers[1].pop("pictures") == "2"
+    assert numbers[0] == numbers[1]
+
+
+def test_data_without_a_usable_sample_gives_no_page(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps([sample(0, "nowhere.png")]))
+    with pytest.raises(DataError, match=r"No sample can be used, so .* page\.html is not written"):
+        run("check", str(path), "--output", "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_preference_pairs_are_indexed_and_checked(tmp_path):
+    code, printed = run("index", PAIRS, "--config", "ixc25_dpo_tiny")
+    assert code == 0 and f"{PAIRS}: 96 samples, 96 pictures" in printed
+    rows = [{"id": 0, "prompt": "what?", "chosen": "a", "rejected": "b"},
+            {"id": 1, "prompt": "what?", "chosen": "a", "rejected": "a"},
+            {"id": 2, "prompt": "what?", "chosen": "word " * 400, "rejected": "b"},
+            {"id": 3, "prompt": "what?", "chosen": "a", "rejected": "b"}]
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(rows))
+    code, printed = run("check", str(path), "--config", "ixc25_dpo_tiny", "--output", "page.html")
+    assert code == 1
+    assert rows_of(printed)[str(path)] == {"samples": 4, "pictures": 0, "rounds": 3, "missing": 0, "damaged": 0,
+                                           "wrong": 1, "unusable": 0, "twice": 1, "cut": 0, "left out": 1}
+    assert "chosen equals rejected" in printed and "positions of a sample" in printed
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<strong>rejected</strong>") == 3 and "chosen equals rejected" in page
+
+
 def test_what_is_kept_is_listed_and_cleaned(tmp_path, capfd):
     (tmp_path / "one.json").write_text(json.dumps([sample(0), sample(1)]))
     (tmp_path / "two.json").write_text(json.dumps([sample(0)]))
@@ -200,7 +263,6 @@ def test_what_is_in_use_is_said_and_kept(tmp_path, capfd):
     (["index", "--list", "--all"], "--all belongs to --clean"),
     (["index", "--clean", "x.json"], "goes through the whole folder of indices, so x.json cannot be named"),
     (["index", "--list", "--hd_num", "3"], "--hd_num is no option of"),
-    (["check", DEMO, "--config", "ixc25_dpo_tiny"], "preference pairs, which have no index"),
     (["index", DEMO, "--decode"], "--decode, --png and --bad belong to `mindformers data check`"),
     (["plan", DEMO, "--output", "x"], "--output belongs to"),
     (["check", DEMO, "--png", "no/where.png"], "no is no folder"),

@@ -14,6 +14,7 @@ import mindformers_ixc_cli
 from mindformers_ixc.cli.init_text import EPOCHS, epochs_for
 from mindformers_ixc.cli.yaml_file import merged_fields, read_yaml, tie_data_section
 from mindformers_ixc.config import CONFIG_FILE, ModelConfig
+from mindformers_ixc.data import preview_data
 from mindformers_ixc.resources import STARTER, resolve_model
 
 DEMO = Path(mindformers_ixc_cli.__file__).parent / "mindformers_ixc" / "demo"
@@ -70,6 +71,15 @@ def test_a_folder_becomes_a_run_that_fits_it(folder, no_terminal):
         "    mindformers run --config mine.yaml",
         "    mindformers chat --model mine/model --image 'my pictures/red.png' 'Which colour is it?'",
         "    mindformers eval --model mine/model --data 'my pictures/questions.csv'"]
+
+
+def test_of_much_data_some_is_read(folder, no_terminal, monkeypatch):
+    monkeypatch.setattr(preview_data, "MEASURED", 5)
+    said = init("--data", "my pictures", "--output", "mine")
+    assert "8 samples; 5 of them, drawn by chance, were read: the longest sample is" in " ".join(said.split())
+    assert "for my pictures/questions.csv: 8 samples." in Path("mine.yaml").read_text()
+    fields = read_yaml("mine.yaml")
+    assert fields["runner_config"]["batch_size"] == 4 and fields["runner_config"]["epochs"] == epochs_for(2)
 
 
 def test_a_run_does_not_go_where_the_pictures_are(folder, no_terminal):

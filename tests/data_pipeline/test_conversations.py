@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from indexed import load_sources, read_image_sizes
 from PIL import Image
 
 from mindformers_ixc.data.conversations import (
     load_conversations,
-    load_sources,
-    read_image_sizes,
     read_list_file,
     resample,
 )

@@ -15,7 +15,8 @@ import mindformers_ixc  # noqa: F401
 from mindformers_ixc.data.batch import BATCH_COLUMNS, PACKING_COLUMNS
 from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.data.packer import Rows
-from mindformers_ixc.data.preview import Reader, look, read_data
+from mindformers_ixc.data.preview import look
+from mindformers_ixc.data.preview_data import Reader, read_data
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.data.sampling import RunPlan
 from mindformers_ixc.demo import demo_path

@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from indexed import fit_pairs, load_sources, read_image_sizes
 from PIL import Image
 
 from mindformers_ixc.data import mixture
-from mindformers_ixc.data.conversations import ReadingOptions, load_conversations, read_image_sizes
-from mindformers_ixc.data.fitting import Shapes, fit_pairs
+from mindformers_ixc.data.conversations import ReadingOptions, load_conversations
+from mindformers_ixc.data.fitting import Shapes
 from mindformers_ixc.data.index import building, sources
 from mindformers_ixc.data.index.building import open_index
 from mindformers_ixc.data.index.plans import saved
@@ -266,7 +267,6 @@ def test_one_process_builds_and_the_others_wait(tmp_path):
 def test_a_list_file_draws_as_it_does_of_samples_in_memory(tmp_path):
     write(tmp_path)
     (tmp_path / "list.txt").write_text("data.json 0.1\n")
-    from mindformers_ixc.data.conversations import load_sources
 
     expected = [sample.id for sample in load_sources(str(tmp_path / "list.txt"), seed=5)]
     sources = open_sources({"dataset_dir": str(tmp_path / "list.txt")}, 5, measures(), tmp_path / "index")

@@ -42,8 +42,7 @@ def source(tmp_path):
 
 
 def table_of(path) -> PreferenceTable:
-    chosen, rejected, logps = zip(*load_preferences(path))
-    return PreferenceTable(PROCESSOR, chosen, rejected, logps, seq_length=96, max_tiles=3, hd_num=2, columns=COLUMNS)
+    return PreferenceTable(PROCESSOR, load_preferences(path), seq_length=96, max_tiles=3, hd_num=2, columns=COLUMNS)
 
 
 def dataset(path, **fields):
@@ -59,12 +58,13 @@ def dataset(path, **fields):
 def test_a_pair_is_two_conversations_that_differ_in_the_answer(source):
     pairs = load_preferences(source)
     assert len(pairs) == 5
-    for i, (chosen, rejected, logps) in enumerate(pairs):
+    for i, pair in enumerate(pairs):
+        chosen, rejected = pair.sides
         question = ("user", "what?" if i < 3 else "say")
         assert chosen.turns == [question, ("assistant", f"shade {i}" if i < 3 else f"text {i}")]
         assert rejected.turns == [question, ("assistant", "none at all" if i < 3 else "no")]
         assert chosen.images == rejected.images == ([source.parent / f"{i}.png"] if i < 3 else [])
-        assert (chosen.id, rejected.id, logps) == (i, i, (-i - 0.5, -10.0 * i))
+        assert (chosen.id, rejected.id, pair.logps) == (i, i, (-i - 0.5, -10.0 * i))
         assert chosen.source == str(source)
 
 
@@ -72,14 +72,14 @@ def test_what_a_pair_needs_is_measured_while_it_is_read(source, monkeypatch):
     table = dataset(source).conversations
     monkeypatch.setattr(table.processor, "conversation_length", None)      # nothing is measured a second time
     for index, (*lengths, tiles) in enumerate(table.needs.tolist()):
-        sides = [table.processor.encode_conversation(side[index].turns, side[index].images, "", table.hd_num)
-                 for side in (table.samples, table.rejected)]
+        sides = [table.processor.encode_conversation(side.turns, side.images, "", table.hd_num)
+                 for side in table.samples[index].sides]
         assert lengths == [len(side.input_ids) for side in sides] and {tiles} == {side.tiles for side in sides}
     assert lengths[0] != lengths[1] and len(table.needs) == 5
 
 
 def test_pairs_without_log_probabilities_have_none(tmp_path):
-    assert [logps for _, _, logps in load_preferences(write(tmp_path, [PAIR]))] == [None]
+    assert [pair.logps for pair in load_preferences(write(tmp_path, [PAIR]))] == [None]
 
 
 def test_pictures_are_looked_for_in_the_folder_given(source, tmp_path):
@@ -87,7 +87,7 @@ def test_pictures_are_looked_for_in_the_folder_given(source, tmp_path):
     moved = source.rename(tmp_path / "apart" / "pairs.json")
     with pytest.raises(DataError, match=r"sample 0 \(id 0\), field image: the picture 0\.png does not exist"):
         load_preferences(moved)
-    assert load_preferences(moved, tmp_path)[0][0].images == [tmp_path / "0.png"]
+    assert load_preferences(moved, tmp_path)[0].images == [tmp_path / "0.png"]
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -131,14 +131,14 @@ def test_files_without_pairs(tmp_path, text, words):
 
 def test_a_row_has_both_answers_and_one_set_of_pictures(source):
     table = table_of(source)
-    for i, (chosen, rejected, logps) in enumerate(load_preferences(source)):
+    for i, pair in enumerate(load_preferences(source)):
         row = dict(zip(COLUMNS, table[i]))
         assert {name: value.shape for name, value in row.items()} == {
             "input_ids": (2, 96), "labels": (2, 96), "vision_index": (2, 96), "image_mask": (2, 96),
             "pixel_values": (3, 3, 56, 56), "global_views": (1, 3, 56, 56), "view_index": (3,),
             "reference_logps": (2,)}
-        np.testing.assert_array_equal(row[REFERENCE_COLUMN], np.array(logps, np.float32))
-        for side, sample in enumerate((chosen, rejected)):
+        np.testing.assert_array_equal(row[REFERENCE_COLUMN], np.array(pair.logps, np.float32))
+        for side, sample in enumerate(pair.sides):
             single = PROCESSOR.encode_conversation(sample.turns, sample.images, hd_num=2).pad(
                 96, 3, 1, TOKENIZER.pad_token_id)
             for name in ("input_ids", "labels", "vision_index", "image_mask"):
@@ -153,7 +153,7 @@ def test_only_the_answer_and_what_ends_it_carry_loss(source):
     table = table_of(source)
     for i, pair in enumerate(load_preferences(source)):
         row = dict(zip(COLUMNS, table[i]))
-        for side, sample in enumerate(pair[:2]):
+        for side, sample in enumerate(pair.sides):
             ids, labels = row["input_ids"][side], row["labels"][side]
             question = TOKENIZER.encode_text(f"{turn(*sample.turns[0])}{START_OF_TURN}assistant\n",
                                              control_tokens=True)
@@ -199,7 +199,7 @@ def test_pairs_of_which_an_answer_does_not_fit_are_left_out(source):
 
 def test_when_no_pair_fits_the_length_that_would_is_said(source):
     longest = max(PROCESSOR.conversation_length(side.turns, [(60 + 40 * i, 40)] * (i < 3), 2)[0]
-                  for i, pair in enumerate(load_preferences(source)) for side in pair[:2])
+                  for i, pair in enumerate(load_preferences(source)) for side in pair.sides)
     with pytest.raises(DataError, match=f"5 of 5 pairs do not fit seq_length 8 .*the longest has {longest} positions"):
         dataset(source, seq_length=8)
 

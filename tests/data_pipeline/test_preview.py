@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from indexed import fit_samples
+from indexed import fit_samples, load_sources, read_image_sizes
 from PIL import Image
 
 from mindformers_ixc.cli.preview_page import headline
 from mindformers_ixc.cli.yaml_file import read_yaml
-from mindformers_ixc.data import preview
+from mindformers_ixc.data import preview, preview_data
 from mindformers_ixc.data.batch import BATCH_COLUMNS, PACKING_COLUMNS
-from mindformers_ixc.data.conversations import load_sources, read_image_sizes
 from mindformers_ixc.data.preferences import PreferenceTable, load_preferences
-from mindformers_ixc.data.preview import GIVEN, LEARNT, PICTURE, Reader, choose, look, named, read_data
+from mindformers_ixc.data.preview import GIVEN, LEARNT, PICTURE, look
+from mindformers_ixc.data.preview_data import Reader, choose, named, read_data
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.errors import DataError
 
@@ -122,16 +122,16 @@ def test_both_sides_of_a_pair_are_shown():
     reading = reader(True)
     data = read_data(reading, PAIRS)
     pairs = load_preferences(PAIRS)
-    read_image_sizes([chosen for chosen, _, _ in pairs])
-    table = PreferenceTable(reading.processor, *zip(*pairs), seq_length=160, max_tiles=5, hd_num=4)
+    read_image_sizes(pairs)
+    table = PreferenceTable(reading.processor, pairs, seq_length=160, max_tiles=5, hd_num=4)
     for number in (0, 50):
-        found = look(reading, data.entries[number])
+        found = look(reading, data.measured[number])
         row = dict(zip(table.columns, table[number]))
         for side, seen in enumerate(found.seen):
             own = {**row, **{name: row[name][side] for name in ("input_ids", "labels", "image_mask", "vision_index")}}
             check_row(seen, found.boards, own, 5, reading.processor.pad_token_id)
-    assert len(data.entries) == 96 and data.entries[0].positions == max(seen.positions for seen in look(
-        reading, data.entries[0]).seen)
+    assert len(data.measured) == 96 and data.measured[0].positions == max(seen.positions for seen in look(
+        reading, data.measured[0]).seen)
 
 
 def test_pairs_are_found_out_or_refused():
@@ -158,14 +158,14 @@ def test_what_is_wrong_is_listed_and_ends_nothing(folder):
                  talk("?", "x", image="line.png"), talk("?", "x", image="broken.jpg"), talk("ok?", "ok too"))
     (folder / "cell.csv").write_text("image,question,answer\nwide.png,Q,A\nnone.png,Q,A\n")
     data = read_data(reader(), [path, str(folder / "cell.csv")])
-    assert [entry.number for entry in data.entries] == [0, 4, 5, 6]
+    assert [entry.number for entry in data.measured] == [0, 4, 5, 6]
     assert [(number, word in sentence) for (number, sentence), word in zip(
         data.problems, ("gone.png does not exist", "imgs", "none.png does not exist"))] == [
         (1, True), (2, True), (7, True)]
     (number, sentence), = data.uncut
     assert number == 3 and "line.png" in sentence and "too elongated" in sentence
     assert data.count == 8
-    assert "broken.jpg is damaged" in look(data.reader, data.entries[1]).problem
+    assert "broken.jpg is damaged" in look(data.reader, data.measured[1]).problem
 
 
 @pytest.mark.parametrize(("number", "message"), [
@@ -191,7 +191,7 @@ def test_a_list_file_says_what_is_taken(folder):
     data = read_data(reader(), str(folder / "list.txt"))
     assert [(Path(one.name).name, one.first, one.count, one.taken) for one in data.sources] == [
         ("a.json", 0, 3, 200), ("b.json", 3, 2, 1)]
-    assert [entry.number for entry in data.entries] == [0, 1, 2, 4]
+    assert [entry.number for entry in data.measured] == [0, 1, 2, 4]
 
 
 def test_samples_are_chosen_evenly_and_of_every_source(folder):
@@ -204,15 +204,28 @@ def test_samples_are_chosen_evenly_and_of_every_source(folder):
 
 
 def test_of_much_data_some_is_measured_and_any_can_be_shown(folder, monkeypatch):
-    monkeypatch.setattr(preview, "MEASURED", 10)
+    monkeypatch.setattr(preview_data, "MEASURED", 10)
     path = write(folder, *(talk(f"q{i}", "a") for i in range(50)))
     data, again = read_data(reader(), path), read_data(reader(), path)
-    assert len(data.entries) == 50 and len(data.measured) == 10
+    assert data.count == 50 and len(data.measured) == 10
     assert [entry.number for entry in data.measured] == [entry.number for entry in again.measured]
     assert headline(data)["left out"] == "0.0% of 10" and headline(data)["samples"] == "50"
     other = next(number for number in range(50) if number not in [entry.number for entry in data.measured])
     entry, = named(data, [other, other])
     assert entry.number == other and entry.positions > 0 and entry.kept == 1
+
+
+def test_of_much_data_only_the_samples_that_are_named_are_read(folder, monkeypatch):
+    monkeypatch.setattr(preview_data, "MEASURED", 10)
+    path = write(folder, *(talk(f"q{i}", "a", **({"image": "gone.png"} if i == 7 else {})) for i in range(50)))
+    data = read_data(reader(), path, wanted=[33, 4, 33])
+    assert [entry.number for entry in data.measured] == [4, 33] and data.count == 50 and data.named
+    assert [entry.sides[0].turns[0][1] for entry in named(data, [33, 4, 33])] == ["q33", "q4"]
+    assert headline(data)["samples"] == "50" and headline(data)["read"] == "2"
+    with pytest.raises(DataError, match=r"sample 7 .*gone\.png does not exist"):
+        read_data(reader(), path, wanted=[7])
+    with pytest.raises(DataError, match=r"--sample 50 is none of the data: its 50 samples are numbered 0 to 49"):
+        named(read_data(reader(), path, wanted=[50]), [50])
 
 
 def test_pictures_that_fill_the_memory_are_not_decoded(folder, monkeypatch):

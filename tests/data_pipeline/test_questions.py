@@ -1,13 +1,18 @@
 """Questions of a conversation file, and what shuffling their pictures does."""
 from __future__ import annotations
 
+import json
 import shlex
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from mindformers_ixc.data.conversations import Conversation
-from mindformers_ixc.data.questions import Question, as_typed, questions_of, shuffle_images
+from mindformers_ixc.data.conversations import Conversation, ConversationReader, ReadingOptions
+from mindformers_ixc.data.questions import SourceQuestions, as_typed, other_pictures, questions_of
+from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.stored import StoredFile
 
 
@@ -42,14 +47,45 @@ def test_an_example_can_be_typed_in_a_shell():
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), max_size=12))
 def test_shuffling_gives_other_pictures_of_the_same_number(shapes):
-    questions = [Question(str(i), "q", [], [f"{picture}-{j}" for j in range(count)], "a")
-                 for i, (count, picture) in enumerate(shapes)]
-    before = [list(q.images) for q in questions]
-    shuffle_images(questions)
-    for question, own in zip(questions, before):
-        assert len(question.images) == len(own)
-        others = [images for images in before if len(images) == len(own) and images != own]
-        if own and others:
-            assert question.images in others
-        else:
-            assert question.images == own
+    counts = np.array([count for count, _ in shapes], np.int64)
+    marks = np.array([10 * count + picture for count, picture in shapes], np.int64)
+    for number, other in enumerate(other_pictures(counts, marks)):
+        later = [*range(number + 1, len(shapes)), *range(number)]
+        fitting = [one for one in later if counts[one] == counts[number] and marks[one] != marks[number]]
+        assert other == (fitting[0] if counts[number] and fitting else number)
+
+
+def source(folder):
+    for name in "abc":
+        Image.new("RGB", (4, 4)).save(folder / f"{name}.png")
+    turns = [{"from": "user", "value": "<ImageHere>one?"}, {"from": "assistant", "value": "1"},
+             {"from": "user", "value": "<ImageHere>two?"}, {"from": "assistant", "value": "2"}]
+    rows = [{"id": "a", "image": "a.png", "conversations": turns[:2]},
+            {"id": "b", "image": ["b.png", "c.png"], "conversations": turns}, {"id": "c", "conversations": [
+                {"from": "user", "value": "none?"}, {"from": "assistant", "value": "0"}]}]
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return ConversationReader(path, ReadingOptions())
+
+
+def names(questions):
+    return [(one.sample, one.query, [image.name for image in one.images]) for one in questions]
+
+
+def test_questions_of_a_source_are_those_of_its_samples(tmp_path):
+    reader = source(tmp_path)
+    asked = SourceQuestions(reader)
+    assert len(asked) == 4
+    assert names(asked) == names(asked) == names(questions_of(reader.load()))
+
+
+def test_questions_with_the_pictures_of_others(tmp_path):
+    asked = SourceQuestions(source(tmp_path), shuffle_images=True)
+    assert [pictures for _, _, pictures in names(asked)] == [["b.png"], ["a.png"], ["b.png", "c.png"], []]
+
+
+def test_all_bad_samples_are_named_before_a_question_is_asked(tmp_path):
+    reader = source(tmp_path)
+    reader.records.path.write_text('{"id": 1}\n{"id": 2}\n')
+    with pytest.raises(DataError, match=r"(?s)sample 0 \(id 1\).*sample 1 \(id 2\)"):
+        SourceQuestions(reader)

@@ -117,6 +117,14 @@ def test_compressed_lines_are_read_as_the_plain_ones(tmp_path, ending):
             read_all(path)
 
 
+def test_pictures_of_a_compressed_file_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "a.png").write_bytes(picture())
+    row = {"image": "a.png", "conversations": TURNS}
+    (tmp_path / "data.json.gz").write_bytes(gzip.compress(json.dumps([row]).encode()))
+    assert load_conversations(tmp_path / "data.json.gz")[0].images == [tmp_path / "a.png"]
+
+
 def parquet(path, rows, **options):
     pq.write_table(pa.Table.from_pylist(rows), path, **options)
     return path

@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 import pytest
+from indexed import load_sources
 from PIL import Image
 
-from mindformers_ixc.data.conversations import load_sources
 from mindformers_ixc.data.records import open_records
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError

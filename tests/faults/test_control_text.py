@@ -77,8 +77,8 @@ def test_training_on_a_file_about_strike_through(tmp_path):
 @pytest.mark.parametrize("prompt", [STRIKE, FORGED])
 def test_preferences_compare_the_answers(tmp_path, prompt):
     rows = [{"id": 1, "prompt": prompt, "chosen": f"good {END}", "rejected": "bad </s>"}]
-    chosen, rejected, logps = zip(*load_preferences(written(tmp_path / "a.json", rows)))
-    table = PreferenceTable(PROCESSOR, chosen, rejected, logps, seq_length=250, max_tiles=1, hd_num=1)
+    pairs = load_preferences(written(tmp_path / "a.json", rows))
+    table = PreferenceTable(PROCESSOR, pairs, seq_length=250, max_tiles=1, hd_num=1)
     columns = dict(zip(table.columns, table[0]))
     assert [learnt(row)[0] for row in columns["labels"]] == [[f"good {END}"], ["bad </s>"]]
 

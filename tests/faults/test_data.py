@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from indexed import load_sources, read_image_sizes
 from PIL import Image
 
 from mindformers_ixc import demo
-from mindformers_ixc.data.conversations import load_conversations, load_sources, read_image_sizes, read_list_file
+from mindformers_ixc.data.conversations import load_conversations, read_list_file
 from mindformers_ixc.data.fitting import first_pairs
 from mindformers_ixc.data.forms import METADATA, SAMPLE_FORMS, open_sample, read_form, read_pair
 from mindformers_ixc.data.paths import shown
@@ -235,11 +236,11 @@ def test_the_keys_of_a_data_loader(fields, words):
 def test_pairs_have_the_pictures_of_samples(folder):
     pair = {"prompt": "<image> and <image>", "chosen": "a", "rejected": "b"}
     for row in ({**pair, "images": ["a.png", "b.png"]}, {**pair, "image": ["a.png", {"path": "b.png"}]}):
-        (chosen, rejected, _), = load_preferences(write(folder, [row]))
+        chosen, rejected = load_preferences(write(folder, [row]))[0].sides
         assert [path.name for path in chosen.images] == ["a.png", "b.png"] == [path.name for path in rejected.images]
         assert chosen.turns[0] == rejected.turns[0] == ("user", "<ImageHere> and <ImageHere>")
-    (chosen, _, _), = load_preferences(write(folder, [{**pair, "prompt": "what?", "video": "c.mp4"}]))
-    assert [path.name for path in chosen.images] == ["c.mp4"]
+    video, = load_preferences(write(folder, [{**pair, "prompt": "what?", "video": "c.mp4"}]))
+    assert [path.name for path in video.images] == ["c.mp4"]
     for changes, words in [({"images": ["a.png"]}, "field prompt: 2 <image> for 1 pictures"),
                            ({"imgs": ["a.png"]}, "field imgs"),
                            ({"images": ["a.png", "x.png"]}, r"field images\[1\]: the picture x.png does not exist"),
@@ -259,7 +260,7 @@ PAIRS = [{"images": ["a.png"], "conversations": [{"from": "human", "value": "<im
 
 @pytest.mark.parametrize("row", PAIRS)
 def test_pairs_as_other_trainers_write_them(folder, row):
-    (chosen, rejected, _), = load_preferences(write(folder, [row]))
+    chosen, rejected = load_preferences(write(folder, [row]))[0].sides
     assert chosen.turns == [("user", "what?"), ("assistant", "a")]
     assert rejected.turns == [("user", "what?"), ("assistant", "b")]
     assert [path.name for path in chosen.images] == ["a.png"] == [path.name for path in rejected.images]

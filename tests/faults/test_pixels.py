@@ -9,11 +9,11 @@ import odd_media
 import odd_pictures
 import odd_videos
 import pytest
-from indexed import fit_samples
+from indexed import fit_samples, read_image_sizes
 from PIL import Image
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS
-from mindformers_ixc.data.conversations import Conversation, load_conversations, read_image_sizes
+from mindformers_ixc.data.conversations import Conversation, load_conversations
 from mindformers_ixc.data.fitting import check_bad_pictures
 from mindformers_ixc.data.rows import ConversationTable, make_processor
 from mindformers_ixc.data.sections import check_dataset_section

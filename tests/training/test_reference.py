@@ -71,9 +71,9 @@ def test_log_probabilities_are_those_of_each_answer_alone(reference, pairs, mode
     target = pairs.with_name("with.json")
     assert add_reference_logps(str(pairs), str(target), str(reference), mode, batch_size=3) == 2
     rows = load_preferences(target)
-    for chosen, rejected, logps in rows:
-        expected = [expected_logp(reference, mode, answer) for answer in (chosen, rejected)]
-        np.testing.assert_allclose(logps, expected, rtol=1e-5)
+    for pair in rows:
+        expected = [expected_logp(reference, mode, answer) for answer in pair.sides]
+        np.testing.assert_allclose(pair.logps, expected, rtol=1e-5)
     before = json.loads(pairs.read_text())
     assert [{key: value for key, value in row.items() if key != REFERENCE_COLUMN}
             for row in json.loads(target.read_text())] == before
@@ -88,8 +88,8 @@ def test_in_another_folder_the_pictures_are_still_found(reference, pairs, tmp_pa
     pairs.write_text("\n".join(map(json.dumps, rows)))
     add_reference_logps(str(pairs), str(target), str(reference))
     written = load_preferences(target)
-    assert [chosen.images for chosen, _, _ in written] == [[tmp_path / "a.png"], [], [tmp_path / "a.png"]]
-    assert [chosen.turns for chosen, _, _ in written] == [chosen.turns for chosen, _, _ in load_preferences(pairs)]
+    assert [pair.images for pair in written] == [[tmp_path / "a.png"], [], [tmp_path / "a.png"]]
+    assert [pair.turns for pair in written] == [pair.turns for pair in load_preferences(pairs)]
 
 
 def test_bad_pairs_leave_no_file(reference, pairs, tmp_path):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from mindformers_ixc.data.index.folders import FULL, index_folder, writing
 from mindformers_ixc.data.index.growing import grown_from, measured_part, pictures_are_unchanged, start_of
 from mindformers_ixc.data.index.holding import NOTE, is_there, made, put_in_place, unfinished
 from mindformers_ixc.data.index.keys import Keys, Measures, keys_of
+from mindformers_ixc.data.index.kinds import open_reader
 from mindformers_ixc.data.index.measuring import Measured, Measurer, file_state
 from mindformers_ixc.data.index.seals import check_seal
 from mindformers_ixc.data.index.store import (
@@ -44,7 +45,7 @@ from mindformers_ixc.data.index.store import (
     write_index,
 )
 from mindformers_ixc.data.index.telling import measuring
-from mindformers_ixc.data.records.base import Fingerprint
+from mindformers_ixc.data.records.base import Fingerprint, Records
 from mindformers_ixc.data.records.json_files import JsonRecords
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_json, tidy, whole_file, write_whole
@@ -89,7 +90,7 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
         FileNotFoundError: when it is missing.
         OSError: when the folder cannot be written.
     """
-    reader = ConversationReader(path, options)
+    reader = open_reader(path, options)
     state = reader.records.fingerprint()
     reader.records.expect(state.size, state.time, compared=False)
     keys, root = keys_of(reader, measures, state), index_folder(folder, to_write=False)
@@ -121,6 +122,13 @@ def _checked(index: SourceIndex, bad_share: float) -> SourceIndex:
     """The index, unless too many of its samples cannot be read."""
     refuse_errors(index.description.errors, len(index), bad_share)
     return index
+
+
+def looking_through(records: Records) -> contextlib.AbstractContextManager[Any]:
+    """A bar of the bytes of a source whose records are looked for, as `terminal.counting` gives it."""
+    size = os.path.getsize(records.path)
+    return terminal.current.counting(size, f"looking through {records.home.name}", "B", disable=size < 1 << 26 or None,
+                                     unit_scale=True)
 
 
 def _current(place: Path, keys: Keys, reader: ConversationReader, measures: Measures) -> SourceIndex | None:
@@ -209,13 +217,14 @@ class _Builder:
     def _put_together(self, description: Description, places: np.ndarray, count: int, bad_share: float) -> None:
         """Writes the index of its parts; arguments as of `build`."""
         unusable, errors, files, digest = list[list](), list[list](), dict[str, list](), hashlib.sha256()
-        captions = False
+        captions, lacking = False, 0
         for part in self._measured(count):
             for column in (part.digests, part.pictures, part.sizes, part.pairs, part.needs):
                 digest.update(column.tobytes())
             unusable += [list(entry) for entry in part.unusable]
             errors += [list(entry) for entry in part.errors]
             captions |= part.captions
+            lacking += part.lacking
             if len(files) <= CHECKED_PICTURES:
                 files.update({path: [path, *state] for path, *state in part.files})
         if len(errors) > bad_share * len(places):
@@ -226,7 +235,7 @@ class _Builder:
         self.name = self.keys.seeded if captions else self.keys.plain
         write_index(self.folder, replace(description, samples=len(places), key=self.name, content=digest.hexdigest(),
                                          unusable=unusable, errors=errors, files=checked, captions=captions,
-                                         asked=self.keys.asked if captions else "",
+                                         asked=self.keys.asked if captions else "", lacking=lacking,
                                          start=start_of(self.reader.records, description.fingerprint[0])),
                     blocks(places, PART), self._measured(count))
         self._leave_the_index()
@@ -278,11 +287,8 @@ class _Builder:
         file = self.folder / SCAN
         if not file.exists():
             records = self.reader.records
-            size = os.path.getsize(records.path)
-            known = grown_from(self.folder.parent, self.keys, records, size)
-            bar = terminal.current.counting(size, f"looking through {records.home.name}", "B",
-                                            disable=size < 1 << 26 or None, unit_scale=True)
-            with bar as counted, whole_file(file) as target:
+            known = grown_from(self.folder.parent, self.keys, records, os.path.getsize(records.path))
+            with looking_through(records) as counted, whole_file(file) as target:
                 column = ColumnWriter(target, *COLUMNS["places"])
                 for block in read_on(records.name, self._places(known, counted.update)):
                     column.add(block)

@@ -1,4 +1,4 @@
-"""What single samples need: sizes of their pictures, and positions and tiles of their first rounds."""
+"""What single samples need: sizes of their pictures, and positions and tiles of their parts."""
 from __future__ import annotations
 
 import hashlib
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mindformers_ixc.data.conversations import Conversation, ConversationReader
-from mindformers_ixc.data.fitting import first_pairs, pair_count
+from mindformers_ixc.data.index.kinds import KINDS
+from mindformers_ixc.data.preferences import Pair
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError, ImageError, PromptError, VideoError
 from mindformers_ixc.processing.pictures import image_size, load_image
@@ -35,13 +36,14 @@ class Measured(NamedTuple):
         digests: of what each sample says and of the names of its files, int64 `(n,)`; equal ones are the same sample.
         pictures: number of each sample's pictures and videos, int32 `(n,)`.
         sizes: of the pictures, int32 `(p, 3)`: width, height, and 1 for a video's board.
-        pairs: number of each sample's rounds, int32 `(n,)`; 0 of one that cannot be used.
-        needs: of the first rounds of each sample, int32 `(r, 3)`: positions, tiles and pictures of the first one, of
-            the first two, and so on.
+        pairs: number of each sample's parts (`kinds.Kind`), int32 `(n,)`; 0 of one that cannot be used.
+        needs: of the parts of each sample, int32 `(r, 3)`: positions, tiles and pictures of the first round, of the
+            first two, and so on; of a preference pair those of either side.
         unusable: samples with a picture that cannot be partitioned: (number, sentence).
         errors: what is wrong with samples that cannot be read: (number, sentence).
         files: path, bytes and time of the last change in ns of the pictures that are files, each once.
         captions: whether some are captions, whose questions are chosen by the seed.
+        lacking: number of preference pairs without reference log-probabilities.
     """
 
     digests: np.ndarray
@@ -53,6 +55,7 @@ class Measured(NamedTuple):
     errors: list[tuple[int, str]]
     files: list[tuple[str, int, int]]
     captions: bool = False
+    lacking: int = 0
 
 
 class Measurer:
@@ -81,40 +84,54 @@ class Measurer:
         pictures, pairs = np.zeros(len(places), np.int32), np.zeros(len(places), np.int32)
         digests = np.zeros(len(places), np.int64)
         sizes, needs = list[Size](), list[tuple[int, int, int]]()
-        unusable, errors = list[tuple[int, str]](), list[tuple[int, str]]()
+        unusable, errors, lacking = list[tuple[int, str]](), list[tuple[int, str]](), 0
         files, before = dict[Path, tuple[int, int]](), self.reader.asked
         for number, place in enumerate(map(Place._make, places.tolist())):
             try:
-                sample = self.reader.read(first + number, place)
-                digests[number] = _digest(sample)
-                self._fill_in_sizes(sample, files)
+                sample = self.read(first + number, place, files)
             except DataError as error:
                 errors.append((first + number, str(error)))
                 continue
             try:
-                rounds = self.rounds(sample)
+                parts = self.parts(sample)
             except ImageError as error:
                 unusable.append((first + number, str(error)))
-                rounds = []
+                parts = []
             except PromptError as error:         # by the public rule, <ImageHere> in an answer is a place
                 errors.append((first + number, str(error)))
                 continue
-            pictures[number], pairs[number] = len(sample.sizes), len(rounds)
+            digests[number] = _digest(sample)
+            lacking += isinstance(sample, Pair) and sample.logps is None
+            pictures[number], pairs[number] = len(sample.sizes), len(parts)
             sizes += [(*size, int(isinstance(size, BoardSize))) for size in sample.sizes]
-            needs += rounds
+            needs += parts
         return Measured(digests, pictures, np.array(sizes, np.int32).reshape(-1, 3), pairs,
                         np.array(needs, np.int32).reshape(-1, 3), unusable, errors,
-                        [(str(path), *state) for path, state in files.items()], self.reader.asked > before)
+                        [(str(path), *state) for path, state in files.items()], self.reader.asked > before, lacking)
 
-    def rounds(self, sample: Conversation) -> list[tuple[int, int, int]]:
-        """(positions, tiles, pictures) of the first round of a conversation, of the first two, and so on.
+    def read(self, index: int, place: Place, files: dict[Path, tuple[int, int]] | None = None) -> Conversation:
+        """A sample with the sizes of its pictures.
+
+        Args:
+            index: its number in the source.
+            place: where it lies.
+            files: gets the state of the pictures that are files.
+
+        Raises:
+            DataError: for what is wrong with it, or with a picture by its header.
+        """
+        sample = self.reader.read(index, place)
+        self._fill_in_sizes(sample, {} if files is None else files)
+        return sample
+
+    def parts(self, sample: Conversation) -> list[tuple[int, int, int]]:
+        """(positions, tiles, pictures) of each part of a sample (`kinds.Kind`).
 
         Raises:
             ImageError: for a picture that cannot be partitioned.
         """
         found, known = [], dict[Any, int]()
-        for count in range(1, pair_count(sample) + 1):
-            part = first_pairs(sample, count)
+        for part in KINDS[self.reader.options.kind].parts(sample):
             needed = self.processor.conversation_length(part.turns, part.sizes, self.hd_num, sample.where, part.images,
                                                         known)
             found.append((*needed, len(part.images)))
@@ -150,7 +167,8 @@ def _size_and_state(look: Callable[[Path], tuple[int, int]], path: Path) -> tupl
 def _digest(sample: Conversation) -> int:
     # of files inside the source, the name that they have there, however the source itself is named
     names = [image.name.removeprefix(sample.source) for image in sample.images]
-    text = json.dumps([sample.turns, names], ensure_ascii=False)
+    turns = [sample.turns, sample.rejected] if isinstance(sample, Pair) else sample.turns
+    text = json.dumps([turns, names], ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 

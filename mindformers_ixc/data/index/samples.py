@@ -11,17 +11,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mindformers_ixc.data.columns import unmap
 from mindformers_ixc.data.conversations import LISTED_ERRORS, Conversation, ConversationReader
 from mindformers_ixc.data.drawing import resampled
-from mindformers_ixc.data.fitting import Shapes, check_bad_pictures, first_pairs
+from mindformers_ixc.data.fitting import Shapes, check_bad_pictures
 from mindformers_ixc.data.index.cleaning import MADE_OF, make_room
 from mindformers_ixc.data.index.folders import SAMPLES, folder_of_runs, writing
 from mindformers_ixc.data.index.holding import Held, is_there, made, put_in_place, unfinished
 from mindformers_ixc.data.index.keys import key_of
+from mindformers_ixc.data.index.kinds import KINDS, Kind
 from mindformers_ixc.data.index.measuring import as_sizes, is_the_same
 from mindformers_ixc.data.index.seals import is_sealed, seal
 from mindformers_ixc.data.index.store import ColumnWriter, SourceIndex, mapped
@@ -41,10 +43,12 @@ BLOCK = 1 << 18
 # Samples that are read before what was mapped of the columns is let go of: each may map 64 kB of each of them.
 LOOKS = 64
 
-# Columns, as `store.COLUMNS`: number of the source, of the sample in it, its rounds that are used, the positions and
-# tiles that they take, and their pictures.
-COLUMNS = {"source": (np.uint16, 0), "sample": (np.int32, 0), "pairs": (np.int32, 0), "needs": (np.int32, 2),
-           "images": (np.int32, 0)}
+
+def _columns(kind: Kind) -> dict[str, tuple[Any, int]]:
+    """Columns, as `store.COLUMNS`; what they are, `SampleSet` says."""
+    return {"source": (np.uint16, 0), "sample": (np.int32, 0), "pairs": (np.int32, 0),
+            "needs": (np.int32, kind.together + 1), "images": (np.int32, 0)}
+
 
 SUMMARY = "samples.json"
 FILES = ("source.npy", "sample.npy", "pairs.npy", "needs.npy", "images.npy", SUMMARY)
@@ -66,6 +70,11 @@ class IndexedSource:
     drawn: int | None = None
     seed: str = ""
 
+    @property
+    def kind(self) -> Kind:
+        """What its samples are."""
+        return KINDS[self.reader.options.kind]
+
     def entries(self) -> np.ndarray:
         """Numbers of the samples of an epoch, int32."""
         if self.drawn is None:
@@ -83,8 +92,9 @@ class SampleSet:
     Attributes:
         source: number of each sample's source, uint16 `(n,)`.
         sample: its number there, int32 `(n,)`.
-        pairs: rounds of it that are used.
-        needs: positions and tiles, global views included, that those take, int32 `(n, 2)`.
+        pairs: rounds of it that are used; 1 of a preference pair.
+        needs: positions and tiles, global views included, that those take, int32 `(n, 2)`; of preference pairs the
+            positions of both sides and their tiles, `(n, 3)`.
         images: pictures they have.
         names: of the sources, each once.
         multimodal: how many of the samples have pictures.
@@ -104,7 +114,7 @@ class SampleSet:
         self.names = list(dict.fromkeys(all_names))
         self._name_of = np.array([self.names.index(name) for name in all_names], np.uint16)
         self.folder, self._held = folder, Held(folder)
-        for name, form in COLUMNS.items():
+        for name, form in _columns(sources[0].kind).items():
             setattr(self, name, mapped(folder / f"{name}.npy", *form))
 
     def __len__(self) -> int:
@@ -135,7 +145,7 @@ class SampleSet:
         found = _read(source, sample)
         first, end = index.picture_starts[sample:sample + 2].tolist()
         found.sizes = as_sizes(index.sizes[first:end].tolist())
-        return first_pairs(found, int(self.pairs[number]))
+        return source.kind.used(found, int(self.pairs[number]))
 
     def _unmap_sometimes(self, index: SourceIndex) -> None:
         """Keeps what is mapped of the columns small: samples by chance would soon have looked at every page."""
@@ -243,7 +253,7 @@ def make_samples(sources: Sequence[IndexedSource], shapes: Shapes, max_bad_share
     with writing(root):
         samples = made(partial(_kept, sources, target), make, target.with_suffix(".lock"),
                        "waiting for the samples that {who} fits to the rows")
-    _tell(Summary(**read_json(target / SUMMARY)), shapes, max_bad_share)
+    _tell(Summary(**read_json(target / SUMMARY)), shapes, max_bad_share, sources[0].kind is KINDS["pair"])
     return samples
 
 
@@ -279,28 +289,29 @@ def _make(sources: Sequence[IndexedSource], shapes: Shapes, target: Path, alone:
 
 
 def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> None:
-    writers = {name: ColumnWriter(folder / f"{name}.npy", *form) for name, form in COLUMNS.items()}
+    kind = sources[0].kind
+    writers = {name: ColumnWriter(folder / f"{name}.npy", *form) for name, form in _columns(kind).items()}
     summary, least, most = Summary(), list[np.ndarray](), list[np.ndarray]()
     for number, source in enumerate(sources):
         entries, index = source.entries(), source.index
         summary.total += len(entries)
         sentences = index.description.left_out
         for block in (entries[start:start + BLOCK] for start in range(0, len(entries), BLOCK)):
-            pairs, fitting = fitting_rounds(index, block, shapes)
+            pairs, fitting = fitting_rounds(source, block, shapes)
             unusable = np.isin(block, list(sentences))
             summary.add_unusable([sentences[number] for number in block[unusable].tolist()])
             dropped = (fitting == 0) & ~unusable
             summary.dropped += int(dropped.sum())
             summary.cut += int(((fitting > 0) & (fitting < pairs)).sum())
             if dropped.any():
-                needs = index.needs[index.pair_starts[block[dropped]]]
+                needs = needs_of_rounds(source, block[dropped], 1).max(1)
                 least.append(needs.min(0))
                 most.append(needs.max(0))
             kept = fitting > 0
-            needs = index.needs[index.pair_starts[block[kept]] + fitting[kept] - 1]
-            summary.multimodal += int(np.count_nonzero(needs[:, 2]))
+            needs = needs_of_rounds(source, block[kept], fitting[kept])                # the same pictures on all sides
+            summary.multimodal += int(np.count_nonzero(needs[:, 0, 2]))
             columns = {"source": np.full(int(kept.sum()), number), "sample": block[kept], "pairs": fitting[kept],
-                       "needs": needs[:, :2], "images": needs[:, 2]}
+                       "needs": np.concatenate([needs[..., 0], needs[:, :1, 1]], 1), "images": needs[:, 0, 2]}
             for name, column in columns.items():
                 writers[name].add(column)
             unmap(index.pair_starts, index.needs)
@@ -312,27 +323,43 @@ def _write(sources: Sequence[IndexedSource], shapes: Shapes, folder: Path) -> No
     seal(folder, FILES)
 
 
-def fitting_rounds(index: SourceIndex, samples: np.ndarray, shapes: Shapes) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds that samples have, and how many of the first ones fit: what they need only grows.
+def needs_of_rounds(source: IndexedSource, samples: np.ndarray, rounds: np.ndarray | int) -> np.ndarray:
+    """What so many first rounds of samples need, side by side, `(n, sides, 3)`: a conversation has one side.
 
     Args:
-        index: of their source.
+        source: of the samples.
+        samples: their numbers, all of usable ones.
+        rounds: of each, or of all.
+    """
+    together, index = source.kind.together, source.index
+    first = index.pair_starts[samples] + (np.asarray(rounds) - 1) * together
+    return index.needs[first[:, None] + np.arange(together)]
+
+
+def fitting_rounds(source: IndexedSource, samples: np.ndarray, shapes: Shapes) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds that samples have, and how many of the first ones fit: what they need only grows.
+
+    A preference pair has one, which fits when both its sides do.
+
+    Args:
+        source: of the samples.
         samples: their numbers.
         shapes: that they must fit.
 
     Returns:
         Two arrays, int64 `(n,)`.
     """
+    index, together = source.index, source.kind.together
     starts, ends = index.pair_starts[samples], index.pair_starts[samples + 1]
     counts = (ends - starts).astype(np.int64)
     rows = np.repeat(starts - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts) + np.arange(counts.sum())
     fits = (index.needs[rows] <= np.array(shapes.limits)).all(1)
     passed = np.concatenate([[0], np.cumsum(fits)])
     last = np.cumsum(counts)
-    return counts, passed[last] - passed[last - counts]
+    return counts // together, (passed[last] - passed[last - counts]) // together
 
 
-def _tell(summary: Summary, shapes: Shapes, max_bad_share: float) -> None:
+def _tell(summary: Summary, shapes: Shapes, max_bad_share: float, pairs: bool) -> None:
     """Says in the log what was lost.
 
     Raises:
@@ -340,7 +367,10 @@ def _tell(summary: Summary, shapes: Shapes, max_bad_share: float) -> None:
     """
     sentences = [*summary.first, *[summary.last] * (summary.unusable - len(summary.first))]
     check_bad_pictures(list(map(ImageError, sentences)), summary.total, max_bad_share)
-    if summary.dropped:
-        shapes.tell_dropped(summary.dropped, summary.total - summary.unusable, summary.least, summary.most)
+    total = summary.total - summary.unusable
+    if summary.dropped and pairs:
+        shapes.tell_dropped_pairs(summary.dropped, total, summary.most)
+    elif summary.dropped:
+        shapes.tell_dropped(summary.dropped, total, summary.least, summary.most)
     if summary.cut:
         logger.warning(f"{summary.cut} of {summary.total} conversations are cut between whole turns to fit {shapes}.")

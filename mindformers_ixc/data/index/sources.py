@@ -8,13 +8,13 @@ from typing import Any
 
 from mindformers_ixc.data.conversations import (
     CAPTION_PROMPTS,
-    ConversationReader,
     ReadingOptions,
     choice_seed,
     named_sources,
 )
 from mindformers_ixc.data.index.building import open_index
 from mindformers_ixc.data.index.keys import Measures
+from mindformers_ixc.data.index.kinds import open_reader
 from mindformers_ixc.data.index.samples import IndexedSource
 from mindformers_ixc.data.records.base import Records
 from mindformers_ixc.data.records.latest import GROUP_BYTES
@@ -43,8 +43,8 @@ def measures_of(section: Mapping[str, Any], processor: Processor, decode: bool =
                     section.get("hd_num") or HD_NUM_TRAINING, has_own_tokenizer(section), decode)
 
 
-def reading_options(loader: Mapping[str, Any], seed: int) -> ReadingOptions:
-    """How the records of a `data_loader` section become conversations.
+def reading_options(loader: Mapping[str, Any], seed: int, kind: str = "sample") -> ReadingOptions:
+    """How the records of a `data_loader` section become samples of a kind (`KINDS`).
 
     Raises:
         DataError: for prompts that are none.
@@ -54,12 +54,12 @@ def reading_options(loader: Mapping[str, Any], seed: int) -> ReadingOptions:
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise DataError(f"train_dataset.data_loader.caption_prompts is {prompts!r}, expected a list of questions.")
     return ReadingOptions(loader.get("image_folder"), tuple(prompts), seed, loader.get("image_root"),
-                          tuple(loader.get("ignore_keys") or ()), bool(loader.get("fetch")))
+                          tuple(loader.get("ignore_keys") or ()), bool(loader.get("fetch")), kind)
 
 
 def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
                  folder: str | os.PathLike | None = None, bad_share: float = 0.0,
-                 failed: list[tuple[str, str]] | None = None) -> list[IndexedSource]:
+                 failed: list[tuple[str, str]] | None = None, kind: str = "sample") -> list[IndexedSource]:
     """The sources of a `data_loader` section, each with its index, which is built where there is none.
 
     Args:
@@ -69,16 +69,17 @@ def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
         folder: where indices lie; by default in the user's cache.
         bad_share: share of a source's samples that may be wrong; they are left out (see `open_index`).
         failed: gets the sources that cannot be used, each with a sentence; without it the first one is an error.
+        kind: of the samples, of `KINDS`.
 
     Raises:
         DataError: for sources that cannot be used.
         FileNotFoundError: for one that is missing.
     """
-    options, sources = reading_options(loader, seed), []
+    options, sources = reading_options(loader, seed, kind), []
     for path, count in named_sources(loader.get("dataset_dir")):
         try:
             index = open_index(path, options, measures, folder, bad_share)
-            reader = ConversationReader(path, options)
+            reader = open_reader(path, options)
         except (DataError, FileNotFoundError) as error:
             if failed is None:
                 raise

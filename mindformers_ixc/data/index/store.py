@@ -50,6 +50,7 @@ class Description:
         captions: as in `Measured`.
         start: of a file that may grow at its end: its bytes, their SHA-256, the lines that end in them.
         how: samples are measured, for people to tell indices of one source apart.
+        lacking: as in `Measured`.
     """
 
     version: int
@@ -67,6 +68,7 @@ class Description:
     captions: bool = False
     start: list = field(default_factory=list)
     how: str = ""
+    lacking: int = 0
 
     @property
     def left_out(self) -> dict[int, str]:
@@ -85,7 +87,7 @@ class SourceIndex:
         digests: int64 `(n,)`, see `Measured.digests`.
         picture_starts: int64 `(n + 1,)`, where each sample's pictures begin in `sizes`, and the end.
         sizes: int32 `(p, 3)`, see `Measured.sizes`.
-        pair_starts: int64 `(n + 1,)`, where each sample's rounds begin in `needs`, and the end.
+        pair_starts: int64 `(n + 1,)`, where each sample's parts begin in `needs`, and the end.
         needs: int32 `(r, 3)`, see `Measured.needs`.
         description: of the index.
 
@@ -259,7 +261,7 @@ def load_part(path: Path) -> Measured:
     with np.load(path, allow_pickle=False) as held:
         fields: dict[str, Any] = {name: [tuple(entry) for entry in json.loads(held[name].tobytes())]
                                   if name in _TEXTS else held[name] for name in Measured._fields}
-        return Measured(**{**fields, "captions": bool(fields["captions"])})
+        return Measured(**{**fields, "captions": bool(fields["captions"]), "lacking": int(fields["lacking"])})
 
 
 def blocks(column: np.ndarray, rows: int) -> Iterator[np.ndarray]:

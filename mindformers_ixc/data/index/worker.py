@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions
+from mindformers_ixc.data.conversations import ReadingOptions
 from mindformers_ixc.data.index.building import ENDS, JOB, SAYS, SCAN, Measures, measure_parts
 from mindformers_ixc.data.index.folders import FULL
+from mindformers_ixc.data.index.kinds import open_reader
 from mindformers_ixc.data.rows import SectionOptions, make_processor, own_tokenizer
 from mindformers_ixc.interruption import die_with
 from mindformers_ixc.reading import current as reads
@@ -29,7 +30,7 @@ def main(folder: Path, number: int, count: int) -> None:
     section = job["section"]
     measures = Measures(section, make_processor(SectionOptions(section), own_tokenizer(section)),
                         job["hd_num"], True, job["decode"])
-    reader = ConversationReader(job["source"], ReadingOptions(**job["options"]))
+    reader = open_reader(job["source"], ReadingOptions(**job["options"]))
     size, time = job["state"]
     reader.records.expect(size, time, compared=False)
     measure_parts(reader, measures, places, job["missing"][number::count], folder / "parts",

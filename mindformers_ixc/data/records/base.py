@@ -201,8 +201,17 @@ class Records(ABC):
                 yield index, place
                 index += 1
         if not index:
-            raise DataError(f"{self.name} must hold {self.form} with at least one {self.item}, found no "
-                            f"{self.item}s.")
+            raise self._empty()
+
+    def places(self, progress: Progress = lambda count: None) -> np.ndarray:
+        """Places of all records, int64 `(n, 3)`; arguments and errors as of `scan`, and none is an error too."""
+        blocks = list(self.scan(progress))
+        if not blocks:
+            raise self._empty()
+        return np.concatenate(blocks)
+
+    def _empty(self) -> DataError:
+        return DataError(f"{self.name} must hold {self.form} with at least one {self.item}, found no {self.item}s.")
 
     def where(self, index: int) -> str:
         """Names a record in messages."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mindformers_ixc.data.batch import REFERENCE_COLUMN
 from mindformers_ixc.data.forms import MEDIA_KEYS
 from mindformers_ixc.data.records.base import (
     Fingerprint,
@@ -41,7 +42,7 @@ BLOCK = 4096
 SHARD_BITS = 48
 
 # Fields whose texts may be lists in JSON, since the form has no lists of texts.
-LISTS = ("conversations", "messages", "history", *MEDIA_KEYS)
+LISTS = ("conversations", "messages", "history", REFERENCE_COLUMN, *MEDIA_KEYS)
 
 _LENGTH, _INNER_LENGTH = struct.Struct("<Q"), struct.Struct(">Q")
 
@@ -90,7 +91,7 @@ class MindRecords(Records):
         """See `Records.scan`."""
         size, done = os.path.getsize(self.path), 0
         for number, shard in enumerate(self.shards):
-            for places in shard.places():
+            for places in shard.blocks():
                 places[:, 2] += number << SHARD_BITS
                 yield places
             end = size * (number + 1) // len(self.shards)
@@ -110,6 +111,8 @@ class MindRecords(Records):
             if name in MEDIA_KEYS:
                 files[name] = StoredFile(f"{self.where(index)}: {name}", partial(shard.held, span, self.where(index)))
                 row[name] = name
+            elif name == REFERENCE_COLUMN and shard.types.get(name, "").startswith("float"):
+                row[name] = np.frombuffer(shard.read_bytes(span), shard.types[name]).tolist()
             else:
                 row[name] = f"{span.length} bytes"       # unknown, and refused by name unless it is ignored
         for name in LISTS:
@@ -128,9 +131,10 @@ class _Shard(Records):
             raise DataError(f"{self.name} is compressed, which is not read; write it without compression.")
         self.first_page, self.page = header["header_size"], header["page_size"]
         self.bytes_fields = list(header["schema"][0]["blob_fields"])
+        self.types = {name: field["type"] for name, field in header["schema"][0]["schema"].items()}
         self.database = check_source(f"{path}.db")
 
-    def places(self) -> Iterator[np.ndarray]:
+    def blocks(self) -> Iterator[np.ndarray]:
         """Places of its records, `line` without the shard."""
         try:
             with contextlib.closing(sqlite3.connect(f"file:{self.database}?mode=ro", uri=True)) as index:
@@ -192,7 +196,7 @@ class _Shard(Records):
 
     def scan(self, progress: Progress = lambda count: None) -> Iterator[np.ndarray]:
         """See `Records.scan`."""
-        return self.places()
+        return self.blocks()
 
     def read(self, index: int, place: Place) -> Record:
         """See `Records.read`."""

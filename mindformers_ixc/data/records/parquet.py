@@ -187,7 +187,7 @@ def _streamed(records: ParquetRecords, group: int) -> _Stream:
 
 
 # Columns that hold lists, which some tables have as JSON texts.
-_LISTS = ("conversations", "messages", "history")
+_LISTS = ("conversations", "messages", "history", "reference_logps")
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,9 @@ from mindformers_ixc.files import check_encoding, parse_json
 # Bytes that are looked at for a key or a value; more where they do not do.
 WINDOW = 1 << 14
 
+# Bytes of members behind which their memory is given back.
+RELEASED = 1 << 23
+
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _SCAN = json.JSONDecoder().scan_once       # type: ignore[attr-defined]
 
@@ -81,7 +84,7 @@ class Published:
 
     def _members(self) -> Iterator[tuple[str, int]]:
         """Key of each member, and where its value begins."""
-        at = self._skip(self._first + 1)
+        at = before = self._skip(self._first + 1)
         if self._content[at:at + 1] == b"}":
             return
         while True:
@@ -100,20 +103,31 @@ class Published:
             if sign != b",":
                 self._refuse(end, "a comma or the closing brace is missing")
             at = self._skip(end + 1)
+            if at - before > RELEASED:
+                release(self._content, before, at)
+                before = at
 
     def _end_of(self, start: int, name: str) -> int:
         """Where a value ends."""
         if self._content[start:start + 1] != b"[":
-            return self._value(start, name)[1]
+            return self._scanned(start, name)
         blocks = list_blocks(self.name, self._content, start + 1)
         while True:
             try:
-                next(blocks)
+                block = next(blocks)
             except StopIteration as end:
                 return end.value
+            looked_at = int(block[-1, :2].sum())
+            release(self._content, start, looked_at)
+            start = looked_at
 
     def _value(self, start: int, name: str) -> tuple[Any, int]:
         """A value, and where it ends."""
+        end = self._scanned(start, name)
+        return parse_json(self._content[start:end], self.name), end
+
+    def _scanned(self, start: int, name: str) -> int:
+        """Where a value ends."""
         size = WINDOW
         while True:
             # of UTF-8 looked at as Latin-1, a place is a byte (see `json_files`)
@@ -126,7 +140,7 @@ class Published:
                     self._refuse(start, f"the value of {name!r:.60} is cut short or damaged")
             else:
                 if final or length < len(text):           # a number may go on behind the window
-                    return parse_json(self._content[start:start + length], self.name), start + length
+                    return start + length
             size *= 4
 
     def _skip(self, at: int) -> int:
@@ -134,3 +148,13 @@ class Published:
 
     def _refuse(self, at: int, what: str) -> NoReturn:
         raise DataError(f"{self.name}, line {line_of(self._content, at)}: is not valid JSON ({what}).")
+
+
+def release(content: mmap.mmap, start: int, end: int) -> None:
+    """Gives back the memory of a part of a file that was looked at, up to the page that its end is in.
+
+    The system keeps it in its cache as before; but it no longer counts as this process's.
+    """
+    first, last = (place // mmap.PAGESIZE * mmap.PAGESIZE for place in (start, end))
+    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+        content.madvise(mmap.MADV_DONTNEED, first, last - first)
