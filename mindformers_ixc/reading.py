@@ -9,6 +9,7 @@ Nothing is watched until a limit is set: a program that only uses this package's
 """
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 import time
@@ -32,6 +33,8 @@ TICK, LOOKS = 1.0, 20
 
 def _end(sentence: str) -> None:
     terminal.current.fault(sentence)
+    if current.ended is not None:
+        current.ended[0] = 1
     os._exit(1)         # the thread that reads is in the kernel, and may be the main one
 
 
@@ -53,6 +56,8 @@ class Watch:
         self.limit, self.say, self.end = limit, say, end
         self.running: dict[int, reading] = {}      # by number of the thread; of nested reads the innermost
         self.thread: threading.Thread | None = None
+        # shared with forked processes: whether one has ended; who waits for what a worker reads would wait for ever
+        self.ended: mmap.mmap | None = None
 
     def start(self) -> None:
         """Lets a thread look from now on."""
@@ -85,6 +90,8 @@ class Watch:
         """
         if not self.limit:
             return
+        if self.ended is not None and self.ended[0]:
+            os._exit(1)
         for one in list(self.running.values()):
             one.age += passed
             if one.age >= self.limit:
@@ -109,6 +116,10 @@ def watch_reads(limit: float | None) -> None:
         limit: seconds; `None` for `LIMIT`.
     """
     current.limit = float(limit or LIMIT)
+    if current.ended is None:
+        current.ended = mmap.mmap(-1, 1)
+    if current.thread is None:
+        current.start()
 
 
 class reading:

@@ -130,6 +130,26 @@ def test_a_forked_process_begins_anew():
             current.limit = before
 
 
+# A worker waits for a file, and the process that forked it for the worker.
+WAITING = """
+import os, time
+from mindformers_ixc.reading import reading, watch_reads
+watch_reads(0.4)
+if not os.fork():
+    with reading("dead.png"):
+        time.sleep(100)
+time.sleep(100)
+"""
+
+
+def test_with_a_worker_ends_who_waits_for_it():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ended = subprocess.run([sys.executable, "-c", WAITING], env=environment, text=True, stderr=subprocess.PIPE,
+                           timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr.count("error: dead.png has not been read within 0.4 s") == 1
+
+
 def test_a_picture_that_never_comes_is_named_by_the_thread_that_looks(tmp_path, monkeypatch):
     fifo = tmp_path / "a.png"
     os.mkfifo(fifo)
