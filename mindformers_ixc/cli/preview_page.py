@@ -123,8 +123,8 @@ def _sources(data: Data) -> str:
 
 
 def _problems(data: Data, looks: list[Look]) -> str:
-    """Samples that stop a run or that it leaves out, those shown here whose pictures cannot be decoded among them."""
-    lines = [(number, "stops", sentence) for number, sentence in data.problems]
+    """Samples that a run leaves out, or that stop it where they are many; also those shown with damaged pictures."""
+    lines = [(number, "leaves it out, up to max_bad_share", sentence) for number, sentence in data.problems]
     lines += [(number, "leaves it out", sentence) for number, sentence in data.uncut]
     lines += [(found.entry.number, "leaves it out", found.problem) for found in looks if found.problem]
     more = f'<p class="note">and {len(lines) - PROBLEMS:,} more</p>' if len(lines) > PROBLEMS else ""

@@ -36,7 +36,7 @@ class SharedFlags:
     """
 
     def __init__(self, count: int):
-        self._bits = multiprocessing.Array("B", -(-count // 8))
+        self._bits: Any = multiprocessing.Array("B", -(-count // 8))
         self._raised = multiprocessing.Value("q", 0, lock=False)       # its lock is that of the bits
 
     def __deepcopy__(self, memo: dict) -> SharedFlags:

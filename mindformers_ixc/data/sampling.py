@@ -70,7 +70,7 @@ def plan_epoch(kinds: Sequence[Sequence[int] | np.ndarray], batch_size: int, see
 def _shuffled(indices: Sequence[int] | np.ndarray, seed: str) -> np.ndarray:
     """The indices in another order, int32."""
     order = array("i")
-    order.frombytes(np.ascontiguousarray(indices, np.int32).view(np.uint8))
+    order.frombytes(np.ascontiguousarray(indices, np.int32).view(np.uint8))        # type: ignore[arg-type]
     random.Random(seed).shuffle(order)
     return np.frombuffer(order, np.int32)
 

@@ -154,7 +154,7 @@ def _table(config: MindFormerConfig, kind: str) -> tuple[ConversationTable, Plan
     processor = section_processor(config)
     loader = IXC25DataLoader(seed=seed, mixture=mixture, **options)
     share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
-    sources = loader.sources(measures_of(config, processor), share)
+    sources = loader.sources(measures_of(config, processor), share, kind)
     segments = budget.max_segments if config.packing else None
     columns = list(config.input_columns or BATCH_COLUMNS)
     if REFERENCE_COLUMN in columns and any(source.index.description.lacking for source in sources):
@@ -176,7 +176,8 @@ def _table(config: MindFormerConfig, kind: str) -> tuple[ConversationTable, Plan
                         *settings)
 
 
-def _plan(samples: SampleSet, budget: Budget | None, settings: tuple, batch_rows: int) -> RunPlan:
+def _plan(samples: SampleSet, budget: Budget | None, settings: tuple[dict | None, int, bool, bool],
+          batch_rows: int) -> RunPlan:
     """The plan of a run over samples; of the ranks of a machine one makes it, and the others look at none of this."""
     numbers, multimodal = samples.name_numbers, samples.images > 0
     unmap(samples.images)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from mindformers_ixc.data import fetching
-from mindformers_ixc.data.conversations import load_conversations
+from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, load_conversations
 from mindformers_ixc.data.records import open_records
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError, ImageError
@@ -181,6 +181,17 @@ def table(path, rows, **options):
     return path
 
 
+def read_all(path):
+    """The samples that can be read, and (number, sentence) of the others."""
+    reader, found, problems = ConversationReader(path, ReadingOptions()), [], []
+    for index, place in reader.records:
+        try:
+            found.append(reader.read(index, place))
+        except DataError as error:
+            problems.append((index, str(error)))
+    return found, problems
+
+
 def test_a_damaged_row_group_is_tried_once_and_named_once(tmp_path, monkeypatch):
     rows = [{"query": f"what is {number}?", "response": "x" * 500} for number in range(40)]
     path = table(tmp_path / "data.parquet", rows, row_group_size=10, compression="none", use_dictionary=False)
@@ -188,11 +199,11 @@ def test_a_damaged_row_group_is_tried_once_and_named_once(tmp_path, monkeypatch)
     place = content.index(b"what is 15?")
     content[place - 200:place] = bytes(200)
     path.write_bytes(content)
-    problems, tried = [], []
+    tried = []
     read = pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, number, **options: (
         tried.append(number), read(self, number, **options))[1])
-    found = load_conversations(path, problems=problems)
+    found, problems = read_all(path)
     assert len(found) == 30 and [number for number, _ in problems] == list(range(10, 20))
     assert tried == [0, 1, 2, 3]
     with pytest.raises(DataError) as error:
@@ -268,13 +279,13 @@ def test_damaged_pages_of_mindrecord_are_told_sample_by_sample(tmp_path, shards)
     for place in (mine[0], mine[-1]):
         content[place.start:place.start + place.length] = rng.bytes(place.length)
     path.write_bytes(content)
-    problems = []
-    assert len(load_conversations(path, problems=problems)) == 7
+    found, problems = read_all(path)
+    assert len(found) == 7
     assert all("is damaged in" in sentence for _, sentence in problems)
     start = mine[1].line & (1 << 48) - 1
     content[start:start + 8] = (1 << 60).to_bytes(8, "little")
     path.write_bytes(content)
-    sample = next(one for one in load_conversations(path, problems=[]) if one.index == places.index(mine[1]))
+    sample = next(one for one in read_all(path)[0] if one.index == places.index(mine[1]))
     with pytest.raises(ImageError, match=r"its record at byte .* is damaged, cut short"):
         load_image(sample.images[0])
 

@@ -189,7 +189,7 @@ def test_a_picture_that_no_tiles_can_be_made_of_is_counted(tmp_path, caplog):
     assert "Left out: " in caplog.text and "strip.png" in caplog.text
     rows[5]["image"] = rows[7]["image"] = "strip.png"
     path.write_text(json.dumps(rows))
-    with pytest.raises(DataError, match=r"3 of 9 samples have pictures .* max_bad_share 0\.2 .*sample 7 \(id 7\)"):
+    with pytest.raises(DataError, match=r"3 of 9 samples cannot be used, .* max_bad_share 0\.2 .*sample 7 \(id 7\)"):
         pairs_of(str(path), tmp_path, share=0.2)
 
 

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from indexed import load_sources
 from PIL import Image
 
-from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, load_conversations, load_sources
+from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, load_conversations
 from mindformers_ixc.data.records import json_files, latest, open_records
 from mindformers_ixc.data.records import parquet as tables
 from mindformers_ixc.data.records.base import Place

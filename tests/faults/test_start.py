@@ -237,7 +237,7 @@ def test_the_first_loss_of_a_run_is_that_of_the_directorys_model(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     row = read_metrics(tmp_path / "out" / "metrics.jsonl")[0]
     data = read_yaml(TINY)["train_dataset"]
-    table, _ = datasets._conversation_table(MindFormerConfig(**data))
+    table, _ = datasets._table(MindFormerConfig(**data), "sample")
     columns = list(zip(*(table[index] for index in row["samples"])))
     batch = {name: Tensor(np.stack(column)) for name, column in zip(table.columns, columns)}
     trained = load_model(tmp_path / "m", IXC25ForCausalLM, seq_length=data["seq_length"], max_tiles=data["max_tiles"])
