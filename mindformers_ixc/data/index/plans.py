@@ -21,7 +21,7 @@ VERSION = 1
 FACTS = "plan.json"
 
 # Rows that are looked up before what was mapped of the files is let go of.
-LOOKS = 1024
+LOOKS = 128
 
 
 class SavedPlan(RunPlan):
