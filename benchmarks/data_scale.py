@@ -29,7 +29,9 @@ ANSWER = "A cat that sits on a sofa and looks out of the window. "
 def make_data(folder: Path, samples: int) -> Path:
     """A JSON list of so many samples of one picture, with answers of several lengths."""
     for number in range(PICTURES):
-        Image.new("RGB", (640 + 24 * number, 480), (number, 0, 0)).save(folder / f"{number}.jpg")
+        picture = folder / f"{number}.jpg"
+        if not picture.exists():            # a picture that changes makes indices of its samples outdated
+            Image.new("RGB", (640 + 24 * number, 480), (number, 0, 0)).save(picture)
     path = folder / f"{samples}.json"
     with open(path, "w", encoding="utf-8") as file:
         for number in range(samples):

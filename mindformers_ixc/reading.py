@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,11 +31,18 @@ TOLD_AFTER, TOLD_AFTER_AT_MOST = 0.1, 60.0
 # Seconds between two looks at most, and how many looks a limit has at least.
 TICK, LOOKS = 1.0, 20
 
+# Seconds that the process has for its own end whose data worker has said the last sentence.
+GRACE = 5.0
+
 
 def _end(sentence: str) -> None:
     terminal.current.fault(sentence)
     if current.ended is not None:
         current.ended[0] = 1
+        if os.getpid() != current.owner:
+            time.sleep(GRACE)
+            if os.getppid() == current.owner:       # its main thread may keep Python's lock while it waits for this one
+                os.kill(current.owner, signal.SIGKILL)
     os._exit(1)         # the thread that reads is in the kernel, and may be the main one
 
 
@@ -58,6 +66,7 @@ class Watch:
         self.thread: threading.Thread | None = None
         # shared with forked processes: whether one has ended; who waits for what a worker reads would wait for ever
         self.ended: mmap.mmap | None = None
+        self.owner = os.getpid()                   # who set the limit
 
     def start(self) -> None:
         """Lets a thread look from now on."""
@@ -117,7 +126,7 @@ def watch_reads(limit: float | None) -> None:
     """
     current.limit = float(limit or LIMIT)
     if current.ended is None:
-        current.ended = mmap.mmap(-1, 1)
+        current.ended, current.owner = mmap.mmap(-1, 1), os.getpid()
     if current.thread is None:
         current.start()
 

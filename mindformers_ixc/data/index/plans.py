@@ -28,7 +28,7 @@ VERSION = 1
 KEYS = {"epoch_rows", "mean_samples", "note", "checked"}
 
 # Rows that are looked up before what was mapped of the files is let go of.
-LOOKS = 1024
+LOOKS = 128
 
 
 class SavedPlan(RunPlan):
