@@ -1,6 +1,7 @@
 """Files that do not answer: what is waited for is said once, and after a limit a sentence ends the process."""
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,8 +10,17 @@ import threading
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mindformers_ixc import reading as module
+from mindformers_ixc.data.conversations import ReadingOptions
+from mindformers_ixc.data.index import building
+from mindformers_ixc.data.index.building import open_index
+from mindformers_ixc.data.index.sources import measures_of
+from mindformers_ixc.data.rows import SectionOptions, make_processor, own_tokenizer
+from mindformers_ixc.errors import DataError, ImageError
+from mindformers_ixc.processing import pictures
+from mindformers_ixc.processing.pictures import load_image
 from mindformers_ixc.reading import LIMIT, Watch, read_on, reading, watch_reads
 
 SECTION = {"tokenizer": {"type": "InternLM2Tokenizer", "vocab_file": "pkg:mindformers_ixc/demo/tokenizer.model"},
@@ -140,4 +150,67 @@ def test_with_a_worker_ends_who_waits_for_it(waiting, code):
     ended = subprocess.run([sys.executable, "-c", WAITING.format(waiting)], env=environment, text=True,
                            stderr=subprocess.PIPE, timeout=60, check=False)
     assert ended.returncode == code
-    assert "error: dead.png has not been read within 0.4 s" in ended.stderr
+    assert ended.stderr.count("error: dead.png has not been read within 0.4 s") == 1
+
+
+def test_a_picture_that_never_comes_is_named_by_the_thread_that_looks(tmp_path, monkeypatch):
+    fifo = tmp_path / "a.png"
+    os.mkfifo(fifo)
+    sentences, ended = [], threading.Event()
+
+    def end(sentence):
+        sentences.append(sentence)
+        ended.set()
+
+    def read():
+        with pytest.raises(ImageError):       # of the empty file that comes in the end
+            load_image(fifo)
+
+    monkeypatch.setattr(module, "current", Watch(0.2, sentences.append, end))
+    monkeypatch.setattr(os.path, "isfile", lambda path: True)
+    monkeypatch.setattr(pictures.Image, "open", lambda file, formats: Path(file).read_bytes())
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert ended.wait(60)
+    fifo.open("wb").close()          # lets the reader go
+    reader.join()
+    module.current.limit = 0
+    assert [sentence.split(",")[0] for sentence in sentences[:2]] == [
+        f"Waiting for {fifo}", f"{fifo} has not been read within 0.2 s"]
+
+
+@pytest.fixture()
+def dead(tmp_path, monkeypatch):
+    """Conversations with a picture that never comes, and a folder whose Python takes it for a regular file."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(PRETENCE)
+    os.mkfifo(tmp_path / "dead.png")
+    Image.new("RGB", (50, 40)).save(tmp_path / "good.png")
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a square"}]
+    rows = [{"id": number, "image": "dead.png" if number == 5 else "good.png", "conversations": turns}
+            for number in range(20)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    monkeypatch.setenv("MINDFORMERS_IXC_INDEX", str(tmp_path / "index"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["index", "check"])
+def test_the_command_ends_with_the_sentence(dead, kind):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(dead / "site"), *filter(None, sys.path)])}
+    ended = subprocess.run([sys.executable, "-m", "mindformers_ixc", "data", kind, "data.json",
+                            "--train_dataset.data_loader.read_timeout", "1"], cwd=dead, env=environment, text=True,
+                           capture_output=True, timeout=120)
+    lines = ended.stderr.strip().splitlines()
+    assert ended.returncode == 1
+    assert lines[-1].startswith("error: dead.png has not been read within 1 s")
+    assert sum("Waiting for dead.png" in line for line in lines) == 1
+
+
+def test_workers_of_the_index_say_it_and_what_was_measured_is_kept(dead, monkeypatch, capfd):
+    processor = make_processor(SectionOptions(SECTION), own_tokenizer(SECTION))
+    monkeypatch.setattr(building, "FEW", 0)
+    monkeypatch.setattr(building.reads, "limit", 0.5)
+    monkeypatch.syspath_prepend(str(dead / "site"))
+    with pytest.raises(DataError, match=r"dead\.png has not been read within 0\.5 s.* What was measured is kept\."):
+        open_index(dead / "data.json", ReadingOptions(), measures_of(SECTION, processor))
+    assert f"Waiting for {dead / 'dead.png'}" in capfd.readouterr().err
