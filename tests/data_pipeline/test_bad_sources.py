@@ -125,11 +125,11 @@ def test_names_of_any_encoding_are_read(tmp_path, form):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.tar.gz", gzip.compress(b"x"), r"compressed with gzip, so that no sample.*unpack it to a plain \.tar"),
-    ("a.tgz", gzip.compress(b"x"), r"unpack it to a plain \.tar"),
+    ("a.tar.gz", gzip.compress(b"x", mtime=0), r"compressed with gzip, so that no sample.*unpack it to a plain \.tar"),
+    ("a.tgz", gzip.compress(b"x", mtime=0), r"unpack it to a plain \.tar"),
     ("a.tar.bz2", b"BZh91AY", r"compressed with bzip2.*plain \.tar"),
-    ("a.csv.gz", gzip.compress(b"image,question,answer\n"), r"compressed \.csv file, and only JSON"),
-    ("a.json", gzip.compress(b"[]"), r"compressed with gzip; give it a name that ends in \.gz"),
+    ("a.csv.gz", gzip.compress(b"image,question,answer\n", mtime=0), r"compressed \.csv file, and only JSON"),
+    ("a.json", gzip.compress(b"[]", mtime=0), r"compressed with gzip; give it a name that ends in \.gz"),
     ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS.*git lfs pull"),
     ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
     ("a.tar", b"\n<!DOCTYPE HTML><html>", "web page and no data"),
