@@ -149,6 +149,9 @@ class ConversationTable:
         if isinstance(self.samples, ListedSamples):          # of others those that do not fit are left out
             check_images(self.samples, self.max_images)
 
+    def __deepcopy__(self, memo: dict) -> ConversationTable:
+        return self       # MindSpore copies what it reads from; a copy of mapped columns would be in memory
+
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.samples)

@@ -1,6 +1,7 @@
 """The index of a source: the same as reading it, built once, anew when something changes, interrupted or not."""
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ from mindformers_ixc.data.index.building import open_index
 from mindformers_ixc.data.index.plans import saved
 from mindformers_ixc.data.index.samples import make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
-from mindformers_ixc.data.rows import SectionOptions, make_processor, own_tokenizer
+from mindformers_ixc.data.rows import ConversationTable, SectionOptions, make_processor, own_tokenizer
 from mindformers_ixc.data.sampling import PlanSampler
 from mindformers_ixc.errors import DataError, ImageError, SampleError
 
@@ -297,6 +298,16 @@ def test_a_saved_plan_is_the_plan_and_is_made_once(tmp_path):
     assert (second.epoch_rows, second.mean_samples) == (plain.epoch_rows, plain.mean_samples)
     assert saved(make, tmp_path, "another")(4).batch(0) == plain.batch(0)
     assert made == [4, 4]
+
+
+def test_a_copy_of_a_table_has_its_columns_in_the_same_memory(tmp_path):
+    """MindSpore copies what a data set reads from; mapped columns would be read into memory, a rank's own."""
+    sources = open_sources({"dataset_dir": str(write(tmp_path))}, 0, measures(), tmp_path / "index")
+    found = make_samples(sources, Shapes(10_000, 99, 4), 0.01, tmp_path / "index")
+    table = ConversationTable(measures().processor, found, 10_000, 99, 4, needs=found.needs)
+    copied = copy.deepcopy(table)
+    assert np.shares_memory(copied.needs, found.needs) and isinstance(copied.needs, np.memmap)
+    assert copied.samples is found
 
 
 def test_samples_and_rows_are_the_same_after_their_columns_were_let_go_of(tmp_path, monkeypatch):
