@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -241,43 +242,48 @@ def test_bytes_that_are_no_text_are_passed_over(fake, capsys):
     assert "caf\u00e9\n" in capsys.readouterr().err
 
 
+def signal_when(*ready: Callable[[], object], number: int = signal.SIGTERM) -> None:
+    """Sends this process a signal whenever the next of some things is so; none to a launcher that does not listen yet."""
+    def send() -> None:
+        for one in ready:
+            until = time.monotonic() + 60
+            while not one():
+                if time.monotonic() > until:
+                    return
+                time.sleep(0.02)
+            os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_to_the_launcher_ends_all_ranks(fake, capsys, number):
+def test_a_signal_to_the_launcher_ends_all_ranks(fake, tmp_path, capsys, number):
     # the tests themselves may run where one of them is ignored (nohup)
     before = signal.signal(number, signal.default_int_handler)
-    timer = threading.Timer(1.5, os.kill, (os.getpid(), number))
-    timer.start()
+    started = tmp_path / "started"
+    signal_when(started.exists, number=number)
     try:
-        assert fake({"0": [["sleep", 60]], "1": [["sleep", 60]]}) == 128 + number
+        assert fake({"0": [["empty", str(started)], ["sleep", 90]], "1": [["sleep", 90]]}) == 128 + number
         assert signal.getsignal(number) is signal.default_int_handler
     finally:
-        timer.cancel()
         signal.signal(number, before)
     assert last_line(capsys).startswith(f"error: signal {int(number)} ({number.name}) ended this command, so all ranks")
 
 
-def test_a_signal_that_is_ignored_stays_ignored(fake):
+def test_a_signal_that_is_ignored_stays_ignored(fake, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGHUP))
-    timer.start()
+    started = tmp_path / "started"
+    signal_when(started.exists, number=signal.SIGHUP)
     try:
-        assert fake({"0": [["sleep", 2]]}) == 0
+        assert fake({"0": [["empty", str(started)], ["sleep", 2]]}) == 0
     finally:
-        timer.cancel()
         signal.signal(signal.SIGHUP, before)
-
-
-def signals_at(*moments: float, number: int = signal.SIGTERM) -> list[threading.Timer]:
-    timers = [threading.Timer(moment, os.kill, (os.getpid(), number)) for moment in moments]
-    for timer in timers:
-        timer.start()
-    return timers
 
 
 def test_ranks_that_train_are_asked_to_save_and_waited_for(fake, tmp_path, capsys):
     request = tmp_path / "out" / "stop_request"
     steps = [["await", str(request)], ["sleep", 1], ["show", "saved\n"]]
-    signals_at(2)
+    signal_when(request.exists)
     assert fake({"0": [["empty", str(request)], *steps], "1": [["sleep", 0.5], *steps]}) == 143
     said = capsys.readouterr().err
     assert "SIGTERM: all ranks finish a step and save a checkpoint; a second signal ends them at once." in said
@@ -288,10 +294,10 @@ def test_ranks_that_train_are_asked_to_save_and_waited_for(fake, tmp_path, capsy
 
 def test_a_second_signal_ends_them_at_once(fake, tmp_path, capsys):
     request = tmp_path / "out" / "stop_request"
-    signals_at(2, 3)
+    signal_when(request.exists, lambda: request.read_text())
     began = time.monotonic()
-    assert fake({"0": [["empty", str(request)], ["sleep", 60]], "1": [["sleep", 60]]}) == 143
-    assert time.monotonic() - began < 20
+    assert fake({"0": [["empty", str(request)], ["sleep", 300]], "1": [["sleep", 300]]}) == 143
+    assert time.monotonic() - began < 200
     assert last_line(capsys).startswith("error: signal 15 (SIGTERM) ended this command, so all ranks were ended.")
 
 
