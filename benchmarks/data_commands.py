@@ -93,7 +93,8 @@ def open_pairs(path: Path) -> None:
 
     section, folder = read_yaml("ixc25_dpo_tiny")["train_dataset"], path.parent / "index"
     processor = make_processor(SectionOptions(section), own_tokenizer(section))
-    before, started = memory(), time.perf_counter()
+    index = folder.resolve()
+    before, started = memory(index), time.perf_counter()
     sources = open_sources({"dataset_dir": str(path)}, 0, measures_of(section, processor), folder, kind="pair")
     samples = make_samples(sources, Shapes(400, 9, section["hd_num"]), 0.01, folder)
     table = PreferenceTable(processor, samples, 400, 9, section["hd_num"], needs=samples.needs)
@@ -101,9 +102,9 @@ def open_pairs(path: Path) -> None:
     table.plan = saved(planner, folder, "pairs")(8)
     for place in range(8):
         table[place]
-    held = {name: value - before[name] for name, value in memory().items()}
-    print(f"{'pairs, opened, and the first batch':40} {time.perf_counter() - started:7.1f} s {held['Pss']:7.0f} MB, of "
-          f"which {held['Private_Dirty']:.0f} MB its own", flush=True)
+    held = {name: value - before[name] for name, value in memory(index).items()}
+    print(f"{'pairs, opened, and the first batch':40} {time.perf_counter() - started:7.1f} s {held['own']:7.0f} MB its own, "
+          f"{held['mapped']:.0f} MB mapped of the index", flush=True)
 
 
 def run(name: str, *words: object) -> None:

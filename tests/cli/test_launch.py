@@ -243,7 +243,7 @@ def test_bytes_that_are_no_text_are_passed_over(fake, capsys):
 
 
 def signal_when(*ready: Callable[[], object], number: int = signal.SIGTERM) -> None:
-    """Sends this process a signal whenever the next of some things is so; none to a launcher that does not listen yet."""
+    """Sends this process a signal whenever the next of some things is so, which is when the launcher listens."""
     def send() -> None:
         for one in ready:
             until = time.monotonic() + 60
