@@ -103,8 +103,8 @@ def open_pairs(path: Path) -> None:
     for place in range(8):
         table[place]
     held = {name: value - before[name] for name, value in memory(index).items()}
-    print(f"{'pairs, opened, and the first batch':40} {time.perf_counter() - started:7.1f} s {held['own']:7.0f} MB its own, "
-          f"{held['mapped']:.0f} MB mapped of the index", flush=True)
+    print(f"{'pairs, opened, and the first batch':40} {time.perf_counter() - started:7.1f} s {held['own']:7.0f} MB its "
+          f"own, {held['mapped']:.0f} MB mapped of the index", flush=True)
 
 
 def run(name: str, *words: object) -> None:
