@@ -5,8 +5,10 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NoReturn
+
+import numpy as np
 
 from mindformers_ixc.data.records.base import check_source
 from mindformers_ixc.data.records.json_files import line_of, list_blocks
@@ -78,9 +80,22 @@ class Published:
             yield name, self._value(start, name)[0]
 
     def _entries(self, start: int) -> Iterator[Any]:
-        for block in list_blocks(self.name, self._content, start + 1):
+        for block in self._blocks(start):
             for place, length, _ in block.tolist():
                 yield parse_json(self._content[place:place + length], f"{self.name}, at byte {place}")
+
+    def _blocks(self, start: int) -> Generator[np.ndarray, None, int]:
+        """Places of the entries of a list, as `list_blocks` gives them; what was looked at is given back."""
+        blocks = list_blocks(self.name, self._content, start + 1)
+        while True:
+            try:
+                block = next(blocks)
+            except StopIteration as end:
+                return end.value
+            yield block
+            looked_at = int(block[-1, :2].sum())
+            release(self._content, start, looked_at)
+            start = looked_at
 
     def _members(self) -> Iterator[tuple[str, int]]:
         """Key of each member, and where its value begins."""
@@ -111,15 +126,12 @@ class Published:
         """Where a value ends."""
         if self._content[start:start + 1] != b"[":
             return self._scanned(start, name)
-        blocks = list_blocks(self.name, self._content, start + 1)
+        blocks = self._blocks(start)
         while True:
             try:
-                block = next(blocks)
+                next(blocks)
             except StopIteration as end:
                 return end.value
-            looked_at = int(block[-1, :2].sum())
-            release(self._content, start, looked_at)
-            start = looked_at
 
     def _value(self, start: int, name: str) -> tuple[Any, int]:
         """A value, and where it ends."""
