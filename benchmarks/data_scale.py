@@ -81,7 +81,7 @@ def child(data: Path, packed: bool, step: int, rank: tuple[int, int], wait: bool
     from mindformers.tools.register import MindFormerConfig
 
     import mindformers_ixc  # noqa: F401
-    from mindformers_ixc.data.index.building import index_folder
+    from mindformers_ixc.data.index.folders import index_folder
     from mindformers_ixc.data.rows import ConversationTable
     from mindformers_ixc.training.datasets import IXC25SFTDataset
 

@@ -21,7 +21,7 @@ from mindformers_ixc.data.index.folders import index_folder
 from mindformers_ixc.data.index.kinds import KINDS
 from mindformers_ixc.data.index.samples import IndexedSource, fitting_rounds
 from mindformers_ixc.data.index.sources import measures_of, open_sources
-from mindformers_ixc.data.rows import MAX_BAD_SHARE
+from mindformers_ixc.data.rows import bad_share_of
 from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import check_target, write_whole
@@ -83,7 +83,7 @@ def data_check(arguments: argparse.Namespace) -> int:
     fields, sources, section = _open(arguments, failed)
     if not sources and len(failed) == 1:
         raise DataError(failed[0][1])
-    shapes, share = _shapes(section), _bad_share(section)
+    shapes, share = _shapes(section), bad_share_of(section)
     found, room = [_look(source, shapes) for source in sources], columns_of(arguments.answers)
     lines = [*_table(found, _twice(sources), room), *_sentences(found, failed, room)]
     if sum(one.usable for one in found):
@@ -137,13 +137,8 @@ def _open(arguments: argparse.Namespace, failed: list[tuple[str, str]] | None = 
     folder = index_folder(arguments.output, "--output") if named else loader.get("index_dir")
     measures = measures_of(section, processor_of(section), bool(arguments.decode))
     sources = open_sources(loader, section.get("seed") or 0, measures, folder,
-                           _bad_share(section) if failed is None else 1.0, failed, "pair" if pairs else "sample")
+                           bad_share_of(section) if failed is None else 1.0, failed, "pair" if pairs else "sample")
     return fields, sources, {**section, "data_loader": loader}
-
-
-def _bad_share(section: dict) -> float:
-    share = section.get("max_bad_share")
-    return MAX_BAD_SHARE if share is None else share
 
 
 def _shapes(section: dict) -> Shapes:

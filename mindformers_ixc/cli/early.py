@@ -16,8 +16,9 @@ from mindformers_ixc.cli.inputs import read_memory
 from mindformers_ixc.cli.run_config import check_fields, top_keys
 from mindformers_ixc.cli.yaml_file import SHORT_FORMS, merged_fields
 from mindformers_ixc.config import ModelConfig
-from mindformers_ixc.data.conversations import load_conversations, named_sources
-from mindformers_ixc.data.preferences import load_preferences
+from mindformers_ixc.data.conversations import ReadingOptions, named_sources
+from mindformers_ixc.data.index.kinds import open_reader
+from mindformers_ixc.data.rows import bad_share_of
 from mindformers_ixc.data.sections import check_shapes
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import LOCK_FILE, RUN_RECORD, check_folder, refuse_used
@@ -136,9 +137,9 @@ def _check_data(fields: dict, reads: bool, config: str) -> None:
     find_vocab_file(section["tokenizer"].get("vocab_file"))
     loader, held_out = section["data_loader"], fields.get("evaluation") or {}
     watch_reads(loader.get("read_timeout"))
-    pairs = fields["train_dataset_task"]["type"] == "IXC25PreferenceDataset"
-    # each as the run will read it
-    for part, read in ((loader, load_preferences if pairs else load_conversations), (held_out, load_conversations)):
+    trained_on = "pair" if fields["train_dataset_task"]["type"] == "IXC25PreferenceDataset" else "sample"
+    # each as the run will read it, which refuses held-out samples for any that is wrong
+    for part, kind, share in ((loader, trained_on, bad_share_of(section)), (held_out, "sample", 0.0)):
         places = part.get("dataset_dir")
         for path in places if isinstance(places, list) else [places]:
             is_list = str(path).endswith(".txt")
@@ -148,8 +149,9 @@ def _check_data(fields: dict, reads: bool, config: str) -> None:
                 continue
             path = next(iter(named_sources(path)))[0]          # of a folder its table
             if resolve_path(path).stat().st_size <= SMALL:
-                read(path, part.get("image_folder"), image_root=loader.get("image_root"),
-                     ignore_keys=loader.get("ignore_keys") or ())
+                options = ReadingOptions(part.get("image_folder"), image_root=loader.get("image_root"),
+                                         ignore_keys=loader.get("ignore_keys") or (), kind=kind)
+                open_reader(path, options).load(share)
 
 
 def _check_file(path: object, what: str, config: str) -> None:

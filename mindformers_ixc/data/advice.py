@@ -12,7 +12,7 @@ from mindformers_ixc.data.index.samples import IndexedSource, needs_of_rounds
 from mindformers_ixc.data.index.sources import measures_of, open_sources
 from mindformers_ixc.data.mixture import check_shares, mixture_weights
 from mindformers_ixc.data.packer import Budget, pack
-from mindformers_ixc.data.rows import MAX_BAD_SHARE, SectionOptions, make_processor, own_tokenizer
+from mindformers_ixc.data.rows import SectionOptions, bad_share_of, make_processor, own_tokenizer
 from mindformers_ixc.data.sampling import draw_samples
 from mindformers_ixc.errors import ImageError
 from mindformers_ixc.operations import Costs, goodput
@@ -95,9 +95,7 @@ def measure(section: Mapping) -> Needs:
     Raises:
         DataError: for unusable data or a tokenizer of another kind.
     """
-    loader = section["data_loader"]
-    share = section.get("max_bad_share")
-    share = MAX_BAD_SHARE if share is None else share
+    loader, share = section["data_loader"], bad_share_of(section)
     sources = open_sources(loader, section.get("seed") or 0, measures_of(section, processor_of(section)),
                            loader.get("index_dir"), share)
     return needs_of(sources, share)

@@ -21,7 +21,7 @@ from mindformers_ixc.data.folders import find_data
 from mindformers_ixc.data.forms import Form, read_form
 from mindformers_ixc.data.paths import check_root, find_file, missing_file, search_folders, shown
 from mindformers_ixc.data.records import open_records
-from mindformers_ixc.data.records.base import Place
+from mindformers_ixc.data.records.base import Place, Record
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import read_text, text_lines
 from mindformers_ixc.processing.stored import StoredFile
@@ -130,23 +130,29 @@ class ConversationReader:
         Raises:
             DataError: naming sample and key of what is wrong with it.
         """
-        options = self.options
-        with reading(self.name):
-            record = self.records.read(index, place)
+        record, options = self.record(index, place), self.options
         form = read_form(record.row, self.records.where(index), options.ignore_keys, partial(self._ask, index))
         return make_conversation(form, self.name, index, record.row.get("id"), self.folders, self.root,
                                  record.files, options.fetch)
+
+    def record(self, index: int, place: Place) -> Record:
+        """What the source holds of a sample; arguments and errors as of `read`."""
+        with reading(self.name):
+            return self.records.read(index, place)
 
     def _ask(self, index: int) -> str:
         """The question that a caption answers."""
         self.asked += 1
         return _prompt(self.options.caption_prompts, f"{self.options.seed} {self.name} {index}")
 
-    def load(self) -> list[Any]:
-        """Everything in the source; for files that are small.
+    def load(self, bad_share: float = 0.0) -> list[Any]:
+        """Everything in the source that can be read; for files that are small.
+
+        Args:
+            bad_share: share of the samples that may be wrong; they are left out.
 
         Raises:
-            DataError: listing what is wrong with which samples.
+            DataError: listing what is wrong with which samples, if there are more.
         """
         samples, errors = list[Any](), list[str]()
         for index, place in self.records:
@@ -154,7 +160,7 @@ class ConversationReader:
                 samples.append(self.read(index, place))
             except DataError as error:
                 errors.append(str(error))
-        raise_errors(errors)
+        refuse_errors(errors, len(samples) + len(errors), bad_share)
         return samples
 
 
@@ -231,6 +237,23 @@ def raise_errors(errors: Sequence[str], end: str = "") -> None:
         raise DataError("\n".join(errors[:LISTED_ERRORS]) + more + (f"\n{end}" if end else ""))
 
 
+def refuse_errors(errors: Sequence[str], samples: int, bad_share: float) -> None:
+    """Refuses a source of which too many samples cannot be read.
+
+    Args:
+        errors: the sentences about those.
+        samples: of the source.
+        bad_share: share of them that may be left out.
+
+    Raises:
+        DataError: saying of the first ones what is wrong with them.
+    """
+    if len(errors) > bad_share * samples:
+        end = (f"{len(errors)} of {samples} samples cannot be used, more than the share max_bad_share {bad_share:g} "
+               "allows.") if len(errors) > 1 and bad_share else ""
+        raise_errors(errors, end)
+
+
 def named_sources(dataset_dir: str | os.PathLike | Sequence[str] | None) -> Iterator[
         tuple[str | os.PathLike, int | None]]:
     """The sources that `dataset_dir` names, each with the samples that a list file takes of it (`None`: all, once).
@@ -294,9 +317,3 @@ def read_list_file(path: str | os.PathLike) -> list[tuple[Path, int]]:
     if not sources:
         raise DataError(f"{path} names no sources.")
     return sources
-
-
-def resample(samples: Sequence, count: int, rng: random.Random) -> list:
-    """`count` samples: every sample as often as any other, and the rest drawn without repetition."""
-    whole, rest = divmod(count, len(samples))
-    return list(samples) * whole + rng.sample(list(samples), rest)

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def resampled(count: int, drawn: int, rng: random.Random) -> np.ndarray:
-    """`resample` of `mindformers_ixc.data.conversations` of the numbers below `count`, int32.
+    """`drawn` of the numbers below `count`, int32: each as often as any other, and the rest without repetition.
 
     Args:
         count: of numbers.

@@ -46,7 +46,7 @@ class PairReader(ConversationReader):
 
     def read(self, index: int, place: Place) -> Pair:
         """A pair whose files are found; arguments and errors as of `ConversationReader.read`."""
-        record, options = self.records.read(index, place), self.options
+        record, options = self.record(index, place), self.options
         row, where = open_sample(record.row, self.records.where(index), options.ignore_keys, "pair")
         chosen, rejected = read_pair(row, where, options.ignore_keys)
         if chosen.turns[-1][1].strip() == rejected.turns[-1][1].strip():

@@ -25,22 +25,23 @@ logger = logging.getLogger(__name__)
 # Share of samples whose images fail to decode above which a run stops: more than a stray damaged file.
 MAX_BAD_SHARE = 0.01
 
+
+def bad_share_of(section: Any) -> float:
+    """The share that a `train_dataset` section gives, as a mapping."""
+    share = section.get("max_bad_share")
+    return MAX_BAD_SHARE if share is None else share
+
+
 # One column of a row.
 Column = Union[np.ndarray, np.int32]
 
 
 class SharedFlags:
-    """One flag a sample, shared by all worker processes.
-
-    MindSpore deep-copies a source before it forks the workers; a copy must still be the same memory.
-    """
+    """One flag a sample, in memory that all worker processes share."""
 
     def __init__(self, count: int):
         self._bits: Any = multiprocessing.Array("B", -(-count // 8))
         self._raised = multiprocessing.Value("q", 0, lock=False)       # its lock is that of the bits
-
-    def __deepcopy__(self, memo: dict) -> SharedFlags:
-        return self
 
     def __getitem__(self, index: int) -> bool:
         return bool(self._bits.get_obj()[index // 8] >> index % 8 & 1)
@@ -150,7 +151,7 @@ class ConversationTable:
             check_images(self.samples, self.max_images)
 
     def __deepcopy__(self, memo: dict) -> ConversationTable:
-        return self       # MindSpore copies what it reads from; a copy of mapped columns would be in memory
+        return self       # MindSpore copies what it reads from; mapped columns would be in memory, flags not shared
 
     def __len__(self) -> int:
         """Number of samples."""

@@ -24,7 +24,7 @@ from mindformers_ixc.data.mixture import Planner, make_planner
 from mindformers_ixc.data.packed_plan import Packing
 from mindformers_ixc.data.packer import Budget
 from mindformers_ixc.data.preferences import PreferenceTable
-from mindformers_ixc.data.rows import MAX_BAD_SHARE, ConversationTable, make_processor
+from mindformers_ixc.data.rows import ConversationTable, bad_share_of, make_processor
 from mindformers_ixc.data.sampling import PlanSampler, RunPlan
 from mindformers_ixc.data.sections import row_budget
 from mindformers_ixc.errors import DataError
@@ -153,7 +153,7 @@ def _table(config: MindFormerConfig, kind: str) -> tuple[ConversationTable, Plan
     seed, budget = config.seed or 0, row_budget(config)
     processor = section_processor(config)
     loader = IXC25DataLoader(seed=seed, mixture=mixture, **options)
-    share = MAX_BAD_SHARE if config.max_bad_share is None else config.max_bad_share
+    share = bad_share_of(config)
     sources = loader.sources(measures_of(config, processor), share, kind)
     segments = budget.max_segments if config.packing else None
     columns = list(config.input_columns or BATCH_COLUMNS)

@@ -93,7 +93,7 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
 
 def _row(reader: PairReader, index: int, place: Place, moved: bool) -> dict:
     """A pair as it is written; `moved` to another folder it names its pictures by whole paths."""
-    row = reader.records.read(index, place).row
+    row = reader.record(index, place).row
     pair = reader.read(index, place) if moved else None
     if pair and pair.images and all(isinstance(image, Path) for image in pair.images):
         for key in (*MEDIA_KEYS, *LISTS):
@@ -118,7 +118,7 @@ def _measured(reader: PairReader, processor: Processor, hd_num: int) -> tuple[np
         errors += [sentence for _, sentence in measured.errors]
         bad = {index for index, _ in measured.errors}
         for index, place in enumerate(map(Place._make, block.tolist()), first):
-            if index not in bad and reader.records.read(index, place).files:
+            if index not in bad and reader.record(index, place).files:
                 raise DataError(f"{reader.records.where(index)}: its pictures lie inside of {reader.name}, and what is "
                                 "written is JSON; write the pictures to files and the pairs to a JSON file that names "
                                 "them.")

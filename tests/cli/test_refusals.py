@@ -119,6 +119,23 @@ def test_run(words, said):
     assert not Path("out").exists()
 
 
+def test_a_few_bad_samples_are_no_reason_to_refuse_a_run(folder):
+    def write(bad):
+        turns = [{"from": "human", "value": "what?"}, {"from": "bot", "value": "a dot"}]
+        Path("few.json").write_text(json.dumps([
+            {"id": number, "image": "gone.png" if number < bad else "dot.png", "conversations": turns}
+            for number in range(150)]))
+
+    words = (*RUN, "--train_dataset.data_loader.dataset_dir", "few.json")
+    write(1)
+    check_inputs(mindformers_ixc_cli.parse(list(words)), [])
+    assert "sample 0 (id 0), field image: the picture gone.png does" in refusal(
+        *words, "--train_dataset.max_bad_share", "0")
+    write(2)
+    assert refusal(*words).endswith(
+        "2 of 150 samples cannot be used, more than the share max_bad_share 0.01 allows.")
+
+
 def test_data_beside_the_yaml_but_not_where_the_command_is_typed(folder, monkeypatch):
     (folder / "run" / "own.yaml").write_text(
         "base_config: ixc25_sft_tiny\ntrain_dataset:\n  data_loader:\n    dataset_dir: own.json\n")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from indexed import resample
 
 from mindformers_ixc.data import columns, packer
 from mindformers_ixc.data.columns import count_values, highest, places_where, sorted_by
-from mindformers_ixc.data.conversations import resample
 from mindformers_ixc.data.drawing import resampled, sampled
 from mindformers_ixc.data.packer import Budget, Rows, pack, split_rows
 from mindformers_ixc.data.rows import SharedFlags

@@ -10,11 +10,8 @@ from hypothesis import strategies as st
 from indexed import load_sources, read_image_sizes
 from PIL import Image
 
-from mindformers_ixc.data.conversations import (
-    load_conversations,
-    read_list_file,
-    resample,
-)
+from mindformers_ixc.data.conversations import load_conversations, read_list_file
+from mindformers_ixc.data.drawing import resampled
 from mindformers_ixc.errors import DataError
 
 
@@ -147,7 +144,7 @@ def test_missing_and_empty_paths(tmp_path):
 
 @given(st.integers(1, 30), st.integers(1, 100), st.randoms())
 def test_resampling_takes_every_sample_as_often_as_any_other(size, count, rng):
-    taken = resample(range(size), count, rng)
+    taken = resampled(size, count, rng).tolist()
     assert len(taken) == count
     times = [taken.count(i) for i in range(size)]
     assert max(times) - min(times) <= 1

@@ -189,6 +189,6 @@ def test_numbers_are_those_of_the_version(tmp_path, monkeypatch):
     write_data()
     found = [*opened(loader={"dataset_dir": DEMO, "image_folder": None}),
              *opened(loader={"dataset_dir": ["plain.json", "captions.json"]})]
-    assert (VERSION, found) == (2, ["53d388e53b034868d4824ba943acd8dd0bf006b52c905f2e9b1dd45d5ff21f9f",
+    assert (VERSION, found) == (3, ["53d388e53b034868d4824ba943acd8dd0bf006b52c905f2e9b1dd45d5ff21f9f",
                                     "17df413dda314acf5cfc8a4009ce9588c0679fe995a550bb082bc63b2e6c73c1",
                                     "9b896621f0238e6e898db003acf043f78612ba1fe3bb2e6613966c585de6ea88"])

@@ -28,7 +28,7 @@ from mindformers_ixc.data.index.holding import Held, is_held, remove, sweep, tri
 from mindformers_ixc.data.index.plans import saved
 from mindformers_ixc.data.index.samples import make_samples
 from mindformers_ixc.data.index.sources import open_sources
-from mindformers_ixc.data.index.store import DESCRIPTION
+from mindformers_ixc.data.index.store import DESCRIPTION, VERSION
 from mindformers_ixc.data.sampling import plan_batches
 from mindformers_ixc.errors import ConfigError
 
@@ -205,6 +205,15 @@ def interrupted(path, root, monkeypatch, **section):
             open_index(path, ReadingOptions(), measures(**section), root)
 
 
+def test_what_was_wrong_is_measured_again_when_an_interrupted_build_goes_on(tmp_path, root, monkeypatch):
+    path = write(tmp_path)
+    picture = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").unlink()
+    interrupted(path, root, monkeypatch)
+    (tmp_path / "1.png").write_bytes(picture)
+    assert not open_index(path, ReadingOptions(), measures(), root, bad_share=1.0).description.errors
+
+
 def test_an_unfinished_index_of_a_source_as_it_was_goes(tmp_path, root, monkeypatch):
     path = write(tmp_path)
     interrupted(path, root, monkeypatch)
@@ -243,7 +252,8 @@ def test_a_damaged_index_is_outdated_and_one_of_another_version(tmp_path, root):
     path = write(tmp_path)
     folder = open_index(path, ReadingOptions(), measures(), root).folder
     whole = (folder / DESCRIPTION).read_text()
-    for content, outdated in ((whole.replace('"version": 2', '"version": 1'), "of another version"), ("{", "damaged")):
+    other = whole.replace(f'"version": {VERSION}', '"version": 1')
+    for content, outdated in ((other, "of another version"), ("{", "damaged")):
         (folder / DESCRIPTION).write_text(content)
         assert [entry.outdated for entry in entries(root)] == [outdated]
     assert len(clean(root)[0]) == 1

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import tarfile
+import threading
 
 import numpy as np
 import pytest
@@ -12,13 +13,15 @@ from indexed import read_image_sizes
 from PIL import Image
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN
+from mindformers_ixc.data.conversations import ReadingOptions
 from mindformers_ixc.data.fitting import Shapes
 from mindformers_ixc.data.index import building
 from mindformers_ixc.data.index.samples import make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
-from mindformers_ixc.data.preferences import PreferenceTable, load_preferences
+from mindformers_ixc.data.preferences import PairReader, PreferenceTable, load_preferences
 from mindformers_ixc.data.rows import SectionOptions, make_processor, own_tokenizer
-from mindformers_ixc.errors import DataError, ImageError
+from mindformers_ixc.errors import DataError, ImageError, SampleError
+from mindformers_ixc.reading import current as watched
 
 SECTION = {"tokenizer": {"type": "InternLM2Tokenizer", "vocab_file": "pkg:mindformers_ixc/demo/tokenizer.model"},
            "hd_num": 4, "image_size": 56}
@@ -213,3 +216,40 @@ def test_a_picture_that_changes_after_the_index_is_noticed(tmp_path):
     Image.new("RGB", (60, 400)).save(tmp_path / "1.png")
     with pytest.raises(ImageError, match=r"sample 1 \(id 1\): its pictures have other sizes than when"):
         table._encode(1)
+
+
+def test_log_probabilities_that_change_while_a_run_reads_them_are_noticed(tmp_path):
+    path, rows = tmp_path / "pairs.jsonl", rows_of(tmp_path)
+    path.write_bytes(lines(rows))
+    pairs = pairs_of(str(path), tmp_path)
+    logps = [json.dumps(row["reference_logps"]) for row in rows]
+    gone = f', "reference_logps": {logps[4]}'
+    path.write_text(path.read_text().replace(logps[2], logps[2].replace("6", "5")).replace(gone, " " * len(gone)))
+    assert pairs[1].logps == (-1 / 3, -10.0)
+    for number in (2, 4):
+        with pytest.raises(SampleError, match=rf"sample {number} \(id {number}\): is not what it was when"):
+            pairs[number]
+
+
+@pytest.mark.parametrize("without", [3, 12])
+def test_pairs_without_log_probabilities_are_counted_when_their_source_grows(tmp_path, monkeypatch, without):
+    monkeypatch.setattr(building, "PART", 4)
+    path, rows = tmp_path / "pairs.jsonl", rows_of(tmp_path, 14)
+    del rows[without]["reference_logps"]
+    path.write_bytes(lines(rows[:9]))
+    assert sources_of(str(path), tmp_path)[0].index.description.lacking == (without < 9)
+    path.write_bytes(lines(rows))
+    assert sources_of(str(path), tmp_path)[0].index.description.lacking == 1
+
+
+def test_reading_a_pair_is_watched_as_reading_a_conversation_is(tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(lines(rows_of(tmp_path)))
+    waited_for, pairs = [], PairReader(path, ReadingOptions(kind="pair"))
+    places = list(pairs.records)
+    read = type(pairs.records).read
+    monkeypatch.setattr(watched, "limit", 60.0)
+    monkeypatch.setattr(type(pairs.records), "read", lambda self, index, place: (
+        waited_for.append(watched.running[threading.get_ident()].name), read(self, index, place))[1])
+    pairs.read(*places[0])
+    assert waited_for == [str(path)]

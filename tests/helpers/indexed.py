@@ -14,7 +14,6 @@ from mindformers_ixc.data.conversations import (
     load_conversations,
     named_sources,
     raise_errors,
-    resample,
 )
 from mindformers_ixc.data.fitting import Shapes, first_pairs, pair_count
 from mindformers_ixc.data.index.measuring import Measured, Measurer, _digest
@@ -48,6 +47,12 @@ def fit_samples(processor, samples, seq_length, max_tiles, hd_num, max_bad_share
                              records=SimpleNamespace(where=lambda index: samples[index].where, changed=False))
     return list(make_samples([IndexedSource(SourceIndex(folder), reader)],
                              Shapes(seq_length, max_tiles, hd_num, **options), max_bad_share, folder))
+
+
+def resample(samples, count, rng):
+    """`count` samples: every sample as often as any other, and the rest drawn without repetition."""
+    whole, rest = divmod(count, len(samples))
+    return list(samples) * whole + rng.sample(list(samples), rest)
 
 
 def load_sources(dataset_dir, seed=0):

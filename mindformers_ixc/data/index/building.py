@@ -20,9 +20,9 @@ from typing import IO, Any
 import numpy as np
 
 from mindformers_ixc import terminal
-from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions
+from mindformers_ixc.data.conversations import ConversationReader, ReadingOptions, refuse_errors
 from mindformers_ixc.data.index.cleaning import place_of, remove_outdated
-from mindformers_ixc.data.index.faulty import refuse_errors, still_wrong
+from mindformers_ixc.data.index.faulty import still_wrong
 from mindformers_ixc.data.index.folders import FULL, index_folder, writing
 from mindformers_ixc.data.index.growing import grown_from, measured_part, pictures_are_unchanged, start_of
 from mindformers_ixc.data.index.holding import NOTE, is_there, made, put_in_place, unfinished
@@ -120,7 +120,7 @@ def open_index(path: str | os.PathLike, options: ReadingOptions, measures: Measu
 
 def _checked(index: SourceIndex, bad_share: float) -> SourceIndex:
     """The index, unless too many of its samples cannot be read."""
-    refuse_errors(index.description.errors, len(index), bad_share)
+    refuse_errors([sentence for _, sentence in index.description.errors], len(index), bad_share)
     return index
 
 
@@ -230,7 +230,7 @@ class _Builder:
         if len(errors) > bad_share * len(places):
             for number in {sample // PART for sample, _ in errors}:
                 self._part(number).unlink()         # what is wrong may lie in other files than the source
-        refuse_errors(errors, len(places), bad_share)
+        refuse_errors([sentence for _, sentence in errors], len(places), bad_share)
         checked = list(files.values()) if len(files) <= CHECKED_PICTURES else []
         self.name = self.keys.seeded if captions else self.keys.plain
         write_index(self.folder, replace(description, samples=len(places), key=self.name, content=digest.hexdigest(),
@@ -269,7 +269,8 @@ class _Builder:
         for path in sorted(self.parts.glob("*.npz")):
             try:
                 part = load_part(path)
-                good = (asked == self.keys.asked or not part.captions) and all(
+                # what was wrong may be there now: a picture, say
+                good = not part.errors and (asked == self.keys.asked or not part.captions) and all(
                     file_state(picture) == tuple(state) for picture, *state in part.files)
             except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):      # OSError: a picture is gone
                 good = False

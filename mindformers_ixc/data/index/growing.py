@@ -63,7 +63,8 @@ def grown_from(place: Path, keys: Keys, records: Records, size: int) -> SourceIn
     if not start_of(records, 0):
         return None
     known = [(entry.start, folder) for folder, entry in descriptions(place)
-             if entry.base == keys.base and entry.start and 0 < entry.start[0] < size and not entry.errors
+             if entry.base == keys.base and entry.start and 0 < entry.start[0] < size
+             and not entry.errors and not entry.lacking       # of which the index does not keep which parts they are in
              and (not entry.captions or entry.asked == keys.asked)]
     known.sort(key=lambda entry: entry[0][0])
     now = _digests(records.path, [start[0] for start, _ in known])

@@ -216,9 +216,6 @@ class Held:
     def __reduce__(self) -> tuple:
         return Held, (self.folder,)
 
-    def __deepcopy__(self, memo: dict) -> Held:
-        return self
-
     def __del__(self) -> None:
         if getattr(self, "_handle", None) is not None:
             os.close(self._handle)      # type: ignore[arg-type]

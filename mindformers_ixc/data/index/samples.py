@@ -130,9 +130,6 @@ class SampleSet:
         """Number of the name of one sample's source."""
         return int(self._name_of[self.source[number]])
 
-    def __deepcopy__(self, memo: dict) -> SampleSet:
-        return self       # MindSpore copies what it reads from; this does not change
-
     def __getitem__(self, number: int) -> Conversation:
         """A sample, with the rounds of it that are used and the sizes of their pictures.
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from mindformers_ixc.data.conversations import ReadingOptions
-from mindformers_ixc.data.index.building import ENDS, JOB, SAYS, SCAN, Measures, measure_parts
+from mindformers_ixc.data.index.building import ENDS, JOB, SAYS, SCAN, measure_parts
 from mindformers_ixc.data.index.folders import FULL
+from mindformers_ixc.data.index.keys import Measures
 from mindformers_ixc.data.index.kinds import open_reader
 from mindformers_ixc.data.rows import SectionOptions, make_processor, own_tokenizer
 from mindformers_ixc.interruption import die_with
