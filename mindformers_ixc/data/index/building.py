@@ -140,9 +140,10 @@ def _current(place: Path, keys: Keys, reader: ConversationReader, measures: Meas
             check_seal(place / name, COLUMN_FILES)
             index = SourceIndex(place / name)
         except DataError as error:
-            logger.warning(f"{error}")
+            if not isinstance(error.__cause__, FileNotFoundError):       # removed just now
+                logger.warning(f"{error}")
             continue
-        except FileNotFoundError:                # removed just now, or of another version
+        except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
             logger.warning(f"The index {place / name} is damaged ({error}), and is built anew.")
