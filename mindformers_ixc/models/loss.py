@@ -19,6 +19,7 @@ from mindspore.parallel import Layout
 
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.native import training
 from mindformers_ixc.parallel.cuts import CUTS, product_strategy
 
 # Labels with this value carry no loss (the convention of PyTorch's cross entropy, which the public code relies on).
@@ -187,6 +188,9 @@ class HeadLosses(nn.Cell):
         self.parallel = is_parallel()
         if self.parallel:
             self._shard(config)
+        self.is_native = training.available(config.compute_dtype)
+        if self.is_native:
+            self.native, self.native_of_states = training.head_losses(True), training.head_losses(False)
 
     def _shard(self, config: IXC25Config) -> None:
         """Every device has its share of the positions in one row, which is then cut into chunks."""
@@ -200,15 +204,20 @@ class HeadLosses(nn.Cell):
         self.slice_labels.shard(((dp, 1),))
         self.join.shard(((dp, 1), (dp, 1)))
 
-    def construct(self, x, weight, labels):
+    def construct(self, x, weight, labels, trains=True):
         """float32 losses `(B, L)`, 0 where nothing is labelled.
 
         Args:
             x: hidden states `(B*L, D)`.
             weight: the head's, `(V, D)`.
             labels: int32 `(B, L)`.
+            trains: whether the head does, a compile-time constant; its gradient may be left out otherwise.
         """
         x, weight = self.cast(x, self.dtype), self.cast(weight, self.dtype)
+        if self.is_native:
+            targets = self.reshape(labels, (-1,))
+            losses = self.native(x, weight, targets) if trains else self.native_of_states(x, weight, targets)
+            return self.reshape(losses[0], labels.shape)
         if self.parallel:
             x, weight = self.add_states(x, 0), self.add_weight(weight, 0)
         rows, width = self.rows, x.shape[1]

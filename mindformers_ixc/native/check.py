@@ -7,9 +7,19 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
+
+
+def called(function: Callable[..., int], *arrays: np.ndarray) -> int:
+    """What a kernel returns for its inputs and outputs, called as MindSpore calls it."""
+    count, sizes = len(arrays), ctypes.POINTER(ctypes.c_int64)
+    shapes = [(ctypes.c_int64 * max(1, array.ndim))(*array.shape) for array in arrays]
+    return function(count, (ctypes.c_void_p * count)(*[array.ctypes.data for array in arrays]),
+                    (ctypes.c_int * count)(*[array.ndim for array in arrays]),
+                    (sizes * count)(*[ctypes.cast(shape, sizes) for shape in shapes]), None, None, None)
 
 
 def resizes_as_pillow(functions: ctypes.CDLL) -> bool:
@@ -28,12 +38,7 @@ def multiplies_as_numpy(functions: ctypes.CDLL) -> bool:
     x = np.sin(np.arange(rows * width, dtype=np.float32)).reshape(rows, width)
     weight = np.cos(np.arange(outputs * width, dtype=np.float32)).reshape(outputs, width)
     out = np.zeros((rows, outputs), np.float32)
-    arrays, sizes = (x, weight, out), ctypes.c_int64 * 2
-    shapes = [sizes(*array.shape) for array in arrays]
-    failed = functions.linear(
-        3, (ctypes.c_void_p * 3)(*[array.ctypes.data for array in arrays]), (ctypes.c_int * 3)(2, 2, 2),
-        (ctypes.POINTER(ctypes.c_int64) * 3)(*[ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64)) for shape in shapes]),
-        None, None, None)
+    failed = called(functions.linear, x, weight, out)
     return not failed and np.allclose(out, x @ weight.T, rtol=1e-4, atol=1e-3)
 
 
