@@ -51,14 +51,13 @@ class IXC25AdamW(AdamW):
         """
         decay, rate = self.get_weight_decay(), self.get_lr()
         self.assignadd(self.global_step, self.global_step_increase_tensor)
-        update = F.partial(_update, self.kernel, self.numbers, self.global_step,
-                           self.whole if factor is None else factor)
+        factor, step = self.whole if factor is None else factor, self.global_step
         states = (self._parameters, gradients, self.exp_avg, self.exp_avg_sq)
         if self.is_group_lr:
-            return self.hyper_map(update, rate, decay, *states)
+            return self.hyper_map(F.partial(_update, self.kernel, self.numbers, step, factor), rate, decay, *states)
         if self.is_group:
-            return self.hyper_map(F.partial(update, rate), decay, *states)
-        return self.hyper_map(F.partial(update, rate, decay), *states)
+            return self.hyper_map(F.partial(_update, self.kernel, self.numbers, step, factor, rate), decay, *states)
+        return self.hyper_map(F.partial(_update, self.kernel, self.numbers, step, factor, rate, decay), *states)
 
 
 @contextmanager
