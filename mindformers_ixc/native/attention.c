@@ -1,7 +1,7 @@
-/* Attention and the head's losses for training on the CPU, with their gradients; see products.c and kernels.c.
+/* Attention for training on the CPU, with its gradients; see products.c.
  *
- * No scores and no logits are kept: of each query and each position stays the logarithm of the sum of its exponentials,
- * from which the gradients make them again, a block at a time.
+ * No scores are kept: of each query stays the logarithm of the sum of its exponentials, from which the gradients make
+ * them again, a block at a time.
  */
 #include "products.h"
 

@@ -5,17 +5,17 @@
  * three to fifteen kernels. They are written for the compiler to vectorise. Only the largest have threads
  * (OpenMP, so OMP_NUM_THREADS counts).
  *
- * Every function has MindSpore's signature; `params` holds the inputs, then the outputs. Shapes are written with the
- * letters of `mindformers_ixc.models`; of a linear F are the input's features and O the output's. What a function
- * returns is DONE or one of the two errors after it, which MindSpore raises with the number.
+ * Shapes are written with the letters of `mindformers_ixc.models`; of a linear F are the input's features and O the
+ * output's. operation.h says what a function is given and returns.
  */
+#include <math.h>
 #include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
-#include "kernels.h"
+#include "operation.h"
 #include "vectorised.h"
-
-/* Elements of a weight from which on it pays to share the work among threads. */
-#define MIN_SHARED 131072
 
 VECTORISED static void rms_norm_rows(const float *x, const float *weight, float eps, float *y, int64_t rows,
                                      int64_t width) {

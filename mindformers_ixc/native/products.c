@@ -1,5 +1,5 @@
 /* Linears and Partial LoRA for training on the CPU, with their gradients, called by MindSpore's `ops.Custom` (aot) as
- * kernels.c says.
+ * operation.h says.
  *
  * The products are those of the oneDNN that MindSpore brings (`use_product`): one thread multiplies one slab, and the
  * slabs are shared out here, so that whatever goes with a product is done while its result is in the cache.

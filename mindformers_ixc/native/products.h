@@ -2,20 +2,24 @@
 #ifndef MINDFORMERS_IXC_PRODUCTS_H
 #define MINDFORMERS_IXC_PRODUCTS_H
 
+#include <math.h>
 #include <omp.h>
 #include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
-#include "kernels.h"
+#include "operation.h"
 #include "vectorised.h"
 
 /* C (m, n) = alpha * op(A) op(B) + beta * C, rows behind one another; the signature of oneDNN's dnnl_sgemm. */
 typedef int (*product_t)(char, char, int64_t, int64_t, int64_t, float, const float *, int64_t, const float *, int64_t,
                          float, float *, int64_t);
 
-extern product_t multiply;
+extern product_t multiply __attribute__((visibility("hidden")));
 
 /* One kernel at a time has the threads: MindSpore starts kernels that do not wait for each other at the same time. */
-extern pthread_mutex_t threads_are_free;
+extern pthread_mutex_t threads_are_free __attribute__((visibility("hidden")));
 
 /* Operations from which on it pays to share a kernel's work among threads. */
 #define MIN_OPERATIONS 1000000
@@ -37,5 +41,8 @@ static inline int64_t begin_of(int64_t count, int64_t group, int parts, int numb
     for (int part = 0; part < (threads); ++part) \
         for (int64_t begin = begin_of(count, group, threads, part), end = begin_of(count, group, threads, part + 1); \
              begin < end; begin = end)
+
+/* exp(x) of what is at most 80; below -80 that of -80, for vectorised exp() is slow where its result is all but 0. */
+static inline float exp_of(float x) { return expf(x > -80.0f ? x : -80.0f); }
 
 #endif

@@ -1,5 +1,4 @@
-/* What a training step on the CPU does beside products, with gradients: norms, gates, the head's losses, the norm of all
- * gradients and AdamW. See kernels.c and products.c.
+/* Norms and gates for training on the CPU, with their gradients; see products.c.
  *
  * Sums over positions go over fixed parts, in order, so that the number of threads changes nothing.
  */

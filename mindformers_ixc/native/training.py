@@ -19,7 +19,7 @@ from mindspore import ops
 from mindspore.ops import functional as F
 
 from mindformers_ixc.native import kernels, library
-from mindformers_ixc.native.check import called
+from mindformers_ixc.native.check import call
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def has_product() -> bool:
     functions.use_product(ctypes.cast(product, ctypes.c_void_p))
     x = np.sin(np.arange(33 * 20, dtype=np.float32)).reshape(33, 20)
     weight, result = np.cos(np.arange(17 * 20, dtype=np.float32)).reshape(17, 20), np.zeros((33, 17), np.float32)
-    failed = called(functions.train_linear, x, weight, result)
+    failed = call(functions.train_linear, (x, weight, result))
     return not failed and np.allclose(result, x @ weight.T, rtol=1e-4, atol=1e-4)
 
 

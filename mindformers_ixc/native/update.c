@@ -1,5 +1,8 @@
-/* The last part of a training step on the CPU: the head's losses with their gradients, the norm of all gradients and
- * AdamW. See kernels.c and products.c.
+/* The ends of a training step on the CPU: the head's losses, from which gradients begin, and the norm of all gradients
+ * and AdamW, where they end; see products.c.
+ *
+ * No logits are kept: of each labelled position stays the logarithm of the sum of its exponentials, from which the
+ * gradients make them again, a block at a time.
  */
 #include "products.h"
 
