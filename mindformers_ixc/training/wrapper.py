@@ -132,7 +132,7 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
             norm, limit = length * factor, self.clip_grad_norm.clip_norm
             factor = factor * F.minimum(limit / (F.maximum(norm, limit) + 1e-6), 1.0)
         if not self.takes_factor:
-            grads, factor = self.map(F.partial(_times, factor), grads), None
+            grads, factor = self.map(F.partial(_times, F.reshape(factor, ())), grads), None
         return grads, norm, factor, F.reshape(F.equal(finite, 0.0), ())
 
     def current_rate(self):
