@@ -6,10 +6,10 @@ Which one a training graph has is decided in `decoder_attention` and `decoder_ma
 |---|---|---|---|
 | Ascend with `use_flash_attention` | one conversation | `FlashAttention`, layout BNSD | the compressed causal mask |
 | | packed | `PackedFlashAttention`, layout TND | the same, and the cumulative lengths of all segments |
-| the CPU, where there are kernels for training | both | one of these (`native.training`) | where segments end |
+| the CPU, float32, where it has kernels | both | `native.training.causal_attention` | where segments end |
 | anything else | both | `BlockwiseAttention` | additive masks, one for each block of queries |
 
-The tower has the first or `AttentionCore`, without a mask.
+The tower has the first, `native.training.tile_attention` or `AttentionCore`, without a mask.
 """
 from __future__ import annotations
 

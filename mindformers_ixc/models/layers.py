@@ -3,7 +3,8 @@
 This, `attention` and `cache` are the places that know about devices; the cells above them never choose. MindSpore has
 no CPU kernel for the fused RMSNorm, for FlashAttention or for bfloat16 products, so these cells are composed of
 primitive operations. On Ascend RMSNorm is the fused one. On the CPU, inference (the methods called `infer`) goes
-through this package's own fused kernels where they are installed (`mindformers_ixc.native`).
+through this package's own fused kernels where they are installed (`mindformers_ixc.native`), and training
+(`construct`) through those with gradients (`native.training`); what both are composed of otherwise is in `composed`.
 Every linear works on flattened positions `(N, F)`, because the CPU refuses a batched product with a broadcast
 2-D right operand and because a 2-D product is what the parallel compiler cuts most simply.
 

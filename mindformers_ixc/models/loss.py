@@ -7,6 +7,7 @@ their losses and are dropped, and made again when the backward pass comes to the
     hidden states (B*L, D) -> chunks (rows * c, D) -> logits (rows * c, V) -> losses (rows, c) -> (B, L)
 
 `rows` is the data-parallel degree, so that a device has `config.loss_chunk` positions at work, whatever the layout.
+Where there are kernels for training on the CPU (`native.training`) all of it is one operation on labelled positions.
 `BatchLoss` makes the loss of a batch of the losses of all positions, `models.report.SourceSums` those of sources.
 """
 from __future__ import annotations
