@@ -16,11 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 LENGTH, SAMPLES, RATE, COMPARED = 512, 2, 1e-4, 3
 SIDES = ("ours", "torch")
@@ -170,21 +170,22 @@ def operations(config) -> float:
     return costs.of(SAMPLES * LENGTH, SAMPLES * config.max_tiles) - attention * SAMPLES * config.max_tiles
 
 
-def peak() -> float:
-    """Largest resident memory of this process so far, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+def memory(name: str) -> float:
+    """Resident memory of this process in GiB: VmRSS now, VmHWM at most (`getrusage` counts the parent's)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) / 2 ** 20
 
 
 def alone(name: str) -> None:
-    """Four steps of one side; prints the seconds of the first and what resident memory the steps added, as JSON."""
+    """Four steps of one side; prints the seconds of the first, and resident memory before and at most, as JSON."""
     model = training_model()
     side = {"ours": Ours, "torch": Torch}[name](model, batch(model.config))
-    before, began = peak(), time.perf_counter()
+    before, began = memory("VmRSS"), time.perf_counter()
     side.step()
     first = time.perf_counter() - began
     for _ in range(3):
         side.step()
-    print(json.dumps({"first": first, "before": before, "peak": peak()}))
+    print(json.dumps({"first": first, "before": before, "peak": memory("VmHWM")}))
 
 
 def profile(folder: str) -> None:
@@ -206,7 +207,7 @@ def report_alone(threads: int) -> None:
         words = [sys.executable, __file__, "--threads", str(threads), "--alone", name]
         found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
         print(f"{name:6} alone: first step after {found['first']:.1f} s, peak memory {found['peak']:.2f} GiB "
-              f"({found['peak'] - found['before']:.2f} GiB of it since the steps began)")
+              f"({found['peak'] - found['before']:.2f} GiB of it beyond what was there when the steps began)")
 
 
 def main() -> None:

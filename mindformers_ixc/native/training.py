@@ -168,7 +168,7 @@ def head_losses(trains: bool) -> ops.Custom:
         trains: whether the weight gets a gradient.
     """
     to_both = kernels.kernel("head_losses_back", lambda x, weight, *_: (x, weight), outputs=2)
-    to_states = kernels.kernel("head_losses_back", lambda x, *_: x)
+    to_states = kernels.kernel("head_losses_back_states", lambda x, *_: x)
 
     def both(x, weight, labels, out, dout):
         dx, d_weight = to_both(x, weight, labels, out[1], dout[0])

@@ -87,12 +87,10 @@ VECTORISED static void add_to(float *y, const float *x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) y[i] += x[i];
 }
 
-/* x, weight, labels, lse, dlosses (N) -> dx (N, D) and, if there is a second output, dweight (V, D) */
-KERNEL(head_losses_back) {
-    UNUSED;
+/* The gradients of `head_losses`; that of the weight is left out if `dw` is NULL. */
+static int losses_back(void **params, int64_t **shapes, float *dx, float *dw) {
     const float *x = params[0], *weight = params[1], *lse = params[3], *d_losses = params[4];
     const int32_t *labels = params[2];
-    float *dx = params[5], *dw = count == 7 ? params[6] : NULL;
     const int64_t rows = shapes[0][0], width = shapes[0][1], words = shapes[1][0], most = rows_at_once(words);
     int64_t *places = malloc(sizeof(int64_t) * (size_t)(rows + 1));
     const int64_t labelled = places ? find_labelled(labels, rows, words, places) : 0;
@@ -134,6 +132,18 @@ KERNEL(head_losses_back) {
     free(places);
     free(states);
     return DONE;
+}
+
+/* x, weight, labels, lse, dlosses (N) -> dx (N, D), dweight (V, D) */
+KERNEL(head_losses_back) {
+    UNUSED;
+    return losses_back(params, shapes, params[5], params[6]);
+}
+
+/* The same for a head that does not train -> dx (N, D) */
+KERNEL(head_losses_back_states) {
+    UNUSED;
+    return losses_back(params, shapes, params[5], NULL);
 }
 
 /* ---- Gradients and weights ---- */
