@@ -114,6 +114,7 @@ static head_t tile_head(void **params, const int64_t *shape, int64_t number, int
 /* q, k, v (N*L, H*d) -> y (N*L, H*d), lse (N, H, L) */
 KERNEL(tile_attention) {
     UNUSED;
+    if (!multiply) return NO_PRODUCT;
     const int64_t width = shapes[0][1], *shape = shapes[4], heads = shape[0] * shape[1], length = shape[2];
     float *y = params[3], *lse = params[4];
     const int threads = threads_for(4.0 * (double)(length * shapes[0][0]) * (double)width);
@@ -139,6 +140,7 @@ KERNEL(tile_attention) {
 /* q, k, v, y (N*L, H*d), lse (N, H, L), dy (N*L, H*d) -> dq, dk, dv */
 KERNEL(tile_attention_back) {
     UNUSED;
+    if (!multiply) return NO_PRODUCT;
     const int64_t rows = shapes[0][0], width = shapes[0][1], *shape = shapes[4];
     const int64_t heads = shape[0] * shape[1], length = shape[2];
     const float *y = params[3], *lse = params[4], *dy = params[5];
@@ -254,6 +256,7 @@ static head_t query_head(decoder_t *s, const float *head, int64_t group) {
  * y (B*L, KV * G * d), lse (B, KV, G, L): rotary embedding, then causal attention within segments. */
 KERNEL(causal_attention) {
     UNUSED;
+    if (!multiply) return NO_PRODUCT;
     const decoder_t sizes = decoder_of(shapes[0], shapes[1], shapes[5]);
     const int64_t units = sizes.batch * sizes.heads, out = sizes.heads * sizes.groups * sizes.size;
     const float *qkv = params[0];
@@ -299,6 +302,7 @@ static void back_through(decoder_t *s, void **params, int64_t **shapes, int64_t 
 /* qkv, cos, sin, ends, y, lse, dy (B*L, KV * G * d) -> dqkv (B*L, KV * (G+2) * d) */
 KERNEL(causal_attention_back) {
     UNUSED;
+    if (!multiply) return NO_PRODUCT;
     const decoder_t sizes = decoder_of(shapes[0], shapes[1], shapes[5]);
     const int64_t units = sizes.batch * sizes.heads;
     const int threads = threads_for(5.0 * (double)(sizes.length * shapes[0][0]) * (double)shapes[6][1]);

@@ -17,6 +17,7 @@ void use_product(void *function) { multiply = (product_t)function; }
 /* x (N, F), weight (O, F), maybe bias (O) -> x weight^T + bias (N, O) */
 KERNEL(train_linear) {
     UNUSED;
+    if (!multiply) return NO_PRODUCT;
     const int has_bias = count == 4;
     const float *x = params[0], *weight = params[1], *bias = params[2];
     float *y = params[count - 1];
@@ -33,9 +34,12 @@ KERNEL(train_linear) {
     return DONE;
 }
 
+ALSO_NAMED(train_linear_bias, train_linear)
+
 /* dy (N, O), weight (O, F) -> dy weight (N, F) */
 KERNEL(times_weight) {
     UNUSED;
+    if (!multiply) return NO_PRODUCT;
     const float *dy = params[0], *weight = params[1];
     float *dx = params[2];
     const int64_t rows = shapes[0][0], out = shapes[0][1], in = shapes[1][1];
@@ -50,6 +54,7 @@ KERNEL(times_weight) {
 /* dy (N, O), x (N, F) -> dy^T x (O, F) */
 KERNEL(weight_gradient) {
     UNUSED;
+    if (!multiply) return NO_PRODUCT;
     const float *dy = params[0], *x = params[1];
     float *dw = params[2];
     const int64_t rows = shapes[0][0], out = shapes[0][1], in = shapes[1][1];
@@ -120,6 +125,7 @@ VECTORISED static void scale_rows(float *x, const float *factor, int64_t rows, i
  * side = factor * dropout(x) A^T, y = x weight^T + side B^T; positions whose factor is 0 take no part in the pair. */
 KERNEL(partial_lora) {
     UNUSED;
+    if (!multiply) return NO_PRODUCT;
     const float *x = params[0], *weight = params[1], *first = params[2], *second = params[3], *factor = params[4];
     const dropout_t dropout = dropout_of(params + 5, count == 11);
     float *y = params[count - 2], *side = params[count - 1];
@@ -155,10 +161,13 @@ KERNEL(partial_lora) {
     return result;
 }
 
+ALSO_NAMED(partial_lora_dropped, partial_lora)
+
 /* dy (N, O), weight, A, B, factor, maybe the dropout -> dx (N, F), dside (N, r):
  * dside = factor * dy B, dx = dy weight + dropout(dside A). */
 KERNEL(partial_lora_back) {
     UNUSED;
+    if (!multiply) return NO_PRODUCT;
     const float *dy = params[0], *weight = params[1], *first = params[2], *second = params[3], *factor = params[4];
     const dropout_t dropout = dropout_of(params + 5, count == 11);
     float *dx = params[count - 2], *dside = params[count - 1];
@@ -195,6 +204,7 @@ KERNEL(partial_lora_back) {
  * 0: the gradients of a pair's two sides. */
 KERNEL(pair_gradient) {
     UNUSED;
+    if (!multiply) return NO_PRODUCT;
     const float *u = params[0], *v = params[1], *factor = params[2];
     const dropout_t dropout = dropout_of(params + 3, count == 8);
     float *y = params[count - 1];

@@ -18,6 +18,13 @@ typedef int (*product_t)(char, char, int64_t, int64_t, int64_t, float, const flo
 
 extern product_t multiply __attribute__((visibility("hidden")));
 
+/* A kernel under another name: MindSpore keeps one gradient for each name, whatever the inputs are. */
+#define ALSO_NAMED(name, kernel) \
+    KERNEL(name) { return kernel(count, params, ndims, shapes, dtypes, stream, extra); }
+
+/* What a kernel returns that needs it before `use_product` was called, beside the errors of operation.h. */
+#define NO_PRODUCT 10
+
 /* One kernel at a time has the threads: MindSpore starts kernels that do not wait for each other at the same time. */
 extern pthread_mutex_t threads_are_free __attribute__((visibility("hidden")));
 

@@ -2,8 +2,9 @@
 
 Their products are those of the oneDNN that MindSpore brings; where it brings none (or no compiler is there, or the
 graph is for Ascend or cut by the parallel compiler), cells are composed of MindSpore's own operations. Each function
-here makes an operation, for the cell that uses it. Gradients are operations of their own wherever MindSpore may leave
-one out, because nothing trains that needs it.
+here makes an operation, for the cell that uses it; one with other gradients has a name of its own, because MindSpore
+keeps one gradient for each name. Gradients are operations of their own wherever MindSpore may leave one out, because
+nothing trains that needs it.
 """
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def linear(has_bias: bool) -> ops.Custom:
     def biased(x, weight, bias, out, dout):
         return to_input(dout, weight), to_weight(dout, x), to_bias(dout)
 
-    return kernels.kernel("train_linear", lambda x, weight, *_: (x[0], weight[0]), bprop=biased if has_bias else plain)
+    name, bprop = ("train_linear_bias", biased) if has_bias else ("train_linear", plain)
+    return kernels.kernel(name, lambda x, weight, *_: (x[0], weight[0]), bprop=bprop)
 
 
 def partial_lora(drops: bool) -> ops.Custom:
@@ -84,8 +86,8 @@ def partial_lora(drops: bool) -> ops.Custom:
                 to_pair(dout[0], out[1], factor), F.zeros_like(factor), F.zeros_like(noise), F.zeros_like(columns),
                 F.zeros_like(numbers), F.zeros_like(kept))
 
-    return kernels.kernel("partial_lora", lambda x, weight, first, *_: ((x[0], weight[0]), (x[0], first[0])), 2,
-                          dropped if drops else plain)
+    name, bprop = ("partial_lora_dropped", dropped) if drops else ("partial_lora", plain)
+    return kernels.kernel(name, lambda x, weight, first, *_: ((x[0], weight[0]), (x[0], first[0])), 2, bprop)
 
 
 def rms_norm() -> ops.Custom:
@@ -168,7 +170,7 @@ def head_losses(trains: bool) -> ops.Custom:
         trains: whether the weight gets a gradient.
     """
     to_both = kernels.kernel("head_losses_back", lambda x, weight, *_: (x, weight), outputs=2)
-    to_states = kernels.kernel("head_losses_back_states", lambda x, *_: x)
+    to_states = kernels.kernel("head_losses_frozen_back", lambda x, *_: x)
 
     def both(x, weight, labels, out, dout):
         dx, d_weight = to_both(x, weight, labels, out[1], dout[0])
@@ -177,7 +179,8 @@ def head_losses(trains: bool) -> ops.Custom:
     def states(x, weight, labels, out, dout):
         return to_states(x, weight, labels, out[1], dout[0]), F.zeros_like(weight), F.zeros_like(labels)
 
-    return kernels.kernel("head_losses", lambda x, *_: ((x[0],), (x[0],)), 2, both if trains else states)
+    name, bprop = ("head_losses", both) if trains else ("head_losses_frozen", states)
+    return kernels.kernel(name, lambda x, *_: ((x[0],), (x[0],)), 2, bprop)
 
 
 def gradient_norm() -> ops.Custom:

@@ -44,6 +44,7 @@ VECTORISED static float log_sum(const float *x, int64_t count) {
 /* x (N, D), weight (V, D), labels (N) int32 -> losses (N), 0 where nothing is labelled, lse (N) */
 KERNEL(head_losses) {
     UNUSED;
+    if (!multiply) return NO_PRODUCT;
     const float *x = params[0], *weight = params[1];
     const int32_t *labels = params[2];
     float *losses = params[3], *lse = params[4];
@@ -78,6 +79,8 @@ KERNEL(head_losses) {
     free(places);
     return result;
 }
+
+ALSO_NAMED(head_losses_frozen, head_losses)
 
 VECTORISED static void softmax_less(float *logits, float lse, float scale, int64_t count) {
     for (int64_t i = 0; i < count; ++i) logits[i] = exp_of(logits[i] - lse) * scale;
@@ -137,12 +140,14 @@ static int losses_back(void **params, int64_t **shapes, float *dx, float *dw) {
 /* x, weight, labels, lse, dlosses (N) -> dx (N, D), dweight (V, D) */
 KERNEL(head_losses_back) {
     UNUSED;
+    if (!multiply) return NO_PRODUCT;
     return losses_back(params, shapes, params[5], params[6]);
 }
 
 /* The same for a head that does not train -> dx (N, D) */
-KERNEL(head_losses_back_states) {
+KERNEL(head_losses_frozen_back) {
     UNUSED;
+    if (!multiply) return NO_PRODUCT;
     return losses_back(params, shapes, params[5], NULL);
 }
 

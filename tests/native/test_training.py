@@ -26,6 +26,7 @@ EPS = np.array([1e-5], np.float32)
 @pytest.fixture(autouse=True, params=MODES)
 def mode(request):
     """Every test runs as a graph and operator by operator."""
+    assert training.available()
     ms.set_context(mode=request.param)
     yield
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -91,10 +92,6 @@ def check(operation, formula, inputs: list[np.ndarray], several: bool = False, t
 
 def sigmoid(x):
     return np.exp(-np.logaddexp(0, -x))
-
-
-def test_they_are_there():
-    assert training.available()
 
 
 @pytest.mark.parametrize(("rows", "width", "out"), [(5, 3, 4), (100, 70, 33), (300, 40, 130)])
