@@ -180,12 +180,7 @@ class IXC25Model(PreTrainedModel):
 
     def head_losses(self, x, labels):
         """float32 losses `(B, L)`, 0 where nothing is labelled, of the output of the last norm `(B*L, D)`."""
-        return self.chunked_losses(x, self.output.weight, labels, self.head_trains)
-
-    @property
-    def head_trains(self) -> bool:
-        """Whether the head does; known when a graph is compiled."""
-        return self.output.weight.requires_grad
+        return self.chunked_losses(x, self.output.weight, labels)
 
     def logits(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
                image_mask=None, position_ids=None, segment_ends=None, noise_seed=None):

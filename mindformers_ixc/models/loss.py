@@ -191,7 +191,8 @@ class HeadLosses(nn.Cell):
             self._shard(config)
         self.is_native = training.available(config.compute_dtype)
         if self.is_native:
-            self.native, self.native_of_states = training.head_losses(True), training.head_losses(False)
+            self.native, self.frozen = training.head_losses(True), training.head_losses(False)
+        self.weight_trains = True       # may be changed before a graph is compiled
 
     def _shard(self, config: IXC25Config) -> None:
         """Every device has its share of the positions in one row, which is then cut into chunks."""
@@ -205,20 +206,19 @@ class HeadLosses(nn.Cell):
         self.slice_labels.shard(((dp, 1),))
         self.join.shard(((dp, 1), (dp, 1)))
 
-    def construct(self, x, weight, labels, trains=True):
+    def construct(self, x, weight, labels):
         """float32 losses `(B, L)`, 0 where nothing is labelled.
 
         Args:
             x: hidden states `(B*L, D)`.
             weight: the head's, `(V, D)`.
             labels: int32 `(B, L)`.
-            trains: whether the head does, a compile-time constant; its gradient may be left out otherwise.
         """
         x, weight = self.cast(x, self.dtype), self.cast(weight, self.dtype)
         if self.is_native:
             targets = self.reshape(labels, (-1,))
-            losses = self.native(x, weight, targets) if trains else self.native_of_states(x, weight, targets)
-            return self.reshape(losses[0], labels.shape)
+            losses, _ = self.native(x, weight, targets) if self.weight_trains else self.frozen(x, weight, targets)
+            return self.reshape(losses, labels.shape)
         if self.parallel:
             x, weight = self.add_states(x, 0), self.add_weight(weight, 0)
         rows, width = self.rows, x.shape[1]

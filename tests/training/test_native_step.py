@@ -91,6 +91,8 @@ def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
     """As close as rounding lets three steps of AdamW be, which divides small numbers by small numbers."""
     assert one.keys() == other.keys()
     for name in one:
+        if name.endswith("k_proj.bias"):       # attention does not depend on it: its gradient is rounding, AdamW's step
+            continue                           # the learning rate in its direction
         assert one[name].shape == other[name].shape
         size = np.abs(other[name]).max() if other[name].size else 0
         close = 1e-5 if name.startswith(("loss", "norm")) else 1e-3
@@ -136,7 +138,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bad):
     cell.set_train(True)
     assert cell(Tensor(np.array([1, bad, 2, 3], np.float32)))[1].asnumpy()
     assert (network.weight.asnumpy() == 1).all() and optimizer.global_step.asnumpy() == [0]
-    assert not cell(Tensor(np.array([1, 3e38, 2, 3], np.float32)))[1].asnumpy(), "its square alone is not finite"
+    assert not cell(Tensor(np.array([1, 1e37, 2, 3], np.float32)))[1].asnumpy(), "its square alone is not finite"
     assert (network.weight.asnumpy() != 1).any() and optimizer.global_step.asnumpy() == [1]
 
 
