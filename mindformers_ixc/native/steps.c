@@ -141,8 +141,10 @@ KERNEL(train_layer_norm_back) {
 
 /* ---- Gates ---- */
 
-/* 1 / (1 + exp(-x)); the exponent is kept where exp() is finite, since -ffast-math knows no infinity */
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(x > -80.0f ? -x : 80.0f)); }
+/* exp(-x); the exponent is kept where exp() is finite, since -ffast-math knows no infinity */
+static inline float exp_minus(float x) { return exp_of(x > -80.0f ? -x : 80.0f); }
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_minus(x)); }
 
 VECTORISED static void silu_values(const float *gate, const float *x, float *y, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) y[i] = gate[i] * sigmoid(gate[i]) * x[i];
@@ -162,8 +164,8 @@ KERNEL(train_swiglu) {
 VECTORISED static void silu_back_values(const float *gate, const float *x, const float *dy, float *d_gate, float *dx,
                                         int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-        const float open = sigmoid(gate[i]), part = dy[i] * open;
-        d_gate[i] = part * x[i] * (1.0f + gate[i] * (1.0f - open));
+        const float e = exp_minus(gate[i]), open = 1.0f / (1.0f + e), part = dy[i] * open;
+        d_gate[i] = part * x[i] * (1.0f + gate[i] * (e * open)); /* e * open is 1 - open, whose digits are lost */
         dx[i] = part * gate[i];
     }
 }
@@ -197,8 +199,8 @@ KERNEL(train_quick_gelu) {
 
 VECTORISED static void quick_gelu_back_values(const float *x, const float *dy, float *dx, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-        const float open = sigmoid(1.702f * x[i]);
-        dx[i] = dy[i] * open * (1.0f + 1.702f * x[i] * (1.0f - open));
+        const float e = exp_minus(1.702f * x[i]), open = 1.0f / (1.0f + e);
+        dx[i] = dy[i] * open * (1.0f + 1.702f * x[i] * (e * open));
     }
 }
 

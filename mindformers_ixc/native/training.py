@@ -189,9 +189,9 @@ def gradient_norm() -> ops.Custom:
 
 
 def adamw() -> ops.Custom:
-    """A step of AdamW: weight and both moments are written in place.
+    """Weight and both moments after a step of AdamW.
 
-    The inputs are those three, the gradient, its factor `(1,)`, rate and decay of one number, the step's number int32
-    `(1,)`, and both betas and eps `(3,)`.
+    The inputs are those three before it, the gradient, its factor `(1,)`, rate and decay of one number, the step's
+    number int32 `(1,)`, and both betas and eps `(3,)`.
     """
-    return kernels.kernel("adamw", lambda *_: (1,))
+    return kernels.kernel("adamw", lambda weight, *_: (weight, weight, weight), outputs=3)

@@ -220,18 +220,21 @@ typedef struct {
     float keep, first, second, rate, root, eps, factor;
 } adamw_t;
 
-VECTORISED static void adamw_values(float *weight, float *mean, float *square, const float *gradient, adamw_t n,
-                                    int64_t begin, int64_t end) {
+VECTORISED static void adamw_values(const float *weight, const float *mean, const float *square, const float *gradient,
+                                    adamw_t n, float *to_weight, float *to_mean, float *to_square, int64_t begin,
+                                    int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
         const float g = gradient[i] * n.factor;
-        mean[i] = mean[i] * n.first + g * (1.0f - n.first);
-        square[i] = square[i] * n.second + g * g * (1.0f - n.second);
-        weight[i] = weight[i] * n.keep - mean[i] / (sqrtf(square[i]) * n.root + n.eps) * n.rate;
+        const float m = mean[i] * n.first + g * (1.0f - n.first);
+        const float s = square[i] * n.second + g * g * (1.0f - n.second);
+        to_weight[i] = weight[i] * n.keep - m / (sqrtf(s) * n.root + n.eps) * n.rate;
+        to_mean[i] = m;
+        to_square[i] = s;
     }
 }
 
-/* weight, mean, square (any shape), all three written in place, gradient, factor (1) of the gradient, rate (1), decay
- * (1), step (1) int32, numbers (3): both betas and eps -> done (1) */
+/* weight, mean, square, gradient (any shape), factor (1) of the gradient, rate (1), decay (1), step (1) int32, numbers
+ * (3): both betas and eps -> weight, mean, square */
 KERNEL(adamw) {
     UNUSED;
     const float *numbers = params[8];
@@ -243,8 +246,7 @@ KERNEL(adamw) {
     const int threads = threads_for(10.0 * (double)size);
     TAKE_THREADS(threads);
     SHARED(threads, size, 1024, begin, end)
-        adamw_values(params[0], params[1], params[2], params[3], n, begin, end);
+        adamw_values(params[0], params[1], params[2], params[3], n, params[9], params[10], params[11], begin, end);
     GIVE_THREADS(threads);
-    *(float *)params[9] = 1.0f;
     return DONE;
 }

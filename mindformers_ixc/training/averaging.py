@@ -55,12 +55,11 @@ class AveragedOptimizer(nn.Cell):
         """The optimizer's rate, or schedule."""
         return self.optimizer.learning_rate
 
-    def construct(self, gradients, factor=None):
-        """The optimizer's step, then that of the average; `factor` as `IXC25AdamW` takes it."""
+    def construct(self, gradients):
+        """The optimizer's step, then that of the average."""
         begins = F.reshape(F.cast(F.equal(self.global_step, 0), mstype.float32), ())
         begun = self.map(F.partial(_begin_average, begins), self.average, self.parameters)
-        gradients = F.depend(gradients, begun)
-        done = self.optimizer(gradients) if factor is None else self.optimizer(gradients, factor)
+        done = self.optimizer(F.depend(gradients, begun))
         weights = F.depend(self.parameters, done)
         return F.depend(done, self.map(F.partial(_move_average, self.decay), self.average, weights))
 

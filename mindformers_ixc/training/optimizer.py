@@ -23,7 +23,11 @@ _update = C.MultitypeFuncGraph("update_parameter")
 
 @_update.register("Function", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor")
 def _update_parameter(kernel, numbers, step, factor, rate, decay, parameter, gradient, mean, square):
-    return kernel(parameter, mean, square, gradient, factor, rate, decay, step, numbers)
+    weight, first, second = kernel(parameter, mean, square, gradient, factor, rate, decay, step, numbers)
+    F.assign(mean, first)          # the compiler knows what is assigned; what a kernel wrote to parameters it would not
+    F.assign(square, second)
+    F.assign(parameter, weight)
+    return weight
 
 
 @MindFormerRegister.register(MindFormerModuleType.OPTIMIZER)
@@ -61,15 +65,17 @@ class IXC25AdamW(AdamW):
 
 
 @contextmanager
-def native_optimizer(section: MindFormerConfig, parameters: Iterable[Parameter]) -> Iterator[None]:
+def native_optimizer(section: MindFormerConfig, parameters: Iterable[Parameter],
+                     averages: bool = False) -> Iterator[None]:
     """Lets a section name the optimizer of the current back end while it is built; a run's record has the YAML's.
 
     Args:
         section: the YAML's `optimizer`.
         parameters: what trains.
+        averages: whether a moving average is kept of them; the optimizer is MindFormers' then.
     """
     name = section.type
-    if (name == "AdamW" and not section.get("swap") and not section.get("use_fused")
+    if (name == "AdamW" and not averages and not section.get("swap") and not section.get("use_fused")
             and training.available(*[parameter.dtype for parameter in parameters])):
         section.type = IXC25AdamW.__name__
     try:
@@ -79,5 +85,5 @@ def native_optimizer(section: MindFormerConfig, parameters: Iterable[Parameter])
 
 
 def takes_factor(optimizer: Any) -> bool:
-    """Whether an optimizer, or the one inside it, multiplies gradients by a factor itself."""
-    return isinstance(getattr(optimizer, "optimizer", optimizer), IXC25AdamW)
+    """Whether an optimizer multiplies gradients by a factor itself."""
+    return isinstance(optimizer, IXC25AdamW)

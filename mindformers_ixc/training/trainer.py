@@ -188,7 +188,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             schedule = dict(self.config.lr_schedule)
             self.config.grouped_lr_schedule = MindFormerConfig(**grouped_schedule(model, schedule, section))
             terminal.current.log(rates_table(model, schedule, section))
-        with native_optimizer(self.config.optimizer, network.trainable_params()):
+        with native_optimizer(self.config.optimizer, network.trainable_params(), self.plan.ema_decay is not None):
             self.optimizer = self.plan.optimizer(super().create_optimizer_scheduler(network, model_params))
         return self.optimizer
 

@@ -68,10 +68,10 @@ def steps(monkeypatch, native: bool, parts=None, ema_decay: float | None = None,
     model = model_of(parts)
     rate = CosineWithWarmUpLR(learning_rate=1e-2, warmup_steps=2, total_steps=20)
     section = MindFormerConfig(type="AdamW", betas=[0.9, 0.95])
-    with native_optimizer(section, model.trainable_params()):
+    with native_optimizer(section, model.trainable_params(), ema_decay is not None):
         optimizer = build_optim(section, {"params": get_optimizer_grouped_parameters(model, 0.1, rate),
                                           "learning_rate": rate})
-    assert section.type == "AdamW" and isinstance(optimizer, IXC25AdamW) == native
+    assert section.type == "AdamW" and isinstance(optimizer, IXC25AdamW) == (native and ema_decay is None)
     if ema_decay is not None:
         optimizer = AveragedOptimizer(optimizer, ema_decay)
     cell = IXC25TrainOneStepCell(model, optimizer, use_clip_grad=True, max_grad_norm=1.0, **options)
@@ -110,8 +110,8 @@ def test_packed_rows_with_dropout_in_parts_with_an_average(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [["partial_lora"], ["vision", "projector", "separators"]])
-def test_parts_alone(monkeypatch, parts):
+def test_a_part_alone(monkeypatch):
+    parts = ["partial_lora"]                  # the head does not train: its losses are another kernel
     start = {parameter.name: parameter.asnumpy().copy() for parameter in model_of().get_parameters()}
     native = steps(monkeypatch, True, parts)
     compare(native, steps(monkeypatch, False, parts))
@@ -143,14 +143,15 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bad):
 
 
 def test_where_the_kernel_cannot_be_the_optimizer_stays(monkeypatch):
-    def chosen(weights, **section):
+    def chosen(weights, averages=False, **section):
         section = MindFormerConfig(**section)
-        with native_optimizer(section, weights):
+        with native_optimizer(section, weights, averages):
             return section.type
 
     weights = Square().trainable_params()
     assert chosen(weights, type="AdamW") == "IXC25AdamW"
     assert chosen(weights, type="Adam") == "Adam"
+    assert chosen(weights, True, type="AdamW") == "AdamW"
     assert chosen(weights, type="AdamW", swap=True) == "AdamW"
     half = ms.Parameter(Tensor(np.ones(2, np.float16)), name="half")
     assert chosen([*weights, half], type="AdamW") == "AdamW"
