@@ -6,9 +6,10 @@ Which one a training graph has is decided in `decoder_attention` and `decoder_ma
 |---|---|---|---|
 | Ascend with `use_flash_attention` | one conversation | `FlashAttention`, layout BNSD | the compressed causal mask |
 | | packed | `PackedFlashAttention`, layout TND | the same, and the cumulative lengths of all segments |
+| the CPU, float32, where it has kernels | both | `native.training.causal_attention` | where segments end |
 | anything else | both | `BlockwiseAttention` | additive masks, one for each block of queries |
 
-The tower has the first or `AttentionCore`, without a mask.
+The tower has the first, `native.training.tile_attention` or `AttentionCore`, without a mask.
 """
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from mindformers_ixc.config import COMPRESSED_MASK, MOST_SEGMENTS, VisionConfig
 from mindformers_ixc.device import on_ascend
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
+from mindformers_ixc.native import training
 
 # Added to attention scores that must not be seen. Finite, so that a row with nothing to see is not NaN; exp() of it is
 # exactly 0 in float32 beside any real score.
@@ -49,7 +51,14 @@ def decoder_attention(config: IXC25Config) -> nn.Cell:
 
 def decoder_mask(config: IXC25Config) -> nn.Cell:
     """What makes the mask that `decoder_attention` takes, once for all layers."""
+    if attends_natively(config):
+        return SegmentEnds()
     return FlashMask() if uses_flash_attention(config) else BlockMasks(config.softmax_compute_type)
+
+
+def attends_natively(config: IXC25Config) -> bool:
+    """Whether training attention is the kernel for the CPU, which takes the product of `wqkv` whole."""
+    return training.available(config.compute_dtype, config.softmax_compute_type)
 
 
 class AttentionCore(nn.Cell):
@@ -304,6 +313,17 @@ class BlockMasks(nn.Cell):
         self.not_equal.shard((rows, rows))
         self.logical_or.shard(((1, 1, 1), rows))
         self.mul_packed.shard((rows, ()))
+
+
+class SegmentEnds(nn.Cell):
+    """What the kernel for the CPU takes as mask."""
+
+    def construct(self, length, ends=None):
+        """Where segments end, int32 `(B, S)`; without segments `(1, 1)`, the length."""
+        return F.fill(mstype.int32, (1, 1), length) if ends is None else ends
+
+    def shard(self, dp: int) -> None:
+        """Nothing is cut where this is used."""
 
 
 # What a fused attention hides: nothing, what comes later, or what a mask says, uint8 broadcast to `(B, 1, L, L)`, 1

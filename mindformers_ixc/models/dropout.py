@@ -93,10 +93,17 @@ class SeededDropout(nn.Cell):
         self.generated.dropout.keep_prob = 1.0 - self.rate
         self.limit = int(self.rate * 2 ** 32) - 2 ** 31
         self.factor = 1.0 / (1.0 - self.rate)
+        # what the kernels for training take: `native.training.partial_lora`
+        self.numbers = (self.columns, Tensor([FEATURE_MIX_FIRST, FEATURE_MIX_SECOND, self.limit], mstype.int32),
+                        Tensor([self.factor], mstype.float32))
+
+    def drops(self):
+        """Whether anything is dropped in the graph that is being compiled."""
+        return self.rate != 0.0 and self.training
 
     def construct(self, x, noise):
         """Drops features of `(N, F)`; `noise` is int32 `(N, 1)`, `None` for the device's generator."""
-        if self.rate == 0.0 or not self.training:
+        if not self.drops():
             return x
         if noise is None:
             return self.generated(x)

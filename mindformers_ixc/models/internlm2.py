@@ -8,13 +8,14 @@ from mindspore import Parameter, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
+from mindspore.ops.primitive import Primitive
 
 from mindformers_ixc.device import on_ascend
-from mindformers_ixc.models.attention import decoder_attention, decoder_mask
+from mindformers_ixc.models.attention import attends_natively, decoder_attention, decoder_mask
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.dropout import LAYER_MIX
 from mindformers_ixc.models.layers import PartialLoRALinear, RMSNorm
-from mindformers_ixc.native import kernels
+from mindformers_ixc.native import kernels, training
 from mindformers_ixc.parallel.cuts import CUTS
 
 try:       # deprecated, and announced to go after MindSpore 2.9
@@ -242,11 +243,19 @@ class Attention(nn.Cell):
         self.core = decoder_attention(config)
         self.split = SplitHeads(config, self.core.positions_first)
         self.merge = MergeHeads(config, self.core.positions_first)
+        self.is_native = attends_natively(config)
+        if self.is_native:
+            self.native = training.causal_attention(config.num_key_value_heads, config.query_groups)
 
     def construct(self, x, image_mask, cos, sin, mask, adapters, shape, noise=None):
         """Attention over the whole sequence; arguments as in `DecoderLayer.construct`."""
-        query, key, value = self.split(self.wqkv(x, image_mask, adapters, noise), cos, sin, shape)
-        return self.wo(self.merge(self.core(query, key, value, mask), shape), image_mask, adapters, noise)
+        qkv = self.wqkv(x, image_mask, adapters, noise)
+        if self.is_native:
+            y, _ = self.native(qkv, cos, sin, mask)
+        else:
+            query, key, value = self.split(qkv, cos, sin, shape)
+            y = self.merge(self.core(query, key, value, mask), shape)
+        return self.wo(y, image_mask, adapters, noise)
 
     def shard(self, dp: int, tp: int, sequence: bool) -> None:
         """Cuts samples and key/value groups."""
@@ -271,12 +280,22 @@ class FeedForward(nn.Cell):
         self.is_native = kernels.available(config.compute_dtype)
         if self.is_native:
             self.swiglu = kernels.kernel("swiglu")
+        self.trains_natively = training.available(config.compute_dtype)
+        if self.trains_natively:
+            self.train_swiglu = training.swiglu()
 
     def construct(self, x, image_mask, adapters, noise=None):
         """Maps `(B*L, D)` to `(B*L, D)`."""
         y = self.w1(x, image_mask, adapters, noise)
-        y = self.mul_gate(self.mul_sigmoid(y, self.sigmoid(y)), self.w3(x, image_mask, adapters, noise))
+        if self.trains_natively:
+            y = self.train_swiglu(y, self.w3(x, image_mask, adapters, noise))
+        else:
+            y = self.mul_gate(self.mul_sigmoid(y, self.sigmoid(y)), self.w3(x, image_mask, adapters, noise))
         return self.w2(y, image_mask, adapters, noise)
+
+    def gates(self) -> tuple[Primitive, ...]:
+        """The operations between the linears."""
+        return (self.train_swiglu,) if self.trains_natively else (self.sigmoid, self.mul_sigmoid, self.mul_gate)
 
     def infer(self, x, image_mask, adapters):
         """The same without gradients."""

@@ -3,7 +3,8 @@
 This, `attention` and `cache` are the places that know about devices; the cells above them never choose. MindSpore has
 no CPU kernel for the fused RMSNorm, for FlashAttention or for bfloat16 products, so these cells are composed of
 primitive operations. On Ascend RMSNorm is the fused one. On the CPU, inference (the methods called `infer`) goes
-through this package's own fused kernels where they are installed (`mindformers_ixc.native`).
+through this package's own fused kernels where they are installed (`mindformers_ixc.native`), and training
+(`construct`) through those with gradients (`native.training`); what both are composed of otherwise is in `composed`.
 Every linear works on flattened positions `(N, F)`, because the CPU refuses a batched product with a broadcast
 2-D right operand and because a 2-D product is what the parallel compiler cuts most simply.
 
@@ -22,7 +23,7 @@ from mindspore.ops import operations as P
 from mindformers_ixc.device import on_ascend
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.dropout import SeededDropout
-from mindformers_ixc.native import kernels
+from mindformers_ixc.native import kernels, training
 from mindformers_ixc.parallel.cuts import COLUMNS, ROWS, product_strategy
 
 
@@ -56,9 +57,19 @@ class Linear(nn.Cell):
         self.is_native = kernels.available(param_dtype, compute_dtype)
         if self.is_native:
             self.native = kernels.kernel("linear", lambda x, weight: (x[0], weight[0]))
+        self.trains_natively = training.available(param_dtype, compute_dtype)
+        if self.trains_natively:
+            self.train_linear = training.linear(has_bias)
 
     def construct(self, x):
         """Maps `(N, F)` to `(N, O)` in the compute dtype."""
+        if not self.trains_natively:
+            return self.composed(x)
+        x = self.cast(x, self.dtype)
+        return self.train_linear(x, self.weight, self.bias) if self.has_bias else self.train_linear(x, self.weight)
+
+    def composed(self, x):
+        """The same in MindSpore's operations."""
         y = self.product(x)
         if self.has_bias:
             y = self.bias_add(y, self.cast(self.bias, self.dtype))
@@ -68,7 +79,7 @@ class Linear(nn.Cell):
         """The same without gradients (and, for few positions on the CPU, faster)."""
         if self.is_native and not self.has_bias and x.shape[0] <= kernels.FEW_ROWS:
             return self.native(x, self.weight)
-        return self.construct(x)
+        return self.composed(x)
 
     def product(self, x):
         """The same without the bias."""
@@ -114,9 +125,14 @@ class RMSNorm(nn.Cell):
         self.is_native = kernels.available(param_dtype, norm_dtype)
         if self.is_native:
             self.native, self.eps_value = kernels.kernel("rms_norm"), Tensor([eps], mstype.float32)
+        self.trains_natively = training.available(param_dtype, norm_dtype)
+        if self.trains_natively:
+            self.train_norm = training.rms_norm()
 
     def construct(self, x):
         """Normalises the last axis of `(N, F)`."""
+        if self.trains_natively and x.dtype == mstype.float32:
+            return self.train_norm(x, self.weight, self.eps_value)[0]
         y = self.cast(x, self.dtype)
         if self.is_fused:
             return self.cast(self.rms_norm(y, self.cast(self.weight, self.dtype))[0], x.dtype)
@@ -162,9 +178,14 @@ class LayerNorm(nn.Cell):
         self.is_native = kernels.available(param_dtype, norm_dtype)
         if self.is_native:
             self.native, self.eps_value = kernels.kernel("layer_norm"), Tensor([eps], mstype.float32)
+        self.trains_natively = training.available(param_dtype, norm_dtype)
+        if self.trains_natively:
+            self.train_norm = training.layer_norm()
 
     def construct(self, x):
         """Normalises the last axis of `x`."""
+        if self.trains_natively and x.dtype == mstype.float32 and len(x.shape) == 2:
+            return self.train_norm(x, self.weight, self.bias, self.eps_value)[0]
         y, _, _ = self.layer_norm(self.cast(x, self.dtype), self.cast(self.weight, self.dtype),
                                   self.cast(self.bias, self.dtype))
         return self.cast(y, x.dtype)
@@ -217,6 +238,10 @@ class PartialLoRALinear(nn.Cell):
         self.is_native = kernels.available(*self.dtypes.values())
         if self.is_native:
             self.native = kernels.kernel("linear", lambda x, weight: (x[0], weight[0]))
+        self.trains_natively = training.available(*self.dtypes.values())
+        if self.trains_natively:
+            self.train_linear, self.train_pair = training.linear(False), training.partial_lora(False)
+            self.train_dropped = training.partial_lora(True)
 
     def _pair(self, rank: int) -> tuple[Linear, Linear]:
         """The two sides of a low-rank pair that starts without effect, cut as the linear is."""
@@ -246,7 +271,7 @@ class PartialLoRALinear(nn.Cell):
         """The same without gradients (and, for few positions on the CPU, faster)."""
         if self.is_native and image_mask is None and x.shape[0] <= kernels.FEW_ROWS:
             return self._with_adapters(x, self.native(x, self.weight), adapters)
-        return self.construct(x, image_mask, adapters)
+        return self.composed(x, image_mask, adapters, None)
 
     def _with_adapters(self, x, y, adapters):
         """Adds what the task LoRAs in use make of `x` to `y`."""
@@ -270,6 +295,18 @@ class PartialLoRALinear(nn.Cell):
         Returns:
             Tensor `(N, O)`.
         """
+        drops = self.has_plora and self.plora_dropout.drops()
+        if not self.trains_natively or (drops and noise is None):
+            return self.composed(x, image_mask, adapters, noise)
+        x = self.cast(x, self.dtype)
+        if image_mask is None or not self.has_plora:
+            return self._with_adapters(x, self.train_linear(x, self.weight), adapters)
+        parts = (x, self.weight, self.Plora_A.weight, self.Plora_B.weight, self.mul_scale(image_mask, self.plora_scale))
+        y, _ = self.train_dropped(*parts, noise, *self.plora_dropout.numbers) if drops else self.train_pair(*parts)
+        return self._with_adapters(x, y, adapters)
+
+    def composed(self, x, image_mask, adapters, noise):
+        """The same in MindSpore's operations."""
         x = self.cast(x, self.dtype)
         y = self.matmul(x, self.cast(self.weight, self.dtype))
         if image_mask is not None and self.has_plora:

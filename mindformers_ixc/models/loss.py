@@ -7,6 +7,7 @@ their losses and are dropped, and made again when the backward pass comes to the
     hidden states (B*L, D) -> chunks (rows * c, D) -> logits (rows * c, V) -> losses (rows, c) -> (B, L)
 
 `rows` is the data-parallel degree, so that a device has `config.loss_chunk` positions at work, whatever the layout.
+Where there are kernels for training on the CPU (`native.training`) all of it is one operation on labelled positions.
 `BatchLoss` makes the loss of a batch of the losses of all positions, `models.report.SourceSums` those of sources.
 """
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mindspore.parallel import Layout
 
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.native import training
 from mindformers_ixc.parallel.cuts import CUTS, product_strategy
 
 # Labels with this value carry no loss (the convention of PyTorch's cross entropy, which the public code relies on).
@@ -187,6 +189,10 @@ class HeadLosses(nn.Cell):
         self.parallel = is_parallel()
         if self.parallel:
             self._shard(config)
+        self.is_native = training.available(config.compute_dtype)
+        if self.is_native:
+            self.native, self.frozen = training.head_losses(True), training.head_losses(False)
+        self.weight_trains = True       # may be changed before a graph is compiled
 
     def _shard(self, config: IXC25Config) -> None:
         """Every device has its share of the positions in one row, which is then cut into chunks."""
@@ -209,6 +215,10 @@ class HeadLosses(nn.Cell):
             labels: int32 `(B, L)`.
         """
         x, weight = self.cast(x, self.dtype), self.cast(weight, self.dtype)
+        if self.is_native:
+            targets = self.reshape(labels, (-1,))
+            losses, _ = self.native(x, weight, targets) if self.weight_trains else self.frozen(x, weight, targets)
+            return self.reshape(losses, labels.shape)
         if self.parallel:
             x, weight = self.add_states(x, 0), self.add_weight(weight, 0)
         rows, width = self.rows, x.shape[1]

@@ -38,7 +38,7 @@ def apply_recompute(model: nn.Cell, section: TransformerRecomputeConfig) -> None
         layer.recompute(**communication)
     for layer in layers[whole:max(whole, selected)]:
         layer.attention.core.recompute()
-        for primitive in (layer.feed_forward.sigmoid, layer.feed_forward.mul_sigmoid, layer.feed_forward.mul_gate):
+        for primitive in layer.feed_forward.gates():
             primitive.recompute()
     if whole == len(layers):
         for layer in model.vit.vision_tower.vision_model.encoder.layers:

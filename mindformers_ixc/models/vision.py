@@ -25,7 +25,7 @@ from mindformers_ixc.models.attention import (
 )
 from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
 from mindformers_ixc.models.layers import LayerNorm, Linear
-from mindformers_ixc.native import kernels
+from mindformers_ixc.native import kernels, training
 from mindformers_ixc.parallel.cuts import CUTS, ROWS
 
 
@@ -138,9 +138,15 @@ class VisionAttention(nn.Cell):
         if kernels.available():
             heads, length, size = self.heads, config.positions, self.head_size
             self.to_heads = kernels.kernel("bias_heads", lambda x, *_: (x[0] // length, heads, length, size))
+        self.trains_natively = not flash and training.available(softmax_dtype, *dtypes.values())
+        if self.trains_natively:
+            self.train_attention = training.tile_attention(self.heads, config.positions)
 
     def construct(self, x, n, length, mask):
         """Maps `(N*L, C)` to `(N*L, C)`; `n` tiles of `length` positions, `mask` as the core takes it."""
+        if self.trains_natively:
+            y, _ = self.train_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+            return self.out_proj(y)
         heads = (n, length, self.heads, self.head_size)
         q = self.transpose(self.reshape(self.q_proj(x), heads), (0, 2, 1, 3))         # (N, H, L, d)
         k = self.transpose(self.reshape(self.k_proj(x), heads), (0, 2, 1, 3))         # (N, H, L, d)
@@ -179,10 +185,15 @@ class VisionMLP(nn.Cell):
         self.sigmoid = P.Sigmoid()
         self.mul_slope = P.Mul()
         self.mul_gate = P.Mul()
+        self.trains_natively = training.available(*dtypes.values())
+        if self.trains_natively:
+            self.quick_gelu = training.quick_gelu()
 
     def construct(self, x):
         """Maps `(N*L, C)` to `(N*L, C)`."""
         y = self.fc1(x)
+        if self.trains_natively:
+            return self.fc2(self.quick_gelu(y))
         return self.fc2(self.mul_gate(y, self.sigmoid(self.mul_slope(y, 1.702))))
 
     def shard(self, dp: int, tp: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -22,18 +23,22 @@ def resizes_as_pillow(functions: ctypes.CDLL) -> bool:
     return not failed and np.array_equal(out, expected)
 
 
+def call(function: Callable[..., int], arrays: Sequence[np.ndarray]) -> int:
+    """Calls a kernel as MindSpore does; the last array is the output."""
+    count, pointer = len(arrays), ctypes.POINTER(ctypes.c_int64)
+    shapes = [(ctypes.c_int64 * array.ndim)(*array.shape) for array in arrays]
+    return function(count, (ctypes.c_void_p * count)(*[array.ctypes.data for array in arrays]),
+                    (ctypes.c_int * count)(*[array.ndim for array in arrays]),
+                    (pointer * count)(*[ctypes.cast(shape, pointer) for shape in shapes]), None, None, None)
+
+
 def multiplies_as_numpy(functions: ctypes.CDLL) -> bool:
     """Whether a product is right that is large enough for threads."""
     rows, width, outputs = 2, 512, 260
     x = np.sin(np.arange(rows * width, dtype=np.float32)).reshape(rows, width)
     weight = np.cos(np.arange(outputs * width, dtype=np.float32)).reshape(outputs, width)
     out = np.zeros((rows, outputs), np.float32)
-    arrays, sizes = (x, weight, out), ctypes.c_int64 * 2
-    shapes = [sizes(*array.shape) for array in arrays]
-    failed = functions.linear(
-        3, (ctypes.c_void_p * 3)(*[array.ctypes.data for array in arrays]), (ctypes.c_int * 3)(2, 2, 2),
-        (ctypes.POINTER(ctypes.c_int64) * 3)(*[ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64)) for shape in shapes]),
-        None, None, None)
+    failed = call(functions.linear, (x, weight, out))
     return not failed and np.allclose(out, x @ weight.T, rtol=1e-4, atol=1e-3)
 
 

@@ -1,6 +1,7 @@
-"""Fused kernels for inference on the CPU, as operations of MindSpore's graphs.
+"""Fused kernels for the CPU, as operations of MindSpore's graphs.
 
-They have no gradients: only the inference graphs (`mindformers_ixc.generation`) use them, training never does.
+Those of kernels.c have no gradients and are for the inference graphs (`mindformers_ixc.generation`) only; `training`
+has the ones with gradients.
 """
 from __future__ import annotations
 
@@ -27,13 +28,15 @@ def available(*dtypes: mstype.Type) -> bool:
             and not on_ascend() and not is_parallel() and is_switched_on())
 
 
-def kernel(name: str, shape: Callable[..., Any] = lambda x, *_: x, outputs: int = 1) -> ops.Custom:
+def kernel(name: str, shape: Callable[..., Any] = lambda x, *_: x, outputs: int = 1,
+           bprop: Callable[..., Any] | None = None) -> ops.Custom:
     """An operation for use in a graph.
 
     Args:
-        name: function in kernels.c.
+        name: function of the library.
         shape: the outputs' shapes from the inputs' shapes; by default one output of the first input's.
         outputs: number of outputs, all of them float32.
+        bprop: gives the gradients of the inputs from them, the outputs and the outputs' gradients.
     """
     dtype = mstype.float32 if outputs == 1 else (mstype.float32,) * outputs
-    return ops.Custom(f"{library()}:{name}", out_shape=shape, out_dtype=dtype, func_type="aot")
+    return ops.Custom(f"{library()}:{name}", out_shape=shape, out_dtype=dtype, func_type="aot", bprop=bprop)

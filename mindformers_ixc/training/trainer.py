@@ -42,6 +42,7 @@ from mindformers_ixc.training.checkpoints import MONITOR, safe_checkpoints
 from mindformers_ixc.training.evaluation import Evaluation
 from mindformers_ixc.training.joining import Joiner, PartsElsewhere
 from mindformers_ixc.training.log import StepEnd, TrainingLog, log_options
+from mindformers_ixc.training.optimizer import native_optimizer
 from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, stop_dropout, train_only
 from mindformers_ixc.training.progress import header
 from mindformers_ixc.training.resume import checkpoints_in, mark_finished
@@ -187,7 +188,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             schedule = dict(self.config.lr_schedule)
             self.config.grouped_lr_schedule = MindFormerConfig(**grouped_schedule(model, schedule, section))
             terminal.current.log(rates_table(model, schedule, section))
-        self.optimizer = self.plan.optimizer(super().create_optimizer_scheduler(network, model_params))
+        with native_optimizer(self.config.optimizer, network.trainable_params(), self.plan.ema_decay is not None):
+            self.optimizer = self.plan.optimizer(super().create_optimizer_scheduler(network, model_params))
         return self.optimizer
 
     def create_model_wrapper(self, network: nn.Cell, optimizer: nn.Cell):

@@ -20,6 +20,8 @@ from mindspore.ops import operations as P
 
 from mindformers_ixc.models.loss import IGNORE_INDEX
 from mindformers_ixc.models.report import REPORT_NAME
+from mindformers_ixc.native import training
+from mindformers_ixc.training.optimizer import takes_factor
 
 _sum_of = C.MultitypeFuncGraph("sum_of_gradient")
 
@@ -86,26 +88,52 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
             self.train_report = Parameter(Tensor(np.zeros(report_shape, np.float32)), name=REPORT_NAME,
                                           requires_grad=False)
             self.sum_replicas = P.AllReduce() if self.reducer_flag else None      # data parallel mode
+        self.is_native = (not self.is_distributed
+                          and training.available(*[parameter.dtype for parameter in optimizer.parameters]))
+        self.takes_factor = takes_factor(optimizer)
+        if self.is_native:
+            self.gradient_norm = training.gradient_norm()
 
     def construct(self, *inputs):
         """One step; the outputs are those of `MFTrainOneStepCell`."""
         loss, report, grads = self.accumulate(inputs)
-        status, scale = self.start_overflow_check(loss, self.scale_sense)
-        grads = self.map(F.partial(_times, 1.0 / scale), grads)
-        grads = self.grad_reducer(grads)
-        cond = self.get_overflow_status(status, grads)
-        overflow = self.process_loss_scale(cond)
-        norm = None
-        if self.use_clip_grad:
-            grads, norm = self.clip_grad_norm(grads)
+        scale, norm, factor = self.scale_sense, None, None
+        if self.is_native:
+            grads, norm, factor, cond = self.clipped(F.depend(grads, loss), scale)
+            overflow = self.process_loss_scale(cond)
+        else:
+            status, scale = self.start_overflow_check(loss, scale)
+            grads = self.map(F.partial(_times, 1.0 / scale), grads)
+            grads = self.grad_reducer(grads)
+            cond = self.get_overflow_status(status, grads)
+            overflow = self.process_loss_scale(cond)
+            if self.use_clip_grad:
+                grads, norm = self.clip_grad_norm(grads)
         rate = self.current_rate()
         if self.has_report:
             if self.sum_replicas is not None:
                 report = self.sum_replicas(report)
             loss = F.depend(loss, F.assign(self.train_report, report))
         if not overflow:
-            loss = F.depend(loss, self.optimizer(grads))
+            done = self.optimizer(grads, factor) if self.takes_factor else self.optimizer(grads)
+            loss = F.depend(loss, done)
         return loss, overflow, scale, rate, norm
+
+    def clipped(self, grads, scale):
+        """Overflow check and clipping in one pass over gradients that are still multiplied by `scale`.
+
+        Returns:
+            The gradients, their norm (`None` without clipping), the factor that is to be applied to them (`None` if it
+            is) and whether any is not finite.
+        """
+        length, finite = self.gradient_norm(*grads)
+        factor, norm = F.reshape(1.0 / scale, (1,)), None
+        if self.use_clip_grad:       # MindFormers' formula (ClipGradNorm)
+            norm, limit = length * factor, self.clip_grad_norm.clip_norm
+            factor = factor * F.minimum(limit / (F.maximum(norm, limit) + 1e-6), 1.0)
+        if not self.takes_factor:
+            grads, factor = self.map(F.partial(_times, F.reshape(factor, ())), grads), None
+        return grads, norm, factor, F.reshape(F.equal(finite, 0.0), ())
 
     def current_rate(self):
         """The learning rate of this step; of groups the default one (MindFormers' log shows the others)."""

@@ -13,9 +13,17 @@ from mindspore.ops import operations as P
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.loss import IGNORE_INDEX, BatchLoss, HeadLosses
 from mindformers_ixc.models.report import SourceSums
+from mindformers_ixc.native import SWITCH
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 2, 7, 8, 13
 POSITIONS = ROWS * LENGTH
+
+
+@pytest.fixture(autouse=True, params=["1", "0"], ids=["native", "composed"])
+def native(request, monkeypatch) -> str:
+    """Every test runs with the kernels for the CPU and with MindSpore's operations."""
+    monkeypatch.setenv(SWITCH, request.param)
+    return request.param
 
 
 def config_of(chunk: int = 4, **fields) -> IXC25Config:
@@ -162,7 +170,7 @@ def peak_of(work) -> int:
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's account of memory")
-def test_only_one_chunk_of_logits_is_in_memory():
+def test_only_one_chunk_of_logits_is_in_memory(native):
     positions, vocabulary, chunk = 2000, 48_000, 125
     copy = positions * vocabulary * 4                                             # 384 MB
     rng = np.random.default_rng(0)
@@ -176,5 +184,5 @@ def test_only_one_chunk_of_logits_is_in_memory():
 
     # a chunk is a sixteenth of a copy of the logits; four of them, and what compiling takes
     assert peak_of(lambda: train(chunk)) < copy / 2
-    # MindSpore's pool is warm now, and yet whole logits need three copies
-    assert peak_of(lambda: train(positions)) > 2 * copy
+    if native == "0":       # MindSpore's pool is warm now, and yet whole logits need three copies
+        assert peak_of(lambda: train(positions)) > 2 * copy

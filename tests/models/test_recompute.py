@@ -101,7 +101,8 @@ class Marked:
     (2, 1, "WW.", "...", False), (0, True, "...", "SSS", False), ([1, 2], 0, "WWW", "...", True)])
 def test_whole_layers_come_first_and_the_tower_with_all_of_them(whole, selected, layers, inner, tower):
     decoder = [Marked(attention=Marked(core=Marked()),
-                      feed_forward=Marked(sigmoid=Marked(), mul_sigmoid=Marked(), mul_gate=Marked()))
+                      feed_forward=Marked(first=(first := Marked()), second=(second := Marked()),
+                                          gates=lambda first=first, second=second: (first, second)))
                for _ in range(3)]
     encoder = Marked(layers=[Marked(), Marked()])
     model = Marked(model=Marked(layers=decoder), vit=Marked(
@@ -110,5 +111,5 @@ def test_whole_layers_come_first_and_the_tower_with_all_of_them(whole, selected,
     assert "".join("W" if layer.marked else "." for layer in decoder) == layers
     for layer, mark in zip(decoder, inner):
         parts = (layer.attention.core, *layer.feed_forward.__dict__.values())
-        assert [part.marked for part in parts if isinstance(part, Marked)] == [mark == "S"] * 4
+        assert [part.marked for part in parts if isinstance(part, Marked)] == [mark == "S"] * 3
     assert [layer.marked for layer in encoder.layers] == [tower] * 2

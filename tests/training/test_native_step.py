@@ -1,0 +1,159 @@
+"""Training steps through the kernels for the CPU: the ones that MindSpore's own operations take."""
+from __future__ import annotations
+
+import shutil
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindformers.core import build_optim
+from mindformers.core.lr import CosineWithWarmUpLR
+from mindformers.tools.register import MindFormerConfig
+from mindformers.trainer.optimizer_grouped_parameters import get_optimizer_grouped_parameters
+from mindspore import Tensor, nn
+
+from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
+from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.native import SWITCH
+from mindformers_ixc.training.averaging import AveragedOptimizer, averages_of
+from mindformers_ixc.training.optimizer import IXC25AdamW, native_optimizer
+from mindformers_ixc.training.parts import train_only
+from mindformers_ixc.training.wrapper import IXC25TrainOneStepCell
+
+# without a compiler there are no kernels, as docs/install.md says
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "plora_rank": 4, "plora_alpha": 8, "plora_dropout": 0.3,
+         "task_lora_ranks": {"web": 4}, "adapter_mode": "web", "max_tiles": 2, "seq_length": 24,
+         "vision_config": {"image_size": 56, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                           "intermediate_size": 32}}
+ROWS, LENGTH, TILES, TOKENS = 4, 24, 2, 4
+
+
+def batch() -> list[Tensor]:
+    """Rows of three segments, with a picture in the first two of them."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((ROWS, LENGTH), np.int32)
+    mask[:, 2:6], mask[:, 12:15] = 1, 1
+    labels = rng.integers(0, SIZES["vocab_size"], (ROWS, LENGTH))
+    labels[mask == 1] = -100
+    labels[0, 8:] = -100                                    # parts of a batch with unequal numbers of labels
+    ends = np.array([[10, 18, 24], [9, 23, 24], [8, 17, 24], [10, 20, 24]], np.int32)
+    positions = np.stack([np.arange(LENGTH) - np.repeat(np.r_[0, row[:-1]], np.diff(np.r_[0, row])) for row in ends])
+    side = SIZES["vision_config"]["image_size"]
+    arrays = [rng.integers(3, SIZES["vocab_size"], (ROWS, LENGTH)), labels,
+              rng.integers(0, 256, (ROWS, TILES, 3, side, side)).astype(np.uint8),
+              rng.standard_normal((ROWS, 1, 3, side, side)).astype(np.float32),
+              np.tile(np.array([1, 0]), (ROWS, 1)), rng.integers(0, TILES * TOKENS + 2, (ROWS, LENGTH)) * mask, mask,
+              positions, ends, rng.integers(0, 2 ** 31 - 1, ROWS)]
+    return [Tensor(value if value.dtype in (np.uint8, np.float32) else value.astype(np.int32)) for value in arrays]
+
+
+def model_of(parts=None) -> IXC25ForCausalLM:
+    """The same random model each time, of which no parameter is zero."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    model, rng = IXC25ForCausalLM(IXC25Config(**SIZES)), np.random.default_rng(1)
+    for parameter in model.get_parameters():
+        value = rng.standard_normal(parameter.shape) * 0.3 + ("norm" in parameter.name)
+        parameter.set_data(Tensor(value.astype(np.float32)))
+    if parts:
+        train_only(model, parts)
+    return model
+
+
+def steps(monkeypatch, native: bool, parts=None, ema_decay: float | None = None, **options) -> dict[str, np.ndarray]:
+    """Losses and gradient norms of three steps, then weights, moments and averages by name."""
+    monkeypatch.setenv(SWITCH, str(int(native)))
+    model = model_of(parts)
+    rate = CosineWithWarmUpLR(learning_rate=1e-2, warmup_steps=2, total_steps=20)
+    section = MindFormerConfig(type="AdamW", betas=[0.9, 0.95])
+    with native_optimizer(section, model.trainable_params(), ema_decay is not None):
+        optimizer = build_optim(section, {"params": get_optimizer_grouped_parameters(model, 0.1, rate),
+                                          "learning_rate": rate})
+    assert section.type == "AdamW" and isinstance(optimizer, IXC25AdamW) == (native and ema_decay is None)
+    if ema_decay is not None:
+        optimizer = AveragedOptimizer(optimizer, ema_decay)
+    cell = IXC25TrainOneStepCell(model, optimizer, use_clip_grad=True, max_grad_norm=1.0, **options)
+    cell.set_train(True)
+    assert cell.is_native == native
+    found, inputs = {}, batch()
+    for number in range(3):
+        loss, overflow, _, _, norm = cell(*inputs)
+        assert not overflow.asnumpy()
+        found[f"loss {number}"], found[f"norm {number}"] = loss.asnumpy(), norm.asnumpy()
+    for parameter in cell.get_parameters():
+        found[parameter.name] = parameter.asnumpy()
+    return {**found, **{f"average {name}": value.asnumpy() for name, value in averages_of(cell).items()}}
+
+
+def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    """As close as rounding lets three steps of AdamW be, which divides small numbers by small numbers."""
+    assert one.keys() == other.keys()
+    for name in one:
+        if name.endswith("k_proj.bias"):       # attention does not depend on it: its gradient is rounding, AdamW's step
+            continue                           # the learning rate in its direction
+        assert one[name].shape == other[name].shape
+        size = np.abs(other[name]).max() if other[name].size else 0
+        close = 1e-5 if name.startswith(("loss", "norm")) else 1e-3
+        np.testing.assert_allclose(one[name], other[name], rtol=close, atol=1e-4 * size + 1e-12, err_msg=name)
+
+
+@pytest.mark.slow
+def test_packed_rows_with_dropout_in_parts_with_an_average(monkeypatch):
+    options = {"micro_batches": 2, "labels_column": 1, "ema_decay": 0.75}
+    start = {parameter.name: parameter.asnumpy().copy() for parameter in model_of().trainable_params()}
+    native = steps(monkeypatch, True, **options)
+    compare(native, steps(monkeypatch, False, **options))
+    assert native["loss 2"] < native["loss 0"]
+    assert all((native[name] != value).any() for name, value in start.items())
+
+
+@pytest.mark.slow
+def test_a_part_alone(monkeypatch):
+    parts = ["partial_lora"]                  # the head does not train: its losses are another kernel
+    start = {parameter.name: parameter.asnumpy().copy() for parameter in model_of().get_parameters()}
+    native = steps(monkeypatch, True, parts)
+    compare(native, steps(monkeypatch, False, parts))
+    trained = {parameter.name for parameter in model_of(parts).trainable_params()}
+    assert {name for name, value in start.items() if (native[name] != value).any()} == trained
+
+
+class Square(nn.Cell):
+    """A loss whose gradient is what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = ms.Parameter(Tensor(np.ones(4, np.float32)), name="weight")
+
+    def construct(self, x):
+        return (self.weight * x).sum()
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_gradient_that_is_not_finite_moves_nothing(bad):
+    network = Square()
+    optimizer = IXC25AdamW(network.trainable_params(), learning_rate=0.1)
+    cell = IXC25TrainOneStepCell(network, optimizer, use_clip_grad=True)
+    cell.set_train(True)
+    assert cell(Tensor(np.array([1, bad, 2, 3], np.float32)))[1].asnumpy()
+    assert (network.weight.asnumpy() == 1).all() and optimizer.global_step.asnumpy() == [0]
+    assert not cell(Tensor(np.array([1, 1e37, 2, 3], np.float32)))[1].asnumpy(), "its square alone is not finite"
+    assert (network.weight.asnumpy() != 1).any() and optimizer.global_step.asnumpy() == [1]
+
+
+def test_where_the_kernel_cannot_be_the_optimizer_stays(monkeypatch):
+    def chosen(weights, averages=False, **section):
+        section = MindFormerConfig(**section)
+        with native_optimizer(section, weights, averages):
+            return section.type
+
+    weights = Square().trainable_params()
+    assert chosen(weights, type="AdamW") == "IXC25AdamW"
+    assert chosen(weights, type="Adam") == "Adam"
+    assert chosen(weights, True, type="AdamW") == "AdamW"
+    assert chosen(weights, type="AdamW", swap=True) == "AdamW"
+    half = ms.Parameter(Tensor(np.ones(2, np.float16)), name="half")
+    assert chosen([*weights, half], type="AdamW") == "AdamW"
+    monkeypatch.setenv(SWITCH, "0")
+    assert chosen(weights, type="AdamW") == "AdamW"
