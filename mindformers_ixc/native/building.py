@@ -26,7 +26,7 @@ from mindformers_ixc.errors import BuildError
 from mindformers_ixc.files import whole_file
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("kernels.c", "images.c")
+_SOURCES = ("kernels.c", "quantised.c", "images.c")
 
 # -ffast-math is for vectorised exp and sums; it is not passed to the linker, where it would change the floating-point
 # mode of the whole process.
@@ -44,7 +44,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Path:
         BuildError: when there is neither a home folder nor XDG_CACHE_HOME.
     """
     key = hashlib.sha256(repr((_COMPILE, _LINK, platform.machine(), platform.libc_ver())).encode())
-    for source in (*_SOURCES, "vectorised.h", "building.py", "check.py"):
+    for source in (*_SOURCES, "operation.h", "vectorised.h", "building.py", "check.py"):
         key.update((_HERE / source).read_bytes())
     home = environment.get("HOME") or os.path.expanduser("~")
     if not environment.get("XDG_CACHE_HOME") and not os.path.isabs(home):

@@ -5,9 +5,8 @@
  * three to fifteen kernels. They are written for the compiler to vectorise. Only the largest have threads
  * (OpenMP, so OMP_NUM_THREADS counts).
  *
- * Every function has MindSpore's signature; `params` holds the inputs, then the outputs. Shapes are written with the
- * letters of `mindformers_ixc.models`; of a linear F are the input's features and O the output's. What a function
- * returns is DONE or one of the two errors after it, which MindSpore raises with the number.
+ * Shapes are written with the letters of `mindformers_ixc.models`; of a linear F are the input's features and O the
+ * output's. operation.h says what a function is given and returns.
  */
 #include <math.h>
 #include <omp.h>
@@ -15,25 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "operation.h"
 #include "vectorised.h"
-
-/* Elements of a weight from which on it pays to share the work among threads. */
-#define MIN_SHARED 131072
-
-enum { DONE = 0, NO_MEMORY = 1, BAD_PLACE = 2 };    /* BAD_PLACE: outside the cache, or more queries than keys */
-
-#define KERNEL(name) \
-    int name(int count, void **params, int *ndims, int64_t **shapes, const char **dtypes, void *stream, void *extra)
-#define UNUSED (void)count, (void)ndims, (void)dtypes, (void)stream, (void)extra
-
-/* Rows and width of parameter i, all axes but the last taken together. */
-static int64_t rows_of(int *ndims, int64_t **shapes, int i) {
-    int64_t rows = 1;
-    for (int axis = 0; axis + 1 < ndims[i]; ++axis) rows *= shapes[i][axis];
-    return rows;
-}
-
-static int64_t width_of(int *ndims, int64_t **shapes, int i) { return shapes[i][ndims[i] - 1]; }
 
 VECTORISED static void rms_norm_rows(const float *x, const float *weight, float eps, float *y, int64_t rows,
                                      int64_t width) {
