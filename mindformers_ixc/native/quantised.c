@@ -463,8 +463,11 @@ static void multiply_block(const Weight *weight, const float *panels, int64_t co
 
 static int many_rows(const float *x, const Weight *weight, float *y, int64_t rows) {
     const int64_t in = weight->in, out = weight->out, wide = rows < WIDE ? rows : WIDE;
-    const int64_t most = (wide + LANES - 1) / LANES, apart = most * LANES + 16, blocks = (out + TALL - 1) / TALL;
     const int threads = rows * in * out < 8 * MIN_SHARED ? 1 : omp_get_max_threads();
+    const int64_t most = (wide + LANES - 1) / LANES, apart = most * LANES + 16;
+    /* a narrow weight in as many blocks as there are threads, so that none waits for a larger one */
+    const int64_t each = ((out + threads - 1) / threads + TILE - 1) / TILE * TILE, step = each < TALL ? each : TALL;
+    const int64_t blocks = (out + step - 1) / step;
     const int64_t own = TALL * DEPTH + TALL * apart;
     float *panels = malloc(sizeof(float) * (size_t)(most * LANES * in + threads * own));
     if (panels == NULL) return NO_MEMORY;
@@ -478,7 +481,7 @@ static int many_rows(const float *x, const Weight *weight, float *y, int64_t row
             for (int64_t p = 0; p < count; ++p) lay_panels(x + first * in, panels, now, in, p, p + 1);
 #pragma omp for schedule(dynamic, 1)
             for (int64_t b = 0; b < blocks; ++b) {
-                const int64_t begin = b * TALL, tall = out - begin < TALL ? out - begin : TALL;
+                const int64_t begin = b * step, tall = out - begin < step ? out - begin : step;
                 multiply_block(weight, panels, count, begin, tall, block, sums, apart);
                 write_columns(sums, apart, y + first * out, now, out, begin, tall);
             }

@@ -15,6 +15,8 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mindformers_ixc import terminal
+from mindformers_ixc.checkpoint.quantised import refuse_quantised
+from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.config import default_max_images, read_fields
 from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN, full_batches
 from mindformers_ixc.data.conversations import Conversation, read_image_sizes
@@ -118,6 +120,7 @@ def _answer_logps(directory: str, mode: str, processor: Processor, answers: Sequ
     sizes = [processor.conversation_length(answer.turns, answer.sizes, hd_num, answer.where, answer.images)
              for answer in answers]
     length, tiles = (max(size[i] for size in sizes) for i in (0, 1))
+    refuse_quantised(open_source(directory, verify=False), "reference")
     model = AnswerLogps(load_model(directory, adapter_mode=mode, seq_length=length, max_tiles=max(1, tiles)))
     found: list[float] = []
     rows = (processor.encode_conversation(sample.turns, sample.images, sample.where, hd_num)
