@@ -101,10 +101,8 @@ def graph_of(kind: str, arrays: list, copies: int):
 
         def __init__(self, number):
             super().__init__()
-            self.parts = [parameter(array, f"w{number}_{i}") for i, array in enumerate(arrays)]
-            self.first = self.parts[0]
-            self.second = self.parts[1] if len(arrays) > 1 else None
-            self.third = self.parts[2] if len(arrays) > 2 else None
+            for place, array in zip(("first", "second", "third"), arrays):
+                setattr(self, place, parameter(array, f"{place}_{number}"))
             self.count = len(arrays)
             self.product = ops.MatMul(transpose_b=True) if kind == "f32" else \
                 kernels.kernel(f"linear_{kind}", lambda x, weight, *_: (x[0], weight[0]))
@@ -126,8 +124,8 @@ def graph_of(kind: str, arrays: list, copies: int):
 
         def construct(self, x):
             """Maps `(N, F)` to `(N, O)`."""
-            y = self.all[0](x)
-            for one in self.all[1:]:
+            y = x
+            for one in self.all:
                 y = one(ops.depend(x, y))
             return y
 

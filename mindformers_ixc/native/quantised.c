@@ -32,6 +32,8 @@
 #define FEW 8
 /* Rows that share one pass over a row of the weight. */
 #define ABREAST 4
+/* Parts of a weight a thread, where there are several. */
+#define PARTS 4
 /* How far ahead, in bytes, a weight is fetched from memory: the processor does not look across pages. */
 #define AHEAD 2048
 
@@ -369,11 +371,13 @@ static int few_rows(const float *x, const Weight *weight, float *y, int64_t rows
         rounded.values = (int16_t *)(rounded.sums + groups * rows);
         round_rows(x, &rounded, rows, in);
     }
-    const int64_t share = (out + 16 * threads - 1) / (16 * threads) * 16;
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-    for (int part = 0; part < threads; ++part) {
+    /* more parts than threads, so that one beside a busy neighbour takes fewer */
+    const int parts = threads == 1 ? 1 : PARTS * threads;
+    const int64_t share = (out + 16 * parts - 1) / (16 * parts) * 16;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
+    for (int part = 0; part < parts; ++part) {
         const int64_t begin = part * share, end = begin + share < out ? begin + share : out;
-        share_of_few(x, &rounded, weight, rows, scratch + part * groups * ABREAST, y, begin, end);
+        share_of_few(x, &rounded, weight, rows, scratch + omp_get_thread_num() * groups * ABREAST, y, begin, end);
     }
     free(scratch);
     return DONE;

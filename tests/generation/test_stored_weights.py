@@ -63,6 +63,19 @@ def test_without_a_compiler(folders, monkeypatch, caplog, name):
     assert caplog.text.count("without the kernels for the CPU every weight is widened anew") == 1
 
 
+@needs_compiler
+def test_weights_of_16_bits_stay_where_an_assistant_answers(monkeypatch):
+    assistant = Assistant.from_directory("starter")
+    found = {parameter.name: parameter for parameter in assistant.model.get_parameters()}
+    assert str(found["model.layers.0.attention.wo.weight"].dtype) == "Float16"
+    assert str(found["model.layers.0.attention_norm.weight"].dtype) == "Float32"
+    stored = scores("starter")
+    monkeypatch.setenv(native.SWITCH, "0")
+    full = Assistant.from_directory("starter").model
+    assert {str(parameter.dtype) for parameter in full.get_parameters()} == {"Float32"}
+    np.testing.assert_allclose(stored, scores("starter"), atol=1e-4 * stored.std())
+
+
 def test_parameters_are_the_files(folders):
     model = load_model(folders["4"])
     tensors = open_source(folders["4"]).tensors
