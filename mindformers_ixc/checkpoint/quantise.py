@@ -92,7 +92,7 @@ class RoundedWeight:
                 yield begin, {NUMBERS: numbers, SCALES: scales, ZEROS: zeros}
 
     def whole(self, part: str) -> np.ndarray:
-        """An array for all rows, `(O, ...)`; those beside the numbers are kept until all were read."""
+        """An array for all rows, `(O, ...)`; those beside the numbers, which are small, are kept."""
         if part == NUMBERS or not self.beside:
             found = [arrays for _, arrays in self.pieces()]
             self.beside = {name: np.concatenate([arrays[name] for arrays in found])
