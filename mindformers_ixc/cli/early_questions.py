@@ -56,6 +56,6 @@ def check_question(arguments: argparse.Namespace) -> None:
         return          # reading those takes PyTorch, whose import takes seconds
     with terminal.to_be_said_later():
         source = open_source(folder, verify=False)
-    if arguments.command == "reference":
+    if getattr(arguments, "command", None) == "reference":
         refuse_quantised(source, "reference")
     quantization_of(source)
