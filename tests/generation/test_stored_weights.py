@@ -73,7 +73,7 @@ def test_weights_of_16_bits_stay_where_an_assistant_answers(monkeypatch):
     monkeypatch.setenv(native.SWITCH, "0")
     full = Assistant.from_directory("starter").model
     assert {str(parameter.dtype) for parameter in full.get_parameters()} == {"Float32"}
-    np.testing.assert_allclose(stored, scores("starter"), atol=1e-4 * stored.std())
+    np.testing.assert_allclose(stored, scores("starter"), atol=1e-3 * stored.std())     # sums in other orders
 
 
 def test_parameters_are_the_files(folders):
