@@ -49,7 +49,7 @@ def ask(folder: str) -> None:
     base, new = resident(), 64
     assistant = Assistant.from_directory(folder)
     config = assistant.model.config
-    weights = sum(4 * parameter.size for parameter in assistant.model.get_parameters())
+    weights = sum(parameter.nbytes for parameter in assistant.model.get_parameters())
     loaded = peak() - base
     picture = np.random.default_rng(0).integers(0, 255, (1120, 1120, 3), dtype=np.uint8)
     question = {"query": "What is shown?", "images": [picture], "hd_num": 4}

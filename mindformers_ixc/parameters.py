@@ -30,6 +30,9 @@ BUFFERS = re.compile(r".*(\.position_ids|\.rotary_emb\.inv_freq)$")
 # What MindFormers' optimizers put in front of a parameter's name for its moments; cut and placed like the parameter.
 OPTIMIZER_STATE = re.compile(r"^(adam_m|adam_v|moment1|moment2|accu_grads|accum)\.")
 
+# Weights along the input that share a scale and a zero where a weight is kept in four bits (`checkpoint.packing`).
+INT4_GROUP = 128
+
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 

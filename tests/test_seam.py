@@ -21,8 +21,10 @@ FREE_MODULES = (
     "version",
     "native", "native.building", "native.images",
     *(f"checkpoint.{name}" for name in (
-        "ckpt_file", "convert", "dtypes", "inspection", "layouts", "merge", "model_config", "protobuf",
-        "safetensors_file", "sources", "strategy_file", "streaming", "tensor_file", "tensors", "torch_file",
+        "calibration", "ckpt_file", "convert", "dtypes", "host_model", "inspection", "layouts", "merge", "model_config",
+        "packing",
+        "protobuf", "quantise", "quantised", "safetensors_file", "sources", "strategy_file", "streaming", "tensor_file",
+        "tensors", "torch_file",
         "writing")),
     *(f"planning.{name}" for name in (
         "workload", "memory", "cost", "search", "plan", "text", "page", "timeline", "few_layers", "check_layout")),

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.model_config import config_of, run_record
+from mindformers_ixc.checkpoint.quantised import widened
 from mindformers_ixc.checkpoint.sources import AVERAGE_PREFIX, OpenedCheckpoint, is_state, open_source
 from mindformers_ixc.checkpoint.start import check_tensor, mismatch
 from mindformers_ixc.checkpoint.tensors import LazyTensor
@@ -32,7 +33,7 @@ def convert(source: str | Path, target: str | Path, *, to: str | None = None, fo
 
     Args:
         source: public directory (safetensors or .bin, sharded or not), one file, a MindSpore checkpoint or the ranks of
-            a run.
+            a run. A quantised one is widened: the target has full weights.
         target: directory to be made, or one file (`.safetensors`, `.ckpt`).
         to: `ms` or `hf`; by default the other one of what the source is.
         format: container of `ms`: `safetensors` or `ckpt`.
@@ -53,7 +54,7 @@ def convert(source: str | Path, target: str | Path, *, to: str | None = None, fo
         CheckpointError: for everything that is wrong with source or target, before anything is written where possible.
         ConfigError: for degrees that do not divide the model.
     """
-    opened = open_source(source, strategy)
+    opened = widened(open_source(source, strategy))
     if to is None:
         to = "ms" if opened.kind == "public" else "hf"
         if tensor_parallel * pipeline_stages > 1 or format == "ckpt" or Path(target).suffix == ".ckpt":

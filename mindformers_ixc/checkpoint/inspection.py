@@ -3,12 +3,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.digests import check_files, differences, group_by_digests
+from mindformers_ixc.checkpoint.quantised import (
+    AWQ,
+    NUMBERS,
+    Quantization,
+    StoredWeight,
+    quantization_of,
+    stored_weights,
+    widened,
+)
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state, open_source
-from mindformers_ixc.checkpoint.tensors import JoinedTensor
+from mindformers_ixc.checkpoint.tensors import JoinedTensor, LazyTensor
 from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.parameters import BUFFERS, PARTS, base_name, parameter_table, part_of
@@ -55,6 +65,7 @@ class Report:
         damaged: tensors, headers and other files whose bytes do not have their digest.
         differing: tensors of which ranks hold copies that are not equal (the first rank's is taken); `None` if not
             asked for.
+        quantization: how weights are kept as whole numbers, as a sentence; `None` where they are not.
     """
 
     path: str
@@ -70,6 +81,7 @@ class Report:
     verified: int | None = None
     damaged: list[str] = field(default_factory=list)
     differing: list[str] | None = None
+    quantization: str | None = None
 
     def to_json(self) -> str:
         """The report as JSON."""
@@ -93,7 +105,7 @@ class Report:
         return "\n".join([*lines, *(line for sentence in self._sentences() for line in wrapped(sentence, room))])
 
     def _sentences(self) -> list[str]:
-        lines = []
+        lines = [self.quantization] if self.quantization else []
         if self.missing is None:
             lines.append("No config.json was found, so what is missing cannot be said; name one with --config.")
         elif not (self.missing or self.surplus or self.wrong_shapes):
@@ -144,11 +156,13 @@ def inspect(path: str | Path, config: str | Path | None = None, strategy: str | 
         CheckpointError: when it is no checkpoint or is damaged, or there are no digests to compare.
     """
     source = open_source(path, strategy, verify=False)
+    quantization = quantization_of(source)
+    stored = stored_weights(source, quantization) if quantization is not None else {}
     parts: dict[str, Part] = {}
     for name, tensor in source.tensors.items():
-        part = parts.setdefault(_part(name), Part())
+        part = parts.setdefault(_part(name, stored), Part())
         part.tensors += 1
-        part.parameters += math.prod(tensor.shape)
+        part.parameters += _parameters(name, tensor, stored)
         part.bytes += tensor.nbytes
         part.formats[tensor.dtype] = part.formats.get(tensor.dtype, 0) + 1
     order = [*PARTS, "optimizer states", "buffers", "other"]
@@ -156,18 +170,37 @@ def inspect(path: str | Path, config: str | Path | None = None, strategy: str | 
     layout = {"ranks": cut.ranks, "pipeline_stages": cut.stage_count} if cut else None
     report = Report(str(source.path), source.kind, [str(file) for file in source.files], layout,
                     {name: parts[name] for name in order if name in parts})
+    if quantization is not None:
+        report.quantization = _in_words(quantization, len(stored))
     report.has_digests = group_by_digests([*source.files, *source.strategy_files])[1]
     if list_tensors:
         report.tensors = [(name, tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()]
     found = Path(config) if config else source.config_file
     if found is not None:
-        _compare(report, source, found)
+        _compare(report, widened(source), found)
     if verify:
         _verify(report, source)
     return report
 
 
-def _part(name: str) -> str:
+def _parameters(name: str, tensor: LazyTensor, stored: Mapping[str, StoredWeight]) -> int:
+    """Numbers of the model in a tensor: of a weight that is whole numbers all of its own, of its scales none."""
+    stem, _, last = name.rpartition(".")
+    if stem not in stored or last not in stored[stem].parts:
+        return math.prod(tensor.shape)
+    return math.prod(stored[stem].shape) if last == NUMBERS else 0
+
+
+def _in_words(quantization: Quantization, count: int) -> str:
+    layout = "AWQ's layout (gemm)" if quantization.method == AWQ else f"the layout {quantization.method}"
+    return (f"Quantised: the decoder's linears have {quantization.bits} bits, in {layout}; {count} weights are whole "
+            "numbers. `mindformers convert SRC DST --to hf` makes full weights of them.")
+
+
+def _part(name: str, stored: Mapping[str, StoredWeight] | None = None) -> str:
+    stem = name.rpartition(".")[0]
+    if stored and stem in stored:
+        name = f"{stem}.weight"
     if base_name(name) != name:
         return "optimizer states"
     if BUFFERS.match(name):

@@ -15,6 +15,7 @@ from mindformers_ixc.checkpoint.adapters import Adapter, open_adapter, read_adap
 from mindformers_ixc.checkpoint.convert import select_tensors
 from mindformers_ixc.checkpoint.dtypes import to_float32
 from mindformers_ixc.checkpoint.model_config import config_of
+from mindformers_ixc.checkpoint.quantised import refuse_quantised
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state, open_source
 from mindformers_ixc.checkpoint.start import check_tensor
 from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor
@@ -128,6 +129,8 @@ def merge(source: str | Path, target: str | Path, *, attach: str | Path | None =
     options = Options(to=to, dtype=dtype, shard_bytes=shard_bytes,
                       format="ckpt" if Path(target).suffix == ".ckpt" else "safetensors")
     options.check()
+    for one in (opened, *others):
+        refuse_quantised(one, "merging")
     check_merge_names(fold, extract)
     model = config_of(opened, config)
     chosen = select_tensors(opened, model, options)
@@ -140,6 +143,7 @@ def merge(source: str | Path, target: str | Path, *, attach: str | Path | None =
         tensors = average_tensors(tensors, others, model, ema)
     if attach:
         further.append(open_source(attach))
+        refuse_quantised(further[-1], "attaching")
         model, tensors = attach_parts(tensors, further[-1], model)
     if lora:
         further.append(open_adapter(lora))

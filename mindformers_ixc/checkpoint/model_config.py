@@ -89,7 +89,8 @@ def _section(fields: dict[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def write_config(config: ModelConfig, original: Path | None, target: Path, dtypes: set[str]) -> None:
+def write_config(config: ModelConfig, original: Path | None, target: Path, dtypes: set[str],
+                 sections: dict | None = None) -> None:
     """Writes `config.json`, keeping fields of the original that this model does not know.
 
     Args:
@@ -97,9 +98,11 @@ def write_config(config: ModelConfig, original: Path | None, target: Path, dtype
         original: the source's file, if it has one.
         target: file to be written.
         dtypes: formats of the weights.
+        sections: further ones. How the original's weights were quantised is none of them unless it is here.
     """
     fields = read_json(original, CheckpointError) if original else {}
-    fields.update(config.to_public_dict())
+    fields.pop("quantization_config", None)
+    fields.update({**config.to_public_dict(), **(sections or {})})
     names = [LABELS[dtype] for dtype in dtypes if dtype in WEIGHTS.values()]
     fields["torch_dtype"] = names[0] if len(names) == 1 else "float32"
     if fields.pop("rope_parameters", None) is not None or "rope_scaling" in fields:

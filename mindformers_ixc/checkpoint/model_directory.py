@@ -19,7 +19,8 @@ from mindspore.common import np_dtype
 
 from mindformers_ixc.checkpoint.digests import write_digests
 from mindformers_ixc.checkpoint.dtypes import STORAGE, convert_dtype, count_not_finite, format_of
-from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.checkpoint.quantised import refuse_quantised
+from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.checkpoint.start import Recipe, match_tensors
 from mindformers_ixc.checkpoint.streaming import say_not_finite
 from mindformers_ixc.checkpoint.tensor_file import TensorFile
@@ -37,14 +38,15 @@ SECOND_SIDE = re.compile(r"_B\.weight$|mindpet_delta_lora_[bB]$")
 WEIGHTS_FILE = "model.safetensors"
 
 
-def load_weights(model: nn.Cell, directory: str | os.PathLike, recipe: Recipe | None = None) -> list[str]:
+def load_weights(model: nn.Cell, directory: str | os.PathLike | OpenedCheckpoint,
+                 recipe: Recipe | None = None) -> list[str]:
     """Loads a checkpoint's weights into a model, a few rows of one tensor at a time.
 
     In a parallel layout each rank takes its own slices of the parameters of its own stage.
 
     Args:
         model: the model; its parameters keep their dtype.
-        directory: a model directory (safetensors or .bin), or any whole checkpoint `convert` reads.
+        directory: a model directory (safetensors or .bin), or any whole checkpoint `convert` reads; opened or not.
         recipe: how the model differs from the checkpoint; by default not at all.
 
     Returns:
@@ -53,14 +55,15 @@ def load_weights(model: nn.Cell, directory: str | os.PathLike, recipe: Recipe | 
     Raises:
         CheckpointError: for a damaged file, a missing or surplus parameter, a shape that differs, or whole numbers.
     """
-    source = open_source(directory)
+    source = directory if isinstance(directory, OpenedCheckpoint) else open_source(directory)
+    refuse_quantised(source, "what loads it here")
     wanted = {parameter.name: parameter for parameter in model.get_parameters()}
     shapes = {name: tuple(parameter.shape) for name, parameter in wanted.items()}
     parts, new = match_tensors(source, shapes, recipe)
     for name in new:      # a pair has no effect while its second side is zero
         if SECOND_SIDE.search(name) and wanted[name].asnumpy().any():
-            raise CheckpointError(f"{name} is not in {directory} and does not start at zero, so the model would not be "
-                                  "the checkpoint's; build the pair anew.")
+            raise CheckpointError(f"{name} is not in {source.path} and does not start at zero, so the model would not "
+                                  "be the checkpoint's; build the pair anew.")
     if is_parallel():
         own = slices_of_rank({name: tensor.shape for name, tensor in parts.items()}, model.config, rank())
         parts = {name: PartOfTensor(parts[name], slices) for name, slices in own.items()}
@@ -72,7 +75,7 @@ def load_weights(model: nn.Cell, directory: str | os.PathLike, recipe: Recipe | 
         # the parameter takes the array's own memory over
         parameter.set_data(Tensor.from_numpy(value), is_parallel())
         parameter.sliced = is_parallel()            # or the compiler would cut it again
-    say_not_finite(odd, str(directory))
+    say_not_finite(odd, str(source.path))
     return new
 
 

@@ -125,6 +125,6 @@ def make_header(tensors: list[tuple[str, str, tuple[int, ...]]],
         fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         offsets[name], begin = begin, end
     text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)                       # tensors begin at a multiple of 8
+    text += b" " * (-(8 + len(text)) % 64)      # tensors begin at a line of the processor's cache: they are mapped
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + offset for name, offset in offsets.items()}

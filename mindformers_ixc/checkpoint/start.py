@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mindformers_ixc.checkpoint.dtypes import FLOATING
+from mindformers_ixc.checkpoint.quantised import refuse_quantised
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.config import ALIASES, FIELDS, MODE_ADAPTERS, VISION_FIELDS, ModelConfig, read_config
@@ -71,8 +72,10 @@ def begin(section: MutableMapping, source: OpenedCheckpoint, override: Collectio
 
     Raises:
         ConfigError: when the two contradict each other.
+        CheckpointError: when the checkpoint is quantised.
     """
     recipe = Recipe()
+    refuse_quantised(source, "training")
     if source.config_file is not None:
         recipe = adopt_configuration(section, read_config(source.config_file), str(source.config_file.parent), override)
     recipe.new |= pet_parts(section.get("pet_config"))
@@ -231,7 +234,8 @@ def check_tensor(source: OpenedCheckpoint, name: str, tensor: LazyTensor, shape:
                               f"{shape}.")
     if tensor.dtype not in FLOATING:
         raise CheckpointError(f"{source.path} holds {name} in the format {tensor.dtype}; weights are one of "
-                              f"{', '.join(FLOATING)} (a quantised checkpoint cannot be converted).")
+                              f"{', '.join(FLOATING)}; whole numbers are read as `mindformers quantize` and AWQ write "
+                              "them.")
 
 
 def mismatch(path: object, missing: list[str], surplus: list[str]) -> str:

@@ -82,7 +82,8 @@ class Options:
 
 
 def write_checkpoint(tensors: dict[str, LazyTensor], config: ModelConfig, source: OpenedCheckpoint, target: Path,
-                     options: Options, overwrite: bool = False, job: dict | None = None) -> None:
+                     options: Options, overwrite: bool = False, job: dict | None = None,
+                     sections: dict | None = None) -> None:
     """Writes tensors as a checkpoint, with configuration, tokenizer, index and, for ranks, strategies.
 
     Args:
@@ -93,6 +94,7 @@ def write_checkpoint(tensors: dict[str, LazyTensor], config: ModelConfig, source
         options: what to make.
         overwrite: replace a target that exists.
         job: what makes the tensors, beside source and options.
+        sections: further ones of the target's `config.json`.
 
     Raises:
         CheckpointError: when the target is not allowed or cannot be written.
@@ -118,7 +120,7 @@ def write_checkpoint(tensors: dict[str, LazyTensor], config: ModelConfig, source
             _place_whole(items, target, options)
             sums = write_items(work, items, title)
         if not is_file_target(target):
-            _write_side_files(work, items, sums, config, source, options)
+            _write_side_files(work, items, sums, config, source, options, sections)
         work.publish()
 
 
@@ -239,7 +241,7 @@ def _rank_outputs(item: Item, expected: tuple[Layout, int] | None, options: Opti
 
 
 def _write_side_files(work: WorkFolder, items: list[Item], sums: dict[str, dict[str, str]], config: ModelConfig,
-                      source: OpenedCheckpoint, options: Options) -> None:
+                      source: OpenedCheckpoint, options: Options, sections: dict | None) -> None:
     """Configuration, tokenizer and the like, the index and the digests."""
     for file in sorted(source.side_folder.iterdir()):
         if file.is_file() and file.suffix in SIDE_SUFFIXES and file.name not in OWN_FILES:
@@ -247,7 +249,8 @@ def _write_side_files(work: WorkFolder, items: list[Item], sums: dict[str, dict[
     tokenizer = run_tokenizer(source) if source.config_file is None else None      # of a run that wrote no model
     if tokenizer is not None and not (work.output / "tokenizer.model").exists():
         Tokenizer(str(tokenizer)).save_pretrained(str(work.output))
-    write_config(config, source.config_file, work.output / CONFIG_FILE, {item.dtype for item in items})
+    write_config(config, source.config_file, work.output / CONFIG_FILE, {item.dtype for item in items},
+                 sections)
     metadata = {"total_size": sum(item.nbytes for item in items), "job": work.digest}
     if options.ranks > 1:
         fields = {"metadata": metadata, "tensor_parallel": options.tensor_parallel,

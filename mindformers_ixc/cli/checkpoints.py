@@ -1,4 +1,4 @@
-"""`mindformers convert`, `merge` and `inspect`: checkpoints from the command line."""
+"""`mindformers convert`, `quantize`, `merge` and `inspect`: checkpoints from the command line."""
 from __future__ import annotations
 
 import argparse
@@ -11,6 +11,7 @@ from mindformers_ixc.checkpoint.convert import convert, drop_task_loras
 from mindformers_ixc.checkpoint.inspection import inspect
 from mindformers_ixc.checkpoint.merge import merge
 from mindformers_ixc.checkpoint.model_config import config_of
+from mindformers_ixc.checkpoint.quantise import quantize
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES
 from mindformers_ixc.errors import CheckpointError
@@ -50,6 +51,15 @@ def run_convert(arguments: argparse.Namespace) -> int:
         arguments.source, arguments.target, to=arguments.to, format=arguments.format, tensor_parallel=arguments.tp,
         pipeline_stages=arguments.pp, dtype=arguments.dtype, mode=arguments.mode, drop=arguments.drop,
         config=arguments.config, strategy=arguments.strategy, shard_bytes=read_size(arguments.max_shard_size),
+        overwrite=arguments.overwrite)
+    return _finish(arguments, target)
+
+
+def run_quantize(arguments: argparse.Namespace) -> int:
+    """Runs `mindformers quantize` and prints the target."""
+    target = quantize(
+        arguments.source, arguments.target, arguments.bits, layout=arguments.layout, calibrate=arguments.calibrate,
+        samples=arguments.samples, config=arguments.config, shard_bytes=read_size(arguments.max_shard_size),
         overwrite=arguments.overwrite)
     return _finish(arguments, target)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 
 from mindformers_ixc import terminal
+from mindformers_ixc.checkpoint.quantised import quantization_of, refuse_quantised
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.cli.early import SMALL
 from mindformers_ixc.data.preferences import load_preferences
@@ -54,4 +55,7 @@ def check_question(arguments: argparse.Namespace) -> None:
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         return          # reading those takes PyTorch, whose import takes seconds
     with terminal.to_be_said_later():
-        open_source(folder, verify=False)
+        source = open_source(folder, verify=False)
+    if getattr(arguments, "command", None) == "reference":
+        refuse_quantised(source, "reference")
+    quantization_of(source)

@@ -23,8 +23,8 @@ def build_parser() -> Parser:
         epilog="example:\n  mindformers run --config yaml_configs/ixc25_sft_tiny.yaml --output_dir out")
     parser.add_argument("--version", action="version", version=f"mindformers_ixc {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for add in (_add_run, _add_launch, _add_chat, _add_eval, _add_convert, _add_merge, _add_inspect, _add_data,
-                _add_reference, _add_report, _add_plan, _add_recipes, _add_doctor, _add_init):
+    for add in (_add_run, _add_launch, _add_chat, _add_eval, _add_convert, _add_quantize, _add_merge, _add_inspect,
+                _add_data, _add_reference, _add_report, _add_plan, _add_recipes, _add_doctor, _add_init):
         add(commands)
     for command in commands.choices.values():
         add_loudness(command)
@@ -218,6 +218,35 @@ def _add_convert(commands: Commands) -> None:
                          help=f"task LoRAs to leave out: {', '.join(TASK_LORAS)}")
     convert.add_argument("--strategy", metavar="PATH", help="strategy file or folder of SRC's ranks, if it is not in "
                          "the usual place")
+
+
+def _add_quantize(commands: Commands) -> None:
+    quantize = commands.add_parser(
+        "quantize", formatter_class=Help, help="weights of 4 or 8 bits, for answers on a CPU",
+        description="Rounds the linears of the decoder to 4 bits (a scale and a zero for 128 weights) or 8 (a scale "
+                    "for an output); embedding, head, low-rank pairs, tower and projector become 8 bits. Chat and eval "
+                    "compute with them as they lie in the file. Killed at any moment it leaves nothing that looks "
+                    "whole, and the same command goes on. A model in AWQ's layout is packed anew, number by number the "
+                    "same. `mindformers convert DST FULL --to hf` makes full weights again.",
+        epilog="examples:\n  mindformers quantize internlm-xcomposer2d5-7b ixc25_4bit\n"
+               "  mindformers quantize out/model out/model_4bit --calibrate my_data/train.json\n"
+               "  mindformers quantize out/model out/model_8bit --bits 8\n"
+               "  mindformers quantize internlm-xcomposer2d5-7b ixc25_awq --layout awq")
+    quantize.add_argument("source", metavar="SRC", help="checkpoint with full weights, as convert reads it, or one in "
+                          "AWQ's layout")
+    quantize.add_argument("target", metavar="DST", help="directory to be made")
+    quantize.add_argument("--bits", type=int, choices=[4, 8], default=4, help="of the decoder's linears")
+    quantize.add_argument("--layout", choices=["mindformers_ixc", "awq"], default="mindformers_ixc",
+                          help="this package's, which is mapped as it is, or AWQ's of 4 bits, which other tools read; "
+                          "there everything but the decoder's linears is float16")
+    quantize.add_argument("--calibrate", metavar="FILE", help="conversations with pictures, in any form that training "
+                          "reads: 4-bit weights are chosen by what their outputs lose on them, layer by layer "
+                          "(default: every weight is rounded to the nearest)")
+    quantize.add_argument("--samples", type=int, default=16, metavar="N", help="of the calibration, spread over FILE")
+    quantize.add_argument("--config", metavar="PATH", help="config.json, if SRC has none beside it")
+    quantize.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
+    quantize.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    _add_no_verify(quantize)
 
 
 def _add_merge(commands: Commands) -> None:

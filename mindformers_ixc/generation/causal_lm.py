@@ -14,8 +14,11 @@ from typing import Any, Union, overload
 import numpy as np
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Tensor
+from mindspore.nn import no_init_parameters
 
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
+from mindformers_ixc.checkpoint.quantised import quantization_of
+from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.config import FIELDS, ModelConfig, read_config
 from mindformers_ixc.errors import GenerationError, PromptError
 from mindformers_ixc.files import write_whole
@@ -29,6 +32,7 @@ from mindformers_ixc.generation.options import (
     hugging_face_options,
     known_options,
 )
+from mindformers_ixc.generation.stored_weights import load_stored
 from mindformers_ixc.generation.text import Streamer
 from mindformers_ixc.generation.turns import TURNS
 from mindformers_ixc.generation.webpage import (
@@ -89,7 +93,8 @@ class IXC25ForCausalLM(IXC25Model):
         """What `AutoModel.from_pretrained` calls for a directory; MindFormers' own looks for .ckpt files only.
 
         Args:
-            pretrained_model_name_or_path: model directory in the public layout.
+            pretrained_model_name_or_path: model directory in the public layout; a quantised one answers and cannot
+                train.
             *model_args: as in MindFormers; unused.
             config: configuration to use instead of the directory's.
             **kwargs: fields of a run; hub options are ignored, nothing is ever downloaded.
@@ -102,8 +107,14 @@ class IXC25ForCausalLM(IXC25Model):
             config = read_config(pretrained_model_name_or_path, IXC25Config, **overrides)
         if config.use_past:
             prepare_inference(paged=True)
-        model = cls(config)
-        load_weights(model, pretrained_model_name_or_path)
+        source = open_source(pretrained_model_name_or_path)
+        if quantization_of(source) is None:
+            model = cls(config)
+            load_weights(model, source)
+        else:
+            with no_init_parameters():
+                model = cls(config)
+            load_stored(model, source)
         model.set_train(False)
         return model
 

@@ -7,21 +7,26 @@ from typing import Any
 from mindspore import nn
 
 from mindformers_ixc.checkpoint.model_directory import load_weights
+from mindformers_ixc.checkpoint.quantised import quantization_of
+from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.config import read_config
 from mindformers_ixc.generation.ascend import prepare_inference
+from mindformers_ixc.generation.stored_weights import load_stored, suits_stored
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
 
 __all__ = ["load_model", "load_weights"]
 
 
-def load_model(directory: str | os.PathLike, model_class: type[IXC25Model] = IXC25Model,
+def load_model(directory: str | os.PathLike, model_class: type[IXC25Model] = IXC25Model, stored: bool = False,
                **overrides: Any) -> IXC25Model:
     """Builds the model of a directory and loads its weights, ready for inference.
 
     Args:
-        directory: the model directory.
+        directory: the model directory; quantised weights stay as they are stored.
         model_class: `IXC25Model`, the network, or `IXC25ForCausalLM` with the public model's methods.
+        stored: leave weights of 16 bits as they are stored, too, where that is no slower. Such a model answers, and
+            has no gradients.
         **overrides: fields of a run of `config.FIELDS`.
 
     Returns:
@@ -32,6 +37,10 @@ def load_model(directory: str | os.PathLike, model_class: type[IXC25Model] = IXC
         prepare_inference(paged=True)
     with nn.no_init_parameters():    # the weights come from the files: drawing them first takes time and memory
         model = model_class(config)
-    load_weights(model, directory)
+    source = open_source(directory)
+    if quantization_of(source) is not None or (stored and suits_stored(config, source)):
+        load_stored(model, source)
+    else:
+        load_weights(model, source)
     model.set_train(False)
     return model

@@ -273,6 +273,10 @@ class PartialLoRALinear(nn.Cell):
             return self._with_adapters(x, self.native(x, self.weight), adapters)
         return self.composed(x, image_mask, adapters, None)
 
+    def product(self, x):
+        """The product with the weight alone."""
+        return self.matmul(x, self.cast(self.weight, self.dtype))
+
     def _with_adapters(self, x, y, adapters):
         """Adds what the task LoRAs in use make of `x` to `y`."""
         for task in adapters:       # unrolled by the compiler
@@ -308,7 +312,7 @@ class PartialLoRALinear(nn.Cell):
     def composed(self, x, image_mask, adapters, noise):
         """The same in MindSpore's operations."""
         x = self.cast(x, self.dtype)
-        y = self.matmul(x, self.cast(self.weight, self.dtype))
+        y = self.product(x)
         if image_mask is not None and self.has_plora:
             # masked and scaled where it is narrowest: B has no bias, so B(m * s * a) = m * s * B(a)
             side = self.Plora_A(self.plora_dropout(x, noise))                                 # (N, r)

@@ -26,7 +26,7 @@ from mindformers_ixc.errors import BuildError
 from mindformers_ixc.files import whole_file
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("kernels.c", "products.c", "attention.c", "steps.c", "update.c", "images.c")
+_SOURCES = ("kernels.c", "quantised.c", "products.c", "attention.c", "steps.c", "update.c", "images.c")
 _HEADERS = ("operation.h", "vectorised.h", "products.h")
 
 # -ffast-math is for vectorised exp and sums; it is not passed to the linker, where it would change the floating-point

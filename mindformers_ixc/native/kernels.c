@@ -245,14 +245,19 @@ KERNEL(decode_attention) {
     float *keys = params[4], *values = params[5], *y = params[6];
     const int64_t batch = shapes[1][0], rotated = shapes[1][2], size = shapes[1][3], groups = rotated - 2;
     const int64_t entries = shapes[4][0], positions = shapes[4][1], heads = entries / batch;
-    float *turned = malloc(sizeof(float) * (size_t)(rotated * size + groups * positions));
-    if (turned == NULL) return NO_MEMORY;
+    int64_t seen = 0;
+    for (int64_t e = 0; e < entries; ++e) {
+        if (where[2 * e] != e || where[2 * e + 1] < 0 || where[2 * e + 1] >= positions) return BAD_PLACE;
+        seen += where[2 * e + 1];
+    }
+    const int threads = seen * size < 8 * MIN_SHARED ? 1 : omp_get_max_threads();
+    const int64_t own = rotated * size + groups * positions;
+    float *scratch = malloc(sizeof(float) * (size_t)(threads * own));
+    if (scratch == NULL) return NO_MEMORY;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t e = 0; e < entries; ++e) {
         const int64_t row = e / heads, at = where[2 * e + 1];
-        if (where[2 * e] != e || at < 0 || at >= positions) {
-            free(turned);
-            return BAD_PLACE;
-        }
+        float *turned = scratch + omp_get_thread_num() * own;
         rotate(qkv + e * rotated * size, cos + row * rotated * size, sin + row * rotated * size, turned, rotated,
                size);
         float *head_keys = keys + e * positions * size, *head_values = values + e * positions * size;
@@ -262,7 +267,7 @@ KERNEL(decode_attention) {
         }
         attend(turned, head_keys, head_values, turned + rotated * size, y + e * groups * size, groups, at + 1, size);
     }
-    free(turned);
+    free(scratch);
     return DONE;
 }
 

@@ -14,6 +14,8 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mindformers_ixc import terminal
+from mindformers_ixc.checkpoint.quantised import refuse_quantised
+from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.config import default_max_images, read_fields
 from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN, full_batches
 from mindformers_ixc.data.conversations import Conversation, ReadingOptions, raise_errors
@@ -73,6 +75,7 @@ def add_reference_logps(pairs_file: str, target: str, model: str, mode: str = "w
     Raises:
         DataError: for unusable pairs.
     """
+    refuse_quantised(open_source(model, verify=False), "reference")
     options = ReadingOptions(image_folder, image_root=image_root, ignore_keys=ignore_keys, kind="pair")
     reader = PairReader(pairs_file, options)
     processor = _processor(model, image_transform, image_options)

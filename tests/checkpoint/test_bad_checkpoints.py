@@ -65,7 +65,7 @@ def test_quantised_weights(model, tmp_path):
     save(model / "a.safetensors", arrays)
     save(model / "b.safetensors", {"output.weight": quantised}, "I8")
     assert fields["vocab_size"] == len(quantised)
-    refuse(model, tmp_path, "holds output.weight in the format I8; weights are one of .* quantised")
+    refuse(model, tmp_path, "holds output.weight in the format I8; weights are one of .* `mindformers quantize`")
 
 
 def test_config_of_another_model(model, tmp_path):

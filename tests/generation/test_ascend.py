@@ -53,6 +53,7 @@ def said(monkeypatch):
     monkeypatch.setattr(type(_cell_graph_executor), "compile", lambda *_, **__: events.append("compiled"))
     for module in (loading, causal_lm):
         monkeypatch.setattr(module, "load_weights", lambda *_: events.append("loaded"))
+        monkeypatch.setattr(module, "open_source", lambda *_: SimpleNamespace(tensors={}, config_file=None))
     monkeypatch.setattr(inference, "quiet_mindformers", lambda: None)
     monkeypatch.setattr(ms, "set_device", lambda _: None)
     for name in ascend.ENVIRONMENT:

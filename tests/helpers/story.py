@@ -21,11 +21,12 @@ import numpy as np
 import yaml
 from blocks import ROOT, SHELLS, Block, commands, lacks, printed, repository_problems
 from PIL import Image
-from random_model import SIZES, make, save
+from random_model import make, save
 
 import mindformers_ixc_cli
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.checkpoint.merge import merge
+from mindformers_ixc.checkpoint.quantise import quantize
 from mindformers_ixc.cli import early
 from mindformers_ixc.cli.early import check_early
 from mindformers_ixc.cli.early_device import SIMULATED
@@ -56,9 +57,10 @@ STEP = {"step": 1, "epoch": 1, "loss": 2.5, "learning_rate": 1e-3, "overflow": F
 TEXTS = {"held_out.json": json.dumps(SAMPLE), "photos.json": json.dumps(SAMPLE), "data.txt": "photos.json 1\n",
          "q.jsonl": json.dumps({"query": "What is shown?", "images": ["cat.jpg"]}), "resume.md": "# Ada\n\nAnalyst.\n"}
 
-# Sizes that tensor parallel 8 divides.
-EIGHT = {"num_key_value_heads": 8, "vision_config": {"image_size": 28, "hidden_size": 16, "num_hidden_layers": 1,
-                                                     "num_attention_heads": 8, "intermediate_size": 16}}
+# Sizes that tensor parallel 8 divides, and that divide into groups of 128.
+EIGHT = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 8,
+         "vision_config": {"image_size": 28, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 8,
+                           "intermediate_size": 16}}
 PUBLIC = "internlm-xcomposer2d5-7b"
 
 
@@ -90,10 +92,15 @@ def _parts(path: Path) -> None:
 def _adapter(path: Path) -> None:
     """A LoRA as PEFT writes it."""
     path.mkdir()
-    linear, size = "base_model.model.model.layers.0.attention.wo", SIZES["hidden_size"]
+    linear, size = "base_model.model.model.layers.0.attention.wo", EIGHT["hidden_size"]
     save(path / "adapter_model.safetensors", {f"{linear}.lora_A.weight": np.ones((2, size), np.float32),
                                               f"{linear}.lora_B.weight": np.ones((size, 2), np.float32)})
     (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}', encoding="utf-8")
+
+
+def _awq(path: Path) -> None:
+    """A model as it is published in four bits."""
+    quantize(path.parent / PUBLIC, path, layout="awq")
 
 
 def _log(path: Path) -> None:
@@ -112,7 +119,7 @@ EVERYWHERE: dict[str, Callable[[Path], None]] = {
     PUBLIC: _random, "ixc25": _random, "tokenizer.model": _tokenizer, "PUBLIC/tokenizer.model": _tokenizer}
 GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
     "checkpoints.md": {"output": _ranks, "my_adapter": _adapter, "step_100": _random, "step_200": _random,
-                       "step_300": _random},
+                       "step_300": _random, "out/model": _starter, f"{PUBLIC}-4bit": _awq},
     "parallel.md": {"ixc25_ms": _random},
     "quickstart.md": {},        # its second step trains the model
     "training.md": {"out/trained_parts": _parts, "out": _log, "first": _log, "second": _log, "third": _log,

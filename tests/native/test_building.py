@@ -53,6 +53,7 @@ def test_threads_that_want_it_at_once_build_it_once(cache, tmp_path, monkeypatch
 @needs_compiler
 @pytest.mark.parametrize("name,sentence", [
     ("linear", "Error: a product has other numbers than NumPy's."),
+    ("linear_int4", "Error: a product with whole numbers has other numbers than NumPy's."),
     ("resize_image", "Error: a picture is resized to other bytes than Pillow's.")])
 def test_a_library_that_is_wrong_is_not_kept(name, sentence, cache, tmp_path, monkeypatch):
     """The compiler is told to put another function, which does nothing, in the place of one."""

@@ -1,0 +1,96 @@
+"""What quantised weights change: scores and answers of a model, by bits and way of rounding.
+
+    python benchmarks/quantization_error.py                                    # the starter on the demo's conversations
+    python benchmarks/quantization_error.py --model out/model --data my.json
+
+Every second sample with a picture calibrates, the others measure. Everything is computed in float32 by the network on
+the host, from the weights as they are widened again. An answer counts as exact when at each of its positions the
+likeliest token is the answer's, which is what greedy decoding needs to give it. The scores' error is the root of the
+mean square over the positions that predict an answer's tokens, relative to the scores' own deviation.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mindformers_ixc.checkpoint.calibration import calibration_samples
+from mindformers_ixc.checkpoint.host_model import HostModel
+from mindformers_ixc.checkpoint.quantise import quantize
+from mindformers_ixc.checkpoint.quantised import widened
+from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.config import read_config
+from mindformers_ixc.data.conversations import load_conversations
+from mindformers_ixc.demo import demo_path
+from mindformers_ixc.processing.processor import EncodedSample, Processor
+from mindformers_ixc.processing.prompt import IGNORE_INDEX
+from mindformers_ixc.resources import resolve_model
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", default="starter", help="model directory with full weights")
+    parser.add_argument("--data", default=str(demo_path("train.json")), help="conversations with pictures")
+    return parser.parse_args()
+
+
+def scores_of(folder: str | Path, samples: list[EncodedSample]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of every sample the scores of its answers' positions, and the answers."""
+    config = read_config(folder)
+    model = HostModel(widened(open_source(folder)).tensors, config)
+    states = [model.embeddings(sample) for sample in samples]
+    for number in range(config.num_hidden_layers):
+        layer = model.layer(number)
+        states = [layer(x, sample.image_mask == 1) for x, sample in zip(states, samples)]
+    norm, head, found = model.weight("model.norm.weight"), model.weight("output.weight"), []
+    for x, sample in zip(states, samples):
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_norm_eps) * norm
+        answered = np.flatnonzero(sample.labels != IGNORE_INDEX)
+        found.append((x[answered - 1] @ head.T, sample.labels[answered]))
+    return found
+
+
+def halves(data: str, processor: Processor, folder: Path) -> tuple[Path, list[EncodedSample]]:
+    """A file of the samples that calibrate, and those that measure."""
+    rows = [{"id": one.index, "image": [str(image) for image in one.images],
+             "conversations": [{"from": {"user": "human", "assistant": "bot"}.get(role, role), "value": text}
+                               for role, text in one.turns]}
+            for one in load_conversations(data) if one.images]
+    files = [folder / name for name in ("calibrate.json", "measure.json")]
+    for file, part in zip(files, (rows[::2], rows[1::2])):
+        file.write_text(json.dumps(part), encoding="utf-8")
+    return files[0], calibration_samples(files[1], processor, len(rows))
+
+
+def main() -> None:
+    """Prints a line for each way."""
+    arguments = parse()
+    processor = Processor.from_directory(resolve_model(arguments.model))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        calibrate, samples = halves(arguments.data, processor, folder)
+        ways: dict[str, Callable[[Path], object]] = {
+            "full weights": lambda target: None,
+            "8 bits": lambda target: quantize(arguments.model, target, 8),
+            "4 bits, rounded to the nearest": lambda target: quantize(arguments.model, target),
+            "4 bits, calibrated (GPTQ)": lambda target: quantize(arguments.model, target, calibrate=calibrate,
+                                                                 samples=10**6)}
+        expected = scores_of(resolve_model(arguments.model), samples)
+        deviation = sum(float(np.sum((one - one.mean(-1, keepdims=True)) ** 2)) for one, _ in expected)
+        print(f"{arguments.model}: {len(samples)} samples of {arguments.data} that calibration has not seen")
+        for number, (name, make) in enumerate(ways.items()):
+            target = folder / str(number)
+            found = expected if make(target) is None else scores_of(target, samples)
+            error = sum(float(np.sum((one - other) ** 2)) for (one, _), (other, _) in zip(expected, found))
+            exact = sum(bool((scores.argmax(-1) == labels).all()) for scores, labels in found)
+            print(f"{name:32}exact match {exact} of {len(samples)}, scores differ by "
+                  f"{100 * (error / deviation) ** 0.5:.2f} %")
+
+
+if __name__ == "__main__":
+    main()

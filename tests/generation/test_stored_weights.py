@@ -1,0 +1,120 @@
+"""Models that compute with weights as their file holds them, against the same model with full weights."""
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from mindformers_ixc import native
+from mindformers_ixc.checkpoint.convert import convert
+from mindformers_ixc.checkpoint.quantise import quantize
+from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.loading import load_model
+from mindformers_ixc.generation.stored_weights import mapped
+from mindformers_ixc.models.stored import StoredEmbedding, StoredLinear, StoredPartialLoRALinear
+from mindformers_ixc.resources import resolve_model, resolve_path
+
+PICTURE = resolve_path("pkg:mindformers_ixc/demo/images/astronaut.jpg")
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The starter with 4 and 8 bits and as AWQ's, and what each means in full weights."""
+    place, made = tmp_path_factory.mktemp("stored"), {}
+    for name, options in (("4", {}), ("8", {"bits": 8}), ("awq", {"layout": "awq"})):
+        made[name] = quantize("starter", place / name, **options)
+        made[f"full_{name}"] = convert(place / name, place / f"full_{name}", to="hf", dtype="float32")
+    return made
+
+
+def scores(folder, mode: str = "base") -> np.ndarray:
+    """Logits after a question with a picture, and of three more tokens."""
+    assistant = Assistant.from_directory(folder)
+    sample = assistant.encode({"query": "What is shown?", "images": [PICTURE]})
+    decoder = assistant.engine.decoder([sample], 4, mode)
+    return np.stack([decoder.prefill(), *(decoder.step(np.array([token])) for token in (5, 77, 300))])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["4", "awq"])
+def test_the_same_as_with_full_weights(folders, name):
+    found, expected = scores(folders[name]), scores(folders[f"full_{name}"])
+    np.testing.assert_allclose(found, expected, atol=2e-3 * expected.std())
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_eight_bits_and_other_modes(folders):
+    found, expected = scores(folders["8"], "web"), scores(folders["full_8"], "web")
+    np.testing.assert_allclose(found, expected, atol=2e-3 * expected.std())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["4", "8", "awq"])
+def test_without_a_compiler(folders, monkeypatch, caplog, name):
+    monkeypatch.setenv(native.SWITCH, "0")
+    found, expected = scores(folders[name]), scores(folders[f"full_{name}"])
+    np.testing.assert_allclose(found, expected, atol=1e-3 * expected.std())
+    assert caplog.text.count("without the kernels for the CPU every weight is widened anew") == 1
+
+
+@needs_compiler
+def test_weights_of_16_bits_stay_where_an_assistant_answers(monkeypatch):
+    assistant = Assistant.from_directory("starter")
+    found = {parameter.name: parameter for parameter in assistant.model.get_parameters()}
+    assert str(found["model.layers.0.attention.wo.weight"].dtype) == "Float16"
+    assert str(found["model.layers.0.attention_norm.weight"].dtype) == "Float32"
+    stored = scores("starter")
+    monkeypatch.setenv(native.SWITCH, "0")
+    full = Assistant.from_directory("starter").model
+    assert {str(parameter.dtype) for parameter in full.get_parameters()} == {"Float32"}
+    np.testing.assert_allclose(stored, scores("starter"), atol=1e-3 * stored.std())     # sums in other orders
+
+
+def test_parameters_are_the_files(folders):
+    model = load_model(folders["4"])
+    tensors = open_source(folders["4"]).tensors
+    found = {parameter.name: parameter for parameter in model.get_parameters()}
+    assert set(found) == set(tensors)
+    wo = "model.layers.0.attention.wo"
+    for name in (f"{wo}.qweight", f"{wo}.qzeros", f"{wo}.Plora_A.qweight", "output.scales"):
+        value = found[name].asnumpy()
+        np.testing.assert_array_equal(value.view(np.uint8), tensors[name].whole().view(np.uint8))
+        assert not found[name].requires_grad
+    layer = model.model.layers[0]
+    assert type(layer.attention.wqkv) is StoredPartialLoRALinear and type(model.output) is StoredLinear
+    assert type(model.model.tok_embeddings) is StoredEmbedding
+    assert type(layer.attention.wqkv.Plora_A) is StoredLinear
+    assert not hasattr(layer.attention.wqkv, "weight")
+
+
+def test_only_aligned_arrays_of_the_same_format_are_mapped(folders, tmp_path):
+    tensors = open_source(folders["4"]).tensors
+    numbers = tensors["model.layers.0.attention.wo.qweight"]
+    found = mapped(numbers, "U8")
+    np.testing.assert_array_equal(found, numbers.whole())
+    found[0, 0] ^= 255                                             # a page of its own, the file stays as it is
+    assert found[0, 0] != numbers.whole()[0, 0]
+    assert mapped(numbers, "F32") is None
+    assert mapped(open_source(folders["awq"]).tensors["output.weight"], "F32") is None
+
+
+def test_stored_weights_are_for_float32_on_the_cpu(folders):
+    with pytest.raises(CheckpointError, match=r"for one process on the CPU with compute_dtype .* float32; .* convert"):
+        load_model(folders["4"], compute_dtype="bfloat16", param_init_type="bfloat16")
+
+
+def test_the_loader_of_training_refuses_them(folders):
+    from mindformers_ixc.checkpoint.model_directory import load_weights
+    from mindformers_ixc.config import read_config
+    from mindformers_ixc.models.configuration import IXC25Config
+    from mindformers_ixc.models.ixc25 import IXC25Model
+
+    model = IXC25Model(read_config(resolve_model("starter"), IXC25Config))
+    with pytest.raises(CheckpointError, match="is quantised, and what loads it here needs full weights"):
+        load_weights(model, folders["4"])
