@@ -58,7 +58,7 @@ def calls(rest: int, images: np.ndarray) -> list[int]:
     sizes: list[int] = []
     while sum(sizes) < rest:
         done = sum(sizes)
-        many = rest - done > 4 * FEW_POSITIONS or bool(((images >= done) & (images < done + MANY_POSITIONS)).any())
+        many = rest - done > 3 * FEW_POSITIONS or bool(((images >= done) & (images < done + MANY_POSITIONS)).any())
         sizes.append(MANY_POSITIONS if many else FEW_POSITIONS)
     return sizes
 

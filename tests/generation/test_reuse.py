@@ -60,8 +60,8 @@ class TestCalls:
     def test_few_and_many(self):
         nothing = np.zeros(0)
         assert calls(1, nothing) == [FEW_POSITIONS]
-        assert calls(4 * FEW_POSITIONS, nothing) == [FEW_POSITIONS] * 4
-        assert calls(4 * FEW_POSITIONS + 1, nothing) == [MANY_POSITIONS]
+        assert calls(3 * FEW_POSITIONS, nothing) == [FEW_POSITIONS] * 3
+        assert calls(3 * FEW_POSITIONS + 1, nothing) == [MANY_POSITIONS]
         assert calls(MANY_POSITIONS + 70, nothing) == [MANY_POSITIONS, FEW_POSITIONS, FEW_POSITIONS]
 
     def test_pictures_go_with_the_many_only(self):
