@@ -155,14 +155,15 @@ class Assistant:
                                   "and answer together. Shorten it, or lower hd_num or the number of pictures.")
 
     def prepare(self, positions: int, max_new_tokens: int, mode: str = "base") -> None:
-        """Compiles what the next question of a chat needs, for whoever is idle until it comes.
+        """Compiles what the next question of a chat needs, short or longer, for whoever is idle until it comes.
 
         Args:
             positions: of the chat so far.
             max_new_tokens: new tokens of the next answer at most.
             mode: task LoRAs in use.
         """
-        prepare(self.engine, min(positions + FEW_POSITIONS + max_new_tokens, self.longest), mode)
+        for question in (FEW_POSITIONS // 4, FEW_POSITIONS):
+            prepare(self.engine, min(positions + question + max_new_tokens, self.longest), mode)
 
     def _ended(self, options: GenerationOptions) -> Ended | None:
         """Test of a row's ids for the stop strings, or `None` when there are none."""

@@ -301,6 +301,8 @@ class InferenceEngine:
         """
         self._check_memory(len(samples) * beams, bucket(max(len(one.input_ids) for one in samples) + max_new_tokens))
         with TURNS:
+            if self.reuse is not None and self.reuse.notice(self.model.get_parameters()):
+                self._closed.clear()        # of other weights
             return CachedDecoder(self, samples, max_new_tokens, mode, beams)
 
 

@@ -13,7 +13,7 @@ import hashlib
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,10 @@ from mindformers_ixc.processing.processor import EncodedSample
 
 # Positions of a block. What is taken over ends with a whole one, so at most 15 positions too many are computed anew.
 BLOCK = 16
+
+
+# Numbers of each parameter that are looked at to see whether the weights have changed.
+SAMPLED = 16
 
 
 class Picture(NamedTuple):
@@ -101,6 +105,15 @@ def _tiles_between(tiles: Tiles, first: int, end: int) -> Tiles:
     return Tiles(tiles.local[first:end], tiles.views[low:low + len(used)], np.where(index > 0, index - low, 0))
 
 
+def weights_mark(parameters: Iterable[Any]) -> bytes:
+    """What changes with the weights, in all likelihood: a hash of a few numbers of each of MindSpore's parameters."""
+    found = hashlib.blake2b(digest_size=16)
+    for parameter in parameters:
+        values = parameter.asnumpy().reshape(-1)
+        found.update(values[::max(1, len(values) // SAMPLED)].tobytes())
+    return found.digest()
+
+
 class Reuse:
     """What one model takes from a store and gives to it.
 
@@ -114,7 +127,7 @@ class Reuse:
 
     def __init__(self, store: Store, config: IXC25Config):
         self.store, self.config = store, config
-        self.identity = b""
+        self.identity = self.mark = b""
         self.renew()
 
     def renew(self) -> None:
@@ -122,6 +135,15 @@ class Reuse:
         if self.identity:
             self.store.forget(self.identity)
         self.identity = uuid.uuid4().bytes
+
+    def notice(self, parameters: Iterable[Any]) -> bool:
+        """Whether the weights are others than when this was asked last; then nothing of before is found."""
+        mark = weights_mark(parameters)
+        if mark == self.mark:
+            return False
+        self.mark = mark
+        self.renew()
+        return True
 
     def image_rows(self, prompt: Prompt, start: int,
                    encode: Callable[[EncodedSample], np.ndarray]) -> np.ndarray:
