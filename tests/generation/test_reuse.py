@@ -435,7 +435,7 @@ class TestLookup:
         for seed in range(12):
             rng = np.random.default_rng(seed)
             for one in model.get_parameters():
-                noise = 0.02 * rng.standard_normal(one.shape)
+                noise = 0.05 * rng.standard_normal(one.shape)
                 one.set_data(Tensor((weights[one.name] * rng.choice([0.5, 1, 2]) + noise).astype(np.float32)))
             expected, before = kept.generate(prompts, self.options), len(passes)
             assert kept.generate(prompts, replace(self.options, prompt_lookup=most)) == expected
@@ -443,7 +443,7 @@ class TestLookup:
             del passes[:]
         for one in model.get_parameters():
             one.set_data(Tensor(weights[one.name]))
-        assert saved > 12       # proposals were right now and then
+        assert saved > 5        # proposals were right now and then
 
     @once
     def test_batches_and_penalties(self, kept):
