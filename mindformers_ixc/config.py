@@ -71,6 +71,10 @@ ALL_MODES = {"all": tuple(TASK_LORAS), **MODE_ADAPTERS}
 # whole request, prompt and new tokens.
 DYNAMIC_NTK = ("public", "request")
 
+# Memory for what requests take over from earlier ones, unless a run says otherwise: keys and values of 4096 positions
+# of the 7B model in float32, of hundreds of thousands of a small one.
+REUSE_BYTES = 1 << 30
+
 # Formats of products and weights, by MindSpore's names in small letters.
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -180,6 +184,9 @@ FIELDS = {
                         "size", False),
     "num_blocks": Field(None, "blocks of the paged cache, shared by the rows of a batch; fewer than a request needs "
                         "are refused", False, "what the request's rows need"),
+    "reuse_bytes": Field(REUSE_BYTES, "bytes of what earlier requests computed, rows of pictures, keys and values, "
+                         "kept in memory for the next ones; 0 keeps nothing. On a CPU, in a single process", False,
+                         "1073741824, 1 GiB"),
     "use_flash_attention": Field(False, "train with Ascend's fused attention (float16 or bfloat16); other devices "
                                  "compose it. Inference goes by `use_past`", False),
     "rope_parameters": Field(None, "newer spelling of `rope_theta` and `rope_scaling`, read as these: `{rope_type: "
@@ -288,11 +295,11 @@ def _public(config: VisionConfig | ModelConfig, table: dict[str, Field]) -> dict
 
 
 # Whole numbers that may be 0; all others count something there must be.
-MAY_BE_0 = ("plora_rank", "bos_token_id", "eos_token_id", "pad_token_id")
+MAY_BE_0 = ("plora_rank", "bos_token_id", "eos_token_id", "pad_token_id", "reuse_bytes")
 
 # What a damaged file may not ask for: sizes are 32-bit numbers in graphs, and every layer is a cell.
 MOST = 2**31 - 1
-AT_MOST = {"num_hidden_layers": 4096, "max_segments": MOST_SEGMENTS}
+AT_MOST = {"num_hidden_layers": 4096, "max_segments": MOST_SEGMENTS, "reuse_bytes": 2**50}
 
 
 def field_rule(name: str, field: Field) -> Rule:
@@ -456,6 +463,7 @@ class ModelConfig:
     use_past: bool
     block_size: int
     num_blocks: int | None
+    reuse_bytes: int
     use_flash_attention: bool
     rope_parameters: None
     dynamic_ntk: str

@@ -16,6 +16,9 @@ LEAST_TEMPERATURE = 1e-5
 # Requests answered at once by run mode predict, unless the YAML's `predict_batch_size` says otherwise.
 PREDICT_BATCH_SIZE = 4
 
+# Tokens that prompt lookup may propose at once.
+MOST_PROPOSED = 64
+
 # What every option must be.
 RULES = {
     "max_new_tokens": whole(1),
@@ -33,6 +36,8 @@ RULES = {
                            "True, False or 'never'"),
     "stop_token_ids": Rule(lambda value: all(is_whole(i, 0) for i in value), "token ids, whole numbers of at least 0"),
     "stop_strings": Rule(lambda value: all(isinstance(s, str) and s for s in value), "texts that are not empty"),
+    "prompt_lookup": Rule(lambda value: is_whole(value, 0) and value <= MOST_PROPOSED,
+                          f"a whole number from 0 to {MOST_PROPOSED} (0: off)"),
     "seed": Rule(lambda value: value is None or is_whole(value, 0), "a whole number of at least 0, or None"),
 }
 
@@ -58,6 +63,8 @@ class GenerationOptions:
         stop_token_ids: ids that end an answer; the first also stands for the end of every finished beam.
         stop_strings: texts that end an answer. Ids alone do not show them: the caller, who has the tokenizer, passes a
             test of ids to the search functions and cuts the text.
+        prompt_lookup: greedy decoding: so many tokens at most are proposed at a time, as they follow the last ones in
+            the prompt or the answer so far, and verified in one pass; 0 is off. The answer is the same.
         seed: of sampling. An answer depends on its prompt and the seed, not on its place in a batch.
 
     Raises:
@@ -75,6 +82,7 @@ class GenerationOptions:
     early_stopping: bool | str = False
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    prompt_lookup: int = 0
     seed: int | None = None
 
     def __post_init__(self):
@@ -96,6 +104,11 @@ class GenerationOptions:
             raise GenerationError(f"temperature is {self.temperature!r} and do_sample is True; sampling takes a "
                                   f"temperature of at least {LEAST_TEMPERATURE}, or set do_sample=False for greedy "
                                   "decoding.")
+        if self.prompt_lookup and (self.do_sample or self.num_beams > 1):
+            other = "do_sample is True" if self.do_sample else f"num_beams is {self.num_beams}"
+            raise GenerationError(f"prompt_lookup is {self.prompt_lookup} and {other}; what it proposes is verified "
+                                  "by greedy decoding, so it takes do_sample=False and num_beams=1. Leave one of them "
+                                  "out.")
 
     @property
     def tokens_kept(self) -> int:

@@ -58,7 +58,8 @@ def requests() -> list[dict]:
 
 
 # What decoding may be; every one with every request is a kind of its own.
-OPTIONS: list[dict] = [{"max_new_tokens": 24}, {"max_new_tokens": 8, "num_beams": 3},
+OPTIONS: list[dict] = [{"max_new_tokens": 24}, {"max_new_tokens": 24, "prompt_lookup": 4},
+                       {"max_new_tokens": 8, "num_beams": 3},
                        {"max_new_tokens": 24, "do_sample": True, "seed": 3, "temperature": 0.8}]
 
 

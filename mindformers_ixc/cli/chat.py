@@ -14,7 +14,7 @@ from mindformers_ixc import terminal
 from mindformers_ixc.cli.chat_input import Failed, Interrupts, line_history, read_message
 from mindformers_ixc.cli.chat_session import Measured, Reply, Session
 from mindformers_ixc.cli.hints import empty_hint, picture_hint
-from mindformers_ixc.cli.loading import Loading
+from mindformers_ixc.cli.loading import Idle, Loading
 from mindformers_ixc.cli.settings import generation_options, image_options
 from mindformers_ixc.processing.processor import EncodedSample, ImageProcessor
 from mindformers_ixc.tables import PAINT
@@ -63,7 +63,8 @@ def talk(arguments: argparse.Namespace) -> int:
     interrupts = Interrupts()
     loading = Loading(lambda: load(arguments), interrupts.fail, arguments.verbose)
     processor = ImageProcessor.from_directory(arguments.model, **image_options(arguments))
-    session = Session(arguments, Answers(loading, interrupts, arguments).answer, processor)
+    answers = Answers(loading, interrupts, arguments)
+    session = Session(arguments, answers.answer, processor)
     interrupts.start()
     loading.start()
     if not sys.stdin.isatty():
@@ -72,8 +73,8 @@ def talk(arguments: argparse.Namespace) -> int:
                          "a picture, /help lists everything.")
     with line_history([*session.commands, "/quit"]):
         _read_lines(session, loading, interrupts)
-    if not loading.done.is_set():
-        # a library that is being imported cannot be stopped, and the interpreter would wait for it
+    if not loading.done.is_set() or answers.idle.busy:
+        # a library that is being imported, or compiles, cannot be stopped, and the interpreter would wait for it
         for stream in (arguments.answers, sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -126,12 +127,11 @@ class Answers:
 
     def __init__(self, loading: Loading[Assistant], interrupts: Interrupts, arguments: argparse.Namespace):
         self.loading, self.interrupts, self.out = loading, interrupts, arguments.answers
-        self.steps = 0
         self.first: float | None = None
+        self.idle = Idle()
 
     def _step(self) -> None:
-        """What the decoder does before every token but the first."""
-        self.steps += 1
+        """What the decoder does before every pass."""
         if self.first is None:
             self.first = time.monotonic()
         self.interrupts.check()
@@ -143,7 +143,7 @@ class Answers:
             KeyboardInterrupt: when it comes before the model is there and the pictures are cut.
         """
         assistant = self._assistant()
-        self.steps, self.first = 0, None
+        self.first, decoded = None, assistant.engine.decoded
         pieces: list[str] = []
         start, stopped = time.monotonic(), False
         with terminal.current.waiting("Reading the question") as shown:
@@ -167,8 +167,11 @@ class Answers:
         elif not text:
             terminal.current.say(empty_hint(parameters(assistant)))
         first = seconds if self.first is None else self.first - start
-        return Reply(text, stopped, Measured(len(sample.input_ids), sample.tiles, prepared, first, self.steps + 1,
-                                             seconds))
+        tokens = assistant.engine.decoded - decoded + 1
+        if sys.stdin.isatty() and options.get("num_beams", 1) == 1:
+            more = options["max_new_tokens"]
+            self.idle.start(lambda: assistant.prepare(len(sample.input_ids) + tokens, more, mode))
+        return Reply(text, stopped, Measured(len(sample.input_ids), sample.tiles, prepared, first, tokens, seconds))
 
     def _assistant(self) -> Assistant:
         try:

@@ -7,6 +7,7 @@ from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.quantised import quantization_of, refuse_quantised
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.cli.early import SMALL
+from mindformers_ixc.config import FIELDS, field_rule
 from mindformers_ixc.data.preferences import load_preferences
 from mindformers_ixc.decoding_options import RULES
 from mindformers_ixc.errors import ConfigError
@@ -18,7 +19,7 @@ from mindformers_ixc.resources import resolve_model, resolve_path
 from mindformers_ixc.sections import check_value, whole
 
 # Whole numbers of the command line that the decoder has no rule for.
-COUNTS = {"hd_num": whole(1), "batch_size": whole(1)}
+COUNTS = {"hd_num": whole(1), "batch_size": whole(1), "reuse_bytes": field_rule("reuse_bytes", FIELDS["reuse_bytes"])}
 
 
 def check_question(arguments: argparse.Namespace) -> None:
@@ -42,6 +43,11 @@ def check_question(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "do_sample", False) and not arguments.temperature:
         raise ConfigError("--temperature is 0 and --do_sample is given; sampling takes a temperature above 0, and "
                           "without --do_sample the likeliest token is taken.")
+    lookup = getattr(arguments, "prompt_lookup", 0)
+    for name, idle in (("do_sample", False), ("num_beams", 1)):
+        if lookup and getattr(arguments, name, idle) != idle:
+            raise ConfigError(f"--prompt_lookup is {lookup} and --{name} is given; what it proposes is verified by "
+                              "greedy decoding, so leave one of them out.")
     question, pictures = getattr(arguments, "question", None), getattr(arguments, "image", None) or []
     if question is not None:
         check_asked(question, bool(pictures))

@@ -1,6 +1,7 @@
 """Work in the background while somebody types: what it writes waits, and what it raises comes with its result."""
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections.abc import Callable
@@ -46,6 +47,28 @@ class HeldBack:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+class Idle:
+    """Work that nobody waits for, one piece at a time; while one is being done, another is left out."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being done."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, work: Callable[[], object]) -> None:
+        """Begins; what `work` raises shows itself when its result is needed."""
+        def run() -> None:
+            with contextlib.suppress(Exception):
+                work()
+
+        if not self.busy:
+            self._thread = threading.Thread(target=run, name="idle", daemon=True)
+            self._thread.start()
 
 
 class Loading(Generic[Result]):

@@ -110,6 +110,11 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
                         "[UNUSED_TOKEN_145] becomes that control token, as in the public code")
     _add_image_options(parser)
     parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="length of an answer at most")
+    parser.add_argument("--prompt_lookup", type=int, default=0, metavar="N", help="propose up to N tokens at a time, "
+                        "as they follow the last ones in the prompt or the answer, and verify them in one pass: the "
+                        "same answer, sooner where it repeats its input; greedy decoding on a CPU (default: 0, off)")
+    parser.add_argument("--reuse_bytes", type=int, metavar="BYTES", help="memory for what earlier questions computed "
+                        "of pictures and prompts, taken over by the next ones; 0: none (default: 1 GiB)")
     parser.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
     _add_no_verify(parser)
 

@@ -12,8 +12,8 @@ from mindformers_ixc.sections import Rule, check_value, hint, whole
 SAMPLING = ("temperature", "top_k", "top_p")
 
 # What `/set` changes, in the order in which it is shown.
-NAMES = ("do_sample", *SAMPLING, "seed", "num_beams", "repetition_penalty", "max_new_tokens", "hd_num",
-         "meta_instruction")
+NAMES = ("do_sample", *SAMPLING, "seed", "num_beams", "repetition_penalty", "max_new_tokens",
+         "prompt_lookup", "hd_num", "meta_instruction")
 
 # Values of `/set` that are none of the decoder's.
 OWN_RULES = {"hd_num": whole(1, ", or none (the model's own limit)"), "meta_instruction": Rule(lambda value: True, "")}
@@ -23,7 +23,8 @@ _WORDS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "
 
 def generation_options(arguments: argparse.Namespace) -> dict:
     """The decoding options among the arguments, under the names of `GenerationOptions`."""
-    names = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams", "repetition_penalty", "seed")
+    names = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams", "repetition_penalty", "seed",
+             "prompt_lookup")
     return without_idle({name: getattr(arguments, name) for name in names
                          if getattr(arguments, name, None) is not None})
 

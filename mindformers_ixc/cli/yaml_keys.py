@@ -343,6 +343,9 @@ _GENERATION = Section({
                           "can be expected to get better (False), or when none can at all (`never`)"),
     "stop_token_ids": Key("ids that end an answer", "the end of a turn, `</s>`"),
     "stop_strings": Key("texts that end an answer"),
+    "prompt_lookup": Key("greedy decoding: so many tokens at a time are proposed, as they follow the last ones in the "
+                         "prompt or the answer, and verified in one pass; the same answer, sooner where it repeats its "
+                         "input"),
     "seed": Key("of sampling; an answer depends on its prompt and the seed, not on its place in a batch"),
 }, {"mode": one_of(MODE_ADAPTERS), **DECODING_RULES}, {"mode": "base", **asdict(GenerationOptions())})
 

@@ -14,10 +14,13 @@ from mindformers_ixc.device import is_parallel
 from mindformers_ixc.errors import ConfigError, GenerationError
 from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.generation.engine import CachedDecoder, InferenceEngine
+from mindformers_ixc.generation.extending import FEW_POSITIONS, unavailable
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions, check_mode, known_options
+from mindformers_ixc.generation.preparing import prepare
 from mindformers_ixc.generation.requests import REQUEST_KEYS, read_request
 from mindformers_ixc.generation.search import Decoder, Ended, beam_search, decode_steps, greedy_or_sample
+from mindformers_ixc.generation.store import Store
 from mindformers_ixc.generation.text import Streamer, TextStream
 from mindformers_ixc.generation.turns import TURNS
 from mindformers_ixc.models.ixc25 import IXC25Model
@@ -34,12 +37,14 @@ class Assistant:
     Args:
         model: `IXC25ForCausalLM`; it is put in evaluation mode.
         processor: its processor; without one only `generate` works.
+        store: what requests take over from earlier ones, which other models may share; by default one of its own of
+            `config.reuse_bytes`. `Store(0)` keeps nothing.
 
     Raises:
         ConfigError: when the tokenizer has more pieces than the model.
     """
 
-    def __init__(self, model: IXC25Model, processor: Processor | None):
+    def __init__(self, model: IXC25Model, processor: Processor | None, store: Store | None = None):
         pieces = 0 if processor is None else len(processor.tokenizer)
         if pieces > model.config.vocab_size:
             raise ConfigError(f"The tokenizer has {pieces} pieces, more than the model's vocab_size "
@@ -47,7 +52,7 @@ class Assistant:
         self.model, self.processor = model, processor
         with TURNS:
             model.set_train(False)   # dropout has no place in an answer
-            self.engine = InferenceEngine(model)
+            self.engine = InferenceEngine(model, Store(model.config.reuse_bytes) if store is None else store)
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike, image_options: dict | None = None,
@@ -137,6 +142,8 @@ class Assistant:
         if missing:
             raise ConfigError(f"mode '{mode}' needs the task LoRAs {missing}, which this model does not have; use mode "
                               "'base'.")
+        if options.prompt_lookup and unavailable():
+            raise GenerationError(f"prompt_lookup is {options.prompt_lookup}, but {unavailable()}. Leave it out.")
         longest = max(len(sample.input_ids) for sample in samples)
         self._check_length(longest)
         options = replace(options, max_new_tokens=min(options.max_new_tokens, self.longest - longest))
@@ -148,6 +155,17 @@ class Assistant:
         if positions >= self.longest:
             raise GenerationError(f"The prompt has {positions} positions; this model takes {self.longest} of prompt "
                                   "and answer together. Shorten it, or lower hd_num or the number of pictures.")
+
+    def prepare(self, positions: int, max_new_tokens: int, mode: str = "base") -> None:
+        """Compiles what the next question of a chat needs, short or longer, for whoever is idle until it comes.
+
+        Args:
+            positions: of the chat so far.
+            max_new_tokens: new tokens of the next answer at most.
+            mode: task LoRAs in use.
+        """
+        for question in (FEW_POSITIONS // 4, FEW_POSITIONS):
+            prepare(self.engine, min(positions + question + max_new_tokens, self.longest), mode)
 
     def _ended(self, options: GenerationOptions) -> Ended | None:
         """Test of a row's ids for the stop strings, or `None` when there are none."""

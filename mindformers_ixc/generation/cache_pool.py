@@ -65,6 +65,10 @@ class CachePool:
         if own is not None:
             del self._owners[own]
 
+    def contents_of(self, owner: Owner) -> Contents | None:
+        """What is there of an owner's."""
+        return self._of(owner)
+
     def make_room(self, size: int) -> None:
         """Drops contents until `size` more bytes fit: first what nobody continues, the least recently used first."""
         for contents in sorted(self._held, key=lambda one: (self._is_live(one), one.used)):

@@ -343,8 +343,9 @@ class IXC25ForCausalLM(IXC25Model):
             tokenizer: needed for `stop_strings` only.
             generation_config: an object or dict with options; those given by name win.
             **kwargs: fields of `GenerationOptions`, with Hugging Face's `max_length` (prompt included) and
-                `eos_token_id` (one or several) for `max_new_tokens` and `stop_token_ids`. The repetition penalty counts
-                new tokens only, as the public model's does.
+                `eos_token_id` (one or several) for `max_new_tokens` and `stop_token_ids`, and
+                `prompt_lookup_num_tokens` for `prompt_lookup`. The repetition penalty counts new tokens only, as the
+                public model's does.
 
         Returns:
             int32 `(B, L + new)`: the prompts as given, then the new ids, padded with `pad_token_id`.

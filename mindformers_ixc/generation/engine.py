@@ -6,6 +6,7 @@ serves every request of that bucket. Partial LoRA is in the prefill graph only: 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,11 @@ from mindformers_ixc.generation.cells import (
     stage_of,
     wrapped,
 )
+from mindformers_ixc.generation.continuing import Continuing
+from mindformers_ixc.generation.extending import ExtendGraph, unavailable
+from mindformers_ixc.generation.reuse import Prompt, Reuse
 from mindformers_ixc.generation.slots import InferenceGraph, Slot, cache_bytes, make_slot
+from mindformers_ixc.generation.store import Store
 from mindformers_ixc.generation.turns import TURNS
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
@@ -151,15 +156,18 @@ class InferenceEngine:
 
     Args:
         model: `IXC25ForCausalLM` in evaluation mode.
+        store: what requests take over from earlier ones; `None` for nothing.
 
     Attributes:
-        between_steps: called before every token but the first; what it raises ends decoding.
+        between_steps: called before every pass of decoding; what it raises ends decoding.
+        decoded: tokens appended so far, of the longest row of each batch.
+        reuse: what is made of the store; `None` where it cannot be used (`extending.unavailable`).
         vision: graph of `tiles_per_call` tiles.
         caches: keys and values in memory.
         generation: grows with every `reset`; decoders of an earlier one are not continued.
     """
 
-    def __init__(self, model: IXC25Model):
+    def __init__(self, model: IXC25Model, store: Store | None = None):
         if model.config.use_past:
             prepare_inference(paged=True)
         self.model = model
@@ -171,6 +179,9 @@ class InferenceEngine:
             max(1, min(MOST_TILES, POSITIONS_PER_CALL // self.config.vision_config.positions))
         self._slots: dict[tuple[int, int], Slot] = {}
         self.caches, self.generation = CachePool(), 0
+        self.reuse = Reuse(store, self.config) if store is not None and store.limit and not unavailable() else None
+        self._closed: deque[CachedDecoder] = deque()
+        self.decoded = 0
         self._tables: dict[float, tuple[np.ndarray, np.ndarray]] = {}
 
     def _check_memory(self, rows: int, positions: int) -> None:
@@ -193,6 +204,9 @@ class InferenceEngine:
         """Frees all caches and graphs, for instance before the weights change; answers in the making end."""
         with TURNS:
             self.generation += 1
+            self._closed.clear()
+            if self.reuse is not None:
+                self.reuse.renew()
             self.caches.clear()
             self._slots.clear()
 
@@ -213,6 +227,28 @@ class InferenceEngine:
         index = sample.vision_index(padded)[sample.image_mask == 1]
         return F.gather(table, Tensor(index), 0)
 
+    def image_rows(self, prompt: Prompt, start: int) -> np.ndarray:
+        """Embeddings of a prompt's image positions from `start` on, `(N, D)`; those of known pictures are kept."""
+        assert self.reuse is not None, "without it nothing is known of a prompt"
+        return self.reuse.image_rows(prompt, start, lambda sample: self.encode_images(sample).asnumpy())
+
+    def settle(self) -> None:
+        """Keeps what answers that have ended left in their caches, before the memory serves others."""
+        while self._closed:
+            self._closed.popleft().keep()
+
+    def ended(self, decoder: CachedDecoder) -> None:
+        """Takes note of an answer that has ended, for `settle`: this may be said by any thread at any time."""
+        if self.reuse is not None:
+            self._closed.append(decoder)
+
+    def extension(self, slot: Slot, mode: str, rows: int, purpose: str) -> ExtendGraph:
+        """The graph that extends a slot's caches by some rows, made at first use."""
+        key = (mode, rows, purpose)
+        if key not in slot.extensions:
+            slot.extensions[key] = ExtendGraph(self.model, slot, mode, rows)
+        return slot.extensions[key]
+
     def tables(self, length: int, total: int) -> tuple[np.ndarray, np.ndarray]:
         """Rotary tables of at least `length` positions whose base is that of a sequence of `total` positions."""
         if total > self.config.max_position_embeddings:
@@ -224,6 +260,7 @@ class InferenceEngine:
 
     def slot(self, batch: int, positions: int, mode: str) -> Slot:
         """Caches and graphs for a batch size, cache length and mode, made at first use."""
+        self.settle()
         if (batch, positions) not in self._slots:
             if is_parallel():       # there caches and graphs cannot be parted, and memory has room for one of them
                 self.caches.clear()
@@ -237,6 +274,24 @@ class InferenceEngine:
                 of_whole_batches(DecodeGraph(self.model, slot.caches, mode), self.config))
         return slot
 
+    def run_decode(self, slot: Slot, mode: str, tokens: np.ndarray, at: np.ndarray, totals: np.ndarray) -> Tensor:
+        """Runs the decode graph over one token a row.
+
+        Args:
+            slot: attached to what is continued.
+            mode: which task LoRAs are in use.
+            tokens: int32 `(B,)`.
+            at: `(B,)`, their positions.
+            totals: `(B,)`, lengths that set their rotary bases.
+
+        Returns:
+            float32 logits `(B, V)`.
+        """
+        cos, sin = rotary_rows(self.config, at, totals)                                     # (B, d) each
+        cos, sin = decode_tables(cos, sin, self.config.query_groups, slot.query_scale)
+        inputs = (tokens[:, None], cos[:, None], sin[:, None], *slot.places(at))
+        return slot.graphs[mode][1](*[Tensor(value) for value in inputs])
+
     def decoder(self, samples: list[EncodedSample], max_new_tokens: int, mode: str = "base",
                 beams: int = 1) -> CachedDecoder:
         """A decoder over a batch of prompts, each repeated `beams` times side by side.
@@ -246,6 +301,8 @@ class InferenceEngine:
         """
         self._check_memory(len(samples) * beams, bucket(max(len(one.input_ids) for one in samples) + max_new_tokens))
         with TURNS:
+            if self.reuse is not None and self.reuse.notice(self.model.get_parameters()):
+                self._closed.clear()        # of other weights
             return CachedDecoder(self, samples, max_new_tokens, mode, beams)
 
 
@@ -254,7 +311,7 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-class CachedDecoder:
+class CachedDecoder(Continuing):
     """Continues a batch of prompts token by token (the `Decoder` of `mindformers_ixc.generation.search`).
 
     Args:
@@ -277,10 +334,12 @@ class CachedDecoder:
         self.closed, self._generation = False, engine.generation
         self.slot = engine.slot(self.batch, capacity, mode)
         # what came after the prompt, to be done again should the cache be taken away
-        self._past: list[tuple[Callable[[CachedDecoder, np.ndarray], Any], np.ndarray]] = []
+        self._past: list[tuple[Callable[[Any, Any], Any], Any]] = []
         self.totals = self.lengths + max_new_tokens
         self.positions = self.lengths.copy()
         self.by_request = engine.config.dynamic_ntk == "request"
+        self.prompts = [] if engine.reuse is None else [Prompt.of(sample) for sample in samples]
+        self.fed = [[] for _ in range(self.batch)]
 
     def prefill(self) -> np.ndarray:
         """Logits `(B, V)` after each prompt.
@@ -295,7 +354,9 @@ class CachedDecoder:
     def step(self, tokens: np.ndarray) -> np.ndarray:
         """Logits `(B, V)` after appending one token to each row."""
         self.engine.between_steps()
-        return self._continue(CachedDecoder._step, np.array(tokens, np.int32))
+        logits = self._continue(CachedDecoder._step, np.array(tokens, np.int32))
+        self.engine.decoded += 1
+        return logits
 
     def reorder(self, rows: np.ndarray) -> None:
         """Makes row i continue what row `rows[i]` held."""
@@ -304,7 +365,9 @@ class CachedDecoder:
 
     def close(self) -> None:
         """Says that nothing will be continued; the cache's memory serves the next one."""
-        self.closed = True
+        if not self.closed:
+            self.closed = True
+            self.engine.ended(self)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -321,15 +384,21 @@ class CachedDecoder:
         self.positions = self.lengths.copy()
         self.slot = self.engine.slot(self.batch, self.capacity, self.mode)
         self.engine.caches.begin(self.slot, self)
-        return self._prefill()
+        self.fed, self._left_over = [[] for _ in range(self.batch)], False
+        logits = self._begin_known()
+        return self._prefill() if logits is None else logits
+
+    def _restore(self) -> None:
+        """Makes the cache hold what it did, computed anew if it was taken away meanwhile."""
+        if not self.engine.caches.resume(self):
+            self._begin()
+            for earlier, argument in self._past:
+                earlier(self, argument)
 
     def _continue(self, action: Callable[[CachedDecoder, np.ndarray], Any], value: np.ndarray) -> Any:
-        """Does something to the own cache, which is computed anew if it was taken away meanwhile."""
+        """Does something to the own cache."""
         with self._turn():
-            if not self.engine.caches.resume(self):
-                self._begin()
-                for earlier, argument in self._past:
-                    earlier(self, argument)
+            self._restore()
             result = action(self, value)
             self._past.append((action, value))
             return result
@@ -350,8 +419,8 @@ class CachedDecoder:
             rows = slice(i * self.beams, (i + 1) * self.beams)
             ids[rows, :len(sample.input_ids)] = sample.input_ids
             image_mask[rows, :len(sample.image_mask)] = sample.image_mask
-            embeds += [self._image_embeds(sample)] * self.beams
-        totals = self.totals if self.by_request else self.lengths
+            embeds += [self._image_embeds(i)] * self.beams
+        totals = self._prompt_totals()
         tables = [self.engine.tables(self.bucket, int(total)) for total in totals[::self.beams]]
         cos, sin = (np.stack([pair[i][:self.bucket] for pair in tables]).repeat(self.beams, 0)[:, :, None, None, :]
                     for i in (0, 1))
@@ -359,26 +428,28 @@ class CachedDecoder:
         prefill_graph, _ = self.slot.graphs[self.mode]
         logits = prefill_graph(Tensor(ids), F.stack(embeds), Tensor(image_mask), Tensor(cos), Tensor(sin),
                                Tensor(self.slot.start(self.lengths, self.bucket)), Tensor(last))
+        self.slot.prefilled.add((self.mode, self.bucket))
         return logits.asnumpy().copy()      # the device's memory is let go within this turn
 
-    def _image_embeds(self, sample: EncodedSample) -> Tensor:
-        """`(L, D)` with the sample's image rows at its image positions and zeros elsewhere."""
-        config = self.engine.config
+    def _image_embeds(self, number: int) -> Tensor:
+        """`(L, D)` with a sample's image rows at its image positions and zeros elsewhere."""
+        config, sample = self.engine.config, self.samples[number]
         shape = (self.bucket, config.hidden_size)
-        if not sample.image_mask.any():
-            return Tensor(np.zeros(shape, numpy_type(config.compute_dtype)))
-        rows = self.engine.encode_images(sample)
+        if not sample.image_mask.any() or self.prompts:
+            embeds = np.zeros(shape, numpy_type(config.compute_dtype))
+            if sample.image_mask.any():
+                embeds[np.flatnonzero(sample.image_mask)] = self.engine.image_rows(self.prompts[number], 0)
+            return Tensor(embeds)
         where = np.flatnonzero(sample.image_mask).astype(np.int32)[:, None]
-        return P.ScatterNd()(Tensor(where), rows, shape)
+        return P.ScatterNd()(Tensor(where), self.engine.encode_images(sample), shape)
 
     def _step(self, tokens: np.ndarray) -> np.ndarray:
         """Runs the decode graph over one token a row, int32 `(B,)`."""
-        at = self.positions
-        cos, sin = rotary_rows(self.engine.config, at, self.totals if self.by_request else at + 1)   # (B, d) each
-        cos, sin = decode_tables(cos, sin, self.engine.config.query_groups, self.slot.query_scale)
-        inputs = (tokens[:, None], cos[:, None], sin[:, None], *self.slot.places(at))
-        _, decode_graph = self.slot.graphs[self.mode]
-        logits = decode_graph(*[Tensor(value) for value in inputs])
+        # with prompt lookup a row that has ended may be at the end of its cache, while others go on
+        at = np.minimum(self.positions, self.capacity - 1)
+        logits = self.engine.run_decode(self.slot, self.mode, tokens, at, self.totals if self.by_request else at + 1)
+        for row, token in enumerate(tokens):
+            self.fed[row][at[row] - self.lengths[row]:] = [int(token)]
         self.positions = at + 1
         return logits.asnumpy().copy()      # the device's memory is let go within this turn
 
@@ -386,3 +457,4 @@ class CachedDecoder:
         """Runs the reorder graph."""
         self.slot.reorder(rows)
         self.positions = self.positions[rows]
+        self.fed = [list(self.fed[row]) for row in rows]

@@ -39,9 +39,11 @@ def hugging_face_options(generation_config: NamedOptions | dict[str, Any] | None
     """Options under Hugging Face's names as `GenerationOptions`; `length` is the prompts'."""
     given = generation_config or {}
     given = dict(given if isinstance(given, dict) else given.to_dict())
-    fields = set(GenerationOptions.__dataclass_fields__) | {"max_length", "eos_token_id"}
+    fields = set(GenerationOptions.__dataclass_fields__) | {"max_length", "eos_token_id", "prompt_lookup_num_tokens"}
     given = {key: value for key, value in given.items() if key in fields and value is not None}
     given.update(options)
+    if "prompt_lookup_num_tokens" in given:
+        given.setdefault("prompt_lookup", given.pop("prompt_lookup_num_tokens") or 0)
     stops = given.pop("eos_token_id", config.eos_token_id)
     total = given.pop("max_length", None)
     if total is not None and "max_new_tokens" not in given:

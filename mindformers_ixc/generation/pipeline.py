@@ -7,14 +7,16 @@ from typing import Any
 from mindformers.pipeline.base_pipeline import Pipeline
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
-from mindformers_ixc.errors import PromptError
+from mindformers_ixc.errors import GenerationError, PromptError
 from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.options import known_options
 from mindformers_ixc.generation.requests import error_sentence, read_request
+from mindformers_ixc.generation.store import Store
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.processing.tokenizer import SentencePieceText
+from mindformers_ixc.sections import check_value, whole
 
 TASK = "multimodal_chat"
 
@@ -36,6 +38,8 @@ class MultimodalChatPipeline(Pipeline):
         tokenizer: its tokenizer; not needed when `processor` is given.
         image_processor: its image processor; by default one of the sizes in the model's configuration.
         processor: its `Processor`; by default one made of the two before.
+        reuse_bytes: memory for what earlier requests computed of pictures and prompts, which the next ones take over;
+            0 for none, by default what the model's configuration says.
         **kwargs: options of every call (`mode`, those of `PROMPT_ARGUMENTS`, fields of `GenerationOptions`) and
             MindFormers' own (`batch_size`, ...).
 
@@ -53,7 +57,9 @@ class MultimodalChatPipeline(Pipeline):
     return_name = "text_generation"
 
     def __init__(self, model: IXC25Model, tokenizer: SentencePieceText | None = None,
-                 image_processor: ImageProcessor | None = None, processor: Processor | None = None, **kwargs: Any):
+                 image_processor: ImageProcessor | None = None, processor: Processor | None = None,
+                 reuse_bytes: int | None = None, **kwargs: Any):
+        check_value("reuse_bytes", 0 if reuse_bytes is None else reuse_bytes, whole(0), GenerationError)
         prepare_inference()
         if processor is None:
             # MindFormers hands over the directory's tokenizer but knows no image processor for it
@@ -62,7 +68,7 @@ class MultimodalChatPipeline(Pipeline):
         kwargs.pop("audio_processor", None)      # MindFormers hands one over to every pipeline
         super().__init__(model, tokenizer=processor.tokenizer, image_processor=processor.image_processor, **kwargs)
         model.set_train(False)
-        self.assistant = Assistant(model, processor)
+        self.assistant = Assistant(model, processor, None if reuse_bytes is None else Store(reuse_bytes))
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict, dict, dict]:
         prompt = {key: parameters.pop(key) for key in PROMPT_ARGUMENTS if key in parameters}

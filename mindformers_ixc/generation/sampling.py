@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mindformers_ixc.errors import GenerationError
 from mindformers_ixc.generation.options import GenerationOptions
 
 
@@ -138,3 +139,14 @@ def row_generators(seed: int | None, rows: int) -> list[np.random.Generator]:
     With a seed all start alike: a prompt then draws in a batch what it draws alone. Without one all differ.
     """
     return [np.random.default_rng(seed) for _ in range(rows)]
+
+
+def checked_scores(logits: np.ndarray, rows: int, step: int) -> np.ndarray:
+    """float32 logits, after a look at their rows and at each row's highest (which a single NaN makes NaN)."""
+    if len(logits) != rows:
+        raise GenerationError(f"The decoder gave scores of {len(logits)} rows; prompts x num_beams are {rows}.")
+    good = np.isfinite(logits.max(-1))
+    if not good.all():
+        raise GenerationError(f"The scores of row {int(np.argmin(good))} at new token {step + 1} are not numbers; "
+                              "check the weights, or use a compute_dtype of wider range (float32, bfloat16).")
+    return logits.astype(np.float32, copy=False)

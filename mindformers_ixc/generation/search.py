@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Optional, Protocol
+from typing import Optional, Protocol, cast
 
 import numpy as np
 
 from mindformers_ixc.errors import GenerationError
+from mindformers_ixc.generation.lookup import VerifyingDecoder, lookup_steps
 from mindformers_ixc.generation.options import GenerationOptions
 from mindformers_ixc.generation.sampling import (
     apply_repetition_penalty,
+    checked_scores,
     highest,
     log_softmax,
     row_generators,
@@ -29,7 +31,7 @@ from mindformers_ixc.generation.sampling import (
 # unlike minus infinity it can still be added to and compared.
 DEAD = -1e9
 
-# Called with each step's new id of every row, `None` once a row has ended; a true result ends decoding.
+# Called with each step's new id of every row, `None` where it has none any more; a true result ends decoding.
 OnTokens = Callable[[list[Optional[int]]], Optional[bool]]
 
 # Tells from a row's new ids whether they end it (stop strings).
@@ -80,15 +82,19 @@ def decode_steps(decoder: Decoder, options: GenerationOptions, batch: int,
                  ended: Ended | None = None) -> Iterator[list[int | None]]:
     """Greedy decoding or sampling as an iterator: each step's new id of every row, `None` once a row has ended.
 
-    Nothing is computed ahead: who stops iterating stops decoding. Arguments and errors as in `greedy_or_sample`.
+    Nothing is computed ahead: who stops iterating stops decoding. Arguments and errors as in `greedy_or_sample`; with
+    `prompt_lookup` see `lookup.lookup_steps`, which goes by the same rules several tokens at a time.
     """
+    if options.prompt_lookup:
+        yield from lookup_steps(cast(VerifyingDecoder, decoder), options, batch, ended)
+        return
     generated: list[list[int]] = [[] for _ in range(batch)]
     running = [True] * batch
     generators = row_generators(options.seed, batch)
     padding = options.stop_token_ids[0] if options.stop_token_ids else 0
     logits = decoder.prefill()
     for step in range(options.max_new_tokens):
-        scores = apply_repetition_penalty(_checked(logits, batch, step), generated, options.repetition_penalty)
+        scores = apply_repetition_penalty(checked_scores(logits, batch, step), generated, options.repetition_penalty)
         tokens = sample_rows(warp(scores, options), generators) if options.do_sample else scores.argmax(-1)
         shown = [int(token) if going else None for token, going in zip(tokens, running)]
         for row, token in enumerate(shown):
@@ -251,7 +257,7 @@ def beam_search(decoder: Decoder, options: GenerationOptions, batch: int,
         raise GenerationError(f"The vocabulary has {logits.shape[-1]} token(s) and stop_token_ids names "
                               f"{len(options.stop_token_ids)}; beam search needs at least one more than it may end on.")
     for step in range(options.max_new_tokens):
-        scores = log_softmax(_checked(logits, batch * beams, step))
+        scores = log_softmax(checked_scores(logits, batch * beams, step))
         scores = apply_repetition_penalty(scores, [ids for state in states for ids in state.ids],
                                           options.repetition_penalty)
         if options.do_sample:
@@ -268,14 +274,3 @@ def beam_search(decoder: Decoder, options: GenerationOptions, batch: int,
             decoder.reorder(rows)
             logits = decoder.step(tokens)
     return [state.answer() for state in states]
-
-
-def _checked(logits: np.ndarray, rows: int, step: int) -> np.ndarray:
-    """float32 logits, after a look at their rows and at each row's highest (which a single NaN makes NaN)."""
-    if len(logits) != rows:
-        raise GenerationError(f"The decoder gave scores of {len(logits)} rows; prompts x num_beams are {rows}.")
-    good = np.isfinite(logits.max(-1))
-    if not good.all():
-        raise GenerationError(f"The scores of row {int(np.argmin(good))} at new token {step + 1} are not numbers; "
-                              "check the weights, or use a compute_dtype of wider range (float32, bfloat16).")
-    return logits.astype(np.float32, copy=False)

@@ -6,7 +6,9 @@ answers of one shape may be in the making, and memory that is not needed is give
 """
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -98,7 +100,10 @@ class Slot:
 
     Attributes:
         graphs: prefill and decode graph of each mode used so far.
+        extensions: graphs that extend the caches, by mode, rows and purpose (`mindformers_ixc.generation.extending`).
         query_scale: scale of the queries that the rotary tables of decoding carry.
+        prefilled: modes and buckets whose prefill graph has run, and so is compiled.
+        missed: operations that graphs not compiled yet would have saved.
         movable: whether contents can be taken out and put back; in parallel layouts they stay where they are.
         attached: the contents that the caches hold, `None` while they hold no memory.
         bytes: size of all keys and values.
@@ -109,6 +114,9 @@ class Slot:
     def __init__(self, caches: nn.CellList, config: IXC25Config):
         self.caches = caches
         self.graphs: dict[str, tuple[nn.Cell, nn.Cell]] = {}
+        self.extensions: dict[tuple[str, int, str], Any] = {}
+        self.prefilled: set[tuple[str, int]] = set()
+        self.missed = 0.0
         self.movable = not is_parallel()
         self._parameters = [cache_half for cache in caches for cache_half in (cache.keys, cache.values)]
         self._layout = [(half.shape, numpy_type(half.dtype)) for half in self._parameters]
@@ -145,6 +153,12 @@ class Slot:
             for parameter, tensor in zip(self._parameters, tensors):
                 parameter.set_data(tensor, slice_shape=True)    # a placeholder of another shape may come or go
         self.attached = contents
+
+    def halves(self, contents: Contents) -> Iterator[np.ndarray]:
+        """Keys and values of every layer in turn, as arrays; for contents that can move."""
+        self.attach(contents)
+        for parameter in self._parameters:
+            yield parameter.asnumpy()
 
     def start(self, lengths: np.ndarray, positions: int) -> np.ndarray:
         """Begins with prompts of `lengths` `(B,)` padded to `positions`; the places their keys and values go to."""
@@ -197,6 +211,23 @@ class ContiguousSlot(Slot):
         """int32 `(B*KV, 2)`, entry and position, and the positions again, `(B*KV, 1, 1)`, for the mask."""
         at = np.repeat(at, self.kv).astype(np.int32)
         return np.stack((self.entries, at), -1).astype(np.int32), at[:, None, None]
+
+    def hold(self, contents: Contents, known: Sequence[Sequence[np.ndarray]]) -> None:
+        """Makes contents hold the beginning of each row, given as blocks, and zeros behind it.
+
+        Args:
+            contents: of this slot.
+            known: for each row its blocks, `(2 * layers, KV, positions of a block, d)` each.
+        """
+        self.attach(contents)
+        for number, (shape, dtype) in enumerate(self._layout):
+            half = np.zeros(shape, dtype)
+            for row, blocks in enumerate(known):
+                if blocks:
+                    beginning = np.concatenate([block[number] for block in blocks], 1)      # (KV, positions, d)
+                    half[row * self.kv:row * self.kv + self.kv, :beginning.shape[1]] = beginning
+            contents.tensors[number] = Tensor(half)
+            self._parameters[number].set_data(contents.tensors[number], slice_shape=True)
 
     def source(self, rows: np.ndarray) -> np.ndarray:
         """See `Slot.source`; a row has an entry for each key/value head."""

@@ -271,6 +271,136 @@ KERNEL(decode_attention) {
     return DONE;
 }
 
+/* Whether a row's new positions, places (B, 2) of the first one and how many are real, are not all inside its cache. */
+static int outside(const int32_t *places, int64_t row, int64_t rows, int64_t positions) {
+    const int64_t at = places[2 * row], real = places[2 * row + 1];
+    return at < 0 || real < 0 || real > rows || at + real > positions;
+}
+
+/* The work of `extend_attention` for one key/value head of one row; `turned` has room for (G+2, d) and (G, S). */
+VECTORISED static void extend_entry(const float *qkv, const float *cos, const float *sin, float *keys, float *values,
+                                    float *turned, float *y, int64_t at, int64_t real, int64_t rows,
+                                    const int64_t *shape, int64_t heads) {
+    const int64_t rotated = shape[2], size = shape[3], groups = rotated - 2;
+    float *scratch = turned + rotated * size;
+    for (int64_t r = 0; r < rows; ++r, qkv += heads * rotated * size, cos += rotated * size, sin += rotated * size,
+                 y += heads * groups * size) {
+        if (r >= real) {
+            memset(y, 0, sizeof(float) * (size_t)(groups * size));
+            continue;
+        }
+        rotate(qkv, cos, sin, turned, rotated, size);
+        memcpy(keys + (at + r) * size, turned + groups * size, sizeof(float) * (size_t)size);
+        memcpy(values + (at + r) * size, turned + (groups + 1) * size, sizeof(float) * (size_t)size);
+        attend(turned, keys, values, scratch, y, groups, at + r + 1, size);
+    }
+}
+
+/* `decode_attention` of a few more tokens a row, each of which sees those before it; to each token it does the same, so
+ * that several at once have the bits that they have one after the other.
+ *
+ * qkv (B*R, KV * (G+2) * d), cos and sin (B, R, G+2, d), places (B, 2) int32: a row's first new position and how many
+ * of its R are real, keys and values (B*KV, S, d), both written in place -> y (B*R, KV * G * d) */
+KERNEL(extend_attention) {
+    UNUSED;
+    const float *qkv = params[0], *cos = params[1], *sin = params[2];
+    const int32_t *places = params[3];
+    float *keys = params[4], *values = params[5], *y = params[6];
+    const int64_t *shape = shapes[1];
+    const int64_t batch = shape[0], rows = shape[1], rotated = shape[2], size = shape[3], groups = rotated - 2;
+    const int64_t entries = shapes[4][0], positions = shapes[4][1], heads = entries / batch;
+    for (int64_t row = 0; row < batch; ++row)
+        if (outside(places, row, rows, positions)) return BAD_PLACE;
+    const int most = entries * rows * groups * positions * size < 128 * MIN_SHARED ? 1 : omp_get_max_threads();
+    const int threads = most < entries ? most : (int)entries;
+    const int64_t own = rotated * size + groups * positions;
+    float *free_memory = malloc(sizeof(float) * (size_t)(own * threads));
+    if (free_memory == NULL) return NO_MEMORY;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int part = 0; part < threads; ++part)
+        for (int64_t e = part; e < entries; e += threads) {
+            const int64_t row = e / heads, head = e % heads, first = row * rows;
+            extend_entry(qkv + (first * heads + head) * rotated * size, cos + first * rotated * size,
+                         sin + first * rotated * size, keys + e * positions * size, values + e * positions * size,
+                         free_memory + part * own, y + (first * heads + head) * groups * size, places[2 * row],
+                         places[2 * row + 1], rows, shape, heads);
+        }
+    free(free_memory);
+    return DONE;
+}
+
+/* The work of `extend_heads`; `shape` is that of the queries, `positions` the cache's S. */
+VECTORISED static void extend_values(const float *qkv, const float *cos, const float *sin, const int32_t *places,
+                                     float scale, float *keys, float *values, float *queries, const int64_t *shape,
+                                     int64_t positions) {
+    const int64_t batch = shape[0], heads = shape[1], groups = shape[2], rows = shape[3], size = shape[4];
+    const int64_t half = size / 2;
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t head = b * heads + h, at = places[2 * b] + r;
+                const float *from = qkv + ((b * rows + r) * heads + h) * (groups + 2) * size;
+                const float *c = cos + (b * rows + r) * size, *s = sin + (b * rows + r) * size;
+                const int real = r < places[2 * b + 1];
+                for (int64_t g = 0; g < groups + real; ++g) {
+                    float *to = g < groups ? queries + ((head * groups + g) * rows + r) * size
+                                           : keys + (head * positions + at) * size;
+                    const float factor = g < groups ? scale : 1.0f, *x = from + g * size;
+                    for (int64_t i = 0; i < half; ++i) to[i] = (x[i] * c[i] - x[i + half] * s[i]) * factor;
+                    for (int64_t i = half; i < size; ++i) to[i] = (x[i] * c[i] + x[i - half] * s[i]) * factor;
+                }
+                if (real)
+                    memcpy(values + (head * positions + at) * size, from + (groups + 1) * size,
+                           sizeof(float) * (size_t)size);
+            }
+}
+
+/* Splits the consolidated product of more positions a row into rotated, scaled queries, and puts rotated keys and
+ * values behind those in the cache.
+ *
+ * qkv (B*R, KV * (G+2) * d), cos and sin (B, R, 1, 1, d), places as in `extend_attention`, scale (1), keys and values
+ * (B*KV, S, d), both written in place -> queries (B, KV, G, R, d) */
+KERNEL(extend_heads) {
+    UNUSED;
+    const int64_t *shape = shapes[7];
+    for (int64_t row = 0; row < shape[0]; ++row)
+        if (outside(params[3], row, shape[3], shapes[5][1])) return BAD_PLACE;
+    extend_values(params[0], params[1], params[2], params[3], *(const float *)params[4], params[5], params[6],
+                  params[7], shape, shapes[5][1]);
+    return DONE;
+}
+
+VECTORISED static void seen_softmax_rows(const float *scores, float *y, int64_t rows, int64_t queries, int64_t keys,
+                                         int64_t at) {
+    for (int64_t r = 0; r < rows; ++r, scores += keys, y += keys) {
+        const int64_t wanted = at + r % queries + 1, seen = wanted < keys ? wanted : keys;
+        float highest = scores[0], sum = 0.0f;
+        for (int64_t i = 1; i < seen; ++i) highest = scores[i] > highest ? scores[i] : highest;
+        for (int64_t i = 0; i < seen; ++i) {
+            y[i] = expf(scores[i] - highest);
+            sum += y[i];
+        }
+        const float scale = 1.0f / sum;
+        for (int64_t i = 0; i < seen; ++i) y[i] *= scale;
+        memset(y + seen, 0, sizeof(float) * (size_t)(keys - seen));
+    }
+}
+
+/* scores (B, KV, G, R, S) of a whole cache, places as in `extend_attention` -> softmax over those each may see, 0
+ * elsewhere, same shape */
+KERNEL(extend_softmax) {
+    UNUSED;
+    const int64_t batch = shapes[0][0], heads = shapes[0][1] * shapes[0][2], queries = shapes[0][3];
+    const int64_t keys = shapes[0][4], each = queries * keys;
+    const int32_t *places = params[1];
+    const float *scores = params[0];
+    float *y = params[2];
+#pragma omp parallel for schedule(static) if (batch * heads * each >= MIN_SHARED)
+    for (int64_t head = 0; head < batch * heads; ++head)
+        seen_softmax_rows(scores + head * each, y + head * each, queries, queries, keys, places[2 * (head / heads)]);
+    return DONE;
+}
+
 /* The work of `prefill_heads`; `shape` is that of the queries, `positions` the cache's S. */
 VECTORISED static void prefill_values(const float *qkv, const float *cos, const float *sin, const int32_t *real,
                                       float scale, float *cache_keys, float *cache_values, float *queries,

@@ -29,6 +29,7 @@ from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import ANSWERS_FILE, EVALUATIONS_FILE, read_metrics, write_whole
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.cells import of_whole_batches, row_parts
+from mindformers_ixc.generation.store import Store
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.reading import watch_reads
@@ -304,7 +305,8 @@ class Evaluation(Callback):
 
     def _assistant(self, model: IXC25Model):
         if not hasattr(self, "assistant"):
-            self.assistant = Assistant(model, self.held_out.processor)
+            # of weights that change nothing stays right, and training needs the memory
+            self.assistant = Assistant(model, self.held_out.processor, Store(0))
         return self.assistant
 
     def _is_best(self, rows: list[dict]) -> bool:

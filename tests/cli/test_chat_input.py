@@ -10,7 +10,7 @@ import pytest
 
 from mindformers_ixc import terminal
 from mindformers_ixc.cli.chat_input import completions, read_message
-from mindformers_ixc.cli.loading import Loading
+from mindformers_ixc.cli.loading import Idle, Loading
 
 
 def message_of(*lines: str) -> tuple[str, list[str], list[str]]:
@@ -106,6 +106,28 @@ def test_what_loading_raises_is_raised_by_its_result_and_reported_at_once():
             with pytest.raises(ValueError, match="damaged"):
                 loading.result()
         assert err.getvalue() == "why\n"
+
+
+def test_idle_work_is_done_one_at_a_time_and_keeps_its_faults():
+    idle, begun, go_on, done = Idle(), threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        begun.set()
+        go_on.wait(10)
+        done.append(1)
+        raise ValueError("nobody asked")
+
+    assert not idle.busy
+    idle.start(work)
+    assert begun.wait(10)
+    assert idle.busy
+    idle.start(lambda: done.append(2))          # left out
+    go_on.set()
+    idle._thread.join(10)
+    assert (idle.busy, done) == (False, [1])
+    idle.start(lambda: done.append(3))
+    idle._thread.join(10)
+    assert done == [1, 3]
 
 
 def test_waiting_is_said_on_a_terminal_only_and_ends_when_it_is_told_to(monkeypatch):

@@ -199,7 +199,7 @@ def test_settings_hold_for_the_questions_that_follow(chat):
     assert (query["hd_num"], query["meta_instruction"], options["temperature"]) == (2, "Be short.", 0.5)
     assert "1 x 1 tile and" in chat(f"/image {CAT}")
     chat.refuses("/set temperature hot", "must be a number")
-    assert len(chat("/set").splitlines()) == 10
+    assert len(chat("/set").splitlines()) == 11
 
 
 def test_stats_are_of_the_last_answer(chat):

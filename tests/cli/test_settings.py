@@ -25,6 +25,7 @@ def test_a_session_begins_with_the_command_lines_options():
     ("temperature = 1", "temperature", 1), ("top_k 5", "top_k", 5), ("seed 4", "seed", 4), ("seed none", "seed", None),
     ("do_sample on", "do_sample", True), ("do_sample FALSE", "do_sample", False), ("hd_num 6", "hd_num", 6),
     ("hd_num none", "hd_num", None), ("max_new_tokens 5", "max_new_tokens", 5), ("num_beams 3", "num_beams", 3),
+    ("prompt_lookup 4", "prompt_lookup", 4),
     ("meta_instruction You are 7.", "meta_instruction", "You are 7."),
     ("meta_instruction none", "meta_instruction", "")])
 def test_set_takes_names_and_values(text, name, value):
@@ -44,6 +45,16 @@ def test_a_temperature_samples_and_0_takes_the_likeliest():
     assert not found.options["do_sample"]
     found.change("do_sample on")
     assert found.options["temperature"] == 0.7
+
+
+def test_what_is_looked_up_is_for_greedy_decoding():
+    found = settings("--prompt_lookup", "4")
+    assert found.options["prompt_lookup"] == 4
+    for text in ("temperature 0.7", "num_beams 2"):
+        with pytest.raises(GenerationError, match=r"prompt_lookup is 4 and .* greedy decoding"):
+            found.change(text)
+    found.change("prompt_lookup 0")
+    found.change("temperature 0.7")
 
 
 @pytest.mark.parametrize(("text", "words"), [

@@ -21,17 +21,21 @@ from mindformers_ixc.cli import chat  # noqa: E402
 
 class StandIn:
     def __init__(self):
-        self.engine = SimpleNamespace(between_steps=lambda: None)
+        self.engine = SimpleNamespace(between_steps=lambda: None, decoded=0)
         self.model = SimpleNamespace(get_parameters=lambda: [SimpleNamespace(size=1000)])
 
     def encode(self, query):
         return SimpleNamespace(input_ids=[0] * 9, tiles=0, query=query["query"])
+
+    def prepare(self, positions, max_new_tokens, mode):
+        pass
 
     def stream(self, sample, mode, **options):
         words = repeat("the") if sample.query == "Tell me" else sample.query.replace("Nothing", "").split()
         for number, word in enumerate(words):
             if number:
                 self.engine.between_steps()
+                self.engine.decoded += 1
                 time.sleep(0.01)
             yield f"{word.upper()} "
 

@@ -1,0 +1,272 @@
+"""Several more positions a row at once over caches that are filled already: the rest of a prompt whose beginning is
+known, and tokens that were proposed and are to be verified.
+
+This is for contiguous caches, so for the CPU in one process; `unavailable` is the only place that says so. A graph has
+a fixed number R of rows, of which each prompt fills as many as it needs. Positions that are found to be wrong are not
+taken out of a cache: what comes next overwrites them.
+"""
+from __future__ import annotations
+
+import math
+
+import mindspore.common.dtype as mstype
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore.ops import functional as F
+from mindspore.ops import operations as P
+
+from mindformers_ixc.checkpoint.model_directory import numpy_type
+from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc.device import is_parallel, on_ascend
+from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, decode_tables
+from mindformers_ixc.generation.cells import Embedding, Head, StageCell, stage_of
+from mindformers_ixc.generation.slots import ContiguousSlot, InferenceGraph, Slot
+from mindformers_ixc.models.attention import MASKED
+from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.models.internlm2 import DecoderLayer
+from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.native import kernels
+from mindformers_ixc.parameters import linear_shapes
+
+# Rows of the graphs that take the rest of a prompt, one call after the other: few graphs serve every length.
+FEW_POSITIONS, MANY_POSITIONS = 64, 256
+
+# Operations for each layer that must have been missed before a graph is compiled that only saves them. Compiling a
+# layer takes about as long.
+COMPILING = 1e10
+
+# What a call takes beside its rows, in rows: a product of few rows is as long in reading its weights.
+CALL = 32
+
+
+def unavailable() -> str:
+    """Why caches cannot be extended on the device that graphs are made for; empty where they can."""
+    if on_ascend():
+        return "it is for the CPU: Ascend's paged cache takes one token a row at a time"
+    if is_parallel():
+        return "it is for a single process: caches that are cut over devices take one token a row at a time"
+    return ""
+
+
+def calls(rest: int, images: np.ndarray) -> list[int]:
+    """Rows of each call that the rest of a prompt takes.
+
+    Args:
+        rest: positions of the rest.
+        images: where among them there are image positions, which the larger graph takes only.
+    """
+    sizes: list[int] = []
+    while sum(sizes) < rest:
+        done = sum(sizes)
+        many = rest - done > 3 * FEW_POSITIONS or bool(((images >= done) & (images < done + MANY_POSITIONS)).any())
+        sizes.append(MANY_POSITIONS if many else FEW_POSITIONS)
+    return sizes
+
+
+def saved_operations(config: IXC25Config, positions: int) -> float:
+    """Operations of the layers' products over so many positions."""
+    return 2.0 * config.num_hidden_layers * positions * sum(map(math.prod, linear_shapes(config).values()))
+
+
+def pays(sizes: list[int], whole: int) -> bool:
+    """Whether calls of these rows are less work than one of `whole` positions."""
+    return sum(size + CALL for size in sizes) < whole + CALL
+
+
+class Extension(nn.Cell):
+    """Attention of R more positions a row over what a layer's cache holds, and over one another; they are added to it.
+
+    Args:
+        cache: of the layer.
+    """
+
+    def __init__(self, cache: ContiguousCache):
+        super().__init__(auto_prefix=False)
+        self.cache = cache
+        self.place = P.BatchMatMul()
+        self.mul, self.add = P.Mul(), P.Add()
+        self.assign, self.reshape, self.cast = P.Assign(), P.Reshape(), P.Cast()
+
+    def angles(self, cos: np.ndarray, sin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rotary tables `(B, R, d)` as `construct` takes them."""
+        return cos[:, :, None, None], sin[:, :, None, None]
+
+    def places(self, at: np.ndarray, real: np.ndarray, rows: int) -> tuple[np.ndarray, ...]:
+        """What `construct` takes to know where the new positions go.
+
+        Args:
+            at: `(B,)`, a row's first new position.
+            real: `(B,)`, how many of its R are real.
+            rows: R.
+
+        Returns:
+            In the compute dtype `(B*KV, S, R)`, 1 where a new position goes, and `(B*KV, S, 1)`, 1 on those that stay;
+            the additive mask, `(B, 1, 1, R, S)`.
+        """
+        positions, kv = np.arange(self.cache.positions), self.cache.kv
+        new = at[:, None] + np.arange(rows)                                                 # (B, R)
+        goes = (positions[None, :, None] == new[:, None]) & (np.arange(rows) < real[:, None])[:, None]
+        stays = positions[None, :, None] < at[:, None, None]                                # (B, S, 1)
+        later = (positions > new[:, :, None]) * np.float32(MASKED)                          # (B, R, S)
+        dtype = numpy_type(self.cache.dtype)
+        return (goes.repeat(kv, 0).astype(dtype), stays.repeat(kv, 0).astype(dtype),
+                later[:, None, None].astype(numpy_type(self.cache.softmax_dtype)))
+
+    def construct(self, qkv, cos, sin, places, shape):
+        """Adds keys and values to the cache and attends.
+
+        Args:
+            qkv: `(B*R, KV * (G+2) * d)`.
+            cos: see `angles`.
+            sin: see `angles`.
+            places: see `places`.
+            shape: `(B, R)`, a compile-time constant.
+
+        Returns:
+            Tensor `(B*R, H*d)`.
+        """
+        query, key, value = self.cache.split(qkv, cos, sin, shape)
+        goes, stays, mask = places
+        keys = self.extended(self.cache.keys, key, goes, stays)
+        values = self.extended(self.cache.values, value, goes, stays)
+        query = self.mul(query, self.cache.core.scale)
+        return self.cache.merge(self.cache.core.attend(query, keys, values, mask), shape)
+
+    def extended(self, held, new, goes, stays):
+        """The cache `(B, KV, S, d)` with `(B, KV, R, d)` put in; zeros behind, which decoding counts on."""
+        b, kv, rows, d = new.shape
+        # exact: every sum has one term that is not 0
+        put = self.place(goes, self.reshape(new, (b * kv, rows, d)))                        # (B*KV, S, d)
+        return self.reshape(self.assign(held, self.add(self.mul(held, stays), put)), (b, kv, -1, d))
+
+
+class NativeExtension(Extension):
+    """The same with the fused CPU kernels of `mindformers_ixc.native`."""
+
+    def __init__(self, cache: NativeCache):
+        super().__init__(cache)
+        kv, g, d = cache.kv, cache.groups, cache.size
+        self.split_and_fill = kernels.kernel("extend_heads", lambda _, cos, *__: (cos[0], kv, g, cos[1], d))
+        self.softmax = kernels.kernel("extend_softmax")
+        self.scores, self.weighted_sum = P.BatchMatMul(transpose_b=True), P.BatchMatMul()
+
+    def places(self, at: np.ndarray, real: np.ndarray, rows: int) -> tuple[np.ndarray, ...]:
+        """int32 `(B, 2)`: `at` and `real`."""
+        return (np.stack((at, real), -1).astype(np.int32),)
+
+    def construct(self, qkv, cos, sin, places, shape):
+        """As `Extension.construct`."""
+        cache, (where,) = self.cache, places
+        # the kernel writes the caches in place, before anything that takes its queries reads them
+        query = self.split_and_fill(qkv, cos, sin, where, cache.query_scale, cache.keys, cache.values)
+        b, kv, g, rows, d = query.shape
+        query = self.reshape(query, (b * kv, g * rows, d))
+        scores = self.scores(query, F.depend(cache.keys, query))                            # (B*KV, G*R, S)
+        scores = self.reshape(scores, (b, kv, g, rows, cache.positions))
+        weights = self.reshape(self.softmax(scores, where), (b * kv, g * rows, cache.positions))
+        y = self.weighted_sum(weights, F.depend(cache.values, query))                       # (B*KV, G*R, d)
+        return cache.merge(self.reshape(y, (b, kv, g, rows, d)), shape)
+
+
+class FewExtension(NativeExtension):
+    """The same for few rows, by one kernel, with the bits that decoding them one after the other gives."""
+
+    def __init__(self, cache: NativeCache):
+        super().__init__(cache)
+        width = cache.kv * cache.groups * cache.size
+        self.attention = kernels.kernel("extend_attention", lambda qkv, *_: (qkv[0], width))
+
+    def angles(self, cos: np.ndarray, sin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rotary tables `(B, R, d)` as decoding takes them."""
+        batch, rows, size = cos.shape
+        tables = decode_tables(cos.reshape(-1, size), sin.reshape(-1, size), self.cache.groups, size ** -0.5)
+        return tables[0].reshape(batch, rows, -1, size), tables[1].reshape(batch, rows, -1, size)
+
+    def construct(self, qkv, cos, sin, places, shape):
+        """As `Extension.construct`."""
+        return self.attention(qkv, cos, sin, places[0], self.cache.keys, self.cache.values)
+
+
+def extension_of(cache: ContiguousCache, rows: int) -> Extension:
+    """What extends a cache by `rows` positions a row; for a `NativeCache` its kernels."""
+    if not isinstance(cache, NativeCache):
+        return Extension(cache)
+    return FewExtension(cache) if rows <= kernels.FEW_ROWS else NativeExtension(cache)
+
+
+class ExtensionLayer(StageCell):
+    """A decoder layer over more positions of each row."""
+
+    def __init__(self, layer: DecoderLayer, extension: Extension, mode: str):
+        super().__init__(stage_of(layer))
+        self.layer, self.extension, self.adapters = layer, extension, MODE_ADAPTERS[mode]
+
+    def construct(self, x, image, cos, sin, places, shape):
+        """Maps `(B*R, D)` to `(B*R, D)`; arguments as in `Extension.construct`, `image` as the decoder layer has it."""
+        qkv = self.layer.project(x, image, self.adapters)
+        y = self.extension(qkv, cos, sin, places, shape)                                    # (B*R, H*d)
+        return self.layer.finish(x, y, image, self.adapters)
+
+
+class ExtendGraph(InferenceGraph):
+    """R more positions a row: extends the caches, gives logits.
+
+    Args:
+        model: whose layers it has.
+        slot: whose caches.
+        mode: which task LoRAs are in use.
+        rows: R.
+    """
+
+    def __init__(self, model: IXC25Model, slot: Slot, mode: str, rows: int):
+        super().__init__()
+        assert isinstance(slot, ContiguousSlot), "`unavailable` is asked first"
+        self.embed, self.head, self.rows = Embedding(model), Head(model), rows
+        extensions = [extension_of(cache, rows) for cache in slot.caches]
+        self.first = extensions[0]
+        self.layers = nn.CellList([ExtensionLayer(layer, extension, mode)
+                                   for layer, extension in zip(model.model.layers, extensions)], auto_prefix=False)
+        self.dtype = model.config.compute_dtype
+        self.reshape, self.cast = P.Reshape(), P.Cast()
+
+    def construct(self, input_ids, cos, sin, image_embeds, image_mask, last, *places):
+        """Runs more positions.
+
+        Args:
+            input_ids: int32 `(B, R)`.
+            cos: see `Extension.angles`.
+            sin: like `cos`.
+            image_embeds: `(B, R, D)`, vision-table rows at image positions; `None` where there are none.
+            image_mask: int32 `(B, R)`, or `None`.
+            last: int32 `(B,)`, the one position of each row whose logits are wanted, among all `B * R`; `None` for all.
+            *places: see `Extension.places`.
+
+        Returns:
+            float32 logits `(B, V)`, or `(B*R, V)` of all.
+        """
+        b, rows = input_ids.shape
+        x = self.embed(input_ids, image_embeds, image_mask)                                 # (B*R, D)
+        image = None
+        if image_mask is not None:
+            image = self.reshape(self.cast(image_mask, self.dtype), (b * rows, 1))
+        for layer in self.layers:
+            x = layer(x, image, cos, sin, places, (b, rows))
+        return self.head(x, last)
+
+    def inputs(self, ids: np.ndarray, angles: tuple[np.ndarray, np.ndarray], at: np.ndarray, real: np.ndarray,
+               images: tuple[Tensor, np.ndarray] | None = None, last: np.ndarray | None = None) -> list[Tensor | None]:
+        """Arguments of `construct`.
+
+        Args:
+            ids: `(B, R)`.
+            angles: rotary tables `(B, R, d)`.
+            at: see `Extension.places`.
+            real: see `Extension.places`.
+            images: `image_embeds` and `image_mask`.
+            last: as in `construct`.
+        """
+        cos, sin = self.first.angles(*angles)
+        places = self.first.places(at, real, self.rows)
+        embeds, mask = (None, None) if images is None else (images[0], Tensor(images[1], mstype.int32))
+        return [Tensor(ids, mstype.int32), Tensor(cos), Tensor(sin), embeds, mask,
+                None if last is None else Tensor(last, mstype.int32), *map(Tensor, places)]
