@@ -1,12 +1,13 @@
 """What quantised weights change: scores and answers of a model, by bits and way of rounding.
 
     python benchmarks/quantization_error.py                                    # the starter on the demo's conversations
-    python benchmarks/quantization_error.py --model out/model --data my.json
+    python benchmarks/quantization_error.py --model out/model --data held_out.json --calibrate train.json
 
-Every second sample with a picture calibrates, the others measure. Everything is computed in float32 by the network on
-the host, from the weights as they are widened again. An answer counts as exact when at each of its positions the
-likeliest token is the answer's, which is what greedy decoding needs to give it. The scores' error is the root of the
-mean square over the positions that predict an answer's tokens, relative to the scores' own deviation.
+Without --calibrate every second sample of the data calibrates, and the others measure. Everything is computed in
+float32 by the network on the host, from the weights as they are widened again. An answer counts as exact when at each
+of its positions the likeliest token is the answer's, which is what greedy decoding needs to give it. The scores' error
+is the root of the mean square over the positions that predict an answer's tokens, relative to the scores' own
+deviation.
 """
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from mindformers_ixc.checkpoint.calibration import calibration_samples
 from mindformers_ixc.checkpoint.host_model import HostModel
+from mindformers_ixc.checkpoint.layer_rounding import AWQ_WAY, GPTQ_WAY, WAYS
 from mindformers_ixc.checkpoint.quantise import quantize
 from mindformers_ixc.checkpoint.quantised import widened
 from mindformers_ixc.checkpoint.sources import open_source
@@ -36,6 +38,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", default="starter", help="model directory with full weights")
     parser.add_argument("--data", default=str(demo_path("train.json")), help="conversations with pictures")
+    parser.add_argument("--calibrate", metavar="FILE", help="others, which calibrate")
+    parser.add_argument("--samples", type=int, default=64, help="that calibrate, at most")
     return parser.parse_args()
 
 
@@ -73,16 +77,20 @@ def main() -> None:
     processor = Processor.from_directory(resolve_model(arguments.model))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        calibrate, samples = halves(arguments.data, processor, folder)
+        if arguments.calibrate:
+            calibrate, samples = arguments.calibrate, calibration_samples(arguments.data, processor, 10**6)
+        else:
+            calibrate, samples = halves(arguments.data, processor, folder)
         ways: dict[str, Callable[[Path], object]] = {
             "full weights": lambda target: None,
             "8 bits": lambda target: quantize(arguments.model, target, 8),
             "4 bits, rounded to the nearest": lambda target: quantize(arguments.model, target),
-            "4 bits, calibrated (GPTQ)": lambda target: quantize(arguments.model, target, calibrate=calibrate,
-                                                                 samples=10**6)}
+            **{f"4 bits, {name}": lambda target, ways=ways: quantize(
+                arguments.model, target, calibrate=calibrate, samples=arguments.samples, ways=ways)
+               for name, ways in {"AWQ": (AWQ_WAY,), "GPTQ": (GPTQ_WAY,), "the best of each": WAYS}.items()}}
         expected = scores_of(resolve_model(arguments.model), samples)
         deviation = sum(float(np.sum((one - one.mean(-1, keepdims=True)) ** 2)) for one, _ in expected)
-        print(f"{arguments.model}: {len(samples)} samples of {arguments.data} that calibration has not seen")
+        print(f"{arguments.model}: {len(samples)} samples of {Path(arguments.data).name} that calibration has not seen")
         for number, (name, make) in enumerate(ways.items()):
             target = folder / str(number)
             found = expected if make(target) is None else scores_of(target, samples)

@@ -21,11 +21,9 @@ FREE_MODULES = (
     "version",
     "native", "native.building", "native.images",
     *(f"checkpoint.{name}" for name in (
-        "calibration", "ckpt_file", "convert", "dtypes", "host_model", "inspection", "layouts", "merge", "model_config",
-        "packing",
-        "protobuf", "quantise", "quantised", "safetensors_file", "sources", "strategy_file", "streaming", "tensor_file",
-        "tensors", "torch_file",
-        "writing")),
+        "calibration", "ckpt_file", "convert", "dtypes", "host_model", "inspection", "layer_rounding",
+        "layouts", "merge", "model_config", "packing", "protobuf", "quantise", "quantised", "safetensors_file",
+        "scaling", "sources", "strategy_file", "streaming", "tensor_file", "tensors", "torch_file", "writing")),
     *(f"planning.{name}" for name in (
         "workload", "memory", "cost", "search", "plan", "text", "page", "timeline", "few_layers", "check_layout")),
     "cpu_cluster", "cpu_cluster.build", "cpu_cluster.mailbox", "cpu_cluster.simulated",

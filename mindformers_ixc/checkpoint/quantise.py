@@ -7,7 +7,7 @@ but the five linears is float16, as other tools expect it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from mindformers_ixc.checkpoint.calibration import SAMPLES, Calibrator, calibrat
 from mindformers_ixc.checkpoint.convert import select_tensors
 from mindformers_ixc.checkpoint.dtypes import to_float32
 from mindformers_ixc.checkpoint.host_model import HostModel
+from mindformers_ixc.checkpoint.layer_rounding import WAYS
 from mindformers_ixc.checkpoint.model_config import config_of
 from mindformers_ixc.checkpoint.packing import GROUP, pack_4, pack_awq, round_4, round_8
 from mindformers_ixc.checkpoint.quantised import (
@@ -37,6 +38,7 @@ from mindformers_ixc.checkpoint.quantised import (
     widened,
 )
 from mindformers_ixc.checkpoint.sources import SUFFIXES, OpenedCheckpoint, open_source
+from mindformers_ixc.checkpoint.streaming import WorkFolder
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
 from mindformers_ixc.config import ModelConfig
@@ -153,8 +155,8 @@ class _RoundedPart(LazyTensor):
 
 
 def quantize(source: str | Path, target: str | Path, bits: int = 4, *, layout: str = OWN,
-             calibrate: str | Path | None = None, samples: int = SAMPLES, config: str | Path | None = None,
-             shard_bytes: int = SHARD_BYTES, overwrite: bool = False) -> Path:
+             calibrate: str | Path | None = None, samples: int = SAMPLES, ways: Sequence[str] = WAYS,
+             config: str | Path | None = None, shard_bytes: int = SHARD_BYTES, overwrite: bool = False) -> Path:
     """Quantises a checkpoint. An interrupted run goes on where it stopped.
 
     A source in AWQ's layout is packed anew for the own one, number by number the same, and the other way round.
@@ -167,6 +169,7 @@ def quantize(source: str | Path, target: str | Path, bits: int = 4, *, layout: s
         calibrate: conversations with pictures, by which four-bit weights are chosen; by default they are rounded to the
             nearest.
         samples: of them, at most.
+        ways: of rounding that calibration tries for each linear, of `layer_rounding.WAYS`.
         config: `config.json` or its directory, if the source has none beside it.
         shard_bytes: size of a file at most, in bytes.
         overwrite: replace a target that exists.
@@ -178,7 +181,7 @@ def quantize(source: str | Path, target: str | Path, bits: int = 4, *, layout: s
         CheckpointError: for what is wrong with source or target, or for sizes that do not fit the layout.
         DataError: for calibration samples that are none.
     """
-    _check_wishes(Path(target), bits, layout, calibrate is not None, samples)
+    _check_wishes(Path(target), bits, layout, calibrate is not None, samples, ways)
     opened = open_source(source)
     before = quantization_of(opened)
     model = config_of(opened, config)
@@ -191,7 +194,8 @@ def quantize(source: str | Path, target: str | Path, bits: int = 4, *, layout: s
     calibrator = None
     if calibrate is not None:
         calibrator = Calibrator(HostModel(chosen, model), calibration_samples(
-            calibrate, Processor.from_directory(opened.side_folder), samples))
+            calibrate, Processor.from_directory(opened.side_folder), samples), ways, _other_dtype(layout),
+            WorkFolder(Path(target), {}).path)
     quantization = Quantization(layout, bits, _dtype_of(chosen))
     section = quantization.to_section()
     tensors = dict(_tensors(chosen, stored, model, quantization, calibrator))
@@ -202,7 +206,7 @@ def quantize(source: str | Path, target: str | Path, bits: int = 4, *, layout: s
     return Path(target)
 
 
-def _check_wishes(target: Path, bits: int, layout: str, calibrated: bool, samples: int) -> None:
+def _check_wishes(target: Path, bits: int, layout: str, calibrated: bool, samples: int, ways: Sequence[str]) -> None:
     """Refuses what is not available or does not go together."""
     if bits not in BITS or layout not in LAYOUTS:
         raise CheckpointError(f"bits is {bits!r:.80} and layout {layout!r:.80}; the choices are bits {BITS[0]} and "
@@ -212,6 +216,8 @@ def _check_wishes(target: Path, bits: int, layout: str, calibrated: bool, sample
     if calibrated and (bits != 4 or samples < 1):
         raise CheckpointError(f"Calibration is for 4 bits and takes one sample at least; found {bits} bits and "
                               f"{samples} samples. Eight bits are rounded to the nearest, which loses next to nothing.")
+    if not ways or not set(ways) <= set(WAYS):
+        raise CheckpointError(f"ways is {ways!r:.80}; the choices are {', '.join(WAYS)}, one of them at least.")
     if target.suffix in SUFFIXES:
         raise CheckpointError(f"{target} looks like a file; a quantised model is a directory, whose config.json says "
                               "how it is packed.")
@@ -265,15 +271,21 @@ def _tensors(chosen: dict[str, LazyTensor], stored: dict[str, StoredWeight], mod
     own = quantization.method == OWN
     for name in parameter_table(model):
         tensor, stem, kind = chosen[name], name[:-len(".weight")], kind_of(name, model, quantization)
+        if calibrator is not None:
+            tensor = calibrator.fitted(name, tensor)
         if kind is None:
-            # in float16 for other tools, else as it is
-            yield name, _InFormat(tensor, tensor.stored_dtype if own else "F16")
+            yield name, _InFormat(tensor, _other_dtype(quantization.method) or tensor.stored_dtype)
         elif stem in stored:
             yield from _packed(stored[stem], own)
         elif calibrator is not None and kind in ("int4", AWQ):
             yield from _named(stem, CalibratedWeight(name, tensor, kind, calibrator).parts())
         else:
             yield from _named(stem, RoundedWeight(name, tensor, kind).parts())
+
+
+def _other_dtype(layout: str) -> str | None:
+    """Format of what stays as it is: float16 for other tools, or its own."""
+    return "F16" if layout == AWQ else None
 
 
 def _named(stem: str, parts: dict[str, LazyTensor]) -> Iterator[tuple[str, LazyTensor]]:

@@ -6,6 +6,7 @@ A directory whose `config.json` has a `quantization_config` holds, for some weig
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,9 @@ NUMBERS, SCALES, ZEROS = "qweight", "scales", "qzeros"
 
 # What AWQ's section must say; other values are other packings.
 AWQ_FIELDS: dict[str, Any] = {"bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
+
+# The linears of a decoder layer, which have the bits that the section says; the pairs beside them have 8.
+_LINEAR = re.compile(r"model\.layers\.\d+\.\w+\.\w+$")
 
 # Formats of the arrays of a weight, by kind, in the order in which they are written.
 FORMATS = {"int4": {NUMBERS: "U8", SCALES: "F16", ZEROS: "U8"}, "int8": {NUMBERS: "I8", SCALES: "F32"},
@@ -77,7 +81,9 @@ def read_section(section: object, where: str | Path) -> Quantization:
         return Quantization(AWQ, 4, "F16")
     if method != OWN:
         raise CheckpointError(f"{where}: {SECTION} has quant_method {method!r:.80}; the choices are {OWN} and {AWQ}.")
-    bits, dtype = section.get("bits"), section.get("source_dtype", "float32")
+    bits, dtype, group = section.get("bits"), section.get("source_dtype", "float32"), section.get("group_size", GROUP)
+    if group != GROUP:
+        raise CheckpointError(f"{where}: {SECTION} has group_size {group!r:.80}; groups of {GROUP} are read.")
     if section.get("version") != OWN_VERSION or bits not in (4, 8) or dtype not in WEIGHTS:
         raise CheckpointError(f"{where}: {SECTION} says version {section.get('version')!r:.80}, bits {bits!r:.80} and "
                               f"source_dtype {dtype!r:.80}; this version of the package reads version {OWN_VERSION} "
@@ -141,11 +147,16 @@ class StoredWeight:
         return unpack_4(found) if self.kind == "int4" else found
 
     def scales(self, begin: int, end: int) -> np.ndarray:
-        """The scales of rows: float16 `(n, G)`, or float32 `(n,)`."""
-        if self.kind == AWQ:
-            width = self.parts[SCALES].shape[0]
-            return np.ascontiguousarray(self.parts[SCALES].rows(0, width)[:, begin:end].T)
-        return self.parts[SCALES].rows(begin, end)
+        """The scales of rows: float16 `(n, G)`, or float32 `(n,)`.
+
+        Raises:
+            CheckpointError: for scales that are no numbers.
+        """
+        scales = self.parts[SCALES]
+        found = (np.ascontiguousarray(scales.rows(0, scales.shape[0])[:, begin:end].T) if self.kind == AWQ
+                 else scales.rows(begin, end))
+        check_scales(f"{self.name}.{SCALES}", found)
+        return found
 
     def zeros(self, begin: int, end: int) -> np.ndarray:
         """The zeros of rows of four-bit weights, uint8 `(n, G)`."""
@@ -162,6 +173,18 @@ class StoredWeight:
         words, first = self.parts[part], begin // 8
         found = unpack_awq(words.rows(0, words.shape[0])[:, first:-(-end // 8)])
         return np.ascontiguousarray(found[:, begin - 8 * first:end - 8 * first].T)
+
+
+def check_scales(name: str, scales: np.ndarray) -> None:
+    """Refuses scales that are no numbers; what rounds weights writes none.
+
+    Raises:
+        CheckpointError: naming the array.
+    """
+    odd = int(scales.size - np.count_nonzero(np.isfinite(scales)))
+    if odd:
+        raise CheckpointError(f"{name} holds {odd} NaN or infinities, which no scale is; the file is damaged, fetch or "
+                              "make it anew.")
 
 
 class ComputedTensor(LazyTensor):
@@ -200,6 +223,10 @@ def stored_weights(source: OpenedCheckpoint, quantization: Quantization) -> dict
         if last != NUMBERS:
             continue
         kind = AWQ if quantization.method == AWQ else "int4" if tensor.dtype == "U8" else "int8"
+        if kind != AWQ and _LINEAR.match(stem) and kind != f"int{quantization.bits}":
+            raise CheckpointError(f"{source.path} holds {name} with {kind[3:]} bits, and its config.json says that the "
+                                  f"decoder's linears have {quantization.bits}; copy the config.json that belongs to "
+                                  "it.")
         parts = {}
         for part, dtype in FORMATS[kind].items():
             array = source.tensors.get(f"{stem}.{part}")

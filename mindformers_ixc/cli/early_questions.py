@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 
 from mindformers_ixc import terminal
-from mindformers_ixc.checkpoint.quantised import quantization_of, refuse_quantised
+from mindformers_ixc.checkpoint.quantised import quantization_of, refuse_quantised, stored_weights
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.cli.early import SMALL
 from mindformers_ixc.config import FIELDS, field_rule
@@ -64,4 +64,6 @@ def check_question(arguments: argparse.Namespace) -> None:
         source = open_source(folder, verify=False)
     if getattr(arguments, "command", None) == "reference":
         refuse_quantised(source, "reference")
-    quantization_of(source)
+    quantization = quantization_of(source)
+    if quantization is not None:
+        stored_weights(source, quantization)

@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mindformers_ixc import terminal
+from mindformers_ixc.checkpoint.quantised import SECTION, refuse_quantised
+from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.cli.init_data import describe, measure
 from mindformers_ixc.cli.init_text import Choices, next_steps, yaml_text
 from mindformers_ixc.cli.inputs import read_memory
 from mindformers_ixc.cli.yaml_file import read_yaml
-from mindformers_ixc.config import ModelConfig, read_config
+from mindformers_ixc.config import CONFIG_FILE, ModelConfig, read_config
 from mindformers_ixc.data.folders import find_data
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.files import check_target, write_whole
+from mindformers_ixc.files import check_target, read_json, write_whole
 from mindformers_ixc.parameters import parameter_table
-from mindformers_ixc.resources import STARTER
+from mindformers_ixc.resources import STARTER, resolve_model
 from mindformers_ixc.tables import columns_of, wrapped
 
 # Parameters from which on a model is trained by the recipes of the 7B model.
@@ -134,6 +136,8 @@ def _model(given: str) -> str:
     """A model directory's name that is fit to begin with."""
     directory = given if given == STARTER else str(Path(given).expanduser())
     config = read_config(directory)
+    if SECTION in read_json(resolve_model(directory) / CONFIG_FILE, ConfigError):
+        refuse_quantised(open_source(resolve_model(directory), verify=False), "training")
     section = read_yaml("ixc25_own_tiny.yaml")["model"]["model_config"]
     if not is_large(config) and (config.hidden_size, config.num_hidden_layers) != (
             section["hidden_size"], section["num_hidden_layers"]):

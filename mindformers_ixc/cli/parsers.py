@@ -245,8 +245,8 @@ def _add_quantize(commands: Commands) -> None:
                           help="this package's, which is mapped as it is, or AWQ's of 4 bits, which other tools read; "
                           "there everything but the decoder's linears is float16")
     quantize.add_argument("--calibrate", metavar="FILE", help="conversations with pictures, in any form that training "
-                          "reads: 4-bit weights are chosen by what their outputs lose on them, layer by layer "
-                          "(default: every weight is rounded to the nearest)")
+                          "reads: 4-bit weights are chosen by what their outputs lose on them, layer by layer, "
+                          "of AWQ, GPTQ and both (default: every weight is rounded to the nearest)")
     quantize.add_argument("--samples", type=int, default=16, metavar="N", help="of the calibration, spread over FILE")
     quantize.add_argument("--config", metavar="PATH", help="config.json, if SRC has none beside it")
     quantize.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")

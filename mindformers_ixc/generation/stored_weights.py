@@ -13,6 +13,7 @@ from mindformers_ixc.checkpoint.model_directory import numpy_type, read_as
 from mindformers_ixc.checkpoint.quantised import (
     AWQ,
     Quantization,
+    check_scales,
     own_parts,
     quantization_of,
     stored_weights,
@@ -114,7 +115,9 @@ def _fill(model: nn.Cell, tensors: dict[str, LazyTensor], where: str) -> None:
         if array is None:
             array = read_as(tensor, wanted)
         # scales and what is small; nobody waits for a look at every number of a mapped file
-        if parameter.name.endswith((".scales", ".bias")) or wanted == "F32":
+        if parameter.name.endswith(".scales"):
+            check_scales(parameter.name, array)
+        elif parameter.name.endswith(".bias") or wanted == "F32":
             odd[parameter.name] = count_not_finite(array, wanted)
         parameter.set_data(Tensor.from_numpy(array))
     say_not_finite(odd, where)

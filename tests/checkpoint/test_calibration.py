@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 from reference import GOLDENS, ReferenceModel
 
-from mindformers_ixc.checkpoint.calibration import calibration_samples, output_error, round_by_outputs
+from mindformers_ixc.checkpoint import layer_rounding, streaming
+from mindformers_ixc.checkpoint.calibration import calibration_samples
 from mindformers_ixc.checkpoint.convert import convert
+from mindformers_ixc.checkpoint.dtypes import to_float32
 from mindformers_ixc.checkpoint.host_model import HostModel
+from mindformers_ixc.checkpoint.layer_rounding import AWQ_WAY, WAYS, LayerRounding, inverse_factor, round_by_outputs
 from mindformers_ixc.checkpoint.packing import round_4, widen_4
 from mindformers_ixc.checkpoint.quantise import quantize
 from mindformers_ixc.checkpoint.quantised import widened
+from mindformers_ixc.checkpoint.scaling import FOLDS, energy
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.config import read_config
 from mindformers_ixc.demo import demo_path
@@ -70,12 +74,58 @@ def test_inputs_that_go_together_make_up_for_each_other():
     inputs, weight = inputs.astype(np.float32), rng.standard_normal((40, 256)).astype(np.float32)
     inputs[:, 7] = 0                                                # an input that never is
     moments = inputs.T @ inputs
-    nearest, chosen = (widen_4(*rounded) for rounded in (round_4(weight), round_by_outputs(weight, moments)))
+    factor = inverse_factor(moments)
+    nearest, chosen = (widen_4(*rounded) for rounded in (round_4(weight), round_by_outputs(weight, factor)))
     measured = [np.sum((inputs @ (weight - rounded).T) ** 2) / np.sum((inputs @ weight.T) ** 2)
                 for rounded in (nearest, chosen)]
     assert measured[1] < 0.2 * measured[0]
-    np.testing.assert_allclose([output_error(weight, rounded, moments) for rounded in (nearest, chosen)], measured,
-                               rtol=1e-2)
+    found = [energy(weight - rounded, moments) / energy(weight, moments) for rounded in (nearest, chosen)]
+    np.testing.assert_allclose(found, measured, rtol=1e-2)
+
+
+def layer_and_moments() -> tuple:
+    """The starter's second layer, and the moments of its inputs over samples."""
+    model = HostModel(open_source(STARTER).tensors, read_config(STARTER))
+    layer, seen = model.layer(1), {}
+
+    def look(path, inputs):
+        seen[path] = seen.get(path, 0) + inputs.T @ inputs
+
+    for sample in calibration_samples(demo_path("train.json"), Processor.from_directory(STARTER), 6):
+        x, image = model.embeddings(sample), sample.image_mask == 1
+        layer(model.layer(0)(x, image), image, look)
+    return model, layer.weights, seen
+
+
+def test_of_all_ways_a_group_gets_the_one_that_loses_least():
+    model, weights, seen = layer_and_moments()
+    dtypes = {"attention_norm": "F16", "ffn_norm": "F16"}
+    found = {}
+    for ways in [*[(way,) for way in WAYS], WAYS]:
+        rounding = LayerRounding(model.layer(1), ways, dtypes)
+        for fold in FOLDS:
+            rounding.round(fold, seen[fold.linears[0]])
+        found[ways] = rounding
+        for path, choice in rounding.choices.items():
+            assert choice.way in ways
+            # the error that is said is that of the weight the numbers stand for
+            moments = seen["feed_forward.w1" if path == "feed_forward.w3" else path]
+            lost = energy(weights[path] - rounding.layer.weights[path], moments) / energy(weights[path], moments)
+            assert choice.chosen == pytest.approx(lost, rel=1e-3)
+    best = found.pop(WAYS)
+    for fold in FOLDS:
+        least = min(sum(one.choices[path].chosen for path in fold.linears) for one in found.values())
+        assert sum(best.choices[path].chosen for path in fold.linears) <= least * 1.05     # rows before are divided
+    totals = [sum(one.chosen for one in found[(way,)].choices.values()) for way in WAYS]
+    assert totals[1] < totals[0] and totals[2] < 0.5 * totals[0]
+    # what was decided once gives the same again, without a search
+    again = LayerRounding(model.layer(1), WAYS, dtypes, best.decisions)
+    for fold in FOLDS:
+        again.round(fold, seen[fold.linears[0]])
+    assert {path: choice.way for path, choice in again.choices.items()} == best.decisions.ways
+    for path, arrays in best.rounded.items():
+        for one, other in zip(arrays, again.rounded[path]):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_a_calibrated_model_is_nearer_on_samples_it_has_not_seen(tmp_path, capsys):
@@ -108,7 +158,72 @@ def test_what_calibration_refuses(tmp_path):
         quantize("starter", tmp_path / "target", calibrate=text)
     with pytest.raises(CheckpointError, match="Calibration is for 4 bits"):
         quantize("starter", tmp_path / "target", 8, calibrate=text)
+    with pytest.raises(CheckpointError, match=r"ways is .*; the choices are nearest, AWQ, GPTQ, AWQ and GPTQ"):
+        quantize("starter", tmp_path / "target", calibrate=demo_path("train.json"), ways=("LLM",))
     quantize("starter", tmp_path / "small")
     with pytest.raises(CheckpointError, match="there is nothing to choose"):
         quantize(tmp_path / "small", tmp_path / "target", calibrate=demo_path("train.json"))
     assert {entry.name for entry in tmp_path.iterdir()} == {"text.json", "small"}
+
+
+def arrays_of(folder) -> dict[str, np.ndarray]:
+    return {name: to_float32(tensor.whole(), tensor.dtype)
+            for name, tensor in widened(open_source(folder)).tensors.items()}
+
+
+@pytest.mark.parametrize("layout", ["mindformers_ixc", "awq"])
+def test_norms_and_pairs_follow_the_factors_of_their_layer(tmp_path, layout):
+    quantize("starter", tmp_path / "scaled", layout=layout, calibrate=demo_path("train.json"), samples=6,
+             ways=(AWQ_WAY,))
+    full, scaled = arrays_of(STARTER), arrays_of(tmp_path / "scaled")
+    for number in range(4):
+        layer = f"model.layers.{number}"
+        for norm, linears in (("attention_norm", ("attention.wqkv",)), ("ffn_norm", ("feed_forward.w1",
+                                                                                   "feed_forward.w3"))):
+            before, after = (one[f"{layer}.{norm}.weight"] for one in (full, scaled))
+            assert np.abs(after / before - 1).max() > 0.05
+            for linear in linears:
+                for side in ("", ".Plora_A", ".lora_web_A", ".lora_dpo_A"):
+                    one, other = (arrays[f"{layer}.{linear}{side}.weight"] * weight
+                                  for arrays, weight in ((full, before), (scaled, after)))
+                    if linear == "feed_forward.w3" and not side:       # its rows are divided
+                        continue
+                    close = 0.25 if not side else 0.02
+                    assert np.abs(one - other)[:16].max() < close * np.abs(one).max(), (linear, side)
+        # what w3 gives is divided by what w2 takes: row by row the product of both is the same
+        for pair in ("Plora", "lora_web"):
+            inner, outer = f"{layer}.feed_forward.w2.{pair}_A.weight", f"{layer}.feed_forward.w3.{pair}_B.weight"
+            one, other = (arrays[inner] @ arrays[outer] for arrays in (full, scaled))
+            assert np.abs(one - other).max() <= 0.03 * np.abs(one).max()
+    assert {tensor.dtype for name, tensor in open_source(tmp_path / "scaled").tensors.items()
+            if name.endswith("norm.weight")} == {"F16"}
+
+
+def test_a_run_that_goes_on_decides_as_before(tmp_path, monkeypatch, capsys):
+    def run(name):
+        return quantize("starter", tmp_path / name, calibrate=demo_path("train.json"), samples=3)
+
+    def content(folder):
+        return {name: tensor.whole().tobytes() for name, tensor in open_source(folder).tensors.items()}
+
+    run("whole")
+    said = capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(streaming, "SYNC_BYTES", 1)
+    send, search = streaming.Lanes.send, layer_rounding.search
+
+    def stop(lanes, item):
+        if item.name == "model.layers.2.feed_forward.w1.qzeros":
+            raise KeyboardInterrupt
+        send(lanes, item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming.Lanes, "send", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("target")
+    searched = []
+    monkeypatch.setattr(layer_rounding, "search", lambda *given: searched.append(given) or search(*given))
+    run("target")
+    assert len(searched) == len(FOLDS)            # of the last layer alone
+    assert content(tmp_path / "target") == content(tmp_path / "whole")
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert {entry.name for entry in tmp_path.iterdir()} == {"whole", "target"}

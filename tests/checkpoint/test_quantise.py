@@ -201,6 +201,8 @@ def test_what_needs_full_weights_says_how_to_make_them(model, tmp_path):
     refuse(f"is quantised, and training needs full weights: .*{made}", begin, {}, open_source(small))
     refuse(f"merging needs full weights.*{made}", merge, small, tmp_path / "merged", fold=("web",))
     refuse(f"attaching needs full weights.*{made}", merge, model, tmp_path / "merged", attach=small)
+    refuse(f"merging needs full weights.*{made}", merge, model, tmp_path / "merged", average=[small])
+    refuse(f"merging needs full weights.*{made}", merge, small, tmp_path / "merged", extract=["partial_lora"])
     refuse(f"quantised already, with 8 bits.*{made}", quantize, small, tmp_path / "again")
 
 
@@ -220,6 +222,21 @@ def test_other_packings(model, tmp_path, change, words):
     refuse(words, convert, tmp_path / "awq", tmp_path / "full")
     refuse(words, inspect, tmp_path / "awq")
     assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"bits": 8}, "wqkv.qweight with 4 bits, and its config.json says that the decoder's linears have 8"),
+    ({"group_size": 64}, "group_size 64; groups of 128 are read"), ({"bits": 3}, "bits 3"),
+    ({"source_dtype": "int7"}, "source_dtype 'int7'"), ({"version": 2}, "reads version 1")])
+def test_a_section_that_is_of_other_weights(model, tmp_path, change, words):
+    small = quantize(model, tmp_path / "small")
+    fields = json.loads((small / "config.json").read_text())
+    fields["quantization_config"].update(change)
+    (small / "config.json").write_text(json.dumps(fields))
+    (small / "digests.json").unlink()
+    refuse(words, convert, small, tmp_path / "full")
+    refuse(words, inspect, small)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"small"}
 
 
 def test_arrays_that_are_missing_or_of_another_kind(model, tmp_path):
@@ -242,6 +259,14 @@ def test_arrays_that_are_missing_or_of_another_kind(model, tmp_path):
     refuse("do not belong together in groups of 128", convert, other, tmp_path / "full")
     write({**arrays, f"{name}.scales": ("F32", arrays[f"{name}.scales"][1].astype(np.float32))})
     refuse(f"{name}.scales in the format F32", convert, other, tmp_path / "full")
+    write({key: value for key, value in arrays.items() if key != f"{name}.qweight"})
+    refuse(f"1 parameters are missing .*{name}.weight.* 2 are surplus .*{name}.scales", convert, other,
+           tmp_path / "full")
+    odd = arrays[f"{name}.scales"][1].copy()
+    odd[3] = np.nan
+    write({**arrays, f"{name}.scales": ("F16", odd)})
+    refuse(f"{name}.scales holds 1 NaN or infinities.*the file is damaged", convert, other, tmp_path / "full")
+    assert not (tmp_path / "full").exists()
     write(arrays)
     (other / "config.json").unlink()
     refuse("no quantization_config in a config.json says how", convert, other, tmp_path / "full", config=small)

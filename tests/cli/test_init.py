@@ -15,6 +15,7 @@ from mindformers_ixc.cli.init_text import EPOCHS, epochs_for
 from mindformers_ixc.cli.yaml_file import merged_fields, read_yaml, tie_data_section
 from mindformers_ixc.config import CONFIG_FILE, ModelConfig
 from mindformers_ixc.data import preview_data
+from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.resources import STARTER, resolve_model
 
 DEMO = Path(mindformers_ixc_cli.__file__).parent / "mindformers_ixc" / "demo"
@@ -138,6 +139,15 @@ def test_the_7b_model_takes_the_recipes_for_ascend(folder, no_terminal):
     assert (fields["context"]["device_target"], fields["context"]["max_device_memory"]) == ("Ascend", "29GB")
     assert fields["train_dataset"]["tokenizer"]["vocab_file"] == "seven/tokenizer.model"
     assert "mindformers launch -n 16 --config my.yaml" in said
+
+
+def test_a_quantised_model_is_none_to_begin_with(folder, no_terminal):
+    from mindformers_ixc.checkpoint.quantise import quantize
+
+    quantize(STARTER, "small")
+    with pytest.raises(CheckpointError, match=r"small is quantised, and training needs full weights: .* --to hf"):
+        init("--data", "my pictures", "--model", "small")
+    assert not Path("my.yaml").exists()
 
 
 def test_a_run_from_the_starter_says_so(folder, no_terminal):

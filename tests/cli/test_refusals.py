@@ -14,10 +14,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import mindformers_ixc_cli
+from mindformers_ixc.checkpoint.quantise import quantize
 from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.cli import ending
 from mindformers_ixc.cli.early_device import check_device
 from mindformers_ixc.cli.inputs import check_inputs
+from mindformers_ixc.cli.plan import plan
 from mindformers_ixc.cli.recipe_files import recipes
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.resources import resolve_model
@@ -305,3 +308,52 @@ sys.exit(main())
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, check=False)
     assert done.returncode in (130, -signal.SIGINT)
     assert done.stdout == "" and done.stderr in ("", "SIGINT ended this command.\n")
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory):
+    """The starter with numbers of four bits, in both layouts."""
+    place = tmp_path_factory.mktemp("quantised")
+    return {layout: quantize("starter", place / layout, layout=layout) for layout in ("mindformers_ixc", "awq")}
+
+
+@pytest.mark.parametrize("layout", ["mindformers_ixc", "awq"])
+@pytest.mark.parametrize("words", [
+    RUN, ("launch", "-n", "2", *RUN[1:]), ("plan", *RUN[1:3], "--devices", "1"),
+    (*RUN, "--model.model_config.pet_config.pet_type", "lora"), ("reference", "pairs.json", "x.json")],
+    ids=["run", "launch", "plan", "lora", "reference"])
+def test_a_quantised_model_where_full_weights_are_needed(words, layout, quantised):
+    model = str(quantised[layout])
+    Path("pairs.json").write_text(json.dumps([{"id": 0, "prompt": "Hello", "chosen": "Hi", "rejected": "No"}]))
+    what = "reference" if words[0] == "reference" else "training"
+    given = ("--model", model) if words[0] == "reference" else ("--load_checkpoint", model)
+    said = (plan_refusal if words[0] == "plan" else refusal)(*words, *given)
+    assert said == (f"{model} is quantised, and {what} needs full weights: take those it was made from, or widen it: "
+                    f"mindformers convert {model} TARGET --to hf.")
+    assert not Path("out").exists()
+
+
+def plan_refusal(*words: str) -> str:
+    """What `plan` says, which looks at the checkpoint itself."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        plan(mindformers_ixc_cli.parse(list(words)))
+    return str(caught.value)
+
+
+def test_a_quantised_model_that_lacks_something_is_no_model_to_ask(quantised):
+    small = quantised["mindformers_ixc"]
+    shutil.copytree(small, "damaged", ignore=shutil.ignore_patterns("*.safetensors*", "digests*"))
+    arrays = {name: (tensor.dtype, tensor.whole()) for name, tensor in open_source(small).tensors.items()}
+    missing = "model.layers.2.feed_forward.w2.scales"
+    del arrays[missing]
+    file = TensorFile(Path("damaged/model.safetensors"), [(name, dtype, value.shape)
+                                                          for name, (dtype, value) in arrays.items()])
+    file.open()
+    for name, (_, value) in arrays.items():
+        file.write(name, 0, value)
+    file.close()
+    assert f"without {missing}, which says what its numbers mean" in refusal("chat", "--model", "damaged", "hello")
+    fields = json.loads(Path("damaged/config.json").read_text())
+    fields["quantization_config"]["group_size"] = 64
+    Path("damaged/config.json").write_text(json.dumps(fields))
+    assert "group_size 64; groups of 128 are read" in refusal("eval", "--model", "damaged", "--data", "none.json")
