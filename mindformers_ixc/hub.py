@@ -31,8 +31,7 @@ class Repository:
 REPOSITORIES = (
     Repository("internlm-xcomposer2d5-7b", 22.2, "InternLM-XComposer-2.5 with its three task LoRAs"),
     Repository("internlm-xcomposer2d5-7b-chat", None, "the same after reinforcement learning; not tried here"),
-    Repository("internlm-xcomposer2d5-7b-reward", 16.6, "a model that scores answers",
-               "it has a score head in place of output.weight"),
+    Repository("internlm-xcomposer2d5-7b-reward", 16.6, "a model that scores answers"),
     Repository("internlm-xcomposer2d5-7b-4bit", None, "the first in 4 bit (AWQ)", "its weights are packed in 4 bit"),
     Repository("internlm-xcomposer2d5-ol-7b", None, "a system for streams of video and sound, in five folders",
                "its base has a module more (video_mem_proj), and the other folders are other models"),

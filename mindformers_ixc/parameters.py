@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from mindformers_ixc.config import TASK_LORAS, ModelConfig
 
 VISION = "vit.vision_tower.vision_model"
+# What a reward model has in place of `output.weight`.
+SCORE_HEAD = "v_head.weight"
 
 # Parts in the order they are computed, and what the names of their parameters look like. First match wins.
 PARTS = {
@@ -21,6 +23,7 @@ PARTS = {
     "partial_lora": r"model\..*\.Plora_[AB]\.weight$",
     **{f"task_lora.{task}": rf"model\..*\.lora_{task}_[AB]\.weight$" for task in TASK_LORAS},
     "lora": r"model\..*\.mindpet_delta_lora_[ABab]",
+    "reward_head": r"v_head\.",
     "language": r"(model\.|output\.)",
 }
 
@@ -138,4 +141,7 @@ def _language_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
         yield f"model.layers.{i}.attention_norm.weight", (config.hidden_size,)
         yield f"model.layers.{i}.ffn_norm.weight", (config.hidden_size,)
     yield "model.norm.weight", (config.hidden_size,)
-    yield "output.weight", (config.vocab_size, config.hidden_size)
+    if config.reward_pooling is None:
+        yield "output.weight", (config.vocab_size, config.hidden_size)
+    else:
+        yield SCORE_HEAD, (1, config.hidden_size)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.digests import check_files, differences, group_by_digests
+from mindformers_ixc.checkpoint.family import know_reward
 from mindformers_ixc.checkpoint.quantised import (
     AWQ,
     NUMBERS,
@@ -209,7 +210,7 @@ def _part(name: str, stored: Mapping[str, StoredWeight] | None = None) -> str:
 
 
 def _compare(report: Report, source: OpenedCheckpoint, config: Path) -> None:
-    table = parameter_table(read_config(config))
+    table = parameter_table(know_reward(read_config(config), source))
     report.missing = [name for name in table if name not in source.tensors]
     for name, tensor in source.tensors.items():
         if _part(name) in ("optimizer states", "buffers") or is_state(name):
