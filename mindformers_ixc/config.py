@@ -432,6 +432,8 @@ class ModelConfig:
     """
 
     model_type = "internlmxcomposer2"
+    # whether a file said which task LoRAs there are; public ones leave it to the weights
+    says_tasks = True
     vision_class: type[VisionConfig] = VisionConfig
 
     vocab_size: int
@@ -636,7 +638,8 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
     found = read_json(file, CheckpointError)
     if not isinstance(found, dict) or found.get("model_type") != ModelConfig.model_type:
         model = found.get("model_type") if isinstance(found, dict) else type(found).__name__
-        raise CheckpointError(f"{file} has model_type '{model}', expected '{ModelConfig.model_type}'.")
+        raise CheckpointError(f"{file} has model_type '{model}', expected '{ModelConfig.model_type}'; "
+                              "`mindformers inspect` says of other models of the family what they are.")
     return found
 
 
@@ -661,8 +664,8 @@ def _no_model(path: str | os.PathLike, file: Path) -> str:
         return f"{path} is a file; {wanted}."
     if not file.parent.exists():
         return f"{path} does not exist; {wanted}. `{STARTER}` is the small model that ships with this package."
-    # the model in a run's folder, and the files in a hub tool's cache
-    inner = next((found.parent for pattern in ("model", "snapshots/*")
+    # the model in a run's folder, OmniLive's own, and the files in a hub tool's cache
+    inner = next((found.parent for pattern in ("model", "base", "snapshots/*")
                   for found in sorted(file.parent.glob(f"{pattern}/{CONFIG_FILE}"))), None)
     meant = f" {inner} has one: is that meant?" if inner else ""
     return f"{file} does not exist; {wanted}.{meant}"
@@ -691,6 +694,7 @@ def read_config(path: str | os.PathLike, config_class: type = ModelConfig, **ove
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     config._kept = _unknown(found, FIELDS)
+    config.says_tasks = found.get("task_lora_ranks") is not None
     vision = found.get("vision_config")
     if isinstance(vision, dict):
         config.vision_config._kept = _unknown(vision, VISION_FIELDS)

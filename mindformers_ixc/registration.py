@@ -24,7 +24,7 @@ from mindformers.pipeline.registry_constant import PIPELINE_REGISTRY
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindpet.utils.constants import DELTA_LIST
 
-from mindformers_ixc.checkpoint.family import know_reward
+from mindformers_ixc.checkpoint.family import know_member
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import CheckpointError
@@ -215,7 +215,7 @@ class IXC25AnyModel(IXC25ForCausalLM):
                                           **kwargs: Any) -> Any:
         """The directory's model; arguments as in `IXC25ForCausalLM`."""
         source = open_source(pretrained_model_name_or_path, verify=False)
-        found = know_reward(read_config(pretrained_model_name_or_path), source)
+        found = know_member(read_config(pretrained_model_name_or_path), source)
         of_kind = IXC25ForCausalLM if found.reward_pooling is None else IXC25ForReward
         return of_kind.from_pretrained_experimental_mode(pretrained_model_name_or_path, *model_args, **kwargs)
 

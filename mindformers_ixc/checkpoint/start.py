@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mindformers_ixc.checkpoint.dtypes import FLOATING
-from mindformers_ixc.checkpoint.family import WRITING_HEAD, know_reward, refuse_other
+from mindformers_ixc.checkpoint.family import WRITING_HEAD, know_member, refuse_other, say_unused
 from mindformers_ixc.checkpoint.quantised import refuse_quantised
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.config import ALIASES, FIELDS, MODE_ADAPTERS, VISION_FIELDS, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError, ConfigError
-from mindformers_ixc.parameters import BUFFERS, part_of
+from mindformers_ixc.parameters import BUFFERS, UNUSED, part_of
 from mindformers_ixc.resources import is_starter
 from mindformers_ixc.rope import ROPE_FIELDS, Rope, read_rope
 
@@ -78,7 +78,7 @@ def begin(section: MutableMapping, source: OpenedCheckpoint, override: Collectio
     recipe = Recipe()
     refuse_quantised(source, "training")
     if source.config_file is not None:
-        found = know_reward(read_config(source.config_file), source)
+        found = know_member(read_config(source.config_file), source)
         scores = section.get("reward_pooling") is not None
         if not scores:
             refuse_other(found.reward_pooling is not None, source.path, scores)
@@ -200,7 +200,7 @@ def match_tensors(source: OpenedCheckpoint, shapes: Mapping[str, tuple[int, ...]
                   mode: str = "base") -> tuple[dict[str, LazyTensor], list[str]]:
     """The tensors of a model's parameters in a checkpoint, all of them checked.
 
-    Optimizer states, counters, averages and buffers of a checkpoint are passed over.
+    Optimizer states, counters, averages, buffers and what no graph here uses (`parameters.UNUSED`) are passed over.
 
     Args:
         source: the checkpoint.
@@ -216,7 +216,7 @@ def match_tensors(source: OpenedCheckpoint, shapes: Mapping[str, tuple[int, ...]
     """
     recipe = recipe or Recipe()
     found = {name: tensor for name, tensor in source.tensors.items()
-             if name in shapes or not (is_state(name) or BUFFERS.match(name))}
+             if name in shapes or not (is_state(name) or BUFFERS.match(name) or UNUSED.match(name))}
     surplus = [name for name in found if name not in shapes and not {name, part_of(name)} & recipe.left_out]
     missing = [name for name in shapes if name not in found]
     present = {part_of(name) for name in found}
@@ -225,6 +225,7 @@ def match_tensors(source: OpenedCheckpoint, shapes: Mapping[str, tuple[int, ...]
     lacking = [name for name in missing if name not in excused]
     if lacking or surplus:
         raise CheckpointError(mismatch(source.path, lacking, surplus))
+    say_unused(source)
     tensors = {name: tensor for name, tensor in found.items() if name in shapes}
     for name, tensor in tensors.items():
         check_tensor(source, name, tensor, shapes[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 
 from mindformers_ixc import terminal
-from mindformers_ixc.checkpoint.family import know_reward, refuse_other
+from mindformers_ixc.checkpoint.family import know_member, refuse_other
 from mindformers_ixc.checkpoint.quantised import quantization_of, refuse_quantised
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.cli.early import SMALL
@@ -69,7 +69,7 @@ def check_question(arguments: argparse.Namespace) -> None:
         return          # reading those takes PyTorch, whose import takes seconds
     with terminal.to_be_said_later():
         source = open_source(folder, verify=False)
-    refuse_other(know_reward(config, source).reward_pooling is not None, arguments.model, scores)
+    refuse_other(know_member(config, source).reward_pooling is not None, arguments.model, scores)
     if getattr(arguments, "command", None) == "reference":
         refuse_quantised(source, "reference")
     quantization_of(source)

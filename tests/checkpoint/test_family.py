@@ -96,3 +96,87 @@ def test_training_goes_on_with_one(tmp_path):
 def test_another_training_does_not_begin_with_one(tmp_path, fields):
     with pytest.raises(CheckpointError, match=r"is a reward model: .* writes none"):
         begin({"task_lora_ranks": {}}, open_source(make_reward(tmp_path / "model", **fields)))
+
+
+def add_memory(folder, dtype="F32"):
+    """Gives a model directory what OmniLive's base has beside it."""
+    arrays = {name: tensor.whole() for name, tensor in open_source(folder).tensors.items()}
+    width = SIZES["hidden_size"]
+    memory = {"video_mem_proj.0.weight": (width, 24), "video_mem_proj.0.bias": (width,),
+              "video_mem_proj.2.weight": (width, width), "video_mem_proj.2.bias": (width,)}
+    rng = np.random.default_rng(9)
+    arrays.update({name: rng.standard_normal(shape).astype(np.float32) for name, shape in memory.items()})
+    save(folder / "model.safetensors", arrays, dtype)
+    return folder
+
+
+def test_omnilives_base_comes_through_and_nothing_uses_its_memory(tmp_path, caplog):
+    source = add_memory(make(tmp_path / "base", task_lora_ranks={}))
+    with caplog.at_level("INFO"):
+        convert(source, tmp_path / "tp2", tensor_parallel=2, pipeline_stages=2)
+        convert(source, tmp_path / "again", to="hf")
+    assert sum("nothing here computes with them" in record.message for record in caplog.records) == 1
+    convert(tmp_path / "tp2", tmp_path / "back", to="hf")
+    merge(source, tmp_path / "mean", average=[tmp_path / "again"])
+    merge(source, tmp_path / "part", extract=["vision"])
+    merge(source, tmp_path / "attached", attach=tmp_path / "part")
+    wanted = open_source(source).tensors
+    for folder in ("again", "back", "mean", "attached"):
+        found = open_source(tmp_path / folder).tensors
+        assert found.keys() == wanted.keys(), folder
+        for name, tensor in wanted.items():
+            np.testing.assert_array_equal(found[name].whole(), tensor.whole())
+    section = {"task_lora_ranks": {}}
+    opened = open_source(source)
+    recipe = begin(section, opened)
+    tensors, new = match_tensors(opened, shapes_of(section), recipe)
+    assert not new and not any(name.startswith("video_mem_proj") for name in tensors)
+    report = inspect(source)
+    assert not report.surplus and report.parts["not used here"].tensors == 4
+    assert "OmniLive's base: it answers and trains" in report.to_text()
+
+
+@pytest.mark.parametrize(("build", "words"), [
+    (lambda folder: make(folder), "It is InternLM-XComposer-2.5 with the task LoRAs sft, dpo, web: `mindformers chat`"),
+    (lambda folder: make(folder, task_lora_ranks={}), "It is InternLM-XComposer-2.5 without task LoRAs"),
+    (lambda folder: make_reward(folder), "It is a reward model (IXC-2.5-Reward): `mindformers score`"),
+])
+def test_inspect_says_which_member_it_is(tmp_path, build, words):
+    text = inspect(build(tmp_path / "model")).to_text()
+    assert words in text and "It holds exactly what its configuration asks for." in text
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"model_type": "clip_vision_model"}, "It is a CLIP vision tower, which `mindformers assemble` joins"),
+    ({"model_type": "internlm2"}, "It is an InternLM2 language model"),
+    ({"model_type": "qwen2", "architectures": ["GroundQwenForCausalLM"]}, "It is OmniLive's memory model, which is"),
+    ({"model_type": "qwen2_audio"}, "It is OmniLive's audio model"),
+])
+def test_inspect_names_other_models(tmp_path, fields, words):
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    save(tmp_path / "model.safetensors", {"layer.weight": np.ones((2, 2), np.float32)})
+    report = inspect(tmp_path)
+    text = report.to_text()
+    assert words in text and "missing" not in text and not report.of_family
+    assert json.loads(report.to_json())["member"] in text
+
+
+def test_the_folder_of_omnilive_leads_to_its_base(tmp_path):
+    make(tmp_path / "ol" / "base")
+    with pytest.raises(CheckpointError, match=r"ol/base has one: is that meant\?"):
+        read_config(tmp_path / "ol")
+
+
+@pytest.mark.parametrize(("ranks", "build"), [
+    ({"sft": 2, "dpo": 2, "web": 4}, make), ({}, make), ({"web": 3}, make),
+    ({}, lambda folder, **_: make_reward(folder))])
+def test_the_weights_say_which_task_loras_there_are(tmp_path, ranks, build):
+    """Public configurations do not, and the reward model and OmniLive's base have none."""
+    folder = build(tmp_path / "model", task_lora_ranks=ranks)
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["task_lora_ranks"]
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    report = inspect(folder)
+    assert not report.missing and not report.surplus
+    convert(folder, tmp_path / "again", to="hf")
+    assert read_config(tmp_path / "again").task_lora_ranks == ranks
