@@ -37,19 +37,20 @@ from mindformers_ixc.terminal import claim_stdout, quiet_libraries
 # Module of mindformers_ixc.cli and function behind each command.
 COMMANDS = {
     "run": ("run", "run"), "launch": ("launch", "launch"), "chat": ("chat", "chat"), "eval": ("evaluate", "evaluate"),
+    "score": ("score", "score"),
     "convert": ("checkpoints", "run_convert"), "quantize": ("checkpoints", "run_quantize"),
-    "merge": ("checkpoints", "run_merge"),
+    "merge": ("checkpoints", "run_merge"), "assemble": ("checkpoints", "run_assemble"),
     "inspect": ("checkpoints", "run_inspect"), "data": ("data", "data"), "reference": ("reference", "reference"),
     "report": ("report", "report"), "plan": ("plan", "plan"), "recipes": ("recipes", "show_recipes"),
     "doctor": ("doctor", "doctor"), "init": ("init", "init"),
 }
 
 # What goes on in commands that say nothing until they have a result.
-WORK = {"convert": "Converting", "quantize": "Quantising", "merge": "Merging", "inspect": "Reading the checkpoint",
-        "data": "Reading the data", "report": "Drawing", "plan": "Planning"}
+WORK = {"convert": "Converting", "quantize": "Quantising", "merge": "Merging", "assemble": "Assembling",
+        "inspect": "Reading the checkpoint", "data": "Reading the data", "report": "Drawing", "plan": "Planning"}
 
 # Commands that end when a file of their data does not answer; those with a YAML within the time that it says.
-READING = ("run", "data", "init", "eval", "reference")
+READING = ("run", "data", "init", "eval", "score", "reference")
 
 # Commands that import MindFormers at once.
 HEAVY = ("run", "launch", "chat", "reference")

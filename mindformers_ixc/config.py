@@ -155,6 +155,9 @@ FIELDS = {
     "plora_dropout": Field(0.05, "dropout on the input of Partial LoRA in training", chosen=True),
     "task_lora_ranks": Field(None, "rank of each task LoRA pair present, by name; `{}` builds none",
                              shown=", ".join(f"{task} {rank}" for task, rank in TASK_LORA_RANKS.items()), chosen=True),
+    "reward_pooling": Field(None, "of a reward model: its score is the head's value at the `last` position, or the "
+                            "`mean` over all; with it the model has the head `v_head` in place of `output`",
+                            shown="none: the model writes"),
     "hd_num": Field(None, "tiles of the dynamic partition the model was trained with; chat's default from then on",
                     chosen=True),
     "seq_length": Field(4096, "positions of a training sample (static shape of the graph)", False),
@@ -178,6 +181,8 @@ FIELDS = {
     "preference": Field(None, "with `arch.type: IXC25ForPreference`: `task` (the pair that trains), `loss` (`sigmoid`, "
                         "`ipo`, `simpo`, `orpo`), `beta`, and what the loss has: `label_smoothing`, `rpo_alpha`, "
                         "`gamma`", False, "dpo, sigmoid, 0.1, 0, 0"),
+    "reward": Field(None, "with `arch.type: IXC25ForReward`: `loss` (`ranking`, `focal`) and `log_barrier`", False,
+                    "ranking, 0"),
     "use_past": Field(False, "paged and flash attention in inference on Ascend, the tower's too; must be False in "
                       "training", False, "False (chat, eval and predict: True)"),
     "block_size": Field(128, "positions of a block of Ascend's paged cache: a multiple of 16, at most 16384 / head "
@@ -221,8 +226,14 @@ FRAMEWORK_FIELDS = (
     "quantization_config", "quantization", "is_encoder_decoder", "tokenizer_class", "moe_config", "dataset_config",
     "type", "name_or_path", "_name_or_path", "_commit_hash")
 
-# What a model directory names as the class of its weights.
+# What a model directory names as the class of its weights. The second is by analogy with the public InternLM2 reward
+# models: any name with `REWARD` in it is read as a reward model's.
 ARCHITECTURES = ["InternLMXComposer2ForCausalLM"]
+REWARD_ARCHITECTURES = ["InternLMXComposer2ForRewardModel"]
+REWARD = "Reward"
+
+# Where a reward model's score is read.
+POOLINGS = ("last", "mean")
 
 
 @dataclass(frozen=True)
@@ -421,6 +432,8 @@ class ModelConfig:
     """
 
     model_type = "internlmxcomposer2"
+    # whether a file said which task LoRAs there are; public ones leave it to the weights
+    says_tasks = True
     vision_class: type[VisionConfig] = VisionConfig
 
     vocab_size: int
@@ -445,6 +458,7 @@ class ModelConfig:
     plora_alpha: int
     plora_dropout: float
     task_lora_ranks: dict[str, int]
+    reward_pooling: str | None
     hd_num: int | None
     seq_length: int
     max_tiles: int
@@ -460,6 +474,7 @@ class ModelConfig:
     packing: bool
     num_sources: int
     preference: dict | None
+    reward: dict | None
     use_past: bool
     block_size: int
     num_blocks: int | None
@@ -527,6 +542,8 @@ class ModelConfig:
         if missing:
             raise ConfigError(f"adapter_mode '{self.adapter_mode}' needs the task LoRA pairs {missing}, but "
                               f"task_lora_ranks has only {sorted(self.task_lora_ranks)}.")
+        if self.reward_pooling is not None:
+            check_value("reward_pooling", self.reward_pooling, one_of(POOLINGS))
         check_value("dynamic_ntk", self.dynamic_ntk, one_of(DYNAMIC_NTK))
         check_value("loss_form", self.loss_form, one_of(LOSS_FORMS))
 
@@ -569,7 +586,8 @@ class ModelConfig:
             if `read_config` made this configuration.
         """
         return {**_public(self, FIELDS), "vision_config": self.vision_config.to_public_dict(),
-                "model_type": self.model_type, "architectures": list(ARCHITECTURES)}
+                "model_type": self.model_type,
+                "architectures": list(ARCHITECTURES if self.reward_pooling is None else REWARD_ARCHITECTURES)}
 
 
 def _dtype(name: str, value: object) -> str:
@@ -620,8 +638,16 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
     found = read_json(file, CheckpointError)
     if not isinstance(found, dict) or found.get("model_type") != ModelConfig.model_type:
         model = found.get("model_type") if isinstance(found, dict) else type(found).__name__
-        raise CheckpointError(f"{file} has model_type '{model}', expected '{ModelConfig.model_type}'.")
+        raise CheckpointError(f"{file} has model_type '{model}', expected '{ModelConfig.model_type}'; "
+                              "`mindformers inspect` says of other models of the family what they are.")
     return found
+
+
+def names_reward(fields: Mapping) -> bool:
+    """Whether a `config.json` says that its weights are a reward model's."""
+    names = fields.get("architectures")
+    return fields.get("reward_pooling") is not None or (
+        isinstance(names, list) and any(REWARD in name for name in names if isinstance(name, str)))
 
 
 def _no_model(path: str | os.PathLike, file: Path) -> str:
@@ -638,8 +664,8 @@ def _no_model(path: str | os.PathLike, file: Path) -> str:
         return f"{path} is a file; {wanted}."
     if not file.parent.exists():
         return f"{path} does not exist; {wanted}. `{STARTER}` is the small model that ships with this package."
-    # the model in a run's folder, and the files in a hub tool's cache
-    inner = next((found.parent for pattern in ("model", "snapshots/*")
+    # the model in a run's folder, OmniLive's own, and the files in a hub tool's cache
+    inner = next((found.parent for pattern in ("model", "base", "snapshots/*")
                   for found in sorted(file.parent.glob(f"{pattern}/{CONFIG_FILE}"))), None)
     meant = f" {inner} has one: is that meant?" if inner else ""
     return f"{file} does not exist; {wanted}.{meant}"
@@ -661,11 +687,14 @@ def read_config(path: str | os.PathLike, config_class: type = ModelConfig, **ove
     """
     found = read_fields(path)
     del found["model_type"]
+    if names_reward(found):
+        found.setdefault("reward_pooling", POOLINGS[0])
     try:
         config = config_class(**{**found, **overrides})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     config._kept = _unknown(found, FIELDS)
+    config.says_tasks = found.get("task_lora_ranks") is not None
     vision = found.get("vision_config")
     if isinstance(vision, dict):
         config.vision_config._kept = _unknown(vision, VISION_FIELDS)

@@ -1,14 +1,14 @@
 """Decoding options: what there is and what each may be, known before any library is imported."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
 
 from mindformers_ixc.errors import GenerationError
-from mindformers_ixc.sections import Rule, check_value, is_number, is_whole, whole
+from mindformers_ixc.sections import Rule, check_value, is_number, is_whole, of_type, whole
 
 # Below, scores divided by the temperature could leave the range of float32; the likeliest token is as good.
 LEAST_TEMPERATURE = 1e-5
@@ -40,6 +40,45 @@ RULES = {
                           f"a whole number from 0 to {MOST_PROPOSED} (0: off)"),
     "seed": Rule(lambda value: value is None or is_whole(value, 0), "a whole number of at least 0, or None"),
 }
+
+
+# What is beside the options of `GenerationOptions` in run mode predict.
+BEST_RULES = {"best_of": whole(2, " (samples to choose from)"), "reward": of_type(str)}
+
+
+def check_best_of(count: object, options: Mapping) -> None:
+    """Refuses a number of samples that leaves nothing to choose from, and options that go with one answer only.
+
+    Args:
+        count: samples of a question.
+        options: fields of `GenerationOptions` by name.
+
+    Raises:
+        GenerationError: naming the option.
+    """
+    check_value("best_of", count, BEST_RULES["best_of"], GenerationError)
+    for name, idle in (("num_beams", 1), ("prompt_lookup", 0)):
+        if options.get(name, idle) not in (idle, None):
+            raise GenerationError(f"best_of is {count} and {name} is {options[name]}; samples are drawn token by "
+                                  "token, so leave one of them out.")
+
+
+def check_reward(count: object, reward: object, options: Mapping) -> None:
+    """The same where there need not be several samples, but for a reward model that nothing chooses by.
+
+    Args:
+        count: samples of a question; `None` for one answer.
+        reward: directory of the reward model, or `None`.
+        options: as in `check_best_of`.
+
+    Raises:
+        GenerationError: naming the option.
+    """
+    if count is not None:
+        check_best_of(count, options)
+    elif reward is not None:
+        raise GenerationError(f"reward is {reward}, but best_of is not said; a reward model chooses among several "
+                              "samples, so say how many (--best_of 8).")
 
 
 @dataclass(frozen=True)

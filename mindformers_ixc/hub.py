@@ -31,12 +31,11 @@ class Repository:
 REPOSITORIES = (
     Repository("internlm-xcomposer2d5-7b", 22.2, "InternLM-XComposer-2.5 with its three task LoRAs"),
     Repository("internlm-xcomposer2d5-7b-chat", None, "the same after reinforcement learning; not tried here"),
-    Repository("internlm-xcomposer2d5-7b-reward", 16.6, "a model that scores answers",
-               "it has a score head in place of output.weight"),
-    Repository("internlm-xcomposer2d5-7b-4bit", None, "the first in 4 bit (AWQ)", "its weights are packed in 4 bit"),
-    Repository("internlm-xcomposer2d5-ol-7b", None, "a system for streams of video and sound, in five folders",
-               "its base has a module more (video_mem_proj), and the other folders are other models"),
-    Repository("internlm-xcomposer2d5-clip", 1.1, "the vision tower alone", "it is a part of the first, which has it"),
+    Repository("internlm-xcomposer2d5-7b-reward", 16.6, "a model that scores answers"),
+    Repository("internlm-xcomposer2d5-7b-4bit", None, "the first in 4 bit (AWQ)"),
+    Repository("internlm-xcomposer2d5-ol-7b", None, "a system for streams of video and sound, in five folders"),
+    Repository("internlm-xcomposer2d5-clip", 1.1, "the vision tower alone",
+               "alone it is no model, and the first has it; `mindformers assemble` takes it from a folder"),
 )
 HUGGING_FACE, MODEL_SCOPE = "internlm", "Shanghai_AI_Laboratory"
 

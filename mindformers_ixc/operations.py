@@ -68,7 +68,8 @@ def _costs(config: ModelConfig, trained: Collection[str] | None, tasks: Collecti
     ranks = {f"task_lora.{task}": config.task_lora_ranks.get(task, 0) for task in tasks}
     for part, rank in {"partial_lora": config.plora_rank, **ranks}.items():
         layer += factor(part) * 2.0 * rank * sum(sum(shape) for shape in shapes)
-    head = factor("language") * 2.0 * config.vocab_size * width
+    head = factor("language") * 2.0 * config.vocab_size * width if config.reward_pooling is None else \
+        factor("reward_head") * 2.0 * width
     pair = factor("language") * 4.0 * config.num_attention_heads * config.head_size * config.num_hidden_layers
     return Costs(tile, config.num_hidden_layers * layer + head, pair)
 

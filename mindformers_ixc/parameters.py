@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from mindformers_ixc.config import TASK_LORAS, ModelConfig
 
 VISION = "vit.vision_tower.vision_model"
+# What a reward model has in place of `output.weight`.
+SCORE_HEAD = "v_head.weight"
 
 # Parts in the order they are computed, and what the names of their parameters look like. First match wins.
 PARTS = {
@@ -21,11 +23,15 @@ PARTS = {
     "partial_lora": r"model\..*\.Plora_[AB]\.weight$",
     **{f"task_lora.{task}": rf"model\..*\.lora_{task}_[AB]\.weight$" for task in TASK_LORAS},
     "lora": r"model\..*\.mindpet_delta_lora_[ABab]",
+    "reward_head": r"v_head\.",
     "language": r"(model\.|output\.)",
 }
 
 # Buffers that some versions of the public code save beside the weights; they are computed here, never loaded.
 BUFFERS = re.compile(r".*(\.position_ids|\.rotary_emb\.inv_freq)$")
+
+# Parameters of OmniLive's base that its memory model feeds and nothing here computes with; conversions carry them on.
+UNUSED = re.compile(r"video_mem_proj\.[02]\.(weight|bias)$")
 
 # What MindFormers' optimizers put in front of a parameter's name for its moments; cut and placed like the parameter.
 OPTIMIZER_STATE = re.compile(r"^(adam_m|adam_v|moment1|moment2|accu_grads|accum)\.")
@@ -138,4 +144,7 @@ def _language_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
         yield f"model.layers.{i}.attention_norm.weight", (config.hidden_size,)
         yield f"model.layers.{i}.ffn_norm.weight", (config.hidden_size,)
     yield "model.norm.weight", (config.hidden_size,)
-    yield "output.weight", (config.vocab_size, config.hidden_size)
+    if config.reward_pooling is None:
+        yield "output.weight", (config.vocab_size, config.hidden_size)
+    else:
+        yield SCORE_HEAD, (1, config.hidden_size)

@@ -24,9 +24,13 @@ from mindformers.pipeline.registry_constant import PIPELINE_REGISTRY
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindpet.utils.constants import DELTA_LIST
 
+from mindformers_ixc.checkpoint.family import know_member
+from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.pipeline import TASK, MultimodalChatPipeline
+from mindformers_ixc.generation.reward import IXC25ForReward
 from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
 from mindformers_ixc.models.preference import IXC25ForPreference
@@ -48,9 +52,10 @@ from mindformers_ixc.training.trainer import IXC25Trainer
 from mindformers_ixc.training.wrapper import IXC25PipelineWithLossScaleCell, IXC25TrainOneStepCell
 
 __all__ = [
-    "IXC25Config", "IXC25DataLoader", "IXC25ForCausalLM", "IXC25ForPreference", "IXC25ImageProcessor",
-    "IXC25PipelineWithLossScaleCell", "IXC25PreferenceDataset", "IXC25Processor", "IXC25SFTDataset",
-    "IXC25Tracker", "IXC25TrainOneStepCell", "IXC25Trainer", "IXC25VideoProcessor", "IXC25VisionConfig",
+    "IXC25Config", "IXC25DataLoader", "IXC25ForCausalLM", "IXC25ForPreference", "IXC25ForReward",
+    "IXC25ImageProcessor", "IXC25PipelineWithLossScaleCell", "IXC25PreferenceDataset", "IXC25Processor",
+    "IXC25SFTDataset", "IXC25Tracker", "IXC25TrainOneStepCell", "IXC25Trainer", "IXC25VideoProcessor",
+    "IXC25VisionConfig",
     "IXC25VisionModel", "InternLM2Tokenizer", "InternLMXComposer2Tokenizer",
 ]
 
@@ -202,12 +207,25 @@ class IXC25Processor(Processor, ProcessorMixin):
         self.tokenizer.save_pretrained(str(save_directory))
 
 
+class IXC25AnyModel(IXC25ForCausalLM):
+    """What `AutoModel` loads a directory with: the model that writes, or the reward model, whichever it holds."""
+
+    @classmethod
+    def from_pretrained_experimental_mode(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any,
+                                          **kwargs: Any) -> Any:
+        """The directory's model; arguments as in `IXC25ForCausalLM`."""
+        source = open_source(pretrained_model_name_or_path, verify=False)
+        found = know_member(read_config(pretrained_model_name_or_path), source)
+        of_kind = IXC25ForCausalLM if found.reward_pooling is None else IXC25ForReward
+        return of_kind.from_pretrained_experimental_mode(pretrained_model_name_or_path, *model_args, **kwargs)
+
+
 def register_auto_classes() -> None:
     """Lets MindFormers' Auto classes find everything by the model types of public `config.json` files."""
     for config_class in (IXC25Config, IXC25VisionConfig):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModelForCausalLM.register(IXC25Config, IXC25ForCausalLM, exist_ok=True)
-    AutoModel.register(IXC25Config, IXC25ForCausalLM, exist_ok=True)
+    AutoModel.register(IXC25Config, IXC25AnyModel, exist_ok=True)
     AutoModel.register(IXC25VisionConfig, IXC25VisionModel, exist_ok=True)
     # under the public class name, which is what a public tokenizer_config.json asks for
     AutoTokenizer.register(IXC25Config, slow_tokenizer_class=InternLMXComposer2Tokenizer, exist_ok=True)
@@ -266,7 +284,8 @@ def look_at_names() -> None:
 
     They would look for a model of MindFormers' own list, or ask its hub.
     """
-    for auto in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, IXC25ForCausalLM):
+    for auto in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, IXC25ForCausalLM,
+                 IXC25ForReward):
         auto.from_pretrained = classmethod(_with_advice(auto.from_pretrained.__func__))
     names = vars(importlib.import_module("mindformers.pipeline.pipeline"))     # the package's name is the function's
     for name in ("cached_file", "is_experimental_mode", "get_ms_experimental_pipeline"):

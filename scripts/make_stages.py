@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -98,6 +99,19 @@ def caption(colour: str, count: int) -> str:
     return f"a chart with {NUMBERS[count]} {colour} {'bar' if count == 1 else 'bars'}"
 
 
+def scored_pairs(name: str, charts: list[tuple[str, str, int]]) -> Iterator[dict]:
+    """What the reward model learns: right answers before wrong ones, which only the chart tells apart."""
+    for i, (path, colour, number) in enumerate(charts):
+        rounds = i // (len(COLOURS) * len(NUMBERS))
+        for j, (question, answer, others) in enumerate((
+                ("Which colour are the bars?", colour, [one for one in COLOURS if one != colour]),
+                ("How many bars are there?", NUMBERS[number], [one for one in NUMBERS.values()
+                                                               if one != NUMBERS[number]]))):
+            sides = [[{"from": "human", "value": question}, {"from": "bot", "value": text}]
+                     for text in (answer, others[(i + rounds) % len(others)])]
+            yield {"id": f"{name}-{i}-{j}", "conversations_a": sides[0], "conversations_b": sides[1], "image": path}
+
+
 def make_charts(out: Path) -> None:
     """Charts, captions, questions, preference pairs, and the same language without pictures."""
     rng = random.Random(0)
@@ -109,6 +123,7 @@ def make_charts(out: Path) -> None:
         write_json(out / f"vqa_{name}.json",
                    [sample(f"{name}-{i}-{j}", question, answer, path) for i, (path, c, n) in enumerate(charts)
                     for j, (question, answer, _) in enumerate(questions(c, n))])
+        write_json(out / f"reward_{name}.json", list(scored_pairs(name, charts)))
         if name == "train":
             write_json(out / "preferences.json",
                        [{"id": f"pair-{i}-{j}", "image": path, "prompt": question, "chosen": f"{answer}, I think",

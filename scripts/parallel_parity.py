@@ -7,9 +7,9 @@ training (Partial LoRA and the web pair among it), gradient clipping, losses by 
 checkpoint. Every step's loss, gradient norm and losses of sources, and the weights and averages joined from the ranks
 must be those of the single process within 1e-5. `resume` interrupts a run twice and goes on in another layout each time
 (tp 2, single, pp 2). `preferences` trains one pair by DPO, all else frozen; losses, gradient norms and rewards are
-compared. `inference` answers questions with a cache: logits of prompts and steps within 1e-5 of
-the largest, ids of greedy decoding and beams equal, and the file that run mode predict writes the same. Prints a table;
-returns 1 if a bar is missed.
+compared, and `rewards` a reward model the same way. `inference` answers questions with a cache: logits of prompts and
+steps within 1e-5 of the largest, ids of greedy decoding and beams equal, and the file that run mode predict writes the
+same. Prints a table; returns 1 if a bar is missed.
 """
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from parallel_answers import launch
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "yaml_configs" / "ixc25_sft_tiny.yaml"
 PREFERENCES = CONFIG.with_name("ixc25_dpo_tiny.yaml")
+REWARDS = CONFIG.with_name("ixc25_reward_tiny.yaml")
 PREDICT = CONFIG.with_name("predict_ixc25.yaml")
-OTHERS = ("resume", "preferences", "inference")
+OTHERS = ("resume", "preferences", "rewards", "inference")
 BAR = 1e-5
 SMALLEST = 1.0               # rewards begin near 0, as differences of large sums
 GLOBAL_BATCH, STEPS_AN_EPOCH = 8, 7          # 56 samples
@@ -237,19 +238,32 @@ def check_resume(out: Path, epochs: int) -> int:
 
 def check_preferences(out: Path, names: tuple[str, ...] = ("tp2", "dp2", "tp2accumulated", "pp2")) -> int:
     """DPO of one pair, everything else frozen, in some layouts; returns how many miss the bar."""
-    failed, first = 0, out / "dpo_start"
+    return _check_pairs(out, "dpo", PREFERENCES, names, {
+        "train_parts": "[task_lora.dpo]", "model.model_config.adapter_mode": "write",
+        "model.model_config.preference.rpo_alpha": 0.5})
+
+
+def check_rewards(out: Path, names: tuple[str, ...] = ("tp2", "dp2", "tp2accumulated", "pp2")) -> int:
+    """A reward model in some layouts; returns how many miss the bar."""
+    return _check_pairs(out, "reward", REWARDS, names, {
+        "train_parts": "[language, partial_lora, reward_head]", "model.model_config.adapter_mode": "base",
+        "model.model_config.reward.loss": "focal"})
+
+
+def _check_pairs(out: Path, kind: str, recipe: Path, names: tuple[str, ...], changes: dict) -> int:
+    """Learning from pairs in some layouts, against the single process."""
+    failed, first = 0, out / f"{kind}_start"
     write_start(first, PREFERENCES)
     for name, layout in (("single", Layout()), *((name, LAYOUTS[name]) for name in names)):
         began = time.perf_counter()
-        options = {**options_of(layout, 1, 1000), "load_checkpoint": first, "train_parts": "[task_lora.dpo]",
-                   "model.model_config.adapter_mode": "write", "model.model_config.preference.rpo_alpha": 0.5}
-        run(layout, out / f"dpo_{name}", options, PREFERENCES)
+        options = {**options_of(layout, 1, 1000), "load_checkpoint": first, **changes}
+        run(layout, out / f"{kind}_{name}", options, recipe)
         if name == "single":
             continue
-        ours = rows_of(out / f"dpo_{name}")
-        worst = worst_difference(ours, rows_of(out / "dpo_single"))
+        ours = rows_of(out / f"{kind}_{name}")
+        worst = worst_difference(ours, rows_of(out / f"{kind}_single"))
         failed += not worst <= BAR
-        print(f"{'dpo ' + name:14} {len(ours):5} {worst:15.1e} {'':>18} {time.perf_counter() - began:8.0f} "
+        print(f"{f'{kind} {name}':14} {len(ours):5} {worst:15.1e} {'':>18} {time.perf_counter() - began:8.0f} "
               f"{'ok' if worst <= BAR else 'MISSED'}", flush=True)
     return failed
 
@@ -312,6 +326,8 @@ def main() -> int:
             failed += check_resume(out, epochs)
         if "preferences" in arguments.layouts:
             failed += check_preferences(out)
+        if "rewards" in arguments.layouts:
+            failed += check_rewards(out)
         if "inference" in arguments.layouts:
             failed += check_inference(out)
     return int(failed > 0)

@@ -43,7 +43,7 @@ def test_what_is_here_is_a_path(tmp_path, monkeypatch):
 
 def test_other_models_of_the_family_are_not_advised():
     reward = not_a_folder(f"internlm/{NAME}-reward")
-    assert "cannot be used here: it has a score head" in reward and download_command(NAME) in reward
+    assert "nothing in this package goes online" in reward and download_command(f"{NAME}-reward") in reward
     assert "of another model" in not_a_folder("internlm/internlm2-7b")
     assert "of another model" not in not_a_folder(f"internlm/{NAME}")
 

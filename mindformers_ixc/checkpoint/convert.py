@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from mindformers_ixc.checkpoint.family import say_unused
 from mindformers_ixc.checkpoint.model_config import config_of, run_record
 from mindformers_ixc.checkpoint.quantised import widened
 from mindformers_ixc.checkpoint.sources import AVERAGE_PREFIX, OpenedCheckpoint, is_state, open_source
@@ -20,7 +21,7 @@ from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_check
 from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.parallel.cuts import check_degree, check_stages
-from mindformers_ixc.parameters import BUFFERS, base_name, parameter_table, part_of
+from mindformers_ixc.parameters import BUFFERS, UNUSED, base_name, parameter_table, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ def select_tensors(source: OpenedCheckpoint, config: ModelConfig, options: Optio
                 left_out += 1
         elif part_of(base_name(name)) in dropped or BUFFERS.match(name):
             continue
+        elif UNUSED.match(name):
+            chosen[name] = tensor
         elif part_of(base_name(name)) is None and (is_state(name) or len(tensor.shape) <= 1):
             if options.to == "ms" and not name.startswith(AVERAGE_PREFIX):
                 chosen[name] = tensor
@@ -120,6 +123,7 @@ def select_tensors(source: OpenedCheckpoint, config: ModelConfig, options: Optio
         missing = [name for name in missing if name not in found]
     if missing or surplus:
         raise CheckpointError(mismatch(source.path, missing, surplus))
+    say_unused(source)
     if is_run and left_out:
         logger.info(f"{source.path}: {left_out} tensors are no parameters (optimizer states, averages, counters) and "
                     "are left out.")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.digests import check_files, differences, group_by_digests
+from mindformers_ixc.checkpoint.family import describe_member, is_of_family, know_member
 from mindformers_ixc.checkpoint.quantised import (
     AWQ,
     NUMBERS,
@@ -21,7 +22,7 @@ from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state, open_
 from mindformers_ixc.checkpoint.tensors import JoinedTensor, LazyTensor
 from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import CheckpointError
-from mindformers_ixc.parameters import BUFFERS, PARTS, base_name, parameter_table, part_of
+from mindformers_ixc.parameters import BUFFERS, PARTS, UNUSED, base_name, parameter_table, part_of
 from mindformers_ixc.tables import Column, table, wrapped
 
 # Of the table of parts.
@@ -55,7 +56,8 @@ class Report:
         kind: `public`, `mindspore` or `ranks`.
         files: that hold it.
         layout: ranks and pipeline stages, for `ranks`.
-        parts: by name, in the order of `parameters.PARTS`; then `optimizer states`, `buffers` and `other`.
+        parts: by name, in the order of `parameters.PARTS`; then `optimizer states`, `buffers`,
+            `not used here` and `other`.
         missing: parameters of the configuration that are not there; `None` without a configuration.
         surplus: tensors that the configuration does not have.
         wrong_shapes: name, shape found and shape asked for.
@@ -66,6 +68,8 @@ class Report:
         differing: tensors of which ranks hold copies that are not equal (the first rank's is taken); `None` if not
             asked for.
         quantization: how weights are kept as whole numbers, as a sentence; `None` where they are not.
+        member: which model of the family it is and what it can do here, as a sentence; `None` where nothing says so.
+        of_family: whether its `config.json`, if it has one, is not another model's.
     """
 
     path: str
@@ -82,6 +86,8 @@ class Report:
     damaged: list[str] = field(default_factory=list)
     differing: list[str] | None = None
     quantization: str | None = None
+    member: str | None = None
+    of_family: bool = True
 
     def to_json(self) -> str:
         """The report as JSON."""
@@ -105,10 +111,10 @@ class Report:
         return "\n".join([*lines, *(line for sentence in self._sentences() for line in wrapped(sentence, room))])
 
     def _sentences(self) -> list[str]:
-        lines = [self.quantization] if self.quantization else []
-        if self.missing is None:
+        lines = [sentence for sentence in (self.member, self.quantization) if sentence]
+        if self.missing is None and self.of_family:
             lines.append("No config.json was found, so what is missing cannot be said; name one with --config.")
-        elif not (self.missing or self.surplus or self.wrong_shapes):
+        elif self.of_family and not (self.missing or self.surplus or self.wrong_shapes):
             lines.append("It holds exactly what its configuration asks for.")
         if self.missing:
             lines.append(f"{len(self.missing)} parameters are missing: {_some(self.missing)}")
@@ -165,18 +171,19 @@ def inspect(path: str | Path, config: str | Path | None = None, strategy: str | 
         part.parameters += _parameters(name, tensor, stored)
         part.bytes += tensor.nbytes
         part.formats[tensor.dtype] = part.formats.get(tensor.dtype, 0) + 1
-    order = [*PARTS, "optimizer states", "buffers", "other"]
+    order = [*PARTS, "optimizer states", "buffers", "not used here", "other"]
     cut = source.strategy
     layout = {"ranks": cut.ranks, "pipeline_stages": cut.stage_count} if cut else None
     report = Report(str(source.path), source.kind, [str(file) for file in source.files], layout,
                     {name: parts[name] for name in order if name in parts})
     if quantization is not None:
         report.quantization = _in_words(quantization, len(stored))
+    report.member, report.of_family = describe_member(source), is_of_family(source)
     report.has_digests = group_by_digests([*source.files, *source.strategy_files])[1]
     if list_tensors:
         report.tensors = [(name, tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()]
     found = Path(config) if config else source.config_file
-    if found is not None:
+    if found is not None and (config or report.of_family):
         _compare(report, widened(source), found)
     if verify:
         _verify(report, source)
@@ -205,14 +212,16 @@ def _part(name: str, stored: Mapping[str, StoredWeight] | None = None) -> str:
         return "optimizer states"
     if BUFFERS.match(name):
         return "buffers"
+    if UNUSED.match(name):
+        return "not used here"
     return part_of(name) or "other"
 
 
 def _compare(report: Report, source: OpenedCheckpoint, config: Path) -> None:
-    table = parameter_table(read_config(config))
+    table = parameter_table(know_member(read_config(config), source))
     report.missing = [name for name in table if name not in source.tensors]
     for name, tensor in source.tensors.items():
-        if _part(name) in ("optimizer states", "buffers") or is_state(name):
+        if _part(name) in ("optimizer states", "buffers", "not used here") or is_state(name):
             continue
         if name not in table:
             report.surplus.append(name)

@@ -22,7 +22,7 @@ from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
 from mindformers_ixc.config import TASK_LORAS, ModelConfig
 from mindformers_ixc.errors import CheckpointError
-from mindformers_ixc.parameters import PARTS, parameter_table, part_of
+from mindformers_ixc.parameters import PARTS, UNUSED, parameter_table, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def merge(source: str | Path, target: str | Path, *, attach: str | Path | None =
     check_merge_names(fold, extract)
     model = config_of(opened, config)
     chosen = select_tensors(opened, model, options)
-    tensors = {name: tensor for name, tensor in chosen.items() if part_of(name)}
+    tensors = {name: tensor for name, tensor in chosen.items() if part_of(name) or UNUSED.match(name)}
     if len(tensors) < len(chosen):
         logger.info(f"{opened.path}: {len(chosen) - len(tensors)} tensors are no parameters (optimizer states, "
                     "counters) and are left out.")
@@ -234,7 +234,7 @@ def attach_parts(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint,
     missing = [name for name in table if name not in merged]
     if missing:
         raise CheckpointError(f"{adapter.path} leaves {len(missing)} parameters missing (first: {missing[:3]}).")
-    return config, {name: merged[name] for name in table}
+    return config, {name: merged[name] for name in (*table, *filter(UNUSED.match, tensors))}
 
 
 def average_tensors(tensors: dict[str, LazyTensor], others: list[OpenedCheckpoint], config: ModelConfig,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ixc.checkpoint.dtypes import LABELS, WEIGHTS
+from mindformers_ixc.checkpoint.family import know_member
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.config import ALIASES, CONFIG_FILE, FIELDS, Field, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError
@@ -29,7 +30,7 @@ def config_of(source: OpenedCheckpoint, path: str | os.PathLike | None = None) -
         return record
     if found is None:
         raise CheckpointError(f"{source.directory} has no {CONFIG_FILE}; name the model's with --config.")
-    return read_config(found)
+    return know_member(read_config(found), source)
 
 
 def _run_record(source: OpenedCheckpoint) -> ModelConfig | None:

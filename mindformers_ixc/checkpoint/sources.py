@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from mindformers_ixc.checkpoint import ckpt_file, safetensors_file, torch_file
 from mindformers_ixc.checkpoint.digests import DIGEST_FILE, read_digests, verification, verify_files, verify_folder
@@ -66,6 +67,9 @@ class OpenedCheckpoint:
     has_digests: bool | None = None
     verified: bool = False
     renamed: bool = False
+
+    # Files beside the weights that go with them: tokenizer, further configuration, public code, licence.
+    side_suffixes: ClassVar[tuple[str, ...]] = (".json", ".model", ".py", ".txt", ".md")
 
     @property
     def directory(self) -> Path:

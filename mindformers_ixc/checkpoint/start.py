@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mindformers_ixc.checkpoint.dtypes import FLOATING
+from mindformers_ixc.checkpoint.family import WRITING_HEAD, know_member, refuse_other, say_unused
 from mindformers_ixc.checkpoint.quantised import refuse_quantised
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.config import ALIASES, FIELDS, MODE_ADAPTERS, VISION_FIELDS, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError, ConfigError
-from mindformers_ixc.parameters import BUFFERS, part_of
+from mindformers_ixc.parameters import BUFFERS, UNUSED, part_of
 from mindformers_ixc.resources import is_starter
 from mindformers_ixc.rope import ROPE_FIELDS, Rope, read_rope
 
@@ -43,7 +44,7 @@ class Recipe:
 
     Attributes:
         new: parts of the model that may be missing, each whole; they start without effect.
-        left_out: parts that the checkpoint may hold and the model does not have.
+        left_out: parts, or single parameters, that the checkpoint may hold and the model does not have.
         outside_graph: whether what the graph does not use may be missing: a parallel run saves nothing else, and needs
             nothing else.
         overridden: fields that hold against the directory's configuration, with both values, as text.
@@ -77,7 +78,14 @@ def begin(section: MutableMapping, source: OpenedCheckpoint, override: Collectio
     recipe = Recipe()
     refuse_quantised(source, "training")
     if source.config_file is not None:
-        recipe = adopt_configuration(section, read_config(source.config_file), str(source.config_file.parent), override)
+        found = know_member(read_config(source.config_file), source)
+        scores = section.get("reward_pooling") is not None
+        if not scores:
+            refuse_other(found.reward_pooling is not None, source.path, scores)
+        recipe = adopt_configuration(section, found, str(source.config_file.parent), override)
+    if section.get("reward_pooling") is not None and WRITING_HEAD in source.tensors:
+        recipe.new.add("reward_head")
+        recipe.left_out.add(WRITING_HEAD)
     recipe.new |= pet_parts(section.get("pet_config"))
     return recipe
 
@@ -192,7 +200,7 @@ def match_tensors(source: OpenedCheckpoint, shapes: Mapping[str, tuple[int, ...]
                   mode: str = "base") -> tuple[dict[str, LazyTensor], list[str]]:
     """The tensors of a model's parameters in a checkpoint, all of them checked.
 
-    Optimizer states, counters, averages and buffers of a checkpoint are passed over.
+    Optimizer states, counters, averages, buffers and what no graph here uses (`parameters.UNUSED`) are passed over.
 
     Args:
         source: the checkpoint.
@@ -208,8 +216,8 @@ def match_tensors(source: OpenedCheckpoint, shapes: Mapping[str, tuple[int, ...]
     """
     recipe = recipe or Recipe()
     found = {name: tensor for name, tensor in source.tensors.items()
-             if name in shapes or not (is_state(name) or BUFFERS.match(name))}
-    surplus = [name for name in found if name not in shapes and part_of(name) not in recipe.left_out]
+             if name in shapes or not (is_state(name) or BUFFERS.match(name) or UNUSED.match(name))}
+    surplus = [name for name in found if name not in shapes and not {name, part_of(name)} & recipe.left_out]
     missing = [name for name in shapes if name not in found]
     present = {part_of(name) for name in found}
     new = [name for name in missing if part_of(name) in recipe.new - present]
@@ -217,6 +225,7 @@ def match_tensors(source: OpenedCheckpoint, shapes: Mapping[str, tuple[int, ...]
     lacking = [name for name in missing if name not in excused]
     if lacking or surplus:
         raise CheckpointError(mismatch(source.path, lacking, surplus))
+    say_unused(source)
     tensors = {name: tensor for name, tensor in found.items() if name in shapes}
     for name, tensor in tensors.items():
         check_tensor(source, name, tensor, shapes[name])
@@ -272,11 +281,14 @@ def describe_start(path: str | os.PathLike, recipe: Recipe, new: list[str]) -> l
     lines = [STARTER_LINE] if is_starter(path) else []
     if recipe.overridden:
         lines.append(f"As {OVERRIDE} says, the model of {path} is changed: {', '.join(recipe.overridden)}.")
+    if "reward_head" in recipe.new and new:
+        lines.append(f"{path} writes answers: {WRITING_HEAD} is left out, and the score head starts at zero.")
+    new, left_out = [name for name in new if part_of(name) != "reward_head"], recipe.left_out - {WRITING_HEAD}
     if new:
         parts = ", ".join(sorted({str(part_of(name)) for name in new}))
         lines.append(f"{len(new)} parameters ({parts}) are not in {path}: the recipe adds them, and they start without "
                      "effect.")
-    if recipe.left_out:
-        lines.append(f"{', '.join(sorted(recipe.left_out))} of {path} are left out: the YAML's task_lora_ranks does "
+    if left_out:
+        lines.append(f"{', '.join(sorted(left_out))} of {path} are left out: the YAML's task_lora_ranks does "
                      "not name them.")
     return lines

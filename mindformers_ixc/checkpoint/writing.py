@@ -29,9 +29,7 @@ SHARD_BYTES = 5 * 10**9
 RANK_FILE = "rank_{0}/ixc25_rank_{0}-0_0"
 RANK_INDEX = "checkpoint.index.json"
 
-# Files beside the weights that go with them: tokenizer, further configuration, public code, licence.
-SIDE_SUFFIXES = (".json", ".model", ".py", ".txt", ".md")
-# Those that are written anew, or speak of the source's files only.
+# Files beside the weights that are written anew, or speak of the source's files only.
 OWN_FILES = (*INDEX_FILES, RANK_INDEX, CONFIG_FILE, DIGEST_FILE, RUN_RECORD)
 
 
@@ -244,7 +242,7 @@ def _write_side_files(work: WorkFolder, items: list[Item], sums: dict[str, dict[
                       source: OpenedCheckpoint, options: Options, sections: dict | None) -> None:
     """Configuration, tokenizer and the like, the index and the digests."""
     for file in sorted(source.side_folder.iterdir()):
-        if file.is_file() and file.suffix in SIDE_SUFFIXES and file.name not in OWN_FILES:
+        if file.is_file() and file.suffix in source.side_suffixes and file.name not in OWN_FILES:
             shutil.copyfile(file, work.output / file.name)
     tokenizer = run_tokenizer(source) if source.config_file is None else None      # of a run that wrote no model
     if tokenizer is not None and not (work.output / "tokenizer.model").exists():

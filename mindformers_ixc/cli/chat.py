@@ -21,6 +21,7 @@ from mindformers_ixc.tables import PAINT
 
 if TYPE_CHECKING:
     from mindformers_ixc.generation.assistant import Assistant
+    from mindformers_ixc.generation.best_of import BestOf, Candidate
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -35,9 +36,16 @@ def chat(arguments: argparse.Namespace) -> int:
         assistant = load(arguments)
     query = {"query": arguments.question, "images": arguments.image, "hd_num": arguments.hd_num,
              "meta_instruction": arguments.meta_instruction}
+    best = load_best_of(arguments, assistant)
     with terminal.current.waiting("Answering"):
-        answer = assistant.answer([query], arguments.mode, **generation_options(arguments))[0]
+        if best is None:
+            answer = assistant.answer([query], arguments.mode, **generation_options(arguments))[0]
+        else:
+            found = best.answer(query, arguments.mode, **generation_options(arguments))
+            answer = found[0].text
     print(answer, file=arguments.answers)
+    if best is not None:
+        terminal.current.say(best_line(found))
     advice = picture_hint(arguments.question, bool(arguments.image), "--image FILE gives one")
     for line in advice if answer else [*advice, empty_hint(parameters(assistant))]:
         terminal.current.say(line)
@@ -47,6 +55,18 @@ def chat(arguments: argparse.Namespace) -> int:
 def load(arguments: argparse.Namespace) -> Assistant:
     """Imports MindFormers, which takes seconds, and loads the model."""
     return importlib.import_module("mindformers_ixc.cli.inference").load_assistant(arguments)
+
+
+def load_best_of(arguments: argparse.Namespace, assistant: Assistant) -> BestOf | None:
+    """What chooses among several answers; `None` where there is one only."""
+    if arguments.best_of is None:
+        return None
+    return importlib.import_module("mindformers_ixc.cli.inference").load_best_of(arguments, assistant)
+
+
+def best_line(found: list[Candidate]) -> str:
+    """What is said of several answers."""
+    return importlib.import_module("mindformers_ixc.generation.best_of").best_line(found)
 
 
 def parameters(assistant: Assistant) -> int:
@@ -127,6 +147,8 @@ class Answers:
 
     def __init__(self, loading: Loading[Assistant], interrupts: Interrupts, arguments: argparse.Namespace):
         self.loading, self.interrupts, self.out = loading, interrupts, arguments.answers
+        self.arguments = arguments
+        self.best: BestOf | None = None
         self.first: float | None = None
         self.idle = Idle()
 
@@ -151,7 +173,7 @@ class Answers:
                 sample = assistant.encode(query)
             prepared = time.monotonic() - start
             try:
-                for piece in _pieces(assistant, sample, mode, options):
+                for piece in self._pieces(assistant, query, sample, mode, options):
                     self.first = self.first or time.monotonic()
                     shown.close()
                     pieces.append(piece)
@@ -173,6 +195,19 @@ class Answers:
             self.idle.start(lambda: assistant.prepare(len(sample.input_ids) + tokens, more, mode))
         return Reply(text, stopped, Measured(len(sample.input_ids), sample.tiles, prepared, first, tokens, seconds))
 
+    def _pieces(self, assistant: Assistant, query: dict, sample: EncodedSample, mode: str,
+                options: dict) -> Iterable[str]:
+        """The answer in the pieces in which it comes: in one with beams, and of several samples."""
+        if self.arguments.best_of is not None:
+            best = self.best = self.best or load_best_of(self.arguments, assistant)
+            assert best is not None, "several samples were asked for"
+            found = best.answer(query, mode, **options)
+            terminal.current.say(best_line(found))
+            return [found[0].text]
+        if options.get("num_beams", 1) > 1:
+            return assistant.answer_samples([sample], mode, **options)
+        return assistant.stream(sample, mode, **options)
+
     def _assistant(self) -> Assistant:
         try:
             with terminal.current.waiting("The model is loading"), self.interrupts.raising():
@@ -181,9 +216,3 @@ class Answers:
             assistant = self.loading.result()       # raises what loading has raised
         assistant.engine.between_steps = self._step
         return assistant
-
-
-def _pieces(assistant: Assistant, sample: EncodedSample, mode: str, options: dict) -> Iterable[str]:
-    if options.get("num_beams", 1) > 1:
-        return assistant.answer_samples([sample], mode, **options)
-    return assistant.stream(sample, mode, **options)

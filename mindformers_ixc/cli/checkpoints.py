@@ -1,4 +1,4 @@
-"""`mindformers convert`, `quantize`, `merge` and `inspect`: checkpoints from the command line."""
+"""`mindformers convert`, `quantize`, `merge`, `assemble` and `inspect`: checkpoints from the command line."""
 from __future__ import annotations
 
 import argparse
@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from mindformers_ixc import terminal
+from mindformers_ixc.checkpoint.assemble import assemble
 from mindformers_ixc.checkpoint.convert import convert, drop_task_loras
 from mindformers_ixc.checkpoint.inspection import inspect
 from mindformers_ixc.checkpoint.merge import merge
@@ -71,6 +72,14 @@ def run_merge(arguments: argparse.Namespace) -> int:
         adapter=arguments.adapter, fold=arguments.fold, extract=arguments.extract, average=arguments.average,
         ema=arguments.ema, to=arguments.to, dtype=arguments.dtype, config=arguments.config,
         shard_bytes=read_size(arguments.max_shard_size), overwrite=arguments.overwrite)
+    return _finish(arguments, target)
+
+
+def run_assemble(arguments: argparse.Namespace) -> int:
+    """Runs `mindformers assemble` and prints the target."""
+    target = assemble(
+        arguments.language, arguments.tower, arguments.target, config=arguments.config, seed=arguments.seed,
+        dtype=arguments.dtype, shard_bytes=read_size(arguments.max_shard_size), overwrite=arguments.overwrite)
     return _finish(arguments, target)
 
 

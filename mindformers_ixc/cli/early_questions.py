@@ -4,12 +4,13 @@ from __future__ import annotations
 import argparse
 
 from mindformers_ixc import terminal
+from mindformers_ixc.checkpoint.family import know_member, refuse_other
 from mindformers_ixc.checkpoint.quantised import quantization_of, refuse_quantised, stored_weights
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.cli.early import SMALL
-from mindformers_ixc.config import FIELDS, field_rule
+from mindformers_ixc.config import FIELDS, field_rule, read_config
 from mindformers_ixc.data.preferences import load_preferences
-from mindformers_ixc.decoding_options import RULES
+from mindformers_ixc.decoding_options import RULES, check_reward
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.processing.pictures import image_size
 from mindformers_ixc.processing.prompt import check_asked
@@ -19,21 +20,23 @@ from mindformers_ixc.resources import resolve_model, resolve_path
 from mindformers_ixc.sections import check_value, whole
 
 # Whole numbers of the command line that the decoder has no rule for.
-COUNTS = {"hd_num": whole(1), "batch_size": whole(1), "reuse_bytes": field_rule("reuse_bytes", FIELDS["reuse_bytes"])}
+COUNTS = {**dict.fromkeys(("hd_num", "batch_size", "max_length"), whole(1)),
+          "reuse_bytes": field_rule("reuse_bytes", FIELDS["reuse_bytes"])}
 
 
 def check_question(arguments: argparse.Namespace) -> None:
     """Refuses options of decoding that can have no effect or no meaning, pictures that are none, and models in part.
 
     Args:
-        arguments: of `chat`, `eval` or `reference`; `model` is a directory with a config.json of this model.
+        arguments: of `chat`, `eval`, `score` or `reference`; `model` is a directory with a config.json of this model.
 
     Raises:
         ConfigError: for an option's value.
         ImageError: for a picture that cannot be read.
         PromptError: for an empty question without a picture.
         DataError: for preference pairs that are none, where reading them takes no time.
-        CheckpointError: for a model directory without weights, or with damaged ones.
+        CheckpointError: for a model directory without weights, or with damaged ones; for a reward model that is asked
+            for answers, and the other way round.
         FileNotFoundError: for one without a tokenizer, or a device that is not there.
     """
     for name, rule in {**RULES, **COUNTS}.items():
@@ -43,6 +46,7 @@ def check_question(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "do_sample", False) and not arguments.temperature:
         raise ConfigError("--temperature is 0 and --do_sample is given; sampling takes a temperature above 0, and "
                           "without --do_sample the likeliest token is taken.")
+    _check_best_of(arguments)
     lookup = getattr(arguments, "prompt_lookup", 0)
     for name, idle in (("do_sample", False), ("num_beams", 1)):
         if lookup and getattr(arguments, name, idle) != idle:
@@ -58,12 +62,26 @@ def check_question(arguments: argparse.Namespace) -> None:
         load_preferences(arguments.pairs, arguments.image_folder, arguments.image_root, arguments.ignore_keys)
     folder = resolve_model(arguments.model)
     check_directory(folder)
+    config, scores = read_config(folder), getattr(arguments, "command", None) == "score"
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        if config.reward_pooling is not None:
+            refuse_other(True, arguments.model, scores)
         return          # reading those takes PyTorch, whose import takes seconds
     with terminal.to_be_said_later():
         source = open_source(folder, verify=False)
+    refuse_other(know_member(config, source).reward_pooling is not None, arguments.model, scores)
     if getattr(arguments, "command", None) == "reference":
         refuse_quantised(source, "reference")
     quantization = quantization_of(source)
     if quantization is not None:
         stored_weights(source, quantization)
+
+
+def _check_best_of(arguments: argparse.Namespace) -> None:
+    """Looks at what chooses among several samples, and lets them be sampled."""
+    count, reward = getattr(arguments, "best_of", None), getattr(arguments, "reward", None)
+    check_reward(count, reward, vars(arguments))
+    if reward is not None:
+        refuse_other(read_config(reward).reward_pooling is not None, reward, scores=True)
+    if count is not None:
+        arguments.do_sample = True

@@ -5,6 +5,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mindformers_ixc.cli.arguments import Help, Parser, WithoutFiles, add_loudness
+from mindformers_ixc.cli.family_parsers import add_assemble, add_best_of, add_score
 from mindformers_ixc.config import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.scores import SCORES
@@ -23,8 +24,9 @@ def build_parser() -> Parser:
         epilog="example:\n  mindformers run --config yaml_configs/ixc25_sft_tiny.yaml --output_dir out")
     parser.add_argument("--version", action="version", version=f"mindformers_ixc {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for add in (_add_run, _add_launch, _add_chat, _add_eval, _add_convert, _add_quantize, _add_merge, _add_inspect,
-                _add_data, _add_reference, _add_report, _add_plan, _add_recipes, _add_doctor, _add_init):
+    for add in (_add_run, _add_launch, _add_chat, _add_eval, add_score, _add_convert, _add_quantize, _add_merge,
+                add_assemble, _add_inspect, _add_data, _add_reference, _add_report, _add_plan, _add_recipes,
+                _add_doctor, _add_init):
         add(commands)
     for command in commands.choices.values():
         add_loudness(command)
@@ -144,6 +146,7 @@ def _add_chat(commands: Commands) -> None:
     chat.add_argument("--num_beams", type=int, default=1, metavar="N", help="beam search over N beams")
     chat.add_argument("--repetition_penalty", type=float, default=1.0, metavar="X", help="1 is none")
     chat.add_argument("--seed", type=int, metavar="N", help="of sampling")
+    add_best_of(chat)
     chat.add_argument("question", nargs="?", help="the question; left out: an interactive session")
 
 

@@ -8,11 +8,12 @@ import sys
 
 from mindformers_ixc.checkpoint.start import OVERRIDE
 from mindformers_ixc.cli.templates import Template, section_templates
-from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, MODE_ADAPTERS, VISION_FIELDS, Field
-from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN
+from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, MODE_ADAPTERS, POOLINGS, VISION_FIELDS, Field
+from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.preference_options import needs_reference, preference_options
+from mindformers_ixc.reward_options import reward_options
 from mindformers_ixc.sections import (
     ANYTHING,
     Rule,
@@ -31,6 +32,9 @@ from mindformers_ixc.sections import (
 )
 from mindformers_ixc.trackers import CALLBACK, check_tracker
 from mindformers_ixc.training_options import check_parts, check_rates, evaluation_options
+
+# Networks that learn from pairs.
+PAIR_NETWORKS = ("IXC25ForPreference", "IXC25ForReward")
 
 RUN_MODES = ("train", "finetune", "predict")
 
@@ -181,14 +185,16 @@ def _check_preference(fields: dict, source: str) -> None:
     section = model["model_config"]
     if section.get("type") != "IXC25Config":
         return
-    learns = (model.get("arch") or {}).get("type") == "IXC25ForPreference"
+    arch = (model.get("arch") or {}).get("type")
+    _check_reward(fields, section, arch == "IXC25ForReward", source)
+    learns = arch == "IXC25ForPreference"
     kind = (fields.get("train_dataset_task") or {}).get("type")
     columns = (fields.get("train_dataset") or {}).get("input_columns") or ()
     has_reference = isinstance(columns, (list, tuple)) and REFERENCE_COLUMN in columns
-    if kind in ("IXC25SFTDataset", "IXC25PreferenceDataset") and learns != (kind == "IXC25PreferenceDataset"):
-        raise ConfigError(f"{source}: model.arch.type is {(model.get('arch') or {}).get('type')!r}, but "
-                          f"train_dataset_task.type is {kind!r}; IXC25ForPreference and IXC25PreferenceDataset belong "
-                          "together.")
+    if kind in ("IXC25SFTDataset", "IXC25PreferenceDataset") and (arch in PAIR_NETWORKS) != (
+            kind == "IXC25PreferenceDataset"):
+        raise ConfigError(f"{source}: model.arch.type is {arch!r}, but train_dataset_task.type is {kind!r}; "
+                          f"IXC25PreferenceDataset belongs to {' and '.join(PAIR_NETWORKS)}, and they to it.")
     if not learns:
         if has_reference:
             raise ConfigError(f"{source}: train_dataset.input_columns has {REFERENCE_COLUMN}, which only preference "
@@ -207,6 +213,29 @@ def _check_preference(fields: dict, source: str) -> None:
     if foreign:
         raise ConfigError(f"{source}: train_dataset.input_columns has {', '.join(map(str, foreign))}, which preference "
                           f"pairs do not have; they have {', '.join((*BATCH_COLUMNS, REFERENCE_COLUMN))}.")
+
+
+def _check_reward(fields: dict, section: dict, learns: bool, source: str) -> None:
+    """Checks the options of a reward model and its column, and that there are none for another network."""
+    columns = (fields.get("train_dataset") or {}).get("input_columns") or ()
+    has_column = isinstance(columns, (list, tuple)) and SCORE_COLUMN in columns
+    pooling = section.get("reward_pooling")
+    if not learns:
+        named = [name for name, given in (("model.model_config.reward_pooling", pooling is not None),
+                                          ("model.model_config.reward", section.get("reward")),
+                                          (f"train_dataset.input_columns {SCORE_COLUMN}", has_column)) if given]
+        if named:
+            raise ConfigError(f"{source}: {named[0]} is for reward models, which are trained by model.arch.type "
+                              "IXC25ForReward; take it out, or name that network.")
+        return
+    reward_options(section.get("reward"))
+    check_value("model.model_config.reward_pooling", pooling, one_of(POOLINGS), source=source)
+    if not has_column:
+        raise ConfigError(f"{source}: train_dataset.input_columns lacks {SCORE_COLUMN}, by which IXC25ForReward finds "
+                          "where a score is read; add it.")
+    if fields.get("evaluation") is not None:
+        raise ConfigError(f"{source}: evaluation asks a model for answers, and a reward model writes none; take the "
+                          "section out. `mindformers score` scores held-out pairs.")
 
 
 def _check_parts(fields: dict, source: str) -> None:

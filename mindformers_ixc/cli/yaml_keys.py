@@ -18,7 +18,7 @@ from mindformers_ixc.data.conversations import CAPTION_PROMPTS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.data.rows import MAX_BAD_SHARE
 from mindformers_ixc.data.sections import DATASET_RULES, LOADER_RULES
-from mindformers_ixc.decoding_options import PREDICT_BATCH_SIZE, GenerationOptions
+from mindformers_ixc.decoding_options import BEST_RULES, PREDICT_BATCH_SIZE, GenerationOptions
 from mindformers_ixc.decoding_options import RULES as DECODING_RULES
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.planning.workload import SHARD_THRESHOLD_KIB
@@ -26,6 +26,8 @@ from mindformers_ixc.preference_options import BETA, LOSS, LOSSES, TASK
 from mindformers_ixc.preference_options import RULES as PREFERENCE_RULES
 from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.reading import LIMIT
+from mindformers_ixc.reward_options import DEFAULTS as REWARD_DEFAULTS
+from mindformers_ixc.reward_options import RULES as REWARD_RULES
 from mindformers_ixc.scores import SCORES
 from mindformers_ixc.sections import ANYTHING, Rule, like, one_of
 from mindformers_ixc.trackers import CALLBACK, TrackerOptions
@@ -124,7 +126,8 @@ _DATASET = Section({
     "image_size": Key("side of a tile in pixels; the same in `vision_config`", "560"),
     "patch_size": Key("side of a patch in pixels; the same in `vision_config`", "14"),
     "input_columns": Key("the seven of a batch, and `position_ids`, `segment_ends` (packing), `noise_seed` (dropout by "
-                         "sample), `source` (loss by source), `reference_logps` (preferences)", "the seven"),
+                         "sample), `source` (loss by source), `reference_logps` (preferences), `score_positions` "
+                         "(reward models)", "the seven"),
     "control_tokens": Key("text spelled like `</s>` or `[UNUSED_TOKEN_145]` becomes that token, labels by the public "
                           "rule ([data.md](data.md#checks-lengths-batches))", "False"),
     "max_bad_share": Key("share of a source's samples that may be wrong, and of all that may have damaged pictures or "
@@ -189,6 +192,11 @@ _PREFERENCE = Section({
                  + ", ".join(name for name in LOSSES if "gamma" in LOSSES[name]), f"{LOSSES['simpo']['gamma']:g}"),
 }, PREFERENCE_RULES)
 
+_REWARD = Section({
+    "loss": Key("see [reward.md](reward.md#training-one)"),
+    "log_barrier": Key("weight of what keeps scores within (-5, 5)"),
+}, REWARD_RULES, REWARD_DEFAULTS)
+
 _PET = Section({
     "pet_type": Key("`partial_lora`, `task_lora`, or MindFormers' own `lora` with its keys; everything but those pairs "
                     "is frozen. Not together with `train_parts`", "none", "text"),
@@ -207,7 +215,7 @@ _PET = Section({
 
 _MODEL = Section({
     "model_config": Key("the model, see [below](#model_config)", "required", "a section"),
-    "arch.type": Key("`IXC25ForCausalLM`, or `IXC25ForPreference` for preference pairs", "required", "text"),
+    "arch.type": Key("`IXC25ForCausalLM`, or for pairs `IXC25ForPreference` and `IXC25ForReward`", "required", "text"),
 })
 
 _TRAINER = Section({
@@ -347,7 +355,11 @@ _GENERATION = Section({
                          "prompt or the answer, and verified in one pass; the same answer, sooner where it repeats its "
                          "input"),
     "seed": Key("of sampling; an answer depends on its prompt and the seed, not on its place in a batch"),
-}, {"mode": one_of(MODE_ADAPTERS), **DECODING_RULES}, {"mode": "base", **asdict(GenerationOptions())})
+    "best_of": Key("so many answers are sampled and the best is given ([reward.md](reward.md#best-of-n))",
+                   "none"),
+    "reward": Key("directory of the reward model that chooses the best; without one the mean log-probability does",
+                  "none"),
+}, {"mode": one_of(MODE_ADAPTERS), **DECODING_RULES, **BEST_RULES}, {"mode": "base", **asdict(GenerationOptions())})
 
 _TENSORBOARD = Section({
     "tensorboard_dir": Key("folder of the files"),
@@ -385,7 +397,8 @@ SECTIONS: dict[str, Section] = {
     "": _TOP, "trainer": _TRAINER, "runner_config": _RUNNER, "optimizer": _OPTIMIZER, "lr_schedule": _SCHEDULE,
     "part_learning_rates": _PART_RATES, "runner_wrapper": _WRAPPER, "train_dataset": _DATASET,
     "train_dataset.data_loader": _LOADER, "train_dataset.data_loader.mixture": _MIXTURE, "train_dataset_task": _TASK,
-    "model": _MODEL, "model.model_config.preference": _PREFERENCE, "model.model_config.pet_config": _PET,
+    "model": _MODEL, "model.model_config.preference": _PREFERENCE, "model.model_config.reward": _REWARD,
+     "model.model_config.pet_config": _PET,
     "evaluation": _EVALUATION, "generation": _GENERATION, "callbacks.MFLossMonitor": _LOSS_MONITOR,
     "callbacks.CheckpointMonitor": _CHECKPOINT_MONITOR, f"callbacks.{CALLBACK}": _TRACKER, "tensorboard": _TENSORBOARD,
     "recompute_config": _RECOMPUTE, "parallel": _PARALLEL,

@@ -37,6 +37,12 @@ answer first, one set of images for both, and where they were computed before
 | column | type | shape | holds |
 |---|---|---|---|
 | reference_logps | float32 | (B, 2) | log-probability of either answer under the reference model |
+
+or, for a reward model, whose sequences end with the reward token,
+
+| column | type | shape | holds |
+|---|---|---|---|
+| score_positions | int32 | (B, 2, L) | 2 at the reward token, 1 at all positions before it, 0 in the padding |
 """
 
 from __future__ import annotations
@@ -56,6 +62,9 @@ EXTRA_COLUMNS = (*PACKING_COLUMNS, "noise_seed", "source")
 ANSWER_COLUMNS = ("input_ids", "labels", "vision_index", "image_mask")
 # One more of theirs, where the reference's log-probabilities were computed before.
 REFERENCE_COLUMN = "reference_logps"
+# One more where scores are learnt.
+SCORE_COLUMN = "score_positions"
+PAIR_COLUMNS = (REFERENCE_COLUMN, SCORE_COLUMN)
 
 
 def column_ranks(columns: Iterable[str], pairs: bool = False) -> list[int]:
@@ -102,5 +111,6 @@ def column_shapes(config: ModelConfig, columns: Iterable[str],
         "pixel_values": ("uint8" if "global_views" in columns else "float32", (config.max_tiles, *picture)),
         "global_views": ("float32", (config.max_images, *picture)), "view_index": ("int32", (config.max_tiles,)),
         "position_ids": ("int32", (length,)), "segment_ends": ("int32", (config.max_segments,)),
-        "noise_seed": ("int32", ()), "source": ("int32", (length,)), "reference_logps": ("float32", (answers,))}
+        "noise_seed": ("int32", ()), "source": ("int32", (length,)), REFERENCE_COLUMN: ("float32", (answers,)),
+        SCORE_COLUMN: ("int32", texts)}
     return {name: table[name] for name in columns}

@@ -36,8 +36,9 @@ LISTS = ("conversations", "messages")
 FORMS = {"conversations": (("conversations",), ()), "messages": (("messages",), ()), "caption": (("caption",), ()),
          "query": (("query", "response"), ("history",)),
          "instruction": (("instruction", "output"), ("input", "history")),
-         "prompt": (("prompt", "chosen", "rejected"), ("reference_logps",))}
-SAMPLE_FORMS = tuple(name for name in FORMS if name != "prompt")
+         "prompt": (("prompt", "chosen", "rejected"), ("reference_logps",)),
+         "conversations_a": (("conversations_a", "conversations_b"), ("reference_logps",))}
+SAMPLE_FORMS = tuple(name for name in FORMS if name not in ("prompt", "conversations_a"))
 
 # Every key that something is learnt from.
 CONTENT_KEYS = tuple(dict.fromkeys((*MEDIA_KEYS, "system", *(key for own in FORMS.values() for part in own
@@ -139,10 +140,23 @@ def read_pair(row: Mapping, where: str, ignore_keys: Iterable[str] = ()) -> tupl
     Raises:
         DataError: naming sample and key.
     """
+    if any(holds(row.get(key)) for key in FORMS["conversations_a"][0]):
+        return _two_conversations(row, where, ignore_keys)
     asked = next((key for key in LISTS if holds(row.get(key)) and not holds(row.get("prompt"))), "prompt")
     check_form_keys(row, "prompt", where, asked)
     chosen, rejected = (_finish(_pair_side(row, asked, side, where, ignore_keys), row, asked, where)
                         for side in ("chosen", "rejected"))
+    return chosen, rejected
+
+
+def _two_conversations(row: Mapping, where: str, ignore_keys: Iterable[str]) -> tuple[Form, Form]:
+    """A pair in the public form of reward models' data: two conversations that differ in the last answer."""
+    keys = FORMS["conversations_a"][0]
+    check_form_keys(row, "conversations_a", where)
+    chosen, rejected = (_finish(_listed_turns(row.get(key), key, where, ignore_keys), row, key, where) for key in keys)
+    if chosen.turns[:-1] != rejected.turns[:-1]:
+        raise DataError(f"{where}, field {keys[1]}: differs from {keys[0]} before the last answer, so they answer "
+                        "different questions; take the pair out.")
     return chosen, rejected
 
 

@@ -1,8 +1,9 @@
 """Preference pairs: a prompt with images, a chosen and a rejected answer.
 
 A source (`mindformers_ixc.data.records`) has `{"id", "prompt", "image", "chosen", "rejected"}`, with the picture keys
-of any sample; where they were computed before, `reference_logps: [chosen, rejected]` holds log-probabilities of the
-reference model.
+of any sample, or, in the public form of reward models' data, `{"id", "conversations_a", "conversations_b", "image"}`,
+two conversations that differ in the last answer. Where they were computed before, `reference_logps: [chosen, rejected]`
+holds log-probabilities of the reference model.
 """
 from __future__ import annotations
 
@@ -14,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS, REFERENCE_COLUMN
+from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
 from mindformers_ixc.data.conversations import Conversation, ConversationReader, ReadingOptions, make_conversation
 from mindformers_ixc.data.forms import open_sample, read_pair
 from mindformers_ixc.data.paths import shown
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.errors import DataError, ImageError
+from mindformers_ixc.processing.judged import with_reward_token
 
 
 @dataclass
@@ -79,16 +81,28 @@ class PreferenceTable(ConversationTable):
             raise ImageError(f"{pair.where}: its pictures have other sizes than when the data were measured; its "
                              f"answers take {found[0]} and {found[1]} positions and {found[2]} tiles now.")
         # the answers are compared, not what ends every conversation alike
+        if SCORE_COLUMN in self.columns:
+            encoded = [with_reward_token(one, self.processor) for one in encoded]
         padded = [one.pad(self.seq_length, self.max_tiles, self.max_images, self.processor.pad_token_id)
                   for one in encoded]
         columns = {name: np.stack([row[name] for row in padded]) for name in ANSWER_COLUMNS}
         columns.update({name: padded[0][name] for name in PIXEL_COLUMNS})
+        if SCORE_COLUMN in self.columns:
+            columns[SCORE_COLUMN] = np.stack([score_positions(len(one.input_ids), self.seq_length) for one in encoded])
         if REFERENCE_COLUMN in self.columns:
             columns[REFERENCE_COLUMN] = np.array(pair.logps, np.float32)
         return columns
 
     def _join(self, members: list[tuple[int, Any]], place: int) -> dict[str, Any]:
         return members[0][1]         # pairs are not packed
+
+
+def score_positions(length: int, seq_length: int) -> np.ndarray:
+    """The column of one sequence that has so many positions."""
+    column = np.zeros(seq_length, np.int32)
+    column[:length] = 1
+    column[length - 1] = 2
+    return column
 
 
 def load_preferences(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,

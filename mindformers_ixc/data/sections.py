@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 from mindformers_ixc.config import FIELDS, default_max_images
-from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COLUMNS
+from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COLUMNS, PAIR_COLUMNS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.data.packer import Budget
 from mindformers_ixc.errors import ConfigError, DataError
@@ -63,7 +63,7 @@ def check_dataset_section(section: Any, preferences: bool = False) -> None:
     check_section(loader, LOADER_RULES, "train_dataset.data_loader", DataError)
     check_section(loader.get("mixture") or {}, MIXTURE_RULES, "train_dataset.data_loader.mixture", DataError)
     columns = section.get("input_columns") or list(BATCH_COLUMNS)
-    unknown = [name for name in columns if name not in (*BATCH_COLUMNS, *EXTRA_COLUMNS, "reference_logps")]
+    unknown = [name for name in columns if name not in (*BATCH_COLUMNS, *EXTRA_COLUMNS, *PAIR_COLUMNS)]
     missing = [name for name in BATCH_COLUMNS if name not in columns]
     if unknown or missing:
         raise DataError(f"train_dataset.input_columns {'has the unknown column' if unknown else 'lacks'} "

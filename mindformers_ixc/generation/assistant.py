@@ -19,7 +19,16 @@ from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions, check_mode, known_options
 from mindformers_ixc.generation.preparing import prepare
 from mindformers_ixc.generation.requests import REQUEST_KEYS, read_request
-from mindformers_ixc.generation.search import Decoder, Ended, beam_search, decode_steps, greedy_or_sample
+from mindformers_ixc.generation.reuse import BLOCK
+from mindformers_ixc.generation.sampling import log_softmax
+from mindformers_ixc.generation.search import (
+    Decoder,
+    Ended,
+    Watched,
+    beam_search,
+    decode_steps,
+    greedy_or_sample,
+)
 from mindformers_ixc.generation.store import Store
 from mindformers_ixc.generation.text import Streamer, TextStream
 from mindformers_ixc.generation.turns import TURNS
@@ -134,9 +143,44 @@ class Assistant:
         config = self.model.config
         return config.max_position_embeddings * (4 if config.rope_scaling else 1)
 
-    def _decoder(self, samples: Sequence[EncodedSample], options: GenerationOptions,
-                 mode: str) -> tuple[CachedDecoder, GenerationOptions]:
-        """A decoder, and the options with no more new tokens than the model has positions left."""
+    def draw(self, sample: EncodedSample, options: GenerationOptions, count: int,
+             mode: str = "base") -> list[tuple[list[int], list[float]]]:
+        """Samples several answers to one prompt as one batch.
+
+        Args:
+            sample: encoded prompt.
+            options: decoding options, stop ids included.
+            count: of answers; each has random numbers of its own, which follow from the options' seed.
+            mode: task LoRAs in use.
+
+        Returns:
+            New token ids of each answer, with the stop id that ended it, if any, and the log-probability of each at
+            temperature 1.
+        """
+        drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in range(count)]
+        with TURNS:
+            if self.engine.reuse is not None and len(sample.input_ids) > BLOCK:
+                # alone at first, so that all rows begin with what is then known of the prompt
+                with closing(self._decoder([sample], options, mode)[0]) as alone:
+                    alone.prefill()
+            decoder, options = self._decoder([sample], options, mode, count)
+            generators = [np.random.default_rng(seed) for seed in np.random.SeedSequence(options.seed).spawn(count)]
+            with closing(decoder):
+                watched = Watched(decoder)
+                for shown in decode_steps(watched, options, count, self._ended(options), generators):
+                    logps = log_softmax(watched.logits.astype(np.float64))
+                    for row, token in enumerate(shown):
+                        if token is not None:
+                            drawn[row][0].append(token)
+                            drawn[row][1].append(float(logps[row, token]))
+        return drawn
+
+    def _decoder(self, samples: Sequence[EncodedSample], options: GenerationOptions, mode: str,
+                 rows: int | None = None) -> tuple[CachedDecoder, GenerationOptions]:
+        """A decoder, and the options with no more new tokens than the model has positions left.
+
+        Each prompt has so many rows, by default as many as beams.
+        """
         check_mode("mode", mode)
         missing = [task for task in MODE_ADAPTERS[mode] if task not in self.model.config.task_lora_ranks]
         if missing:
@@ -149,7 +193,8 @@ class Assistant:
         options = replace(options, max_new_tokens=min(options.max_new_tokens, self.longest - longest))
         if is_parallel() and options.seed is None:
             options = replace(options, seed=0)      # every rank draws, and all must draw alike
-        return self.engine.decoder(list(samples), options.max_new_tokens, mode, options.num_beams), options
+        beams = options.num_beams if rows is None else rows
+        return self.engine.decoder(list(samples), options.max_new_tokens, mode, beams), options
 
     def _check_length(self, positions: int) -> None:
         if positions >= self.longest:

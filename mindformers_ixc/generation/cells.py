@@ -19,6 +19,7 @@ from mindformers_ixc.generation.sharded_cache import ShardedCache
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.internlm2 import DecoderLayer
 from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.models.reward import IXC25RewardModel
 
 # The caches of a layer, all with the same methods.
 Cache = Union[ContiguousCache, PagedCache, ShardedCache]
@@ -160,6 +161,19 @@ class Head(StageCell):
         if rows is not None:
             x = self.gather(x, rows, 0)                                                    # (B, D)
         return self.cast(self.output.infer(self.norm.infer(x)), mstype.float32)
+
+
+class ScoreHead(StageCell):
+    """Final norm and score head of a reward model."""
+
+    def __init__(self, model: IXC25RewardModel):
+        super().__init__(stage_of(model.model.norm))
+        self.norm, self.v_head = model.model.norm, model.v_head
+        self.cast = P.Cast()
+
+    def construct(self, x, rows=None):
+        """Maps `(N, D)` to float32 values `(N, 1)`; all positions, whichever `rows` are asked for."""
+        return self.cast(self.v_head.infer(self.norm.infer(x)), mstype.float32)
 
 
 def wrapped(cell: type[PromptLayer] | type[TokenLayer], model: IXC25Model, caches: nn.CellList,

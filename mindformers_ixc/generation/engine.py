@@ -84,13 +84,20 @@ class VisionGraph(InferenceGraph):
 
 
 class PrefillGraph(InferenceGraph):
-    """Whole prompts: fills the caches and gives the logits after each prompt."""
+    """Whole prompts: fills the caches and gives the logits after each prompt.
 
-    def __init__(self, model: IXC25Model, caches: nn.CellList, mode: str):
+    Args:
+        model: the network.
+        caches: of every layer.
+        mode: which task LoRAs are in use.
+        head: what the states go through at the end, by default the model's head.
+    """
+
+    def __init__(self, model: IXC25Model, caches: nn.CellList, mode: str, head: nn.Cell | None = None):
         super().__init__()
         self.embed, self.caches = Embedding(model), caches
         self.layers = wrapped(PromptLayer, model, caches, mode)
-        self.head = Head(model)
+        self.head = Head(model) if head is None else head
         self.dtype = model.config.compute_dtype
         self.reshape = P.Reshape()
         self.cast = P.Cast()
@@ -269,10 +276,13 @@ class InferenceEngine:
             self._slots[batch, positions] = make_slot(self.config, batch, positions)
         slot = self._slots[batch, positions]
         if mode not in slot.graphs:
-            slot.graphs[mode] = (
-                of_whole_batches(PrefillGraph(self.model, slot.caches, mode), self.config),
-                of_whole_batches(DecodeGraph(self.model, slot.caches, mode), self.config))
+            slot.graphs[mode] = self.make_graphs(slot, mode)
         return slot
+
+    def make_graphs(self, slot: Slot, mode: str) -> tuple[nn.Cell, nn.Cell]:
+        """The graph over whole prompts and the one over one more token a row."""
+        return (of_whole_batches(PrefillGraph(self.model, slot.caches, mode), self.config),
+                of_whole_batches(DecodeGraph(self.model, slot.caches, mode), self.config))
 
     def run_decode(self, slot: Slot, mode: str, tokens: np.ndarray, at: np.ndarray, totals: np.ndarray) -> Tensor:
         """Runs the decode graph over one token a row.

@@ -7,11 +7,14 @@ from typing import Any
 from mindformers.pipeline.base_pipeline import Pipeline
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
+from mindformers_ixc.decoding_options import check_reward
 from mindformers_ixc.errors import GenerationError, PromptError
 from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.best_of import BestOf
 from mindformers_ixc.generation.options import known_options
 from mindformers_ixc.generation.requests import error_sentence, read_request
+from mindformers_ixc.generation.scoring import Scorer
 from mindformers_ixc.generation.store import Store
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
@@ -40,8 +43,9 @@ class MultimodalChatPipeline(Pipeline):
         processor: its `Processor`; by default one made of the two before.
         reuse_bytes: memory for what earlier requests computed of pictures and prompts, which the next ones take over;
             0 for none, by default what the model's configuration says.
-        **kwargs: options of every call (`mode`, those of `PROMPT_ARGUMENTS`, fields of `GenerationOptions`) and
-            MindFormers' own (`batch_size`, ...).
+        **kwargs: options of every call (`mode`, those of `PROMPT_ARGUMENTS`, fields of `GenerationOptions`; `best_of`,
+            samples of a question of which the best is given, and `reward`, the directory of the reward model that
+            chooses, or a `Scorer`) and MindFormers' own (`batch_size`, ...).
 
     Raises:
         GenerationError: for an unknown option, here and in calls; naming it and the choices.
@@ -69,11 +73,12 @@ class MultimodalChatPipeline(Pipeline):
         super().__init__(model, tokenizer=processor.tokenizer, image_processor=processor.image_processor, **kwargs)
         model.set_train(False)
         self.assistant = Assistant(model, processor, None if reuse_bytes is None else Store(reuse_bytes))
+        self.scorers: dict[Any, Scorer] = {}
 
     def _sanitize_parameters(self, **parameters: Any) -> tuple[dict, dict, dict]:
         prompt = {key: parameters.pop(key) for key in PROMPT_ARGUMENTS if key in parameters}
         parameters.pop("batch_size", None)          # MindFormers' own, which it takes after this
-        return prompt, known_options(parameters, ("mode", *PROMPT_ARGUMENTS)), {}
+        return prompt, known_options(parameters, ("mode", "best_of", "reward", *PROMPT_ARGUMENTS)), {}
 
     def preprocess(self, inputs: Any, **prompt: Any) -> dict:
         """Turns a request into the arguments of `Processor.encode_chat`.
@@ -83,13 +88,28 @@ class MultimodalChatPipeline(Pipeline):
         """
         return {**prompt, **read_request(inputs)}
 
-    def _forward(self, model_inputs: dict, **options: Any) -> dict[str, str]:
+    def _forward(self, model_inputs: dict, **options: Any) -> dict[str, Any]:
         mode = options.pop("mode", "base")
+        best_of, reward = options.pop("best_of", None), options.pop("reward", None)
+        check_reward(best_of, reward, options)
+        if best_of is not None:
+            best = BestOf(self.assistant, best_of, self._scorer(reward))
+            found = best.answer(model_inputs, mode, **options)
+            return {"text": found[0].text, "samples": [one.to_dict() for one in found]}
         return {"text": self.assistant.answer([model_inputs], mode, **options)[0]}
 
-    def postprocess(self, model_outputs: dict[str, str], **_: Any) -> list[dict[str, str]]:
-        """Wraps the answer as MindFormers' text pipelines do."""
-        return [{f"{self.return_name}_text": model_outputs["text"]}]
+    def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> list[dict[str, Any]]:
+        """Wraps the answer as MindFormers' text pipelines do; `samples` stay beside it."""
+        return [{f"{self.return_name}_text": model_outputs["text"],
+                 **{key: value for key, value in model_outputs.items() if key != "text"}}]
+
+    def _scorer(self, reward: Any) -> Scorer | None:
+        """The scorer of a reward model's directory, loaded once, or the one that was given."""
+        if reward is None or isinstance(reward, Scorer):
+            return reward
+        if reward not in self.scorers:
+            self.scorers[reward] = Scorer.from_directory(reward)
+        return self.scorers[reward]
 
     def __call__(self, inputs: Any, batch_size: int | None = None, **kwargs: Any) -> list[dict[str, str]]:
         """Answers one request, a list or a generator of them; options as for the class.

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mindspore.mint.distributed import barrier
 
@@ -19,6 +19,12 @@ from mindformers_ixc.processing.processor import EncodedSample
 
 if TYPE_CHECKING:
     from mindformers_ixc.generation.assistant import Assistant
+    from mindformers_ixc.generation.best_of import BestOf
+
+
+def result_file(folder: str | os.PathLike, name: str = "predictions") -> Path:
+    """Where finished results are."""
+    return Path(folder) / f"{name}.jsonl"
 
 
 class Predictions:
@@ -27,10 +33,11 @@ class Predictions:
     Until all are there they are in `predictions.part.jsonl`, beside which `predictions.run.json` says what answered.
 
     Args:
-        folder: output folder of the run.
+        folder: output folder of the run; `None` writes nothing.
         requests: lines of the request file.
         run: what must be the same for answers to belong together (model, options), JSON-serialisable.
         writes: whether this process writes; in a parallel run all know all answers and one of them does.
+        name: of the files, in place of `predictions`.
 
     Attributes:
         done: answers that an earlier run has left.
@@ -40,14 +47,17 @@ class Predictions:
         OSError: when nothing can be written there.
     """
 
-    def __init__(self, folder: str | os.PathLike, requests: list[Request], run: dict, writes: bool = True):
-        folder, self.writes = Path(folder), writes
-        if writes:
-            check_target(folder / "predictions.jsonl", "output_dir", make_folder=True)
+    def __init__(self, folder: str | os.PathLike | None, requests: list[Request], run: dict, writes: bool = True,
+                 name: str = "predictions"):
         self.requests, self.run = requests, json.loads(json.dumps(run, default=str))
-        self.target, self.part = folder / "predictions.jsonl", folder / "predictions.part.jsonl"
-        self.run_file = folder / "predictions.run.json"
         self.done: list[dict] = []
+        self.writes = writes and folder is not None
+        if folder is None:
+            return
+        self.target = result_file(folder, name)
+        if writes:
+            check_target(self.target, "output_dir", make_folder=True)
+        self.part, self.run_file = self.target.with_suffix(".part.jsonl"), self.target.with_suffix(".run.json")
         present = next((path for path in (self.target, self.part) if path.exists()), None)
         if present is not None:
             self.done = self._earlier(present)
@@ -153,6 +163,12 @@ def answer_questions(assistant: Assistant, questions: Sequence[dict], size: int,
     return results
 
 
+def best_batch(best: BestOf, requests: list[Request], mode: str, options: dict) -> list[dict]:
+    """Best answers to requests; those that fail get their error in place of an answer."""
+    answers = iter(best.results([one.question for one in requests if one.question is not None], mode, options))
+    return [{"error": one.error} if one.question is None else next(answers) for one in requests]
+
+
 def predict(assistant: Callable[[], Assistant], requests: list[Request], folder: str | os.PathLike, run: dict,
             size: int, mode: str, options: dict) -> list[dict]:
     """Answers all requests that an earlier, interrupted run of the same kind has not answered yet.
@@ -172,17 +188,46 @@ def predict(assistant: Callable[[], Assistant], requests: list[Request], folder:
     Raises:
         DataError: as `Predictions`.
     """
+    return work_through(assistant, lambda one, batch: answer_batch(one, batch, size, mode, options), requests, folder,
+                        run, size)
+
+
+# What results are made with: an `Assistant`, a `Scorer`.
+Worker = TypeVar("Worker")
+
+
+def work_through(load: Callable[[], Worker], work: Callable[[Worker, list[Request]], list[dict]],
+                 requests: list[Request], folder: str | os.PathLike | None, run: dict, size: int,
+                 name: str = "predictions", doing: str = "answering") -> list[dict]:
+    """Works on all requests that an earlier, interrupted run of the same kind has left.
+
+    Args:
+        load: called for what works, when something is left to do.
+        work: gives the results of a batch.
+        requests: lines of the request file.
+        folder: output folder; `None` writes nothing.
+        run: see `Predictions`.
+        size: requests at once.
+        name: of the files.
+        doing: what is done, for whoever waits.
+
+    Returns:
+        `{"request": line, ...result}` for each request, in order.
+
+    Raises:
+        DataError: as `Predictions`.
+    """
     writes = rank() == 0
-    predictions = Predictions(folder, requests, run, writes)
+    predictions = Predictions(folder, requests, run, writes, name)
     if is_parallel():
         barrier()       # all must have read what is there before one of them writes
-    answering = None if predictions.finished else assistant()
-    with terminal.current.counting(len(requests), "answering", "request", initial=len(predictions.done),
+    working = None if predictions.finished else load()
+    with terminal.current.counting(len(requests), doing, "request", initial=len(predictions.done),
                                    disable=None if writes else True) as bar:
-        while answering is not None and not predictions.finished:
+        while working is not None and not predictions.finished:
             start = len(predictions.done)
             batch = requests[start:start + size]
-            predictions.add(answer_batch(answering, batch, size, mode, options))
+            predictions.add(work(working, batch))
             bar.update(len(batch))
     predictions.close()
     return predictions.done

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,16 @@ class Request:
     error: str = ""
 
 
-def read_requests(path: str | os.PathLike) -> list[Request]:
+def read_requests(path: str | os.PathLike, read: Callable[[object], dict] | None = None) -> list[Request]:
     r"""Reads requests; a bad line is reported in its place, so that the others can be answered.
 
     A line is `{"query": text}` with, optionally, `images` (a path or a list), `history` (pairs of question and answer,
     or messages), `meta_instruction` and `hd_num`; or `{"messages": [...]}` in the message form, with `hd_num` if need
     be. Lines end at \n only.
+
+    Args:
+        path: the file.
+        read: reads a line's JSON value, as `read_request` does, and raises `PromptError`; by default that.
 
     Raises:
         DataError: when the file is not UTF-8 text or holds no line at all.
@@ -62,10 +66,10 @@ def read_requests(path: str | os.PathLike) -> list[Request]:
     lines = text_lines(decode_text(file.read_bytes(), str(path)))
     if not lines:
         raise DataError(f"{path} holds no requests.")
-    return [_read_line(line.strip(), f"{path}, line {number}") for number, line in lines]
+    return [_read_line(line.strip(), f"{path}, line {number}", read or read_request) for number, line in lines]
 
 
-def _read_line(line: str, where: str) -> Request:
+def _read_line(line: str, where: str, read: Callable[[object], dict]) -> Request:
     try:
         value = parse_json(line, where)
         if _deeper_than(value, DEEPEST):
@@ -75,7 +79,7 @@ def _read_line(line: str, where: str) -> Request:
     try:
         if not isinstance(value, dict):
             raise PromptError(f"a request must be an object with 'query' or 'messages', found {_found(value)}.")
-        return Request(value, read_request(value))
+        return Request(value, read(value))
     except PromptError as error:
         return Request(value, error=error_sentence(type(error)(f"{where}: {error}")))
 

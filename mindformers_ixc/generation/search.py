@@ -51,6 +51,32 @@ class Decoder(Protocol):
         """Makes row i continue what row `rows[i]` held, int32 `(B,)`."""
 
 
+class Watched:
+    """A decoder that remembers the logits of its last step.
+
+    Args:
+        decoder: whose steps are watched.
+    """
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self.logits = np.zeros((0, 0), np.float32)
+
+    def prefill(self) -> np.ndarray:
+        """As the decoder's."""
+        self.logits = self.decoder.prefill()
+        return self.logits
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        """As the decoder's."""
+        self.logits = self.decoder.step(tokens)
+        return self.logits
+
+    def reorder(self, rows: np.ndarray) -> None:
+        """As the decoder's."""
+        self.decoder.reorder(rows)
+
+
 def greedy_or_sample(decoder: Decoder, options: GenerationOptions, batch: int, on_tokens: OnTokens | None = None,
                      ended: Ended | None = None) -> list[list[int]]:
     """Takes the likeliest token, or draws one, until every row has ended.
@@ -78,19 +104,20 @@ def greedy_or_sample(decoder: Decoder, options: GenerationOptions, batch: int, o
     return generated
 
 
-def decode_steps(decoder: Decoder, options: GenerationOptions, batch: int,
-                 ended: Ended | None = None) -> Iterator[list[int | None]]:
+def decode_steps(decoder: Decoder, options: GenerationOptions, batch: int, ended: Ended | None = None,
+                 generators: list[np.random.Generator] | None = None) -> Iterator[list[int | None]]:
     """Greedy decoding or sampling as an iterator: each step's new id of every row, `None` once a row has ended.
 
-    Nothing is computed ahead: who stops iterating stops decoding. Arguments and errors as in `greedy_or_sample`; with
-    `prompt_lookup` see `lookup.lookup_steps`, which goes by the same rules several tokens at a time.
+    Nothing is computed ahead: who stops iterating stops decoding. Arguments and errors as in `greedy_or_sample`;
+    `generators` draw for each row, by default by the options' seed. With `prompt_lookup` see `lookup.lookup_steps`,
+    which goes by the same rules several tokens at a time.
     """
     if options.prompt_lookup:
         yield from lookup_steps(cast(VerifyingDecoder, decoder), options, batch, ended)
         return
     generated: list[list[int]] = [[] for _ in range(batch)]
     running = [True] * batch
-    generators = row_generators(options.seed, batch)
+    generators = row_generators(options.seed, batch) if generators is None else generators
     padding = options.stop_token_ids[0] if options.stop_token_ids else 0
     logits = decoder.prefill()
     for step in range(options.max_new_tokens):

@@ -60,8 +60,7 @@ class IXC25Model(PreTrainedModel):
         self.plora_sub_GN = Parameter(initializer(start, (1, 1, 1, merged), config.param_init_type),
                                       name="plora_sub_GN")
         self.model = InternLM2Model(config)
-        self.output = Linear(config.hidden_size, config.vocab_size, sigma=config.initializer_range,
-                             param_dtype=config.param_init_type, compute_dtype=config.compute_dtype, cut=CUTS["output"])
+        self.add_head(config)
         self.chunked_losses = HeadLosses(config)
         self.loss = BatchLoss(config)
         self.noise = PositionNoise(config.seq_length)
@@ -89,6 +88,16 @@ class IXC25Model(PreTrainedModel):
             if on_ascend() and not config.disable_lazy_inline:
                 share_graph(self)
 
+    def add_head(self, config: IXC25Config) -> None:
+        """Gives the network what turns the last norm's output into scores of the next token."""
+        self.output = Linear(config.hidden_size, config.vocab_size, sigma=config.initializer_range,
+                             param_dtype=config.param_init_type, compute_dtype=config.compute_dtype, cut=CUTS["output"])
+
+    @property
+    def head(self) -> Linear:
+        """The last linear."""
+        return self.output
+
     def shard(self, parallel_config: TransformerOpParallelConfig) -> None:
         """Gives every operator its strategy and every cell its pipeline stage.
 
@@ -110,7 +119,7 @@ class IXC25Model(PreTrainedModel):
         self.choose.shard(dp)
         self.noise.shard(dp)
         self.model.shard(dp, tp, parallel_config.vocab_emb_dp, tp > 1 and parallel_config.use_seq_parallel)
-        self.output.shard(dp, tp)
+        self.head.shard(dp, tp)
         set_pipeline_stages(self, parallel_config)
 
     def no_weight_decay(self) -> set[str]:

@@ -37,7 +37,7 @@ def mark_backward_end(model: nn.Cell) -> None:
     if any(parameter.requires_grad for parameter in model.vit.get_parameters()):
         return
     first = next((cell for _, cell in model.cells_and_names() if hasattr(cell, "matmul")
-                  and any(parameter.requires_grad for parameter in cell.get_parameters(expand=False))), model.output)
+                  and any(parameter.requires_grad for parameter in cell.get_parameters(expand=False))), model.head)
     first.matmul.add_prim_attr("first_parameter_cnode", 0)
 
 
@@ -57,7 +57,7 @@ def set_pipeline_stages(model: nn.Cell, parallel_config: TransformerOpParallelCo
     layers = model.model.layers
     for layer, stage in zip(layers, stages_of_layers(model.config, stages)):
         layer.pipeline_stage = stage
-    for cell in (model.model.norm, model.output, model.chunked_losses, model.loss):
+    for cell in (model.model.norm, model.head, model.chunked_losses, model.loss):
         cell.pipeline_stage = stages - 1
     if model.reports_sources:
         model.source_sums.pipeline_stage = model.kept_report.pipeline_stage = stages - 1

@@ -66,7 +66,7 @@ def stage_of_parameter(name: str, layer_stages: Sequence[int]) -> int:
     layer = layer_of(name)
     if layer is not None:
         return layer_stages[layer]
-    return layer_stages[-1] if name.startswith(("model.norm.", "output.")) else 0
+    return layer_stages[-1] if name.startswith(("model.norm.", "output.", "v_head.")) else 0
 
 
 def work_of_sample(config: ModelConfig) -> tuple[float, float, float]:
@@ -81,4 +81,4 @@ def work_of_sample(config: ModelConfig) -> tuple[float, float, float]:
     ranks = config.plora_rank + sum(config.task_lora_ranks[task] for task in MODE_ADAPTERS[config.adapter_mode])
     layer: float = length * sum(rows * columns + ranks * (rows + columns) for rows, columns in linears)
     layer += 2 * length * length * width / 2                       # scores and weighted sum, half of them masked
-    return tower + projector, layer, length * width * config.vocab_size
+    return tower + projector, layer, length * width * (config.vocab_size if config.reward_pooling is None else 1)

@@ -247,6 +247,8 @@ class _Sizes:
     def logits(self) -> float:
         """Logits of a chunk and their gradient in the compute dtype, and the loss's float32 copies."""
         config = self.workload.config
+        if config.reward_pooling is not None:       # one value a position
+            return self.workload.positions * (2 * self.compute + 4 * LOGIT_COPIES)
         positions = min(self.workload.positions, config.loss_chunk)
         return positions * config.vocab_size / self.tensor * (2 * self.compute + 4 * LOGIT_COPIES)
 

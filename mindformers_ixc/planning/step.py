@@ -36,6 +36,7 @@ from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.placement import mark_backward_end
 from mindformers_ixc.models.preference import IXC25ForPreference
+from mindformers_ixc.models.reward import IXC25RewardModel
 from mindformers_ixc.parameters import parameter_table, part_of
 from mindformers_ixc.planning.few_layers import can_shorten, shorten
 from mindformers_ixc.training.parts import stop_dropout, train_only
@@ -49,6 +50,10 @@ ACCUMULATED = "Grad__VirtualAssignAdd"
 
 # Operators at most between a parameter and where its slices are gathered: a cast, a load.
 CASTS = 4
+
+
+# Networks that learn from pairs, by the YAML's `arch.type`.
+NETWORKS: dict[str, type[IXC25Model]] = {"IXC25ForPreference": IXC25ForPreference, "IXC25ForReward": IXC25RewardModel}
 
 
 def compile_step(job: dict) -> dict:
@@ -109,7 +114,7 @@ def _build(fields: dict, micro_batches: int) -> tuple[
         IXC25Model, IXC25TrainOneStepCell | IXC25PipelineWithLossScaleCell, list[Tensor]]:
     """Model, step cell and inputs without memory."""
     with nn.no_init_parameters():
-        model = (IXC25ForPreference if _is_preference(fields) else IXC25Model)(_config(fields, micro_batches))
+        model = NETWORKS.get(fields["model"]["arch"]["type"], IXC25Model)(_config(fields, micro_batches))
         if fields.get("train_parts") is not None:
             train_only(model, fields["train_parts"])
         if not any("Plora" in parameter.name for parameter in model.trainable_params()):
@@ -130,8 +135,8 @@ def _build(fields: dict, micro_batches: int) -> tuple[
     return model, step, _inputs(fields, model.config, micro_batches)
 
 
-def _is_preference(fields: dict) -> bool:
-    return fields["model"]["arch"]["type"] == "IXC25ForPreference"
+def _has_pairs(fields: dict) -> bool:
+    return fields["model"]["arch"]["type"] in NETWORKS
 
 
 def _config(fields: dict, micro_batches: int) -> IXC25Config:
@@ -157,7 +162,7 @@ def _inputs(fields: dict, config: IXC25Config, micro_batches: int) -> list[Tenso
     """A global batch as the data set gives it, without memory."""
     size = fields["runner_config"]["batch_size"] * config.parallel_config.data_parallel * micro_batches
     columns = [*BATCH_COLUMNS, *(PACKING_COLUMNS if config.packing else ())]
-    shapes = column_shapes(config, columns, 2 if _is_preference(fields) else 1)
+    shapes = column_shapes(config, columns, 2 if _has_pairs(fields) else 1)
     return [Tensor(shape=(size, *shape), dtype=getattr(mstype, dtype), init=Zero())
             for dtype, shape in shapes.values()]
 

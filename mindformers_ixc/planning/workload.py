@@ -131,7 +131,7 @@ class Workload:
         layout: degrees; `micro_batch_num` counts accumulation steps where there is one stage.
         samples: of a micro batch of one replica (pairs for preferences).
         trained_parts: parts that train; `None` for all.
-        preference: the step is one of preference pairs.
+        preference: the step is one of pairs, for preferences or for a reward model.
         reference: such a step computes its reference too.
         full_batch: every device gets the whole batch and takes its slice.
         whole_table: without pipeline stages the embedding is whole on every device (MindFormers' `vocab_emb_dp`).
@@ -329,14 +329,17 @@ def read_workload(fields: dict) -> Workload:
     layout, runner = degrees_of(fields), fields.get("runner_config") or {}
     if layout.pipeline_stage == 1:       # MindFormers then counts accumulation steps instead
         layout = replace(layout, micro_batch_num=runner.get("gradient_accumulation_steps") or 1)
-    preference = ((fields["model"].get("arch") or {}).get("type")) == "IXC25ForPreference"
+    arch = (fields["model"].get("arch") or {}).get("type")
+    preference = arch in ("IXC25ForPreference", "IXC25ForReward")
     columns = tuple((fields.get("train_dataset") or {}).get("input_columns") or BATCH_COLUMNS)
+    reference = (arch == "IXC25ForPreference" and "reference_logps" not in columns
+                 and needs_reference(section.get("preference")))
     parts, parallel = fields.get("train_parts"), fields.get("parallel_config") or {}
     return Workload(
         ModelTable(_config(fields)), layout, runner.get("batch_size") or 1, None if parts is None else tuple(parts),
-        preference, preference and "reference_logps" not in columns and needs_reference(section.get("preference")),
-        bool((fields.get("parallel") or {}).get("full_batch", True)), bool(parallel.get("vocab_emb_dp", True)),
-        _sharding(fields), (fields.get("context") or {}).get("device_target") or "Ascend", columns)
+        preference, reference, bool((fields.get("parallel") or {}).get("full_batch", True)),
+        bool(parallel.get("vocab_emb_dp", True)), _sharding(fields),
+        (fields.get("context") or {}).get("device_target") or "Ascend", columns)
 
 
 def place(workload: Workload, devices: int, options: dict[str, int | None] | None = None,

@@ -31,6 +31,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 # default of the public fine-tuning scripts.
 HD_NUM_SINGLE = 24
 HD_NUM_SEVERAL = 6
+HD_NUM_REWARD = 9          # of each picture of a reward model
 HD_NUM_TRAINING = 18
 
 # What fills a partition up to whole tiles.

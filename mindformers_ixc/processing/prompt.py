@@ -19,6 +19,9 @@ IMAGE_PLACEHOLDER = "<ImageHere>"
 START_OF_TURN = "[UNUSED_TOKEN_146]"
 END_OF_TURN = "[UNUSED_TOKEN_145]"
 
+# What a finished conversation ends with, behind `</s>`, when a reward model reads it.
+REWARD_TOKEN = "[UNUSED_TOKEN_130]"
+
 # Positions with this label carry no loss.
 IGNORE_INDEX = -100
 

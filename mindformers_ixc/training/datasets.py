@@ -13,7 +13,7 @@ from mindformers.models.build_tokenizer import build_tokenizer
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 from mindspore.dataset import GeneratorDataset, Sampler
 
-from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN
+from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
 from mindformers_ixc.data.columns import unmap
 from mindformers_ixc.data.fitting import Shapes
 from mindformers_ixc.data.index.keys import Measures
@@ -162,7 +162,8 @@ def _table(config: MindFormerConfig, kind: str) -> tuple[ConversationTable, Plan
                         "leave the column out, and the model without the pair is the reference.")
     # a pair with too many pictures is refused, since there is no part of it to be used
     max_images = None if kind == "pair" else budget.max_images
-    shapes = Shapes(config.seq_length, config.max_tiles, config.hd_num or HD_NUM_TRAINING, max_images, segments)
+    length = config.seq_length - (SCORE_COLUMN in columns)          # the reward token is measured with no sample
+    shapes = Shapes(length, config.max_tiles, config.hd_num or HD_NUM_TRAINING, max_images, segments)
     samples = make_samples(sources, shapes, share, loader.index_dir)
     make = PreferenceTable if kind == "pair" else ConversationTable
     table = make(processor, samples, config.seq_length, config.max_tiles, shapes.hd_num, share, samples.needs, columns,

@@ -21,14 +21,13 @@ from mindformers_ixc.data.batch import REFERENCE_COLUMN
 from mindformers_ixc.device import group_size, has_loss, reports_loss
 from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import METRICS_FILE, read_metrics, write_whole
-from mindformers_ixc.models.preference import REPORT
 from mindformers_ixc.models.report import take_report
 from mindformers_ixc.parameters import part_of
 from mindformers_ixc.preference_options import needs_reference, preference_options
 from mindformers_ixc.sections import is_whole
 from mindformers_ixc.training.averaging import averages_of
 from mindformers_ixc.training.progress import Progress
-from mindformers_ixc.training.step import PREFERENCE, StepPlan
+from mindformers_ixc.training.step import ENTRIES, PREFERENCE, StepPlan
 from mindformers_ixc.training.stopping import Stopping
 from mindformers_ixc.training.tensorboard import TENSORBOARD_FOLDER, ScalarFile
 from mindformers_ixc.training.throughput import Throughput, TimeLeft, scalars, work_of
@@ -240,9 +239,10 @@ class TrainingLog(Callback):
             self.lost_rows = True
 
     def _report(self, report: np.ndarray) -> dict:
-        if self.plan.report == "preference":
+        names = ENTRIES.get(self.plan.report or "")
+        if names is not None:
             values = report[:-1] / report[-1]
-            return dict(zip(REPORT, (float(value) for value in values)))
+            return dict(zip(names, (float(value) for value in values)))
         by_source = {name: {"loss": float(total / count), "tokens": int(count)}
                      for name, total, count in zip(self.plan.sources, *report) if count}
         return {"sources": by_source, "tokens": int(report[1].sum())}

@@ -33,7 +33,7 @@ def train_only(model: IXC25Model, parts: Iterable[str]) -> None:
         if part in parts and parameter.requires_grad:
             found.add(part)
         parameter.requires_grad = parameter.requires_grad and part in parts
-    model.chunked_losses.weight_trains = model.output.weight.requires_grad
+    model.chunked_losses.weight_trains = model.head.weight.requires_grad
     for part in parts:
         if part not in found:
             reason = f" (adapter_mode is '{model.config.adapter_mode}')" if part.startswith("task_lora") else ""

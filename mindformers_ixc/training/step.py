@@ -15,13 +15,17 @@ from mindspore import nn
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.device import is_parallel
-from mindformers_ixc.models.preference import REPORT
+from mindformers_ixc.models import preference, reward
 from mindformers_ixc.training.averaging import AveragedOptimizer
 from mindformers_ixc.training.wrapper import portable_wrapper
 
 # The column that asks for the losses of sources, and what a step can report.
 SOURCE_COLUMN = "source"
-SOURCES, PREFERENCE = "sources", "preference"
+SOURCES, PREFERENCE, REWARD = "sources", "preference", "reward"
+
+# Reports of pairs: the names of their entries, the last the number of pairs, by the network that gives them.
+PAIR_REPORTS = {"IXC25ForPreference": PREFERENCE, "IXC25ForReward": REWARD}
+ENTRIES = {PREFERENCE: preference.REPORT, REWARD: reward.REPORT}
 
 OWN_CELL = "IXC25TrainOneStepCell"
 
@@ -32,7 +36,7 @@ class StepPlan:
 
     Attributes:
         loss_form: what the network returns, see `IXC25Model.training_loss`.
-        report: what it reports beside its loss: `sources`, `preference` or nothing.
+        report: what it reports beside its loss: `sources`, `preference`, `reward` or nothing.
         micro_batches: parts in which this package's cell takes a batch; those of a parallel step are MindFormers'.
         own_cell: whether the step cell is this package's, whatever the YAML or MindFormers say.
         labels_column: number of the column that parts are weighed by; `None` weighs them the same.
@@ -62,7 +66,7 @@ class StepPlan:
         """Shape of the report that the step cell takes from the network, if any."""
         if self.report is None or self.in_model:
             return None
-        return (len(REPORT),) if self.report == PREFERENCE else (2, len(self.sources))
+        return (len(ENTRIES[self.report]),) if self.report in ENTRIES else (2, len(self.sources))
 
     def put_into(self, config: MindFormerConfig) -> None:
         """Says to MindFormers what it has to know before it builds anything.
@@ -106,8 +110,8 @@ def plan_step(config: MindFormerConfig) -> StepPlan:
     columns = list(config.train_dataset.input_columns or BATCH_COLUMNS)
     accumulated = config.runner_config.gradient_accumulation_steps or 1
     decay = config.runner_wrapper.get("ema_decay")
-    preference = config.model.arch.type == "IXC25ForPreference"
-    report = PREFERENCE if preference else SOURCES if SOURCE_COLUMN in columns else None
+    pairs = PAIR_REPORTS.get(config.model.arch.type)
+    report = pairs or (SOURCES if SOURCE_COLUMN in columns else None)
     loss_form = SOURCES if report == SOURCES else "mean"
     if is_parallel():
         per_token = accumulated > 1 or (config.parallel_config.pipeline_stage or 1) > 1
@@ -116,4 +120,4 @@ def plan_step(config: MindFormerConfig) -> StepPlan:
         return StepPlan(loss_form, report, in_model=report is not None, per_token=per_token, ema_decay=decay)
     own_cell = accumulated > 1 or report is not None
     return StepPlan(loss_form, report, accumulated, own_cell,
-                    None if preference or not own_cell else columns.index("labels"), ema_decay=decay)
+                    None if pairs or not own_cell else columns.index("labels"), ema_decay=decay)

@@ -25,12 +25,13 @@ from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.data.questions import as_typed
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.data.sections import check_shapes
-from mindformers_ixc.decoding_options import PREDICT_BATCH_SIZE
+from mindformers_ixc.decoding_options import PREDICT_BATCH_SIZE, check_reward
 from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
 from mindformers_ixc.errors import ConfigError, DataError, TrainingError
 from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.best_of import BestOf, load_scorer
 from mindformers_ixc.generation.options import GenerationOptions, check_mode, known_options
-from mindformers_ixc.generation.predict import predict
+from mindformers_ixc.generation.predict import best_batch, predict, work_through
 from mindformers_ixc.generation.requests import read_requests
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.placement import mark_backward_end
@@ -417,15 +418,26 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         run = {"model": str(Path(config.load_checkpoint).resolve()), "generation": dict(options)}
         mode = options.pop("mode", "base")
         check_mode("generation.mode", mode)
+        best_of, reward = options.pop("best_of", None), options.pop("reward", None)
         GenerationOptions(**known_options(dict(options)))      # said before a model is loaded
+        check_reward(best_of, reward, options)
         folder = get_output_root_path()
         section = dict(config.model.model_config) if config.model else {}
         fields = {key: section[key] for key in INFERENCE_FIELDS if key in section}
         if is_parallel():
             share_results()
             fields["parallel_config"] = inference_layout(config.parallel_config)
-        answers = predict(lambda: Assistant.from_directory(config.load_checkpoint, **fields),
-                          read_requests(input_data), folder, run, size, mode, options)
+
+        def load() -> Assistant:
+            return Assistant.from_directory(config.load_checkpoint, **fields)
+
+        requests = read_requests(input_data)
+        if best_of is None:
+            answers = predict(load, requests, folder, run, size, mode, options)
+        else:
+            answers = work_through(lambda: BestOf(load(), best_of, load_scorer(reward, fields)),
+                                   lambda best, batch: best_batch(best, batch, mode, options), requests, folder, run,
+                                   size)
         failed = sum("error" in answer for answer in answers)
         note = f" {failed} of {len(answers)} requests failed; their lines have an 'error'." if failed else ""
         if rank() == 0:

@@ -23,6 +23,10 @@ def test_preferences_with_everything_else_frozen(tmp_path):
     assert parity.check_preferences(tmp_path) == 0
 
 
+def test_scores_are_learnt_as_one_process_does(tmp_path):
+    assert parity.check_rewards(tmp_path) == 0
+
+
 def test_accumulation_in_sequence_with_a_frozen_tower_and_replicas_that_read_their_own_samples(tmp_path):
     parity.write_start(tmp_path / "start")
     shared = {**parity.write_sources(tmp_path), "load_checkpoint": tmp_path / "start",

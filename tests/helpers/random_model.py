@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_ixc import IXC25Config
 from mindformers_ixc.checkpoint.tensor_file import TensorFile
+from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.parameters import parameter_table
 
 # Four key/value groups and four vision heads, so that tensor parallel 4 divides; four layers for pipelines.
@@ -17,7 +17,7 @@ SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidd
                            "intermediate_size": 16}}
 
 
-def random_arrays(config: IXC25Config, dtype: str = "F32", seed: int = 0) -> dict[str, np.ndarray]:
+def random_arrays(config: ModelConfig, dtype: str = "F32", seed: int = 0) -> dict[str, np.ndarray]:
     """Every parameter, random; bfloat16 as bits."""
     rng = np.random.default_rng(seed)
     storage = {"F32": np.float32, "BF16": np.float32, "F16": np.float16}[dtype]
@@ -39,7 +39,7 @@ def save(path: Path, arrays: dict[str, np.ndarray], dtype: str = "F32") -> Path:
 
 def make(folder: Path, dtype: str = "F32", seed: int = 0, **changes) -> Path:
     """Makes a model directory; `changes` replace sizes."""
-    config = IXC25Config(**{**SIZES, **changes})
+    config = ModelConfig(**{**SIZES, **changes})
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**config.to_public_dict(), "a_public_field": 7}), encoding="utf-8")
     (folder / "tokenizer.model").write_bytes(b"tokenizer")

@@ -242,7 +242,7 @@ def write(block: Block) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(block.text, encoding="utf-8")
     if path.suffix in (".json", ".jsonl", ".csv", ".tsv"):
-        pairs = '"chosen"' in block.text
+        pairs = any(key in block.text for key in ('"chosen"', '"conversations_a"'))
         assert (load_preferences if pairs else load_conversations)(path), f"{block.where} has no sample"
 
 

@@ -345,6 +345,14 @@ def test_preferences_have_the_means_of_their_pairs(tmp_path, in_model):
         "logp_chosen": -10.0, "logp_rejected": -15.0, "nll_chosen": 1.5}
 
 
+def test_a_reward_model_has_the_means_of_its_pairs(tmp_path):
+    run = FakeRun(tmp_path, report="reward")
+    run.step(0.7, report=[2.0, -1.0, 3.0, 3.0, 4.0], holder=run.wrapper)
+    row = read_metrics(tmp_path / METRICS_FILE)[0]
+    assert {name: row[name] for name in row if name.startswith("reward_")} == {
+        "reward_chosen": 0.5, "reward_rejected": -0.25, "reward_margin": 0.75, "reward_accuracy": 0.75}
+
+
 @pytest.mark.parametrize("averaged", [True, False])
 def test_the_log_knows_the_averages_by_the_names_of_the_weights(tmp_path, averaged):
     optimizer = nn.SGD([Parameter(Tensor(np.ones(2, np.float32)), name="output.weight")], learning_rate=0.1)

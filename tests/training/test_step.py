@@ -13,6 +13,7 @@ from mindspore import Parameter, Tensor, nn
 from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml
 from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.models.preference import REPORT
+from mindformers_ixc.models.reward import REPORT as REWARD_REPORT
 from mindformers_ixc.training import step as steps
 from mindformers_ixc.training.checkpoints import MONITOR, SafeCheckpointMonitor, safe_checkpoints
 from mindformers_ixc.training.step import StepPlan, plan_step
@@ -55,6 +56,9 @@ def test_a_stand_alone_step_on_preferences_weighs_its_parts_the_same():
     plan = plan_step(config_of(ACCUMULATED, name="dpo"))
     assert plan == StepPlan(report="preference", micro_batches=3, own_cell=True)
     assert plan.report_shape == (len(REPORT),)
+    scores = plan_step(config_of(ACCUMULATED, name="reward"))
+    assert scores == StepPlan(report="reward", micro_batches=3, own_cell=True)
+    assert scores.report_shape == (len(REWARD_REPORT),)
 
 
 @pytest.mark.parametrize(("changes", "per_token"), [((), False), ((ACCUMULATED,), True), ((STAGES,), True)])

@@ -1,0 +1,129 @@
+"""Best of N: several sampled answers to one question, and the best of them by a reward model or by probability.
+
+The N samples are one batch over one prompt: its beginning is computed once where earlier requests are kept
+(`generation.reuse`), its pictures once in any case. Without a reward model the best answer is the one whose tokens have
+the highest mean log-probability.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mindformers_ixc.decoding_options import check_best_of
+from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.options import GenerationOptions, known_options
+from mindformers_ixc.generation.requests import error_sentence
+from mindformers_ixc.generation.scoring import Scorer
+from mindformers_ixc.processing.judged import turns_of
+
+
+@dataclass
+class Candidate:
+    """One of several answers.
+
+    Attributes:
+        text: of the answer.
+        logp: mean log-probability of its tokens, its end included, at temperature 1.
+        score: by the reward model; `None` without one.
+    """
+
+    text: str
+    logp: float
+    score: float | None = None
+
+    @property
+    def merit(self) -> float:
+        """What decides."""
+        return self.logp if self.score is None else self.score
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a file of predictions has it."""
+        return {"answer": self.text, "logp": self.logp, **({} if self.score is None else {"score": self.score})}
+
+
+class BestOf:
+    """Answers questions by the best of several samples.
+
+    Args:
+        assistant: who answers.
+        count: samples of a question.
+        scorer: who says which is best; `None` leaves it to the log-probability.
+
+    Raises:
+        GenerationError: for less than two samples.
+    """
+
+    def __init__(self, assistant: Assistant, count: int, scorer: Scorer | None = None):
+        check_best_of(count, {})
+        self.assistant, self.count, self.scorer = assistant, count, scorer
+
+    def answer(self, question: Mapping[str, Any], mode: str = "base", **options: Any) -> list[Candidate]:
+        """All samples of an answer, the best first; of equal ones the one that was drawn first.
+
+        Args:
+            question: as in `Assistant.answer`.
+            mode: task LoRAs in use.
+            **options: fields of `GenerationOptions`; sampled is always.
+
+        Raises:
+            GenerationError: for options that do not go with several samples, and what `Assistant.answer` and
+                `Scorer.score_samples` refuse.
+        """
+        check_best_of(self.count, options)
+        assistant = self.assistant
+        chosen = GenerationOptions(**{"stop_token_ids": assistant.stop_token_ids, **known_options(options),
+                                      "do_sample": True})
+        drawn = assistant.draw(assistant.encode(dict(question)), chosen, self.count, mode)
+        found = [Candidate(assistant.decode(ids, chosen.stop_strings), float(np.mean(logps))) for ids, logps in drawn]
+        if self.scorer is not None:
+            samples = [self.scorer.encode(turns_of(question, one.text), _images(question)) for one in found]
+            for one, score in zip(found, self.scorer.score_samples(samples)):
+                one.score = score
+        return sorted(found, key=lambda one: -one.merit)
+
+    def results(self, questions: Sequence[Mapping[str, Any]], mode: str, options: dict) -> list[dict]:
+        """Best answers of questions, one by one, whatever may be wrong with some of them.
+
+        Returns:
+            For each question `answer`, `logp` and, with a reward model, `score` of the best, and the same of all as
+            `samples`, the best first; or `{"error": sentence}`.
+
+        Raises:
+            MemoryError: when there is none left; no single question is to blame.
+        """
+        found: list[dict] = []
+        for question in questions:
+            try:
+                samples = [one.to_dict() for one in self.answer(question, mode, **options)]
+                found.append({**samples[0], "samples": samples})
+            except MemoryError:
+                raise
+            except Exception as error:
+                found.append({"error": error_sentence(error)})
+        return found
+
+
+def load_scorer(reward: str | os.PathLike | None, fields: Mapping[str, Any]) -> Scorer | None:
+    """The scorer of a reward model's directory; none without one.
+
+    Args:
+        reward: the directory.
+        fields: of `Scorer.from_directory`.
+    """
+    return None if reward is None else Scorer.from_directory(reward, **fields)
+
+
+def best_line(candidates: Sequence[Candidate]) -> str:
+    """What is said of samples: by what the best was chosen, and how far the others are."""
+    name = "mean log-probability" if candidates[0].score is None else "score"
+    others = ", ".join(f"{one.merit:.3f}" for one in candidates[1:])
+    return f"The best of {len(candidates)}: {name} {candidates[0].merit:.3f}; the others {others}."
+
+
+def _images(question: Mapping[str, Any]) -> list:
+    images = question.get("images")
+    return list(images) if isinstance(images, (list, tuple)) else [] if images is None else [images]

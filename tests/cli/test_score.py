@@ -1,0 +1,102 @@
+"""`mindformers score`: lines of every form, what is wrong with some, resuming, and the sentences at once."""
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+from random_model import make
+from reward_model import make_reward_model
+
+from mindformers_ixc.errors import PromptError
+from mindformers_ixc.generation.judged_requests import read_judged
+from mindformers_ixc_cli import main
+
+LINES = [
+    {"query": "What is shown?", "images": ["red.png"], "answer": "Red."},
+    {"query": "What is shown?", "images": ["red.png"], "answers": ["Red.", "Blue."]},
+    {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Red."}],
+     "images": ["red.png"]},
+    {"request": {"query": "Hello"}, "answer": "Hello.", "samples": [], "score": 3},
+    {"query": "a <ImageHere>", "answer": "b"},
+    {"query": "no answer"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("score")
+    make_reward_model(folder / "model")
+    make(folder / "writer")
+    Image.new("RGB", (90, 50), (200, 10, 10)).save(folder / "red.png")
+    lines = [json.dumps(line).replace("red.png", str(folder / "red.png")) for line in LINES]
+    (folder / "answers.jsonl").write_text("\n".join(lines) + "\nno json\n", encoding="utf-8")
+    return folder
+
+
+def rows(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_line_gets_its_scores_or_its_error(folder, monkeypatch, capsys):
+    monkeypatch.setenv("LOG_MF_PATH", str(folder / "log"))
+    words = ["score", "--model", str(folder / "model"), "--data", str(folder / "answers.jsonl"), "--output_dir",
+             str(folder / "out"), "--batch_size", "2"]
+    assert main(words) == 0
+    found = rows(folder / "out" / "scores.jsonl")
+    one, several, messages, predicted, no_place, no_answer, no_json = found
+    assert one["score"] == pytest.approx(several["scores"][0], abs=1e-5) == pytest.approx(messages["score"], abs=1e-5)
+    assert several["scores"][0] != several["scores"][1] and isinstance(predicted["score"], float)
+    assert "1 <ImageHere> for 0 pictures" in no_place["error"] or "<ImageHere>" in no_place["error"]
+    assert "line 6: a line needs 'answer'" in no_answer["error"] and "line 7" in no_json["error"]
+    assert [row["request"] for row in found[:1]] == [json.loads((folder / "answers.jsonl").read_text().split("\n")[0])]
+
+    # stopped after three lines, with half of the fourth, it goes on with the fourth and ends alike
+    text = (folder / "out" / "scores.jsonl").read_text(encoding="utf-8")
+    kept = "".join(text.splitlines(keepends=True)[:3])
+    (folder / "out" / "scores.jsonl").unlink()
+    (folder / "out" / "scores.part.jsonl").write_text(kept + '{"requ', encoding="utf-8")
+    assert main(words) == 0
+    again = rows(folder / "out" / "scores.jsonl")
+    assert again[:3] == found[:3] and again[3]["score"] == pytest.approx(predicted["score"], abs=1e-5)
+    assert main([*words, "--hd_num", "1"]) == 1
+    assert "of another model or other options" in capsys.readouterr().err
+
+
+def test_without_a_folder_scores_go_to_standard_output(folder, capfd):
+    (folder / "two.jsonl").write_text("\n".join(json.dumps({"query": "Hello", "answer": text}) for text in "ab"),
+                                      encoding="utf-8")
+    assert main(["score", "--model", str(folder / "model"), "--data", str(folder / "two.jsonl")]) == 0
+    printed = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["request"]["answer"] for row in printed] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["score", "--model", "writer", "--data", "answers.jsonl"], "writer is a model that writes answers"),
+    (["chat", "--model", "model", "Hello"], "model is a reward model"),
+    (["eval", "--model", "model", "--data", "answers.jsonl"], "model is a reward model"),
+    (["score", "--model", "model", "--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+    (["score", "--model", "model", "--data", "answers.jsonl", "--batch_size", "0"], "--batch_size is 0"),
+    (["chat", "--model", "starter", "--best_of", "1", "Hello"], "best_of is 1; it must be a whole number"),
+    (["chat", "--model", "starter", "--reward", "model", "Hello"], "best_of is not said"),
+    (["chat", "--model", "starter", "--best_of", "2", "--reward", "writer", "Hello"], "writer is a model that writes"),
+    (["chat", "--model", "starter", "--best_of", "2", "--num_beams", "3", "Hello"], "num_beams is 3"),
+])
+def test_the_other_kind_of_model_is_named_at_once(folder, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(folder)
+    (folder / "writer" / "tokenizer.model").write_bytes((folder / "model" / "tokenizer.model").read_bytes())
+    assert main(words) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("text", "must be an object with a question and 'answer'"),
+    ({"request": {"query": "a"}, "error": "it failed"}, "holds an error in place of an answer"),
+    ({"query": "a", "answer": "b", "answers": ["c"]}, "found both"),
+    ({"query": "a", "answers": []}, "needs 'answer' with a text"),
+    ({"query": "a", "answer": 5}, "answer must be a text"),
+    ({"query": "a", "answer": "b", "anwser": "c"}, "unknown key anwser"),
+])
+def test_what_is_wrong_with_a_line_is_said(line, message):
+    with pytest.raises(PromptError, match=message):
+        read_judged(line)
