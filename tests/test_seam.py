@@ -17,8 +17,8 @@ FRAMEWORKS = ("mindspore", "mindformers")
 # Host code: quick commands and child processes stand on it.
 FREE_PACKAGES = ("processing", "data", "parallel", "pages", "demo")
 FREE_MODULES = (
-    "config", "parameters", "errors", "files", "interruption", "resources", "sections", "terminal", "training_options",
-    "version",
+    "chat_client", "config", "parameters", "errors", "files", "interruption", "resources", "sections", "terminal",
+    "training_options", "version",
     "native", "native.building", "native.images",
     *(f"checkpoint.{name}" for name in (
         "calibration", "ckpt_file", "convert", "dtypes", "host_model", "inspection", "layouts", "merge", "model_config",
