@@ -1,7 +1,7 @@
 """A client of a server that speaks OpenAI's `/v1/chat/completions`, on the standard library alone.
 
-It is for `mindformers serve` and takes what that adds to the protocol (`hd_num`, `num_beams`, `mode` and the like) as
-further fields of a request; any other server of the protocol will do as long as none of those are asked for.
+What a server of this model adds to the protocol (`hd_num`, `num_beams`, `mode` and the like) are further fields of a
+request; any other server will do as long as none of those are asked for.
 """
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class ChatClient:
         handlers = [_NoRedirect(), *([urllib.request.ProxyHandler({})] if local else [])]
         self._opener = urllib.request.build_opener(*handlers)
 
-    def models(self) -> list[str]:
-        """Names of the models that the server has.
+    def models(self) -> list[dict]:
+        """The models that the server has: `id`, the name, and what else the server says of each.
 
         Raises:
             ServerError: when it does not answer, or is no such server.
@@ -88,10 +88,10 @@ class ChatClient:
         found = self._json("/v1/models").get("data")
         if not isinstance(found, list) or not all(isinstance(one, dict) and "id" in one for one in found):
             raise ServerError(f"{self.root}/v1/models lists no models; is this a server of OpenAI's protocol?")
-        return [str(one["id"]) for one in found]
+        return found
 
     def health(self) -> dict:
-        """What `/health` says, with `mindformers serve` an object; `{}` for a server that has no such page.
+        """What `/health` says; `{}` for a server that has no such page.
 
         Raises:
             ServerError: when the server does not answer.
@@ -108,9 +108,9 @@ class ChatClient:
 
         Args:
             messages: in OpenAI's form; `text_part` and `image_part` make the parts of a content.
-            model: a name of `models`.
-            **fields: of the request: `max_tokens`, `temperature`, `stop`, and this package's `num_beams`, `hd_num`,
-                `mode`, `repetition_penalty`, `meta_instruction`. A field that is `None` is left out.
+            model: `id` of one of `models`.
+            **fields: of the request: `max_tokens`, `temperature`, `stop`, and what a server of this model adds,
+                `num_beams`, `hd_num`, `mode`, `repetition_penalty`, `meta_instruction`. One that is `None` is left out.
 
         Raises:
             ServerError: when the server does not answer, or refuses the request; `status` tells which.
@@ -268,8 +268,9 @@ def _sentence(body: Any) -> str:
     return message if not name or str(name) in message else f"{name}: {message}"
 
 
-def _reason(error: BaseException) -> object:
-    return getattr(error, "reason", None) or error or type(error).__name__
+def _reason(error: BaseException) -> str:
+    reason = getattr(error, "reason", None) or error
+    return getattr(reason, "strerror", None) or str(reason) or type(error).__name__
 
 
 def _cut(text: str) -> str:

@@ -16,6 +16,8 @@ class StandIn:
         asked: bodies of all requests for an answer, in the order in which they came.
         keys: what each had in `Authorization`.
         refusals: (status, body, headers) of the next requests for an answer, which get these instead.
+        models: what `/v1/models` says.
+        pieces: bytes of a stream.
         health: what `/health` says; `None`: there is no such page.
     """
 
@@ -24,7 +26,7 @@ class StandIn:
         self.asked: list[dict] = []
         self.keys: list[str | None] = []
         self.refusals: list[tuple[int, bytes, dict]] = []
-        self.models = ["stand-in", "stand-in:write"]
+        self.models = [{"id": "stand-in", "mode": "base"}, {"id": "stand-in:write", "mode": "write"}]
         self.health: dict | None = {"status": "ok"}
         self.pieces: list[bytes] | None = None
 
@@ -45,7 +47,7 @@ def _handler(state: StandIn) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self):
             if self.path == "/v1/models":
-                self.reply(200, json.dumps({"data": [{"id": name} for name in state.models]}).encode())
+                self.reply(200, json.dumps({"data": state.models}).encode())
             elif self.path == "/health" and state.health is not None:
                 self.reply(200, json.dumps(state.health).encode())
             else:
