@@ -47,3 +47,16 @@ class LayoutError(ValueError):
 
 class BuildError(OSError):
     """Libraries that cannot be built here; the message says what is missing."""
+
+
+class ServerError(OSError):
+    """A server that does not answer, or refuses what it was asked.
+
+    Attributes:
+        status: of its answer in HTTP; `None` when there was none.
+        retry_after: seconds after which it wants to be asked again.
+    """
+
+    def __init__(self, sentence: str, status: int | None = None, retry_after: float | None = None):
+        super().__init__(sentence)
+        self.status, self.retry_after = status, retry_after

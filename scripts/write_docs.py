@@ -17,6 +17,7 @@ from pathlib import Path
 
 from error_sentences import Sentence, collect
 
+from mindformers_ixc.benchmarking.catalogue import BENCHMARKS
 from mindformers_ixc.cli.parsers import build_parser
 from mindformers_ixc.cli.yaml_docs import fields_text, section_text
 from mindformers_ixc.cli.yaml_file import apply_overrides, read_yaml, tie_data_section
@@ -204,6 +205,16 @@ def sizes_text() -> str:
                       "|---|---|---|---|---|", *rows])
 
 
+def benchmarks_text() -> str:
+    """Every public benchmark: how it is asked and scored, and what the paper has."""
+    rows = []
+    for one in BENCHMARKS.values():
+        paper = "" if one.paper is None else f"{one.paper:.1f}"
+        rows.append(f"| `{one.name}` | {one.prompt} | {one.max_new_tokens} | {one.metric or 'a judge'} | {paper} | "
+                    f"{one.note.replace('scored by VLMEvalKit with a judge; ', '')} |")
+    return "\n".join(["| data set | prompt | new tokens | scored by | paper | |", "|---|---|---|---|---|---|", *rows])
+
+
 def messages_text() -> str:
     """Every error sentence of the package: topics, in them modules, in them sentences."""
     sentences, parts = collect(ROOT), []
@@ -232,7 +243,7 @@ def _item(sentence: Sentence) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "fields": fields_text, **{f"keys {name or 'top'}": partial(section_text, name) for name in SECTIONS},
     "commands": commands_text, "versions": pairs_text, "memory": memory_text, "plan commands": plan_commands_text,
-    "chat memory": chat_text, "picture sizes": sizes_text, "messages": messages_text}
+    "benchmarks": benchmarks_text, "chat memory": chat_text, "picture sizes": sizes_text, "messages": messages_text}
 
 _BLOCK = re.compile(r"^(<!-- (\w[\w. ]*): begin -->\n).*?^(<!-- \2: end -->)$", re.MULTILINE | re.DOTALL)
 

@@ -15,10 +15,10 @@ import mindformers_ixc
 FRAMEWORKS = ("mindspore", "mindformers")
 
 # Host code: quick commands and child processes stand on it.
-FREE_PACKAGES = ("processing", "data", "parallel", "pages", "demo")
+FREE_PACKAGES = ("processing", "data", "benchmarking", "parallel", "pages", "demo")
 FREE_MODULES = (
-    "config", "parameters", "errors", "files", "interruption", "resources", "sections", "terminal", "training_options",
-    "version",
+    "chat_client", "config", "parameters", "errors", "files", "interruption", "resources", "sections", "terminal",
+    "training_options", "version",
     "native", "native.building", "native.images",
     *(f"checkpoint.{name}" for name in (
         "calibration", "ckpt_file", "convert", "dtypes", "host_model", "inspection", "layer_rounding",
@@ -27,8 +27,8 @@ FREE_MODULES = (
     *(f"planning.{name}" for name in (
         "workload", "memory", "cost", "search", "plan", "text", "page", "timeline", "few_layers", "check_layout")),
     "cpu_cluster", "cpu_cluster.build", "cpu_cluster.mailbox", "cpu_cluster.simulated",
-    "cli", "cli.arguments", "cli.checkpoints", "cli.data", "cli.data_plan", "cli.early", "cli.inputs", "cli.job",
-    "cli.parsers", "cli.plan", "cli.report", "cli.report_page", "cli.run_config", "cli.templates",
+    "cli", "cli.arguments", "cli.benchmark", "cli.checkpoints", "cli.data", "cli.data_plan", "cli.early", "cli.inputs",
+    "cli.job", "cli.parsers", "cli.plan", "cli.report", "cli.report_page", "cli.run_config", "cli.templates",
     "cli.yaml_docs", "cli.yaml_file", "cli.data_preview", "cli.preview_page", "cli.preview_text",
 )
 

@@ -21,6 +21,10 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {'none' if default in (None, '', []) else '%(default)s'})"
 
 
+class Usual(int):
+    """The default of an option that stands for what is usual elsewhere: a number that nobody has given."""
+
+
 class Parser(argparse.ArgumentParser):
     """Says what can be meant by a word that is none of the choices, or by an option that there is not."""
 

@@ -28,7 +28,8 @@ def check_question(arguments: argparse.Namespace) -> None:
     """Refuses options of decoding that can have no effect or no meaning, pictures that are none, and models in part.
 
     Args:
-        arguments: of `chat`, `eval`, `score` or `reference`; `model` is a directory with a config.json of this model.
+        arguments: of `chat`, `eval`, `score` or `reference`; `model` is a directory with a config.json of this model,
+            or `None` where a server has it.
 
     Raises:
         ConfigError: for an option's value.
@@ -60,6 +61,8 @@ def check_question(arguments: argparse.Namespace) -> None:
             image_size(resolve_path(picture))
     if getattr(arguments, "pairs", None) and resolve_path(arguments.pairs).stat().st_size <= SMALL:
         load_preferences(arguments.pairs, arguments.image_folder, arguments.image_root, arguments.ignore_keys)
+    if arguments.model is None:       # a server has it
+        return
     folder = resolve_model(arguments.model)
     check_directory(folder)
     config, scores = read_config(folder), getattr(arguments, "command", None) == "score"

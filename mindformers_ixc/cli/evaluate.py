@@ -37,6 +37,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code: 1 when no question could be answered.
     """
+    if arguments.benchmark is not None:
+        return importlib.import_module("mindformers_ixc.cli.benchmark").run_benchmark(arguments)
     check_libraries(arguments.metrics)
     options = ReadingOptions(arguments.image_folder, image_root=arguments.image_root,
                              ignore_keys=arguments.ignore_keys)

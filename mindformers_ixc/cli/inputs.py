@@ -53,6 +53,8 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
         launched = arguments.devices if run is not arguments else None
         importlib.import_module("mindformers_ixc.cli.early").check_early(
             run, launched, getattr(arguments, "node_rank", 0))
+    if arguments.command == "eval" and "benchmark" in arguments:
+        importlib.import_module("mindformers_ixc.cli.benchmark_options").check_options(arguments)
     for name in ("image", "data", "pairs") if arguments.command != "init" else ():     # which takes folders, and asks
         given = getattr(arguments, name, None) or []
         for path in [given] if isinstance(given, str) else given:

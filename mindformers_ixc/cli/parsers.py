@@ -4,7 +4,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mindformers_ixc.cli.arguments import Help, Parser, WithoutFiles, add_loudness
+from mindformers_ixc.cli.arguments import Help, Parser, Usual, WithoutFiles, add_loudness
+from mindformers_ixc.cli.benchmark_options import add_benchmark
 from mindformers_ixc.cli.family_parsers import add_assemble, add_best_of, add_score
 from mindformers_ixc.config import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.parameters import PARTS
@@ -102,8 +103,8 @@ def _add_no_verify(parser: argparse.ArgumentParser) -> None:
                         "written with them")
 
 
-def _add_generation(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="model directory, such as OUT/model, or "
+def _add_generation(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--model", required=required, metavar="DIR", help="model directory, such as OUT/model, or "
                         "starter, the small one of this package")
     parser.add_argument("--mode", choices=list(MODE_ADAPTERS), default="base", help="task LoRAs in use")
     parser.add_argument("--hd_num", type=int, metavar="N", help="tiles of the dynamic partition at most (default: the "
@@ -159,15 +160,19 @@ def _add_data_reading(command: argparse.ArgumentParser) -> None:
 
 def _add_eval(commands: Commands) -> None:
     evaluate = commands.add_parser(
-        "eval", formatter_class=Help, help="exact match and other scores over a conversation file",
+        "eval", formatter_class=Help, help="exact match and other scores over a conversation file; public benchmarks",
         description="Answers every question of a conversation file and scores the answers against the file's. Standard "
-                    "output has one line a score; by default it is the exact match.",
+                    "output has one line a score; by default it is the exact match. With --benchmark the questions are "
+                    "a public benchmark's, asked and scored as the paper's were, beside the paper's scores.",
         epilog="examples:\n  mindformers eval --model out/model --data train.json --shuffle_images\n"
                "  mindformers eval --model out/model --data charts.json --predictions answers.jsonl "
-               "--metrics relaxed_accuracy anls exact_match --worst 5")
-    _add_generation(evaluate)
-    evaluate.set_defaults(max_new_tokens=64)
-    evaluate.add_argument("--data", required=True, metavar="FILE", help="conversations, as for training")
+               "--metrics relaxed_accuracy anls exact_match --worst 5\n"
+               "  mindformers eval --model internlm-xcomposer2d5-7b --benchmark ChartQA_TEST --data ChartQA_TEST.tsv\n"
+               "  mindformers eval --server http://127.0.0.1:8000 --benchmark MMStar --data MMStar.tsv")
+    _add_generation(evaluate, required=False)
+    evaluate.set_defaults(max_new_tokens=Usual(64))
+    evaluate.add_argument("--data", required=True, metavar="FILE", help="conversations, as for training; of "
+                          "--benchmark VLMEvalKit's table (.tsv)")
     _add_data_reading(evaluate)
     evaluate.add_argument("--batch_size", type=int, default=4, metavar="N", help="questions answered at once")
     evaluate.add_argument("--shuffle_images", action="store_true",
@@ -182,6 +187,7 @@ def _add_eval(commands: Commands) -> None:
                           "other scores always do)")
     evaluate.add_argument("--worst", type=_count, default=3, metavar="N", help="show the N worst answers on standard "
                           "error (default: 3)")
+    add_benchmark(evaluate)
 
 
 def _count(text: str) -> int:

@@ -387,6 +387,24 @@ class Processor:
         shown = grids[:pieces.count(PICTURE)]       # the public rule may leave pictures out
         return self._assemble(pieces, shown, tiles.first(sum(grid.tiles + 1 for grid in shown)))
 
+    def encode_pieces(self, pieces: Sequence[Piece], images: Sequence[ImageSource] = (), hd_num: int | None = None,
+                      training: bool = False) -> EncodedSample:
+        """Encodes a prompt that is given as its pieces, behind `<s>`.
+
+        Args:
+            pieces: marks, texts and, for each image, its place; a single one without a place stands in front.
+            images: in the order of their places.
+            hd_num: tiles of an image at most; with `training` of each, however many there are.
+            training: cut the images as for training.
+
+        Raises:
+            PromptError: when places and images differ in number.
+            ImageError: for an image that cannot be read.
+        """
+        in_front = [PICTURE] * check_places(pieces.count(PICTURE), len(images))
+        tiles, grids = self.image_processor.cut(list(images), hd_num, training)
+        return self._assemble([Piece(self.tokenizer.bos_token, "mark"), *in_front, *pieces], grids, tiles)
+
     def _public(self, control_tokens: bool | None) -> bool:
         return self.control_tokens if control_tokens is None else control_tokens
 

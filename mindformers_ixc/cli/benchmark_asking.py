@@ -1,0 +1,185 @@
+"""Who answers the questions of a benchmark: a model in this process, or a server."""
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from mindformers_ixc import terminal
+from mindformers_ixc.benchmarking.catalogue import Benchmark, tiles_of
+from mindformers_ixc.benchmarking.prompts import Prompt, final_answer
+from mindformers_ixc.chat_client import ChatClient, image_part, text_part
+from mindformers_ixc.cli.heavy import importing
+from mindformers_ixc.data.questions import Question
+from mindformers_ixc.errors import ConfigError, ImageError, ServerError
+from mindformers_ixc.processing.image import ImageSource, partition_pixels
+from mindformers_ixc.processing.pictures import load_image
+from mindformers_ixc.processing.prompt import PICTURE
+
+if TYPE_CHECKING:
+    from mindformers_ixc.generation.assistant import Assistant
+    from mindformers_ixc.processing.processor import EncodedSample
+
+# Side of a tile of the public model, in pixels: how a server will cut what it is sent.
+TILE = 560
+
+# Refusals of a server that the next question will meet as well.
+_HOPELESS = (401, 403, 404, 405)
+
+
+@dataclass
+class Asked(Question):
+    """A question of a benchmark.
+
+    Attributes:
+        prompt: how it is asked; `query` is its text.
+    """
+
+    prompt: Prompt = field(default_factory=lambda: Prompt(()))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How all questions are asked.
+
+    Attributes:
+        benchmark: the data set.
+        mode: task LoRAs in use.
+        hd_num: tiles of a single picture at most.
+        num_beams: beams.
+        max_new_tokens: of an answer.
+        transparency: as in `load_image`.
+        exif: as in `load_image`; `None` is the model directory's.
+    """
+
+    benchmark: Benchmark
+    mode: str
+    hd_num: int
+    num_beams: int
+    max_new_tokens: int
+    transparency: str
+    exif: str | None
+
+
+# Answers some questions: `{"answer": text}` or `{"error": sentence}` each.
+Ask = Callable[[Sequence[Asked]], list[dict]]
+
+
+class _Prompted:
+    """An assistant that is asked with whole prompts, and pictures cut as in the published measurements.
+
+    They are cut by the transform of training there, which enlarges small pictures; `hd_num` is per picture.
+    """
+
+    def __init__(self, assistant: Assistant, hd_num: int):
+        self.assistant, self.hd_num = assistant, hd_num
+
+    def encode(self, asked: Asked) -> EncodedSample:
+        processor = self.assistant.processor
+        assert processor is not None
+        return processor.encode_pieces(asked.prompt.pieces(), asked.images, tiles_of(len(asked.images), self.hd_num),
+                                       training=True)
+
+    def answer_samples(self, samples: Sequence[EncodedSample], mode: str = "base", **options: Any) -> list[str]:
+        # the published calls of `generate` end at </s> alone; what follows the end of a turn is cut from the text
+        return self.assistant.answer_samples(samples, mode, stop_token_ids=self.assistant.stop_token_ids[:1], **options)
+
+
+def local(arguments: argparse.Namespace, protocol: Protocol) -> Ask:
+    """Loads `arguments.model`."""
+    with importing(arguments):
+        inference = importlib.import_module("mindformers_ixc.cli.inference")
+        answer_questions = importlib.import_module("mindformers_ixc.generation.predict").answer_questions
+    arguments.transparency = protocol.transparency
+    with terminal.current.waiting(f"Loading {arguments.model}"):
+        assistant = _Prompted(inference.load_assistant(arguments), protocol.hd_num)
+    options = {"num_beams": protocol.num_beams, "max_new_tokens": protocol.max_new_tokens}
+    if arguments.prompt_lookup:
+        options["prompt_lookup"] = arguments.prompt_lookup
+
+    def ask(batch: Sequence[Asked]) -> list[dict]:
+        return _finished(protocol, answer_questions(assistant, batch, arguments.batch_size, protocol.mode, options))
+
+    return ask
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model of a server.
+
+    Attributes:
+        client: of the server.
+        name: of the model.
+        mode: to be asked for; `None` where the name says it.
+    """
+
+    client: ChatClient
+    name: str
+    mode: str | None
+
+    @classmethod
+    def find(cls, server: str, api_key: str | None, protocol: Protocol) -> Served:
+        """Looks which model of a server answers, and whether it may be asked so.
+
+        Raises:
+            ServerError: when the server does not answer, or has no model.
+            ConfigError: when the data set's prompts have marks of turns, and the server takes them for text.
+        """
+        client = ChatClient(server, api_key)
+        models = client.models()
+        if not models:
+            raise ServerError(f"{client.root} has no model.")
+        found = next((one for one in models if one.get("mode") == protocol.mode), None)
+        chosen = found or models[0]
+        if protocol.benchmark.has_marks and chosen.get("control_tokens") is not True:
+            raise ConfigError(f"The published prompt of {protocol.benchmark.name} has marks of turns within the "
+                              f"question, which {client.root} takes for text; start it with --allow_control_tokens, or "
+                              "give --model instead of --server.")
+        return cls(client, str(chosen["id"]), None if found or protocol.mode == "base" else protocol.mode)
+
+    def asking(self, protocol: Protocol, at_once: int) -> Ask:
+        """Asks so many questions at once."""
+        return partial(_ask_server, self, protocol, at_once)
+
+
+def _ask_server(served: Served, protocol: Protocol, at_once: int, batch: Sequence[Asked]) -> list[dict]:
+    with ThreadPoolExecutor(at_once) as pool:
+        return _finished(protocol, list(pool.map(partial(_ask_one, served, protocol), batch)))
+
+
+def _ask_one(served: Served, protocol: Protocol, asked: Asked) -> dict:
+    limit = tiles_of(len(asked.images), protocol.hd_num)
+    try:
+        pictures = iter([image_part(_cut(image, limit, protocol)) for image in asked.images])
+        content = [next(pictures) if piece is PICTURE else text_part(piece.text) for piece in asked.prompt.content]
+        answer = served.client.complete(
+            [{"role": "user", "content": content}], served.name, max_tokens=protocol.max_new_tokens, temperature=0,
+            num_beams=protocol.num_beams, hd_num=limit, mode=served.mode)
+    except ImageError as error:
+        return {"error": str(error)}
+    except ServerError as error:
+        if error.status is None or error.status in _HOPELESS or error.status >= 500:
+            raise           # the next question would meet the same
+        return {"error": str(error)}
+    return {"answer": answer.text}
+
+
+def _cut(image: ImageSource, limit: int, protocol: Protocol) -> bytes:
+    """A picture resized and padded to whole tiles, as a PNG file: a server cuts it into these and changes nothing."""
+    upright = load_image(image, "", protocol.transparency, protocol.exif or "ignore")
+    pixels = partition_pixels(upright, limit, TILE, training=True)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _finished(protocol: Protocol, results: Sequence[dict]) -> list[dict]:
+    """Answers as they count."""
+    return [{"answer": final_answer(protocol.benchmark, one["answer"])} if "answer" in one else one for one in results]
