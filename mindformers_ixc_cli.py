@@ -42,7 +42,7 @@ COMMANDS = {
     "merge": ("checkpoints", "run_merge"), "assemble": ("checkpoints", "run_assemble"),
     "inspect": ("checkpoints", "run_inspect"), "data": ("data", "data"), "reference": ("reference", "reference"),
     "report": ("report", "report"), "plan": ("plan", "plan"), "recipes": ("recipes", "show_recipes"),
-    "doctor": ("doctor", "doctor"), "init": ("init", "init"),
+    "doctor": ("doctor", "doctor"), "init": ("init", "init"), "serve": ("serve", "serve"),
 }
 
 # What goes on in commands that say nothing until they have a result.
@@ -53,7 +53,7 @@ WORK = {"convert": "Converting", "quantize": "Quantising", "merge": "Merging", "
 READING = ("run", "data", "init", "eval", "score", "reference")
 
 # Commands that import MindFormers at once.
-HEAVY = ("run", "launch", "chat", "reference")
+HEAVY = ("run", "launch", "chat", "reference", "serve")
 
 
 def log_folder(arguments: argparse.Namespace) -> Path:
@@ -153,6 +153,8 @@ def _begin(argv: list[str] | None) -> int:
             if JOB in os.environ:
                 die_with_launcher()
             stack.enter_context(listening())
+        if arguments.command == "serve" and arguments.own_process:
+            importlib.import_module("mindformers_ixc.serving.signals").current.listen()
         return _execute(arguments)
 
 
@@ -222,7 +224,7 @@ def _prepare(arguments: argparse.Namespace, whole: contextlib.ExitStack) -> Any:
     if getattr(arguments, "no_verify", False):
         importlib.import_module("mindformers_ixc.checkpoint.digests").set_verification(False)
     choose_log_folder(arguments)
-    if arguments.command in HEAVY and not session:
+    if arguments.command in HEAVY and not session and getattr(arguments, "server", None) is None:
         with importing(arguments, whole if arguments.command == "run" else None):
             if arguments.command == "chat":       # whose module leaves it for later, for the sake of sessions
                 importlib.import_module("mindformers_ixc.cli.inference")

@@ -68,6 +68,10 @@ TOPICS: dict[str, tuple[str, tuple[str, ...]]] = {
         "From `convert`, `inspect`, `merge`, and from whatever loads a model. Formats and digests are in "
         "[checkpoints.md](checkpoints.md), the public weights in [weights.md](weights.md).",
         ("checkpoint/", "cli/checkpoints", "hub", "registration", "convert_weight")),
+    "Serving": (
+        "From `serve`, before its port opens, and from `chat --server`. What a running server says to a request is in "
+        "its answer, with the name of the field; [serving.md](serving.md) has fields and limits.",
+        ("serving/", "cli/serve", "cli/early_serve", "cli/chat_server")),
     "Layouts and parallel runs": (
         "From `launch`, `plan` and runs with `use_parallel`: degrees, batches, ranks and their folders. "
         "[parallel.md](parallel.md) has the keys, [scaling.md](scaling.md) the plans.",

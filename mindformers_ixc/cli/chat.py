@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mindformers_ixc import terminal
 from mindformers_ixc.cli.chat_input import Failed, Interrupts, line_history, read_message
@@ -30,6 +30,8 @@ def chat(arguments: argparse.Namespace) -> int:
     Returns:
         Exit code.
     """
+    if arguments.server is not None:
+        return importlib.import_module("mindformers_ixc.cli.chat_server").chat(arguments)
     if arguments.question is None:
         return talk(arguments)
     with terminal.current.waiting(f"Loading {arguments.model}"):
@@ -92,7 +94,7 @@ def talk(arguments: argparse.Namespace) -> int:
     terminal.current.say(f"{arguments.model}, mode {arguments.mode}. Type a question and press Enter; /image PATH adds "
                          "a picture, /help lists everything.")
     with line_history([*session.commands, "/quit"]):
-        _read_lines(session, loading, interrupts)
+        read_lines(session, loading, interrupts)
     if not loading.done.is_set() or answers.idle.busy:
         # a library that is being imported, or compiles, cannot be stopped, and the interpreter would wait for it
         for stream in (arguments.answers, sys.stdout, sys.stderr):
@@ -102,7 +104,7 @@ def talk(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read_lines(session: Session, loading: Loading[Assistant], interrupts: Interrupts) -> None:
+def read_lines(session: Session, loading: Loading[Any], interrupts: Interrupts) -> None:
     """Reads messages until the end of input or of the session."""
     while True:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -113,15 +113,17 @@ class Session:
             the decoding options.
         processor: of the model's pictures.
         say: shows what is no answer.
+        modes: that the model has; by default its directory is asked.
 
     Raises:
         ImageError: for a picture of the command line that cannot be read.
     """
 
     def __init__(self, arguments: argparse.Namespace, answer: Callable[[dict, str, dict], Reply],
-                 processor: ImageProcessor, say: Callable[[str], None] | None = None):
+                 processor: ImageProcessor, say: Callable[[str], None] | None = None,
+                 modes: Sequence[str] | None = None):
         self.arguments, self.answer, self.processor = arguments, answer, processor
-        self.say = say or terminal.current.say
+        self.say, self.modes = say or terminal.current.say, modes
         self.settings, self.mode = Settings(arguments), arguments.mode
         self.talk = Talk()
         self.last: Measured | None = None
@@ -218,13 +220,19 @@ class Session:
     def _mode(self, text: str) -> None:
         if text:
             check_value("/mode", text, one_of(MODE_ADAPTERS))
-            there = read_config(self.arguments.model).task_lora_ranks
-            missing = [task for task in MODE_ADAPTERS[text] if task not in there]
+            missing = self._missing(text)
             if missing:
                 raise ConfigError(f"Mode {text} needs the task LoRAs {', '.join(missing)}, which this model does not "
                                   f"have; the mode stays {self.mode}.")
             self.mode = text
         self.say(f"The mode is {self.mode}.")
+
+    def _missing(self, mode: str) -> list[str]:
+        """Task LoRAs that the model lacks for a mode."""
+        if self.modes is not None:
+            return [] if mode in self.modes else list(MODE_ADAPTERS[mode])
+        there = read_config(self.arguments.model).task_lora_ranks
+        return [task for task in MODE_ADAPTERS[mode] if task not in there]
 
     def _set(self, text: str) -> None:
         self.say(self.settings.change(text) if text else self.settings.table())

@@ -64,7 +64,9 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
         check_target(target, name)
     if getattr(arguments, "model", None):
         read_fields(arguments.model)
-    if arguments.command in ("chat", "eval", "reference", "score"):
+    if arguments.command == "serve":
+        importlib.import_module("mindformers_ixc.cli.early_serve").check_serve(arguments)
+    if arguments.command in ("chat", "eval", "reference", "score", "serve"):
         importlib.import_module("mindformers_ixc.cli.early_device").check_device(
             arguments.device_target, "--device_target")
         importlib.import_module("mindformers_ixc.cli.early_questions").check_question(arguments)

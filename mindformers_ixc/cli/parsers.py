@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mindformers_ixc.cli.arguments import Help, Parser, Usual, WithoutFiles, add_loudness
 from mindformers_ixc.cli.benchmark_options import add_benchmark
 from mindformers_ixc.cli.family_parsers import add_assemble, add_best_of, add_score
+from mindformers_ixc.cli.serve_options import add_serve_options
 from mindformers_ixc.config import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.scores import SCORES
@@ -25,8 +26,8 @@ def build_parser() -> Parser:
         epilog="example:\n  mindformers run --config yaml_configs/ixc25_sft_tiny.yaml --output_dir out")
     parser.add_argument("--version", action="version", version=f"mindformers_ixc {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for add in (_add_run, _add_launch, _add_chat, _add_eval, add_score, _add_convert, _add_quantize, _add_merge,
-                add_assemble, _add_inspect, _add_data, _add_reference, _add_report, _add_plan, _add_recipes,
+    for add in (_add_run, _add_launch, _add_chat, _add_eval, _add_serve, add_score, _add_convert, _add_quantize,
+                _add_merge, add_assemble, _add_inspect, _add_data, _add_reference, _add_report, _add_plan, _add_recipes,
                 _add_doctor, _add_init):
         add(commands)
     for command in commands.choices.values():
@@ -103,8 +104,8 @@ def _add_no_verify(parser: argparse.ArgumentParser) -> None:
                         "written with them")
 
 
-def _add_generation(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--model", required=required, metavar="DIR", help="model directory, such as OUT/model, or "
+def _add_generation(parser: argparse.ArgumentParser, or_server: bool = False) -> None:
+    parser.add_argument("--model", required=not or_server, metavar="DIR", help="model directory, such as OUT/model, or "
                         "starter, the small one of this package")
     parser.add_argument("--mode", choices=list(MODE_ADAPTERS), default="base", help="task LoRAs in use")
     parser.add_argument("--hd_num", type=int, metavar="N", help="tiles of the dynamic partition at most (default: the "
@@ -136,8 +137,10 @@ def _add_chat(commands: Commands) -> None:
         "chat", formatter_class=Help, help="ask about pictures, once or interactively",
         description="Prints the answer, and nothing else, on standard output. Without a question it is interactive.",
         epilog="examples:\n  mindformers chat --model out/model --image photo.jpg \"What is shown?\"\n"
-               "  mindformers chat --model out/model")
-    _add_generation(chat)
+               "  mindformers chat --model out/model\n  mindformers chat --server http://127.0.0.1:8000")
+    _add_generation(chat, or_server=True)
+    chat.add_argument("--server", metavar="URL", help="ask a server (`mindformers serve`) in place of a model "
+                      "directory, such as http://127.0.0.1:8000; its key stands in MINDFORMERS_IXC_API_KEY")
     chat.add_argument("--image", action="append", default=[], metavar="FILE",
                       help="a picture, or a video (by its suffix); may be repeated")
     chat.add_argument("--meta_instruction", default="", metavar="TEXT", help="system turn (default: none)")
@@ -149,6 +152,18 @@ def _add_chat(commands: Commands) -> None:
     chat.add_argument("--seed", type=int, metavar="N", help="of sampling")
     add_best_of(chat)
     chat.add_argument("question", nargs="?", help="the question; left out: an interactive session")
+
+
+def _add_serve(commands: Commands) -> None:
+    serve = commands.add_parser(
+        "serve", formatter_class=Help, help="answer over HTTP, as OpenAI's chat interface has it",
+        description="Loads a model, compiles what requests need, opens a port and answers many at once until SIGTERM "
+                    "or Ctrl-C (extra `serve`). Standard output has the log of requests, without their contents.",
+        epilog="examples:\n  mindformers serve --model out/model\n  MINDFORMERS_IXC_API_KEY=$(openssl rand -hex 24) "
+               "mindformers serve --model DIR --host 0.0.0.0")
+    add_serve_options(serve)
+    _add_image_options(serve)
+    _add_no_verify(serve)
 
 
 def _add_data_reading(command: argparse.ArgumentParser) -> None:
@@ -169,7 +184,7 @@ def _add_eval(commands: Commands) -> None:
                "--metrics relaxed_accuracy anls exact_match --worst 5\n"
                "  mindformers eval --model internlm-xcomposer2d5-7b --benchmark ChartQA_TEST --data ChartQA_TEST.tsv\n"
                "  mindformers eval --server http://127.0.0.1:8000 --benchmark MMStar --data MMStar.tsv")
-    _add_generation(evaluate, required=False)
+    _add_generation(evaluate, or_server=True)
     evaluate.set_defaults(max_new_tokens=Usual(64))
     evaluate.add_argument("--data", required=True, metavar="FILE", help="conversations, as for training; of "
                           "--benchmark VLMEvalKit's table (.tsv)")

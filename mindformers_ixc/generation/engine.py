@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -219,6 +219,15 @@ class InferenceEngine:
 
     def encode_images(self, sample: EncodedSample) -> Tensor:
         """Image embeddings of a sample's image positions, `(N, D)`, in order of position."""
+        calls = self.encoding(sample)
+        while True:
+            try:
+                next(calls)
+            except StopIteration as done:
+                return done.value
+
+    def encoding(self, sample: EncodedSample) -> Generator[None, None, Tensor]:
+        """`encode_images` one call of the graph at a time."""
         pixels, tokens = sample.pixel_values, self.config.vision_config.tokens_per_tile
         count, at_once = len(pixels), self.tiles_per_call
         padded = -(-count // at_once) * at_once
@@ -229,6 +238,7 @@ class InferenceEngine:
             tiles[:len(chunk)] = chunk
             tables = self.vision(Tensor(tiles.reshape(self.replicas, at_once, *pixels.shape[1:])))
             pieces += [tables[row] for row in range(self.replicas)]
+            yield
         used = pieces[:padded // at_once]
         table = F.concat([piece[:at_once * tokens] for piece in used] + [pieces[0][-2:]], 0)
         index = sample.vision_index(padded)[sample.image_mask == 1]

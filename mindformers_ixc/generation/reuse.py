@@ -157,7 +157,7 @@ class Reuse:
         sample, pictures = prompt.sample, prompt.pictures
         before = int(sample.image_mask[:start].sum())
         wanted = [number for number, one in enumerate(pictures) if one.rows[1] > before]
-        known = {number: self.store.get(self._picture_key(pictures[number])) for number in wanted}
+        known = {number: self.picture(pictures[number]) for number in wanted}
         rows = {number: one for number, one in known.items() if one is not None}
         missing = [number for number in wanted if number not in rows]
         if missing:
@@ -165,10 +165,18 @@ class Reuse:
             for number in missing:
                 end = first + pictures[number].rows[1] - pictures[number].rows[0]
                 rows[number] = new[first:end].copy()
-                self.store.put(self._picture_key(pictures[number]), rows[number])
+                self.keep_picture(pictures[number], rows[number])
                 first = end
         found = np.concatenate([rows[number] for number in wanted])
         return found[before - pictures[wanted[0]].rows[0]:]
+
+    def picture(self, picture: Picture) -> np.ndarray | None:
+        """Embeddings of a picture that is known, `(N, D)`."""
+        return self.store.get(self._picture_key(picture))
+
+    def keep_picture(self, picture: Picture, rows: np.ndarray) -> None:
+        """Keeps the embeddings of a picture."""
+        self.store.put(self._picture_key(picture), rows)
 
     def _picture_key(self, picture: Picture) -> bytes:
         return self.identity + b"picture" + str(self.config.compute_dtype).encode() + picture.digest

@@ -1,0 +1,366 @@
+"""Several answers at once that begin and end at different times: a cache for each row, graphs for 1, 2, 4, ... rows.
+
+`CachedDecoder` keeps a batch that begins and ends together. Here every row has caches of its own, of S positions, which
+graphs take as they come: what is attached to a graph's caches is a pointer (`Slot.attach`), so a row that begins or
+ends moves nobody's keys. Prompts are computed in pieces of a fixed number of positions, whose bounds depend on the
+prompt alone. So does all else that has a part in an answer's numbers: a row's product with a weight, its attention, and
+what is taken over from earlier prompts, whole pieces that were computed by the same graph. An answer is bit by bit what
+it is alone, as far as the kernels of `mindformers_ixc.native` compute it.
+
+For contiguous caches, so for the CPU in one process, like `extending`.
+"""
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore.ops import operations as P
+
+from mindformers_ixc.checkpoint.model_directory import numpy_type
+from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc.generation.caches import ContiguousCache, decode_tables
+from mindformers_ixc.generation.cells import Embedding, Head, StageCell, stage_of
+from mindformers_ixc.generation.engine import InferenceEngine
+from mindformers_ixc.generation.extending import ExtendGraph
+from mindformers_ixc.generation.reuse import BLOCK, Prompt, without_others
+from mindformers_ixc.generation.slots import Contents, ContiguousSlot, InferenceGraph
+from mindformers_ixc.generation.turns import TURNS
+from mindformers_ixc.models.internlm2 import DecoderLayer
+from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.models.rotary import rotary_base, rotary_rows
+from mindformers_ixc.processing.processor import EncodedSample
+
+# Positions of the last piece of a prompt where what is left is no more: a product of few rows is sooner done.
+LAST = 64
+
+
+class RowsLayer(StageCell):
+    """A decoder layer over one more token of each of n rows, each with a cache of its own."""
+
+    def __init__(self, layer: DecoderLayer, caches: Sequence[ContiguousCache], mode: str):
+        super().__init__(stage_of(layer))
+        self.layer, self.adapters = layer, MODE_ADAPTERS[mode]
+        self.caches = nn.CellList(list(caches), auto_prefix=False)
+        self.rows = len(caches)
+        self.split, self.concat = P.Split(0, self.rows), P.Concat(0)
+
+    def construct(self, x, cos, sin, masks, where, at):
+        """Maps `(n, D)` to `(n, D)`; the others are tuples of what the caches' `decode` takes, one a row."""
+        qkv = self.layer.project(x, None, self.adapters)
+        parts = self.split(qkv) if self.rows > 1 else (qkv,)
+        found = ()
+        for row in range(self.rows):        # unrolled by the compiler
+            found = (*found, self.caches[row].decode(parts[row], cos[row], sin[row], masks[row], where[row], at[row]))
+        y = self.concat(found) if self.rows > 1 else found[0]
+        return self.layer.finish(x, y, None, self.adapters)
+
+
+class RowsGraph(InferenceGraph):
+    """One more token of each of n rows.
+
+    Args:
+        model: whose layers it has.
+        slots: one a row.
+        mode: which task LoRAs are in use.
+    """
+
+    def __init__(self, model: IXC25Model, slots: Sequence[ContiguousSlot], mode: str):
+        super().__init__()
+        self.embed, self.head, self.rows = Embedding(model), Head(model), len(slots)
+        self.first = slots[0].caches[0]
+        self.layers = nn.CellList([RowsLayer(layer, [slot.caches[number] for slot in slots], mode)
+                                   for number, layer in enumerate(model.model.layers)], auto_prefix=False)
+        self.split = P.Split(0, self.rows)
+
+    def construct(self, input_ids, cos, sin, where, at):
+        """Appends one token a row.
+
+        Args:
+            input_ids: int32 `(n, 1)`.
+            cos: float32 `(n, 1, G+2, d)`.
+            sin: like `cos`.
+            where: int32 `(n*KV, 2)`, see `ContiguousCache.decode`.
+            at: int32 `(n*KV, 1, 1)`.
+
+        Returns:
+            float32 logits `(n, V)`.
+        """
+        x = self.embed(input_ids)                                                           # (n, D)
+        if self.rows > 1:
+            cos, sin, where, at = self.split(cos), self.split(sin), self.split(where), self.split(at)
+        else:
+            cos, sin, where, at = (cos,), (sin,), (where,), (at,)
+        masks = ()
+        for row in range(self.rows):
+            masks = (*masks, self.first.decode_mask(where[row], at[row]))
+        for layer in self.layers:
+            x = layer(x, cos, sin, masks, where, at)
+        return self.head(x)
+
+
+@dataclass(eq=False)
+class Row:
+    """An answer in the making.
+
+    Attributes:
+        prompt: with its pictures hashed.
+        mode: which task LoRAs are in use.
+        total: positions of prompt and answer at most.
+        contents: its keys and values.
+        known: positions that were taken over.
+        at: its next position.
+        pieces: computes the prompt.
+    """
+
+    prompt: Prompt
+    mode: str
+    total: int
+    contents: Contents
+    known: int = 0
+    at: int = 0
+    pieces: Generator[None, None, np.ndarray] | None = None
+
+
+class BatchDecoder:
+    """Continues rows that begin and end when they like; for one thread.
+
+    Args:
+        engine: whose model, pictures and store it uses.
+        rows: that are open at most.
+        positions: S, of prompt and answer.
+        piece: positions of a piece of a prompt.
+
+    Attributes:
+        most: `rows`.
+    """
+
+    def __init__(self, engine: InferenceEngine, rows: int, positions: int, piece: int = 128):
+        self.engine, self.config, self.most, self.positions, self.piece = engine, engine.config, rows, positions, piece
+        self._reading = ContiguousSlot(self.config, 1, positions)
+        self._writing = [ContiguousSlot(self.config, 1, positions) for _ in range(rows)]
+        self._free = [slot.new_contents() for slot in self._writing]
+        self._spare = self._reading.new_contents()          # what rows that are only there to fill a graph write to
+        self._pieces: dict[tuple[str, int], ExtendGraph] = {}
+        self._steps: dict[tuple[str, int], RowsGraph] = {}
+        if engine.reuse is not None:
+            engine.reuse.notice(engine.model.get_parameters())
+
+    # ------------------------------------------------------------------ the rows
+
+    def prepare(self, sample: EncodedSample) -> Prompt:
+        """A sample with its pictures hashed, which takes a while; for any thread."""
+        return Prompt.of(sample)
+
+    def open(self, prompt: Prompt, mode: str, new_tokens: int) -> Row:
+        """A row for a prompt and at most `new_tokens` more."""
+        row = Row(prompt, mode, len(prompt) + new_tokens, self._free.pop())
+        row.pieces = self._prompt(row)
+        return row
+
+    def close(self, row: Row) -> None:
+        """Frees a row."""
+        row.pieces = None
+        self._free.append(row.contents)
+
+    def rest(self, row: Row) -> int:
+        """Positions of a row's prompt that are still to be computed."""
+        return max(0, len(row.prompt) - row.at)
+
+    def known(self, row: Row) -> int:
+        """Positions of a row's prompt that were taken over."""
+        return row.known
+
+    def advance(self, row: Row) -> np.ndarray | None:
+        """Computes one piece of a row's prompt: some tiles of a picture or some positions.
+
+        Returns:
+            After the last piece the logits `(V,)` of the next token.
+        """
+        assert row.pieces is not None, "a closed row is not continued"
+        with TURNS:
+            try:
+                next(row.pieces)
+            except StopIteration as done:
+                row.pieces = None
+                return done.value
+        return None
+
+    def fork(self, row: Row) -> Row:
+        """Another row that goes on from the end of the same prompt."""
+        other = Row(row.prompt, row.mode, row.total, self._free.pop(), row.known, row.at)
+        with TURNS:
+            self._reading.attach(row.contents)
+            # contents of their own: where those of before are attached, they stay what they were
+            tensors = [Tensor(half.copy()) for half in self._reading.halves(row.contents)]
+            other.contents = Contents(self._reading, tensors)
+        return other
+
+    def step(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[np.ndarray | Exception]:
+        """Logits `(V,)` after one more token of each row, all of one mode."""
+        count = next(size for size in self.sizes if size >= len(rows))
+        at = np.zeros(count, np.int64)
+        at[:len(rows)] = [row.at for row in rows]
+        ids = np.zeros((count, 1), np.int32)
+        ids[:len(rows), 0] = tokens
+        with TURNS:
+            self._attach(rows, count)
+            totals = at + 1
+            if self.config.dynamic_ntk == "request":
+                totals[:len(rows)] = [row.total for row in rows]
+            logits = self._decode(rows[0].mode, ids, at, totals)
+        for row in rows:
+            row.at += 1
+        return list(logits[:len(rows)])
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of the decoding graphs."""
+        found = [1]
+        while found[-1] < self.most:
+            found.append(min(2 * found[-1], self.most))
+        return found
+
+    def _attach(self, rows: Sequence[Row], count: int) -> None:
+        for place in range(count):
+            self._writing[place].attach(rows[place].contents if place < len(rows) else self._spare)
+
+    def _decode(self, mode: str, ids: np.ndarray, at: np.ndarray, totals: np.ndarray) -> np.ndarray:
+        graph, first = self._step_graph(mode, len(ids)), self._writing[0]
+        cos, sin = rotary_rows(self.config, at, totals)
+        cos, sin = decode_tables(cos, sin, self.config.query_groups, first.query_scale)
+        places = [first.places(at[row:row + 1]) for row in range(len(ids))]
+        where, positions = (np.concatenate([place[half] for place in places]) for half in (0, 1))
+        return graph(Tensor(ids), Tensor(cos[:, None]), Tensor(sin[:, None]), Tensor(where),
+                     Tensor(positions)).asnumpy().copy()
+
+    # ------------------------------------------------------------------ prompts
+
+    def _prompt(self, row: Row) -> Generator[None, None, np.ndarray]:
+        """Computes a row's prompt piece by piece."""
+        sample, length = row.prompt.sample, len(row.prompt)
+        keys = self._take_over(row)
+        images = yield from self._images(row)
+        total = row.total if self.config.dynamic_ntk == "request" else length
+        logits = np.zeros(0)
+        while row.at < length:
+            size = self._size(sample.image_mask[row.at:])
+            real = min(size, length - row.at)
+            part = slice(row.at, row.at + real)
+            mask = np.zeros((1, size), np.int32)
+            mask[0, :real] = sample.image_mask[part]
+            embeds = np.zeros((1, size, self.config.hidden_size), numpy_type(self.config.compute_dtype))
+            before = int(sample.image_mask[:row.at].sum())
+            embeds[0, mask[0] == 1] = images[before:before + int(mask.sum())]
+            ids = np.full((1, size), self.config.pad_token_id, np.int32)
+            ids[0, :real] = sample.input_ids[part]
+            self._reading.attach(row.contents)
+            logits = self._run_piece(row.mode, ids, row.at, real, total, (Tensor(embeds), mask))
+            row.at += real
+            if real == self.piece and keys:
+                self._keep(row, keys)
+            if row.at < length:
+                yield
+        return logits
+
+    def _size(self, images: np.ndarray) -> int:
+        """Positions of the next piece, of a rest with these image positions; the last piece, of text, is smaller."""
+        return LAST if len(images) <= LAST and not images.any() else self.piece
+
+    def _run_piece(self, mode: str, ids: np.ndarray, at: int, real: int, total: int,
+                   images: tuple[Tensor, np.ndarray]) -> np.ndarray:
+        """Logits `(V,)` after the last real position of a piece."""
+        size = ids.shape[1]
+        graph = self._piece_graph(mode, size)
+        cos, sin = rotary_rows(self.config, np.arange(at, at + size), total)
+        found = graph(*graph.inputs(ids, (cos[None], sin[None]), np.array([at]), np.array([real]),
+                                    images if size == self.piece else None, np.array([max(real - 1, 0)])))
+        return found.asnumpy()[0].copy()
+
+    def _images(self, row: Row) -> Generator[None, None, np.ndarray]:
+        """Embeddings of a prompt's image positions `(N, D)`, of the pictures that are needed and not known.
+
+        Each picture is encoded by itself: what comes of it depends on it alone.
+        """
+        prompt, reuse = row.prompt, self.engine.reuse
+        before = int(prompt.sample.image_mask[:row.at].sum())
+        found: list[np.ndarray] = []
+        for number, picture in enumerate(prompt.pictures):
+            count = picture.rows[1] - picture.rows[0]
+            if picture.rows[1] <= before:       # taken over; only its place counts
+                found.append(np.zeros((count, self.config.hidden_size), numpy_type(self.config.compute_dtype)))
+                continue
+            rows = None if reuse is None else reuse.picture(picture)
+            if rows is None:
+                alone = without_others(prompt.sample, [number], prompt.pictures)
+                rows = (yield from self.engine.encoding(alone)).asnumpy().copy()
+                if reuse is not None:
+                    reuse.keep_picture(picture, rows)
+            found.append(rows)
+        return np.concatenate(found) if found else np.zeros((0, self.config.hidden_size), np.float32)
+
+    # ------------------------------------------------------------------ what is taken over
+
+    def _keys(self, row: Row) -> list[bytes]:
+        """Keys of the whole blocks of a prompt; they say by which pieces it was computed."""
+        reuse = self.engine.reuse
+        if reuse is None or not reuse.store.limit:
+            return []
+        total = row.total if self.config.dynamic_ntk == "request" else len(row.prompt)
+        return reuse.keys(row.prompt, f"{row.mode} in pieces of {self.piece}", rotary_base(self.config, total))
+
+    def _take_over(self, row: Row) -> list[bytes]:
+        """Makes a row begin behind the whole pieces that are known; the keys of all its blocks."""
+        keys, each = self._keys(row), self.piece // BLOCK
+        whole = (len(row.prompt) - 1) // self.piece
+        reuse = self.engine.reuse
+        if keys and reuse is not None:
+            blocks = reuse.store.longest(keys[:whole * each])
+            blocks = blocks[:len(blocks) // each * each]
+            if blocks:
+                row.contents = Contents(self._reading, list(row.contents.tensors))      # as in `fork`
+                self._reading.hold(row.contents, [blocks])
+                row.at = row.known = len(blocks) * BLOCK
+        return keys
+
+    def _keep(self, row: Row, keys: list[bytes]) -> None:
+        """Gives the piece that was just computed to the store."""
+        reuse = self.engine.reuse
+        assert reuse is not None, "without it there are no keys"
+        first, end = (row.at - self.piece) // BLOCK, row.at // BLOCK
+        if all(key in reuse.store for key in keys[first:end]):
+            return
+        halves = [half[:, row.at - self.piece:row.at].copy() for half in self._reading.halves(row.contents)]
+        new = [np.stack([half[:, BLOCK * number:BLOCK * number + BLOCK] for half in halves])
+               for number in range(end - first)]
+        reuse.store.put_chain(keys[:end], [None] * first + new)
+
+    # ------------------------------------------------------------------ graphs
+
+    def _piece_graph(self, mode: str, size: int) -> ExtendGraph:
+        if (mode, size) not in self._pieces:
+            self._pieces[mode, size] = ExtendGraph(self.engine.model, self._reading, mode, size)
+        return self._pieces[mode, size]
+
+    def _step_graph(self, mode: str, rows: int) -> RowsGraph:
+        if (mode, rows) not in self._steps:
+            self._steps[mode, rows] = RowsGraph(self.engine.model, self._writing[:rows], mode)
+        return self._steps[mode, rows]
+
+    def warm_up(self, mode: str) -> None:
+        """Compiles the graphs of a mode, so that no request waits for a compiler."""
+        none = Tensor(np.zeros((1, self.piece, self.config.hidden_size), numpy_type(self.config.compute_dtype)))
+        with TURNS:
+            self._reading.attach(self._spare)
+            for size in dict.fromkeys((self.piece, LAST)):
+                self._run_piece(mode, np.zeros((1, size), np.int32), 0, 1, 1,
+                                (none[:, :size], np.zeros((1, size), np.int32)))
+            for count in self.sizes:
+                self._attach([], count)
+                self._decode(mode, np.zeros((count, 1), np.int32), np.zeros(count, np.int64), np.ones(count, np.int64))
+
+    @property
+    def bytes(self) -> int:
+        """Of keys and values of all rows."""
+        return (self.most + 1) * self._reading.bytes

@@ -1,0 +1,124 @@
+"""What decodes for a server: rows in one batch where caches can be joined, else decoders that take turns."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mindformers_ixc.device import is_parallel
+from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.batching import BatchDecoder
+from mindformers_ixc.generation.engine import CachedDecoder
+from mindformers_ixc.generation.extending import unavailable
+from mindformers_ixc.generation.reuse import Prompt
+from mindformers_ixc.processing.processor import EncodedSample
+from mindformers_ixc.serving.scheduling import Job, RowDecoder
+
+
+class Whole:
+    """Answers that are not made step by step (the `whole` of `scheduling.RowDecoder`).
+
+    Args:
+        assistant: makes them.
+    """
+
+    def __init__(self, assistant: Assistant):
+        self.assistant = assistant
+
+    def whole(self, prompt: Prompt, job: Job, between: Callable[[], None]) -> list[int]:
+        """See `scheduling.RowDecoder`."""
+        engine = self.assistant.engine
+        before, engine.between_steps = engine.between_steps, between
+        try:
+            return self.assistant.generate([prompt.sample], job.details, job.mode)[0]
+        finally:
+            engine.between_steps = before
+
+
+class Batched(Whole, BatchDecoder):
+    """Rows in one batch.
+
+    Args:
+        assistant: whose model.
+        rows: that are open at most.
+        positions: of prompt and answer.
+        piece: positions of a piece of a prompt.
+    """
+
+    def __init__(self, assistant: Assistant, rows: int, positions: int, piece: int):
+        Whole.__init__(self, assistant)
+        BatchDecoder.__init__(self, assistant.engine, rows, positions, piece)
+
+
+class TurnRow:
+    """A row that has a decoder of its own."""
+
+    def __init__(self, prompt: Prompt, mode: str, new_tokens: int, decoder: CachedDecoder):
+        self.prompt, self.mode, self.new_tokens, self.decoder = prompt, mode, new_tokens, decoder
+        self.rest = len(prompt)
+
+
+class InTurns(Whole):
+    """Rows whose decoders take turns, for devices and layouts on which caches cannot be joined: Ascend, several ranks.
+
+    A prompt is one piece.
+
+    Args:
+        assistant: whose model.
+        rows: that are open at most.
+    """
+
+    def __init__(self, assistant: Assistant, rows: int):
+        super().__init__(assistant)
+        # in a layout there is memory for the keys of one batch, and all else would be computed anew at every turn
+        self.most = 1 if is_parallel() else rows
+
+    def prepare(self, sample: EncodedSample) -> Prompt:
+        """See `scheduling.RowDecoder`."""
+        return Prompt(sample, [])
+
+    def open(self, prompt: Prompt, mode: str, new_tokens: int) -> TurnRow:
+        """See `scheduling.RowDecoder`."""
+        return TurnRow(prompt, mode, new_tokens, self.assistant.engine.decoder([prompt.sample], new_tokens, mode))
+
+    def advance(self, row: TurnRow) -> np.ndarray | None:
+        """See `scheduling.RowDecoder`."""
+        logits = row.decoder.prefill()[0]
+        row.rest = 0
+        return logits
+
+    def rest(self, row: TurnRow) -> int:
+        """See `scheduling.RowDecoder`."""
+        return row.rest
+
+    def known(self, row: TurnRow) -> int:
+        """See `scheduling.RowDecoder`."""
+        return 0
+
+    def fork(self, row: TurnRow) -> TurnRow:
+        """See `scheduling.RowDecoder`; its prompt is computed once more."""
+        other = self.open(row.prompt, row.mode, row.new_tokens)
+        self.advance(other)
+        return other
+
+    def step(self, rows: Sequence[TurnRow], tokens: Sequence[int]) -> list[np.ndarray | Exception]:
+        """See `scheduling.RowDecoder`."""
+        found: list[np.ndarray | Exception] = []
+        for row, token in zip(rows, tokens):
+            try:
+                found.append(row.decoder.step(np.array([token], np.int32))[0])
+            except Exception as error:
+                found.append(error)
+        return found
+
+    def close(self, row: TurnRow) -> None:
+        """See `scheduling.RowDecoder`."""
+        row.decoder.close()
+
+
+def make_decoder(assistant: Assistant, rows: int, positions: int, piece: int) -> RowDecoder:
+    """What decodes best here."""
+    if unavailable():
+        return InTurns(assistant, rows)
+    return Batched(assistant, rows, positions, piece)
+

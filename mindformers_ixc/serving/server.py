@@ -1,0 +1,131 @@
+"""The process of a server: its socket, its signals, its end."""
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mindformers_ixc.serving.guard import HEAD_BYTES
+from mindformers_ixc.serving.limits import Limits
+from mindformers_ixc.serving.listening import BACKLOG
+from mindformers_ixc.serving.service import Service
+
+# Seconds in which the head of a request must have come, and that an idle connection is kept.
+HEAD_SECONDS, KEPT_SECONDS = 10.0, 15
+
+
+class TimedProtocol(H11Protocol):
+    """Closes connections whose request does not come: uvicorn waits for the first bytes of one for ever."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:     # type: ignore[override]
+        """As asyncio has it."""
+        super().connection_made(transport)
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close_without_head)
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio has it."""
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            if self._head_timer is None:
+                self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close_without_head)
+        elif self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """As asyncio has it."""
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _close_without_head(self) -> None:
+        self._head_timer = None
+        if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without handlers of signals: MindSpore puts its own in their place when a graph runs."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Does nothing."""
+        yield
+
+    def install_signal_handlers(self) -> None:
+        """As older releases call it."""
+
+
+class HttpServer:
+    """Serves an application until it is told to end.
+
+    Args:
+        app: what is served.
+        service: behind it.
+        limits: of connections.
+        drain: seconds that running answers have to end.
+        say: shows a sentence.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, limits: Limits, drain: float,
+                 say: Callable[[str], None] = lambda text: None):
+        self.service, self.drain, self.say = service, drain, say
+        self.server = _Server(uvicorn.Config(
+            app, http=TimedProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False, limit_concurrency=limits.connections, backlog=BACKLOG,
+            timeout_keep_alive=KEPT_SECONDS, h11_max_incomplete_event_size=HEAD_BYTES,
+            timeout_graceful_shutdown=5))
+        self._asked = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, listening: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
+        """Serves on a socket; returns when all has ended.
+
+        Args:
+            listening: see `listen`.
+            ready: called when requests are taken.
+        """
+        asyncio.run(self._serve(listening, ready))
+
+    async def _serve(self, listening: socket.socket, ready: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.service.worker.start(self._loop)
+        serving = asyncio.ensure_future(self.server.serve(sockets=[listening]))
+        ending = asyncio.ensure_future(self._drained())
+        while not self.server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        ready()
+        await asyncio.wait((serving, ending), return_when=asyncio.FIRST_COMPLETED)
+        self.server.should_exit = True
+        await serving
+        ending.cancel()
+        self.service.close()
+        await asyncio.get_running_loop().run_in_executor(None, self.service.worker.stop, 5.0)
+
+    async def _drained(self) -> None:
+        """Waits until the end was asked for and running answers have come to theirs, or their time is over."""
+        loop = asyncio.get_running_loop()
+        while not self._asked.is_set():
+            await asyncio.sleep(0.05)
+        until = loop.time() + self.drain
+        while not self.service.scheduler.is_idle and loop.time() < until:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)        # what is done is on its way to the clients
+
+    def end(self) -> None:
+        """Takes no more requests, lets those that run come to their end; for any thread. Asked again: ends at once."""
+        if self._asked.is_set():
+            os._exit(1)
+        self.say(f"No new requests are taken; those that run have {self.drain:g} s to end. A second signal ends the "
+                 "server at once.")
+        self.service.scheduler.is_draining = True
+        self._asked.set()

@@ -1,0 +1,104 @@
+"""A stand-in for a model behind a server: its next token depends on all tokens of its row, and on nothing else."""
+from __future__ import annotations
+
+import hashlib
+import time
+
+import numpy as np
+
+VOCABULARY = 1024
+
+
+def next_scores(ids: list[int], vocabulary: int = VOCABULARY) -> np.ndarray:
+    """Scores after some tokens."""
+    seed = int.from_bytes(hashlib.blake2b(np.array(ids, np.int64).tobytes(), digest_size=8).digest(), "big")
+    return np.random.default_rng(seed).standard_normal(vocabulary).astype(np.float32)
+
+
+class StandInRow:
+    def __init__(self, ids: list[int], mode: str):
+        self.ids, self.mode, self.prompt, self.done, self.is_open = list(ids), mode, len(ids), 0, True
+
+
+class StandInDecoder:
+    """A `RowDecoder` that counts what it is asked.
+
+    Args:
+        most: rows.
+        piece: positions of a piece of a prompt.
+        step_seconds: that a step takes.
+        ends: id that is the likeliest after so many new tokens, if any.
+    """
+
+    def __init__(self, most: int = 4, piece: int = 8, step_seconds: float = 0.0, ends: tuple[int, int] | None = None):
+        self.most, self.piece, self.step_seconds, self.ends = most, piece, step_seconds, ends
+        self.rows: list[StandInRow] = []
+        self.steps: list[int] = []
+        self.fails: Exception | None = None
+
+    def prepare(self, sample):
+        return sample
+
+    def open(self, prompt, mode, new_tokens):
+        assert len(self.rows) < self.most, "more rows than there are"
+        ids = prompt if isinstance(prompt, list) else prompt.input_ids.tolist()
+        row = StandInRow(ids, mode)
+        self.rows.append(row)
+        return row
+
+    def rest(self, row):
+        return row.prompt - row.done
+
+    def known(self, row):
+        return 0
+
+    def advance(self, row):
+        assert row.is_open
+        time.sleep(self.step_seconds)
+        row.done = min(row.prompt, row.done + self.piece)
+        return self._scores(row) if row.done == row.prompt else None
+
+    def fork(self, row):
+        other = self.open(row.ids, row.mode, 0)
+        other.done = other.prompt
+        return other
+
+    def step(self, rows, tokens):
+        assert len({id(row) for row in rows}) == len(rows) <= self.most
+        assert len({row.mode for row in rows}) == 1
+        if self.fails is not None:
+            raise self.fails
+        time.sleep(self.step_seconds)
+        self.steps.append(len(rows))
+        for row, token in zip(rows, tokens):
+            assert row.is_open and row.done == row.prompt
+            row.ids.append(int(token))
+        return [self._scores(row) for row in rows]
+
+    def _scores(self, row):
+        scores = next_scores(row.ids)
+        if self.ends is not None and len(row.ids) - row.prompt >= self.ends[1]:
+            scores[self.ends[0]] = 100.0
+        return scores
+
+    def close(self, row):
+        assert row.is_open, "closed twice"
+        row.is_open = False
+        self.rows.remove(row)
+
+    def whole(self, prompt, job, between):
+        row = StandInRow(prompt if isinstance(prompt, list) else prompt.input_ids.tolist(), job.mode)
+        new = []
+        for _ in range(job.new_tokens):
+            between()
+            new.append(int(self._scores(row).argmax()))
+            row.ids.append(new[-1])
+        return new
+
+
+def alone(ids: list[int], count: int) -> list[int]:
+    """What greedy decoding gives without neighbours."""
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(int(next_scores(ids).argmax()))
+    return ids[len(ids) - count:]
