@@ -57,8 +57,12 @@ def check_question(arguments: argparse.Namespace) -> None:
             image_size(resolve_path(picture))
     if getattr(arguments, "pairs", None) and resolve_path(arguments.pairs).stat().st_size <= SMALL:
         load_preferences(arguments.pairs, arguments.image_folder, arguments.image_root, arguments.ignore_keys)
-    if arguments.model is None:       # a server has it
+    if getattr(arguments, "server", None) is not None:
+        if arguments.model is not None:
+            raise ConfigError("--model and --server are both given; a server has its own model, leave one of them out.")
         return
+    if arguments.model is None:
+        raise ConfigError("Neither --model nor --server is given; name a model directory, or a server to ask.")
     folder = resolve_model(arguments.model)
     check_directory(folder)
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):

@@ -101,8 +101,8 @@ def _add_no_verify(parser: argparse.ArgumentParser) -> None:
                         "written with them")
 
 
-def _add_generation(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--model", required=required, metavar="DIR", help="model directory, such as OUT/model, or "
+def _add_generation(parser: argparse.ArgumentParser, or_server: bool = False) -> None:
+    parser.add_argument("--model", required=not or_server, metavar="DIR", help="model directory, such as OUT/model, or "
                         "starter, the small one of this package")
     parser.add_argument("--mode", choices=list(MODE_ADAPTERS), default="base", help="task LoRAs in use")
     parser.add_argument("--hd_num", type=int, metavar="N", help="tiles of the dynamic partition at most (default: the "
@@ -166,7 +166,7 @@ def _add_eval(commands: Commands) -> None:
                "--metrics relaxed_accuracy anls exact_match --worst 5\n"
                "  mindformers eval --model internlm-xcomposer2d5-7b --benchmark ChartQA_TEST --data ChartQA_TEST.tsv\n"
                "  mindformers eval --server http://127.0.0.1:8000 --benchmark MMStar --data MMStar.tsv")
-    _add_generation(evaluate, required=False)
+    _add_generation(evaluate, or_server=True)
     evaluate.set_defaults(max_new_tokens=Usual(64))
     evaluate.add_argument("--data", required=True, metavar="FILE", help="conversations, as for training; of "
                           "--benchmark VLMEvalKit's table (.tsv)")
