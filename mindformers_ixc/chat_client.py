@@ -261,11 +261,11 @@ def _sentence(body: Any) -> str:
     """What OpenAI's form of an error says, with the field that it is about."""
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, str):
-        return error
+        return _plain(error)
     if not isinstance(error, dict) or not error.get("message"):
         return ""
-    message, name = str(error["message"]), error.get("param")
-    return message if not name or str(name) in message else f"{name}: {message}"
+    message, name = _plain(str(error["message"])), error.get("param")
+    return message if not name or str(name) in message else f"{_plain(str(name))}: {message}"
 
 
 def _reason(error: BaseException) -> str:
@@ -274,5 +274,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _cut(text: str) -> str:
-    text = " ".join(text.split())
+    text = _plain(text)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _plain(text: str) -> str:
+    """A server's text in one line, with nothing in it that moves a terminal."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(text.split()))

@@ -70,6 +70,7 @@ def test_a_busy_server_is_asked_again(server, monkeypatch):
     (400, {"error": {"message": "must be at least 1", "param": "num_beams"}}, "^num_beams: must be at least 1$"),
     (400, {"error": {"message": "num_beams is 0", "param": "num_beams"}}, "^num_beams is 0$"),
     (401, {"error": {"message": "A key is needed."}}, "A key is needed. Give it by --api_key or OPENAI_API_KEY"),
+    (400, {"error": {"message": "a\x1b[2Jb\nc"}}, r"^a\\x1b\[2Jb c$"), (400, {"error": "plain"}, "^plain$"),
     (500, "<h1>no</h1>", "answers 500 Internal Server Error: .*no"),
     (404, "", "answers 404 Not Found.$")])
 def test_a_refusal_is_the_servers_own_sentence(server, status, body, words):

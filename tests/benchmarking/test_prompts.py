@@ -2,10 +2,15 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
 from mindformers_ixc.benchmarking.catalogue import BENCHMARKS, tiles_of
 from mindformers_ixc.benchmarking.prompts import final_answer, make_prompt
+from mindformers_ixc.errors import PromptError
+from mindformers_ixc.processing.image import plan_partition
+from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.prompt import PICTURE, Piece
+from mindformers_ixc.resources import resolve_model
 
 PHRASE = "Answer the question using a single word or phrase."
 START, END = Piece("[UNUSED_TOKEN_146]", "mark"), Piece("[UNUSED_TOKEN_145]", "mark")
@@ -74,3 +79,29 @@ def test_limits_are_those_of_the_adapter():
     ("DocVQA_VAL", " 12 [UNUSED_TOKEN_145]\nmore", "12"), ("DocVQA_VAL", "12<|im_end|>", "12")])
 def test_what_of_an_answer_counts(name, said, answer):
     assert final_answer(BENCHMARKS[name], said) == answer
+
+
+@pytest.mark.parametrize("name", ["MMStar", "POPE", "MME", "DocVQA_VAL"])
+def test_a_prompt_is_encoded_as_its_whole_text_with_control_tokens(name):
+    """As the published adapter encodes it: text between pictures at once, what is spelled like a mark being one."""
+    processor, picture = Processor.from_directory(resolve_model("starter")), Image.new("RGB", (90, 40))
+    pictures = 2 if name == "MMStar" else 1
+    row = {"question": "Is there  a cat?\n(A) Yes", "A": "one", "B": "two"}
+    pieces = make_prompt(BENCHMARKS[name], row, pictures).pieces()
+    sample = processor.encode_pieces(pieces, [picture] * pictures, tiles_of(pictures), training=True)
+    texts = "".join("<cut>" if piece is PICTURE else piece.text for piece in pieces).split("<cut>")
+    ids = [processor.tokenizer.encode_text(text, control_tokens=True) for text in texts]
+    assert [token for part in ids for token in part] == sample.input_ids[1:][sample.image_mask[1:] == 0].tolist()
+    assert sample.input_ids[0] == processor.tokenizer.bos_token_id
+    assert sample.grids == [plan_partition(90, 40, tiles_of(pictures), processor.image_processor.image_size, True).grid
+                            ] * pictures
+    assert sample.image_mask.sum() == pictures * processor.image_processor.token_count(sample.grids[0])
+
+
+def test_places_and_pictures_are_as_many():
+    processor, picture = Processor.from_directory(resolve_model("starter")), Image.new("RGB", (90, 40))
+    with pytest.raises(PromptError, match="2 <ImageHere> for 1 pictures"):
+        processor.encode_pieces([PICTURE, Piece("?"), PICTURE], [picture])
+    inside = processor.encode_pieces([PICTURE, Piece("?")], [picture])
+    in_front = processor.encode_pieces([Piece("?")], [picture])
+    assert inside.input_ids.tolist() == in_front.input_ids.tolist()
