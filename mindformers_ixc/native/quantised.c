@@ -3,8 +3,7 @@
  * A step of decoding reads every weight once, so what a weight takes in memory is what a step costs: a row of the weight
  * is multiplied as it is read (`few_rows`). Numbers of 4 and 8 bits meet activations of 16 bits, one scale a group of
  * 128, because products of whole numbers go through twice as many at once; that rounds an activation by 2^-16 of its
- * group's largest. For a prompt the weight is widened to float32, some rows at a time, into a buffer that stays in the
- * second-level cache, and multiplied by all positions (`many_rows`).
+ * group's largest. What a prompt does is in widened.c.
  *
  * Weights come as they lie in the file, which is mapped; nothing is copied. F are the input's features, O the output's,
  * G = F / 128 groups. Forms of a weight:
@@ -13,47 +12,20 @@
  *   int8   (O, F) signed bytes, scales float32 (O): w = q * scale
  *   bf16, f16   (O, F)
  */
-#include <omp.h>
-#include <stdlib.h>
-#include <string.h>
+#include "products.h"
+#include "stored.h"
+#include "team.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define HAS_AVX2_FORM 1
-#else
-#define HAS_AVX2_FORM 0
-#endif
-
-#include "operation.h"
-#include "vectorised.h"
-
-#define GROUP 128
 /* Positions up to which a weight is multiplied as it is read; from the next on widening it once is faster. */
 #define FEW 8
 /* Rows that share one pass over a row of the weight. */
 #define ABREAST 4
-/* Parts of a weight a thread, where there are several. */
-#define PARTS 4
-/* How far ahead, in bytes, a weight is fetched from memory: the processor does not look across pages. */
-#define AHEAD 2048
-
-/* Blocks of `many_rows`: weights of a tile, positions of a tile (two vectors), width of a block, rows of a weight and
- * positions at a time. A block of weights takes 192 KB, its sums 400 KB, a panel of positions 16 KB. */
-#define TILE 6
-#define LANES 16
-#define DEPTH 256
-#define TALL 192
-#define WIDE 512
-
-enum { INT4, INT8, BF16, F16 };
-
-typedef struct {
-    int form;
-    const uint8_t *data;
-    const void *scales;
-    const uint8_t *zeros;
-    int64_t in, out, row_bytes;
-} Weight;
+/* Bytes of a weight that are one part of a product: threads take the next part when they are free. */
+#define PART_BYTES 65536
+/* How far ahead, in bytes, a weight is fetched from memory, for the processor does not look across pages: into the second
+ * level of its cache, since the first one has too little room for what is on its way. */
+#define AHEAD 8192
+#define FETCH(address) __builtin_prefetch(address, 0, 2)
 
 /* Activations as whole numbers: values (N, F), and of each group its scale and the sum of its values, scaled. */
 typedef struct {
@@ -61,26 +33,6 @@ typedef struct {
     float *scales, *sums;
     int64_t groups;
 } Rounded;
-
-static inline float of_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline float of_bf16(uint16_t half) { return of_bits((uint32_t)half << 16); }
-
-/* Sign aside, a float16 is a float32 whose exponent is 112 too small; so are its smallest numbers, which have none.
- * Infinities do not occur in weights. */
-static inline float of_f16(uint16_t half) {
-    return of_bits((uint32_t)(half & 0x7fff) << 13) * 0x1p112f * ((half & 0x8000) ? -1.0f : 1.0f);
-}
-
-static inline uint16_t word_at(const uint8_t *bytes, int64_t i) {
-    uint16_t word;
-    memcpy(&word, bytes + 2 * i, sizeof word);
-    return word;
-}
 
 VECTORISED static void round_rows(const float *x, const Rounded *to, int64_t rows, int64_t in) {
     for (int64_t r = 0; r < rows; ++r)
@@ -152,7 +104,7 @@ VECTORISED static float plain_bf16(const uint8_t *w, const float *x, int64_t in)
     float lanes[SUMS] = {0}, sum = 0.0f;
     int64_t i = 0;
     for (; i + SUMS <= in; i += SUMS) {
-        __builtin_prefetch(w + 2 * i + AHEAD);
+        FETCH(w + 2 * i + AHEAD);
         for (int64_t j = 0; j < SUMS; ++j) lanes[j] += x[i + j] * of_bf16(word_at(w, i + j));
     }
     for (; i < in; ++i) sum += x[i] * of_bf16(word_at(w, i));
@@ -164,7 +116,7 @@ VECTORISED static float plain_f16(const uint8_t *w, const float *x, int64_t in) 
     float lanes[SUMS] = {0}, sum = 0.0f;
     int64_t i = 0;
     for (; i + SUMS <= in; i += SUMS) {
-        __builtin_prefetch(w + 2 * i + AHEAD);
+        FETCH(w + 2 * i + AHEAD);
         for (int64_t j = 0; j < SUMS; ++j) lanes[j] += x[i + j] * of_f16(word_at(w, i + j));
     }
     for (; i < in; ++i) sum += x[i] * of_f16(word_at(w, i));
@@ -173,7 +125,6 @@ VECTORISED static float plain_f16(const uint8_t *w, const float *x, int64_t in) 
 }
 
 #if HAS_AVX2_FORM
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define INLINE static inline __attribute__((always_inline)) AVX2
 
 INLINE float sum_of(__m256 v) {
@@ -220,7 +171,7 @@ INLINE void wide_int4(const uint8_t *w, const int16_t *x, const float *factors, 
     for (int r = 0; r < rows; ++r) sums[r] = _mm256_setzero_ps();
     for (int64_t g = 0; g < groups; ++g, w += 64) {
         __m256i n[8];
-        __builtin_prefetch(w + AHEAD);
+        FETCH(w + AHEAD);
         for (int half = 0; half < 2; ++half) {
             const __m256i word = _mm256_loadu_si256((const __m256i *)(w + 32 * half));
             n[4 * half] = _mm256_and_si256(word, low);
@@ -245,8 +196,8 @@ INLINE void wide_int8(const int8_t *w, const int16_t *x, const float *factors, i
     for (int64_t g = 0; g < whole; ++g, w += GROUP) {
         __m256i sum[ABREAST];
         for (int r = 0; r < rows; ++r) sum[r] = _mm256_setzero_si256();
-        __builtin_prefetch(w + AHEAD);
-        __builtin_prefetch(w + AHEAD + 64);
+        FETCH(w + AHEAD);
+        FETCH(w + AHEAD + 64);
         for (int i = 0; i < GROUP; i += 16) {
             const __m256i n = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + i)));
             for (int r = 0; r < rows; ++r) {
@@ -288,13 +239,22 @@ static int only_plain = 0;
 
 void plain_form(int wanted) { only_plain = wanted; }
 
-static int has_avx2(void) {
+int has_avx2(void) {
 #if HAS_AVX2_FORM
     return !only_plain && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c");
 #else
     return 0;
 #endif
+}
+
+/* Shares a job out among the threads, one at a time: MindSpore starts kernels that do not wait for each other together,
+ * and on as many cores two take no less time beside each other than one after the other. */
+static void take_turns(part_t run, const void *job, int64_t parts) {
+    const int threads = parts > 1 ? omp_get_max_threads() : 1;
+    TAKE_THREADS(threads);
+    team_share_long(run, job, parts);
+    GIVE_THREADS(threads);
 }
 
 /* Row o of a weight times up to ABREAST rows of rounded activations, from row `r` on; y as (N, O). */
@@ -307,6 +267,8 @@ static void whole_numbers(const Weight *weight, const Rounded *x, int64_t o, int
     const float *factors = x->scales + r * groups;
     if (weight->form == INT4) {
         const uint8_t *scales = (const uint8_t *)weight->scales + 2 * o * groups, *zeros = weight->zeros + o * groups;
+        FETCH(scales + AHEAD / 4);
+        FETCH(zeros + AHEAD / 8);
         for (int i = 0; i < rows; ++i) {
             const float *x_scales = factors + i * groups, *x_sums = x->sums + (r + i) * groups;
 #if HAS_AVX2_FORM
@@ -355,143 +317,39 @@ static void share_of_few(const float *x, const Rounded *rounded, const Weight *w
     }
 }
 
+/* A product of few rows, shared out by rows of the weight. */
+typedef struct {
+    const float *x;
+    const Rounded *rounded;
+    const Weight *weight;
+    float *y;
+    int64_t rows, share;
+} Few;
+
+static void few_part(const void *argument, int64_t part) {
+    const Few *job = argument;
+    const int64_t begin = part * job->share, out = job->weight->out;
+    float factors[ABREAST * (job->rounded->groups + 1)];
+    share_of_few(job->x, job->rounded, job->weight, job->rows, factors, job->y, begin,
+                 begin + job->share < out ? begin + job->share : out);
+}
+
 static int few_rows(const float *x, const Weight *weight, float *y, int64_t rows) {
     const int64_t in = weight->in, out = weight->out, groups = (in + GROUP - 1) / GROUP;
-    const int threads = in * out < MIN_SHARED ? 1 : omp_get_max_threads();
     Rounded rounded = {0};
-    float *scratch = NULL;
     if (weight->form == INT4 || weight->form == INT8) {
-        /* factors of each thread's rows, then scales and sums, then values */
-        scratch = malloc(sizeof(float) * (size_t)(groups * (threads * ABREAST + 2 * rows)) +
-                         sizeof(int16_t) * (size_t)(rows * in));
-        if (scratch == NULL) return NO_MEMORY;
+        /* scales and sums, then values */
+        rounded.scales = malloc(sizeof(float) * (size_t)(2 * groups * rows) + sizeof(int16_t) * (size_t)(rows * in));
+        if (rounded.scales == NULL) return NO_MEMORY;
         rounded.groups = groups;
-        rounded.scales = scratch + groups * threads * ABREAST;
         rounded.sums = rounded.scales + groups * rows;
         rounded.values = (int16_t *)(rounded.sums + groups * rows);
         round_rows(x, &rounded, rows, in);
     }
-    /* more parts than threads, so that one beside a busy neighbour takes fewer */
-    const int parts = threads == 1 ? 1 : PARTS * threads;
-    const int64_t share = (out + 16 * parts - 1) / (16 * parts) * 16;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
-    for (int part = 0; part < parts; ++part) {
-        const int64_t begin = part * share, end = begin + share < out ? begin + share : out;
-        share_of_few(x, &rounded, weight, rows, scratch + omp_get_thread_num() * groups * ABREAST, y, begin, end);
-    }
-    free(scratch);
-    return DONE;
-}
-
-/* Weights begin .. begin + count of row o, as float32. */
-VECTORISED static void widen(const Weight *weight, int64_t o, int64_t begin, int64_t count, float *to) {
-    const uint8_t *w = weight->data + o * weight->row_bytes;
-    if (weight->form == INT4) {
-        const int64_t groups = weight->in / GROUP;
-        for (int64_t g = begin / GROUP; g < (begin + count) / GROUP; ++g) {
-            const float scale = of_f16(word_at(weight->scales, o * groups + g));
-            const float zero = (float)weight->zeros[o * groups + g];
-            for (int half = 0; half < 2; ++half, to += 64) {
-                const uint8_t *at = w + g * 64 + 32 * half;
-                for (int part = 0; part < 4; ++part)
-                    for (int j = 0; j < 16; ++j)
-                        to[16 * part + j] = ((float)(word_at(at, j) >> 4 * part & 15) - zero) * scale;
-            }
-        }
-    } else if (weight->form == INT8) {
-        const float scale = ((const float *)weight->scales)[o];
-        const int8_t *at = (const int8_t *)w + begin;
-        for (int64_t i = 0; i < count; ++i) to[i] = (float)at[i] * scale;
-    } else if (weight->form == BF16) {
-        for (int64_t i = 0; i < count; ++i) to[i] = of_bf16(word_at(w, begin + i));
-    } else {
-        for (int64_t i = 0; i < count; ++i) to[i] = of_f16(word_at(w, begin + i));
-    }
-}
-
-typedef float Vector __attribute__((vector_size(32), aligned(4), may_alias));
-
-/* sums (TILE, LANES), rows `apart`, += weights (TILE, depth), rows DEPTH apart, times a panel (depth, LANES). */
-VECTORISED static void multiply_tile(const float *weights, const float *panel, float *sums, int64_t apart,
-                                     int64_t depth) {
-    Vector s[TILE][2];
-    for (int i = 0; i < TILE; ++i)
-        for (int half = 0; half < 2; ++half) s[i][half] = *(const Vector *)(sums + i * apart + 8 * half);
-    for (int64_t k = 0; k < depth; ++k, panel += LANES) {
-        const Vector low = *(const Vector *)panel, high = *(const Vector *)(panel + 8);
-        for (int i = 0; i < TILE; ++i) {
-            const float w = weights[i * DEPTH + k];
-            s[i][0] += w * low;
-            s[i][1] += w * high;
-        }
-    }
-    for (int i = 0; i < TILE; ++i)
-        for (int half = 0; half < 2; ++half) *(Vector *)(sums + i * apart + 8 * half) = s[i][half];
-}
-
-/* x (N, F) as panels (F, LANES) of positions, the last filled up with zeros; the panels begin .. end. */
-VECTORISED static void lay_panels(const float *x, float *panels, int64_t rows, int64_t in, int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-        for (int64_t r = 0; r < LANES; ++r) {
-            float *to = panels + p * in * LANES + r;
-            const float *from = x + (p * LANES + r) * in;
-            if (p * LANES + r < rows)
-                for (int64_t k = 0; k < in; ++k) to[k * LANES] = from[k];
-            else
-                for (int64_t k = 0; k < in; ++k) to[k * LANES] = 0.0f;
-        }
-}
-
-/* Sums of a block, rows `apart`, to columns of y (N, O). */
-VECTORISED static void write_columns(const float *sums, int64_t apart, float *y, int64_t rows, int64_t out,
-                                     int64_t begin, int64_t tall) {
-    for (int64_t low = 0; low < rows; low += 16)
-        for (int64_t o = 0; o < tall; ++o)
-            for (int64_t n = low; n < low + 16 && n < rows; ++n) y[n * out + begin + o] = sums[o * apart + n];
-}
-
-/* Rows begin .. begin + tall of a weight times all panels; `block` and `sums` are a thread's own. */
-static void multiply_block(const Weight *weight, const float *panels, int64_t count, int64_t begin, int64_t tall,
-                           float *block, float *sums, int64_t apart) {
-    const int64_t in = weight->in, tiles = (tall + TILE - 1) / TILE;
-    memset(sums, 0, sizeof(float) * (size_t)(tiles * TILE * apart));
-    for (int64_t k = 0; k < in; k += DEPTH) {
-        const int64_t depth = in - k < DEPTH ? in - k : DEPTH;
-        for (int64_t o = 0; o < tall; ++o) widen(weight, begin + o, k, depth, block + o * DEPTH);
-        for (int64_t p = 0; p < count; ++p)
-            for (int64_t t = 0; t < tiles; ++t)
-                multiply_tile(block + t * TILE * DEPTH, panels + (p * in + k) * LANES,
-                              sums + t * TILE * apart + p * LANES, apart, depth);
-    }
-}
-
-static int many_rows(const float *x, const Weight *weight, float *y, int64_t rows) {
-    const int64_t in = weight->in, out = weight->out, wide = rows < WIDE ? rows : WIDE;
-    const int threads = rows * in * out < 8 * MIN_SHARED ? 1 : omp_get_max_threads();
-    const int64_t most = (wide + LANES - 1) / LANES, apart = most * LANES + 16;
-    /* a narrow weight in as many blocks as there are threads, so that none waits for a larger one */
-    const int64_t each = ((out + threads - 1) / threads + TILE - 1) / TILE * TILE, step = each < TALL ? each : TALL;
-    const int64_t blocks = (out + step - 1) / step;
-    const int64_t own = TALL * DEPTH + TALL * apart;
-    float *panels = malloc(sizeof(float) * (size_t)(most * LANES * in + threads * own));
-    if (panels == NULL) return NO_MEMORY;
-    memset(panels + most * LANES * in, 0, sizeof(float) * (size_t)(threads * own)); /* rows of tiles that are not there */
-    for (int64_t first = 0; first < rows; first += wide) {
-        const int64_t now = rows - first < wide ? rows - first : wide, count = (now + LANES - 1) / LANES;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-        {
-            float *block = panels + most * LANES * in + omp_get_thread_num() * own, *sums = block + TALL * DEPTH;
-#pragma omp for schedule(static)
-            for (int64_t p = 0; p < count; ++p) lay_panels(x + first * in, panels, now, in, p, p + 1);
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t b = 0; b < blocks; ++b) {
-                const int64_t begin = b * step, tall = out - begin < step ? out - begin : step;
-                multiply_block(weight, panels, count, begin, tall, block, sums, apart);
-                write_columns(sums, apart, y + first * out, now, out, begin, tall);
-            }
-        }
-    }
-    free(panels);
+    const int64_t share = in * out < MIN_SHARED ? out : (PART_BYTES / weight->row_bytes + 1 + 15) / 16 * 16;
+    const Few job = {x, &rounded, weight, y, rows, share};
+    take_turns(few_part, &job, (out + share - 1) / share);
+    free(rounded.scales);
     return DONE;
 }
 

@@ -84,6 +84,14 @@ def test_the_forms_agree(functions):
     np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-4)       # the same whole numbers, summed in another order
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8", "bf16", "f16"])
+def test_weights_are_widened_exactly_and_land_in_their_places(functions, form, kind):
+    arrays, meaning = weights(kind, 205, 256, np.random.default_rng(6))
+    y = np.full((256, 205), np.nan, np.float32)
+    assert call(functions, f"linear_{kind}", np.eye(256, dtype=np.float32), *arrays, y) == 0
+    np.testing.assert_array_equal(y, meaning.T)
+
+
 @pytest.mark.parametrize("kind", ["int8", "bf16", "f16"])
 def test_rows_of_tables(functions, kind):
     rng = np.random.default_rng(4)
@@ -112,7 +120,8 @@ def test_the_plain_form_as_a_program(tmp_path, compiler, runner):
     if not all(map(shutil.which, [compiler, *runner])):
         pytest.skip(f"no {compiler}, or nothing that runs what it makes")
     here = Path(building.__file__).parent
-    program, sources = tmp_path / "program", [Path(__file__).parent / "quantised_check.c", here / "quantised.c"]
+    program, sources = tmp_path / "program", [Path(__file__).parent / "quantised_check.c"]
+    sources += [here / name for name in ("quantised.c", "widened.c", "team.c", "products.c")]
     options = [option for option in building._COMPILE if option not in ("-c", "-fPIC")]
     subprocess.run([compiler, *options, "-static", *map(str, sources), "-lm", "-o", str(program)], check=True,
                    capture_output=True)
