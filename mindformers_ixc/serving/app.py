@@ -3,8 +3,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
-import importlib.util
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -19,6 +17,7 @@ from mindformers_ixc.serving import responses
 from mindformers_ixc.serving.answering import Likelihood
 from mindformers_ixc.serving.guard import ClientGone, read_body, refuse
 from mindformers_ixc.serving.openapi import document, page_of
+from mindformers_ixc.serving.page import page
 from mindformers_ixc.serving.service import Exchange, Service
 from mindformers_ixc.serving.tiles import read_tiles
 from mindformers_ixc.serving.wire import RequestError, read_chat, read_json_object
@@ -28,9 +27,6 @@ HEARTBEAT = 10.0
 
 # Seconds that a client may take to read a piece of a stream.
 PATIENCE = 60.0
-
-# The module of the page at `/`, and its function that gives the HTML.
-PAGE, FUNCTION = "mindformers_ixc.serving.page", "page"
 
 
 def make_app(service: Service) -> Starlette:
@@ -76,14 +72,10 @@ def make_app(service: Service) -> Starlette:
 
 
 def _front(service: Service) -> Callable[[Request], Awaitable[Response]]:
-    """What `/` is: the page to chat where there is one, else a few words."""
-    page = None
-    if service.settings.has_page and importlib.util.find_spec(PAGE) is not None:
-        page = getattr(importlib.import_module(PAGE), FUNCTION)()
-
+    """What `/` is: the page to chat, or a few words."""
     async def front(_: Request) -> Response:
-        if page is not None:
-            return HTMLResponse(page)
+        if service.settings.has_page:       # made anew, for each has a nonce of its own
+            return HTMLResponse(page(), headers={"cache-control": "no-store"})
         return PlainTextResponse(f"mindformers_ixc serves {service.settings.name}: POST /v1/chat/completions, "
                                  "GET /v1/models, /health, /metrics, /docs.\n")
     return front
