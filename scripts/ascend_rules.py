@@ -18,6 +18,8 @@ ATB = "CANN 8.0.RC2, Ascend Transformer Boost, PagedAttentionOperation"
 CACHE = "mindspore 2.9, shape and type inference of ReshapeAndCache (C++)"
 ROTARY = "mindspore 2.9.0, documentation of ops.rotary_position_embedding"
 NORM = "mindspore 2.9.0, documentation of ops.rms_norm"
+QUANTISED = "CANN, documentation of aclnnWeightQuantBatchMatmulV2, for Atlas A2"
+QUANTISED_INFER = "mindspore 2.9, shape and type inference of WeightQuantBatchMatmul (C++)"
 
 LAYOUTS = ("BSH", "BNSD", "SBH", "BSND", "TND", "TH")      # by MindSpore's numbers
 COMPRESSED = (2048, 2048)
@@ -40,6 +42,8 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "RmsNormGrad": ("dy", "x", "rstd", "gamma"),
     "RotaryPositionEmbedding": ("x", "cos", "sin", "mode"),
     "RotaryPositionEmbeddingGrad": ("x", "cos", "sin", "forward", "mode"),
+    "WeightQuantBatchMatmul": ("x", "weight", "antiquant_scale", "antiquant_offset", "quant_scale", "quant_offset",
+                               "bias", "transpose_x", "transpose_weight", "antiquant_group_size"),
 }
 
 
@@ -139,6 +143,18 @@ def _rotary_tables(op: Operator) -> bool:
     return op.cos.shape == op.sin.shape and op.cos.shape in shapes
 
 
+def _sides(op: Operator) -> tuple[int, int]:
+    """Inputs and outputs of a quantised weight; MindSpore's qint4x2 has two numbers a byte along the last axis."""
+    first, last = op.weight.shape[0], op.weight.shape[1] * (2 if op.weight.dtype == "qint4x2" else 1)
+    return (last, first) if op.transpose_weight.constant else (first, last)
+
+
+def _scales(op: Operator) -> bool:
+    """Scales of a quantised weight: one for an output, or for each group of inputs and output."""
+    (inputs, outputs), group = _sides(op), op.antiquant_group_size.constant
+    return op.antiquant_scale.shape in ([(-(-inputs // group), outputs)] if group else [(outputs,), (1, outputs)])
+
+
 FLASH, NORMS = ("FlashAttentionScore", "FlashAttentionScoreGrad"), ("RmsNorm", "RmsNormGrad")
 ROTATIONS = ("RotaryPositionEmbedding", "RotaryPositionEmbeddingGrad")
 HALVES = ("float16", "bfloat16")
@@ -220,6 +236,25 @@ RULES = [
          lambda op: op.x.shape[-1] % 2 == 0 and op.x.shape[-1] < 896 and op.x.shape[0] < 1000
          and min(op.x.shape[1:3]) < 1000),
     Rule(ROTATIONS, "tables have x's layout, with one entry for all heads or all samples", ROTARY, _rotary_tables),
+
+    Rule(("WeightQuantBatchMatmul",), "x is float16 or bfloat16 with two axes, not transposed", QUANTISED,
+         lambda op: op.x.dtype in HALVES and len(op.x.shape) == 2 and not op.transpose_x.constant),
+    Rule(("WeightQuantBatchMatmul",), "a weight is int8 or qint4x2 with two axes; int32 needs a packing of its own",
+         QUANTISED_INFER, lambda op: op.weight.dtype in ("int8", "qint4x2") and len(op.weight.shape) == 2),
+    Rule(("WeightQuantBatchMatmul",), "x is as wide as the weight has inputs", QUANTISED_INFER,
+         lambda op: op.x.shape[-1] == _sides(op)[0]),
+    Rule(("WeightQuantBatchMatmul",), "a weight has 1 to 65535 inputs and outputs", QUANTISED,
+         lambda op: all(1 <= side <= 65535 for side in _sides(op))),
+    Rule(("WeightQuantBatchMatmul",), "scales have x's dtype and are (outputs,), (1, outputs) or (groups, outputs)",
+         QUANTISED, lambda op: op.antiquant_scale.dtype == op.x.dtype and _scales(op)),
+    Rule(("WeightQuantBatchMatmul",), "offsets are none, or like the scales", QUANTISED,
+         lambda op: op.antiquant_offset.is_none or op.antiquant_offset == op.antiquant_scale),
+    Rule(("WeightQuantBatchMatmul",), "a group is 0, or a multiple of 32 that is smaller than the inputs", QUANTISED,
+         lambda op: op.antiquant_group_size.constant in (0, *range(32, _sides(op)[0], 32))),
+    Rule(("WeightQuantBatchMatmul",), "with groups a weight is best as it is, of int8 transposed", QUANTISED,
+         lambda op: bool(op.transpose_weight.constant) == (op.weight.dtype == "int8")),
+    Rule(("WeightQuantBatchMatmul",), "outputs that stay floating have no quant_scale and no quant_offset", QUANTISED,
+         lambda op: op.quant_scale.is_none and op.quant_offset.is_none),
 ]
 
 TABLED = tuple(INPUTS)

@@ -4,10 +4,12 @@
     python scripts/compile_ascend.py --config DIR_WITH_CONFIG_JSON
     python scripts/compile_ascend.py --public   # the 7B model's sizes; nothing of it is allocated
     python scripts/compile_ascend.py --tensor 2 --stages 2      # each stage of a parallel layout
+    python scripts/compile_ascend.py --bits 4   # quantised weights, of 4 or 8 bits
 
 MindSpore's simulation stops behind the front end, so neither Ascend's package nor weights are needed. The script fails
 unless the ViT's graph holds flash attention, the prefill graph that and the write to the paged cache, the decode graph
-paged attention, and both the fused RMSNorm; and when one of them breaks what is documented of it (ascend_rules.py).
+paged attention, and both the fused RMSNorm; with --bits every one the product with quantised weights; and when one of
+them breaks what is documented of it (ascend_rules.py).
 """
 from __future__ import annotations
 
@@ -28,6 +30,8 @@ from mindspore.common.api import _cell_graph_executor
 from mindspore.train.mind_ir_pb2 import ModelProto
 
 import mindformers_ixc  # noqa: F401 - registers the model
+from mindformers_ixc.checkpoint.quantise import kind_of
+from mindformers_ixc.checkpoint.quantised import OWN, Quantization
 from mindformers_ixc.config import read_config
 from mindformers_ixc.cpu_cluster.build import preload_environment
 from mindformers_ixc.cpu_cluster.groups import simulate
@@ -35,11 +39,14 @@ from mindformers_ixc.device import assume_device, share_results
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.engine import InferenceEngine, bucket
 from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.models.stored_ascend import hold_on_ascend
 from mindformers_ixc.parallel.degrees import Degrees, inference_layout
 
 NEEDED = {"ViT": {"FlashAttentionScore"},
           "prefill": {"FlashAttentionScore", "ReshapeAndCache", "RmsNorm"},
           "decode": {"PagedAttention", "ReshapeAndCache", "RmsNorm"}}
+
+QUANTISED = "WeightQuantBatchMatmul"
 
 MESSAGES = ("AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "Broadcast", "Send", "Receive")
 
@@ -61,12 +68,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--public", action="store_true", help="the 7B model's sizes")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel devices of a stage")
     parser.add_argument("--stages", type=int, default=1, help="pipeline stages")
+    parser.add_argument("--bits", type=int, choices=[4, 8], help="of quantised weights, in one process")
     parser.add_argument("--rank", type=int, default=0, help="rank whose graphs are compiled")
     parser.add_argument("--rows", type=int, default=2, help="prompts of a batch")
     parser.add_argument("--prompt", type=int, nargs="+", default=[100], help="positions of the prompts, one after "
                         "the other")
     parser.add_argument("--new", type=int, default=50, help="new tokens")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.bits and arguments.tensor * arguments.stages > 1:
+        parser.error("--bits is for one process")
+    return arguments
 
 
 def join_cluster(tensor: int, stages: int, rank: int) -> dict:
@@ -130,9 +141,18 @@ def compile_graphs(engine: InferenceEngine, prompt: int, new: int, rows: int) ->
     return found
 
 
-def problems(found: dict[str, Counter]) -> dict[str, list[str]]:
-    """What each graph lacks, and whether it breaks a rule."""
-    wrong = {phase: sorted(NEEDED[phase] - counts.keys()) + [BROKEN] * bool(counts[BROKEN])
+def hold_quantised(model: IXC25ForCausalLM, bits: int) -> None:
+    """Gives a model the cells that it has when its weights are quantised."""
+    names = [parameter.name for parameter in model.get_parameters()]
+    kinds = {name: kind_of(name, model.config, Quantization(OWN, bits, "BF16")) for name in names}
+    stems = {name[:-len(".weight")]: kind for name, kind in kinds.items() if kind is not None}
+    held = hold_on_ascend(model, stems, model.config.compute_dtype)
+    print(f"{len(held)} weights of 4 and 8 bits; full instead: {', '.join(sorted(stems.keys() - held.keys()))}")
+
+
+def problems(found: dict[str, Counter], further: set[str]) -> dict[str, list[str]]:
+    """What each graph lacks of what it needs, something `further` too, and whether it breaks a rule."""
+    wrong = {phase: sorted((NEEDED[phase] | further) - counts.keys()) + [BROKEN] * bool(counts[BROKEN])
              for phase, counts in found.items()}
     return {phase: names for phase, names in wrong.items() if names}
 
@@ -148,14 +168,17 @@ def main() -> int:
     else:
         config = IXC25Config(**fields, **({} if arguments.public else TINY))
     wrong: dict[str, list[str]] = {}
+    further = {QUANTISED} if arguments.bits else set()
     with assume_device("Ascend"), nn.no_init_parameters():
         model = IXC25ForCausalLM(config)
         model.set_train(False)
+        if arguments.bits:
+            hold_quantised(model, arguments.bits)
         engine = InferenceEngine(model)
         if arguments.rank < arguments.tensor:       # the first stage has the tower
-            wrong |= problems({"ViT": compile_vision(engine)})
+            wrong |= problems({"ViT": compile_vision(engine)}, further)
         for prompt in arguments.prompt:
-            wrong |= problems(compile_graphs(engine, prompt, arguments.new, arguments.rows))
+            wrong |= problems(compile_graphs(engine, prompt, arguments.new, arguments.rows), further)
     print(f"missing: {wrong}" if wrong else "all fused operations are there and keep the rules")
     return 1 if wrong else 0
 

@@ -21,7 +21,7 @@ FREE_MODULES = (
     "training_options", "version",
     "native", "native.building", "native.images",
     *(f"checkpoint.{name}" for name in (
-        "calibration", "ckpt_file", "convert", "dtypes", "host_model", "inspection", "layer_rounding",
+        "ascend_packing", "calibration", "ckpt_file", "convert", "dtypes", "host_model", "inspection", "layer_rounding",
         "layouts", "merge", "model_config", "packing", "protobuf", "quantise", "quantised", "safetensors_file",
         "scaling", "sources", "strategy_file", "streaming", "tensor_file", "tensors", "torch_file", "writing")),
     *(f"planning.{name}" for name in (

@@ -25,6 +25,7 @@ from mindformers_ixc.checkpoint.streaming import say_not_finite
 from mindformers_ixc.checkpoint.tensors import LazyTensor, MappedTensor
 from mindformers_ixc.device import is_parallel, on_ascend
 from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.generation.ascend_weights import load_repacked
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.stored import hold, holdable
@@ -38,13 +39,16 @@ def load_stored(model: IXC25Model, source: OpenedCheckpoint) -> None:
     """Gives a model the weights of a checkpoint as they are stored; quantised ones, and those of 16 bits.
 
     Args:
-        model: the model, in float32, built without weights; it can answer and not train.
+        model: the model, in float32 (on Ascend in a half), built without weights; it can answer and not train.
         source: the checkpoint, quantised or not.
 
     Raises:
         CheckpointError: for what `load_weights` refuses, or where stored weights cannot be computed with.
     """
     quantization = quantization_of(source)
+    if quantization is not None and on_ascend():
+        load_repacked(model, source, quantization)
+        return
     _check_place(model, source)
     shapes = {parameter.name: tuple(parameter.shape) for parameter in model.get_parameters()}
     match_tensors(widened(source), shapes)

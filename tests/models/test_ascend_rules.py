@@ -64,7 +64,17 @@ WRITE = Operator("ReshapeAndCache", {
 NORM = Operator("RmsNorm", {"x": half(128, 4096), "gamma": half(4096), "epsilon": number(1e-5)})
 ROTATION = Operator("RotaryPositionEmbedding", {"x": half(2, 64, 40, 128), "cos": half(1, 64, 1, 128),
                                                 "sin": half(1, 64, 1, 128), "mode": number(0)})
-RIGHT = [FLASH, PACKED, TOWER, PAGED, WRITE, NORM, ROTATION]
+QUANTISED = Operator("WeightQuantBatchMatmul", {
+    "x": half(200, 4096), "weight": Value((4096, 3072), "qint4x2"), "antiquant_scale": half(32, 6144),
+    "antiquant_offset": half(32, 6144), **dict.fromkeys(("quant_scale", "quant_offset", "bias"), NONE),
+    "transpose_x": number(0), "transpose_weight": number(0), "antiquant_group_size": number(128)})
+EIGHT_BITS = Operator("WeightQuantBatchMatmul", {
+    **QUANTISED.inputs, "weight": Value((6144, 4096), "int8"), "antiquant_scale": half(6144), "antiquant_offset": NONE,
+    "transpose_weight": number(1), "antiquant_group_size": number(0)})
+ONE_GROUP = Operator("WeightQuantBatchMatmul", {
+    **QUANTISED.inputs, "x": half(3, 128), "weight": Value((128, 3072), "qint4x2"),
+    **dict.fromkeys(("antiquant_scale", "antiquant_offset"), half(1, 6144)), "antiquant_group_size": number(0)})
+RIGHT = [FLASH, PACKED, TOWER, PAGED, WRITE, NORM, ROTATION, QUANTISED, EIGHT_BITS, ONE_GROUP]
 
 # An operator, what is changed of it, and how the rule begins that must notice.
 BREACHES = [
@@ -121,6 +131,25 @@ BREACHES = [
     (ROTATION, {"x": half(2, 64, 40, 1024)}, "a head's size is even"),
     (ROTATION, {"sin": half(1, 64, 128, 1)}, "tables have"),
     (ROTATION, {x: half(64, 1, 1, 128) for x in ("cos", "sin")}, "tables have"),
+    (QUANTISED, {"x": Value((200, 4096), "float32")}, "x is float16 or"),
+    (QUANTISED, {"x": half(2, 100, 4096)}, "x is float16 or"),
+    (QUANTISED, {"transpose_x": number(1)}, "x is float16 or"),
+    (QUANTISED, {"weight": Value((4096, 768), "int32")}, "a weight is int8"),
+    (EIGHT_BITS, {"weight": Value((1, 6144, 4096), "int8")}, "a weight is int8"),
+    (QUANTISED, {"x": half(200, 4097)}, "x is as wide"),
+    (EIGHT_BITS, {"x": half(200, 6144)}, "x is as wide"),
+    (EIGHT_BITS, {"weight": Value((92544, 4096), "int8")}, "a weight has 1"),
+    (QUANTISED, {"weight": Value((4096, 46272), "qint4x2")}, "a weight has 1"),
+    (QUANTISED, {"antiquant_scale": Value((32, 6144), "float16")}, "scales have"),
+    (QUANTISED, {"antiquant_scale": half(6144)}, "scales have"),
+    (EIGHT_BITS, {"antiquant_scale": half(6144, 1)}, "scales have"),
+    (QUANTISED, {"antiquant_offset": half(31, 6144)}, "offsets are"),
+    (QUANTISED, {"antiquant_offset": Value((32, 6144), "int32")}, "offsets are"),
+    (QUANTISED, {"antiquant_group_size": number(100)}, "a group is"),
+    (ONE_GROUP, {"antiquant_group_size": number(128)}, "a group is"),
+    (QUANTISED, {"transpose_weight": number(1)}, "with groups a weight"),
+    (EIGHT_BITS, {"transpose_weight": number(0)}, "with groups a weight"),
+    (EIGHT_BITS, {"quant_scale": Value((6144,), "float32")}, "outputs that stay"),
 ]
 
 
