@@ -58,7 +58,10 @@ def check_serve(arguments: argparse.Namespace) -> None:
                           "\"mindformers_ixc[serve]\".")
     limits_of(arguments)
     api_key(arguments)
-    check_value("--drain_seconds", arguments.drain_seconds, above_0(), ConfigError)
+    for name in ("drain_seconds", "max_stall"):
+        value = getattr(arguments, name)
+        if value is not None:
+            check_value(f"--{name}", value, above_0(), ConfigError)
     if arguments.image_root is not None and not os.path.isdir(arguments.image_root):
         raise ConfigError(f"--image_root {arguments.image_root} is no folder; name the one that all pictures lie in.")
     for origin in arguments.allow_origin:

@@ -19,7 +19,7 @@ from mindformers_ixc.resources import resolve_model
 from mindformers_ixc.serving.app import make_app
 from mindformers_ixc.serving.decoders import Batched, make_decoder
 from mindformers_ixc.serving.guard import Guard
-from mindformers_ixc.serving.limits import LOOPBACK, Limits
+from mindformers_ixc.serving.limits import LOOPBACK, PIECES, Limits
 from mindformers_ixc.serving.listening import listen
 from mindformers_ixc.serving.request_log import RequestLog
 from mindformers_ixc.serving.scheduling import RowDecoder, Scheduler
@@ -45,6 +45,8 @@ def serve(arguments: argparse.Namespace) -> int:
         assistant = load_assistant(arguments)
     settings = settings_of(arguments, assistant)
     decoder = make_decoder(assistant, settings.limits.running, settings.limits.positions, arguments.piece)
+    if arguments.max_stall is not None and isinstance(decoder, Batched):
+        choose_piece(decoder, arguments.max_stall)
     warm_up(decoder, settings, arguments.warm_up)
     with contextlib.ExitStack() as stack:
         listening = listen(arguments.host, arguments.port)
@@ -112,6 +114,15 @@ def _fitted(limits: Limits, assistant: Assistant, said: bool) -> Limits:
                              "--max_positions lowers what each takes.")
     return Limits(**{**given, "positions": positions, "running": running,
                      "new_tokens": min(limits.new_tokens, positions)})
+
+
+def choose_piece(decoder: Batched, seconds: float) -> None:
+    """Makes the pieces of prompts as large as running answers may wait for, and says so where none is small enough."""
+    with terminal.current.doing("Measuring a piece of a prompt"):
+        taken = decoder.choose_piece(PIECES, seconds)
+    if taken > seconds:
+        terminal.current.say(f"A piece of {decoder.piece} positions, the smallest there is, takes {taken:.2g} s on "
+                             f"this machine, longer than --max_stall {seconds:g}; running answers wait for it.")
 
 
 def warm_up(decoder: RowDecoder, settings: ServerSettings, modes: str) -> None:

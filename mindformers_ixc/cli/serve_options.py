@@ -34,6 +34,8 @@ def add_serve_options(serve: argparse.ArgumentParser) -> None:
                        "end after SIGTERM (default: 60)")
     serve.add_argument("--piece", type=int, choices=PIECES, default=128, help="positions of a prompt that are computed "
                        "at a time: running answers wait for no more than that (default: 128)")
+    serve.add_argument("--max_stall", type=float, metavar="S", help="seconds that running answers may wait for a piece "
+                       "of somebody's prompt: the largest piece that takes no longer is chosen, in place of --piece")
     serve.add_argument("--warm_up", choices=["base", "all"], default="base", help="modes that are compiled before the "
                        "port opens (default: base; the others with their first request)")
     serve.add_argument("--reuse_bytes", type=int, metavar="BYTES", help="memory for what earlier requests computed of "

@@ -5,12 +5,15 @@ graphs take as they come: what is attached to a graph's caches is a pointer (`Sl
 ends moves nobody's keys. Prompts are computed in pieces of a fixed number of positions, whose bounds depend on the
 prompt alone. So does all else that has a part in an answer's numbers: a row's product with a weight, its attention, and
 what is taken over from earlier prompts, whole pieces that were computed by the same graph. An answer is bit by bit what
-it is alone, as far as the kernels of `mindformers_ixc.native` compute it.
+it is alone, as far as the kernels of `mindformers_ixc.native` compute it. MindSpore's first run of a graph rounds
+otherwise than all later ones, so that one is for nobody.
 
 For contiguous caches, so for the CPU in one process, like `extending`.
 """
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -20,20 +23,78 @@ from mindspore.ops import operations as P
 
 from mindformers_ixc.checkpoint.model_directory import numpy_type
 from mindformers_ixc.config import MODE_ADAPTERS
-from mindformers_ixc.generation.caches import ContiguousCache, decode_tables
+from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, decode_tables
 from mindformers_ixc.generation.cells import Embedding, Head, StageCell, stage_of
 from mindformers_ixc.generation.engine import InferenceEngine
-from mindformers_ixc.generation.extending import ExtendGraph
+from mindformers_ixc.generation.extending import ExtendGraph, Extension, NativeExtension, extension_of
 from mindformers_ixc.generation.reuse import BLOCK, Prompt, without_others
 from mindformers_ixc.generation.slots import Contents, ContiguousSlot, InferenceGraph
 from mindformers_ixc.generation.turns import TURNS
 from mindformers_ixc.models.internlm2 import DecoderLayer
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.rotary import rotary_base, rotary_rows
+from mindformers_ixc.native import kernels
 from mindformers_ixc.processing.processor import EncodedSample
 
 # Positions of the last piece of a prompt where what is left is no more: a product of few rows is sooner done.
 LAST = 64
+
+# A piece attends over the first of these that holds it: over the whole cache each would cost what the longest does.
+SEEN = (1024, 4096, 16384, 65536, 262144)
+
+
+def _seen(end: int) -> int:
+    """Positions of a cache that a piece looks at which ends there."""
+    return next(seen for seen in SEEN if end <= seen)
+
+
+class SeenExtension(NativeExtension):
+    """`NativeExtension` over the first positions of a cache only.
+
+    Args:
+        cache: of the layer.
+        seen: positions that are looked at.
+    """
+
+    def __init__(self, cache: NativeCache, seen: int):
+        super().__init__(cache)
+        self.seen = seen = min(seen, cache.positions)
+        self.first = kernels.kernel("first_positions", lambda held, _: (held[0], seen, held[2]))
+
+    def construct(self, qkv, cos, sin, places, shape):
+        """As `Extension.construct`."""
+        cache, (where,) = self.cache, places
+        query = self.split_and_fill(qkv, cos, sin, where, cache.query_scale, cache.keys, cache.values)
+        b, kv, g, rows, d = query.shape
+        query = self.reshape(query, (b * kv, g * rows, d))
+        scores = self.scores(query, self.first(cache.keys, query))                          # (B*KV, G*R, s)
+        scores = self.reshape(scores, (b, kv, g, rows, self.seen))
+        weights = self.reshape(self.softmax(scores, where), (b * kv, g * rows, self.seen))
+        y = self.weighted_sum(weights, self.first(cache.values, query))                     # (B*KV, G*R, d)
+        return cache.merge(self.reshape(y, (b, kv, g, rows, d)), shape)
+
+
+class Memory(Contents):
+    """Contents in memory of NumPy's, which can be written to while graphs have it.
+
+    What nobody has written yet takes no memory.
+
+    Args:
+        slot: of whose shape they are.
+    """
+
+    def __init__(self, slot: ContiguousSlot):
+        self.arrays = [np.zeros(shape, dtype) for shape, dtype in slot.layout]
+        # attention that is composed of MindSpore's operations counts on zeros behind what is held
+        self._clears = not isinstance(slot.caches[0], NativeCache)
+        super().__init__(slot, [Tensor.from_numpy(array) for array in self.arrays])
+
+    def begin(self, halves: Sequence[np.ndarray]) -> None:
+        """Makes them begin with positions `(KV, n, d)` of every layer's keys and values in turn."""
+        for array, half in zip(self.arrays, halves):
+            array[:, :half.shape[1]] = half
+            if self._clears:
+                array[:, half.shape[1]:] = 0
 
 
 class RowsLayer(StageCell):
@@ -117,7 +178,7 @@ class Row:
     prompt: Prompt
     mode: str
     total: int
-    contents: Contents
+    contents: Memory
     known: int = 0
     at: int = 0
     pieces: Generator[None, None, np.ndarray] | None = None
@@ -139,11 +200,15 @@ class BatchDecoder:
     def __init__(self, engine: InferenceEngine, rows: int, positions: int, piece: int = 128):
         self.engine, self.config, self.most, self.positions, self.piece = engine, engine.config, rows, positions, piece
         self._reading = ContiguousSlot(self.config, 1, positions)
-        self._writing = [ContiguousSlot(self.config, 1, positions) for _ in range(rows)]
-        self._free = [slot.new_contents() for slot in self._writing]
-        self._spare = self._reading.new_contents()          # what rows that are only there to fill a graph write to
-        self._pieces: dict[tuple[str, int], ExtendGraph] = {}
+        # more at once would be another product, which rounds otherwise: they are computed one part after the other
+        self._writing = [ContiguousSlot(self.config, 1, positions) for _ in range(min(rows, kernels.FEW_ROWS))]
+        self._free = [Memory(self._reading) for _ in range(rows)]
+        self._spare = Memory(self._reading)         # what rows that are only there to fill a graph write to
+        for slot in (self._reading, *self._writing):
+            slot.attach(self._spare)                # the memory that they were built with is given back
+        self._pieces: dict[tuple[str, int, int, bool], ExtendGraph] = {}
         self._steps: dict[tuple[str, int], RowsGraph] = {}
+        self._has_tried_vision = False
         if engine.reuse is not None:
             engine.reuse.notice(engine.model.get_parameters())
 
@@ -190,21 +255,26 @@ class BatchDecoder:
     def fork(self, row: Row) -> Row:
         """Another row that goes on from the end of the same prompt."""
         other = Row(row.prompt, row.mode, row.total, self._free.pop(), row.known, row.at)
-        with TURNS:
-            self._reading.attach(row.contents)
-            # contents of their own: where those of before are attached, they stay what they were
-            tensors = [Tensor(half.copy()) for half in self._reading.halves(row.contents)]
-            other.contents = Contents(self._reading, tensors)
+        other.contents.begin([array[:, :row.at] for array in row.contents.arrays])
         return other
 
     def step(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[np.ndarray | Exception]:
         """Logits `(V,)` after one more token of each row, all of one mode."""
+        found: list[np.ndarray | Exception] = []
+        for start in range(0, len(rows), len(self._writing)):
+            end = start + len(self._writing)
+            found += self._step(rows[start:end], tokens[start:end])
+        return found
+
+    def _step(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[np.ndarray]:
         count = next(size for size in self.sizes if size >= len(rows))
         at = np.zeros(count, np.int64)
         at[:len(rows)] = [row.at for row in rows]
         ids = np.zeros((count, 1), np.int32)
         ids[:len(rows), 0] = tokens
         with TURNS:
+            if (rows[0].mode, count) not in self._steps:
+                self._try_step(rows[0].mode, count)
             self._attach(rows, count)
             totals = at + 1
             if self.config.dynamic_ntk == "request":
@@ -218,8 +288,8 @@ class BatchDecoder:
     def sizes(self) -> list[int]:
         """Rows of the decoding graphs."""
         found = [1]
-        while found[-1] < self.most:
-            found.append(min(2 * found[-1], self.most))
+        while found[-1] < len(self._writing):
+            found.append(min(2 * found[-1], len(self._writing)))
         return found
 
     def _attach(self, rows: Sequence[Row], count: int) -> None:
@@ -255,8 +325,11 @@ class BatchDecoder:
             embeds[0, mask[0] == 1] = images[before:before + int(mask.sum())]
             ids = np.full((1, size), self.config.pad_token_id, np.int32)
             ids[0, :real] = sample.input_ids[part]
+            given = (Tensor(embeds), mask) if mask.any() else None
+            if (row.mode, size, _seen(row.at + size), given is not None) not in self._pieces:
+                self._try_piece(row.mode, size, row.at, given is not None)
             self._reading.attach(row.contents)
-            logits = self._run_piece(row.mode, ids, row.at, real, total, (Tensor(embeds), mask))
+            logits = self._run_piece(row.mode, ids, row.at, real, total, given)
             row.at += real
             if real == self.piece and keys:
                 self._keep(row, keys)
@@ -269,13 +342,14 @@ class BatchDecoder:
         return LAST if len(images) <= LAST and not images.any() else self.piece
 
     def _run_piece(self, mode: str, ids: np.ndarray, at: int, real: int, total: int,
-                   images: tuple[Tensor, np.ndarray]) -> np.ndarray:
+                   images: tuple[Tensor, np.ndarray] | None) -> np.ndarray:
         """Logits `(V,)` after the last real position of a piece."""
         size = ids.shape[1]
-        graph = self._piece_graph(mode, size)
+        # where there are no pictures, Partial LoRA is left out
+        graph = self._piece_graph(mode, size, _seen(at + size), images is not None)
         cos, sin = rotary_rows(self.config, np.arange(at, at + size), total)
         found = graph(*graph.inputs(ids, (cos[None], sin[None]), np.array([at]), np.array([real]),
-                                    images if size == self.piece else None, np.array([max(real - 1, 0)])))
+                                    images, np.array([max(real - 1, 0)])))
         return found.asnumpy()[0].copy()
 
     def _images(self, row: Row) -> Generator[None, None, np.ndarray]:
@@ -293,6 +367,7 @@ class BatchDecoder:
                 continue
             rows = None if reuse is None else reuse.picture(picture)
             if rows is None:
+                self._try_vision()
                 alone = without_others(prompt.sample, [number], prompt.pictures)
                 rows = (yield from self.engine.encoding(alone)).asnumpy().copy()
                 if reuse is not None:
@@ -319,8 +394,8 @@ class BatchDecoder:
             blocks = reuse.store.longest(keys[:whole * each])
             blocks = blocks[:len(blocks) // each * each]
             if blocks:
-                row.contents = Contents(self._reading, list(row.contents.tensors))      # as in `fork`
-                self._reading.hold(row.contents, [blocks])
+                row.contents.begin([np.concatenate([block[number] for block in blocks], 1)
+                                    for number in range(len(row.contents.arrays))])
                 row.at = row.known = len(blocks) * BLOCK
         return keys
 
@@ -331,17 +406,20 @@ class BatchDecoder:
         first, end = (row.at - self.piece) // BLOCK, row.at // BLOCK
         if all(key in reuse.store for key in keys[first:end]):
             return
-        halves = [half[:, row.at - self.piece:row.at].copy() for half in self._reading.halves(row.contents)]
+        halves = [array[:, row.at - self.piece:row.at] for array in row.contents.arrays]
         new = [np.stack([half[:, BLOCK * number:BLOCK * number + BLOCK] for half in halves])
                for number in range(end - first)]
         reuse.store.put_chain(keys[:end], [None] * first + new)
 
     # ------------------------------------------------------------------ graphs
 
-    def _piece_graph(self, mode: str, size: int) -> ExtendGraph:
-        if (mode, size) not in self._pieces:
-            self._pieces[mode, size] = ExtendGraph(self.engine.model, self._reading, mode, size)
-        return self._pieces[mode, size]
+    def _piece_graph(self, mode: str, size: int, seen: int, has_images: bool) -> ExtendGraph:
+        key = (mode, size, seen, has_images)
+        if key not in self._pieces:
+            def extension(cache: ContiguousCache, rows: int) -> Extension:
+                return SeenExtension(cache, seen) if isinstance(cache, NativeCache) else extension_of(cache, rows)
+            self._pieces[key] = ExtendGraph(self.engine.model, self._reading, mode, size, extension)
+        return self._pieces[key]
 
     def _step_graph(self, mode: str, rows: int) -> RowsGraph:
         if (mode, rows) not in self._steps:
@@ -350,15 +428,51 @@ class BatchDecoder:
 
     def warm_up(self, mode: str) -> None:
         """Compiles the graphs of a mode, so that no request waits for a compiler."""
-        none = Tensor(np.zeros((1, self.piece, self.config.hidden_size), numpy_type(self.config.compute_dtype)))
         with TURNS:
-            self._reading.attach(self._spare)
-            for size in dict.fromkeys((self.piece, LAST)):
-                self._run_piece(mode, np.zeros((1, size), np.int32), 0, 1, 1,
-                                (none[:, :size], np.zeros((1, size), np.int32)))
+            starts = [0, *(seen for seen in SEEN if seen < self.positions)]
+            kinds = dict.fromkeys([(self.piece, True), (self.piece, False), (LAST, False)])
+            for (size, has_images), at in itertools.product(kinds, starts):
+                self._try_piece(mode, size, at, has_images)
             for count in self.sizes:
-                self._attach([], count)
-                self._decode(mode, np.zeros((count, 1), np.int32), np.zeros(count, np.int64), np.ones(count, np.int64))
+                self._try_step(mode, count)
+            self._try_vision()
+
+    def _try_step(self, mode: str, count: int) -> None:
+        """Runs a step of nobody's answers."""
+        self._attach([], count)
+        self._decode(mode, np.zeros((count, 1), np.int32), np.zeros(count, np.int64), np.ones(count, np.int64))
+
+    def _try_vision(self) -> None:
+        """Runs the graph of tiles over nobody's, once."""
+        if not self._has_tried_vision:
+            side = self.config.vision_config.image_size
+            self.engine.vision(Tensor(np.zeros((1, self.engine.tiles_per_call, 3, side, side), np.float32)))
+            self._has_tried_vision = True
+
+    def _try_piece(self, mode: str, size: int, at: int, has_images: bool) -> None:
+        """Runs a piece of nobody's prompt."""
+        embeds = np.zeros((1, size, self.config.hidden_size), numpy_type(self.config.compute_dtype))
+        images = (Tensor(embeds), np.zeros((1, size), np.int32)) if has_images else None
+        self._reading.attach(self._spare)
+        self._run_piece(mode, np.zeros((1, size), np.int32), at, min(1, self.positions - at), 1, images)
+
+    def choose_piece(self, sizes: Sequence[int], seconds: float) -> float:
+        """Makes pieces of prompts the largest of some sizes that is computed within so many seconds, else the smallest.
+
+        Returns:
+            Seconds that one takes.
+        """
+        taken = 0.0
+        for size in sorted(sizes, reverse=True):
+            self.piece = size
+            with TURNS:
+                self._try_piece("base", size, 0, True)      # compiles it
+                begun = time.perf_counter()
+                self._try_piece("base", size, 0, True)
+                taken = time.perf_counter() - begun
+            if taken <= seconds:
+                break
+        return taken
 
     @property
     def bytes(self) -> int:

@@ -8,6 +8,7 @@ taken out of a cache: what comes next overwrites them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -216,13 +217,15 @@ class ExtendGraph(InferenceGraph):
         slot: whose caches.
         mode: which task LoRAs are in use.
         rows: R.
+        extension: what extends a cache by so many positions; by default `extension_of`.
     """
 
-    def __init__(self, model: IXC25Model, slot: Slot, mode: str, rows: int):
+    def __init__(self, model: IXC25Model, slot: Slot, mode: str, rows: int,
+                 extension: Callable[[ContiguousCache, int], Extension] = extension_of):
         super().__init__()
         assert isinstance(slot, ContiguousSlot), "`unavailable` is asked first"
         self.embed, self.head, self.rows = Embedding(model), Head(model), rows
-        extensions = [extension_of(cache, rows) for cache in slot.caches]
+        extensions = [extension(cache, rows) for cache in slot.caches]
         self.first = extensions[0]
         self.layers = nn.CellList([ExtensionLayer(layer, extension, mode)
                                    for layer, extension in zip(model.model.layers, extensions)], auto_prefix=False)

@@ -106,6 +106,7 @@ class Slot:
         missed: operations that graphs not compiled yet would have saved.
         movable: whether contents can be taken out and put back; in parallel layouts they stay where they are.
         attached: the contents that the caches hold, `None` while they hold no memory.
+        layout: shape and type of the keys and values of every layer in turn.
         bytes: size of all keys and values.
     """
 
@@ -119,8 +120,8 @@ class Slot:
         self.missed = 0.0
         self.movable = not is_parallel()
         self._parameters = [cache_half for cache in caches for cache_half in (cache.keys, cache.values)]
-        self._layout = [(half.shape, numpy_type(half.dtype)) for half in self._parameters]
-        self.bytes = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self._layout)
+        self.layout = [(half.shape, numpy_type(half.dtype)) for half in self._parameters]
+        self.bytes = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self.layout)
         self._as_built = True                           # the caches still have the memory they were built with
         self.attached: Contents | None = None
         self._reorder = None if is_parallel() else ReorderGraph(caches)
@@ -135,7 +136,7 @@ class Slot:
                 tensors.append(Tensor(0, parameter.dtype))
                 tensors[-1].assign_value(parameter)     # the same memory, not a copy
         elif self.movable:
-            tensors = [Tensor(np.zeros(shape, dtype)) for shape, dtype in self._layout]
+            tensors = [Tensor(np.zeros(shape, dtype)) for shape, dtype in self.layout]
         self._as_built = False
         return Contents(self, tensors, self.new_tables())
 
@@ -148,7 +149,7 @@ class Slot:
         if contents is self.attached:
             return
         if self.movable:
-            tensors = [Tensor(np.zeros(1, dtype)) for _, dtype in self._layout] if contents is None \
+            tensors = [Tensor(np.zeros(1, dtype)) for _, dtype in self.layout] if contents is None \
                 else contents.tensors
             for parameter, tensor in zip(self._parameters, tensors):
                 parameter.set_data(tensor, slice_shape=True)    # a placeholder of another shape may come or go
@@ -220,7 +221,7 @@ class ContiguousSlot(Slot):
             known: for each row its blocks, `(2 * layers, KV, positions of a block, d)` each.
         """
         self.attach(contents)
-        for number, (shape, dtype) in enumerate(self._layout):
+        for number, (shape, dtype) in enumerate(self.layout):
             half = np.zeros(shape, dtype)
             for row, blocks in enumerate(known):
                 if blocks:

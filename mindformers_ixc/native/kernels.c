@@ -401,6 +401,18 @@ KERNEL(extend_softmax) {
     return DONE;
 }
 
+/* keys or values (N, S, d) of a whole cache, and what must have been computed before -> their first s positions
+ * (N, s, d). MindSpore's own operation may read the cache before another kernel has written it. */
+KERNEL(first_positions) {
+    UNUSED;
+    const int64_t entries = shapes[2][0], seen = shapes[2][1] * shapes[2][2], whole = shapes[0][1] * shapes[0][2];
+    if (seen > whole) return BAD_PLACE;
+    const float *cache = params[0];
+    float *y = params[2];
+    for (int64_t e = 0; e < entries; ++e) memcpy(y + e * seen, cache + e * whole, sizeof(float) * (size_t)seen);
+    return DONE;
+}
+
 /* The work of `prefill_heads`; `shape` is that of the queries, `positions` the cache's S. */
 VECTORISED static void prefill_values(const float *qkv, const float *cos, const float *sin, const int32_t *real,
                                       float scale, float *cache_keys, float *cache_values, float *queries,

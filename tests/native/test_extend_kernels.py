@@ -103,6 +103,15 @@ def test_many_positions_give_the_same_by_products(case):
         np.testing.assert_allclose(found[row, :count], expected[row, :count], atol=2e-6)
 
 
+def test_the_first_positions_of_a_cache():
+    cache = np.random.default_rng(3).standard_normal((6, 40, 8)).astype(np.float32)
+    for seen in (1, 17, 40):
+        found = np.full((6, seen, 8), np.nan, np.float32)
+        assert call("first_positions", cache, np.zeros(1, np.float32), found) == DONE
+        np.testing.assert_array_equal(found, cache[:, :seen])
+    assert call("first_positions", cache, np.zeros(1, np.float32), np.zeros((6, 41, 8), np.float32)) == BAD_PLACE
+
+
 @pytest.mark.parametrize("places", [[40, 1], [37, 4], [-1, 2], [0, 5], [0, -1]], ids=str)
 def test_a_place_outside_the_cache_is_an_error_and_nothing_is_written(places):
     case = Case(1, 2, 3, 8, 40, 4, [3], [4])

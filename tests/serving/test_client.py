@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import random
 import time
@@ -92,6 +93,22 @@ def test_rounds_system_and_several_pictures_stand_where_their_parts_stand(client
     assert answer.choices[0].message.content == text_of(processor, {
         "query": "<ImageHere>and this?", "images": [_bytes(), _bytes("rocket.jpg")],
         "history": [("First <ImageHere>", "A cat.")], "meta_instruction": "Be short."}, 5)
+
+
+def test_a_video_is_the_board_of_its_frames(processor, goldens):
+    clip = goldens / "video_land.mp4"
+    limits = Limits(positions=1 << 20, tiles=1 << 16, new_tokens=8)
+    with served(StandInDecoder(piece=1 << 20), limits, processor=processor, image_root=goldens) as server:
+        url = "data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()
+        found = [server.ask(**{"max_tokens": 4, "messages": [{"role": "user", "content": [
+            {"type": kind, kind: {"url": one}}, {"type": "text", "text": "What happens?"}]}]}).json()
+            for kind, one in (("video_url", url), ("image_url", url), ("video_url", "video_land.mp4"))]
+        wanted = text_of(processor, {"query": "<ImageHere>What happens?", "images": [str(clip)]}, 4)
+        assert [answer["choices"][0]["message"]["content"] for answer in found] == [wanted] * 3
+    with served(limits=Limits(tiles=3), processor=processor) as server:
+        answer = server.ask(**{"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {
+            "url": url}}]}]})
+        assert answer.status_code == 413 and "tiles" in answer.json()["error"]["message"]
 
 
 def test_meta_instruction_is_the_system_turn(client):
