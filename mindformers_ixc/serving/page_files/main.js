@@ -73,7 +73,7 @@ async function send() {
   if (limit && count > limit) return notice(t("error_many", { count: count, max: limit }));
   notice("");
   conversation.messages = [...before, message];
-  if (!conversation.title) conversation.title = (text || files[0].name).replace(/\s+/g, " ").slice(0, 60);
+  if (!conversation.title) conversation.title = (text || files[0].name).replace(/\s+/g, " ").slice(0, 60).trim();
   field.value = "";
   files = [];
   edited = null;
