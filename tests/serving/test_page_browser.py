@@ -51,6 +51,16 @@ new Image().src = "https://elsewhere.example.org/told";
 </script></body></html>
 ```"""
 
+# A page that would tell elsewhere what it knows.
+LEAVING = """<!doctype html><html><body onload="leave()"><h1>Stay</h1><script>
+function leave() {
+  try { top.location = "https://top.example.org/"; } catch {}
+  try { open("https://window.example.org/"); } catch {}
+  try { parent.postMessage({ error: "told" }, "*"); } catch {}
+  setTimeout(() => { document.title = "tried"; location = "https://frame.example.org/"; }, 100);
+}
+</script></body></html>"""
+
 # Reads the store, which waits for what is being written.
 WRITTEN = """() => new Promise((done) => {
   const opening = indexedDB.open("mindformers_ixc");
@@ -82,7 +92,7 @@ def answer(mode: str, asked: str) -> str:
     """What the stand-in says: by the last question."""
     last = asked.rpartition("user\n")[2]
     if mode == "web":
-        return WEB
+        return LEAVING if "leave" in last else "<!doctype html><h1>Small</h1>" if "small" in last else WEB
     if "long" in last:
         return "word after word " * 200
     if "markup" in last:
@@ -275,6 +285,24 @@ def test_the_page_of_the_model_is_alone_even_with_scripts(visit):
     visitor.errors.clear()
 
 
+def test_a_page_of_the_model_leads_nowhere(visit):
+    visitor = visit()
+    page = visitor.page
+    page.get_by_role("radio", name="Web page").check()
+    visitor.ask("One that wants to leave")
+    page.get_by_role("switch", name="Allow scripts").check()
+    for _ in range(100):
+        if any("frame.example.org" in text for text in visitor.errors):
+            break
+        page.wait_for_timeout(50)
+    said = "\n".join(visitor.errors)
+    assert re.search("frame.example.org.*frame-src", said), said
+    assert "allow-top-navigation" in said and "window.example.org" in said
+    assert page.url.rstrip("/") == visitor.url and len(visitor.context.pages) == 1
+    assert visitor.answers()[0].startswith("html") and page.locator(".error").count() == 0
+    visitor.errors.clear()
+
+
 def test_conversations_are_kept_named_exported_and_deleted(visit):
     visitor = visit()
     page = visitor.page
@@ -307,6 +335,23 @@ def test_conversations_are_kept_named_exported_and_deleted(visit):
     page.evaluate(WRITTEN)
     visitor.open()
     assert names.all_inner_texts() == ["Counting"]
+
+
+def test_tabs_know_of_each_other(visit):
+    visitor = visit()
+    other = visitor.context.new_page()
+    other.goto(visitor.url)
+    visitor.ask("What is it?")
+    names = other.locator("#list .name")
+    playwright.expect(names).to_have_text(["What is it?"])
+    names.click()
+    playwright.expect(other.locator(".answer .text")).to_have_text("A cat.")
+    visitor.ask("How many rounds?")
+    playwright.expect(other.locator(".answer .text").last).to_have_text("Questions so far: 2.")
+    visitor.page.get_by_role("button", name="Delete").click()
+    visitor.page.locator("dialog").get_by_role("button", name="Delete").click()
+    playwright.expect(names).to_have_count(0)
+    assert other.locator("article").count() == 0
 
 
 def test_a_question_is_edited_and_an_answer_given_anew(visit):
@@ -427,6 +472,44 @@ def test_tiles_are_shown_as_the_model_sees_them(visit):
     assert not page.locator("dialog").is_visible()
 
 
+# Films half a second of two colours.
+FILM = """() => new Promise((done) => {
+  const board = Object.assign(document.createElement("canvas"), { width: 320, height: 240 }), parts = [];
+  const brush = board.getContext("2d"), film = new MediaRecorder(board.captureStream(25), { mimeType: "video/webm" });
+  let count = 0;
+  const timer = setInterval(() => {
+    brush.fillStyle = count++ < 6 ? "red" : "blue";
+    brush.fillRect(0, 0, 320, 240);
+  }, 40);
+  film.ondataavailable = (event) => parts.push(event.data);
+  film.onstop = () => {
+    clearInterval(timer);
+    const held = new DataTransfer();
+    held.items.add(new File(parts, "clip.webm", { type: "video/webm" }));
+    const field = document.getElementById("choose");
+    field.files = held.files;
+    field.dispatchEvent(new Event("change"));
+    done();
+  };
+  film.start();
+  setTimeout(() => film.stop(), 500);
+})"""
+
+
+def test_a_video_is_shown_and_sent(visit):
+    visitor = visit()
+    page = visitor.page
+    page.evaluate(FILM)
+    page.get_by_role("button", name="clip.webm: show as the model sees it").click()
+    page.wait_for_selector(".grid img")
+    assert re.search(r"\d × \d tiles of 112 × 112 pixels", page.locator("dialog").inner_text())
+    page.keyboard.press("Escape")
+    visitor.ask("What happens?")
+    sent = visitor.asked[0]["messages"][0]["content"][0]["video_url"]["url"]
+    assert sent.startswith("data:video/webm;base64,") and visitor.answers() == ["A cat."]
+    assert page.locator(".question video").evaluate("(one) => one.readyState") >= 1
+
+
 def test_a_phone_in_chinese_and_the_dark(visit):
     visitor = visit(width=360, height=740, locale="zh-CN", color_scheme="dark", has_touch=True, is_mobile=True)
     page = visitor.page
@@ -438,7 +521,7 @@ def test_a_phone_in_chinese_and_the_dark(visit):
     page.wait_for_selector(".answer:not(.running)")
     visitor.shot("phone")
     page.get_by_role("radio", name="网页").check()
-    page.fill("#question", "Page")
+    page.fill("#question", "A small page")
     page.get_by_role("button", name="发送").click()
     page.wait_for_selector(".answer.web:not(.running)")
     code, framed = (page.locator(place).bounding_box() for place in (".answer.web .code", ".framed"))
