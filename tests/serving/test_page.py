@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from served import served
 
 from mindformers_ixc.serving.page import FILES, SCRIPTS, page
 
@@ -106,3 +107,14 @@ def test_colours_are_those_of_all_pages(name):
     light, dark = re.findall(rf"{name}: (#\w+);", pages.page("t", ""))[:2]
     style = MADE.partition("<style>")[2].partition("</style>")[0]
     assert re.findall(rf"{name}: (#\w+);", style) == [light, dark, dark] and light != dark
+
+
+def test_the_server_gives_a_page_of_its_own_to_everybody_unless_it_has_none():
+    with served(api_key="right-key-123") as running, running.client() as client:
+        first, second = client.get("/"), client.get("/")
+        assert first.headers["content-type"].startswith("text/html") and first.headers["cache-control"] == "no-store"
+        assert policy(first.text)["script-src"] != policy(second.text)["script-src"]
+        assert client.get("/v1/models").status_code == 401
+    with served(has_page=False) as running, running.client() as client:
+        plain = client.get("/")
+        assert plain.headers["content-type"].startswith("text/plain") and "<" not in plain.text

@@ -6,91 +6,26 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from scripted_decoder import ScriptedDecoder
-from served import IMAGES, STARTER, served
+from served import IMAGES, ROOT, STARTER, served
+from test_command import COMMAND
 
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.serving.limits import Limits
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
+from page_visitor import FILM, RICH, WEB, WRITTEN, Visitor, answer  # noqa: E402 - needs Playwright
+
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
                None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-SHOTS = os.environ.get("MINDFORMERS_IXC_SCREENSHOTS")
-
-WEB = """```html
-<!doctype html>
-<html lang="en"><head><title>Tides</title>
-<style>
-body { margin: 0; font-family: Georgia, serif }
-header { background: #1d4e6f; color: #fff; padding: 2rem }
-main { padding: 2rem; display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }
-</style>
-<link rel="stylesheet" href="https://styles.example.org/all.css">
-<script src="//scripts.example.org/a.js"></script></head>
-<body><header><h1>Harbour Institute</h1>
-<p>Coasts, tides, and who lives with them. <a href="#end">Contact</a></p></header>
-<main><section><h2>Tides</h2><p id="said">no script has run</p></section>
-<section><h2>Dunes</h2><img src="dune.jpg" alt="A dune">
-<button onclick="this.textContent = 'pressed'">Press</button></section></main>
-<div style="height: 90rem"></div><p id="end">The end</p>
-<script>
-let said = "a script has run";
-try { said += parent.document.title; } catch { said += ", alone"; }
-try { localStorage.length; } catch { said += ", without storage"; }
-document.getElementById("said").textContent = said;
-fetch("v1/models").catch(() => { document.getElementById("said").textContent += ", without network"; });
-new Image().src = "https://elsewhere.example.org/told";
-</script></body></html>
-```"""
-
-# Reads the store, which waits for what is being written.
-WRITTEN = """() => new Promise((done) => {
-  const opening = indexedDB.open("mindformers_ixc");
-  opening.onsuccess = () => {
-    opening.result.transaction("conversations").objectStore("conversations").count().onsuccess = () => {
-      opening.result.close();
-      done();
-    };
-  };
-})"""
-
-RICH = """The first shows a **cat**, the second a *rocket*.
-
-| picture | what |
-|---|---:|
-| 1 | a cat |
-| 2 | a rocket |
-
-1. Green eyes.
-2. On its pad:
-   - a tower beside it
-
-```python
-print("cat" < "rocket")
-```"""
-
-
-def answer(mode: str, asked: str) -> str:
-    """What the stand-in says: by the last question."""
-    last = asked.rpartition("user\n")[2]
-    if mode == "web":
-        return WEB
-    if "long" in last:
-        return "word after word " * 200
-    if "markup" in last:
-        return ('<img src=x onerror="document.title=1"> <b>bold</b> <script>document.title = 2</script> '
-                "[a](javascript:alert(1))")
-    if "rounds" in last:
-        return f"Questions so far: {asked.count('user')}."
-    return RICH if "two" in last else "A cat."
 
 
 @pytest.fixture(scope="module")
@@ -112,71 +47,6 @@ def browser():
         started = tools.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
         yield started
         started.close()
-
-
-class Visitor:
-    """Somebody in front of the page.
-
-    Attributes:
-        asked: bodies of the requests for answers.
-        elsewhere: addresses of other servers that were asked for.
-        errors: of the page's program and its policy.
-    """
-
-    def __init__(self, browser, url: str, width: int = 1280, height: int = 800, **options):
-        options = {"locale": "en-GB", "viewport": {"width": width, "height": height}, **options}
-        self.context = browser.new_context(**options)
-        self.page, self.url = self.context.new_page(), url
-        self.page.set_default_timeout(15_000)
-        self.asked, self.elsewhere, self.errors = [], [], []
-        self.page.on("request", self._noted)
-        self.page.on("requestfailed", self._failed)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
-        self.open()
-
-    def _noted(self, request):
-        if request.url.endswith("/v1/chat/completions"):
-            self.asked.append(request.post_data_json)
-        if not request.url.startswith((self.url, "data:", "blob:", "about:")):
-            self.elsewhere.append(request.url)
-
-    def _failed(self, request):
-        if request.failure == "csp":        # forbidden by the policy: nothing has left the browser
-            self.elsewhere.remove(request.url)
-
-    def open(self):
-        self.page.goto(self.url)
-        playwright.expect(self.page.locator("#modes label")).to_have_count(3)
-
-    def bring(self, kind: str, *names: str):
-        """Drops or pastes files."""
-        files = [[name, base64.b64encode((IMAGES / name).read_bytes() if (IMAGES / name).exists() else b"x").decode(),
-                  {"jpg": "image/jpeg", "png": "image/png", "mp4": "video/mp4"}.get(name[-3:], "text/plain")]
-                 for name in names]
-        self.page.evaluate("""([kind, files]) => {
-          const held = new DataTransfer();
-          for (const [name, text, type] of files)
-            held.items.add(new File([Uint8Array.from(atob(text), (one) => one.charCodeAt(0))], name, { type }));
-          if (kind === "paste")
-            return document.body.dispatchEvent(new ClipboardEvent("paste", { bubbles: true, clipboardData: held }));
-          for (const one of ["dragenter", "dragover", "drop"])
-            document.body.dispatchEvent(new DragEvent(one, { bubbles: true, cancelable: true, dataTransfer: held }));
-        }""", [kind, files])
-
-    def ask(self, text: str, wait: bool = True):
-        self.page.fill("#question", text)
-        self.page.keyboard.press("Enter")
-        if wait:
-            self.page.wait_for_selector(".answer:last-child:not(.running)")
-
-    def answers(self) -> list[str]:
-        return self.page.locator(".answer .text").all_inner_texts()
-
-    def shot(self, name: str):
-        if SHOTS:
-            Path(SHOTS).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=f"{SHOTS}/{name}.png")
 
 
 @pytest.fixture
@@ -275,6 +145,24 @@ def test_the_page_of_the_model_is_alone_even_with_scripts(visit):
     visitor.errors.clear()
 
 
+def test_a_page_of_the_model_leads_nowhere(visit):
+    visitor = visit()
+    page = visitor.page
+    page.get_by_role("radio", name="Web page").check()
+    visitor.ask("One that wants to leave")
+    page.get_by_role("switch", name="Allow scripts").check()
+    for _ in range(100):
+        if any("frame.example.org" in text for text in visitor.errors):
+            break
+        page.wait_for_timeout(50)
+    said = "\n".join(visitor.errors)
+    assert re.search("frame.example.org.*frame-src", said), said
+    assert "allow-top-navigation" in said and "window.example.org" in said
+    assert page.url.rstrip("/") == visitor.url and len(visitor.context.pages) == 1
+    assert visitor.answers()[0].startswith("html") and page.locator(".error").count() == 0
+    visitor.errors.clear()
+
+
 def test_conversations_are_kept_named_exported_and_deleted(visit):
     visitor = visit()
     page = visitor.page
@@ -307,6 +195,23 @@ def test_conversations_are_kept_named_exported_and_deleted(visit):
     page.evaluate(WRITTEN)
     visitor.open()
     assert names.all_inner_texts() == ["Counting"]
+
+
+def test_tabs_know_of_each_other(visit):
+    visitor = visit()
+    other = visitor.context.new_page()
+    other.goto(visitor.url)
+    visitor.ask("What is it?")
+    names = other.locator("#list .name")
+    playwright.expect(names).to_have_text(["What is it?"])
+    names.click()
+    playwright.expect(other.locator(".answer .text")).to_have_text("A cat.")
+    visitor.ask("How many rounds?")
+    playwright.expect(other.locator(".answer .text").last).to_have_text("Questions so far: 2.")
+    visitor.page.get_by_role("button", name="Delete").click()
+    visitor.page.locator("dialog").get_by_role("button", name="Delete").click()
+    playwright.expect(names).to_have_count(0)
+    assert other.locator("article").count() == 0
 
 
 def test_a_question_is_edited_and_an_answer_given_anew(visit):
@@ -427,6 +332,20 @@ def test_tiles_are_shown_as_the_model_sees_them(visit):
     assert not page.locator("dialog").is_visible()
 
 
+def test_a_video_is_shown_and_sent(visit):
+    visitor = visit()
+    page = visitor.page
+    page.evaluate(FILM)
+    page.get_by_role("button", name="clip.webm: show as the model sees it").click()
+    page.wait_for_selector(".grid img")
+    assert re.search(r"\d × \d tiles of 112 × 112 pixels", page.locator("dialog").inner_text())
+    page.keyboard.press("Escape")
+    visitor.ask("What happens?")
+    sent = visitor.asked[0]["messages"][0]["content"][0]["video_url"]["url"]
+    assert sent.startswith("data:video/webm;base64,") and visitor.answers() == ["A cat."]
+    assert page.locator(".question video").evaluate("(one) => one.readyState") >= 1
+
+
 def test_a_phone_in_chinese_and_the_dark(visit):
     visitor = visit(width=360, height=740, locale="zh-CN", color_scheme="dark", has_touch=True, is_mobile=True)
     page = visitor.page
@@ -438,7 +357,7 @@ def test_a_phone_in_chinese_and_the_dark(visit):
     page.wait_for_selector(".answer:not(.running)")
     visitor.shot("phone")
     page.get_by_role("radio", name="网页").check()
-    page.fill("#question", "Page")
+    page.fill("#question", "A small page")
     page.get_by_role("button", name="发送").click()
     page.wait_for_selector(".answer.web:not(.running)")
     code, framed = (page.locator(place).bounding_box() for place in (".answer.web .code", ".framed"))
@@ -485,3 +404,29 @@ def test_everything_is_reached_by_the_keyboard_and_seen_there(visit):
               "cat.jpg: show as the model sees it", "Edit and ask again", "Answer anew", "Copy", "Question",
               "Add pictures or videos", "Chat"]
     assert [name for name in wanted if name not in reached] == []
+
+
+@pytest.mark.slow
+def test_the_starter_answers_on_the_page(browser, tmp_path):
+    words = [*COMMAND, "--model", "starter", "--port", "0", "--log", str(tmp_path / "requests.log")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT) as server:
+        try:
+            line = next(line for line in server.stderr if " answers at " in line)
+            visitor = Visitor(browser, line.partition(" answers at ")[2].partition("/v1")[0])
+            visitor.bring("drop", "cat.jpg", "rocket.jpg")
+            visitor.ask("What is shown in the picture?")
+            assert visitor.answers()[0].strip()
+            visitor.page.get_by_role("button", name="New conversation").click()
+            visitor.bring("drop", "cat.jpg")
+            visitor.ask("What is shown in the picture?")
+            visitor.ask("What would be a good title?")
+            assert visitor.answers() == ["the face of a cat", "Green Eyes"]
+            assert "of pictures" in visitor.page.locator(".usage").last.inner_text()
+            visitor.page.get_by_role("radio", name="Web page").check()
+            visitor.ask("A website for a cat")
+            assert visitor.page.locator(".answer .error").count() == 0
+            visitor.shot("starter")
+            assert (visitor.errors, visitor.elsewhere) == ([], [])
+            visitor.context.close()
+        finally:
+            server.terminate()

@@ -73,7 +73,7 @@ async function send() {
   if (limit && count > limit) return notice(t("error_many", { count: count, max: limit }));
   notice("");
   conversation.messages = [...before, message];
-  if (!conversation.title) conversation.title = (text || files[0].name).replace(/\s+/g, " ").slice(0, 60);
+  if (!conversation.title) conversation.title = (text || files[0].name).replace(/\s+/g, " ").slice(0, 60).trim();
   field.value = "";
   files = [];
   edited = null;
@@ -285,6 +285,22 @@ function focusQuestion() {
   if (!matchMedia("(pointer: coarse)").matches) byId("question").focus();
 }
 
+/* takes over what another tab has written; `found` is missing for what it has deleted */
+function takeOver(id, found) {
+  const known = Store.all.find((one) => one.id === id);
+  if (known && running.has(known)) return;
+  if (!found) {
+    if (known) Store.drop(known);
+    if (known === conversation) return show(Store.add());
+  } else if (known) {
+    Object.assign(known, found);
+    if (known === conversation && !edited) drawConversation();
+  } else {
+    Store.all.unshift(found);
+  }
+  drawList();
+}
+
 function openHistory(on) {
   document.body.classList.toggle("history", on);
   byId("open-history").setAttribute("aria-expanded", String(on));
@@ -410,6 +426,7 @@ async function begin() {
   listen();
   let told = false;
   Store.failed = () => { if (!told) notice(t("error_store")); told = true; };
+  Store.elsewhere = takeOver;
   await Store.open();
   show(Store.add());
   openSettings(kept("settings") === "open" && !narrow.matches);

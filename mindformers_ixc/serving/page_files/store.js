@@ -1,7 +1,8 @@
 /* Conversations in the browser: all of them in memory, each change written to IndexedDB. A conversation is
    {id, title, created, changed, messages}; a message {role, text, files} of the user, {role, text, mode, state, ...} of
    the model. */
-const Store = { all: [], base: null, failed: () => {} };
+const Store = { all: [], base: null, failed: () => {}, elsewhere: () => {} };
+const tabs = new BroadcastChannel("mindformers_ixc");       /* says to other tabs which conversation has changed */
 
 function request(made) {
   return new Promise((done, fail) => {
@@ -15,7 +16,8 @@ Store.open = async function () {
     const opening = indexedDB.open("mindformers_ixc", 1);
     opening.onupgradeneeded = () => opening.result.createObjectStore("conversations", { keyPath: "id" });
     Store.base = await request(opening);
-    Store.all = await request(Store.base.transaction("conversations").objectStore("conversations").getAll());
+    Store.all = await request(reading().getAll());
+    tabs.onmessage = async (event) => Store.elsewhere(event.data, await request(reading().get(event.data)));
   } catch {
     Store.base = null;        /* a private window, say: conversations last as long as the page */
   }
@@ -32,6 +34,7 @@ Store.add = function () {
   return made;
 };
 
+const reading = () => Store.base.transaction("conversations").objectStore("conversations");
 const writing = () => Store.base.transaction("conversations", "readwrite").objectStore("conversations");
 
 Store.save = async function (conversation) {
@@ -40,6 +43,7 @@ Store.save = async function (conversation) {
   if (Store.base === null) return Store.failed();
   try {
     await request(writing().put(conversation));
+    tabs.postMessage(conversation.id);
   } catch {
     Store.failed();
   }
@@ -52,6 +56,7 @@ Store.remove = async function (conversation) {
   if (Store.base === null) return;
   try {
     await request(writing().delete(conversation.id));
+    tabs.postMessage(conversation.id);
   } catch {
     Store.failed();
   }

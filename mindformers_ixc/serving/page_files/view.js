@@ -46,13 +46,27 @@ function answerView(message, actions) {
 
 function showText(place, message) {
   const html = message.mode === "web" && !message.text.includes("```") ? htmlOf(message.text) : "";
-  place.replaceChildren(html ? codeBlock(html, "html") : markdown(message.text));
+  const made = document.createDocumentFragment();
+  made.append(html ? codeBlock(html, "html") : markdown(message.text));
   if (message.state === "running" && !message.text) {
-    place.append(make("p", { class: "wait" }, t("thinking"), make("i"), make("i"), make("i")));
+    made.append(make("p", { class: "wait" }, t("thinking"), make("i"), make("i"), make("i")));
   } else if (message.state === "done" && !message.text.trim()) {
-    place.append(make("p", { class: "note" }, t("empty_answer")));
+    made.append(make("p", { class: "note" }, t("empty_answer")));
   }
-  if (message.state === "failed") place.append(make("p", { class: "error" }, message.error));
+  if (message.state === "failed") made.append(make("p", { class: "error" }, message.error));
+  refill(place, [...made.childNodes], message.state === "running");
+}
+
+/* replaces what has changed, so that what is selected stays selected; code that grows is followed by who sees its end */
+function refill(place, fresh, growing) {
+  const before = place.querySelector(".code:last-child pre");
+  const top = before && before.scrollHeight - before.scrollTop - before.clientHeight > 60 ? before.scrollTop : Infinity;
+  let same = 0;
+  while (same < fresh.length && place.childNodes[same] && place.childNodes[same].isEqualNode(fresh[same])) same += 1;
+  for (const one of [...place.childNodes].slice(same)) one.remove();
+  place.append(...fresh.slice(same));
+  const after = place.querySelector(".code:last-child pre");
+  if (after && growing) after.scrollTop = Math.min(top, after.scrollHeight);
 }
 
 function answerTools(message, actions) {
