@@ -110,7 +110,8 @@ class Guard:
             RequestError: when it is not let through.
         """
         host = header(scope, b"host")
-        if sum(len(key) + len(value) for key, value in scope["headers"]) + len(scope["raw_path"]) > HEAD_BYTES:
+        size = len(scope.get("raw_path") or b"") + sum(len(key) + len(value) for key, value in scope["headers"])
+        if size > HEAD_BYTES:
             raise RequestError(f"The head of the request has more than {HEAD_BYTES} bytes.", None, 431, "too_large")
         if sum(key == b"host" for key, _ in scope["headers"]) > 1:
             raise RequestError("The request has several Host headers.", None, 400, "bad_request")
