@@ -22,12 +22,13 @@ from mindformers_ixc.errors import ConfigError, ImageError, ServerError
 from mindformers_ixc.processing.image import ImageSource, partition_pixels
 from mindformers_ixc.processing.pictures import load_image
 from mindformers_ixc.processing.prompt import PICTURE
+from mindformers_ixc.sections import is_whole
 
 if TYPE_CHECKING:
     from mindformers_ixc.generation.assistant import Assistant
     from mindformers_ixc.processing.processor import EncodedSample
 
-# Side of a tile of the public model, in pixels: how a server will cut what it is sent.
+# Side of a tile of the public model in pixels, for a server that does not say its own.
 TILE = 560
 
 # Refusals of a server that the next question will meet as well.
@@ -118,11 +119,13 @@ class Served:
         client: of the server.
         name: of the model.
         mode: to be asked for; `None` where the name says it.
+        tile: side of its tiles, in pixels.
     """
 
     client: ChatClient
     name: str
     mode: str | None
+    tile: int = TILE
 
     @classmethod
     def find(cls, server: str, api_key: str | None, protocol: Protocol) -> Served:
@@ -142,7 +145,10 @@ class Served:
             raise ConfigError(f"The published prompt of {protocol.benchmark.name} has marks of turns within the "
                               f"question, which {client.root} takes for text; start it with --allow_control_tokens, or "
                               "give --model instead of --server.")
-        return cls(client, str(chosen["id"]), None if found or protocol.mode == "base" else protocol.mode)
+        images = chosen.get("images")
+        tile = images.get("image_size") if isinstance(images, dict) else None
+        return cls(client, str(chosen["id"]), None if found or protocol.mode == "base" else protocol.mode,
+                   int(tile) if tile is not None and is_whole(tile, 1) else TILE)
 
     def asking(self, protocol: Protocol, at_once: int) -> Ask:
         """Asks so many questions at once."""
@@ -157,7 +163,7 @@ def _ask_server(served: Served, protocol: Protocol, at_once: int, batch: Sequenc
 def _ask_one(served: Served, protocol: Protocol, asked: Asked) -> dict:
     limit = tiles_of(len(asked.images), protocol.hd_num)
     try:
-        pictures = iter([image_part(_cut(image, limit, protocol)) for image in asked.images])
+        pictures = iter([image_part(_cut(image, limit, served.tile, protocol)) for image in asked.images])
         content = [next(pictures) if piece is PICTURE else text_part(piece.text) for piece in asked.prompt.content]
         answer = served.client.complete(
             [{"role": "user", "content": content}], served.name, max_tokens=protocol.max_new_tokens, temperature=0,
@@ -171,10 +177,10 @@ def _ask_one(served: Served, protocol: Protocol, asked: Asked) -> dict:
     return {"answer": answer.text}
 
 
-def _cut(image: ImageSource, limit: int, protocol: Protocol) -> bytes:
+def _cut(image: ImageSource, limit: int, tile: int, protocol: Protocol) -> bytes:
     """A picture resized and padded to whole tiles, as a PNG file: a server cuts it into these and changes nothing."""
     upright = load_image(image, "", protocol.transparency, protocol.exif or "ignore")
-    pixels = partition_pixels(upright, limit, TILE, training=True)
+    pixels = partition_pixels(upright, limit, tile, training=True)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return file.getvalue()

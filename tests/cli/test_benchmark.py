@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import openpyxl
 import pytest
-from benchmark_tables import SAID, TABLES, write_table
+from benchmark_tables import SAID, TABLES, picture, write_table
 from PIL import Image
 from standin_server import serving
 
@@ -163,11 +163,16 @@ def test_a_server_cuts_what_it_gets_into_the_tiles_that_were_meant(server, tmp_p
             plan = plan_partition(meant.shape[1], meant.shape[0], limit, TILE)
             assert plan.resized == plan.padded == (meant.shape[1], meant.shape[0])
     write_table(tmp_path, "MMStar")
-    run(*server.asks("MMStar"))
-    sent = Image.open(io.BytesIO(base64.b64decode(
-        server.asked[0]["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2])))
-    again = partition_pixels(sent, 36, TILE)
-    assert again.shape[0] % TILE == 0 and np.array_equal(again, np.asarray(sent))
+    whole = Image.open(io.BytesIO(base64.b64decode(picture("cat.jpg"))))
+    for number, tile in enumerate((TILE, 112)):
+        if tile != TILE:
+            server.models[0]["images"] = {"image_size": tile}      # as a server of another size says
+        run(*server.asks("MMStar"), "--output_dir", f"out{tile}")
+        parts = server.asked[4 * number]["messages"][0]["content"]
+        sent = Image.open(io.BytesIO(base64.b64decode(parts[0]["image_url"]["url"].partition(",")[2])))
+        again = partition_pixels(sent, 36, tile)
+        assert sent.size == plan_partition(*whole.size, 36, tile, training=True).padded
+        assert np.array_equal(again, np.asarray(sent))
 
 
 @pytest.mark.parametrize("name", ["MME", "HallusionBench", "POPE"])
