@@ -11,6 +11,7 @@ from mindformers_ixc.checkpoint.quantised import quantization_of
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.config import read_config
 from mindformers_ixc.generation.ascend import prepare_inference
+from mindformers_ixc.generation.caches import check_held_dtype
 from mindformers_ixc.generation.stored_weights import load_stored, suits_stored
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
@@ -33,6 +34,7 @@ def load_model(directory: str | os.PathLike, model_class: type[IXC25Model] = IXC
         The model in evaluation mode.
     """
     config = read_config(directory, IXC25Config, **overrides)
+    check_held_dtype(config)
     if config.use_past:
         prepare_inference(paged=True)
     with nn.no_init_parameters():    # the weights come from the files: drawing them first takes time and memory

@@ -26,13 +26,15 @@ from mindformers_ixc.errors import BuildError
 from mindformers_ixc.files import whole_file
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("kernels.c", "quantised.c", "products.c", "attention.c", "steps.c", "update.c", "images.c")
-_HEADERS = ("operation.h", "vectorised.h", "products.h")
+_SOURCES = ("kernels.c", "decode.c", "prompts.c", "team.c", "quantised.c", "products.c", "attention.c",
+            "steps.c", "update.c", "images.c")
+_HEADERS = ("operation.h", "vectorised.h", "cache.h", "heads.h", "team.h", "products.h")
 
 # -ffast-math is for vectorised exp and sums; it is not passed to the linker, where it would change the floating-point
 # mode of the whole process.
 _COMPILE = ("-O3", "-ffast-math", "-fopenmp", "-fPIC", "-c")
-_LINK = ("-shared", "-fopenmp")
+# MindSpore lets go of the library when a graph ends, and threads of team.c may be in it.
+_LINK = ("-shared", "-fopenmp", "-Wl,-z,nodelete")
 
 # Seconds after which a compiler that hangs is given up; it takes two.
 _PATIENCE_S = 120

@@ -1,0 +1,14 @@
+/* Threads that share the work of a kernel for inference. */
+#ifndef MINDFORMERS_IXC_TEAM_H
+#define MINDFORMERS_IXC_TEAM_H
+
+#include <stdint.h>
+
+/* Does part number `part` of a job. */
+typedef void (*part_t)(const void *job, int64_t part);
+
+/* Does parts 0 .. parts of a job, in any order, each once, by as many threads as OpenMP would take (OMP_NUM_THREADS
+ * counts); returns when all are done. What a part writes must not be read by another one. */
+void team_share(part_t run, const void *job, int64_t parts) __attribute__((visibility("hidden")));
+
+#endif
