@@ -243,19 +243,6 @@ static void attention_part(const void *job, int64_t entry) {
     }
 }
 
-/* Memory that a thread keeps from one kernel to the next: large pieces that come and go cost more than what is done in
- * them. */
-static float *room_for(int64_t count) {
-    static __thread float *room = NULL;
-    static __thread int64_t size = 0;
-    if (count > size) {
-        free(room);
-        room = aligned_alloc(64, (size_t)(count + 15) / 16 * 64);
-        size = room ? count : 0;
-    }
-    return room;
-}
-
 static int64_t attention_room(const Attention *a) {
     return a->batch * (a->rows * a->heads * (a->groups + 2) * a->size + a->heads * scratch_of(a));
 }
@@ -290,7 +277,7 @@ static int attention_alone(void **params, int64_t **shapes, const char **dtypes,
     Attention attention = attention_of(params, shapes, dtypes, 1, decodes);
     attention.qkv = params[0], attention.y = params[6];
     if (is_outside(&attention)) return BAD_PLACE;
-    float *room = room_for(attention_room(&attention));
+    float *room = team_room(attention_room(&attention));
     if (room == NULL) return NO_MEMORY;
     attend(&attention, room);
     return DONE;
@@ -360,7 +347,7 @@ static int layer(void **params, int64_t **shapes, const char **dtypes, int decod
         own != attention.heads * (attention.groups + 2) * attention.size || shapes[13][1] != inner)
         return BAD_SHAPE;
     if (is_outside(&attention)) return BAD_PLACE;
-    float *normed = room_for(rows * (2 * width + own + heads + 2 * inner) + attention_room(&attention));
+    float *normed = team_room(rows * (2 * width + own + heads + 2 * inner) + attention_room(&attention));
     if (normed == NULL) return NO_MEMORY;
     float *middle = normed + rows * width, *qkv = middle + rows * width, *seen = qkv + rows * own;
     float *gated = seen + rows * heads, *room = gated + rows * inner, *y = params[14];

@@ -127,18 +127,6 @@ VECTORISED static void softmax_rows(float *scores, int64_t rows, int64_t keys, i
     }
 }
 
-/* Memory that a thread keeps from one part to the next. */
-static float *room_for(int64_t count) {
-    static __thread float *room = NULL;
-    static __thread int64_t size = 0;
-    if (count > size) {
-        free(room);
-        room = malloc(sizeof(float) * (size_t)count);
-        size = room ? count : 0;
-    }
-    return room;
-}
-
 static void attention_part(const void *job, int64_t part) {
     const Attention *a = job;
     const int64_t unit = part / a->chunks, row = unit / a->heads, head = unit % a->heads, size = a->size;
@@ -146,7 +134,7 @@ static void attention_part(const void *job, int64_t part) {
     const int64_t begin = (a->chunks - 1 - part % a->chunks) * QUERIES, end = smaller(begin + QUERIES, a->length);
     const int64_t before = a->seen - a->length, keys = a->causal ? before + end : a->seen;
     const int64_t entry = (unit / a->groups) * a->seen * size, width = a->heads * size;
-    float *scores = room_for(QUERIES * a->seen), *y = a->y + (row * a->length + begin) * width + head * size;
+    float *scores = team_room(QUERIES * a->seen), *y = a->y + (row * a->length + begin) * width + head * size;
     if (scores == NULL) {
         *a->failed = 1;
         return;
@@ -212,7 +200,7 @@ static void extension_part(const void *job, int64_t part) {
     for (int64_t r = last > begin ? last : begin; r < end; ++r)
         memset(y + (r - begin) * width, 0, sizeof(float) * (size_t)size);
     if (last <= begin) return;
-    float *scores = room_for(QUERIES * a->positions + a->positions * size), *wide = scores + QUERIES * a->positions;
+    float *scores = team_room(QUERIES * a->positions + a->positions * size), *wide = scores + QUERIES * a->positions;
     if (scores == NULL) {
         *e->failed = 1;
         return;

@@ -23,6 +23,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -177,6 +178,41 @@ static void learn(int64_t time, int threads) {
     ++left_out;
     again = now() + pause_for;
     pause_for = 2 * pause_for < LONGEST_PAUSE ? 2 * pause_for : LONGEST_PAUSE;
+}
+
+typedef struct {
+    float *numbers;
+    int64_t size;
+} Room;
+
+static pthread_key_t room_key;
+static int has_rooms;
+
+static void free_room(void *argument) {
+    Room *room = argument;
+    free(room->numbers);
+    free(room);
+}
+
+static void make_rooms(void) { has_rooms = !pthread_key_create(&room_key, free_room); }
+
+float *team_room(int64_t count) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, make_rooms);
+    Room *room = has_rooms ? pthread_getspecific(room_key) : NULL;
+    if (room == NULL) {
+        room = calloc(1, sizeof(Room));
+        if (room == NULL || !has_rooms || pthread_setspecific(room_key, room)) {
+            free(room);
+            return NULL;
+        }
+    }
+    if (count > room->size) {
+        free(room->numbers);
+        room->numbers = aligned_alloc(64, (size_t)(count + 15) / 16 * 64);
+        room->size = room->numbers ? count : 0;
+    }
+    return room->numbers;
 }
 
 static void set_wanted(uint32_t count) {

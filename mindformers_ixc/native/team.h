@@ -11,4 +11,8 @@ typedef void (*part_t)(const void *job, int64_t part);
  * counts); returns when all are done. What a part writes must not be read by another one. */
 void team_share(part_t run, const void *job, int64_t parts) __attribute__((visibility("hidden")));
 
+/* Memory for so many numbers, which the calling thread keeps until it asks for more or ends: large pieces that come and go
+ * cost more than what is done in them. NULL if there is none. What is in it is lost with the next call. */
+float *team_room(int64_t count) __attribute__((visibility("hidden")));
+
 #endif

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +112,20 @@ def test_a_place_outside_the_cache_is_an_error_and_nothing_is_written(places):
     assert call("extend_many", case.qkv, *tables, np.array([places], np.int32), np.ones(1, np.float32), case.keys,
                 case.values, np.zeros((4, case.width), np.float32)) == BAD_PLACE
     np.testing.assert_array_equal(case.keys, before)
+
+
+def test_threads_that_end_leave_no_memory_behind():
+    query, keys = values(1, 1, 1, 128, 8), values(1, 1, 8000, 8)
+    expected, found = np.zeros((2, 128, 8), np.float32)
+    assert call("prompt_attention", query, keys, keys, expected) == DONE
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    for _ in range(40):         # of 4 MB each
+        thread = threading.Thread(target=call, args=("prompt_attention", query, keys, keys, found))
+        thread.start()
+        thread.join()
+    np.testing.assert_array_equal(found, expected)
+    assert resident() - before < 40 << 20
