@@ -2,19 +2,28 @@
 
     python benchmarks/decode.py --threads 1
     python benchmarks/decode.py --threads 2
+    python benchmarks/decode.py --threads 2 --busy          # beside a process that keeps a core busy
+    python benchmarks/decode.py --threads 2 --avx2          # wider instructions switched off on both sides
 
 Both sides run the same medium model with the same random weights in float32: ViT 256 wide x 6 on tiles of 224 pixels,
 language model 512 wide x 6 with 8 heads and 4 key/value heads, vocabulary 8192. The prompt has 512 positions, one
 2 x 2 picture among them; 64 tokens follow, greedily. First the outputs are compared, then the two sides take turns;
-the medians of the rounds are printed. Needs torch beside the package's own dependencies.
+the medians of the rounds are printed. A decoded token reads every weight of the language model once, so its floor is
+what as many threads take to read them and do nothing else, which is measured in between; how long a pass over several
+rows takes is printed last. Needs torch beside the package's own dependencies, and a C compiler.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 NEW_TOKENS, PROMPT = 64, 512
 
@@ -24,6 +33,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=1, help="threads of each side")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each side")
+    parser.add_argument("--busy", action="store_true", help="let a process of its own keep a core busy meanwhile")
+    parser.add_argument("--avx2", action="store_true", help="switch wider instructions off on both sides")
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8], help="rows of the last measurement")
     return parser.parse_args()
 
 
@@ -149,6 +161,84 @@ def run(side):
             "first half": statistics.fmean(steps[:half]), "second half": statistics.fmean(steps[half:])}, tokens, every
 
 
+READER = """
+#include <omp.h>
+/* Sums up blocks of 16384 numbers: nothing is left out by the compiler, and nothing takes longer than reading them. */
+float read_all(const float **blocks, long count, int threads) {
+    float sum = 0.0f;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(+ : sum)
+    for (long block = 0; block < count; ++block) {
+        const float *from = blocks[block];
+        float lanes[64] = {0};
+        for (int i = 0; i < 16384; i += 64) {
+            for (int j = 0; j < 64; j += 16) __builtin_prefetch(from + i + 2048 + j);
+            for (int j = 0; j < 64; ++j) lanes[j] += from[i + j];
+        }
+        for (int j = 0; j < 64; ++j) sum += lanes[j];
+    }
+    return sum;
+}
+"""
+
+
+class Floor:
+    """What reading the weights takes that a decoded token reads, as they lie in memory, by so many threads."""
+
+    def __init__(self, model, threads):
+        self.threads = threads
+        self.arrays = [one.asnumpy().copy() for one in model.get_parameters()
+                       if one.name.startswith(("model.layers", "model.norm", "output"))
+                       and "lora" not in one.name.lower()]
+        self.bytes = sum(array.nbytes for array in self.arrays)
+        starts = [array.ctypes.data + 4 * at for array in self.arrays for at in range(0, array.size - 16383, 16384)]
+        self.blocks = (ctypes.c_void_p * len(starts))(*starts)
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "reader.so"
+            options = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-shared", "-xc", "-")
+            subprocess.run(["cc", *options, "-o", library], input=READER, text=True, check=True)
+            self.read = ctypes.CDLL(str(library)).read_all
+
+    def measure(self):
+        """Seconds of one reading."""
+        start = time.perf_counter()
+        self.read(self.blocks, ctypes.c_long(len(self.blocks)), self.threads)
+        return time.perf_counter() - start
+
+
+def narrow() -> None:
+    """Switches instructions wider than AVX2 off: in oneDNN, MKL, torch and this package's kernels, built for this."""
+    os.environ.update({"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
+                       "CC": "cc -DNO_AVX512", "XDG_CACHE_HOME": tempfile.mkdtemp(prefix="kernels_")})
+
+
+@contextlib.contextmanager
+def busy(wanted: bool):
+    """Keeps a core busy meanwhile; the process may go to any of the cores that this one may use."""
+    if not wanted:
+        yield
+        return
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def tokens_of_rows(ours, sample, rows):
+    """Median seconds of a pass over so many rows."""
+    import numpy as np
+
+    decoder = ours.engine.decoder([sample] * rows, NEW_TOKENS)
+    tokens, steps = decoder.prefill().argmax(-1).astype(np.int32), []
+    for _ in range(NEW_TOKENS - 1):
+        start = time.perf_counter()
+        tokens = decoder.step(tokens).argmax(-1).astype(np.int32)
+        steps.append(time.perf_counter() - start)
+    decoder.close()
+    return statistics.median(steps[5:])
+
+
 def compare(ours, other) -> None:
     """Stops unless both sides gave the same tokens and close logits."""
     import numpy as np
@@ -181,6 +271,8 @@ def main() -> None:
     """Compares, measures, prints."""
     arguments = parse()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    if arguments.avx2:
+        narrow()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:arguments.threads])
     import mindspore as ms
 
@@ -193,16 +285,26 @@ def main() -> None:
     sides = {"ours": Ours(model, sample), "torch": Torch(model, sample, arguments.threads)}
     compare(run(sides["ours"]), run(sides["torch"]))
     compiled = count_compilations()
-    rounds = {name: [] for name in sides}
-    for _ in range(arguments.rounds):
-        for name, side in sides.items():
-            rounds[name].append(run(side)[0])
+    rounds, floor, readings = {name: [] for name in sides}, Floor(model, arguments.threads), []
+    with busy(arguments.busy):
+        for _ in range(arguments.rounds):
+            for name, side in sides.items():
+                rounds[name].append(run(side)[0])
+            readings += [floor.measure() for _ in range(5)]
     print(f"graphs compiled in the timed part: {len(compiled)}")
-    print(f"{arguments.threads} thread(s), medians of {arguments.rounds}, milliseconds")
+    print(f"{arguments.threads} thread(s), {'beside a busy process, ' if arguments.busy else ''}medians of "
+          f"{arguments.rounds}, milliseconds")
     print(f"{'':12}{'ours':>10}{'PyTorch':>10}{'PyTorch / ours':>16}")
     for part in rounds["ours"][0]:
         ours, other = (statistics.median(one[part] for one in rounds[name]) * 1e3 for name in ("ours", "torch"))
         print(f"{part:12}{ours:10.2f}{other:10.2f}{other / ours:16.2f}")
+    least = statistics.median(readings) * 1e3
+    ours, other = (statistics.median(one["decode"] for one in rounds[name]) * 1e3 for name in ("ours", "torch"))
+    print(f"a token reads {floor.bytes / 1e6:.0f} MB, in {least:.2f} ms ({floor.bytes / least / 1e6:.1f} GB/s): "
+          f"ours is at {least / ours:.0%} of that floor, PyTorch at {least / other:.0%}")
+    with busy(arguments.busy):
+        passes = {rows: tokens_of_rows(sides["ours"], sample, rows) for rows in arguments.rows}
+    print("a pass over rows: " + ", ".join(f"{rows}: {seconds * 1e3:.2f}" for rows, seconds in passes.items()))
 
 
 if __name__ == "__main__":

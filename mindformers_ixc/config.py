@@ -78,6 +78,9 @@ REUSE_BYTES = 1 << 30
 # Formats of products and weights, by MindSpore's names in small letters.
 DTYPES = ("float32", "float16", "bfloat16")
 
+# Formats of keys and values, where they are not those of products.
+CACHE_DTYPES = ("float32", "bfloat16")
+
 DTYPE_FIELDS = ("compute_dtype", "param_init_type", "layernorm_compute_type", "softmax_compute_type")
 
 # What tensor parallel may do with the vision tower.
@@ -189,6 +192,8 @@ FIELDS = {
                         "size", False),
     "num_blocks": Field(None, "blocks of the paged cache, shared by the rows of a batch; fewer than a request needs "
                         "are refused", False, "what the request's rows need"),
+    "cache_dtype": Field(None, "dtype of keys and values in the cache: `bfloat16` halves its memory; on a CPU in "
+                         "float32, in a single process, with the kernels of `native`", False, "`compute_dtype`"),
     "reuse_bytes": Field(REUSE_BYTES, "bytes of what earlier requests computed, rows of pictures, keys and values, "
                          "kept in memory for the next ones; 0 keeps nothing. On a CPU, in a single process", False,
                          "1073741824, 1 GiB"),
@@ -324,6 +329,8 @@ def field_rule(name: str, field: Field) -> Rule:
     if isinstance(field.default, int) or name in ("hd_num", "max_images", "num_blocks"):
         least, most = 0 if name in MAY_BE_0 else 1, AT_MOST.get(name, MOST)
         return Rule(lambda value: is_whole(value, least) and value <= most, f"a whole number from {least} to {most}")
+    if name == "cache_dtype":
+        return one_of(CACHE_DTYPES)
     if name == "plora_dropout":
         return Rule(lambda value: is_number(value) and 0 <= value < 1, "a number of at least 0 and below 1")
     if isinstance(field.default, float):
@@ -478,6 +485,7 @@ class ModelConfig:
     use_past: bool
     block_size: int
     num_blocks: int | None
+    cache_dtype: str | None
     reuse_bytes: int
     use_flash_attention: bool
     rope_parameters: None

@@ -23,7 +23,8 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
     """
     prepare_device(arguments)
     dtypes = ASCEND_DTYPES if arguments.device_target == "Ascend" else {}
-    given = {name: value for name in ("reuse_bytes",) if (value := getattr(arguments, name, None)) is not None}
+    given = {name: value for name in ("reuse_bytes", "cache_dtype")
+             if (value := getattr(arguments, name, None)) is not None}
     assistant = Assistant.from_directory(arguments.model, image_options(arguments), **given, **dtypes)
     assert assistant.processor is not None
     assistant.processor.control_tokens = arguments.control_tokens

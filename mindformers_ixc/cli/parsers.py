@@ -8,7 +8,7 @@ from mindformers_ixc.cli.arguments import Help, Parser, Usual, WithoutFiles, add
 from mindformers_ixc.cli.benchmark_options import add_benchmark
 from mindformers_ixc.cli.family_parsers import add_assemble, add_best_of, add_score
 from mindformers_ixc.cli.serve_options import add_serve_options
-from mindformers_ixc.config import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
+from mindformers_ixc.config import ALL_MODES, CACHE_DTYPES, MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.scores import SCORES
 from mindformers_ixc.version import __version__
@@ -119,6 +119,8 @@ def _add_generation(parser: argparse.ArgumentParser, or_server: bool = False) ->
                         "same answer, sooner where it repeats its input; greedy decoding on a CPU (default: 0, off)")
     parser.add_argument("--reuse_bytes", type=int, metavar="BYTES", help="memory for what earlier questions computed "
                         "of pictures and prompts, taken over by the next ones; 0: none (default: 1 GiB)")
+    parser.add_argument("--cache_dtype", choices=list(CACHE_DTYPES), help="dtype of keys and values; bfloat16 halves "
+                        "their memory, on a CPU (default: that of products)")
     parser.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
     _add_no_verify(parser)
 

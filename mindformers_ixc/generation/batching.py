@@ -12,7 +12,6 @@ For contiguous caches, so for the CPU in one process, like `extending`.
 """
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, decode_tables
 from mindformers_ixc.generation.cells import Embedding, Head, StageCell, stage_of
 from mindformers_ixc.generation.engine import InferenceEngine
-from mindformers_ixc.generation.extending import ExtendGraph, Extension, NativeExtension, extension_of
+from mindformers_ixc.generation.extending import ExtendGraph
 from mindformers_ixc.generation.reuse import BLOCK, Prompt, without_others
 from mindformers_ixc.generation.slots import Contents, ContiguousSlot, InferenceGraph
 from mindformers_ixc.generation.turns import TURNS
@@ -38,40 +37,6 @@ from mindformers_ixc.processing.processor import EncodedSample
 
 # Positions of the last piece of a prompt where what is left is no more: a product of few rows is sooner done.
 LAST = 64
-
-# A piece attends over the first of these that holds it: over the whole cache each would cost what the longest does.
-SEEN = (1024, 4096, 16384, 65536, 262144)
-
-
-def _seen(end: int) -> int:
-    """Positions of a cache that a piece looks at which ends there."""
-    return next(seen for seen in SEEN if end <= seen)
-
-
-class SeenExtension(NativeExtension):
-    """`NativeExtension` over the first positions of a cache only.
-
-    Args:
-        cache: of the layer.
-        seen: positions that are looked at.
-    """
-
-    def __init__(self, cache: NativeCache, seen: int):
-        super().__init__(cache)
-        self.seen = seen = min(seen, cache.positions)
-        self.first = kernels.kernel("first_positions", lambda held, _: (held[0], seen, held[2]))
-
-    def construct(self, qkv, cos, sin, places, shape):
-        """As `Extension.construct`."""
-        cache, (where,) = self.cache, places
-        query = self.split_and_fill(qkv, cos, sin, where, cache.query_scale, cache.keys, cache.values)
-        b, kv, g, rows, d = query.shape
-        query = self.reshape(query, (b * kv, g * rows, d))
-        scores = self.scores(query, self.first(cache.keys, query))                          # (B*KV, G*R, s)
-        scores = self.reshape(scores, (b, kv, g, rows, self.seen))
-        weights = self.reshape(self.softmax(scores, where), (b * kv, g * rows, self.seen))
-        y = self.weighted_sum(weights, self.first(cache.values, query))                     # (B*KV, G*R, d)
-        return cache.merge(self.reshape(y, (b, kv, g, rows, d)), shape)
 
 
 class Memory(Contents):
@@ -206,7 +171,7 @@ class BatchDecoder:
         self._spare = Memory(self._reading)         # what rows that are only there to fill a graph write to
         for slot in (self._reading, *self._writing):
             slot.attach(self._spare)                # the memory that they were built with is given back
-        self._pieces: dict[tuple[str, int, int, bool], ExtendGraph] = {}
+        self._pieces: dict[tuple[str, int, bool], ExtendGraph] = {}
         self._steps: dict[tuple[str, int], RowsGraph] = {}
         self._has_tried_vision = False
         if engine.reuse is not None:
@@ -326,8 +291,8 @@ class BatchDecoder:
             ids = np.full((1, size), self.config.pad_token_id, np.int32)
             ids[0, :real] = sample.input_ids[part]
             given = (Tensor(embeds), mask) if mask.any() else None
-            if (row.mode, size, _seen(row.at + size), given is not None) not in self._pieces:
-                self._try_piece(row.mode, size, row.at, given is not None)
+            if (row.mode, size, given is not None) not in self._pieces:
+                self._try_piece(row.mode, size, given is not None)
             self._reading.attach(row.contents)
             logits = self._run_piece(row.mode, ids, row.at, real, total, given)
             row.at += real
@@ -346,7 +311,7 @@ class BatchDecoder:
         """Logits `(V,)` after the last real position of a piece."""
         size = ids.shape[1]
         # where there are no pictures, Partial LoRA is left out
-        graph = self._piece_graph(mode, size, _seen(at + size), images is not None)
+        graph = self._piece_graph(mode, size, images is not None)
         cos, sin = rotary_rows(self.config, np.arange(at, at + size), total)
         found = graph(*graph.inputs(ids, (cos[None], sin[None]), np.array([at]), np.array([real]),
                                     images, np.array([max(real - 1, 0)])))
@@ -413,12 +378,10 @@ class BatchDecoder:
 
     # ------------------------------------------------------------------ graphs
 
-    def _piece_graph(self, mode: str, size: int, seen: int, has_images: bool) -> ExtendGraph:
-        key = (mode, size, seen, has_images)
+    def _piece_graph(self, mode: str, size: int, has_images: bool) -> ExtendGraph:
+        key = (mode, size, has_images)
         if key not in self._pieces:
-            def extension(cache: ContiguousCache, rows: int) -> Extension:
-                return SeenExtension(cache, seen) if isinstance(cache, NativeCache) else extension_of(cache, rows)
-            self._pieces[key] = ExtendGraph(self.engine.model, self._reading, mode, size, extension)
+            self._pieces[key] = ExtendGraph(self.engine.model, self._reading, mode, size)
         return self._pieces[key]
 
     def _step_graph(self, mode: str, rows: int) -> RowsGraph:
@@ -429,10 +392,8 @@ class BatchDecoder:
     def warm_up(self, mode: str) -> None:
         """Compiles the graphs of a mode, so that no request waits for a compiler."""
         with TURNS:
-            starts = [0, *(seen for seen in SEEN if seen < self.positions)]
-            kinds = dict.fromkeys([(self.piece, True), (self.piece, False), (LAST, False)])
-            for (size, has_images), at in itertools.product(kinds, starts):
-                self._try_piece(mode, size, at, has_images)
+            for size, has_images in dict.fromkeys([(self.piece, True), (self.piece, False), (LAST, False)]):
+                self._try_piece(mode, size, has_images)
             for count in self.sizes:
                 self._try_step(mode, count)
             self._try_vision()
@@ -449,12 +410,12 @@ class BatchDecoder:
             self.engine.vision(Tensor(np.zeros((1, self.engine.tiles_per_call, 3, side, side), np.float32)))
             self._has_tried_vision = True
 
-    def _try_piece(self, mode: str, size: int, at: int, has_images: bool) -> None:
+    def _try_piece(self, mode: str, size: int, has_images: bool) -> None:
         """Runs a piece of nobody's prompt."""
         embeds = np.zeros((1, size, self.config.hidden_size), numpy_type(self.config.compute_dtype))
         images = (Tensor(embeds), np.zeros((1, size), np.int32)) if has_images else None
         self._reading.attach(self._spare)
-        self._run_piece(mode, np.zeros((1, size), np.int32), at, min(1, self.positions - at), 1, images)
+        self._run_piece(mode, np.zeros((1, size), np.int32), 0, 1, 1, images)
 
     def choose_piece(self, sizes: Sequence[int], seconds: float) -> float:
         """Makes pieces of prompts the largest of some sizes that is computed within so many seconds, else the smallest.
@@ -466,9 +427,9 @@ class BatchDecoder:
         for size in sorted(sizes, reverse=True):
             self.piece = size
             with TURNS:
-                self._try_piece("base", size, 0, True)      # compiles it
+                self._try_piece("base", size, True)      # compiles it
                 begun = time.perf_counter()
-                self._try_piece("base", size, 0, True)
+                self._try_piece("base", size, True)
                 taken = time.perf_counter() - begun
             if taken <= seconds:
                 break

@@ -19,16 +19,36 @@ from mindspore.ops import operations as P
 
 from mindformers_ixc.checkpoint.model_directory import numpy_type
 from mindformers_ixc.device import is_parallel
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.models.attention import MASKED, AttentionCore
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.internlm2 import MergeHeads, SplitHeads
-from mindformers_ixc.native import kernels
+from mindformers_ixc.native import kernels, training
 
 if TYPE_CHECKING:
     from mindformers.modules.transformer import TransformerOpParallelConfig
 
 # Queries of a prompt that attend at once: long prompts need no L x L scores, and skip half of the work.
 CHUNK = 512
+
+
+def held_dtype(config: IXC25Config) -> mstype.Type:
+    """Dtype of the keys and values in a cache."""
+    return config.compute_dtype if config.cache_dtype is None else getattr(mstype, config.cache_dtype)
+
+
+def check_held_dtype(config: IXC25Config) -> None:
+    """Refuses a dtype of the cache that there is nothing to compute with.
+
+    Raises:
+        ConfigError: saying what it takes.
+    """
+    held = held_dtype(config)
+    if held == config.compute_dtype or training.available(config.compute_dtype, config.softmax_compute_type):
+        return
+    raise ConfigError(f"cache_dtype is {config.cache_dtype}, which is for a single process on a CPU that computes in "
+                      "float32, with the kernels that a C compiler makes of this package's sources (`mindformers "
+                      "doctor` says whether they are there); leave it out.")
 
 
 class ContiguousCache(nn.Cell):
@@ -44,7 +64,7 @@ class ContiguousCache(nn.Cell):
         super().__init__()
         self.batch, self.positions = batch, positions
         self.kv, self.groups, self.size = config.num_key_value_heads, config.query_groups, config.head_size
-        zeros = np.zeros((batch * self.kv, positions, self.size), numpy_type(config.compute_dtype))
+        zeros = np.zeros((batch * self.kv, positions, self.size), numpy_type(held_dtype(config)))
         self.keys = Parameter(Tensor(zeros), name="key_cache", requires_grad=False)
         self.values = Parameter(Tensor(zeros), name="value_cache", requires_grad=False)
         self.split, self.merge = SplitHeads(config), MergeHeads(config)
@@ -166,9 +186,11 @@ class ContiguousCache(nn.Cell):
 
 
 class NativeCache(ContiguousCache):
-    """A contiguous cache with the fused CPU kernels of `mindformers_ixc.native`: float32 only, same results.
+    """A contiguous cache with the fused CPU kernels of `mindformers_ixc.native`: they compute in float32, same results.
 
-    Arguments as for `ContiguousCache`. Its attention of a token reads the filled part of the cache only.
+    Arguments as for `ContiguousCache`. Its attention of a token reads the filled part of the cache only. With keys and
+    values in bfloat16 (`held_dtype`) a prompt attends to them as the cache holds them, so that it makes no difference
+    whether they come from there.
     """
 
     def __init__(self, config: IXC25Config, batch: int, positions: int):
@@ -179,6 +201,8 @@ class NativeCache(ContiguousCache):
             (batch, kv, g, cos[1], d), (batch, kv, cos[1], d), (batch, kv, cos[1], d)), outputs=3)
         self.query_scale = Tensor([self.size ** -0.5], mstype.float32)
         self.causal_softmax = kernels.kernel("causal_softmax")
+        self.has_attention = training.has_product()
+        self.prompt_attention = kernels.kernel("prompt_attention", lambda q, *_: (q[0] * q[3], q[1] * q[2] * q[4]))
 
     def prefill_mask(self, length):
         """No masks: the kernel knows what a position may see."""
@@ -199,6 +223,8 @@ class NativeCache(ContiguousCache):
         """As `ContiguousCache.prefill`, by one kernel that splits, rotates and fills."""
         # the kernel writes the caches in place
         query, key, value = self.split_and_fill(qkv, cos, sin, where, self.query_scale, self.keys, self.values)
+        if self.has_attention:
+            return self.prompt_attention(query, key, value)
         return self.merge(self._attend(query, key, value, mask, shape[1]), shape)
 
     def decode(self, qkv, cos, sin, mask, where, _):

@@ -14,12 +14,14 @@ from mindspore.ops import operations as P
 
 from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.device import is_parallel
-from mindformers_ixc.generation.caches import ContiguousCache, PagedCache
+from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, PagedCache
 from mindformers_ixc.generation.sharded_cache import ShardedCache
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.internlm2 import DecoderLayer
 from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.models.layers import PartialLoRALinear
 from mindformers_ixc.models.reward import IXC25RewardModel
+from mindformers_ixc.native import kernels
 
 # The caches of a layer, all with the same methods.
 Cache = Union[ContiguousCache, PagedCache, ShardedCache]
@@ -133,15 +135,61 @@ class PromptLayer(StageCell):
         return self.layer.finish(x, y, image, self.adapters)
 
 
+def is_one_kernel(layer: DecoderLayer, rows: int, mode: str) -> bool:
+    """Whether one kernel takes the place of a layer over few positions.
+
+    Its weights must be float32, and it has no pairs beside them that act on text.
+
+    Args:
+        layer: the layer.
+        rows: positions.
+        mode: which task LoRAs are in use.
+    """
+    linears = (layer.attention.wqkv, layer.attention.wo, layer.feed_forward.w1, layer.feed_forward.w3,
+               layer.feed_forward.w2)
+    return (rows <= kernels.FEW_ROWS and not MODE_ADAPTERS[mode]
+            and all(type(linear) is PartialLoRALinear and linear.is_native and not linear.has_lora
+                    for linear in linears)
+            and layer.attention_norm.is_native and layer.ffn_norm.is_native)
+
+
+class WholeLayer(nn.Cell):
+    """A decoder layer over few positions, as one kernel: a step then costs little more than reading the weights.
+
+    Args:
+        layer: see `is_one_kernel`.
+        cache: of the layer; its keys and values are written in place.
+        name: of the kernel, which says what the tables and places are: `decode_layer` or `extend_layer`.
+    """
+
+    def __init__(self, layer: DecoderLayer, cache: NativeCache, name: str):
+        super().__init__(auto_prefix=False)
+        self.attention, self.feed_forward = layer.attention, layer.feed_forward
+        self.attention_norm, self.ffn_norm, self.cache = layer.attention_norm, layer.ffn_norm, cache
+        self.kernel = kernels.kernel(name)
+
+    def construct(self, x, cos, sin, places):
+        """Maps `(N, D)` to `(N, D)`."""
+        return self.kernel(x, self.attention_norm.weight, self.ffn_norm.weight, self.attention_norm.eps_value,
+                           self.attention.wqkv.weight, cos, sin, places, self.cache.keys, self.cache.values,
+                           self.attention.wo.weight, self.feed_forward.w1.weight, self.feed_forward.w3.weight,
+                           self.feed_forward.w2.weight)
+
+
 class TokenLayer(StageCell):
     """A decoder layer over one more token a row, which attends over its cache."""
 
     def __init__(self, layer: DecoderLayer, cache: Cache, mode: str):
         super().__init__(stage_of(layer))
         self.layer, self.cache, self.adapters = layer, cache, MODE_ADAPTERS[mode]
+        self.is_whole = isinstance(cache, NativeCache) and is_one_kernel(layer, cache.batch, mode)
+        if self.is_whole:
+            self.whole = WholeLayer(layer, cache, "decode_layer")
 
     def construct(self, x, cos, sin, mask, places):
         """Maps `(B, D)` to `(B, D)`; arguments as in the caches' `decode`."""
+        if self.is_whole:
+            return self.whole(x, cos, sin, places[0])
         y = self.cache.decode(self.layer.project(x, None, self.adapters), cos, sin, mask, *places)   # (B, H*d)
         return self.layer.finish(x, y, None, self.adapters)
 

@@ -22,7 +22,7 @@ from mindformers_ixc.device import is_parallel, on_ascend
 from mindformers_ixc.errors import GenerationError
 from mindformers_ixc.generation.ascend import device_memory, devices, prepare_inference, prompt_bytes
 from mindformers_ixc.generation.cache_pool import CachePool
-from mindformers_ixc.generation.caches import decode_tables
+from mindformers_ixc.generation.caches import check_held_dtype, decode_tables
 from mindformers_ixc.generation.cells import (
     Embedding,
     Head,
@@ -175,6 +175,7 @@ class InferenceEngine:
     """
 
     def __init__(self, model: IXC25Model, store: Store | None = None):
+        check_held_dtype(model.config)
         if model.config.use_past:
             prepare_inference(paged=True)
         self.model = model

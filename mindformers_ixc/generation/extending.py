@@ -8,7 +8,6 @@ taken out of a cache: what comes next overwrites them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -20,13 +19,13 @@ from mindformers_ixc.checkpoint.model_directory import numpy_type
 from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.device import is_parallel, on_ascend
 from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, decode_tables
-from mindformers_ixc.generation.cells import Embedding, Head, StageCell, stage_of
+from mindformers_ixc.generation.cells import Embedding, Head, StageCell, WholeLayer, is_one_kernel, stage_of
 from mindformers_ixc.generation.slots import ContiguousSlot, InferenceGraph, Slot
 from mindformers_ixc.models.attention import MASKED
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.internlm2 import DecoderLayer
 from mindformers_ixc.models.ixc25 import IXC25Model
-from mindformers_ixc.native import kernels
+from mindformers_ixc.native import kernels, training
 from mindformers_ixc.parameters import linear_shapes
 
 # Rows of the graphs that take the rest of a prompt, one call after the other: few graphs serve every length.
@@ -147,6 +146,8 @@ class NativeExtension(Extension):
     def __init__(self, cache: NativeCache):
         super().__init__(cache)
         kv, g, d = cache.kv, cache.groups, cache.size
+        self.has_attention = training.has_product()
+        self.many = kernels.kernel("extend_many", lambda qkv, *_: (qkv[0], kv * g * d))
         self.split_and_fill = kernels.kernel("extend_heads", lambda _, cos, *__: (cos[0], kv, g, cos[1], d))
         self.softmax = kernels.kernel("extend_softmax")
         self.scores, self.weighted_sum = P.BatchMatMul(transpose_b=True), P.BatchMatMul()
@@ -158,6 +159,8 @@ class NativeExtension(Extension):
     def construct(self, qkv, cos, sin, places, shape):
         """As `Extension.construct`."""
         cache, (where,) = self.cache, places
+        if self.has_attention:
+            return self.many(qkv, cos, sin, where, cache.query_scale, cache.keys, cache.values)
         # the kernel writes the caches in place, before anything that takes its queries reads them
         query = self.split_and_fill(qkv, cos, sin, where, cache.query_scale, cache.keys, cache.values)
         b, kv, g, rows, d = query.shape
@@ -198,12 +201,17 @@ def extension_of(cache: ContiguousCache, rows: int) -> Extension:
 class ExtensionLayer(StageCell):
     """A decoder layer over more positions of each row."""
 
-    def __init__(self, layer: DecoderLayer, extension: Extension, mode: str):
+    def __init__(self, layer: DecoderLayer, extension: Extension, mode: str, rows: int):
         super().__init__(stage_of(layer))
         self.layer, self.extension, self.adapters = layer, extension, MODE_ADAPTERS[mode]
+        self.is_whole = isinstance(extension, FewExtension) and is_one_kernel(layer, extension.cache.batch * rows, mode)
+        if self.is_whole:
+            self.whole = WholeLayer(layer, extension.cache, "extend_layer")
 
     def construct(self, x, image, cos, sin, places, shape):
         """Maps `(B*R, D)` to `(B*R, D)`; arguments as in `Extension.construct`, `image` as the decoder layer has it."""
+        if self.is_whole and image is None:
+            return self.whole(x, cos, sin, places[0])
         qkv = self.layer.project(x, image, self.adapters)
         y = self.extension(qkv, cos, sin, places, shape)                                    # (B*R, H*d)
         return self.layer.finish(x, y, image, self.adapters)
@@ -217,17 +225,15 @@ class ExtendGraph(InferenceGraph):
         slot: whose caches.
         mode: which task LoRAs are in use.
         rows: R.
-        extension: what extends a cache by so many positions; by default `extension_of`.
     """
 
-    def __init__(self, model: IXC25Model, slot: Slot, mode: str, rows: int,
-                 extension: Callable[[ContiguousCache, int], Extension] = extension_of):
+    def __init__(self, model: IXC25Model, slot: Slot, mode: str, rows: int):
         super().__init__()
         assert isinstance(slot, ContiguousSlot), "`unavailable` is asked first"
         self.embed, self.head, self.rows = Embedding(model), Head(model), rows
-        extensions = [extension(cache, rows) for cache in slot.caches]
+        extensions = [extension_of(cache, rows) for cache in slot.caches]
         self.first = extensions[0]
-        self.layers = nn.CellList([ExtensionLayer(layer, extension, mode)
+        self.layers = nn.CellList([ExtensionLayer(layer, extension, mode, rows)
                                    for layer, extension in zip(model.model.layers, extensions)], auto_prefix=False)
         self.dtype = model.config.compute_dtype
         self.reshape, self.cast = P.Reshape(), P.Cast()

@@ -12,6 +12,7 @@ from mindformers_ixc.checkpoint.quantised import quantization_of
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.config import read_config
 from mindformers_ixc.generation.ascend import prepare_inference
+from mindformers_ixc.generation.caches import check_held_dtype
 from mindformers_ixc.generation.stored_weights import load_stored, suits_stored
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
@@ -40,6 +41,7 @@ def load_model(directory: str | os.PathLike, model_class: type[IXC25Model] = IXC
     """
     if config is None:
         config = read_config(directory, IXC25Config, **overrides)
+    check_held_dtype(config)
     source = open_source(directory)
     know_member(config, source)
     refuse_other(config.reward_pooling is not None, directory, scores=issubclass(model_class, IXC25RewardModel))

@@ -197,7 +197,8 @@ class Reuse:
             own = image[slice(*picture.rows)]
             # no token id is negative, so a picture's positions cannot be taken for text
             ids[own], owners[own] = -1 - np.arange(len(own)), number
-        key = hashlib.blake2b(repr((mode, base, str(self.config.compute_dtype))).encode(), digest_size=16).digest()
+        dtypes = str(self.config.compute_dtype), self.config.cache_dtype
+        key = hashlib.blake2b(repr((mode, base, *dtypes)).encode(), digest_size=16).digest()
         keys = []
         for start in range(0, len(ids) - len(ids) % BLOCK, BLOCK):
             block = hashlib.blake2b(key + ids[start:start + BLOCK].tobytes(), digest_size=16)

@@ -22,7 +22,12 @@ from mindformers_ixc.checkpoint.model_directory import numpy_type
 from mindformers_ixc.device import is_parallel, on_ascend, rank
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.generation.ascend import blocks_needed, check_blocks
-from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, PagedCache
+from mindformers_ixc.generation.caches import (
+    ContiguousCache,
+    NativeCache,
+    PagedCache,
+    held_dtype,
+)
 from mindformers_ixc.generation.sharded_cache import ShardedCache
 from mindformers_ixc.models.attention import MASKED, compressed_causal_mask
 from mindformers_ixc.models.configuration import IXC25Config
@@ -59,10 +64,18 @@ class ReorderGraph(InferenceGraph):
         self.caches = caches
         self.gather = P.Gather()
         self.assign = P.Assign()
+        # MindSpore gathers no bfloat16 on the CPU
+        self.is_native = isinstance(caches[0], NativeCache) and caches[0].keys.dtype == mstype.bfloat16
+        if self.is_native:
+            self.take_over = kernels.kernel("reorder_cache", lambda *_: (1,))
 
     def construct(self, source):
         """Reorders by int32 `(N,)`, N the caches' first axis."""
         done = 0
+        if self.is_native:
+            for cache in self.caches:
+                done = F.depend(self.take_over(cache.keys, cache.values, source), done)
+            return done
         for cache in self.caches:
             done = F.depend(done, self.assign(cache.keys, self.gather(cache.keys, source, 0)))
             done = F.depend(done, self.assign(cache.values, self.gather(cache.values, source, 0)))
@@ -327,7 +340,7 @@ def cache_bytes(config: IXC25Config, batch: int, positions: int) -> int:
     entries = batch * positions
     if config.use_past and on_ascend():
         entries = blocks_needed(config, batch, positions) * config.block_size
-    itemsize = dtype_bytes(config.compute_dtype)
+    itemsize = dtype_bytes(held_dtype(config))
     return 2 * config.num_hidden_layers * entries * config.num_key_value_heads * config.head_size * itemsize
 
 

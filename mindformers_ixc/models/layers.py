@@ -60,6 +60,7 @@ class Linear(nn.Cell):
         self.trains_natively = training.available(param_dtype, compute_dtype)
         if self.trains_natively:
             self.train_linear = training.linear(has_bias)
+            self.many = kernels.kernel("linear_many", lambda x, weight: (x[0], weight[0]))
 
     def construct(self, x):
         """Maps `(N, F)` to `(N, O)` in the compute dtype."""
@@ -79,7 +80,12 @@ class Linear(nn.Cell):
         """The same without gradients (and, for few positions on the CPU, faster)."""
         if self.is_native and not self.has_bias and x.shape[0] <= kernels.FEW_ROWS:
             return self.native(x, self.weight)
-        return self.composed(x)
+        y = self.infer_product(x)
+        return self.bias_add(y, self.cast(self.bias, self.dtype)) if self.has_bias else y
+
+    def infer_product(self, x):
+        """The same without the bias and without gradients."""
+        return self.many(x, self.weight) if self.trains_natively else self.product(x)
 
     def product(self, x):
         """The same without the bias."""
@@ -242,6 +248,8 @@ class PartialLoRALinear(nn.Cell):
         if self.trains_natively:
             self.train_linear, self.train_pair = training.linear(False), training.partial_lora(False)
             self.train_dropped = training.partial_lora(True)
+            self.many = kernels.kernel("linear_many", lambda x, weight: (x[0], weight[0]))
+            self.many_pair = kernels.kernel("linear_many_pair", lambda x, weight, *_: (x[0], weight[0]))
 
     def _pair(self, rank: int) -> tuple[Linear, Linear]:
         """The two sides of a low-rank pair that starts without effect, cut as the linear is."""
@@ -271,7 +279,13 @@ class PartialLoRALinear(nn.Cell):
         """The same without gradients (and, for few positions on the CPU, faster)."""
         if self.is_native and image_mask is None and x.shape[0] <= kernels.FEW_ROWS:
             return self._with_adapters(x, self.native(x, self.weight), adapters)
-        return self.composed(x, image_mask, adapters, None)
+        if not self.trains_natively:
+            return self.composed(x, image_mask, adapters, None)
+        if image_mask is None or not self.has_plora:
+            return self._with_adapters(x, self.many(x, self.weight), adapters)
+        y = self.many_pair(x, self.weight, self.Plora_A.weight, self.Plora_B.weight,
+                           self.mul_scale(image_mask, self.plora_scale))
+        return self._with_adapters(x, y, adapters)
 
     def product(self, x):
         """The product with the weight alone."""

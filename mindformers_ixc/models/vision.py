@@ -138,6 +138,7 @@ class VisionAttention(nn.Cell):
         if kernels.available():
             heads, length, size = self.heads, config.positions, self.head_size
             self.to_heads = kernels.kernel("bias_heads", lambda x, *_: (x[0] // length, heads, length, size))
+            self.attention = kernels.kernel("whole_attention", lambda q, *_: (q[0] * q[2], q[1] * q[3]))
         self.trains_natively = not flash and training.available(softmax_dtype, *dtypes.values())
         if self.trains_natively:
             self.train_attention = training.tile_attention(self.heads, config.positions)
@@ -167,12 +168,14 @@ class VisionAttention(nn.Cell):
 
     def infer(self, x, n, length):
         """The same with the fused kernels, without the output's bias."""
-        q = self.to_heads(self.q_proj.product(x), self.q_proj.bias, self.scale)            # (N, H, L, d)
-        k = self.to_heads(self.k_proj.product(x), self.k_proj.bias, self.one)
-        v = self.to_heads(self.v_proj.product(x), self.v_proj.bias, self.one)
+        q = self.to_heads(self.q_proj.infer_product(x), self.q_proj.bias, self.scale)      # (N, H, L, d)
+        k = self.to_heads(self.k_proj.infer_product(x), self.k_proj.bias, self.one)
+        v = self.to_heads(self.v_proj.infer_product(x), self.v_proj.bias, self.one)
+        if self.trains_natively:
+            return self.out_proj.infer_product(self.attention(q, k, v))
         y = self.core.weighted_sum(self.core.softmax(self.core.scores(q, k)), v)      # (N, H, L, d)
         y = self.reshape(self.to_positions(y, (0, 2, 1, 3)), (n * length, self.heads * self.head_size))  # (N*L, C)
-        return self.out_proj.product(y)
+        return self.out_proj.infer_product(y)
 
 
 class VisionMLP(nn.Cell):
@@ -232,8 +235,8 @@ class VisionLayer(nn.Cell):
             return self.construct(x, n, length, mask)
         y = self.self_attn.infer(self.layer_norm1.infer(x), n, length)
         x = self.bias_residual(y, self.self_attn.out_proj.bias, x)
-        y = self.quick_gelu(self.mlp.fc1.product(self.layer_norm2.infer(x)), self.mlp.fc1.bias)
-        return self.bias_residual(self.mlp.fc2.product(y), self.mlp.fc2.bias, x)
+        y = self.quick_gelu(self.mlp.fc1.infer_product(self.layer_norm2.infer(x)), self.mlp.fc1.bias)
+        return self.bias_residual(self.mlp.fc2.infer_product(y), self.mlp.fc2.bias, x)
 
     def shard(self, dp: int, tp: int) -> None:
         """Cuts positions; inside attention and MLP, heads and width as well."""

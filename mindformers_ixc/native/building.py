@@ -26,9 +26,9 @@ from mindformers_ixc.errors import BuildError
 from mindformers_ixc.files import whole_file
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("kernels.c", "quantised.c", "widened.c", "team.c", "products.c", "attention.c", "steps.c", "update.c",
-            "images.c")
-_HEADERS = ("operation.h", "vectorised.h", "team.h", "stored.h", "products.h")
+_SOURCES = ("kernels.c", "decode.c", "prompts.c", "team.c", "quantised.c", "widened.c", "products.c", "attention.c",
+            "steps.c", "update.c", "images.c")
+_HEADERS = ("operation.h", "vectorised.h", "cache.h", "heads.h", "team.h", "stored.h", "products.h")
 
 # -ffast-math is for vectorised exp and sums; it is not passed to the linker, where it would change the floating-point
 # mode of the whole process.
