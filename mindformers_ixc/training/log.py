@@ -239,7 +239,7 @@ class TrainingLog(Callback):
             self.lost_rows = True
 
     def _report(self, report: np.ndarray) -> dict:
-        names = ENTRIES.get(self.plan.report)
+        names = ENTRIES.get(str(self.plan.report))
         if names is not None:
             values = report[:-1] / report[-1]
             return dict(zip(names, (float(value) for value in values)))
