@@ -439,8 +439,8 @@ class ModelConfig:
     """
 
     model_type = "internlmxcomposer2"
-    # whether a file said which task LoRAs there are; public ones leave it to the weights
-    says_tasks = True
+    # whether it was said which task LoRAs there are
+    says_tasks: bool
     vision_class: type[VisionConfig] = VisionConfig
 
     vocab_size: int
@@ -503,6 +503,10 @@ class ModelConfig:
         own = {name: value for name, value in given.items() if name not in ALIASES}
         own.update({ALIASES[name]: value for name, value in given.items() if name in ALIASES})
         no_pairs = own.get("task_lora_ranks") is None
+        if own.get("reward_pooling") is None and names_reward(own):
+            own["reward_pooling"] = POOLINGS[0]
+        # what names its class is a file, and a public one leaves it to the weights which pairs there are
+        self.says_tasks = not (no_pairs and "architectures" in own)
         rotary = {name: value for name, value in own.items() if name in ROPE_FIELDS or name not in FIELDS}
         _assign(self, FIELDS, own)
         _check_types(self, FIELDS)
@@ -695,8 +699,6 @@ def read_config(path: str | os.PathLike, config_class: type = ModelConfig, **ove
     """
     found = read_fields(path)
     del found["model_type"]
-    if names_reward(found):
-        found.setdefault("reward_pooling", POOLINGS[0])
     try:
         config = config_class(**{**found, **overrides})
     except ConfigError as error:

@@ -20,9 +20,9 @@ from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state, open_
 from mindformers_ixc.checkpoint.start import check_tensor
 from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
-from mindformers_ixc.config import TASK_LORAS, ModelConfig
+from mindformers_ixc.config import POOLINGS, TASK_LORAS, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError
-from mindformers_ixc.parameters import PARTS, UNUSED, parameter_table, part_of
+from mindformers_ixc.parameters import PARTS, SCORE_HEAD, UNUSED, parameter_table, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +214,8 @@ def attach_parts(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint,
                  config: ModelConfig) -> tuple[ModelConfig, dict[str, LazyTensor]]:
     """Puts the tensors of some parts in place of the model's, or beside them; optimizer states are left out.
 
+    With a score head among them the whole becomes a reward model, whose `output.weight` is left out.
+
     A parallel run saves only what its graph uses: without the task LoRAs of other modes it is such a part of a model.
 
     Raises:
@@ -225,6 +227,9 @@ def attach_parts(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint,
         match = _TASK_FIRST.search(name)
         if match:
             config.task_lora_ranks = {**config.task_lora_ranks, match[1]: tensor.shape[0]}
+    if SCORE_HEAD in parts:         # the whole becomes a reward model
+        found = None if adapter.config_file is None else read_config(adapter.config_file).reward_pooling
+        config.reward_pooling = found or POOLINGS[0]
     table = parameter_table(config)
     for name, tensor in parts.items():
         if name not in table:

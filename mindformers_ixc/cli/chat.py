@@ -61,7 +61,7 @@ def load(arguments: argparse.Namespace) -> Assistant:
 
 def load_best_of(arguments: argparse.Namespace, assistant: Assistant) -> BestOf | None:
     """What chooses among several answers; `None` where there is one only."""
-    if arguments.best_of is None:
+    if getattr(arguments, "best_of", None) is None:
         return None
     return importlib.import_module("mindformers_ixc.cli.inference").load_best_of(arguments, assistant)
 
@@ -200,10 +200,9 @@ class Answers:
     def _pieces(self, assistant: Assistant, query: dict, sample: EncodedSample, mode: str,
                 options: dict) -> Iterable[str]:
         """The answer in the pieces in which it comes: in one with beams, and of several samples."""
-        if self.arguments.best_of is not None:
-            best = self.best = self.best or load_best_of(self.arguments, assistant)
-            assert best is not None, "several samples were asked for"
-            found = best.answer(query, mode, **options)
+        self.best = self.best or load_best_of(self.arguments, assistant)
+        if self.best is not None:
+            found = self.best.answer(query, mode, **options)
             terminal.current.say(best_line(found))
             return [found[0].text]
         if options.get("num_beams", 1) > 1:

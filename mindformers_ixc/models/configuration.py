@@ -24,7 +24,8 @@ class _Unkept:
     def to_dict(self) -> dict[str, Any]:
         """MindFormers' `PretrainedConfig.to_dict`, without the note of which names a file had."""
         found = super().to_dict()        # type: ignore[misc]
-        found.pop("_kept", None)
+        for name in ("_kept", "says_tasks"):
+            found.pop(name, None)
         return found
 
 

@@ -98,6 +98,9 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
         lines += [f"Of it, {', '.join(parts)} alone are in {place}; put them on any checkpoint with",
                   f"    mindformers merge BASE TARGET --attach {shlex.quote(place)}"]
     model_path = shown(folder / "model")
+    if model.config.reward_pooling is not None:
+        return "\n".join([*lines, f"The trained model is in {model_path}. It scores answers, a JSON object a line:",
+                          f"    mindformers score --model {shlex.quote(model_path)} --data answers.jsonl"])
     single = [] if table is None else np.flatnonzero(table.samples.images == 1)[:1].tolist()
     image, question = as_typed(table.samples[index] for index in single if table is not None)
     lines += [f"The trained model is in {model_path}. Ask it about a picture:",

@@ -61,6 +61,16 @@ def test_its_head_is_a_part_that_can_be_taken_out_and_put_back(tmp_path):
     assert len(open_source(tmp_path / "again").tensors) == len(open_source(source).tensors)
 
 
+def test_with_a_score_head_a_model_that_writes_becomes_a_reward_model(tmp_path):
+    base, source = make(tmp_path / "base"), make_reward(tmp_path / "reward", reward_pooling="mean")
+    merge(source, tmp_path / "parts", extract=["language", "partial_lora", "reward_head"])
+    merge(base, tmp_path / "whole", attach=tmp_path / "parts", to="hf")
+    found, wanted = open_source(tmp_path / "whole").tensors, open_source(source).tensors
+    assert read_config(tmp_path / "whole").reward_pooling == "mean" and "output.weight" not in found
+    np.testing.assert_array_equal(found[SCORE_HEAD].whole(), wanted[SCORE_HEAD].whole())
+    assert not inspect(tmp_path / "whole").missing
+
+
 def test_pooling_is_one_of_two():
     with pytest.raises(ConfigError, match="reward_pooling is 'first'; the choices are"):
         ModelConfig(**{**REWARD, "reward_pooling": "first"})

@@ -15,7 +15,7 @@ from mindformers_ixc_cli import main
 LINES = [
     {"query": "What is shown?", "images": ["red.png"], "answer": "Red."},
     {"query": "What is shown?", "images": ["red.png"], "answers": ["Red.", "Blue."]},
-    {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Red."}],
+    {"messages": [{"role": "user", "content": "What is shown?"}, {"role": "assistant", "content": "Red."}],
      "images": ["red.png"]},
     {"request": {"query": "Hello"}, "answer": "Hello.", "samples": [], "score": 3},
     {"query": "a <ImageHere>", "answer": "b"},

@@ -160,7 +160,7 @@ def test_a_model_that_writes_does_not_score(tmp_path):
     with pytest.raises(CheckpointError, match="writes answers: it has no score head"):
         Scorer.from_directory(make(tmp_path / "model"))
     with pytest.raises(ConfigError, match="reward_pooling is not set"):
-        IXC25RewardModel(IXC25Config(hidden_size=8))
+        IXC25RewardModel(IXC25Config())
 
 
 def test_without_a_tokenizer_nothing_is_scored(folder):
