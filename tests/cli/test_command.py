@@ -45,7 +45,7 @@ def test_unknown_arguments_are_refused():
 
 @pytest.mark.parametrize(("words", "message"), [
     (("plann",), "'plann' is none of the choices; did you mean plan?"),
-    (("chat", "--modl", "x"), "arguments are required: --model; --modl is no option, did you mean --model?"),
+    (("chat", "--modl", "x"), "unrecognized arguments: --modl; --modl is no option, did you mean --model?"),
     (("inspect", "x", "--verfy"), "unrecognized arguments: --verfy; --verfy is no option, did you mean --verify?"),
     (("chat", "--model", "x", "--mode", "writ", "q"), "'writ' is none of the choices; did you mean write?"),
 ])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mindformers_ixc.demo import demo_path
 
-MAX_FOLDER_BYTES = 600_000
+MAX_FOLDER_BYTES = 700_000
 MAX_TOKENIZER_BYTES = 60_000
 MAX_MAJORITY = 0.3
 MAX_ANSWER_TOKENS = 10

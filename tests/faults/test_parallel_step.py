@@ -49,8 +49,8 @@ def test_pairs_are_let_through(options):
      "reference_logps, but the loss orpo compares with no reference"),
     ("dpo", {"train_dataset.input_columns": [*COLUMNS, "source"]}, "has source, which preference pairs do not have"),
     ("sft", {"train_dataset.input_columns": [*COLUMNS, "reference_logps"]}, "which only preference pairs have"),
-    ("sft", {"model.arch.type": "IXC25ForPreference"}, "IXC25ForPreference and IXC25PreferenceDataset belong together"),
-    ("dpo", {"model.arch.type": "IXC25ForCausalLM"}, "belong together"),
+    ("sft", {"model.arch.type": "IXC25ForPreference"}, "IXC25PreferenceDataset belongs to IXC25ForPreference"),
+    ("dpo", {"model.arch.type": "IXC25ForCausalLM"}, "IXC25PreferenceDataset belongs to IXC25ForPreference"),
     ("sft", {"runner_wrapper.ema_decay": 1}, r"ema_decay.* is 1; it must be a number of at least 0 and below 1"),
     ("sft", {"runner_wrapper.ema_decay": "0.9x"}, r"ema_decay.* is '0.9x'; it must be a number")])
 def test_what_cannot_be_meant_is_refused(name, options, words):

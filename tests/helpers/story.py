@@ -55,7 +55,10 @@ SAMPLE = [{"image": "cat.jpg", "conversations": [{"from": "human", "value": "Wha
 STEP = {"step": 1, "epoch": 1, "loss": 2.5, "learning_rate": 1e-3, "overflow": False, "samples": [0], "seconds": 0.25,
         "grad_norm": 1.5, "samples_per_second": 4.0}
 TEXTS = {"held_out.json": json.dumps(SAMPLE), "photos.json": json.dumps(SAMPLE), "data.txt": "photos.json 1\n",
-         "q.jsonl": json.dumps({"query": "What is shown?", "images": ["cat.jpg"]}), "resume.md": "# Ada\n\nAnalyst.\n"}
+         "q.jsonl": json.dumps({"query": "What is shown?", "images": ["cat.jpg"]}), "resume.md": "# Ada\n\nAnalyst.\n",
+         "answers.jsonl": json.dumps({"query": "What is shown?", "images": ["cat.jpg"], "answer": "a cat"}) + "\n"}
+# Public tables, of which the names count.
+TABLES = ("ChartQA_TEST.tsv", "MMStar.tsv")
 
 # Sizes that tensor parallel 8 divides, and that divide into groups of 128.
 EIGHT = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 8,
@@ -98,6 +101,11 @@ def _adapter(path: Path) -> None:
     (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}', encoding="utf-8")
 
 
+def _reward(path: Path) -> None:
+    """A reward model as it is published."""
+    make(path, seed=1, reward_pooling="last", **EIGHT)
+
+
 def _awq(path: Path) -> None:
     """A model as it is published in four bits."""
     quantize(path.parent / PUBLIC, path, layout="awq")
@@ -121,6 +129,9 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
     "checkpoints.md": {"output": _ranks, "my_adapter": _adapter, "step_100": _random, "step_200": _random,
                        "step_300": _random, "out/model": _starter, f"{PUBLIC}-4bit": _awq},
     "parallel.md": {"ixc25_ms": _random},
+    "reward.md": {"out/model": _starter, "out/charts/model": _starter, "reward_model": _reward,
+                  f"{PUBLIC}-reward": _reward},
+    "stages.md": {"out/model": _starter, "ixc25_start": _random},
     "quickstart.md": {},        # its second step trains the model
     "training.md": {"out/trained_parts": _parts, "out": _log, "first": _log, "second": _log, "third": _log,
                     "my.yaml": _own},
@@ -143,6 +154,8 @@ class Story:
             Image.open(demo_path("images/cat.jpg")).convert("RGB").save(folder / name)
         for name, text in TEXTS.items():
             (folder / name).write_text(text, encoding="utf-8")
+        for name in TABLES:
+            (folder / name).write_text("index\n", encoding="utf-8")
         for name, put in {**EVERYWHERE, **GIVEN.get(page, OTHERS)}.items():
             put(folder / name)
 

@@ -56,6 +56,11 @@ class Frozen(nn.Cell):
         self.vit.weight.requires_grad, self.layer.weight.requires_grad = tower, layer
         self.output.weight.requires_grad = False
 
+    @property
+    def head(self):
+        """The last linear, as `IXC25Model` names it."""
+        return self.output
+
 
 @pytest.mark.parametrize(("tower", "layer", "marked"), [(True, True, None), (False, True, "layer"),
                                                         (False, False, "output")])
