@@ -10,8 +10,8 @@
  * core: which cores are free is known to the system only, and two processes must not choose the same ones.
  *
  * Still, a thread that is put aside in the middle of a part holds up the piece for milliseconds, and so does the one that
- * shares the pieces out. Where that happens there are fewer cores than threads, so one thread less is taken for a while,
- * for a longer one when it happens again.
+ * shares the pieces out. Where threads together work little longer than the piece lasts, there are fewer cores than
+ * threads, and one thread less is taken for a while, for a longer one when it is the same afterwards.
  */
 #define _GNU_SOURCE
 #include "team.h"
@@ -23,6 +23,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -34,11 +35,13 @@
 #define LOOK_FOR_WORK 100000
 #define LOOK_FOR_END 30000
 
-/* Nanoseconds without work, beside two parts' time, by which it is known that a thread was put aside, and for which one
- * thread less is taken then: the first time, and at most. */
-#define HELD_UP 300000
+/* Nanoseconds of work after which it is looked at, and the share of their time that threads must have worked at least
+ * (half: two that work no longer than one would). If not, one thread less is taken: for FIRST_PAUSE, and twice as long
+ * each time it is no better afterwards. */
+#define WINDOW 10000000
+#define LEAST_SHARE 0.5
 #define FIRST_PAUSE 30000000
-#define LONGEST_PAUSE 1000000000
+#define LONGEST_PAUSE 200000000
 
 /* The piece of work in hand: its number, how many parts it has and which one is next, in one word that changes at once.
  * Who takes a part has made sure of all three; until that part is done, `run` and `job` are those of this piece. */
@@ -48,6 +51,7 @@ static _Atomic(const void *) job;
 static _Atomic uint32_t finished; /* parts of this piece that are done */
 static _Atomic uint32_t news;     /* grows with every piece of work; workers sleep on it */
 static _Atomic uint32_t sleepers, waits;
+static _Atomic int64_t worked; /* time of all threads in parts, since the last look at it */
 static _Atomic uint32_t wanted; /* workers that may take parts; the others sleep on it */
 
 /* The team serves one kernel at a time; another one at that time works alone. */
@@ -55,9 +59,10 @@ static pthread_mutex_t is_taken = PTHREAD_MUTEX_INITIALIZER;
 static int workers;
 static uint32_t number;
 
-/* Workers that are left out because they were held up, until when, and for how long one is. */
+/* Workers that are left out because they were held up, until when, and for how long one is; what the pieces of work have
+ * lasted since the last look at it, and the same times their threads. */
 static int left_out;
-static int64_t again, pause_for;
+static int64_t again, pause_for = FIRST_PAUSE, lasted, available;
 
 static void sleep_on(_Atomic uint32_t *word, uint32_t value) {
     syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
@@ -72,9 +77,6 @@ static int64_t nanoseconds(clockid_t clock) {
 }
 
 static int64_t now(void) { return nanoseconds(CLOCK_MONOTONIC); }
-
-/* Grows while the calling thread neither works nor looks. */
-static int64_t idle_time(void) { return now() - nanoseconds(CLOCK_THREAD_CPUTIME_ID); }
 
 static inline void rest(void) {
 #if defined(__x86_64__)
@@ -101,12 +103,15 @@ static uint64_t parts_of(uint64_t taken) { return taken >> 16 & 0xffff; }
 /* Takes parts until there is none left. */
 static void take_parts(void) {
     uint64_t taken = atomic_load(&ticket);
+    if ((taken & 0xffff) >= parts_of(taken)) return;
+    const int64_t begin = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
     while ((taken & 0xffff) < parts_of(taken)) {
         if (!atomic_compare_exchange_weak(&ticket, &taken, taken + 1)) continue;
         atomic_load(&run)(atomic_load(&job), (int64_t)(taken & 0xffff));
         if (atomic_fetch_add(&finished, 1) + 1 == parts_of(taken) && atomic_load(&waits)) wake(&finished, INT_MAX);
         taken = atomic_load(&ticket);
     }
+    atomic_fetch_add(&worked, nanoseconds(CLOCK_THREAD_CPUTIME_ID) - begin);
 }
 
 static void *work(void *argument) {
@@ -160,14 +165,54 @@ static int helpers_of(int most) {
     return most > left_out ? most - left_out : 0;
 }
 
-/* Takes note of how long the thread that shared a piece of work out was idle, of the time that the piece took. */
-static void learn(int64_t idle, int64_t all, int64_t parts, int threads) {
-    if (idle < HELD_UP + 2 * all * threads / parts) return;
-    const int64_t time = now();
-    const int is_again = time < again + pause_for;
-    pause_for = !is_again ? FIRST_PAUSE : 2 * pause_for < LONGEST_PAUSE ? 2 * pause_for : LONGEST_PAUSE;
-    again = time + pause_for;
+/* Takes note of what a piece of work has lasted. */
+static void learn(int64_t time, int threads) {
+    lasted += time, available += time * threads;
+    if (lasted < WINDOW) return;
+    const int is_bad = (double)atomic_exchange(&worked, 0) < LEAST_SHARE * (double)available;
+    lasted = available = 0;
+    if (!is_bad) {
+        pause_for = FIRST_PAUSE;
+        return;
+    }
     ++left_out;
+    again = now() + pause_for;
+    pause_for = 2 * pause_for < LONGEST_PAUSE ? 2 * pause_for : LONGEST_PAUSE;
+}
+
+typedef struct {
+    float *numbers;
+    int64_t size;
+} Room;
+
+static pthread_key_t room_key;
+static int has_rooms;
+
+static void free_room(void *argument) {
+    Room *room = argument;
+    free(room->numbers);
+    free(room);
+}
+
+static void make_rooms(void) { has_rooms = !pthread_key_create(&room_key, free_room); }
+
+float *team_room(int64_t count) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, make_rooms);
+    Room *room = has_rooms ? pthread_getspecific(room_key) : NULL;
+    if (room == NULL) {
+        room = calloc(1, sizeof(Room));
+        if (room == NULL || !has_rooms || pthread_setspecific(room_key, room)) {
+            free(room);
+            return NULL;
+        }
+    }
+    if (count > room->size) {
+        free(room->numbers);
+        room->numbers = aligned_alloc(64, (size_t)(count + 15) / 16 * 64);
+        room->size = room->numbers ? count : 0;
+    }
+    return room->numbers;
 }
 
 static void set_wanted(uint32_t count) {
@@ -190,7 +235,7 @@ static void work_alone(part_t function, const void *argument, int64_t parts) {
     for (int64_t part = 0; part < parts; ++part) function(argument, part);
 }
 
-/* Shares a job out; `learns` if threads are left out where they were held up. */
+/* Shares a job out; `learns` if threads are left out where they are held up, and what this job shows of that counts. */
 static void share(part_t function, const void *argument, int64_t parts, int learns) {
     const int threads = parts > 1 && parts <= MOST_PARTS ? omp_get_max_threads() : 1;
     if (threads == 1 || pthread_mutex_trylock(&is_taken)) {
@@ -203,7 +248,7 @@ static void share(part_t function, const void *argument, int64_t parts, int lear
     if (!helpers) {
         work_alone(function, argument, parts);
     } else {
-        const int64_t idle = idle_time(), begin = now();
+        const int64_t begin = now(), before = atomic_load(&worked);
         atomic_store(&run, function);
         atomic_store(&job, argument);
         atomic_store(&finished, 0);
@@ -212,7 +257,10 @@ static void share(part_t function, const void *argument, int64_t parts, int lear
         if (atomic_load(&sleepers)) wake(&news, helpers);
         take_parts();
         await_end((uint32_t)parts);
-        if (learns) learn(idle_time() - idle, now() - begin, parts, helpers + 1);
+        if (learns)
+            learn(now() - begin, helpers + 1);
+        else
+            atomic_store(&worked, before);
     }
     pthread_mutex_unlock(&is_taken);
 }
