@@ -12,11 +12,12 @@ from mindformers_ixc.checkpoint.model_directory import numpy_type
 from mindformers_ixc.generation.caches import NativeCache
 from mindformers_ixc.generation.extending import (
     COMPILING,
-    MANY_POSITIONS,
     ExtendGraph,
     calls,
+    is_large,
     pays,
     saved_operations,
+    takes_images,
 )
 from mindformers_ixc.generation.reuse import BLOCK, Prompt
 from mindformers_ixc.generation.slots import ContiguousSlot, Slot
@@ -91,19 +92,21 @@ class Continuing:
         return [blocks for prompt, total in zip(self.prompts, totals)
                 for blocks in [self.engine.reuse.beginning(prompt, self.mode, int(total))] * self.beams]
 
-    def _begin_known(self) -> np.ndarray | None:
-        """Logits after each prompt, of whose beginnings enough is known; else `None`."""
+    def _begin_in_calls(self) -> np.ndarray | None:
+        """Logits after each prompt, if enough is known of their beginnings or the model is large; else `None`."""
         known = self._known()
         at = np.array([len(blocks) * BLOCK for blocks in known])
-        if not at.any():
+        large = isinstance(self.slot.caches[0], NativeCache) and is_large(self.engine.config)
+        if not at.any() and not large:
             return None
         images = [np.flatnonzero(self.samples[row // self.beams].image_mask) - start for row, start in enumerate(at)]
-        sizes = calls(int((self.lengths - at).max()), np.concatenate(images))
-        if not pays(sizes, self.bucket) or not self._worth_compiling(sizes, int(at.sum())):
+        sizes = calls(int((self.lengths - at).max()), np.concatenate(images), by_any=large)
+        if not large and (not pays(sizes, self.bucket) or not self._worth_compiling(sizes, int(at.sum()))):
             return None
-        contents = self.engine.caches.contents_of(self)
-        assert contents is not None and isinstance(self.slot, ContiguousSlot), "it has begun, and something is known"
-        self.slot.hold(contents, known)
+        if at.any():
+            contents = self.engine.caches.contents_of(self)
+            assert contents is not None and isinstance(self.slot, ContiguousSlot), "something is known, so it has begun"
+            self.slot.hold(contents, known)
         return self._rest(at, sizes)
 
     def _worth_compiling(self, sizes: Sequence[int], known: int) -> bool:
@@ -139,8 +142,9 @@ class Continuing:
             angles = tuple(np.stack([pair[half][first:first + size] for pair, first in zip(tables, at)])
                            for half in (0, 1))
             graph = self.engine.extension(self.slot, self.mode, size, REST)
-            found = graph(*graph.inputs(ids, angles, at, real, (Tensor(embeds), images) if size == MANY_POSITIONS
-                                        else None, np.arange(self.batch) * size + np.maximum(real - 1, 0))).asnumpy()
+            shown = (Tensor(embeds), images) if takes_images(config, size) else None
+            found = graph(*graph.inputs(ids, angles, at, real, shown,
+                                        np.arange(self.batch) * size + np.maximum(real - 1, 0))).asnumpy()
             at = at + real
             ends = (real > 0) & (at == self.lengths)
             logits[ends] = found[ends]
@@ -152,8 +156,13 @@ class Continuing:
         found = []
         for row in range(0, self.batch, self.beams):
             sample, first = self.samples[row // self.beams], int(start[row])
-            found += [self.engine.image_rows(self.prompts[row // self.beams], first)
-                      if sample.image_mask[first:].any() else none] * self.beams
+            if not sample.image_mask[first:].any():
+                own = none
+            elif self.prompts:
+                own = self.engine.image_rows(self.prompts[row // self.beams], first)
+            else:                                       # nothing is known, so all of it is asked for
+                own = self.engine.encode_images(sample).asnumpy()
+            found += [own] * self.beams
         return found
 
     def verify(self, tokens: np.ndarray, real: np.ndarray) -> np.ndarray:

@@ -406,7 +406,7 @@ class CachedDecoder(Continuing):
         self.slot = self.engine.slot(self.batch, self.capacity, self.mode)
         self.engine.caches.begin(self.slot, self)
         self.fed, self._left_over = [[] for _ in range(self.batch)], False
-        logits = self._begin_known()
+        logits = self._begin_in_calls()
         return self._prefill() if logits is None else logits
 
     def _restore(self) -> None:

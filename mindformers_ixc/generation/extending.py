@@ -48,17 +48,19 @@ def unavailable() -> str:
     return ""
 
 
-def calls(rest: int, images: np.ndarray) -> list[int]:
+def calls(rest: int, images: np.ndarray, by_any: bool = False) -> list[int]:
     """Rows of each call that the rest of a prompt takes.
 
     Args:
         rest: positions of the rest.
-        images: where among them there are image positions, which the larger graph takes only.
+        images: where among them there are image positions.
+        by_any: whether both graphs take these, and not the larger one only (`takes_images`).
     """
     sizes: list[int] = []
     while sum(sizes) < rest:
         done = sum(sizes)
-        many = rest - done > 3 * FEW_POSITIONS or bool(((images >= done) & (images < done + MANY_POSITIONS)).any())
+        shown = not by_any and bool(((images >= done) & (images < done + MANY_POSITIONS)).any())
+        many = rest - done > 3 * FEW_POSITIONS or shown
         sizes.append(MANY_POSITIONS if many else FEW_POSITIONS)
     return sizes
 
@@ -66,6 +68,24 @@ def calls(rest: int, images: np.ndarray) -> list[int]:
 def saved_operations(config: IXC25Config, positions: int) -> float:
     """Operations of the layers' products over so many positions."""
     return 2.0 * config.num_hidden_layers * positions * sum(map(math.prod, linear_shapes(config).values()))
+
+
+def is_large(config: IXC25Config) -> bool:
+    """Whether a model is so large that prompts always go in calls, whatever is known of them.
+
+    A graph of a whole prompt has the length of its bucket, of which up to a third is padding, and tensors as long. What
+    that costs is more than compiling the graphs of calls takes, which the next question needs anyway.
+    """
+    return saved_operations(config, MANY_POSITIONS) >= COMPILING * config.num_hidden_layers
+
+
+def takes_images(config: IXC25Config, rows: int) -> bool:
+    """Whether the graph of so many rows of a prompt has Partial LoRA.
+
+    Of a large model both have it: a picture's last positions in a graph of 256 would cost more than pairs that add
+    nothing.
+    """
+    return rows == MANY_POSITIONS or is_large(config)
 
 
 def pays(sizes: list[int], whole: int) -> bool:

@@ -11,7 +11,8 @@ typedef void (*part_t)(const void *job, int64_t part);
  * counts); returns when all are done. What a part writes must not be read by another one. */
 void team_share(part_t run, const void *job, int64_t parts) __attribute__((visibility("hidden")));
 
-/* The same for jobs that last so long, in parts so small, that a thread less costs more than one that is put aside. */
+/* The same by all of these threads, even where others hold them up: for jobs that last so long, in parts so small, that
+ * one thread less costs more than one that is put aside. */
 void team_share_long(part_t run, const void *job, int64_t parts) __attribute__((visibility("hidden")));
 
 /* Memory for so many numbers, which the calling thread keeps until it asks for more or ends: large pieces that come and go

@@ -69,6 +69,10 @@ class TestCalls:
         assert calls(10, np.array([-3])) == [FEW_POSITIONS]         # taken over
         assert calls(MANY_POSITIONS + 9, np.array([MANY_POSITIONS])) == [MANY_POSITIONS, MANY_POSITIONS]
 
+    def test_pictures_go_with_any_where_both_take_them(self):
+        assert calls(10, np.array([3]), by_any=True) == [FEW_POSITIONS]
+        assert calls(MANY_POSITIONS + 9, np.arange(MANY_POSITIONS), by_any=True) == [MANY_POSITIONS, FEW_POSITIONS]
+
     def test_what_is_more_work_than_the_whole_does_not_pay(self):
         assert pays([FEW_POSITIONS], 128)
         assert not pays([FEW_POSITIONS] * 4, 128)
@@ -269,8 +273,7 @@ def test_the_second_question_pays_for_itself_only(engine, computed):
 
 @both_slowly
 def test_a_new_picture_in_the_second_question(engine, computed, monkeypatch):
-    for module in (continuing, extending):
-        monkeypatch.setattr(module, "MANY_POSITIONS", 128)      # or it would not pay within the trained length
+    monkeypatch.setattr(extending, "MANY_POSITIONS", 128)       # or it would not pay within the trained length
     asked = [text(0, 150), picture(0)]
     answer(engine, [sample(*asked)])
     check(engine, [sample(*asked, text(2, 9), picture(1, SQUARE), text(3, 30))])
@@ -314,6 +317,28 @@ def test_modes_share_pictures_but_no_keys_and_nobody_waits_for_a_graph_without_n
         check(engine, [sample(*ASKED)], mode="web")
     # one answer whose beginning is known saves less than compiling takes, two save more
     assert computed[2:] == [128, 128, FEW_POSITIONS, FEW_POSITIONS]
+
+
+@once
+def test_prompts_of_large_models_always_go_in_calls(engine, computed, monkeypatch):
+    rows, new = [sample(*ASKED), sample(text(5, 70))], text(2, 12)
+    whole = [answer(engine, rows), answer(engine, [sample(*ASKED, new)])]
+    assert computed == [128, -3, FEW_POSITIONS]
+    monkeypatch.setattr(extending, "COMPILING", 0)                  # so this one is large
+    engine.settle()
+    engine.reuse.store.clear()
+    again = [answer(engine, rows), answer(engine, [sample(*ASKED, new)])]
+    assert computed[3:] == [FEW_POSITIONS, FEW_POSITIONS, -3, FEW_POSITIONS]
+    for (logits, tokens), (expected, wanted) in zip(again, whole):
+        assert tokens == wanted
+        np.testing.assert_allclose(logits, expected, atol=2e-5)
+    check(engine, rows, beams=2)                                    # and where nothing is kept
+
+
+def test_which_models_are_large():
+    assert extending.is_large(IXC25Config())
+    assert not extending.is_large(IXC25Config(hidden_size=512, intermediate_size=2048, num_attention_heads=8,
+                                              num_key_value_heads=2))
 
 
 @once
