@@ -22,7 +22,7 @@ from mindformers_ixc.cli.yaml_file import merged_fields
 from mindformers_ixc.cpu_cluster.groups import install
 from mindformers_ixc.cpu_cluster.loading import load_on_cpu
 from mindformers_ixc.parallel.checks import check_run, complete_parallel
-from mindformers_ixc.training import progress
+from mindformers_ixc.training import kept_graphs, progress
 from mindformers_ixc.training.resume import COMMAND, is_complete, prepare_resume, record_run
 from mindformers_ixc.training.run_folder import answers, claimed, in_job, locked
 from mindformers_ixc.training.starting import adopt_start
@@ -94,6 +94,7 @@ def _use_register_path(path: str) -> None:
 
 
 def _run_trainer(fields: dict) -> None:
+    fields = kept_graphs.use(fields)
     # MindFormers fills in its defaults only when it reads a file itself
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as merged:
         yaml.safe_dump(fields, merged)

@@ -61,7 +61,7 @@ TENSORBOARD_RULES = {"tensorboard_dir": of_type(str, required=True), "tensorboar
 
 _FROM_0 = Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
 
-# Numbers of other sections, by section.
+# Values of other sections, by section.
 NUMBERS = {
     "runner_config": {"epochs": whole(1), "batch_size": whole(1), "gradient_accumulation_steps": whole(1)},
     "optimizer": {"learning_rate": _FROM_0, "weight_decay": _FROM_0, "eps": _FROM_0},
@@ -69,6 +69,7 @@ NUMBERS = {
                     "warmup_steps": whole(0)},
     "runner_wrapper": {"max_grad_norm": above_0()},
     "train_dataset": {"batch_size": whole(1), "num_parallel_workers": whole(1)},
+    "context": {"enable_compile_cache": of_type(bool), "compile_cache_path": of_type(str)},
 }
 
 DECAY_RULE = Rule(lambda value: is_number(value) and 0 <= value < 1, "a number of at least 0 and below 1")

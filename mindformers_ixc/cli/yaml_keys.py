@@ -315,8 +315,11 @@ _CONTEXT = Section({
     "device_id": Key("which device of the machine; also `--device_id`"),
     "max_device_memory": Key("of a device for MindSpore, such as `58GB`; `plan` compares with it"),
     "max_call_depth": Key("MindSpore: how deep calls in a graph may be"),
+    "enable_compile_cache": Key("on the CPU, in one process: the compiled step is kept, and a later run of the same "
+                                "step begins with it; elsewhere MindSpore's", "False"),
+    "compile_cache_path": Key("where it is kept", "`~/.cache/mindformers_ixc/graphs`"),
     "jit_config.jit_level": Key("MindSpore: `O0` runs kernel by kernel, `O1` fuses", "MindSpore's", "text"),
-}, template="context")
+}, NUMBERS["context"], template="context")
 
 _PART_RATES = Section({
     "factor": Key("the part's rate is that of `lr_schedule`, times this", "1"),

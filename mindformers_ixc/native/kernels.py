@@ -39,4 +39,9 @@ def kernel(name: str, shape: Callable[..., Any] = lambda x, *_: x, outputs: int 
         bprop: gives the gradients of the inputs from them, the outputs and the outputs' gradients.
     """
     dtype = mstype.float32 if outputs == 1 else (mstype.float32,) * outputs
-    return ops.Custom(f"{library()}:{name}", out_shape=shape, out_dtype=dtype, func_type="aot", bprop=bprop)
+    operation = ops.Custom(f"{library()}:{name}", out_shape=shape, out_dtype=dtype, func_type="aot", bprop=bprop)
+    # MindSpore infers shapes once for operations of equal attributes with equal inputs, whatever `shape` encloses: the
+    # heads of one model would be those of the next one in this process
+    for variable, cell in zip(shape.__code__.co_freevars, shape.__closure__ or ()):
+        operation.add_prim_attr(f"shape_{variable}", cell.cell_contents)
+    return operation

@@ -21,6 +21,7 @@ from mindspore.ops import operations as P
 from mindformers_ixc.models.loss import IGNORE_INDEX
 from mindformers_ixc.models.report import REPORT_NAME
 from mindformers_ixc.native import training
+from mindformers_ixc.training.kept_graphs import compile_kept
 from mindformers_ixc.training.optimizer import takes_factor
 
 _sum_of = C.MultitypeFuncGraph("sum_of_gradient")
@@ -93,6 +94,10 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
         self.takes_factor = takes_factor(optimizer)
         if self.is_native:
             self.gradient_norm = training.gradient_norm()
+
+    def compile(self, *args, **kwargs):
+        """Compiles the step, or takes what an earlier run has compiled (`kept_graphs`)."""
+        compile_kept(self, args, lambda: super(IXC25TrainOneStepCell, self).compile(*args, **kwargs))
 
     def construct(self, *inputs):
         """One step; the outputs are those of `MFTrainOneStepCell`."""

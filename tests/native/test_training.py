@@ -203,6 +203,22 @@ def test_causal_attention(length, ends):
     check(training.causal_attention(heads, groups), formula, [qkv, cos, sin, ends], True, 1)
 
 
+def test_attention_of_models_whose_inputs_have_the_same_shapes():
+    """MindSpore infers shapes once for equal operations with equal inputs: another model's must be another one."""
+    q, k, v = (values(3 * 5, 16) for _ in range(3))
+    for heads in (2, 4, 2):
+        y, lse = training.tile_attention(heads, 5)(Tensor(q), Tensor(k), Tensor(v))
+        assert lse.shape == (3, heads, 5)
+        parts = [value.reshape(3, 5, heads, -1).transpose(0, 2, 1, 3) for value in (q, k, v)]
+        expected = softmax(parts[0] @ parts[1].swapaxes(-1, -2) * (16 / heads) ** -0.5) @ parts[2]
+        np.testing.assert_allclose(y.asnumpy(), expected.transpose(0, 2, 1, 3).reshape(15, 16), atol=1e-5)
+    qkv, angles = Tensor(values(6, 96)), Tensor(np.ones((1, 6, 1, 1, 8), np.float32))
+    ends = Tensor(np.array([[6]], np.int32))
+    for heads, groups in ((2, 4), (3, 2), (2, 4)):
+        y, lse = training.causal_attention(heads, groups)(qkv, angles, angles, ends)
+        assert y.shape == (6, heads * groups * 8) and lse.shape == (1, heads, groups, 6)
+
+
 @pytest.mark.parametrize("rows", [4, 700])
 @pytest.mark.parametrize("trains", [True, False])
 def test_losses_of_the_head(rows, trains):
