@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py --threads 1
     python benchmarks/train_step.py --threads 2
+    python benchmarks/train_step.py --threads 2 --busy
 
 Both sides train the whole medium model in float32 from the same random weights: ViT 256 wide x 6 on tiles of 224
 pixels, language model 512 wide x 6, vocabulary 8192; two samples of 512 positions, each with a picture of 2 x 2 tiles;
@@ -9,18 +10,23 @@ AdamW with clipping. This package's side is what `mindformers run` builds: the s
 with its groups and schedule. First the losses of three steps and the weights after them are compared, then the two
 sides take turns; the medians are printed, with the share of what the products alone would take at the speed of a large
 product, which each side's own library reaches. Then each side trains in a process of its own, for its peak memory and
-the time until the first step is done. Needs torch beside the package's own dependencies.
+the time until the first step is done; ours also with a step that was kept (`context.enable_compile_cache`). Needs torch
+beside the package's own dependencies.
 """
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+from neighbour import neighbour
 
 LENGTH, SAMPLES, RATE, COMPARED = 512, 2, 1e-4, 3
 SIDES = ("ours", "torch")
@@ -31,8 +37,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=1, help="threads of each side")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
+    parser.add_argument("--busy", action="store_true", help="take turns beside a process that keeps a core busy")
     parser.add_argument("--profile", metavar="FOLDER", help="only write MindSpore's profile of two steps there")
     parser.add_argument("--alone", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--keep", metavar="FOLDER", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -176,8 +184,11 @@ def memory(name: str) -> float:
     return int(status[name].split()[0]) / 2 ** 20
 
 
-def alone(name: str) -> None:
+def alone(name: str, keep: str | None) -> None:
     """Four steps of one side; prints the seconds of the first, and resident memory before and at most, as JSON."""
+    from mindformers_ixc.training import kept_graphs
+
+    kept_graphs.folder = Path(keep) if keep else None
     model = training_model()
     side = {"ours": Ours, "torch": Torch}[name](model, batch(model.config))
     before, began = memory("VmRSS"), time.perf_counter()
@@ -202,27 +213,43 @@ def profile(folder: str) -> None:
 
 
 def report_alone(threads: int) -> None:
-    """Each side in a process of its own."""
-    for name in SIDES:
-        words = [sys.executable, __file__, "--threads", str(threads), "--alone", name]
-        found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-        print(f"{name:6} alone: first step after {found['first']:.1f} s, peak memory {found['peak']:.2f} GiB "
-              f"({found['peak'] - found['before']:.2f} GiB of it beyond what was there when the steps began)")
+    """Each side in a process of its own; ours also keeping its compiled step, and beginning with the kept one."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = ["--keep", folder]
+        for name, what, keep in (("torch", "", []), ("ours", "", []), ("ours", ", keeping its step", kept),
+                                 ("ours", ", with the kept step", kept)):
+            words = [sys.executable, __file__, "--threads", str(threads), "--alone", name, *keep]
+            run = subprocess.run(words, capture_output=True, text=True, check=True)
+            found = json.loads(run.stdout.splitlines()[-1])
+            print(f"{name} alone{what}: first step after {found['first']:.1f} s, peak memory {found['peak']:.2f} GiB "
+                  f"({found['peak'] - found['before']:.2f} GiB of it beyond what was there when the steps began)")
+
+
+def take_turns(sides: dict, rounds: int) -> list[float]:
+    """Medians of the seconds of a step of each side."""
+    times: dict = {name: [] for name in SIDES}
+    for _ in range(rounds):
+        for name in SIDES:
+            began = time.perf_counter()
+            sides[name].step()
+            times[name].append(time.perf_counter() - began)
+    return [statistics.median(times[name]) for name in SIDES]
 
 
 def main() -> None:
     """Compares, measures, prints."""
     arguments = parse()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:arguments.threads])
+    if not arguments.busy:                         # beside a neighbour the system says who gets which core
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:arguments.threads])
+        importlib.import_module("torch")           # both sides have one OpenMP, and it PyTorch's settings
+    importlib.import_module("mindformers_ixc")     # registers the model, and says how OpenMP's threads wait
     import mindspore as ms
-
-    import mindformers_ixc  # noqa: F401 - registers the model
 
     ms.set_context(mode=ms.GRAPH_MODE)
     ms.set_device("CPU")
     if arguments.alone:
-        alone(arguments.alone)
+        alone(arguments.alone, arguments.keep)
         return
     if arguments.profile:
         profile(arguments.profile)
@@ -231,19 +258,15 @@ def main() -> None:
     columns, start = batch(model.config), {p.name: p.asnumpy().copy() for p in model.get_parameters()}
     sides = {"torch": Torch(model, columns), "ours": Ours(model, columns)}
     compare({name: sides[name] for name in SIDES}, start)
-    times: dict = {name: [] for name in SIDES}
-    for _ in range(arguments.rounds):
-        for name in SIDES:
-            began = time.perf_counter()
-            sides[name].step()
-            times[name].append(time.perf_counter() - began)
-    ours, other = (statistics.median(times[name]) for name in SIDES)
+    with neighbour(arguments.busy):
+        ours, other = take_turns(sides, arguments.rounds)
+    print(f"{arguments.threads} thread(s){', beside a busy core' if arguments.busy else ''}, medians of "
+          f"{arguments.rounds}: ours {ours:.2f} s, PyTorch {other:.2f} s, PyTorch / ours {other / ours:.2f}")
     work, speed = operations(model.config), product_speed()
-    print(f"{arguments.threads} thread(s), medians of {arguments.rounds}: ours {ours:.2f} s, PyTorch {other:.2f} s, "
-          f"PyTorch / ours {other / ours:.2f}")
-    print(f"{work / 1e9:.0f} GFLOP of products at {speed / 1e9:.0f} GFLOP/s are {work / speed:.2f} s: ours at "
+    print(f"{work / 1e9:.0f} GFLOP of products at {speed / 1e9:.0f} GFLOP/s, alone, are {work / speed:.2f} s: ours at "
           f"{work / speed / ours:.0%} of that floor, PyTorch at {work / speed / other:.0%}")
-    report_alone(arguments.threads)
+    if not arguments.busy:
+        report_alone(arguments.threads)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,16 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+def _let_threads_sleep() -> None:
+    """Has OpenMP's threads that wait for work, or for each other, sleep after microseconds instead of milliseconds.
+
+    A thread that looks on and on keeps its core from the one it waits for: beside a busy core, a kernel of half a
+    millisecond took eight. libgomp reads this when it is loaded, with MindSpore.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
 class _StandardError:
     """Standard error, whatever that is when something is written: programs put others in its place."""
 
@@ -149,6 +159,7 @@ class _AfterMindFormers(importlib.abc.MetaPathFinder):
         return spec
 
 
+_let_threads_sleep()
 if "mindformers" in sys.modules:
     importlib.import_module(_REGISTRATION)
 else:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One command on a fresh machine: makes a virtual environment (.venv) with this package, trains the tiny model on the
-# demo pictures (out/, three to four minutes on a laptop) and asks it about one of them. A second call only asks.
+# demo pictures (out/, one to two minutes on a laptop) and asks it about one of them. A second call only asks.
 # Usage: scripts/try.sh ["QUESTION"]
 set -euo pipefail
 cd "$(dirname "$0")/.."
