@@ -71,7 +71,8 @@ def test_the_command_serves_and_ends(tmp_path):
                     events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
                 text = "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
                 assert text.strip() == answer["message"]["content"]
-                assert client.get("/v1/models").json()["data"][0]["id"] == "starter"
+                model = client.get("/v1/models").json()["data"][0]
+                assert model["id"] == "starter" and model["control_tokens"] is False
             server.send_signal(signal.SIGTERM)
             start = time.monotonic()
             assert server.wait(20) == 0 and time.monotonic() - start < 20
