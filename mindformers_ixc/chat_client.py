@@ -12,7 +12,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -22,6 +22,9 @@ from mindformers_ixc.errors import ServerError
 
 # The variable that OpenAI's own client takes its key from.
 KEY_VARIABLE = "OPENAI_API_KEY"
+
+# The variable of this package's own server; unlike its command line other users of the machine cannot read it.
+OWN_KEY_VARIABLE = "MINDFORMERS_IXC_API_KEY"
 
 # Answers of a server that is busy or about to restart: the same request may succeed later.
 BUSY = (429, 502, 503, 504)
@@ -58,21 +61,22 @@ class ChatClient:
 
     Args:
         server: its address, with or without `/v1` at the end.
-        api_key: what it asks for; by default the variable `OPENAI_API_KEY`. It is sent to this server only.
+        api_key: what it asks for; by default the variable `variable`. It is sent to this server only.
         timeout: seconds without a byte after which it is given up.
         waits: seconds before a request that met a busy server is sent again.
+        variable: of the environment.
+        option: what else takes a key, for sentences; with ` or ` behind it.
 
     Raises:
         ServerError: when the address is none, or the key cannot be sent.
     """
 
     def __init__(self, server: str, api_key: str | None = None, timeout: float = TIMEOUT,
-                 waits: Sequence[float] = WAITS):
-        self.root = _root(server)
-        self.api_key = ((os.environ.get(KEY_VARIABLE) if api_key is None else api_key) or "").strip()
+                 waits: Sequence[float] = WAITS, variable: str = KEY_VARIABLE, option: str = "--api_key or "):
+        self.root, self.key_from = _root(server), f"{option}{variable}"
+        self.api_key = ((os.environ.get(variable) if api_key is None else api_key) or "").strip()
         if not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise ServerError(f"The key of --api_key or {KEY_VARIABLE} has a character that no header of HTTP may "
-                              "have.")
+            raise ServerError(f"The key of {self.key_from} has a character that no header of HTTP may have.")
         self.timeout, self.waits = timeout, tuple(waits)
         # a proxy of the environment cannot reach this machine's own ports
         local = urlsplit(self.root).hostname in _LOOPBACK
@@ -115,7 +119,7 @@ class ChatClient:
         Raises:
             ServerError: when the server does not answer, or refuses the request; `status` tells which.
         """
-        found = self._json("/v1/chat/completions", _request(messages, model, fields))
+        found = self.ask(_request(messages, model, fields))
         try:
             choice = found["choices"][0]
             text = choice["message"]["content"]
@@ -123,18 +127,30 @@ class ChatClient:
             raise ServerError(f"{self.root} has answered without a choice: {_cut(json.dumps(found))}") from error
         return Answer(text or "", choice.get("finish_reason") or "", found.get("usage") or {})
 
+    def ask(self, request: Mapping[str, Any]) -> dict:
+        """What the server answers to a request with all of its fields; errors as of `complete`."""
+        return self._json("/v1/chat/completions", dict(request))
+
     def stream(self, messages: Sequence[Mapping[str, Any]], model: str, **fields: Any) -> Iterator[str]:
         """The answer as it comes, piece by piece; arguments and errors as of `complete`.
 
         Who stops iterating and closes the iterator closes the connection, which ends the answer on the server.
         """
-        reply = self._open("/v1/chat/completions", {**_request(messages, model, fields), "stream": True})
-        with closing(reply):
-            for event in self._events(reply):
+        with closing(self.events(_request(messages, model, fields))) as events:
+            for event in events:
                 for choice in event.get("choices") or ():
                     piece = (choice.get("delta") or {}).get("content")
                     if piece:
                         yield piece
+
+    def events(self, request: Mapping[str, Any]) -> Generator[dict, None, None]:
+        """The events of a streamed answer as they come; errors and what ends it as with `stream`.
+
+        Args:
+            request: all of its fields but `stream`.
+        """
+        with closing(self._open("/v1/chat/completions", {**request, "stream": True})) as reply:
+            yield from self._events(reply)
 
     def _events(self, reply: http.client.HTTPResponse) -> Iterator[dict]:
         """The server-sent events of a stream up to its end."""
@@ -196,7 +212,7 @@ class ChatClient:
         except ValueError:
             sentence = ""
         if error.code in (401, 403) and not self.api_key:
-            sentence = f"{sentence or 'The server asks for a key.'} Give it by --api_key or {KEY_VARIABLE}."
+            sentence = f"{sentence or 'The server asks for a key.'} Give it by {self.key_from}."
         elif 300 <= error.code < 400:
             sentence = f"{self.root} sends elsewhere, to {error.headers.get('Location')}; give that address."
         elif not sentence:
@@ -251,8 +267,13 @@ def _request(messages: Sequence[Mapping[str, Any]], model: str, fields: Mapping[
 
 def _root(server: str) -> str:
     """An address without what stands behind the port, or in front of `/v1`."""
-    parts = urlsplit(server.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    try:
+        parts = urlsplit(server.strip())
+        is_one = parts.scheme in ("http", "https") and parts.hostname and not parts.query and not parts.fragment
+        _ = parts.port      # a ValueError for what is none
+    except ValueError:
+        is_one = False
+    if not is_one:
         raise ServerError(f"{server!r} is no address of a server; give one as http://127.0.0.1:8000.")
     return server.strip().rstrip("/").removesuffix("/v1").rstrip("/")
 

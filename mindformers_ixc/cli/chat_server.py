@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Generator
 
@@ -10,7 +9,6 @@ from mindformers_ixc import terminal
 from mindformers_ixc.cli.chat import read_lines
 from mindformers_ixc.cli.chat_input import Interrupts, line_history
 from mindformers_ixc.cli.chat_session import Measured, Reply, Session
-from mindformers_ixc.cli.early_serve import KEY
 from mindformers_ixc.cli.hints import picture_hint
 from mindformers_ixc.cli.loading import Loading
 from mindformers_ixc.cli.settings import generation_options, image_options
@@ -35,7 +33,7 @@ def chat(arguments: argparse.Namespace) -> int:
                         *((f"--{name}", True) for name in image_options(arguments))):
         if given:
             raise ConfigError(f"{name} is given with --server; it is for the server to say, leave it out here.")
-    client = Client(arguments.server, os.environ.get(KEY, ""))
+    client = Client(arguments.server)
     answers = ServerAnswers(client, arguments)
     if arguments.question is None:
         return _talk(arguments, answers)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from dataclasses import fields
 
+from mindformers_ixc.chat_client import OWN_KEY_VARIABLE
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.sections import above_0, check_value
 from mindformers_ixc.serving.limits import Limits
@@ -13,9 +14,6 @@ from mindformers_ixc.serving.listening import listen
 
 # The packages of the extra `serve`.
 PACKAGES = ("starlette", "uvicorn")
-
-# Where the key may stand instead of the command line, which every user of the machine can read.
-KEY = "MINDFORMERS_IXC_API_KEY"
 
 # Characters of a key at least.
 SHORTEST_KEY = 8
@@ -37,7 +35,7 @@ def api_key(arguments: argparse.Namespace) -> str:
     Raises:
         ConfigError: for one that is too short to be one, or that no header can carry.
     """
-    key = os.environ.get(KEY, "") if arguments.api_key is None else arguments.api_key
+    key = os.environ.get(OWN_KEY_VARIABLE, "") if arguments.api_key is None else arguments.api_key
     if not key and arguments.api_key is None:
         return ""
     if len(key) < SHORTEST_KEY or not all("!" <= letter <= "~" for letter in key):

@@ -1,17 +1,15 @@
-"""A client of a server's own: the standard library and nothing else."""
+"""A client of this package's own server: questions of a chat as requests."""
 from __future__ import annotations
 
 import base64
-import http.client
-import json
+import contextlib
 import os
-import ssl
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from mindformers_ixc.errors import ConfigError, GenerationError
+from mindformers_ixc.chat_client import OWN_KEY_VARIABLE, ChatClient
+from mindformers_ixc.errors import ConfigError, GenerationError, ServerError
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
 
 # Seconds that a server may be silent; between the pieces of an answer it says that it is still there.
@@ -23,103 +21,58 @@ _VIDEO_TYPES = {"mov": "quicktime", "avi": "x-msvideo", "mkv": "x-matroska", "mp
 
 
 class Client:
-    """Asks a server.
+    """Asks a server of this package.
 
     Args:
         address: such as `http://127.0.0.1:8000`, with or without `/v1`.
-        key: that the server wants; empty for none.
+        key: that the server wants; by default the variable `MINDFORMERS_IXC_API_KEY`, empty for none.
 
     Raises:
         ConfigError: for what is no address.
     """
 
-    def __init__(self, address: str, key: str = ""):
+    def __init__(self, address: str, key: str | None = None):
         try:
-            parts = urlsplit(address if "://" in address else f"http://{address}")
-            self.port = parts.port
-        except ValueError as error:
-            raise ConfigError(f"--server {address} is no address; write one like http://127.0.0.1:8000.") from error
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ConfigError(f"--server {address} is no address; write one like http://127.0.0.1:8000.")
-        self.address, self.key, self.scheme, self.host = address, key, parts.scheme, parts.hostname
-        path = parts.path.rstrip("/")
-        self.base = path[:-3] if path.endswith("/v1") else path
+            self._client = ChatClient(address if "://" in address else f"http://{address}", key, SILENCE,
+                                      variable=OWN_KEY_VARIABLE, option="")
+        except ServerError as error:
+            raise ConfigError(f"--server: {error}") from error
 
     def models(self) -> list[dict]:
         """What the server has.
 
         Raises:
             ConfigError: when it cannot be asked, or is none of this package's.
+            GenerationError: with its sentence, when it refuses.
         """
-        with self._connection() as connection:
-            found = json.loads(self._ask(connection, "GET", "/v1/models").read())
-        models = found.get("data") if isinstance(found, dict) else None
-        if not isinstance(models, list) or not models or "images" not in models[0]:
-            raise ConfigError(f"{self.address} answers, but is no server of this package; start one by `mindformers "
-                              "serve`.")
+        with _as_errors():
+            models = self._client.models()
+        if not models or "images" not in models[0]:
+            raise ConfigError(f"{self._client.root} answers, but is no server of this package; start one by "
+                              "`mindformers serve`.")
         return models
 
     def chat(self, request: Mapping[str, Any]) -> Generator[dict, None, None]:
         """The events of a streamed answer; of one that is not, the answer itself. Who stops iterating ends it.
 
         Raises:
+            ConfigError: when the server cannot be asked.
             GenerationError: with the server's sentence, when it refuses or fails.
         """
-        with self._connection() as connection:
-            answer = self._ask(connection, "POST", "/v1/chat/completions", json.dumps(request).encode())
-            if not request.get("stream"):
-                yield json.loads(answer.read())
-                return
-            while line := answer.readline():
-                if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
-                    continue
-                event = json.loads(line[6:])
-                if "error" in event:
-                    raise GenerationError(str(event["error"]["message"]))
-                yield event
-
-    def _connection(self) -> _Closing:
-        if self.scheme == "https":
-            return _Closing(http.client.HTTPSConnection(self.host, self.port, timeout=SILENCE,
-                                                        context=ssl.create_default_context()))
-        return _Closing(http.client.HTTPConnection(self.host, self.port, timeout=SILENCE))
-
-    def _ask(self, connection: http.client.HTTPConnection, method: str, path: str,
-             body: bytes | None = None) -> http.client.HTTPResponse:
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        try:
-            connection.request(method, self.base + path, body, headers)
-            answer = connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "strerror", None) or error or type(error).__name__
-            raise ConfigError(f"The server {self.address} does not answer ({reason}); see whether `mindformers serve` "
-                              "runs there.") from error
-        if answer.status != 200:
-            raise GenerationError(f"The server {self.address} says: {_sentence(answer)}")
-        return answer
+        with _as_errors():
+            if request.get("stream"):
+                yield from self._client.events(request)
+            else:
+                yield self._client.ask(request)
 
 
-class _Closing:
-    """Closes a connection at the end of a block."""
-
-    def __init__(self, connection: http.client.HTTPConnection):
-        self.connection = connection
-
-    def __enter__(self) -> http.client.HTTPConnection:
-        return self.connection
-
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
-
-
-def _sentence(answer: http.client.HTTPResponse) -> str:
-    """What a server says of a refusal."""
+@contextlib.contextmanager
+def _as_errors() -> Iterator[None]:
+    """What a server says as the errors of this package's commands."""
     try:
-        return str(json.loads(answer.read(1 << 16))["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"status {answer.status}."
+        yield
+    except ServerError as error:
+        raise (ConfigError if error.status is None else GenerationError)(str(error)) from error
 
 
 def data_url(source: bytes | str | os.PathLike) -> str:
