@@ -126,6 +126,7 @@ def _own(path: Path) -> None:
 EVERYWHERE: dict[str, Callable[[Path], None]] = {
     PUBLIC: _random, "ixc25": _random, "tokenizer.model": _tokenizer, "PUBLIC/tokenizer.model": _tokenizer}
 GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
+    "README.md": {"out/model": _starter, f"{PUBLIC}-4bit": _awq},
     "checkpoints.md": {"output": _ranks, "my_adapter": _adapter, "step_100": _random, "step_200": _random,
                        "step_300": _random, "out/model": _starter, f"{PUBLIC}-4bit": _awq},
     "parallel.md": {"ixc25_ms": _random},
