@@ -106,6 +106,12 @@ def _reward(path: Path) -> None:
     make(path, seed=1, reward_pooling="last", **EIGHT)
 
 
+def _predictions(path: Path) -> None:
+    """What answering a file of questions leaves."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"request": {"query": "Go"}, "answer": "Gone."}) + "\n", encoding="utf-8")
+
+
 def _awq(path: Path) -> None:
     """A model as it is published in four bits."""
     quantize(path.parent / PUBLIC, path, layout="awq")
@@ -131,7 +137,8 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
                        "step_300": _random, "out/model": _starter, f"{PUBLIC}-4bit": _awq},
     "parallel.md": {"ixc25_ms": _random},
     "reward.md": {"out/model": _starter, "out/charts/model": _starter, "reward_model": _reward,
-                  f"{PUBLIC}-reward": _reward},
+                  f"{PUBLIC}-reward": _reward, "out/reward/model": _reward,
+                  "out_predict/predictions.jsonl": _predictions},
     "stages.md": {"out/model": _starter, "ixc25_start": _random},
     "quickstart.md": {},        # its second step trains the model
     "training.md": {"out/trained_parts": _parts, "out": _log, "first": _log, "second": _log, "third": _log,
