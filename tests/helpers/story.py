@@ -137,7 +137,7 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
                        "step_300": _random, "out/model": _starter, f"{PUBLIC}-4bit": _awq},
     "parallel.md": {"ixc25_ms": _random},
     "reward.md": {"out/model": _starter, "out/charts/model": _starter, "reward_model": _reward,
-                  f"{PUBLIC}-reward": _reward, "out/reward/model": _reward,
+                  f"{PUBLIC}-reward": _reward,
                   "out_predict/predictions.jsonl": _predictions},
     "stages.md": {"out/model": _starter, "ixc25_start": _random},
     "quickstart.md": {},        # its second step trains the model
@@ -301,7 +301,9 @@ def look_at(block: Block) -> None:
 
 
 def _leave(arguments: argparse.Namespace) -> None:
-    """The starter stands for the model that a run leaves."""
-    folder = Path(merged_fields(arguments).get("output_dir") or "output")
+    """The starter stands for the model that a run leaves, a random one for that of a reward run."""
+    fields = merged_fields(arguments)
+    folder = Path(fields.get("output_dir") or "output")
     if not (folder / "model").exists():
-        _starter(folder / "model")
+        is_reward = "IXC25ForReward" in json.dumps(fields.get("model"))
+        (_reward if is_reward else _starter)(folder / "model")
