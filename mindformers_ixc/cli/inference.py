@@ -56,9 +56,13 @@ def prepare_device(arguments: argparse.Namespace) -> None:
 
 
 def quiet_mindformers() -> None:
-    """Keeps MindFormers' progress notes off the terminal; they still reach the log folder."""
+    """Keeps MindFormers' progress notes off the terminal; they still reach the log folder.
+
+    Handlers of the root's are the program's own, even where MindFormers' loggers have them too.
+    """
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("mindformers"):
             for handler in logging.getLogger(name).handlers:
-                if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                if (isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+                        and handler not in logging.root.handlers):
                     handler.setLevel(logging.ERROR)

@@ -79,9 +79,9 @@ class RewardLoss(nn.Cell):
     def shard(self, dp: int) -> None:
         """Pairs are cut over the replicas and nothing else, as in `PreferenceLoss`."""
         pairs, number = (dp, 1), ()
-        for primitive in (self.sub, self.add, self.mul):
+        for primitive in (self.sub, self.add, self.mul, self.equal):
             primitive.shard((pairs, pairs))
-        for primitive in (self.mul_number, self.add_number, self.min_number, self.greater, self.at_least, self.equal):
+        for primitive in (self.mul_number, self.add_number, self.min_number, self.greater, self.at_least):
             primitive.shard((pairs, number))
         for primitive in (self.first, self.second, self.absolute, self.exp, self.log, self.square, self.sum,
                           self.sum_entries, self.ones, self.mean, self.sum_real):
