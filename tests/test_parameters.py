@@ -37,8 +37,11 @@ def test_counts_of_the_7b_model(parts, billions):
 
 
 def test_every_parameter_has_a_part_and_strangers_have_none():
-    # "lora" is MindFormers' own adapter, which a configuration does not know of
-    assert {entry.part for entry in parameter_table(IXC25Config()).values()} == set(PARTS) - {"lora"}
+    # "lora" is MindFormers' own adapter, which a configuration does not know of; only a reward model has its head
+    parts = {entry.part for entry in parameter_table(IXC25Config()).values()}
+    assert parts == set(PARTS) - {"lora", "reward_head"}
+    rewards = parameter_table(IXC25Config(reward_pooling="last"))
+    assert rewards["v_head.weight"].part == "reward_head" and "output.weight" not in rewards
     assert part_of("transformer.h.0.attn.weight") is None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from scripted_decoder import ScriptedDecoder
 from served import IMAGES, ROOT, STARTER, served
-from test_command import COMMAND
+from test_serve_command import COMMAND
 
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.serving.limits import Limits
