@@ -404,25 +404,21 @@ static int rows_by_id(const Weight *weight, const int32_t *ids, float *y, int64_
     return DONE;
 }
 
-static int64_t count_of(const int *ndims, int64_t **shapes, int i) {
-    return ndims[i] ? rows_of(ndims, shapes, i) * width_of(ndims, shapes, i) : 1;
-}
-
 KERNEL(embedding_int8) {
     UNUSED;
     if (shapes[2][0] != shapes[1][0]) return BAD_SHAPE;
     const Weight weight = {INT8, params[1], params[2], NULL, shapes[1][1], shapes[1][0], shapes[1][1]};
-    return rows_by_id(&weight, params[0], params[3], count_of(ndims, shapes, 0));
+    return rows_by_id(&weight, params[0], params[3], numbers_of(ndims, shapes, 0));
 }
 
 KERNEL(embedding_bf16) {
     UNUSED;
     const Weight weight = {BF16, params[1], NULL, NULL, shapes[1][1], shapes[1][0], 2 * shapes[1][1]};
-    return rows_by_id(&weight, params[0], params[2], count_of(ndims, shapes, 0));
+    return rows_by_id(&weight, params[0], params[2], numbers_of(ndims, shapes, 0));
 }
 
 KERNEL(embedding_f16) {
     UNUSED;
     const Weight weight = {F16, params[1], NULL, NULL, shapes[1][1], shapes[1][0], 2 * shapes[1][1]};
-    return rows_by_id(&weight, params[0], params[2], count_of(ndims, shapes, 0));
+    return rows_by_id(&weight, params[0], params[2], numbers_of(ndims, shapes, 0));
 }
