@@ -173,13 +173,6 @@ typedef struct {
     int *failed;
 } Extension;
 
-VECTORISED static const float *widened(Cache cache, int64_t begin, int64_t count, float *room) {
-    if (!cache.is_half) return (const float *)cache.data + begin;
-    const uint16_t *from = (const uint16_t *)cache.data + begin;
-    for (int64_t i = 0; i < count; ++i) room[i] = of_half(from[i]);
-    return room;
-}
-
 static void extension_part(const void *job, int64_t part) {
     const Extension *e = job;
     const Heads *a = e->heads;
