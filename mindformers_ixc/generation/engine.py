@@ -1,7 +1,7 @@
 """Inference graphs: one for tiles, one prefill graph per length bucket, one decode graph, sharing a key/value cache.
 
 Everything whose shape depends on the request is padded on the host to a bucket, so a graph is compiled once and then
-serves every request of that bucket. Partial LoRA is in the prefill graph only: every decoded position is text.
+serves every request of that bucket. Partial LoRA is in the graphs of prompts only: every decoded position is text.
 """
 from __future__ import annotations
 

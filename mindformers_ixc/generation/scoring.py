@@ -60,8 +60,8 @@ class ScoringEngine(InferenceEngine):
 class ScoringPass(CachedDecoder):
     """One pass over a batch of conversations. What their pictures became is kept, keys and values are not."""
 
-    def _begin_known(self) -> np.ndarray | None:
-        """Nothing: every position's value is asked for."""
+    def _begin_in_calls(self) -> np.ndarray | None:
+        """Nothing, however large the model: every position's value is asked for."""
         return None
 
     def close(self) -> None:

@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "vectorised.h"
+
 /* Keys or values (entries, S, d). */
 typedef struct {
     void *data;
@@ -28,6 +30,17 @@ static inline float of_half(uint16_t half) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+VECTORISED static __attribute__((unused)) void widen_halves(const uint16_t *from, int64_t count, float *to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = of_half(from[i]);
+}
+
+/* Numbers begin .. begin + count of a cache as float32, in `room` if they are not. */
+static inline const float *widened(Cache cache, int64_t begin, int64_t count, float *room) {
+    if (!cache.is_half) return (const float *)cache.data + begin;
+    widen_halves((const uint16_t *)cache.data + begin, count, room);
+    return room;
 }
 
 /* Puts numbers into a cache, from its number `at` on. */

@@ -1,8 +1,8 @@
 """Tries a library of kernels that was just built: `python check.py LIBRARY`, a program of its own.
 
-One function of each source is compared, with NumPy and with Pillow: whether each kernel is right is what the tests are
-for; here it is whether this compiler on this machine makes of them what it should. Where a function has a form of its
-own for a kind of processor, the plain form must agree with it.
+Some functions are compared, with NumPy and with Pillow: whether each kernel is right is what the tests are for; here it
+is whether this compiler on this machine makes of them what it should. Where a function has a form of its own for a kind
+of processor, the plain form must agree with it.
 """
 from __future__ import annotations
 

@@ -181,14 +181,6 @@ static void append(const Attention *a) {
     }
 }
 
-/* Numbers begin .. begin + count of a cache as float32, in `tile` if they are not. */
-VECTORISED static const float *widened(Cache cache, int64_t begin, int64_t count, float *tile) {
-    if (!cache.is_half) return (const float *)cache.data + begin;
-    const uint16_t *from = (const uint16_t *)cache.data + begin;
-    for (int64_t i = 0; i < count; ++i) tile[i] = of_half(from[i]);
-    return tile;
-}
-
 VECTORISED static void score_tile(const float *q, const float *keys, float *scores, int64_t groups, int64_t length,
                                   int64_t count, int64_t size) {
     for (int64_t n = 0; n < count; ++n) all_dots(q, keys + n * size, size, scores + n, length, groups, 0);

@@ -166,9 +166,10 @@ KERNEL(bias_heads) {
     return DONE;
 }
 
-VECTORISED static void causal_softmax_rows(const float *scores, float *y, int64_t rows, int64_t queries, int64_t keys) {
-    for (int64_t r = 0; r < rows; ++r, scores += keys, y += keys) {
-        const int64_t seen = keys - queries + r % queries + 1;
+/* Softmax of the scores of queries from position `at` on over the keys that each may see, 0 behind them. */
+VECTORISED static void seen_softmax(const float *scores, float *y, int64_t queries, int64_t keys, int64_t at) {
+    for (int64_t r = 0; r < queries; ++r, scores += keys, y += keys) {
+        const int64_t wanted = at + r + 1, seen = wanted < keys ? wanted : keys;
         float highest = scores[0], sum = 0.0f;
         for (int64_t i = 1; i < seen; ++i) highest = scores[i] > highest ? scores[i] : highest;
         for (int64_t i = 0; i < seen; ++i) {
@@ -177,7 +178,7 @@ VECTORISED static void causal_softmax_rows(const float *scores, float *y, int64_
         }
         const float scale = 1.0f / sum;
         for (int64_t i = 0; i < seen; ++i) y[i] *= scale;
-        for (int64_t i = seen; i < keys; ++i) y[i] = 0.0f;
+        memset(y + seen, 0, sizeof(float) * (size_t)(keys - seen));
     }
 }
 
@@ -192,7 +193,7 @@ typedef struct {
 static void causal_softmax_part(const void *job, int64_t part) {
     const Softmax *s = job;
     const int64_t begin = part * s->queries * s->keys;
-    causal_softmax_rows(s->scores + begin, s->y + begin, s->queries, s->queries, s->keys);
+    seen_softmax(s->scores + begin, s->y + begin, s->queries, s->keys, s->keys - s->queries);
 }
 
 /* scores (..., c, S) of the last c of S positions -> softmax over those each may see, 0 elsewhere, same shape */
@@ -256,26 +257,10 @@ KERNEL(extend_heads) {
     return take_apart(&heads) ? DONE : BAD_PLACE;
 }
 
-VECTORISED static void seen_softmax_rows(const float *scores, float *y, int64_t rows, int64_t queries, int64_t keys,
-                                         int64_t at) {
-    for (int64_t r = 0; r < rows; ++r, scores += keys, y += keys) {
-        const int64_t wanted = at + r % queries + 1, seen = wanted < keys ? wanted : keys;
-        float highest = scores[0], sum = 0.0f;
-        for (int64_t i = 1; i < seen; ++i) highest = scores[i] > highest ? scores[i] : highest;
-        for (int64_t i = 0; i < seen; ++i) {
-            y[i] = expf(scores[i] - highest);
-            sum += y[i];
-        }
-        const float scale = 1.0f / sum;
-        for (int64_t i = 0; i < seen; ++i) y[i] *= scale;
-        memset(y + seen, 0, sizeof(float) * (size_t)(keys - seen));
-    }
-}
-
 static void extend_softmax_part(const void *job, int64_t head) {
     const Softmax *s = job;
     const int64_t begin = head * s->queries * s->keys;
-    seen_softmax_rows(s->scores + begin, s->y + begin, s->queries, s->queries, s->keys, s->places[2 * (head / s->heads)]);
+    seen_softmax(s->scores + begin, s->y + begin, s->queries, s->keys, s->places[2 * (head / s->heads)]);
 }
 
 /* scores (B, KV, G, R, S) of a whole cache, places as in `extend_heads` -> softmax over those each may see, 0

@@ -1,7 +1,7 @@
 """Fused kernels for the CPU, as operations of MindSpore's graphs.
 
-Those of kernels.c have no gradients and are for the inference graphs (`mindformers_ixc.generation`) only; `training`
-has the ones with gradients.
+Those that are made here alone have no gradients and are for the inference graphs (`mindformers_ixc.generation`) only;
+`training` has the ones with gradients.
 """
 from __future__ import annotations
 

@@ -26,4 +26,11 @@ static inline int64_t rows_of(const int *ndims, int64_t **shapes, int i) {
 
 static inline int64_t width_of(const int *ndims, int64_t **shapes, int i) { return shapes[i][ndims[i] - 1]; }
 
+/* Numbers of parameter i. */
+static inline int64_t numbers_of(const int *ndims, int64_t **shapes, int i) {
+    int64_t numbers = 1;
+    for (int axis = 0; axis < ndims[i]; ++axis) numbers *= shapes[i][axis];
+    return numbers;
+}
+
 #endif

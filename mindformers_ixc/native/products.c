@@ -9,7 +9,7 @@
 product_t multiply;
 pthread_mutex_t threads_are_free = PTHREAD_MUTEX_INITIALIZER;
 
-/* Tells where the product is; every kernel of this file and of attention.c needs it. */
+/* Tells where the product is; kernels that need it return NO_PRODUCT before. */
 void use_product(void *function) { multiply = (product_t)function; }
 
 /* ---- Linears ---- */
@@ -103,14 +103,6 @@ VECTORISED static void drop(const float *from, float *to, int64_t begin, int64_t
         const float value = (int32_t)bits >= dropout.limit ? from[i - begin] * dropout.kept : 0.0f;
         to[i - begin] = adds ? to[i - begin] + value : value;
     }
-}
-
-/* The next run of positions in begin .. end whose factor is not 0: its begin, and its end in `stop`. */
-static int64_t next_run(const float *factor, int64_t begin, int64_t end, int64_t *stop) {
-    while (begin < end && factor[begin] == 0.0f) ++begin;
-    *stop = begin;
-    while (*stop < end && factor[*stop] != 0.0f) ++*stop;
-    return begin;
 }
 
 /* Positions of a run that are dropped into a buffer at once. */

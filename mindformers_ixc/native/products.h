@@ -1,4 +1,5 @@
-/* What the training kernels share: the product, and threads. */
+/* What kernels share that multiply by oneDNN's product or by OpenMP's threads: all of training's, and those of many
+ * positions. */
 #ifndef MINDFORMERS_IXC_PRODUCTS_H
 #define MINDFORMERS_IXC_PRODUCTS_H
 
@@ -48,6 +49,14 @@ static inline int64_t begin_of(int64_t count, int64_t group, int parts, int numb
     for (int part = 0; part < (threads); ++part) \
         for (int64_t begin = begin_of(count, group, threads, part), end = begin_of(count, group, threads, part + 1); \
              begin < end; begin = end)
+
+/* The next run of positions in begin .. end whose factor is not 0: its begin, and its end in `stop`. */
+static inline int64_t next_run(const float *factor, int64_t begin, int64_t end, int64_t *stop) {
+    while (begin < end && factor[begin] == 0.0f) ++begin;
+    *stop = begin;
+    while (*stop < end && factor[*stop] != 0.0f) ++*stop;
+    return begin;
+}
 
 /* exp(x) of what is at most 80; below -80 that of -80, for vectorised exp() is slow where its result is all but 0. */
 static inline float exp_of(float x) { return expf(x > -80.0f ? x : -80.0f); }

@@ -32,14 +32,6 @@ static int64_t count_of(int64_t all, int64_t step) { return (all + step - 1) / s
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* The next run of positions in begin .. end whose factor is not 0: its begin, and its end in `stop`. */
-static int64_t next_run(const float *factor, int64_t begin, int64_t end, int64_t *stop) {
-    while (begin < end && factor[begin] == 0.0f) ++begin;
-    *stop = begin;
-    while (*stop < end && factor[*stop] != 0.0f) ++*stop;
-    return begin;
-}
-
 static void product_part(const void *job, int64_t part) {
     const Product *p = job;
     const int64_t across = count_of(p->out, p->wide), begin = part / across * p->high, from = part % across * p->wide;
@@ -180,13 +172,6 @@ typedef struct {
     int64_t chunks;
     int *failed;
 } Extension;
-
-VECTORISED static const float *widened(Cache cache, int64_t begin, int64_t count, float *room) {
-    if (!cache.is_half) return (const float *)cache.data + begin;
-    const uint16_t *from = (const uint16_t *)cache.data + begin;
-    for (int64_t i = 0; i < count; ++i) room[i] = of_half(from[i]);
-    return room;
-}
 
 static void extension_part(const void *job, int64_t part) {
     const Extension *e = job;

@@ -40,12 +40,14 @@ VECTORISED static void round_rows(const float *x, const Rounded *to, int64_t row
             const int64_t begin = g * GROUP, count = in - begin < GROUP ? in - begin : GROUP;
             const float *from = x + r * in + begin;
             int16_t *values = to->values + r * in + begin;
-            float highest = 0.0f;
+            uint32_t most = 0; /* bits of sizes, in the order of sizes; what is no number is above them */
             for (int64_t i = 0; i < count; ++i) {
-                const float size = from[i] < 0.0f ? -from[i] : from[i];
-                highest = size > highest ? size : highest;
+                uint32_t bits;
+                memcpy(&bits, from + i, sizeof bits);
+                most = (bits & 0x7fffffff) > most ? bits & 0x7fffffff : most;
             }
-            const float scale = highest / 32767.0f, inverse = highest > 0.0f ? 32767.0f / highest : 0.0f;
+            const float highest = of_bits(most), scale = highest / 32767.0f;
+            const float inverse = most > 0 && most < 0x7f800000 ? 32767.0f / highest : 0.0f;
             int32_t sum = 0;
             for (int64_t i = 0; i < count; ++i) {
                 const float scaled = from[i] * inverse;
@@ -114,13 +116,18 @@ VECTORISED static float plain_bf16(const uint8_t *w, const float *x, int64_t in)
 
 VECTORISED static float plain_f16(const uint8_t *w, const float *x, int64_t in) {
     float lanes[SUMS] = {0}, sum = 0.0f;
+    uint16_t most[SUMS] = {0};
     int64_t i = 0;
     for (; i + SUMS <= in; i += SUMS) {
         FETCH(w + 2 * i + AHEAD);
-        for (int64_t j = 0; j < SUMS; ++j) lanes[j] += x[i + j] * of_f16(word_at(w, i + j));
+        for (int64_t j = 0; j < SUMS; ++j) lanes[j] += x[i + j] * of_finite_f16(word_at(w, i + j));
+        for (int64_t j = 0; j < SUMS; ++j) {
+            const uint16_t size = word_at(w, i + j) & 0x7fff;
+            most[j] = size > most[j] ? size : most[j];
+        }
     }
     for (; i < in; ++i) sum += x[i] * of_f16(word_at(w, i));
-    for (int64_t j = 0; j < SUMS; ++j) sum += lanes[j];
+    for (int64_t j = 0; j < SUMS; ++j) sum += most[j] < F16_INFINITE ? lanes[j] : of_bits(0x7fc00000);
     return sum;
 }
 
@@ -404,25 +411,21 @@ static int rows_by_id(const Weight *weight, const int32_t *ids, float *y, int64_
     return DONE;
 }
 
-static int64_t count_of(const int *ndims, int64_t **shapes, int i) {
-    return ndims[i] ? rows_of(ndims, shapes, i) * width_of(ndims, shapes, i) : 1;
-}
-
 KERNEL(embedding_int8) {
     UNUSED;
     if (shapes[2][0] != shapes[1][0]) return BAD_SHAPE;
     const Weight weight = {INT8, params[1], params[2], NULL, shapes[1][1], shapes[1][0], shapes[1][1]};
-    return rows_by_id(&weight, params[0], params[3], count_of(ndims, shapes, 0));
+    return rows_by_id(&weight, params[0], params[3], numbers_of(ndims, shapes, 0));
 }
 
 KERNEL(embedding_bf16) {
     UNUSED;
     const Weight weight = {BF16, params[1], NULL, NULL, shapes[1][1], shapes[1][0], 2 * shapes[1][1]};
-    return rows_by_id(&weight, params[0], params[2], count_of(ndims, shapes, 0));
+    return rows_by_id(&weight, params[0], params[2], numbers_of(ndims, shapes, 0));
 }
 
 KERNEL(embedding_f16) {
     UNUSED;
     const Weight weight = {F16, params[1], NULL, NULL, shapes[1][1], shapes[1][0], 2 * shapes[1][1]};
-    return rows_by_id(&weight, params[0], params[2], count_of(ndims, shapes, 0));
+    return rows_by_id(&weight, params[0], params[2], numbers_of(ndims, shapes, 0));
 }

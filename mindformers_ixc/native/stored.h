@@ -34,10 +34,21 @@ static inline float of_bits(uint32_t bits) {
 
 static inline float of_bf16(uint16_t half) { return of_bits((uint32_t)half << 16); }
 
-/* Sign aside, a float16 is a float32 whose exponent is 112 too small; so are its smallest numbers, which have none.
- * Infinities do not occur in weights. */
+/* Moved up by 13 bits, its sign by 16, a float16 is a float32 whose exponent is 112 too small; so are its smallest
+ * numbers, which have none. */
+static inline float of_finite_f16(uint16_t half) {
+    return of_bits(((uint32_t)(int16_t)half << 13) & 0x8fffe000) * 0x1p112f;
+}
+
+/* The size of a float16, as bits, from which on it is no finite number. */
+#define F16_INFINITE 0x7c00
+
+/* The same of any float16: what is no finite number stays none. */
 static inline float of_f16(uint16_t half) {
-    return of_bits((uint32_t)(half & 0x7fff) << 13) * 0x1p112f * ((half & 0x8000) ? -1.0f : 1.0f);
+    const float value = of_finite_f16(half);
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return of_bits(bits | ((half & 0x7fff) >= F16_INFINITE ? 0x7f800000 : 0));
 }
 
 static inline uint16_t word_at(const uint8_t *bytes, int64_t i) {

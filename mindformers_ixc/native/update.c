@@ -156,12 +156,6 @@ KERNEL(head_losses_frozen_back) {
 /* Numbers whose squares are summed by themselves, in order, so that the number of threads changes nothing. */
 #define PART_NUMBERS 65536
 
-static int64_t numbers_of(int *ndims, int64_t **shapes, int i) {
-    int64_t numbers = 1;
-    for (int axis = 0; axis < ndims[i]; ++axis) numbers *= shapes[i][axis];
-    return numbers;
-}
-
 VECTORISED static double squares_of(const float *x, int64_t count) {
     double sum = 0.0;
     for (int64_t i = 0; i < count; ++i) sum += (double)x[i] * (double)x[i];

@@ -13,6 +13,7 @@ from mindformers_ixc import InternLM2Tokenizer, IXC25Config, IXC25ForCausalLM, I
 from mindformers_ixc.config import read_config
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import CheckpointError, ConfigError, GenerationError, ImageError, PromptError
+from mindformers_ixc.generation import continuing
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.scoring import Scorer
 from mindformers_ixc.models.reward import IXC25RewardModel
@@ -57,6 +58,12 @@ def test_scores_are_those_of_the_reference_alone_and_in_batches(folder, model):
     alone = [model.get_score(*one) for one in zip(CHATS, PICTURES)]
     np.testing.assert_allclose(alone, wanted, atol=1e-4)
     np.testing.assert_allclose(model.get_scores(CHATS, PICTURES, batch_size=3), alone, atol=1e-5)
+
+
+def test_a_large_model_scores_every_position_too(monkeypatch, folder):
+    monkeypatch.setattr(continuing, "is_large", lambda _: True)       # whose prompts go in calls
+    scorer = Scorer.from_directory(folder)
+    np.testing.assert_allclose(scorer.scores(CHATS, PICTURES), expected(folder, scorer), atol=1e-4)
 
 
 def test_the_mean_of_all_positions_is_the_other_pooling(tmp_path):

@@ -92,6 +92,28 @@ def test_weights_are_widened_exactly_and_land_in_their_places(functions, form, k
     np.testing.assert_array_equal(y, meaning.T)
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("kind", ["int4", "int8", "bf16", "f16"])
+def test_what_is_no_finite_number_shows(functions, form, kind, rows, odd):
+    rng = np.random.default_rng(7)
+    arrays, _ = weights(kind, 9, 256, rng)
+    x, y = rng.standard_normal((rows, 256)).astype(np.float32), np.zeros((rows, 9), np.float32)
+    x[1, 130] = odd
+    assert call(functions, f"linear_{kind}", x, *arrays, y) == 0
+    assert not np.isfinite(y[1]).any()
+    assert np.isfinite(np.delete(y, 1, 0)).all()
+    x[1, 130] = 1
+    if kind in ("bf16", "f16"):                     # the others are whole numbers, and scales are looked at before
+        bits = np.float32(odd).view(np.uint32) >> 16 if kind == "bf16" else np.float16(odd).view(np.uint16)
+        for column in (5, 255):
+            wrong = arrays[0].copy()
+            wrong.view(np.uint16)[4, column] = bits
+            assert call(functions, f"linear_{kind}", x, wrong, y) == 0
+            assert not np.isfinite(y[:, 4]).any()
+            assert np.isfinite(np.delete(y, 4, 1)).all()
+
+
 @pytest.mark.parametrize("kind", ["int8", "bf16", "f16"])
 def test_rows_of_tables(functions, kind):
     rng = np.random.default_rng(4)
@@ -103,6 +125,13 @@ def test_rows_of_tables(functions, kind):
     for outside in (-1, 50):
         ids[1, 3] = outside
         assert call(functions, f"embedding_{kind}", ids, *arrays, y) == BAD_PLACE
+
+
+def test_every_float16_is_widened_to_itself(functions):
+    table = np.arange(2 ** 16, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    y = np.zeros((256, 256), np.float32)
+    assert call(functions, "embedding_f16", np.arange(256, dtype=np.int32), table, y) == 0
+    np.testing.assert_array_equal(y, table.astype(np.float32))
 
 
 def test_arrays_that_do_not_belong_together(functions):
