@@ -145,8 +145,11 @@ static int64_t first_of(const Attention *a, int64_t row) { return a->at[row * a-
 
 static int64_t real_of(const Attention *a, int64_t row) { return a->real ? a->real[row * a->apart] : a->rows; }
 
-/* Whether a row's new positions are not all inside its cache. */
+/* Whether a row's new positions are not all inside its cache, or its heads' not the same (places of `decode_attention`
+ * name every entry). */
 static int is_outside(const Attention *a) {
+    for (int64_t e = 0; a->real == NULL && e < a->batch * a->heads; ++e)
+        if (a->at[2 * e - 1] != e || a->at[2 * e] != first_of(a, e / a->heads)) return 1;
     for (int64_t row = 0; row < a->batch; ++row) {
         const int64_t at = first_of(a, row), real = real_of(a, row);
         if (at < 0 || real < 0 || real > a->rows || at + real > a->positions) return 1;
@@ -281,9 +284,6 @@ static int attention_alone(void **params, int64_t **shapes, const char **dtypes,
  * values (B*KV, S, d), both written in place -> y (B, KV * G * d). */
 KERNEL(decode_attention) {
     UNUSED;
-    const int32_t *where = params[3];
-    for (int64_t e = 0; e < shapes[4][0]; ++e)
-        if (where[2 * e] != e) return BAD_PLACE;
     return attention_alone(params, shapes, dtypes, 1);
 }
 

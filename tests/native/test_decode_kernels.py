@@ -183,6 +183,15 @@ def test_a_place_outside_the_cache_is_an_error_and_nothing_is_written(wrong):
     np.testing.assert_array_equal(layer.keys, before)
 
 
+@pytest.mark.parametrize(("entry", "half"), [(0, 0), (1, 1)], ids=["another entry", "another position"])
+def test_places_that_are_not_those_of_all_heads_are_an_error_and_nothing_is_written(entry, half):
+    layer = Layer(*SIZES[0])
+    before, places = layer.keys.copy(), layer.where()
+    places[entry, half] += 1
+    assert layer.run("decode_layer", places)[0] == BAD_PLACE
+    np.testing.assert_array_equal(layer.keys, before)
+
+
 def test_weights_that_do_not_belong_together_are_an_error():
     layer = Layer(*SIZES[0])
     layer.w2 = layer.w2[:, :-1].copy()
