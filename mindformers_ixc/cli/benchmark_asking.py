@@ -15,7 +15,7 @@ from PIL import Image
 from mindformers_ixc import terminal
 from mindformers_ixc.benchmarking.catalogue import Benchmark, tiles_of
 from mindformers_ixc.benchmarking.prompts import Prompt, final_answer
-from mindformers_ixc.chat_client import ChatClient, image_part, text_part
+from mindformers_ixc.chat_client import BUSY, ChatClient, image_part, text_part
 from mindformers_ixc.cli.heavy import importing
 from mindformers_ixc.data.questions import Question
 from mindformers_ixc.errors import ConfigError, ImageError, ServerError
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 # Side of a tile of the public model in pixels, for a server that does not say its own.
 TILE = 560
 
-# Refusals of a server that the next question will meet as well.
-_HOPELESS = (401, 403, 404, 405)
+# Refusals of a server that the next question will meet as well, or that say nothing of the question.
+_HOPELESS = (401, 403, 404, 405, *BUSY)
 
 
 @dataclass

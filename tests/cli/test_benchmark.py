@@ -142,6 +142,17 @@ def test_a_question_that_is_refused_counts_as_wrong_and_a_server_that_is_gone_en
     assert len(answers_of("MMStar")) == 2
 
 
+def test_a_server_that_stays_busy_ends_the_run_and_no_question_counts_as_wrong(server, tmp_path, monkeypatch):
+    write_table(tmp_path, "MMStar")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    words = server.asks("MMStar")
+    server.refusals = [(429, b'{"error": {"message": "Too many of yours wait."}}', {})] * 4
+    with pytest.raises(ServerError, match="Too many of yours wait"):
+        run(*words)
+    _, lines = run(*words)
+    assert lines[1].split() == ["Overall", "50.0", "59.9"] and len(server.asked) == 8
+
+
 def test_what_a_server_gets(server, tmp_path):
     write_table(tmp_path, "MMStar")
     run(*server.asks("MMStar"), "--api_key", "secret", "--hd_num", "9")
