@@ -5,6 +5,7 @@ import base64
 import contextlib
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from mindformers_ixc.chat_client import OWN_KEY_VARIABLE, ChatClient
 from mindformers_ixc.errors import ConfigError, GenerationError, ServerError
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
 
-# Seconds that a server may be silent; between the pieces of an answer it says that it is still there.
+# Seconds that a server may be silent; between the pieces of an answer it says that it is still there. One that comes
+# whole, as with beams, has the time of `ChatClient`.
 SILENCE = 120.0
 
 # Types of data URLs by endings of videos' names, where they are not `video/ENDING`.
@@ -33,8 +35,9 @@ class Client:
 
     def __init__(self, address: str, key: str | None = None):
         try:
-            self._client = ChatClient(address if "://" in address else f"http://{address}", key, SILENCE,
-                                      variable=OWN_KEY_VARIABLE, option="")
+            make = partial(ChatClient, address if "://" in address else f"http://{address}", key,
+                           variable=OWN_KEY_VARIABLE, option="")
+            self._client, self._patient = make(timeout=SILENCE), make()
         except ServerError as error:
             raise ConfigError(f"--server: {error}") from error
 
@@ -63,7 +66,7 @@ class Client:
             if request.get("stream"):
                 yield from self._client.events(request)
             else:
-                yield self._client.ask(request)
+                yield self._patient.ask(request)
 
 
 @contextlib.contextmanager

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from served import IMAGES, STARTER, served
 from standin_decoder import StandInDecoder, alone
+from standin_server import serving
 
 import mindformers_ixc_cli
 from mindformers_ixc.cli.chat_server import ServerAnswers, chat
@@ -13,6 +15,7 @@ from mindformers_ixc.cli.chat_session import Session
 from mindformers_ixc.cli.inputs import check_inputs
 from mindformers_ixc.errors import ConfigError, GenerationError
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
+from mindformers_ixc.serving import client
 from mindformers_ixc.serving.client import Client, data_url, decoding_fields, messages_of
 
 
@@ -81,6 +84,17 @@ class TestOneQuestion:
             with pytest.raises(GenerationError, match="key is missing or wrong"):
                 Client(server.url).models()
             assert Client(f"{server.url}/v1/", "key-of-enough").models()[0]["id"] == "starter"
+
+
+    def test_an_answer_that_comes_whole_may_take_longer_than_a_stream_may_be_silent(self, monkeypatch):
+        def late(body):
+            time.sleep(0.6)
+            return "late"
+
+        monkeypatch.setattr(client, "SILENCE", 0.2)
+        with serving(late) as slow:
+            (answer,) = Client(slow.url).chat({"messages": [{"role": "user", "content": "x"}], "num_beams": 2})
+        assert answer["choices"][0]["message"]["content"] == "late"
 
 
 class TestSession:
