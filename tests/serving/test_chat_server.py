@@ -13,6 +13,8 @@ import mindformers_ixc_cli
 from mindformers_ixc.cli.chat_server import ServerAnswers, chat
 from mindformers_ixc.cli.chat_session import Session
 from mindformers_ixc.cli.inputs import check_inputs
+from mindformers_ixc.cli.settings import SAMPLING, Settings, generation_options
+from mindformers_ixc.decoding_options import GenerationOptions
 from mindformers_ixc.errors import ConfigError, GenerationError
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.serving import client
@@ -55,6 +57,16 @@ class TestOneQuestion:
         chat(arguments(server, "--num_beams", "2", "--meta_instruction", "Short.", "Go"))
         sampled, beams = server.chats(before + 2)[before:]
         assert (sampled["mode"], sampled["stream"]) == ("web", True) and beams["stream"] is False
+
+    def test_what_is_sampled_from_is_what_chat_and_a_session_sample_from(self):
+        with serving() as other:
+            other.models[0]["images"], other.pieces = {}, [b"data: [DONE]\n\n"]
+            asked = arguments(other, "--do_sample", "Go")
+            chat(asked)
+        session, (sent,) = Settings(asked).options, other.asked
+        assert {name: sent[name] for name in SAMPLING} == {name: session[name] for name in SAMPLING}
+        usual = GenerationOptions(**generation_options(asked))
+        assert {name: sent[name] for name in SAMPLING} == {name: getattr(usual, name) for name in SAMPLING}
 
     @pytest.mark.parametrize("words", [["--reuse_bytes", "5"], ["--control_tokens"], ["--exif", "apply"]], ids=str)
     def test_what_is_for_the_server_to_say_is_refused_by_name(self, server, words):
