@@ -90,6 +90,19 @@ def test_the_scores_stand_beside_the_papers_and_those_of_all_sets_below(server, 
         "ChartQA_TEST        75.0      82.2          4"]
 
 
+def test_scores_of_another_model_or_with_other_settings_are_in_no_table_with_these(server, tmp_path):
+    for name in ("ChartQA_TEST", "MMStar"):
+        write_table(tmp_path, name)
+    run(*server.asks("ChartQA_TEST"), "--model_name", "model")
+    words = (*server.asks("MMStar"), "--model_name", "model")
+    one_alone = run(*words, "--num_beams", "1", "--output_dir", "other")[1]
+    shutil.copy("benchmarks/model/ChartQA_TEST.scores.json", "other/model")
+    assert run(*words, "--num_beams", "1", "--output_dir", "other")[1] == one_alone
+    server.models[0]["id"] = "another"
+    assert run(*server.asks("MMStar"), "--model_name", "model")[1] == one_alone
+    assert len(one_alone) == 4
+
+
 def test_what_is_answered_is_not_asked_again(server, tmp_path, capsys):
     write_table(tmp_path, "MMStar")
     words = server.asks("MMStar")
