@@ -343,10 +343,7 @@ class Scheduler(Generic[Row]):
             return False
         self.counts.steps += 1
         for mode in dict.fromkeys(job.mode for job, _ in self.writing):
-            going = [(job, number) for job, number in self.writing if job.mode == mode]
-            for start in range(0, len(going), self.decoder.most):
-                part = going[start:start + self.decoder.most]
-                self._write_part(part)
+            self._write_part([(job, number) for job, number in self.writing if job.mode == mode])
         return True
 
     def _write_part(self, part: list[tuple[Job, int]]) -> None:
