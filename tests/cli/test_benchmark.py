@@ -199,6 +199,22 @@ def test_a_server_cuts_what_it_gets_into_the_tiles_that_were_meant(server, tmp_p
         assert np.array_equal(again, np.asarray(sent))
 
 
+def test_a_server_says_whether_pictures_are_turned_by_their_exif_unless_the_command_does(server, tmp_path):
+    write_table(tmp_path, "MMStar")
+    file, turned = io.BytesIO(), Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (1800, 300)).save(file, "JPEG", exif=turned)
+    path = tmp_path / "MMStar.tsv"
+    path.write_text(path.read_text().replace(picture("cat.jpg"), base64.b64encode(file.getvalue()).decode()))
+    for number, (own, words, is_upright) in enumerate((
+            (None, (), False), ("apply", (), True), ("apply", ("--exif", "ignore"), False), ("other", (), False))):
+        server.models[0]["images"] = {} if own is None else {"exif": own}
+        run(*server.asks("MMStar"), *words, "--output_dir", f"out{number}", "--max_samples", "1")
+        parts = server.asked[-1]["messages"][0]["content"]
+        sent = Image.open(io.BytesIO(base64.b64decode(parts[0]["image_url"]["url"].partition(",")[2])))
+        assert (sent.height > sent.width) is is_upright
+
+
 @pytest.mark.parametrize("name", ["MME", "HallusionBench", "POPE"])
 def test_marks_of_turns_need_a_server_that_takes_them(server, tmp_path, name):
     write_table(tmp_path, name)
