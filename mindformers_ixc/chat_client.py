@@ -257,7 +257,12 @@ def image_part(content: bytes, kind: str = "image/png") -> dict:
         content: of the file.
         kind: its media type.
     """
-    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(content).decode()}"}}
+    return {"type": "image_url", "image_url": {"url": file_url(content, kind)}}
+
+
+def file_url(content: bytes, kind: str) -> str:
+    """A file as a data URL; arguments as of `image_part`."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _request(messages: Sequence[Mapping[str, Any]], model: str, fields: Mapping[str, Any]) -> dict:

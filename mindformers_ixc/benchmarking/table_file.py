@@ -5,7 +5,6 @@ column that holds nothing but numbers holds numbers.
 """
 from __future__ import annotations
 
-import ast
 import base64
 import binascii
 import csv
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Union
 
 from mindformers_ixc.benchmarking.catalogue import COLUMNS, Benchmark
+from mindformers_ixc.benchmarking.matching import listed
 from mindformers_ixc.data.paths import check_root, cut, find_file, search_folders
 from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.files import check_encoding, decode_text
@@ -128,7 +128,7 @@ class BenchmarkTable:
                 raise DataError(f"{self.path}, row {number + 1}: has {len(cells)} cells of {len(self.columns)}; a text "
                                 "with a tab or a line break stands in double quotes.")
             image = "" if self._image is None else cells[self._image].strip()
-            several = [] if image in _MISSING else _several(image)
+            several = [] if image in _MISSING else listed(image)
             if len(image) > LONGEST_REFERENCE and (fault := _fault(several)):
                 faults[number] = fault
             images.append(image[:LONGEST_REFERENCE + 1] if several else "")
@@ -178,7 +178,7 @@ class BenchmarkTable:
                     raise DataError(f"{self.path}, row {row.index}: {error}") from error
 
     def _paths(self, row: Row) -> list[Path]:
-        names = _several(str(row.cells["image_path"]))
+        names = listed(str(row.cells["image_path"]))
         try:
             return [find_file(name, self._folders, self._root) for name in names]
         except (DataError, FileNotFoundError) as error:
@@ -192,7 +192,7 @@ class BenchmarkTable:
         return [StoredFile(f"{name} {number + 1}", partial(self._bytes, row, number)) for number in range(row.count)]
 
     def _bytes(self, row: Row, number: int) -> bytes:
-        return decoded(_several(self._cell(row))[number])
+        return decoded(listed(self._cell(row))[number])
 
     def _cell(self, row: Row) -> str:
         """What the column of pictures has for a row."""
@@ -253,17 +253,6 @@ def _fault(pictures: Sequence[str]) -> str:
     except ImageError as error:
         return str(error).rstrip(".")
     return ""
-
-
-def _several(cell: str) -> list[str]:
-    """The texts of a cell that may be a list of them, as Python writes lists."""
-    if len(cell) > 1 and cell[0] == "[" and cell[-1] == "]":
-        try:
-            found = ast.literal_eval(cell)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return [cell]
-        return [str(one) for one in found]
-    return [cell]
 
 
 def _header(line: tuple[tuple[int, int], list[str]] | None, path: str) -> list[str]:

@@ -28,6 +28,9 @@ RUN_FOLDER = "T00000000-000000"
 # Where results go unless `--output_dir` says otherwise.
 OUTPUT = "benchmarks"
 
+# Of what answered, that may differ between scores in one table: what every data set has its own of, and where.
+_OF_EACH = ("benchmark", "max_new_tokens", "device_target")
+
 
 class _Questions:
     """The rows of a table as questions.
@@ -85,8 +88,8 @@ def run_benchmark(arguments: argparse.Namespace) -> int:
     scores = score(benchmark, rows, answers) if can_score(benchmark, rows) else {}
     if not scores:
         terminal.current.say(_no_scores(benchmark))
-    _note(folder, benchmark, model, scores, rows, len(source.rows))
-    _show(arguments, folder, benchmark, scores)
+    _note(folder, benchmark, run, scores, rows, len(source.rows))
+    _show(arguments, folder, run, benchmark, scores)
     return int(failed == len(rows))
 
 
@@ -166,20 +169,21 @@ def _no_scores(benchmark: Benchmark) -> str:
     return f"The table has no answers to score by; {benchmark.name} is scored where they are known."
 
 
-def _note(folder: Path, benchmark: Benchmark, model: str, scores: Scores, rows: Sequence[Row], total: int) -> None:
+def _note(folder: Path, benchmark: Benchmark, run: dict, scores: Scores, rows: Sequence[Row], total: int) -> None:
     """Keeps the scores for the table of all data sets."""
-    noted = {"benchmark": benchmark.name, "model": model, "questions": len(rows), "of": total, "scores": scores}
+    noted = {"benchmark": benchmark.name, "model": run["model"], "questions": len(rows), "of": total, "scores": scores,
+             "run": run}
     write_whole(folder / f"{benchmark.name}.scores.json", json.dumps(noted, ensure_ascii=False, indent=1) + "\n")
 
 
-def _show(arguments: argparse.Namespace, folder: Path, benchmark: Benchmark, scores: Scores) -> None:
-    """The scores beside the paper's: of this data set with its parts, then of all that the model was asked."""
+def _show(arguments: argparse.Namespace, folder: Path, run: dict, benchmark: Benchmark, scores: Scores) -> None:
+    """The scores beside the paper's: of this data set with its parts, then of all that the model was asked so."""
     main = benchmark.main if benchmark.main in scores else next(iter(scores), "")
     columns = [Column(benchmark.name, left=True), Column("this run", 8, gap=2), Column("paper", 8, gap=2)]
     lines = [[name, f"{value:.1f}", _paper(benchmark) if name == main else ""]
              for name, value in sorted(scores.items(), key=lambda item: item[0] != main)]
     shown = list(table(columns, lines)) if lines else []
-    noted = _noted(folder)
+    noted = _noted(folder, run)
     if len(noted) > 1 or not lines:
         columns = [Column("data set", left=True), Column("this model", gap=2), Column("paper", 8, gap=2),
                    Column("questions", gap=2), Column("", left=True, gap=2)]
@@ -194,17 +198,26 @@ def _paper(benchmark: Benchmark) -> str:
     return "" if benchmark.paper is None else f"{benchmark.paper:.1f}"
 
 
-def _noted(folder: Path) -> list[dict]:
-    """The scores of all data sets that a model was asked, in the catalogue's order."""
+def _noted(folder: Path, run: dict) -> list[dict]:
+    """The scores of all data sets that a model was asked, in the catalogue's order.
+
+    Of another one in a folder of the same name, or with other settings, they are left out.
+    """
     found = {}
     for path in folder.glob("*.scores.json"):
         try:
             one = read_json(path)
         except (DataError, OSError):
             continue
-        if isinstance(one, dict) and one.get("benchmark") in BENCHMARKS and isinstance(one.get("scores"), dict):
+        if isinstance(one, dict) and one.get("benchmark") in BENCHMARKS and isinstance(one.get("scores"), dict) \
+                and _of_all(one.get("run")) == _of_all(run):
             found[one["benchmark"]] = one
     return [found[name] for name in BENCHMARKS if name in found]
+
+
+def _of_all(run: object) -> dict:
+    """What is the same of all data sets that a model was asked."""
+    return {name: value for name, value in run.items() if name not in _OF_EACH} if isinstance(run, dict) else {}
 
 
 def _line(noted: dict) -> list[str]:

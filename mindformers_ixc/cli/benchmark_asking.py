@@ -15,12 +15,12 @@ from PIL import Image
 from mindformers_ixc import terminal
 from mindformers_ixc.benchmarking.catalogue import Benchmark, tiles_of
 from mindformers_ixc.benchmarking.prompts import Prompt, final_answer
-from mindformers_ixc.chat_client import ChatClient, image_part, text_part
+from mindformers_ixc.chat_client import BUSY, ChatClient, image_part, text_part
 from mindformers_ixc.cli.heavy import importing
 from mindformers_ixc.data.questions import Question
 from mindformers_ixc.errors import ConfigError, ImageError, ServerError
 from mindformers_ixc.processing.image import ImageSource, partition_pixels
-from mindformers_ixc.processing.pictures import load_image
+from mindformers_ixc.processing.pictures import EXIF, load_image
 from mindformers_ixc.processing.prompt import PICTURE
 from mindformers_ixc.sections import is_whole
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 # Side of a tile of the public model in pixels, for a server that does not say its own.
 TILE = 560
 
-# Refusals of a server that the next question will meet as well.
-_HOPELESS = (401, 403, 404, 405)
+# Refusals of a server that the next question will meet as well, or that say nothing of the question.
+_HOPELESS = (401, 403, 404, 405, *BUSY)
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Protocol:
         num_beams: beams.
         max_new_tokens: of an answer.
         transparency: as in `load_image`.
-        exif: as in `load_image`; `None` is the model directory's.
+        exif: as in `load_image`; `None` is the model's own.
     """
 
     benchmark: Benchmark
@@ -120,12 +120,14 @@ class Served:
         name: of the model.
         mode: to be asked for; `None` where the name says it.
         tile: side of its tiles, in pixels.
+        exif: how it reads pictures, unless the protocol says.
     """
 
     client: ChatClient
     name: str
     mode: str | None
     tile: int = TILE
+    exif: str = "ignore"
 
     @classmethod
     def find(cls, server: str, api_key: str | None, protocol: Protocol) -> Served:
@@ -146,9 +148,9 @@ class Served:
                               f"question, which {client.root} takes for text; start it with --allow_control_tokens, or "
                               "give --model instead of --server.")
         images = chosen.get("images")
-        tile = images.get("image_size") if isinstance(images, dict) else None
+        tile, exif = (images.get("image_size"), images.get("exif")) if isinstance(images, dict) else (None, None)
         return cls(client, str(chosen["id"]), None if found or protocol.mode == "base" else protocol.mode,
-                   int(tile) if tile is not None and is_whole(tile, 1) else TILE)
+                   int(tile) if tile is not None and is_whole(tile, 1) else TILE, exif if exif in EXIF else "ignore")
 
     def asking(self, protocol: Protocol, at_once: int) -> Ask:
         """Asks so many questions at once."""
@@ -163,7 +165,7 @@ def _ask_server(served: Served, protocol: Protocol, at_once: int, batch: Sequenc
 def _ask_one(served: Served, protocol: Protocol, asked: Asked) -> dict:
     limit = tiles_of(len(asked.images), protocol.hd_num)
     try:
-        pictures = iter([image_part(_cut(image, limit, served.tile, protocol)) for image in asked.images])
+        pictures = iter([image_part(_cut(image, limit, served, protocol)) for image in asked.images])
         content = [next(pictures) if piece is PICTURE else text_part(piece.text) for piece in asked.prompt.content]
         answer = served.client.complete(
             [{"role": "user", "content": content}], served.name, max_tokens=protocol.max_new_tokens, temperature=0,
@@ -177,10 +179,10 @@ def _ask_one(served: Served, protocol: Protocol, asked: Asked) -> dict:
     return {"answer": answer.text}
 
 
-def _cut(image: ImageSource, limit: int, tile: int, protocol: Protocol) -> bytes:
+def _cut(image: ImageSource, limit: int, served: Served, protocol: Protocol) -> bytes:
     """A picture resized and padded to whole tiles, as a PNG file: a server cuts it into these and changes nothing."""
-    upright = load_image(image, "", protocol.transparency, protocol.exif or "ignore")
-    pixels = partition_pixels(upright, limit, tile, training=True)
+    upright = load_image(image, "", protocol.transparency, protocol.exif or served.exif)
+    pixels = partition_pixels(upright, limit, served.tile, training=True)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -12,6 +12,7 @@ from mindformers_ixc.cli.chat_session import Measured, Reply, Session
 from mindformers_ixc.cli.hints import picture_hint
 from mindformers_ixc.cli.loading import Loading
 from mindformers_ixc.cli.settings import generation_options, image_options
+from mindformers_ixc.decoding_options import GenerationOptions
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.processing.processor import ImageProcessor
 from mindformers_ixc.processing.video import is_video
@@ -40,8 +41,10 @@ def chat(arguments: argparse.Namespace) -> int:
     query = {"query": arguments.question, "images": [_source(path) for path in arguments.image],
              "hd_num": arguments.hd_num, "meta_instruction": arguments.meta_instruction}
     with terminal.current.waiting("Answering"):
+        # top_k is said, for a server's own is another one than that of a model in this process
         text = "".join(piece for piece, _ in answers.pieces(query, arguments.mode, {
-            "max_new_tokens": arguments.max_new_tokens, **generation_options(arguments)})).strip()
+            "max_new_tokens": arguments.max_new_tokens, "top_k": GenerationOptions.top_k,
+            **generation_options(arguments)})).strip()
     print(text, file=arguments.answers)
     for line in picture_hint(arguments.question, bool(arguments.image), "--image FILE gives one"):
         terminal.current.say(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from mindformers_ixc import terminal
@@ -86,9 +87,9 @@ def settings_of(arguments: argparse.Namespace, assistant: Assistant) -> ServerSe
     ranks = assistant.model.config.task_lora_ranks
     modes = tuple(mode for mode, tasks in MODE_ADAPTERS.items() if all(task in ranks for task in tasks))
     limits = _fitted(limits, assistant, said=arguments.max_running is not None)
-    name = arguments.name or Path(os.path.abspath(resolve_model(arguments.model))).name
-    if arguments.name is None and name == "model":      # what every run calls it
-        name = Path(os.path.abspath(resolve_model(arguments.model))).parent.name
+    folder = Path(os.path.abspath(resolve_model(arguments.model)))
+    # every run calls it "model"
+    name = arguments.name or (folder.parent if folder.name == "model" else folder).name
     root = check_root(arguments.image_root)
     return ServerSettings(name, modes, limits, api_key(arguments), root, tuple(arguments.fetch_images),
                           tuple(arguments.allow_origin), arguments.allow_control_tokens, arguments.log_contents,
@@ -97,7 +98,7 @@ def settings_of(arguments: argparse.Namespace, assistant: Assistant) -> ServerSe
 
 def _fitted(limits: Limits, assistant: Assistant, said: bool) -> Limits:
     """Limits that the model and this machine's memory allow."""
-    config, given = assistant.model.config, limits.__dict__
+    config = assistant.model.config
     positions = min(limits.positions, assistant.longest)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     running = limits.running
@@ -112,8 +113,7 @@ def _fitted(limits: Limits, assistant: Assistant, said: bool) -> Limits:
         terminal.current.say(f"{running} answers are written at once: keys and values of {limits.running} with "
                              f"{positions} positions would take more than a fourth of this machine's memory. "
                              "--max_positions lowers what each takes.")
-    return Limits(**{**given, "positions": positions, "running": running,
-                     "new_tokens": min(limits.new_tokens, positions)})
+    return replace(limits, positions=positions, running=running, new_tokens=min(limits.new_tokens, positions))
 
 
 def choose_piece(decoder: Batched, seconds: float) -> None:

@@ -1,18 +1,19 @@
 """A client of this package's own server: questions of a chat as requests."""
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mindformers_ixc.chat_client import OWN_KEY_VARIABLE, ChatClient
+from mindformers_ixc.chat_client import OWN_KEY_VARIABLE, ChatClient, file_url, text_part
 from mindformers_ixc.errors import ConfigError, GenerationError, ServerError
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
 
-# Seconds that a server may be silent; between the pieces of an answer it says that it is still there.
+# Seconds that a server may be silent; between the pieces of an answer it says that it is still there. One that comes
+# whole, as with beams, has the time of `ChatClient`.
 SILENCE = 120.0
 
 # Types of data URLs by endings of videos' names, where they are not `video/ENDING`.
@@ -33,8 +34,9 @@ class Client:
 
     def __init__(self, address: str, key: str | None = None):
         try:
-            self._client = ChatClient(address if "://" in address else f"http://{address}", key, SILENCE,
-                                      variable=OWN_KEY_VARIABLE, option="")
+            make = partial(ChatClient, address if "://" in address else f"http://{address}", key,
+                           variable=OWN_KEY_VARIABLE, option="")
+            self._client, self._patient = make(timeout=SILENCE), make()
         except ServerError as error:
             raise ConfigError(f"--server: {error}") from error
 
@@ -63,7 +65,7 @@ class Client:
             if request.get("stream"):
                 yield from self._client.events(request)
             else:
-                yield self._client.ask(request)
+                yield self._patient.ask(request)
 
 
 @contextlib.contextmanager
@@ -79,10 +81,9 @@ def data_url(source: bytes | str | os.PathLike) -> str:
     """A picture's bytes, or a video's file, as a data URL."""
     if isinstance(source, bytes):
         # what it is shows in its bytes; the name of the type is for form
-        return "data:image/png;base64," + base64.b64encode(source).decode()
+        return file_url(source, "image/png")
     ending = Path(source).suffix[1:].lower()
-    return (f"data:video/{_VIDEO_TYPES.get(ending, ending)};base64,"
-            + base64.b64encode(Path(source).read_bytes()).decode())
+    return file_url(Path(source).read_bytes(), f"video/{_VIDEO_TYPES.get(ending, ending)}")
 
 
 def messages_of(query: Mapping[str, Any]) -> list[dict]:
@@ -117,7 +118,7 @@ def messages_of(query: Mapping[str, Any]) -> list[dict]:
 
 
 def _text(text: str) -> list[dict]:
-    return [{"type": "text", "text": text}] if text else []
+    return [text_part(text)] if text else []
 
 
 def _picture(source: bytes | str | os.PathLike) -> dict:
@@ -126,7 +127,7 @@ def _picture(source: bytes | str | os.PathLike) -> dict:
     return {"type": kind, kind: {"url": url}}
 
 
-def decoding_fields(options: Mapping[str, Any], known: Sequence[str] = ("repetition_penalty", "seed")) -> dict:
+def decoding_fields(options: Mapping[str, Any]) -> dict:
     """Decoding options of this package as fields of a request.
 
     Raises:
@@ -134,7 +135,7 @@ def decoding_fields(options: Mapping[str, Any], known: Sequence[str] = ("repetit
     """
     if options.get("prompt_lookup"):
         raise GenerationError("prompt_lookup is not something that a server does; set it to 0.")
-    found = {name: options[name] for name in known if options.get(name) is not None}
+    found = {name: options[name] for name in ("repetition_penalty", "seed") if options.get(name) is not None}
     found["max_completion_tokens"] = options["max_new_tokens"]
     if options.get("num_beams", 1) > 1:
         found["num_beams"] = options["num_beams"]

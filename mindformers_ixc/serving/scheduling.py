@@ -136,7 +136,7 @@ class Counts:
         new_tokens: of all answers.
         steps: decoding steps.
         pieces: pieces of prompts.
-        longest_tick: seconds.
+        longest_tick: seconds, a step of a whole answer in front of it included.
     """
 
     requests: dict[str, int] = field(default_factory=lambda: dict.fromkeys(
@@ -230,12 +230,16 @@ class Scheduler(Generic[Row]):
         self._admit()
         done = self._read()
         done = self._write() or done
+        if done:
+            self._has_taken(start)
         if self.whole is None and self._start_whole():
             done = True
-        if done:
-            self.counts.longest_tick = max(self.counts.longest_tick, self.clock() - start)
         self.after_tick()
         return done
+
+    def _has_taken(self, since: float) -> None:
+        """Counts a time that answers waited for their next token."""
+        self.counts.longest_tick = max(self.counts.longest_tick, self.clock() - since)
 
     def _drop(self) -> None:
         """Ends what is cancelled or late."""
@@ -343,10 +347,7 @@ class Scheduler(Generic[Row]):
             return False
         self.counts.steps += 1
         for mode in dict.fromkeys(job.mode for job, _ in self.writing):
-            going = [(job, number) for job, number in self.writing if job.mode == mode]
-            for start in range(0, len(going), self.decoder.most):
-                part = going[start:start + self.decoder.most]
-                self._write_part(part)
+            self._write_part([(job, number) for job, number in self.writing if job.mode == mode])
         return True
 
     def _write_part(self, part: list[tuple[Job, int]]) -> None:
@@ -373,9 +374,13 @@ class Scheduler(Generic[Row]):
             if client is None:
                 return False
             job = self.whole = self._take(client)
+        since = self.clock()
 
         def between() -> None:
-            self.tick()
+            nonlocal since
+            if self.tick():
+                self._has_taken(since)
+            since = self.clock()
             self._look_at(job)
 
         try:

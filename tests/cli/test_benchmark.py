@@ -90,6 +90,19 @@ def test_the_scores_stand_beside_the_papers_and_those_of_all_sets_below(server, 
         "ChartQA_TEST        75.0      82.2          4"]
 
 
+def test_scores_of_another_model_or_with_other_settings_are_in_no_table_with_these(server, tmp_path):
+    for name in ("ChartQA_TEST", "MMStar"):
+        write_table(tmp_path, name)
+    run(*server.asks("ChartQA_TEST"), "--model_name", "model")
+    words = (*server.asks("MMStar"), "--model_name", "model")
+    one_alone = run(*words, "--num_beams", "1", "--output_dir", "other")[1]
+    shutil.copy("benchmarks/model/ChartQA_TEST.scores.json", "other/model")
+    assert run(*words, "--num_beams", "1", "--output_dir", "other")[1] == one_alone
+    server.models[0]["id"] = "another"
+    assert run(*server.asks("MMStar"), "--model_name", "model")[1] == one_alone
+    assert len(one_alone) == 4
+
+
 def test_what_is_answered_is_not_asked_again(server, tmp_path, capsys):
     write_table(tmp_path, "MMStar")
     words = server.asks("MMStar")
@@ -142,6 +155,17 @@ def test_a_question_that_is_refused_counts_as_wrong_and_a_server_that_is_gone_en
     assert len(answers_of("MMStar")) == 2
 
 
+def test_a_server_that_stays_busy_ends_the_run_and_no_question_counts_as_wrong(server, tmp_path, monkeypatch):
+    write_table(tmp_path, "MMStar")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    words = server.asks("MMStar")
+    server.refusals = [(429, b'{"error": {"message": "Too many of yours wait."}}', {})] * 4
+    with pytest.raises(ServerError, match="Too many of yours wait"):
+        run(*words)
+    _, lines = run(*words)
+    assert lines[1].split() == ["Overall", "50.0", "59.9"] and len(server.asked) == 8
+
+
 def test_what_a_server_gets(server, tmp_path):
     write_table(tmp_path, "MMStar")
     run(*server.asks("MMStar"), "--api_key", "secret", "--hd_num", "9")
@@ -173,6 +197,22 @@ def test_a_server_cuts_what_it_gets_into_the_tiles_that_were_meant(server, tmp_p
         again = partition_pixels(sent, 36, tile)
         assert sent.size == plan_partition(*whole.size, 36, tile, training=True).padded
         assert np.array_equal(again, np.asarray(sent))
+
+
+def test_a_server_says_whether_pictures_are_turned_by_their_exif_unless_the_command_does(server, tmp_path):
+    write_table(tmp_path, "MMStar")
+    file, turned = io.BytesIO(), Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (1800, 300)).save(file, "JPEG", exif=turned)
+    path = tmp_path / "MMStar.tsv"
+    path.write_text(path.read_text().replace(picture("cat.jpg"), base64.b64encode(file.getvalue()).decode()))
+    for number, (own, words, is_upright) in enumerate((
+            (None, (), False), ("apply", (), True), ("apply", ("--exif", "ignore"), False), ("other", (), False))):
+        server.models[0]["images"] = {} if own is None else {"exif": own}
+        run(*server.asks("MMStar"), *words, "--output_dir", f"out{number}", "--max_samples", "1")
+        parts = server.asked[-1]["messages"][0]["content"]
+        sent = Image.open(io.BytesIO(base64.b64decode(parts[0]["image_url"]["url"].partition(",")[2])))
+        assert (sent.height > sent.width) is is_upright
 
 
 @pytest.mark.parametrize("name", ["MME", "HallusionBench", "POPE"])

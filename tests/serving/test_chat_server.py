@@ -2,17 +2,22 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from served import IMAGES, STARTER, served
 from standin_decoder import StandInDecoder, alone
+from standin_server import serving
 
 import mindformers_ixc_cli
 from mindformers_ixc.cli.chat_server import ServerAnswers, chat
 from mindformers_ixc.cli.chat_session import Session
 from mindformers_ixc.cli.inputs import check_inputs
+from mindformers_ixc.cli.settings import SAMPLING, Settings, generation_options
+from mindformers_ixc.decoding_options import GenerationOptions
 from mindformers_ixc.errors import ConfigError, GenerationError
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
+from mindformers_ixc.serving import client
 from mindformers_ixc.serving.client import Client, data_url, decoding_fields, messages_of
 
 
@@ -53,6 +58,16 @@ class TestOneQuestion:
         sampled, beams = server.chats(before + 2)[before:]
         assert (sampled["mode"], sampled["stream"]) == ("web", True) and beams["stream"] is False
 
+    def test_what_is_sampled_from_is_what_chat_and_a_session_sample_from(self):
+        with serving() as other:
+            other.models[0]["images"], other.pieces = {}, [b"data: [DONE]\n\n"]
+            asked = arguments(other, "--do_sample", "Go")
+            chat(asked)
+        session, (sent,) = Settings(asked).options, other.asked
+        assert {name: sent[name] for name in SAMPLING} == {name: session[name] for name in SAMPLING}
+        usual = GenerationOptions(**generation_options(asked))
+        assert {name: sent[name] for name in SAMPLING} == {name: getattr(usual, name) for name in SAMPLING}
+
     @pytest.mark.parametrize("words", [["--reuse_bytes", "5"], ["--control_tokens"], ["--exif", "apply"]], ids=str)
     def test_what_is_for_the_server_to_say_is_refused_by_name(self, server, words):
         with pytest.raises(ConfigError, match=f"{words[0]} is given with --server"):
@@ -81,6 +96,17 @@ class TestOneQuestion:
             with pytest.raises(GenerationError, match="key is missing or wrong"):
                 Client(server.url).models()
             assert Client(f"{server.url}/v1/", "key-of-enough").models()[0]["id"] == "starter"
+
+
+    def test_an_answer_that_comes_whole_may_take_longer_than_a_stream_may_be_silent(self, monkeypatch):
+        def late(body):
+            time.sleep(0.6)
+            return "late"
+
+        monkeypatch.setattr(client, "SILENCE", 0.2)
+        with serving(late) as slow:
+            (answer,) = Client(slow.url).chat({"messages": [{"role": "user", "content": "x"}], "num_beams": 2})
+        assert answer["choices"][0]["message"]["content"] == "late"
 
 
 class TestSession:

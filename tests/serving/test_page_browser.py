@@ -13,15 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+from page_visitor import FILM, RICH, WEB, WRITTEN, Visitor, answer
+from playwright import sync_api as playwright
 from scripted_decoder import ScriptedDecoder
 from served import IMAGES, ROOT, STARTER, served
 from test_serve_command import COMMAND
 
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.serving.limits import Limits
-
-playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
-from page_visitor import FILM, RICH, WEB, WRITTEN, Visitor, answer  # noqa: E402 - needs Playwright
 
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
                None)

@@ -142,6 +142,30 @@ class TestTheNextPiece:
         assert whole.answers == [alone([3], 12)] and other.answers == [alone([4], 6)]
 
 
+    def test_the_longest_wait_is_that_for_a_step_of_a_whole_answer_and_not_for_all_of_it(self):
+        now = [0.0]
+
+        class Slow(StandInDecoder):
+            def step(self, rows, tokens):
+                now[0] += 0.25
+                return super().step(rows, tokens)
+
+            def whole(self, prompt, job, between):
+                def after_a_step():
+                    now[0] += 1.0
+                    between()
+
+                return super().whole(prompt, job, after_a_step)
+
+        scheduler = Scheduler(Slow(), clock=lambda: now[0])
+        whole, other = Asked([3], 12, is_whole=True), Asked([4], 6, client="b")
+        scheduler.submit(other.job)
+        scheduler.submit(whole.job)
+        run(scheduler)
+        assert whole.ends == other.ends == [None] and now[0] > 12
+        assert scheduler.counts.longest_tick == 1.25
+
+
 class TestEnds:
     def test_a_cancelled_request_frees_its_rows_with_the_next_tick(self):
         decoder = StandInDecoder()
