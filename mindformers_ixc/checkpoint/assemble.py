@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mindformers_ixc.checkpoint.dtypes import to_float32
+from mindformers_ixc.checkpoint.family import fields_of
 from mindformers_ixc.checkpoint.quantised import widened
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state, open_source
 from mindformers_ixc.checkpoint.start import check_tensor, mismatch
@@ -24,7 +25,6 @@ from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, check_target, write_checkpoint
 from mindformers_ixc.config import CONFIG_FILE, FIELDS, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError, ConfigError
-from mindformers_ixc.files import read_json
 from mindformers_ixc.parameters import BUFFERS, VISION, Entry, parameter_table, part_of
 from mindformers_ixc.processing.image import bicubic_resize
 
@@ -174,12 +174,12 @@ def _fields_of(source: OpenedCheckpoint, types: tuple[str, ...], wanted: str) ->
     """
     if source.config_file is None:
         return {}
-    fields = read_json(source.config_file, CheckpointError)
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    fields = fields_of(source)
+    kind = fields.get("model_type")
     if kind not in types:
         raise CheckpointError(f"{source.config_file} has model_type {kind!r:.80}, expected {wanted} of type "
                               f"{', '.join(types[:-1])} or {types[-1]}.")
-    return dict(fields)
+    return fields
 
 
 def _tower_of(fields: Mapping) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def attach_parts(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint,
             config.task_lora_ranks = {**config.task_lora_ranks, match[1]: tensor.shape[0]}
     if SCORE_HEAD in parts:         # the whole becomes a reward model
         found = None if adapter.config_file is None else read_config(adapter.config_file).reward_pooling
-        config.reward_pooling = found or POOLINGS[0]
+        config.reward_pooling = found or config.reward_pooling or POOLINGS[0]
     table = parameter_table(config)
     for name, tensor in parts.items():
         if name not in table:

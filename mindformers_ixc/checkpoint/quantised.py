@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from mindformers_ixc.checkpoint.dtypes import WEIGHTS
+from mindformers_ixc.checkpoint.family import fields_of
 from mindformers_ixc.checkpoint.packing import GROUP, pack_4, unpack_4, unpack_awq, widen_4, widen_8
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.errors import CheckpointError
-from mindformers_ixc.files import read_json
 
 # The section of config.json, and the methods it may name.
 SECTION = "quantization_config"
@@ -97,8 +97,7 @@ def quantization_of(source: OpenedCheckpoint) -> Quantization | None:
     Raises:
         CheckpointError: when it is quantised in a way that is not read, or no config.json says how.
     """
-    fields = read_json(source.config_file, CheckpointError) if source.config_file is not None else {}
-    section = fields.get(SECTION) if isinstance(fields, dict) else None
+    section = fields_of(source).get(SECTION)
     whole = not any(name.endswith(f".{NUMBERS}") for name in source.tensors)
     if section is not None and not whole:
         return read_section(section, source.config_file or source.path)

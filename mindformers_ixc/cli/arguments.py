@@ -84,3 +84,9 @@ def add_loudness(parser: argparse.ArgumentParser) -> None:
     loudness = parser.add_mutually_exclusive_group()
     loudness.add_argument("--verbose", action="store_true", help="show all that the libraries print, too")
     loudness.add_argument("--quiet", action="store_true", help="show no progress: results, warnings and errors only")
+
+
+def add_no_verify(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that leaves weights unchecked."""
+    parser.add_argument("--no_verify", action="store_true", help="do not compare weights with the digests that were "
+                        "written with them")

@@ -6,7 +6,7 @@ import argparse
 from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.family import know_member, refuse_other
 from mindformers_ixc.checkpoint.quantised import quantization_of, refuse_quantised, stored_weights
-from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.cli.early import SMALL
 from mindformers_ixc.config import FIELDS, field_rule, read_config
 from mindformers_ixc.data.preferences import load_preferences
@@ -67,16 +67,10 @@ def check_question(arguments: argparse.Namespace) -> None:
         return
     if arguments.model is None:
         raise ConfigError("Neither --model nor --server is given; name a model directory, or a server to ask.")
-    folder = resolve_model(arguments.model)
-    check_directory(folder)
-    config, scores = read_config(folder), getattr(arguments, "command", None) == "score"
-    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        if config.reward_pooling is not None:
-            refuse_other(True, arguments.model, scores)
-        return          # reading those takes PyTorch, whose import takes seconds
-    with terminal.to_be_said_later():
-        source = open_source(folder, verify=False)
-    refuse_other(know_member(config, source).reward_pooling is not None, arguments.model, scores)
+    check_directory(resolve_model(arguments.model))
+    source = _checkpoint_of(arguments.model, getattr(arguments, "command", None) == "score")
+    if source is None:
+        return
     if getattr(arguments, "command", None) == "reference":
         refuse_quantised(source, "reference")
     quantization = quantization_of(source)
@@ -89,6 +83,28 @@ def _check_best_of(arguments: argparse.Namespace) -> None:
     count, reward = getattr(arguments, "best_of", None), getattr(arguments, "reward", None)
     check_reward(count, reward, vars(arguments))
     if reward is not None:
-        refuse_other(read_config(reward).reward_pooling is not None, reward, scores=True)
+        _checkpoint_of(reward, scores=True)
     if count is not None:
         arguments.do_sample = True
+
+
+def _checkpoint_of(model: str, scores: bool) -> OpenedCheckpoint | None:
+    """The checkpoint of a model directory, which must be of the kind that is asked.
+
+    Args:
+        model: the directory, as it was given.
+        scores: whether it is asked for scores.
+
+    Returns:
+        The checkpoint; `None` for one whose reading takes PyTorch, whose import takes seconds.
+    """
+    folder = resolve_model(model)
+    config = read_config(folder)
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        if config.reward_pooling is not None:
+            refuse_other(True, model, scores)
+        return None
+    with terminal.to_be_said_later():
+        source = open_source(folder, verify=False)
+    refuse_other(know_member(config, source).reward_pooling is not None, model, scores)
+    return source

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mindformers_ixc.cli.arguments import Help, Parser
+from mindformers_ixc.cli.arguments import Help, Parser, add_no_verify
 
 if TYPE_CHECKING:
     # what `add_subparsers` gives; argparse has no public name for it
@@ -32,7 +32,7 @@ def add_assemble(commands: Commands) -> None:
     assemble.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as they are)")
     assemble.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
     assemble.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    _add_no_verify(assemble)
+    add_no_verify(assemble)
 
 
 def add_score(commands: Commands) -> None:
@@ -59,12 +59,7 @@ def add_score(commands: Commands) -> None:
     score.add_argument("--transparency", choices=["white", "public"], help="as in chat")
     score.add_argument("--exif", choices=["ignore", "apply"], help="as in chat")
     score.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
-    _add_no_verify(score)
-
-
-def _add_no_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--no_verify", action="store_true", help="do not compare weights with the digests that were "
-                        "written with them")
+    add_no_verify(score)
 
 
 def add_best_of(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,6 @@ from mindformers_ixc.cli.settings import image_options
 from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.best_of import BestOf
-from mindformers_ixc.generation.best_of import load_scorer as load_scorer_of
 from mindformers_ixc.generation.scoring import Scorer
 
 # Ascend's paged and flash attention take 16 bits; the released weights are bfloat16.
@@ -34,16 +33,22 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
 def load_scorer(arguments: argparse.Namespace) -> Scorer:
     """Loads the reward model `arguments.model` as `load_assistant` does a model that writes."""
     prepare_device(arguments)
-    dtypes = ASCEND_DTYPES if arguments.device_target == "Ascend" else {}
-    scorer = Scorer.from_directory(arguments.model, image_options(arguments), **dtypes)
-    scorer.processor.control_tokens = arguments.control_tokens
-    return scorer
+    return _scorer_of(arguments.model, arguments)
 
 
 def load_best_of(arguments: argparse.Namespace, assistant: Assistant) -> BestOf:
-    """What gives the best of `arguments.best_of` samples, by the reward model `arguments.reward` if there is one."""
+    """What gives the best of `arguments.best_of` samples, by the reward model `arguments.reward` if there is one; it
+    reads pictures and text as the assistant does.
+    """
+    scorer = None if arguments.reward is None else _scorer_of(arguments.reward, arguments)
+    return BestOf(assistant, arguments.best_of, scorer)
+
+
+def _scorer_of(directory: str, arguments: argparse.Namespace) -> Scorer:
     dtypes = ASCEND_DTYPES if arguments.device_target == "Ascend" else {}
-    return BestOf(assistant, arguments.best_of, load_scorer_of(arguments.reward, dtypes))
+    scorer = Scorer.from_directory(directory, image_options(arguments), **dtypes)
+    scorer.processor.control_tokens = arguments.control_tokens
+    return scorer
 
 
 def prepare_device(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mindformers_ixc.cli.arguments import Help, Parser, Usual, WithoutFiles, add_loudness
+from mindformers_ixc.cli.arguments import Help, Parser, Usual, WithoutFiles, add_loudness, add_no_verify
 from mindformers_ixc.cli.benchmark_options import add_benchmark
 from mindformers_ixc.cli.family_parsers import add_assemble, add_best_of, add_score
 from mindformers_ixc.cli.serve_options import add_serve_options
@@ -80,7 +80,7 @@ def _add_run(commands: Commands) -> None:
                      "(default: the file's)")
     run.add_argument("--predict_data", metavar="FILE", help="questions for run_mode predict, one JSON object a "
                      "line (default: the file's input_data)")
-    _add_no_verify(run)
+    add_no_verify(run)
 
 
 def _add_launch(commands: Commands) -> None:
@@ -97,11 +97,6 @@ def _add_launch(commands: Commands) -> None:
     launch.add_argument("--master_addr", default="127.0.0.1", metavar="HOST", help="address of server 0")
     launch.add_argument("--master_port", type=int, metavar="N", help="its port (default: a free one, else 8118)")
     launch.add_argument("--log_dir", metavar="DIR", help="of the ranks' logs (default: OUTPUT_DIR/rank_logs)")
-
-
-def _add_no_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--no_verify", action="store_true", help="do not compare weights with the digests that were "
-                        "written with them")
 
 
 def _add_generation(parser: argparse.ArgumentParser, or_server: bool = False) -> None:
@@ -122,7 +117,7 @@ def _add_generation(parser: argparse.ArgumentParser, or_server: bool = False) ->
     parser.add_argument("--cache_dtype", choices=list(CACHE_DTYPES), help="dtype of keys and values; bfloat16 halves "
                         "their memory, on a CPU (default: that of products)")
     parser.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
-    _add_no_verify(parser)
+    add_no_verify(parser)
 
 
 def _add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +160,7 @@ def _add_serve(commands: Commands) -> None:
                "mindformers serve --model DIR --host 0.0.0.0")
     add_serve_options(serve)
     _add_image_options(serve)
-    _add_no_verify(serve)
+    add_no_verify(serve)
 
 
 def _add_data_reading(command: argparse.ArgumentParser) -> None:
@@ -225,7 +220,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="PATH", help="config.json, if SRC has none beside it")
     parser.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    _add_no_verify(parser)
+    add_no_verify(parser)
 
 
 def _add_convert(commands: Commands) -> None:
@@ -277,7 +272,7 @@ def _add_quantize(commands: Commands) -> None:
     quantize.add_argument("--config", metavar="PATH", help="config.json, if SRC has none beside it")
     quantize.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
     quantize.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    _add_no_verify(quantize)
+    add_no_verify(quantize)
 
 
 def _add_merge(commands: Commands) -> None:
@@ -388,7 +383,7 @@ def _add_reference(commands: Commands) -> None:
     reference.add_argument("--batch_size", type=int, default=4, metavar="N", help="answers at once")
     reference.add_argument("--control_tokens", action="store_true", help="as in the run to come")
     reference.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
-    _add_no_verify(reference)
+    add_no_verify(reference)
 
 
 def _add_report(commands: Commands) -> None:

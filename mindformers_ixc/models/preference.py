@@ -14,9 +14,8 @@ from mindspore.ops import operations as P
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.models.configuration import IXC25Config
-from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.loss import IGNORE_INDEX
-from mindformers_ixc.models.report import keep_report
+from mindformers_ixc.models.pairs import IXC25PairModel, PairLoss
 from mindformers_ixc.preference_options import REFERENCE_FREE, preference_options
 
 # Entries of the report of a step, in their order; the last is the number of pairs that the others are sums over.
@@ -51,7 +50,7 @@ class AnswerSums(nn.Cell):
         return self.reshape(self.negative(self.sum_losses(losses, 1), -1.0), shape), self.reshape(tokens, shape)
 
 
-class PreferenceLoss(nn.Cell):
+class PreferenceLoss(PairLoss):
     """Loss and report of pairs from their log-probabilities; the options are those of `preference_options`.
 
     Args:
@@ -65,34 +64,16 @@ class PreferenceLoss(nn.Cell):
 
     def __init__(self, loss: str, beta: float, label_smoothing: float = 0.0, rpo_alpha: float = 0.0,
                  gamma: float = 0.0, summed: bool = False):
-        super().__init__()
+        super().__init__(len(REPORT), summed)
         self.loss, self.beta, self.smoothing, self.alpha, self.gamma = loss, beta, label_smoothing, rpo_alpha, gamma
-        self.has_reference, self.summed = loss not in REFERENCE_FREE, summed
-        self.sub, self.add, self.div = P.Sub(), P.Add(), P.Div()
-        self.mul_number, self.add_number, self.min_number, self.greater = P.Mul(), P.Add(), P.Minimum(), P.Greater()
-        self.at_least_one = P.Maximum()
-        self.first, self.second = P.StridedSlice(), P.StridedSlice()
-        self.square, self.absolute, self.exp, self.tanh, self.log = P.Square(), P.Abs(), P.Exp(), P.Tanh(), P.Log()
-        self.sum, self.sum_entries, self.ones = P.ReduceSum(), P.ReduceSum(), P.OnesLike()
-        self.mean, self.cast, self.join = P.ReduceMean(), P.Cast(), P.Concat(1)
+        self.has_reference = loss not in REFERENCE_FREE
+        self.div, self.tanh = P.Div(), P.Tanh()
 
     def shard(self, dp: int) -> None:
-        """Pairs are cut over the replicas and nothing else: left to itself the compiler cuts them over tensor-parallel
-        devices too, and gradients that those take for copies of each other are not."""
-        pairs, number = (dp, 1), ()
-        for primitive in (self.sub, self.add, self.div):
-            primitive.shard((pairs, pairs))
-        for primitive in (self.mul_number, self.add_number, self.min_number, self.greater, self.at_least_one):
-            primitive.shard((pairs, number))
-        for primitive in (self.first, self.second, self.square, self.absolute, self.exp, self.tanh, self.log, self.sum,
-                          self.sum_entries, self.ones, self.mean):
-            primitive.shard((pairs,))
-        self.join.shard((pairs,) * len(REPORT))
-
-    def log_sigmoid(self, x):
-        """Without overflow on either side, of `(B, 1)`."""
-        shrunk = self.exp(self.mul_number(self.absolute(x), -1.0))
-        return self.sub(self.min_number(x, 0.0), self.log(self.add_number(shrunk, 1.0)))
+        """See `PairLoss.shard`."""
+        super().shard(dp)
+        self.div.shard(((dp, 1), (dp, 1)))
+        self.tanh.shard(((dp, 1),))
 
     def log_odds(self, x):
         """`log(p / (1 - p))` of a log-probability `(B, 2)`; that of certainty is taken to be `-LEAST_NLL`."""
@@ -101,14 +82,6 @@ class PreferenceLoss(nn.Cell):
         t = self.mul_number(self.tanh(self.mul_number(x, 0.5)), -1.0)
         rest = self.sub(self.log(self.mul_number(t, 2.0)), self.log(self.add_number(t, 1.0)))
         return self.sub(x, rest)
-
-    def chosen(self, x):
-        """The chosen answers' column of `(B, 2)`, `(B, 1)`."""
-        return self.first(x, (0, 0), (x.shape[0], 1), (1, 1))
-
-    def rejected(self, x):
-        """The rejected answers' column of `(B, 2)`, `(B, 1)`."""
-        return self.second(x, (0, 1), (x.shape[0], 2), (1, 1))
 
     def losses(self, margin, nll, each):
         """Losses `(B, 1)` of pairs.
@@ -145,7 +118,7 @@ class PreferenceLoss(nn.Cell):
             negative log-likelihoods a token of the chosen, and the number of pairs. Rewards are `beta` times the
             log-probability less the reference's, or, without a reference, times that a token.
         """
-        each = self.div(policy, self.at_least_one(tokens, 1.0))                        # (B, 2)
+        each = self.div(policy, self.at_least(tokens, 1.0))                            # (B, 2)
         rewards = self.mul_number(self.sub(policy, reference) if self.has_reference else each, self.beta)
         margin = self.sub(self.chosen(rewards), self.rejected(rewards))                # (B, 1)
         nll = self.mul_number(self.chosen(each), -1.0)
@@ -162,7 +135,7 @@ class PreferenceLoss(nn.Cell):
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS)
-class IXC25ForPreference(IXC25Model):
+class IXC25ForPreference(IXC25PairModel):
     """IXC2.5 that learns from preferred answers; the same parameters as `IXC25Model`.
 
     Args:
@@ -180,21 +153,10 @@ class IXC25ForPreference(IXC25Model):
             raise ConfigError(f"model_config.preference.task is '{task}', which adapter_mode "
                               f"'{config.adapter_mode}' does not use ({', '.join(self.adapters) or 'it uses none'}).")
         self.without_task = tuple(name for name in self.adapters if name != task)
-        parallel = config.parallel_config
         self.preference_loss = PreferenceLoss(**options, summed=config.calculate_per_token_loss)
         self.has_reference = self.preference_loss.has_reference
-        self.answer_sums = AnswerSums(parallel.data_parallel if is_parallel() else None)
-        self.tile_answers = P.Tile()
-        # what is reshaped twice gets its cut from what comes after, and would be gathered
-        self.keep_cut = P.Add().add_prim_attr("keep_alive", True)
-        if is_parallel():
-            self.keep_cut.shard(((parallel.data_parallel, 1), ()))
-            self.tile_answers.shard(((parallel.data_parallel, 1, 1, 1),))
-            self.preference_loss.shard(parallel.data_parallel)
-            keep_report(self, len(REPORT))
-            if parallel.pipeline_stage > 1:
-                for cell in (self.answer_sums, self.preference_loss, self.kept_report):
-                    cell.pipeline_stage = parallel.pipeline_stage - 1
+        self.answer_sums = AnswerSums(config.parallel_config.data_parallel if is_parallel() else None)
+        self.end_with(self.preference_loss, self.answer_sums)
 
     def answer_logps(self, rows, labels, adapters):
         """Summed log-probabilities and numbers of the labelled positions, float32 `(B, 2)` each."""
@@ -208,22 +170,9 @@ class IXC25ForPreference(IXC25Model):
         In parallel runs the loss alone (or the sum of losses and the number of pairs); the report is added to the
         parameter `train_report`.
         """
-        b, _, length = input_ids.shape
-        table = None
-        if pixel_values is not None:
-            table = self.vision_table(pixel_values, global_views, view_index)         # (B, T*k*k + 2, D)
-            rows, width = table.shape[1], table.shape[2]
-            table = self.tile_answers(self.reshape(table, (b, 1, rows, width)), (1, 2, 1, 1))
-            table = self.reshape(table, (2 * b, rows, width))                         # (2B, T*k*k + 2, D)
-        shape = (2 * b, length)
-        labels = self.reshape(labels, shape)
-        inputs = (self.reshape(input_ids, shape), table, self.reshape(vision_index, shape),
-                  self.keep_cut(self.reshape(image_mask, shape), 0))
+        inputs = self.answer_rows(input_ids, pixel_values, global_views, view_index, vision_index, image_mask)
+        labels = self.reshape(labels, (2 * labels.shape[0], labels.shape[2]))
         policy, tokens = self.answer_logps(inputs, labels, self.adapters)
         if self.has_reference and reference_logps is None:
             reference_logps = F.stop_gradient(self.answer_logps(inputs, labels, self.without_task)[0])
-        outputs = self.preference_loss(policy, tokens, reference_logps)
-        if self.keeps_report:
-            loss = self.kept_report(outputs[0], outputs[-1])
-            return (loss, outputs[1]) if self.sums_losses else loss
-        return outputs
+        return self.kept(self.preference_loss(policy, tokens, reference_logps))

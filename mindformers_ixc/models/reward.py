@@ -13,9 +13,8 @@ from mindspore.ops import operations as P
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.models.configuration import IXC25Config
-from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.layers import Linear
-from mindformers_ixc.models.report import keep_report
+from mindformers_ixc.models.pairs import IXC25PairModel, PairLoss
 from mindformers_ixc.reward_options import BARRIER, EDGE, reward_options
 
 # Entries of the report of a step, in their order; the last is the number of pairs that the others are sums over.
@@ -55,7 +54,7 @@ class ScorePooling(nn.Cell):
         return self.sum(self.mul(values, self.cast(self.equal(positions, LAST), mstype.float32)), 1)
 
 
-class RewardLoss(nn.Cell):
+class RewardLoss(PairLoss):
     """Loss and report of pairs from their scores; the options are those of `reward_options`.
 
     Args:
@@ -65,33 +64,16 @@ class RewardLoss(nn.Cell):
     """
 
     def __init__(self, loss: str = "ranking", log_barrier: float = 0.0, summed: bool = False):
-        super().__init__()
-        self.focal, self.weight, self.summed = loss == "focal", log_barrier, summed
-        self.sub, self.add, self.mul = P.Sub(), P.Add(), P.Mul()
-        self.mul_number, self.add_number, self.min_number, self.greater = P.Mul(), P.Add(), P.Minimum(), P.Greater()
-        self.at_least = P.Maximum()
-        self.first, self.second = P.StridedSlice(), P.StridedSlice()
-        self.absolute, self.exp, self.log, self.square = P.Abs(), P.Exp(), P.Log(), P.Square()
-        self.sum, self.sum_entries, self.ones = P.ReduceSum(), P.ReduceSum(), P.OnesLike()
-        self.mean, self.cast, self.join = P.ReduceMean(), P.Cast(), P.Concat(1)
-        self.equal, self.sum_real = P.Equal(), P.ReduceSum()
+        super().__init__(len(REPORT), summed)
+        self.focal, self.weight = loss == "focal", log_barrier
+        self.mul, self.equal, self.sum_real = P.Mul(), P.Equal(), P.ReduceSum()
 
     def shard(self, dp: int) -> None:
-        """Pairs are cut over the replicas and nothing else, as in `PreferenceLoss`."""
-        pairs, number = (dp, 1), ()
-        for primitive in (self.sub, self.add, self.mul, self.equal):
-            primitive.shard((pairs, pairs))
-        for primitive in (self.mul_number, self.add_number, self.min_number, self.greater, self.at_least):
-            primitive.shard((pairs, number))
-        for primitive in (self.first, self.second, self.absolute, self.exp, self.log, self.square, self.sum,
-                          self.sum_entries, self.ones, self.mean, self.sum_real):
-            primitive.shard((pairs,))
-        self.join.shard((pairs,) * len(REPORT))
-
-    def log_sigmoid(self, x):
-        """Without overflow on either side, of `(B, 1)`."""
-        shrunk = self.exp(self.mul_number(self.absolute(x), -1.0))
-        return self.sub(self.min_number(x, 0.0), self.log(self.add_number(shrunk, 1.0)))
+        """See `PairLoss.shard`."""
+        super().shard(dp)
+        for primitive in (self.mul, self.equal):
+            primitive.shard(((dp, 1), (dp, 1)))
+        self.sum_real.shard(((dp, 1),))
 
     def barrier(self, scores):
         """What keeps scores `(B, 1)` within the range."""
@@ -118,8 +100,7 @@ class RewardLoss(nn.Cell):
             Scalar loss (or sum and number of pairs, float32 scalars) and the report, float32, the entries of `REPORT`:
             sums of chosen and rejected scores, margins and right orders, and the number of pairs.
         """
-        b = scores.shape[0]
-        chosen, rejected = self.first(scores, (0, 0), (b, 1), (1, 1)), self.second(scores, (0, 1), (b, 2), (1, 1))
+        chosen, rejected = self.chosen(scores), self.rejected(scores)
         margin = self.sub(chosen, rejected)                                            # (B, 1)
         losses = self.losses(chosen, rejected, margin)
         right = self.cast(self.greater(margin, 0.0), mstype.float32)
@@ -132,7 +113,7 @@ class RewardLoss(nn.Cell):
         return self.mean(losses), report
 
 
-class IXC25RewardModel(IXC25Model):
+class IXC25RewardModel(IXC25PairModel):
     """IXC2.5 with the head `v_head` in place of `output`; a score is its value at the last position, or their mean.
 
     The head has no bias, so the mean of its values is its value of the mean state. A fresh one starts at zero.
@@ -149,21 +130,10 @@ class IXC25RewardModel(IXC25Model):
             raise ConfigError("model_config.reward_pooling is not set, so this model writes and has no score head; a "
                               "reward model's is last or mean.")
         super().__init__(config)
-        parallel = config.parallel_config
-        dp = parallel.data_parallel if is_parallel() else None
+        dp = config.parallel_config.data_parallel if is_parallel() else None
         self.pooling = ScorePooling(config.reward_pooling, dp)
         self.reward_loss = RewardLoss(**reward_options(config.reward), summed=config.calculate_per_token_loss)
-        self.tile_answers = P.Tile()
-        # what is reshaped twice gets its cut from what comes after, and would be gathered
-        self.keep_cut = P.Add().add_prim_attr("keep_alive", True)
-        if dp is not None:
-            self.keep_cut.shard(((dp, 1), ()))
-            self.tile_answers.shard(((dp, 1, 1, 1),))
-            self.reward_loss.shard(dp)
-            keep_report(self, len(REPORT))
-            if parallel.pipeline_stage > 1:
-                for cell in (self.pooling, self.reward_loss, self.kept_report):
-                    cell.pipeline_stage = parallel.pipeline_stage - 1
+        self.end_with(self.reward_loss, self.pooling)
 
     def add_head(self, config: IXC25Config) -> None:
         """Gives the network its score head."""
@@ -182,15 +152,8 @@ class IXC25RewardModel(IXC25Model):
     def scores(self, input_ids, pixel_values, global_views, view_index, vision_index, image_mask, score_positions):
         """float32 scores `(B, 2)` of pairs; arguments as in `construct`."""
         b, _, length = input_ids.shape
-        table = None
-        if pixel_values is not None:
-            table = self.vision_table(pixel_values, global_views, view_index)         # (B, T*k*k + 2, D)
-            rows, width = table.shape[1], table.shape[2]
-            table = self.tile_answers(self.reshape(table, (b, 1, rows, width)), (1, 2, 1, 1))
-            table = self.reshape(table, (2 * b, rows, width))                         # (2B, T*k*k + 2, D)
-        shape = (2 * b, length)
-        x = self.hidden_states(self.reshape(input_ids, shape), table, self.reshape(vision_index, shape),
-                               self.keep_cut(self.reshape(image_mask, shape), 0), None, None, None, self.adapters)
+        rows = self.answer_rows(input_ids, pixel_values, global_views, view_index, vision_index, image_mask)
+        x, shape = self.hidden_states(*rows, None, None, None, self.adapters), (2 * b, length)
         pooled = self.pooling(self.values(x, shape), self.reshape(score_positions, shape))
         return self.reshape(pooled, (b, 2))
 
@@ -201,9 +164,5 @@ class IXC25RewardModel(IXC25Model):
         In parallel runs the loss alone (or the sum of losses and the number of pairs); the report is added to the
         parameter `train_report`.
         """
-        outputs = self.reward_loss(self.scores(input_ids, pixel_values, global_views, view_index, vision_index,
-                                               image_mask, score_positions))
-        if self.keeps_report:
-            loss = self.kept_report(outputs[0], outputs[-1])
-            return (loss, outputs[1]) if self.sums_losses else loss
-        return outputs
+        return self.kept(self.reward_loss(self.scores(input_ids, pixel_values, global_views, view_index, vision_index,
+                                                      image_mask, score_positions)))

@@ -81,7 +81,7 @@ class _Reader:
         self.seen: dict[int, int] = {}
         self.files: set[str] = set()
         self.kept: list[Any] = []                 # so that no other object gets the place of one that was seen
-        self.blank = set(vars(nn.Cell())) | {"cell_init_args"}
+        self.blank = (set(vars(nn.Cell())) | {"cell_init_args"}) - {"_buffers", "_jit_config_dict"}
 
     def finish(self) -> str:
         """The digest, once the files are read that code was met from."""
@@ -129,6 +129,9 @@ class _Reader:
             self._items(place, [("function", value.__func__), ("self", value.__self__)])
         elif isinstance(value, types.FunctionType):
             self._function(place, value)
+        elif isinstance(value, types.CodeType):
+            self._note(value.co_code, value.co_names, value.co_varnames)
+            self.add(place, value.co_consts)
         elif isinstance(value, types.BuiltinFunctionType):
             self._note(value.__qualname__)
         elif isinstance(value, nn.Cell):
@@ -163,7 +166,8 @@ class _Reader:
     def _function(self, place: str, function: types.FunctionType) -> None:
         self._file_of(function)
         self._note(function.__qualname__, function.__code__.co_firstlineno)
-        self.add(place, function.__defaults__)
+        for part in (function.__code__, function.__defaults__, function.__kwdefaults__):
+            self.add(place, part)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
             self.add(f"{place}.{name}", cell.cell_contents)
 

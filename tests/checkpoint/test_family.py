@@ -61,6 +61,15 @@ def test_its_head_is_a_part_that_can_be_taken_out_and_put_back(tmp_path):
     assert len(open_source(tmp_path / "again").tensors) == len(open_source(source).tensors)
 
 
+def test_a_head_in_a_file_that_says_nothing_keeps_the_pooling_of_the_model_it_goes_to(tmp_path):
+    source = make_reward(tmp_path / "model", reward_pooling="mean")
+    (tmp_path / "alone").mkdir()
+    merge(source, tmp_path / "alone" / "head.safetensors", extract=["reward_head"])
+    assert open_source(tmp_path / "alone" / "head.safetensors").config_file is None
+    merge(source, tmp_path / "again", attach=tmp_path / "alone" / "head.safetensors")
+    assert read_config(tmp_path / "again").reward_pooling == "mean"
+
+
 def test_with_a_score_head_a_model_that_writes_becomes_a_reward_model(tmp_path):
     base, source = make(tmp_path / "base"), make_reward(tmp_path / "reward", reward_pooling="mean")
     merge(source, tmp_path / "parts", extract=["language", "partial_lora", "reward_head"])

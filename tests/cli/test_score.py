@@ -8,6 +8,7 @@ from PIL import Image
 from random_model import make
 from reward_model import make_reward_model
 
+from mindformers_ixc.cli.inference import load_best_of
 from mindformers_ixc.errors import PromptError
 from mindformers_ixc.generation.judged_requests import read_judged
 from mindformers_ixc_cli import main
@@ -33,6 +34,7 @@ def logs_as_they_are(monkeypatch):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("score")
     make_reward_model(folder / "model")
+    make_reward_model(folder / "by_weights", said="nothing")
     make(folder / "writer")
     Image.new("RGB", (90, 50), (200, 10, 10)).save(folder / "red.png")
     lines = [json.dumps(line).replace("red.png", str(folder / "red.png")) for line in LINES]
@@ -106,3 +108,20 @@ def test_the_other_kind_of_model_is_named_at_once(folder, monkeypatch, capsys, w
 def test_what_is_wrong_with_a_line_is_said(line, message):
     with pytest.raises(PromptError, match=message):
         read_judged(line)
+
+
+def test_best_of_knows_a_reward_model_by_its_weights_which_reads_as_the_assistant_does(folder, monkeypatch):
+    made = []
+
+    def kept(arguments, assistant):
+        made.append(load_best_of(arguments, assistant))
+        return made[0]
+
+    monkeypatch.setattr("mindformers_ixc.cli.inference.load_best_of", kept)
+    words = ["--best_of", "2", "--reward", str(folder / "by_weights"), "--max_new_tokens", "2", "--seed", "0",
+             "--control_tokens", "--transparency", "public", "--exif", "apply", "Hello"]
+    assert main(["chat", "--model", "starter", *words]) == 0
+    assistant, judge = made[0].assistant.processor, made[0].scorer.processor
+    assert judge.control_tokens and assistant.control_tokens
+    for one in (assistant.image_processor, judge.image_processor):
+        assert (one.transparency, one.exif) == ("public", "apply")

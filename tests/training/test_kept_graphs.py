@@ -158,6 +158,42 @@ def test_changed_sources_versions_settings_and_shapes_are_other_graphs(monkeypat
     assert fingerprint(Line(weight=2.0), (X,)) == before
 
 
+def with_function(function) -> Line:
+    cell = Line()
+    cell.function = function
+    return cell
+
+
+def with_buffer(value: float) -> Line:
+    cell = Line()
+    cell.register_buffer("more", Tensor(np.full(3, value, np.float32)))
+    return cell
+
+
+def scaled_by(number: float):
+    def scaled(x, *, factor=number):
+        return x * factor
+
+    return scaled
+
+
+def at_level(level: str) -> Line:
+    cell = Line()
+    cell.set_jit_config(ms.JitConfig(jit_level=level))
+    return cell
+
+
+@pytest.mark.parametrize("cells", [
+    lambda: [with_function(one) for one in (lambda x: x + 1, lambda x: x + 2, lambda x: x - 1)],      # on one line
+    lambda: [with_function(scaled_by(2.0)), with_function(scaled_by(3.0))],
+    lambda: [with_buffer(2.0), with_buffer(3.0)],
+    lambda: [Line(), at_level("O2")],
+], ids=["code", "keyword", "buffer", "jit"])
+def test_what_a_file_and_its_lines_do_not_tell_is_read(cells):
+    found = [fingerprint(cell, (X,)) for cell in cells()]
+    assert len(set(found)) == len(found) and found == [fingerprint(cell, (X,)) for cell in cells()]
+
+
 def test_only_a_run_of_one_process_on_the_cpu_keeps_steps_here(tmp_path, monkeypatch):
     monkeypatch.setattr(kept_graphs, "folder", None)
     wanted = {"device_target": "CPU", "enable_compile_cache": True, "compile_cache_path": str(tmp_path)}
