@@ -159,7 +159,8 @@ class Service:
         if isinstance(error, Ended):
             return RequestError("The request was ended.", None, 499, "cancelled")
         if isinstance(error, _OWN_ERRORS):
-            return RequestError(str(error))
+            # the request was read and found right before, so what fails now is the server's: scores that are no numbers
+            return RequestError(str(error), None, 500, "failed")
         self.failed(error)
         return RequestError("The server failed to answer this request; its log has more.", None, 500, "failed")
 

@@ -1,6 +1,8 @@
 """Scores of a reward model: against the numpy reference in float64, alone and in batches, by every door."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from mindformers import AutoModel
@@ -108,7 +110,7 @@ def test_pictures_may_stand_in_the_messages(model):
 
 def test_a_video_is_scored(model):
     pytest.importorskip("decord")
-    video = str(demo_path("images").parents[2] / "tests" / "data" / "goldens" / "video_land.mp4")
+    video = str(Path(__file__).parents[1] / "data" / "goldens" / "video_land.mp4")
     assert model.get_score(chat("A clip."), [video]) != model.get_score(chat("A clip."))
 
 
