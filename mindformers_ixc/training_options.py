@@ -14,6 +14,7 @@ from mindformers_ixc.sections import (
     check_names,
     check_section,
     check_value,
+    from_0,
     of_type,
     one_of,
     whole,
@@ -29,11 +30,16 @@ LOSSES = ("loss", "shuffled_loss")
 
 # The YAML's `evaluation`.
 EVALUATION = {"dataset_dir": None, "image_folder": None, "every": 0, "metrics": ["loss"], "batch_size": 4,
-              "max_new_tokens": 64, "max_samples": None, "mode": "base", "keep_best": None}
+              "max_new_tokens": 64, "max_samples": None, "mode": "base", "keep_best": None, "early_stopping": None}
 EVALUATION_RULES = {
     "dataset_dir": of_type(str, list), "image_folder": of_type(str), "every": whole(0, " (0: at the end only)"),
     "metrics": of_type(list), "batch_size": whole(1), "max_new_tokens": whole(1), "max_samples": whole(1),
-    "mode": one_of(MODE_ADAPTERS), "keep_best": of_type(str)}
+    "mode": one_of(MODE_ADAPTERS), "keep_best": of_type(str),
+    "early_stopping": of_type(dict)}
+
+# The YAML's `evaluation.early_stopping`.
+EARLY_STOPPING = {"metric": None, "patience": 3, "min_delta": 0.0}
+EARLY_STOPPING_RULES = {"metric": of_type(str, required=True), "patience": whole(1), "min_delta": from_0()}
 
 
 def check_parts(parts: Iterable[str]) -> None:
@@ -66,7 +72,7 @@ def evaluation_options(section: dict) -> dict:
     """Options of the YAML's `evaluation` with their defaults.
 
     Raises:
-        ConfigError: for an unknown key or metric, a wrong value, or a best metric that is not measured.
+        ConfigError: for an unknown key or metric, a wrong value, or a metric to go by that is not measured.
     """
     check_section(section, EVALUATION_RULES, "evaluation")
     options = {**EVALUATION, **{key: value for key, value in section.items() if value is not None}}
@@ -75,4 +81,24 @@ def evaluation_options(section: dict) -> dict:
         raise ConfigError(f"evaluation.keep_best is {options['keep_best']!r}, which evaluation.metrics does not name.")
     if not options["dataset_dir"]:
         raise ConfigError("evaluation.dataset_dir is empty; name the held-out conversations.")
+    if options["early_stopping"] is not None:
+        options["early_stopping"] = _early_stopping(options)
     return options
+
+
+def _early_stopping(evaluation: dict) -> dict:
+    """Options of `evaluation.early_stopping` with their defaults."""
+    where, section = "evaluation.early_stopping", evaluation["early_stopping"]
+    check_section(section, EARLY_STOPPING_RULES, where)
+    options = {**EARLY_STOPPING, **{key: value for key, value in section.items() if value is not None}}
+    if options["metric"] not in evaluation["metrics"]:
+        raise ConfigError(f"{where}.metric is {options['metric']!r}, which evaluation.metrics does not name.")
+    if not evaluation["every"]:
+        raise ConfigError(f"{where} needs evaluation.every, the steps between two measurements; it is 0, so there is "
+                          "only one, at the end.")
+    return options
+
+
+def sign_of(metric: str) -> int:
+    """What a metric is multiplied by so that more is better: -1 of losses, 1 of scores."""
+    return -1 if metric in LOSSES else 1

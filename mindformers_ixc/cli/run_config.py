@@ -22,6 +22,7 @@ from mindformers_ixc.sections import (
     check_section,
     check_value,
     check_values,
+    from_0,
     hint,
     is_number,
     like,
@@ -59,7 +60,7 @@ TENSORBOARD_RULES = {"tensorboard_dir": of_type(str, required=True), "tensorboar
                      "log_loss_scale_to_tensorboard": of_type(bool), "log_timers_to_tensorboard": of_type(bool),
                      "log_expert_load_to_tensorboard": of_type(bool)}
 
-_FROM_0 = Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
+_FROM_0 = from_0()
 
 # Values of other sections, by section.
 NUMBERS = {

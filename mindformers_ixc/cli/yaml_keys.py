@@ -32,7 +32,13 @@ from mindformers_ixc.scores import SCORES
 from mindformers_ixc.sections import ANYTHING, Rule, like, one_of
 from mindformers_ixc.trackers import CALLBACK, TrackerOptions
 from mindformers_ixc.trackers import RULES as TRACKER_RULES
-from mindformers_ixc.training_options import EVALUATION, EVALUATION_RULES, PART_RULES
+from mindformers_ixc.training_options import (
+    EARLY_STOPPING,
+    EARLY_STOPPING_RULES,
+    EVALUATION,
+    EVALUATION_RULES,
+    PART_RULES,
+)
 from mindformers_ixc.training_options import LOSSES as MEASURED_LOSSES
 
 
@@ -334,11 +340,18 @@ _EVALUATION = Section({
     "metrics": Key(", ".join(f"`{name}`" for name in (*MEASURED_LOSSES, *SCORES)) + "; the scores are those of "
                    "[evaluation.md](evaluation.md), and `shuffled_loss` gives every sample another one's pictures"),
     "keep_best": Key("one of the metrics: the model that is best by it stays in `OUTPUT/best`"),
+    "early_stopping": Key("ends the run when it gets no better, see [below](#evaluationearly_stopping)"),
     "batch_size": Key("samples at once"),
     "max_new_tokens": Key("of an answer"),
     "max_samples": Key("so many samples at most, the first ones", "all"),
     "mode": Key("task LoRAs in use"),
 }, EVALUATION_RULES, EVALUATION)
+
+_EARLY_STOPPING = Section({
+    "metric": Key("one of `evaluation.metrics`; of losses less is better, of scores more"),
+    "patience": Key("measurements in a row without a better one after which the run ends"),
+    "min_delta": Key("a measurement is better only if it beats the best one by more than this"),
+}, EARLY_STOPPING_RULES, EARLY_STOPPING)
 
 _GENERATION = Section({
     "mode": Key("task LoRAs in use"),
@@ -402,7 +415,8 @@ SECTIONS: dict[str, Section] = {
     "train_dataset.data_loader": _LOADER, "train_dataset.data_loader.mixture": _MIXTURE, "train_dataset_task": _TASK,
     "model": _MODEL, "model.model_config.preference": _PREFERENCE, "model.model_config.reward": _REWARD,
      "model.model_config.pet_config": _PET,
-    "evaluation": _EVALUATION, "generation": _GENERATION, "callbacks.MFLossMonitor": _LOSS_MONITOR,
+    "evaluation": _EVALUATION, "evaluation.early_stopping": _EARLY_STOPPING,
+    "generation": _GENERATION, "callbacks.MFLossMonitor": _LOSS_MONITOR,
     "callbacks.CheckpointMonitor": _CHECKPOINT_MONITOR, f"callbacks.{CALLBACK}": _TRACKER, "tensorboard": _TENSORBOARD,
     "recompute_config": _RECOMPUTE, "parallel": _PARALLEL,
     "parallel.parallel_optimizer_config": _SHARDING, "parallel_config": _PARALLEL_CONFIG, "context": _CONTEXT}

@@ -40,6 +40,7 @@ from mindformers_ixc.parameters import part_of
 from mindformers_ixc.resources import shown
 from mindformers_ixc.training.averaging import averaged_weights
 from mindformers_ixc.training.checkpoints import MONITOR, safe_checkpoints
+from mindformers_ixc.training.early_stopping import AlreadyOver
 from mindformers_ixc.training.evaluation import Evaluation
 from mindformers_ixc.training.joining import Joiner, PartsElsewhere
 from mindformers_ixc.training.log import StepEnd, TrainingLog, log_options
@@ -109,16 +110,20 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
 
 
 class ResumableModel(Model):
-    """MindSpore's `Model`, which trains nothing when a resumed run has done all its steps; there it is an error."""
+    """MindSpore's `Model`, which trains nothing when a resumed run is over already; there that is an error."""
 
     def train(self, epoch, train_dataset, callbacks=None, dataset_sink_mode=False, sink_size=-1, initial_epoch=0):
         """Trains; with no step left this package's callbacks write what is missing. Arguments as there."""
+        begun = False
         if initial_epoch < epoch:
-            super().train(epoch, train_dataset, callbacks, dataset_sink_mode, sink_size, initial_epoch)
-            return
+            try:
+                super().train(epoch, train_dataset, callbacks, dataset_sink_mode, sink_size, initial_epoch)
+                return
+            except AlreadyOver:
+                begun = True
         own = [callback for callback in callbacks or [] if isinstance(callback, (TrainingLog, Evaluation))]
         context = RunContext(_Parameters(train_network=self._train_network, cur_step_num=0))
-        for callback in own:
+        for callback in own if not begun else ():
             callback.on_train_begin(context)
         for callback in own:
             callback.on_train_end(context)
@@ -152,6 +157,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         super().__init__(model_name)
         self.plan = StepPlan()
         self.log: TrainingLog | None = None
+        self.evaluation: Evaluation | None = None
         self.start = ""
 
     @property
@@ -246,7 +252,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         self.log = TrainingLog(get_output_root_path(), **log_options(config))
         callbacks = [*(callbacks or []), self.log, self.log.step_end]
         if config.get("evaluation"):
-            callbacks.append(Evaluation(self, dict(config.evaluation), config.train_dataset))
+            self.evaluation = Evaluation(self, dict(config.evaluation), config.train_dataset)
+            callbacks.append(self.evaluation)
         try:
             with safe_checkpoints(on_error) as saved, resumable_model():
                 super().train(config=config, network=network, dataset=dataset, wrapper=wrapper, optimizer=optimizer,
@@ -324,6 +331,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
     def _close(self, text: str, written: list[str], joined: bool = True) -> None:
         """Says what the run has left, and notes it; of several ranks' output the launcher's is the last."""
+        if self.evaluation is not None and self.evaluation.why_over is not None:
+            text = f"{self.evaluation.why_over}\n{text}"
         mark_finished(get_output_root_path(), written, text, joined)
         if not in_job():
             terminal.current.say(text)
