@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.errors import ConfigError
@@ -15,6 +16,7 @@ from mindformers_ixc.sections import (
     check_section,
     check_value,
     from_0,
+    is_number,
     of_type,
     one_of,
     whole,
@@ -40,6 +42,29 @@ EVALUATION_RULES = {
 # The YAML's `evaluation.early_stopping`.
 EARLY_STOPPING = {"metric": None, "patience": 3, "min_delta": 0.0}
 EARLY_STOPPING_RULES = {"metric": of_type(str, required=True), "patience": whole(1), "min_delta": from_0()}
+
+
+# The YAML's `skip_spikes`, and the values of a step that may be one, in the order in which the step has their limits.
+SPIKES: dict[str, Any] = {"loss": None, "grad_norm": None, "loss_times": None, "grad_norm_times": None, "window": 50,
+                          "most_in_a_row": 10}
+SPIKE_VALUES = ("loss", "grad_norm")
+_ABOVE_1 = Rule(lambda value: is_number(value) and value > 1, "a number above 1")
+SPIKE_RULES = {"loss": above_0(), "grad_norm": above_0(), "loss_times": _ABOVE_1, "grad_norm_times": _ABOVE_1,
+               "window": whole(2), "most_in_a_row": whole(1)}
+
+
+def spike_options(section: dict) -> dict:
+    """Options of the YAML's `skip_spikes` with their defaults.
+
+    Raises:
+        ConfigError: for an unknown key or a wrong value, and for no limit at all.
+    """
+    check_section(section, SPIKE_RULES, "skip_spikes")
+    options = {**SPIKES, **{key: value for key, value in section.items() if value is not None}}
+    limits = [key for key in SPIKES if key.removesuffix("_times") in SPIKE_VALUES]
+    if all(options[key] is None for key in limits):
+        raise ConfigError(f"skip_spikes has no limit above which a step is skipped; give one of {', '.join(limits)}.")
+    return options
 
 
 def check_parts(parts: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
 from mindformers_ixc.data.fitting import Shapes, check_pixels
 from mindformers_ixc.data.index.samples import make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
+from mindformers_ixc.data.learning import ALL, with_loss_on
 from mindformers_ixc.data.questions import questions_of
 from mindformers_ixc.data.rows import MAX_BAD_SHARE, ListedSamples, check_images
 from mindformers_ixc.data.sections import row_budget
@@ -83,7 +84,8 @@ class HeldOut:
         loader = data.data_loader or {}      # what it says of trust and of keys holds for held-out samples too
         watch_reads(loader.get("read_timeout"))
         held_out = {"dataset_dir": options["dataset_dir"], "image_folder": options["image_folder"],
-                    **{key: loader.get(key) for key in ("image_root", "ignore_keys")}}
+                    **{key: loader.get(key) for key in ("image_root", "ignore_keys", "loss_on")}}
+        self.loss_on = loader.get("loss_on") or ALL
         sources = open_sources(held_out, 0, measures_of(data, self.processor), loader.get("index_dir"))
         samples = make_samples(sources, Shapes(data.seq_length, data.max_tiles, hd_num), MAX_BAD_SHARE,
                                loader.get("index_dir"))
@@ -101,7 +103,8 @@ class HeldOut:
             if shuffled and images:
                 images = next((other.images for other in _after(with_images, sample)
                                if len(other.images) == len(images) and other.images != images), images)
-            encoded = self.processor.encode_conversation(sample.turns, images, sample.where, hd_num)
+            encoded = with_loss_on(self.processor.encode_conversation(sample.turns, images, sample.where, hd_num),
+                                   self.loss_on, sample.weights, sample.where)
             if len(encoded.input_ids) <= length and encoded.tiles <= tiles:
                 yield encoded.pad(length, tiles, self.max_images, self.processor.pad_token_id)
 
