@@ -67,6 +67,32 @@ def spike_options(section: dict) -> dict:
     return options
 
 
+# Switches of `pet_config` that only an ordinary LoRA has, and why DoRA is for one process: its magnitudes are the norms
+# of the rows of weights that are whole and loaded when the network is built.
+LORA_RULES = {"use_rslora": of_type(bool), "use_dora": of_type(bool)}
+DORA_ALONE = ("model.model_config.pet_config.use_dora is for runs of one process: it measures whole rows of the "
+              "weights that a run begins with. Set use_parallel to False, or leave DoRA out.")
+
+
+def check_lora(section: dict, parallel: bool) -> None:
+    """Checks the switches of a `pet_config` of which an ordinary LoRA has some.
+
+    Raises:
+        ConfigError: for a wrong value, a switch of another PET type, and DoRA in a parallel run.
+    """
+    where = "model.model_config.pet_config"
+    for key, rule in LORA_RULES.items():
+        value = section.get(key)
+        if value is None:
+            continue
+        check_value(f"{where}.{key}", value, rule)
+        if section.get("pet_type") != "lora":
+            raise ConfigError(f"{where}.{key} is for pet_type lora, and this is {section.get('pet_type')!r}, whose "
+                              "pairs act as the model's configuration says; take it out.")
+    if section.get("use_dora") and parallel:
+        raise ConfigError(DORA_ALONE)
+
+
 def check_parts(parts: Iterable[str]) -> None:
     """Refuses names that are no part.
 

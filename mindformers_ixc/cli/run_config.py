@@ -32,7 +32,7 @@ from mindformers_ixc.sections import (
     whole,
 )
 from mindformers_ixc.trackers import CALLBACK, check_tracker
-from mindformers_ixc.training_options import check_parts, check_rates, evaluation_options, spike_options
+from mindformers_ixc.training_options import check_lora, check_parts, check_rates, evaluation_options, spike_options
 
 # Networks that learn from pairs.
 PAIR_NETWORKS = ("IXC25ForPreference", "IXC25ForReward")
@@ -286,6 +286,9 @@ def _check_parts(fields: dict, source: str) -> None:
         if (((fields.get("model") or {}).get("model_config") or {}).get("pet_config") or {}).get("pet_type"):
             raise ConfigError(f"{source}: train_parts and model.model_config.pet_config both say what trains; give one "
                               "of them.")
+    pet = ((fields.get("model") or {}).get("model_config") or {}).get("pet_config")
+    if isinstance(pet, dict):
+        check_lora(pet, bool(fields.get("use_parallel")))
     if rates is not None:
         check_rates(rates)
         if fields.get("grouped_lr_schedule"):
