@@ -37,7 +37,6 @@ from mindformers_ixc.training_options import (
     EARLY_STOPPING_RULES,
     EVALUATION,
     EVALUATION_RULES,
-    LORA_RULES,
     PART_RULES,
     SPIKE_RULES,
     SPIKES,
@@ -223,12 +222,12 @@ _PET = Section({
     "target_modules": Key("regular expression over the paths of cells; only linears that match train",
                           "all five linears",
                           "text"),
-    "use_rslora": Key("of `lora`: the scale is alpha / sqrt(rank) (rsLoRA)", "False"),
+    "use_rslora": Key("of `lora`: the scale is alpha / sqrt(rank) (rsLoRA)", "False", "true or false"),
     "use_dora": Key("of `lora`: every row of a weight has a magnitude that trains too (DoRA); in runs of one process",
-                    "False"),
+                    "False", "true or false"),
     "freeze_include": Key("further patterns to freeze", "none", "a list"),
     "freeze_exclude": Key("further patterns that train", "none", "a list"),
-}, LORA_RULES)
+})
 
 _MODEL = Section({
     "model_config": Key("the model, see [below](#model_config)", "required", "a section"),
