@@ -110,9 +110,9 @@ def _verdict(value: Any, prompt: SampledPrompt, where: str) -> Verdict:
 
 
 def _pair(given: dict, prompt: SampledPrompt, where: str) -> tuple[int, int]:
-    numbers = []
+    numbers = list[int]()
     for key in ("preferred", "rejected"):
-        number = given.get(key)
+        number: Any = given.get(key)
         if not is_whole(number, 0) or number >= len(prompt.answers):
             raise DataError(f"{where}: {key} must be the number of a sample, from 0 to {len(prompt.answers) - 1}, "
                             f"found {number!r:.40}.")
