@@ -360,7 +360,7 @@ _EVALUATION = Section({
     "metrics": Key(", ".join(f"`{name}`" for name in (*MEASURED_LOSSES, *SCORES)) + "; the scores are those of "
                    "[evaluation.md](evaluation.md), and `shuffled_loss` gives every sample another one's pictures"),
     "keep_best": Key("one of the metrics: the model that is best by it stays in `OUTPUT/best`"),
-    "early_stopping": Key("ends the run when it gets no better, see [below](#evaluationearly_stopping)"),
+    "early_stopping": Key("ends the run when it gets no better, see [its keys](yaml.md#evaluationearly_stopping)"),
     "batch_size": Key("samples at once"),
     "max_new_tokens": Key("of an answer"),
     "max_samples": Key("so many samples at most, the first ones", "all"),
