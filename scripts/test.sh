@@ -8,7 +8,9 @@ cd "$(dirname "$0")/.."
 environment "${MINDFORMERS_IXC_VENV:-.venv}" ".[tests,docs]"
 ruff check .
 lint-imports --no-cache
+mkdocs build --strict --quiet --site-dir "$(mktemp -d)" &      # a core each for the site and the types
+site=$!
 mypy --cache-dir /dev/null
-mkdocs build --strict --quiet --site-dir "$(mktemp -d)"
+wait "$site"
 # the tests run against the installed package, as a user's do
 pytest tests -n 2 --dist loadfile -q -p no:cacheprovider "$@"

@@ -19,12 +19,13 @@ def test_a_pipeline_of_tensor_parallel_stages_trains_as_one_process_does(tmp_pat
     assert weights <= parity.BAR
 
 
+# Pairs go through the same step whatever their loss: one of them accumulates in tensor parallel, the other does not.
 def test_preferences_with_everything_else_frozen(tmp_path):
-    assert parity.check_preferences(tmp_path) == 0
+    assert parity.check_preferences(tmp_path, ("tp2", "dp2", "pp2")) == 0
 
 
 def test_scores_are_learnt_as_one_process_does(tmp_path):
-    assert parity.check_rewards(tmp_path) == 0
+    assert parity.check_rewards(tmp_path, ("tp2accumulated", "dp2", "pp2")) == 0
 
 
 def test_accumulation_in_sequence_with_a_frozen_tower_and_replicas_that_read_their_own_samples(tmp_path):
