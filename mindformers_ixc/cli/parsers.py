@@ -90,8 +90,8 @@ def _add_launch(commands: Commands) -> None:
         "launch", formatter_class=Help, help="a parallel run or a server over several devices, one process a device",
         description="Starts `mindformers run --use_parallel True` once a device by MindSpore's msrun. Everything that "
                     "is not listed here goes to `run`. Ranks log into one folder, the log of the rank that reports the "
-                    "loss is shown; when a rank dies all are ended, and the reason is the last line. With `serve` and its "
-                    "options behind the launcher's, one server over the devices is started in place of a run.",
+                    "loss is shown; when a rank dies all are ended, and the reason is the last line. With `serve` and "
+                    "its options behind the launcher's, one server over the devices is started in place of a run.",
         epilog="examples:\n  mindformers launch -n 8 --config my.yaml --output_dir out\n"
                "  mindformers launch -n 16 --local_devices 8 --node_rank 1 --master_addr 10.0.0.1 --config ...\n"
                "  mindformers launch -n 2 serve --model out/model")

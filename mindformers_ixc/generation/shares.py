@@ -8,6 +8,7 @@ taken over.
 """
 from __future__ import annotations
 
+import glob
 import json
 import os
 import time
@@ -36,7 +37,7 @@ def part_files(target: Path) -> tuple[Path, Path]:
 
 def share_files(target: Path) -> list[Path]:
     """The answers of replicas that were not joined yet."""
-    return sorted(target.parent.glob(f"{target.stem}.share_*.jsonl"))
+    return sorted(target.parent.glob(f"{glob.escape(target.stem)}.share_*.jsonl"))
 
 
 def normal(run: dict) -> dict:
