@@ -19,6 +19,10 @@ from mindformers_ixc.sections import (
     whole,
 )
 
+# Networks that learn from pairs of answers, by the YAML's `model.arch.type`.
+PAIR_NETWORKS = ("IXC25ForPreference", "IXC25ForReward")
+PREFERENCE_NETWORK, REWARD_NETWORK = PAIR_NETWORKS
+
 # The YAML's `part_learning_rates`, and what stands in it for a part.
 PART_RULES = {"factor": above_0(), "layer_decay": above_0()}
 RATE_RULES = dict.fromkeys(PARTS, Rule(lambda options: isinstance(options, dict) and bool(options),

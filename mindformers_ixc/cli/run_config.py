@@ -31,10 +31,14 @@ from mindformers_ixc.sections import (
     whole,
 )
 from mindformers_ixc.trackers import CALLBACK, check_tracker
-from mindformers_ixc.training_options import check_parts, check_rates, evaluation_options
-
-# Networks that learn from pairs.
-PAIR_NETWORKS = ("IXC25ForPreference", "IXC25ForReward")
+from mindformers_ixc.training_options import (
+    PAIR_NETWORKS,
+    PREFERENCE_NETWORK,
+    REWARD_NETWORK,
+    check_parts,
+    check_rates,
+    evaluation_options,
+)
 
 RUN_MODES = ("train", "finetune", "predict")
 
@@ -187,8 +191,8 @@ def _check_preference(fields: dict, source: str) -> None:
     if section.get("type") != "IXC25Config":
         return
     arch = (model.get("arch") or {}).get("type")
-    _check_reward(fields, section, arch == "IXC25ForReward", source)
-    learns = arch == "IXC25ForPreference"
+    _check_reward(fields, section, arch == REWARD_NETWORK, source)
+    learns = arch == PREFERENCE_NETWORK
     kind = (fields.get("train_dataset_task") or {}).get("type")
     columns = (fields.get("train_dataset") or {}).get("input_columns") or ()
     has_reference = isinstance(columns, (list, tuple)) and REFERENCE_COLUMN in columns
