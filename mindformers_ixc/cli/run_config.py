@@ -119,7 +119,8 @@ def check_fields(fields: dict, source: str) -> None:
         check_dataset_section(fields.get("train_dataset"), task == "IXC25PreferenceDataset")
     _check_preference(fields, source)
     if fields.get("evaluation") is not None:
-        options = evaluation_options(fields["evaluation"])
+        arch = (fields["model"].get("arch") or {}).get("type")
+        options = evaluation_options(fields["evaluation"], scored=arch == REWARD_NETWORK)
         if options["keep_best"] and fields.get("no_join") and fields.get("use_parallel"):
             raise ConfigError(f"{source}: evaluation.keep_best keeps a whole model, but no_join (--no_join) leaves the "
                               "ranks' parts as they are; take one of them out.")
@@ -238,9 +239,6 @@ def _check_reward(fields: dict, section: dict, learns: bool, source: str) -> Non
     if not has_column:
         raise ConfigError(f"{source}: train_dataset.input_columns lacks {SCORE_COLUMN}, by which IXC25ForReward finds "
                           "where a score is read; add it.")
-    if fields.get("evaluation") is not None:
-        raise ConfigError(f"{source}: evaluation asks a model for answers, and a reward model writes none; take the "
-                          "section out. `mindformers score` scores held-out pairs.")
 
 
 def _check_parts(fields: dict, source: str) -> None:
