@@ -28,7 +28,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # How trained LoRAs are named: by PEFT (with or without the adapter's name) and by MindFormers (MindPet).
 _PEFT = re.compile(r"(?P<linear>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
-_MINDPET = re.compile(r"(?P<linear>.+)\.(?:mindpet|tk)_delta_lora_(?P<side>[ab])$")
+_MINDPET = re.compile(r"(?P<linear>.+)\.(?:mindpet|tk)_delta_lora_(?P<side>[ab])(?:\.weight)?$")
 _SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save)?(?:(?<=modules_to_save)\.(?P<adapter>[^.]+))?"
                     r"\.(?P<kind>weight|bias)$")
 _PREFIX = "base_model.model."

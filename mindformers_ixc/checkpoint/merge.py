@@ -12,7 +12,7 @@ import numpy as np
 
 from mindformers_ixc.checkpoint.adapters import Adapter, open_adapter, read_adapter
 from mindformers_ixc.checkpoint.convert import select_tensors
-from mindformers_ixc.checkpoint.dtypes import to_float32
+from mindformers_ixc.checkpoint.dtypes import from_float32, to_float32
 from mindformers_ixc.checkpoint.family import task_ranks
 from mindformers_ixc.checkpoint.model_config import config_of
 from mindformers_ixc.checkpoint.quantised import refuse_quantised
@@ -59,6 +59,21 @@ class FoldedTensor(LazyTensor):
         self.first = [to_float32(a.whole(), a.dtype) for a, _, _ in self.pairs]
         yield from super().pieces(limit)
         self.first = []
+
+
+class RoundedTensor(LazyTensor):
+    """A float32 tensor in its stored format.
+
+    Args:
+        tensor: whose `stored_dtype` it gets.
+    """
+
+    def __init__(self, tensor: LazyTensor):
+        self.tensor, self.dtype, self.shape = tensor, tensor.stored_dtype, tensor.shape
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """Rows `begin` to `end`; see `LazyTensor`."""
+        return from_float32(self.tensor.rows(begin, end), self.dtype)
 
 
 class AveragedTensor(LazyTensor):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mindformers.models.modeling_utils import PreTrainedModel
@@ -16,6 +16,8 @@ from mindformers.pet.models.lora import LoraModel
 from mindformers.pet.pet_config import PetConfig
 from mindspore import nn
 
+from mindformers_ixc.checkpoint.merge import FoldedTensor, RoundedTensor
+from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.config import MODE_ADAPTERS, TASK_LORA_RANKS
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.errors import ConfigError
@@ -212,6 +214,25 @@ class IXC25LoraModel(LoraModel):
             raise ConfigError(f"pet_config of type 'lora': target_modules {config.target_modules!r} matches no linear; "
                               "they are named wqkv, wo, w1, w2 and w3.")
         return base_model
+
+
+def without_pairs(model: nn.Cell, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Tensors of a model with the pairs of MindFormers' `lora` folded into their linears, rounded once.
+
+    So every command takes what such a run leaves. Of parts of a model, without those linears, nothing changes.
+
+    Args:
+        model: whose pairs they are; the scale of each is its linear's.
+        tensors: parameters by name.
+    """
+    folded = dict(tensors)
+    for _, cell in model.cells_and_names():
+        if not isinstance(cell, PartialLoRALinear) or not cell.has_lora or cell.weight.name not in tensors:
+            continue
+        first, second = (side.weight.name for side in (cell.mindpet_delta_lora_a, cell.mindpet_delta_lora_b))
+        pair = folded.pop(first), folded.pop(second), cell.lora_scale
+        folded[cell.weight.name] = RoundedTensor(FoldedTensor(tensors[cell.weight.name], [pair]))
+    return folded
 
 
 def lora_model(config: PetConfig, base_model: PreTrainedModel) -> LoraModel:

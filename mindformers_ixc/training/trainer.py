@@ -45,6 +45,7 @@ from mindformers_ixc.training.joining import Joiner, PartsElsewhere
 from mindformers_ixc.training.log import StepEnd, TrainingLog, log_options
 from mindformers_ixc.training.optimizer import native_optimizer
 from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, stop_dropout, train_only
+from mindformers_ixc.training.pet import without_pairs
 from mindformers_ixc.training.progress import header
 from mindformers_ixc.training.resume import checkpoints_in, mark_finished
 from mindformers_ixc.training.run_folder import in_job
@@ -95,8 +96,11 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
     if "trained_parts" in written:
         parts = sorted({str(part_of(parameter.name)) for parameter in model.trainable_params()})
         place = shown(folder / "trained_parts")
+        how = "--lora {} --alpha ALPHA" if "lora" in parts else "--attach {}"
         lines += [f"Of it, {', '.join(parts)} alone are in {place}; put them on any checkpoint with",
-                  f"    mindformers merge BASE TARGET --attach {shlex.quote(place)}"]
+                  f"    mindformers merge BASE TARGET {how.format(shlex.quote(place))}"]
+        if {"lora", "reward_head"} <= set(parts):       # a model without a score head has nowhere to put it
+            lines = [f"Of it, {', '.join(parts)} alone are in {place}."]
     model_path = shown(folder / "model")
     if model.config.reward_pooling is not None:
         return "\n".join([*lines, f"The trained model is in {model_path}. It scores answers, a JSON object a line:",
@@ -394,8 +398,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             terminal.current.say(f"{error} So {name} is not written.")
 
     def _write_directory(self, name: str, tensors: dict[str, LazyTensor]) -> None:
-        data = self.config.train_dataset
-        write_model_directory(self.trained_model, tensors, os.path.join(get_output_root_path(), name),
+        data, model = self.config.train_dataset, self.trained_model
+        write_model_directory(model, without_pairs(model, tensors), os.path.join(get_output_root_path(), name),
                               data.tokenizer.vocab_file, data.hd_num,
                               {key: data[key] for key in ("transparency", "exif") if data.get(key)})
 
