@@ -12,7 +12,7 @@ import numpy as np
 
 from mindformers_ixc.checkpoint.adapters import Adapter, open_adapter, read_adapter
 from mindformers_ixc.checkpoint.convert import select_tensors
-from mindformers_ixc.checkpoint.dtypes import from_float32, to_float32
+from mindformers_ixc.checkpoint.dtypes import to_float32
 from mindformers_ixc.checkpoint.family import task_ranks
 from mindformers_ixc.checkpoint.model_config import config_of
 from mindformers_ixc.checkpoint.quantised import refuse_quantised
@@ -22,23 +22,25 @@ from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
 from mindformers_ixc.config import POOLINGS, TASK_LORAS, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError
-from mindformers_ixc.parameters import PARTS, SCORE_HEAD, UNUSED, parameter_table, part_of
+from mindformers_ixc.parameters import LEAST_NORM, PARTS, SCORE_HEAD, UNUSED, parameter_table, part_of
 
 logger = logging.getLogger(__name__)
 
 
 class FoldedTensor(LazyTensor):
-    """`W + sum of scale * B A`.
+    """`W + sum of scale * B A`; with DoRA every row of it scaled to its magnitude.
 
     Args:
         weight: W, `(out, in)`.
         pairs: A `(rank, in)`, B `(out, rank)` and scale of each pair.
+        magnitudes: `(out,)`, of DoRA.
     """
 
     dtype = "F32"
 
-    def __init__(self, weight: LazyTensor, pairs: list[tuple[LazyTensor, LazyTensor, float]]):
-        self.weight, self.pairs, self.shape = weight, pairs, weight.shape
+    def __init__(self, weight: LazyTensor, pairs: list[tuple[LazyTensor, LazyTensor, float]],
+                 magnitudes: LazyTensor | None = None):
+        self.weight, self.pairs, self.shape, self.magnitudes = weight, pairs, weight.shape, magnitudes
         self.first: list[np.ndarray] = []
 
     @property
@@ -52,6 +54,10 @@ class FoldedTensor(LazyTensor):
         value = to_float32(self.weight.rows(begin, end), self.weight.dtype).copy()
         for a, (_, second, scale) in zip(first, self.pairs):
             value += scale * (to_float32(second.rows(begin, end), second.dtype) @ a)
+        if self.magnitudes is not None:
+            norms = np.linalg.norm(value.astype(np.float64), axis=1)
+            wanted = to_float32(self.magnitudes.rows(begin, end), self.magnitudes.dtype)
+            value *= (wanted / np.maximum(norms, LEAST_NORM)).astype(np.float32)[:, None]
         return value
 
     def pieces(self, limit: int = PIECE) -> Iterator[tuple[int, np.ndarray]]:
@@ -59,21 +65,6 @@ class FoldedTensor(LazyTensor):
         self.first = [to_float32(a.whole(), a.dtype) for a, _, _ in self.pairs]
         yield from super().pieces(limit)
         self.first = []
-
-
-class RoundedTensor(LazyTensor):
-    """A float32 tensor in its stored format.
-
-    Args:
-        tensor: whose `stored_dtype` it gets.
-    """
-
-    def __init__(self, tensor: LazyTensor):
-        self.tensor, self.dtype, self.shape = tensor, tensor.stored_dtype, tensor.shape
-
-    def rows(self, begin: int, end: int) -> np.ndarray:
-        """Rows `begin` to `end`; see `LazyTensor`."""
-        return from_float32(self.tensor.rows(begin, end), self.dtype)
 
 
 class AveragedTensor(LazyTensor):
@@ -217,8 +208,8 @@ def fold_tasks(tensors: dict[str, LazyTensor], config: ModelConfig,
 def fold_lora(tensors: dict[str, LazyTensor], adapter: Adapter) -> dict[str, LazyTensor]:
     """Folds a trained LoRA into the linears it was trained on, and takes over what was trained beside it."""
     replaced = {**tensors, **adapter.replaced}
-    return {name: FoldedTensor(tensor, [adapter.pairs[name.removesuffix(".weight")]])
-            if name.endswith(".weight") and name.removesuffix(".weight") in adapter.pairs else tensor
+    return {name: FoldedTensor(tensor, [adapter.pairs[linear]], adapter.magnitudes.get(linear))
+            if name.endswith(".weight") and (linear := name.removesuffix(".weight")) in adapter.pairs else tensor
             for name, tensor in replaced.items()}
 
 

@@ -24,10 +24,11 @@ from mindformers_ixc.generation.store import Store
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.reward_options import reward_options
 from mindformers_ixc.scores import SCORES, score_answers
+from mindformers_ixc.training.early_stopping import AlreadyOver, why_over
 from mindformers_ixc.training.held_out import HeldOut, HeldOutPairs, MeanLoss, PairScores
 from mindformers_ixc.training.log import steps_of
 from mindformers_ixc.training.progress import measured
-from mindformers_ixc.training_options import LOSSES, evaluation_options
+from mindformers_ixc.training_options import evaluation_options, sign_of
 
 
 class Training(Protocol):
@@ -48,6 +49,9 @@ class Evaluation(Callback):
     A measurement that was due at the step from which a run is resumed, and that the earlier run did not come to, is
     made up first. So the rows of a resumed run are those of one that was not interrupted.
 
+    With `early_stopping` it ends the run when too many measurements in a row were no better; that follows from the rows
+    alone, so a resumed run ends where the other would have.
+
     Args:
         trainer: `IXC25Trainer`; gives the model and writes directories.
         section: `evaluation` of the YAML.
@@ -56,6 +60,10 @@ class Evaluation(Callback):
     Raises:
         ConfigError: see `training_options.evaluation_options`.
         TrainingError: while training, when a measurement cannot be written and `on_save_error` is `stop`.
+        AlreadyOver: when a run is resumed that has ended early.
+
+    Attributes:
+        why_over: why the run has ended early; `None` otherwise.
     """
 
     def __init__(self, trainer: Training, section: dict, data: MindFormerConfig):
@@ -71,6 +79,7 @@ class Evaluation(Callback):
         self.answers: list[dict] = []      # the answers that are written down, one row a step
         self.said: list[dict] = []         # those of the measurement that is being made
         self.watchers: list[Callable[[dict], None]] = []      # are told every row
+        self.why_over: str | None = None
 
     def on_train_begin(self, run_context: RunContext) -> None:
         """Drops rows of steps that will be done again, and makes up what the step gone on from lacks."""
@@ -89,6 +98,9 @@ class Evaluation(Callback):
                 self._measure(start)
             elif self._is_best(self.rows) and not has_best:
                 self.trainer.save_directory("best")
+            if start < self.steps and self._is_over():
+                run_context.original_args().run_failed = True      # there is no step of which to save anything
+                raise AlreadyOver
 
     def _is_due(self, step: int) -> bool:
         return step == self.steps or (bool(self.options["every"]) and step % self.options["every"] == 0)
@@ -98,6 +110,14 @@ class Evaluation(Callback):
         done = self._done(run_context)
         if done < self.steps and self._is_due(done):
             self._measure(done)
+            if self._is_over():
+                run_context.request_stop()
+
+    def _is_over(self) -> bool:
+        """Whether the measurements so far end the run."""
+        if self.options["early_stopping"] is not None:
+            self.why_over = why_over(self.rows, **self.options["early_stopping"])
+        return self.why_over is not None
 
     def on_train_end(self, run_context: RunContext) -> None:
         """Measures the final model; not one that was stopped on the way."""
@@ -201,6 +221,5 @@ class Evaluation(Callback):
         name = self.options["keep_best"]
         if name is None:
             return False
-        sign = 1 if name in LOSSES else -1
-        values = [sign * row[name] for row in rows if isinstance(row.get(name), (int, float))]
-        return all(values[-1] < value for value in values[:-1])
+        values = [sign_of(name) * row[name] for row in rows if isinstance(row.get(name), (int, float))]
+        return all(values[-1] > value for value in values[:-1])

@@ -16,6 +16,7 @@ from mindformers_ixc.data.batch import BATCH_COLUMNS, SCORE_COLUMN, full_batches
 from mindformers_ixc.data.fitting import Shapes, check_pixels
 from mindformers_ixc.data.index.samples import make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
+from mindformers_ixc.data.learning import ALL, with_loss_on
 from mindformers_ixc.data.preferences import encode_pair, pair_columns
 from mindformers_ixc.data.questions import questions_of
 from mindformers_ixc.data.rows import MAX_BAD_SHARE, ListedSamples, check_images
@@ -93,7 +94,8 @@ class HeldOut:
         loader = data.data_loader or {}      # what it says of trust and of keys holds for held-out samples too
         watch_reads(loader.get("read_timeout"))
         held_out = {"dataset_dir": options["dataset_dir"], "image_folder": options["image_folder"],
-                    **{key: loader.get(key) for key in ("image_root", "ignore_keys")}}
+                    **{key: loader.get(key) for key in ("image_root", "ignore_keys", "loss_on")}}
+        self.loss_on = loader.get("loss_on") or ALL
         sources = open_sources(held_out, 0, measures_of(data, self.processor), loader.get("index_dir"), kind=self.kind)
         shapes = Shapes(data.seq_length - self.reserved, data.max_tiles, hd_num)
         samples = make_samples(sources, shapes, MAX_BAD_SHARE, loader.get("index_dir"))
@@ -120,7 +122,8 @@ class HeldOut:
         """Columns of every sample, one after another; `shuffled` gives each the images of a later one."""
         length, tiles, hd_num = self.shape
         for sample, images in self.with_images(shuffled):
-            encoded = self.processor.encode_conversation(sample.turns, images, sample.where, hd_num)
+            encoded = with_loss_on(self.processor.encode_conversation(sample.turns, images, sample.where, hd_num),
+                                   self.loss_on, sample.weights, sample.where)
             if len(encoded.input_ids) <= length and encoded.tiles <= tiles:
                 yield encoded.pad(length, tiles, self.max_images, self.processor.pad_token_id)
 
