@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mindformers_ixc.cli.arguments import Help, Parser, Usual, WithoutFiles, add_loudness, add_no_verify
+from mindformers_ixc.cli.arguments import Help, Parser, Usual, WithoutFiles, add_loudness, add_no_verify, add_writing
 from mindformers_ixc.cli.asking_options import add_generation, add_image_options
 from mindformers_ixc.cli.benchmark_options import add_benchmark
 from mindformers_ixc.cli.family_parsers import add_assemble, add_best_of, add_score
@@ -191,11 +191,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DST", help="directory to be made, or a .safetensors or .ckpt file")
     parser.add_argument("--to", choices=["ms", "hf"], help="MindSpore's layout, or the public one (default: "
                         "the other one, of `merge` the same)")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as they are)")
-    parser.add_argument("--config", metavar="PATH", help="config.json, if SRC has none beside it")
-    parser.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    add_no_verify(parser)
+    add_writing(parser)
 
 
 def _add_convert(commands: Commands) -> None:
@@ -244,10 +240,7 @@ def _add_quantize(commands: Commands) -> None:
                           "reads: 4-bit weights are chosen by what their outputs lose on them, layer by layer, "
                           "of AWQ, GPTQ and both (default: every weight is rounded to the nearest)")
     quantize.add_argument("--samples", type=int, default=16, metavar="N", help="of the calibration, spread over FILE")
-    quantize.add_argument("--config", metavar="PATH", help="config.json, if SRC has none beside it")
-    quantize.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
-    quantize.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    add_no_verify(quantize)
+    add_writing(quantize, dtype=False)
 
 
 def _add_merge(commands: Commands) -> None:

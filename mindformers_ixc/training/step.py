@@ -18,13 +18,14 @@ from mindformers_ixc.device import is_parallel
 from mindformers_ixc.models import preference, reward
 from mindformers_ixc.training.averaging import AveragedOptimizer
 from mindformers_ixc.training.wrapper import portable_wrapper
+from mindformers_ixc.training_options import PREFERENCE_NETWORK, REWARD_NETWORK
 
 # The column that asks for the losses of sources, and what a step can report.
 SOURCE_COLUMN = "source"
 SOURCES, PREFERENCE, REWARD = "sources", "preference", "reward"
 
 # Reports of pairs: the names of their entries, the last the number of pairs, by the network that gives them.
-PAIR_REPORTS = {"IXC25ForPreference": PREFERENCE, "IXC25ForReward": REWARD}
+PAIR_REPORTS = {PREFERENCE_NETWORK: PREFERENCE, REWARD_NETWORK: REWARD}
 ENTRIES = {PREFERENCE: preference.REPORT, REWARD: reward.REPORT}
 
 OWN_CELL = "IXC25TrainOneStepCell"

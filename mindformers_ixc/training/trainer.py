@@ -95,10 +95,15 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
     """
     lines = []
     if "trained_parts" in written:
-        parts = sorted({str(part_of(parameter.name)) for parameter in model.trainable_params()})
-        place, option = shown(folder / "trained_parts"), "lora" if lora_linears(model) else "attach"
-        lines += [f"Of it, {', '.join(parts)} alone are in {place}; put them on any checkpoint with",
-                  f"    mindformers merge BASE TARGET --{option} {shlex.quote(place)}"]
+        place, has_pairs = shown(folder / "trained_parts"), bool(lora_linears(model))
+        parts = ["pairs of LoRA"] if has_pairs else sorted({str(part_of(parameter.name))
+                                                            for parameter in model.trainable_params()})
+        line = f"Of it, {', '.join(parts)} alone are in {place}"
+        if has_pairs and model.config.reward_pooling is not None:     # they belong to the head, which no base has
+            lines.append(f"{line}.")
+        else:
+            lines += [f"{line}; put them on any checkpoint with",
+                      f"    mindformers merge BASE TARGET --{'lora' if has_pairs else 'attach'} {shlex.quote(place)}"]
     model_path = shown(folder / "model")
     if model.config.reward_pooling is not None:
         return "\n".join([*lines, f"The trained model is in {model_path}. It scores answers, a JSON object a line:",

@@ -198,6 +198,17 @@ def test_held_out_loss_stands_beside_the_training_loss(tmp_path):
 
 
 @pytest.mark.usefixtures("without_pictures")
+def test_held_out_pairs_stand_beside_those_of_training(tmp_path):
+    page = make_run(tmp_path, [row(step, reward_accuracy=0.25 * step) for step in (1, 2)],
+                    [{"step": 2, "reward_accuracy": 0.75, "shuffled_reward_accuracy": 0.5, "reward_chosen": 2.0}])
+    lines = charts(page)["Reward accuracy"]["lines"]
+    assert [(line["name"], line["y"]) for line in lines] == [
+        ("training", [0.25, 0.5]), ("held-out", [0.75]), ("held-out, shuffled reward accuracy", [0.5])]
+    assert [line["name"] for line in charts(page)["Held-out scores"]["lines"]] == ["reward chosen"]
+    assert "No answers were written down" not in page
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_a_row_that_is_missing_takes_its_time_all_the_same(tmp_path):
     page = make_run(tmp_path, [row(1), row(3)])
     assert facts(page)["time in steps"] == "10.5 s"
