@@ -314,8 +314,9 @@ def predict(layout: Layout, out: Path, first: Path, pictures: list[str]) -> byte
         {"query": "What does the picture show?", "images": pictures[:1], "hd_num": 2}, {"query": "Who are you?"},
         {"query": "Broken", "images": ["nowhere.png"]}, {"query": "And this?", "images": pictures[1:2], "hd_num": 1})))
     run(layout, out, {"load_checkpoint": first, "predict_data": requests, "generation.max_new_tokens": 12,
-                      "predict_batch_size": 2, "parallel_config.model_parallel": layout.tp,
-                      "parallel_config.pipeline_stage": layout.pp}, PREDICT)
+                      "predict_batch_size": 2, "parallel_config.data_parallel": layout.dp,
+                      "parallel_config.model_parallel": layout.tp, "parallel_config.pipeline_stage": layout.pp},
+        PREDICT)
     return (out / "predictions.jsonl").read_bytes()
 
 

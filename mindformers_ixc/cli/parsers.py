@@ -87,18 +87,21 @@ def _add_run(commands: Commands) -> None:
 
 def _add_launch(commands: Commands) -> None:
     launch = commands.add_parser(
-        "launch", formatter_class=Help, help="a parallel run, one process a device",
+        "launch", formatter_class=Help, help="a parallel run or a server over several devices, one process a device",
         description="Starts `mindformers run --use_parallel True` once a device by MindSpore's msrun. Everything that "
                     "is not listed here goes to `run`. Ranks log into one folder, the log of the rank that reports the "
-                    "loss is shown; when a rank dies all are ended, and the reason is the last line.",
+                    "loss is shown; when a rank dies all are ended, and the reason is the last line. With `serve` and "
+                    "its options behind the launcher's, one server over the devices is started in place of a run.",
         epilog="examples:\n  mindformers launch -n 8 --config my.yaml --output_dir out\n"
-               "  mindformers launch -n 16 --local_devices 8 --node_rank 1 --master_addr 10.0.0.1 --config ...")
+               "  mindformers launch -n 16 --local_devices 8 --node_rank 1 --master_addr 10.0.0.1 --config ...\n"
+               "  mindformers launch -n 2 serve --model out/model")
     launch.add_argument("-n", "--devices", type=int, required=True, metavar="N", help="devices, over all servers")
     launch.add_argument("--local_devices", type=int, metavar="N", help="of this server (default: all)")
     launch.add_argument("--node_rank", type=int, default=0, metavar="N", help="number of this server")
     launch.add_argument("--master_addr", default="127.0.0.1", metavar="HOST", help="address of server 0")
     launch.add_argument("--master_port", type=int, metavar="N", help="its port (default: a free one, else 8118)")
-    launch.add_argument("--log_dir", metavar="DIR", help="of the ranks' logs (default: OUTPUT_DIR/rank_logs)")
+    launch.add_argument("--log_dir", metavar="DIR", help="of the ranks' logs (default: OUTPUT_DIR/rank_logs; of "
+                        "a server a folder of its port's in the user's cache)")
 
 
 def _add_chat(commands: Commands) -> None:

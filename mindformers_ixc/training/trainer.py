@@ -26,7 +26,7 @@ from mindformers_ixc.data.questions import as_typed
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.data.sections import check_shapes
 from mindformers_ixc.decoding_options import PREDICT_BATCH_SIZE, check_reward
-from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
+from mindformers_ixc.device import compute_alone, is_parallel, rank, reports_loss, share_results
 from mindformers_ixc.errors import ConfigError, DataError, TrainingError
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.best_of import BestOf, load_scorer
@@ -35,7 +35,7 @@ from mindformers_ixc.generation.predict import best_batch, predict, work_through
 from mindformers_ixc.generation.requests import read_requests
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.placement import mark_backward_end
-from mindformers_ixc.parallel.degrees import inference_layout
+from mindformers_ixc.parallel.degrees import are_replicas, inference_layout
 from mindformers_ixc.parameters import part_of
 from mindformers_ixc.resources import shown
 from mindformers_ixc.training.averaging import averaged_weights
@@ -438,7 +438,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
         Returns:
             `{"request": line, "answer": text}` or `{"request": line, "error": sentence}` for each line, in order; they
-            are also in `<output_dir>/predictions.jsonl`. A run that was interrupted goes on where it stopped.
+            are also in `<output_dir>/predictions.jsonl`. A run that was interrupted goes on where it stopped. With
+            `parallel_config.data_parallel` each replica answers its share, and all get the whole.
 
         Raises:
             DataError: when the output folder holds answers to other requests, or of another model or options.
@@ -454,7 +455,11 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         folder = get_output_root_path()
         section = dict(config.model.model_config) if config.model else {}
         fields = {key: section[key] for key in INFERENCE_FIELDS if key in section}
-        if is_parallel():
+        replicas = 1
+        if is_parallel() and are_replicas(config.parallel_config):
+            replicas = config.parallel_config.data_parallel
+            compute_alone()
+        elif is_parallel():
             share_results()
             fields["parallel_config"] = inference_layout(config.parallel_config)
 
@@ -463,11 +468,11 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
         requests = read_requests(input_data)
         if best_of is None:
-            answers = predict(load, requests, folder, run, size, mode, options)
+            answers = predict(load, requests, folder, run, size, mode, options, replicas)
         else:
             answers = work_through(lambda: BestOf(load(), best_of, load_scorer(reward, fields)),
                                    lambda best, batch: best_batch(best, batch, mode, options), requests, folder, run,
-                                   size)
+                                   size, replicas=replicas)
         failed = sum("error" in answer for answer in answers)
         note = f" {failed} of {len(answers)} requests failed; their lines have an 'error'." if failed else ""
         if rank() == 0:

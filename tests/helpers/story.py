@@ -315,7 +315,7 @@ def look_at(block: Block) -> None:
             raise AssertionError(f"{command}: {error}") from error
         if block.generated:
             continue
-        if words[0] in ("run", "launch"):
+        if words[0] in ("run", "launch") and "serve" not in words:
             _leave(arguments.run if words[0] == "launch" else arguments)
         elif words[0] in QUICK and not (words[0] == "init" and arguments.model):      # a model of 7B is not there
             done = bash(shlex.join(["mindformers", *words, *(["--no_compile"] if words[0] == "plan" else [])]))
