@@ -67,8 +67,12 @@ class ShardedRows:
         """A sample as it is: nothing is taken over here, so its pictures need not be hashed."""
         return Prompt(sample, [])
 
-    def open(self, prompt: Prompt, mode: str, new_tokens: int) -> SharedRow:
-        """A row for a prompt and at most `new_tokens` more."""
+    def has_room(self, prompt: Prompt, new_tokens: int, answers: int) -> bool:
+        """Whether there is memory for more answers, where a row is free: every row has all its positions."""
+        return True
+
+    def open(self, prompt: Prompt, mode: str, new_tokens: int, answers: int = 1) -> SharedRow:
+        """A row for a prompt and at most `new_tokens` more; further answers to it get theirs by `fork`."""
         return SharedRow(prompt, mode, len(prompt) + new_tokens, self._free.pop())
 
     def close(self, row: SharedRow) -> None:

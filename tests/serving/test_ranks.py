@@ -36,9 +36,9 @@ class Recording(StandInDecoder):
         super().__init__(**options)
         self.told, self.fails_at = [], None
 
-    def open(self, prompt, mode, new_tokens):
-        self._note("open", prompt, mode, new_tokens)
-        return super().open(prompt, mode, new_tokens)
+    def open(self, prompt, mode, new_tokens, *more):
+        self._note("open", prompt, mode, new_tokens, *more)
+        return super().open(prompt, mode, new_tokens, *more)
 
     def advance(self, row):
         self._note("advance", row.ids, row.done)
