@@ -11,32 +11,16 @@ table and returns 1 if a bar is missed.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
+from preference_loop import train
 
-ROOT = Path(__file__).resolve().parent.parent
-COMMAND = str(Path(sys.executable).parent / "mindformers")
 STAGES = "pkg:mindformers_ixc/demo/stages"
 BATCH = 16
 HALF_EPOCHS = 3          # a quarter of the recipe's
-
-
-def train(out: Path, name: str, recipe: str, start: str, *words: str) -> None:
-    """Runs a tiny recipe, unless its model is there."""
-    if (out / name / "model").exists():
-        return
-    began = time.perf_counter()
-    done = subprocess.run([COMMAND, "run", "--config", str(ROOT / "yaml_configs" / f"ixc25_{recipe}_tiny.yaml"),
-                           "--load_checkpoint", start, "--output_dir", name, "--overwrite", *words],
-                          cwd=out, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-    print(f"{name:7} trained in {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def pair_accuracy(scorer, name: str, shuffled: bool = False) -> float:
