@@ -96,7 +96,7 @@ class Ranks:
         options = GenerationOptions(max_new_tokens=count, do_sample=True) if is_whole else None
         job = Job(prompt, "base", count, [Writer(count) for _ in range(answers)], client, ends.append, is_whole,
                   None, options)
-        job.ends = ends
+        job.ends, job.asked = ends, prompt
         self.scheduler.submit(job)
         return job
 
@@ -123,7 +123,7 @@ def test_all_ranks_do_the_same_in_the_same_order(ranks):
     ranks.run()
     for job in (*jobs, several):
         assert job.ends == [None]
-        assert [writer.ids for writer in job.writers] == [alone(job.prompt, 5)] * len(job.writers)
+        assert [writer.ids for writer in job.writers] == [alone(job.asked, 5)] * len(job.writers)
     assert ranks.decoders[0].told == ranks.decoders[1].told
     assert ranks.decoders[1].rows == [] and ranks.leading.own.rows == {}
 
