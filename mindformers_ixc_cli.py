@@ -44,8 +44,10 @@ COMMANDS = {
     "inspect": ("checkpoints", "run_inspect"), "data": ("data", "data"), "reference": ("reference", "reference"),
     "report": ("report", "report"), "plan": ("plan", "plan"), "recipes": ("recipes", "show_recipes"),
     "doctor": ("doctor", "doctor"), "init": ("init", "init"), "serve": ("serve", "serve"),
-    "launch serve": ("launch_serve", "launch_serve"),
 }
+
+# The same behind `launch ... serve`.
+LAUNCH_SERVE = ("launch_serve", "launch_serve")
 
 # What goes on in commands that say nothing until they have a result.
 WORK = {"convert": "Converting", "quantize": "Quantising", "merge": "Merging", "assemble": "Assembling",
@@ -231,7 +233,7 @@ def _prepare(arguments: argparse.Namespace, whole: contextlib.ExitStack) -> Any:
         whole: ended after the command.
     """
     is_served = arguments.command == "launch" and arguments.run.command == "serve"
-    module, name = COMMANDS["launch serve" if is_served else arguments.command]
+    module, name = LAUNCH_SERVE if is_served else COMMANDS[arguments.command]
     module = f"mindformers_ixc.cli.{module}"
     session = arguments.command == "chat" and arguments.question is None
     if session:      # its model is loaded meanwhile; threads inherit that SIGINT is blocked, the session waits for it

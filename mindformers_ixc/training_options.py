@@ -47,13 +47,11 @@ EVALUATION = {"dataset_dir": None, "image_folder": None, "every": 0, "metrics": 
 EVALUATION_RULES = {
     "dataset_dir": of_type(str, list), "image_folder": of_type(str), "every": whole(0, " (0: at the end only)"),
     "metrics": of_type(list), "batch_size": whole(1), "max_new_tokens": whole(1), "max_samples": whole(1),
-    "mode": one_of(MODE_ADAPTERS), "keep_best": of_type(str),
-    "early_stopping": of_type(dict)}
+    "mode": one_of(MODE_ADAPTERS), "keep_best": of_type(str), "early_stopping": of_type(dict)}
 
 # The YAML's `evaluation.early_stopping`.
 EARLY_STOPPING = {"metric": None, "patience": 3, "min_delta": 0.0}
 EARLY_STOPPING_RULES = {"metric": of_type(str, required=True), "patience": whole(1), "min_delta": from_0()}
-
 
 # The YAML's `skip_spikes`, and the values of a step that may be one, in the order in which the step has their limits.
 SPIKES: dict[str, Any] = {"loss": None, "grad_norm": None, "loss_times": None, "grad_norm_times": None, "window": 50,

@@ -106,9 +106,9 @@ def _run_ranks(arguments: argparse.Namespace, fields: dict, ranks: range, folder
     variables = {COMMAND: shlex.join(["mindformers", *arguments.words])}
     if step is not None:
         variables[CHOSEN] = f"{step[0]}_{step[1]}"
-    words = ["run", *arguments.run_words, "--use_parallel", "True"]
     try:
-        with stopped_by_signals(gently), job_of(arguments, words, ranks, logs, on_cpu, variables, reporter) as job:
+        with stopped_by_signals(gently), job_of(arguments, _as_rank(arguments.run_words), ranks, logs, on_cpu,
+                                                variables, reporter) as job:
             code = job.run()
             if asked and code == 0:
                 terminal.current.say(f"{name_of(asked[0])} stopped the run in {folder}, and every rank has saved a "
@@ -213,6 +213,11 @@ def _given_mailbox(several_servers: bool) -> Path | None:
 def _shared_memory(scratch: Path) -> Path:
     """A mailbox folder in memory, where the system has such a place; removed with the job."""
     return Path("/dev/shm") / scratch.name if os.access("/dev/shm", os.W_OK) else scratch / "mailbox"
+
+
+def _as_rank(words: list[str]) -> list[str]:
+    """The words of a rank of a run, from those of `run`."""
+    return ["run", *words, "--use_parallel", "True"]
 
 
 def _msrun(arguments: argparse.Namespace, words: list[str], logs: Path) -> list[str]:

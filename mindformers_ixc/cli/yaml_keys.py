@@ -37,7 +37,6 @@ from mindformers_ixc.training_options import (
     EARLY_STOPPING_RULES,
     EVALUATION,
     EVALUATION_RULES,
-    LORA_RULES,
     PAIR_METRICS,
     PART_RULES,
     SPIKE_RULES,
@@ -224,12 +223,12 @@ _PET = Section({
     "target_modules": Key("regular expression over the paths of cells; only linears that match train",
                           "all five linears",
                           "text"),
-    "use_rslora": Key("of `lora`: the scale is alpha / sqrt(rank) (rsLoRA)", "False"),
+    "use_rslora": Key("of `lora`: the scale is alpha / sqrt(rank) (rsLoRA)", "False", "true or false"),
     "use_dora": Key("of `lora`: every row of a weight has a magnitude that trains too (DoRA); in runs of one process",
-                    "False"),
+                    "False", "true or false"),
     "freeze_include": Key("further patterns to freeze", "none", "a list"),
     "freeze_exclude": Key("further patterns that train", "none", "a list"),
-}, LORA_RULES)
+})
 
 _MODEL = Section({
     "model_config": Key("the model, see [below](#model_config)", "required", "a section"),
@@ -364,7 +363,7 @@ _EVALUATION = Section({
                    "[evaluation.md](evaluation.md), and `shuffled_loss` gives every sample another one's pictures. "
                    "Of a reward model " + ", ".join(f"`{name}`" for name in PAIR_METRICS)),
     "keep_best": Key("one of the metrics: the model that is best by it stays in `OUTPUT/best`"),
-    "early_stopping": Key("ends the run when it gets no better, see [below](#evaluationearly_stopping)"),
+    "early_stopping": Key("ends the run when it gets no better, see [its keys](yaml.md#evaluationearly_stopping)"),
     "batch_size": Key("samples at once"),
     "max_new_tokens": Key("of an answer; not of a reward model"),
     "max_samples": Key("so many samples at most, the first ones", "all"),

@@ -20,7 +20,7 @@ from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc import interruption, terminal
 from mindformers_ixc.checkpoint.model_directory import weights_of, write_model_directory
-from mindformers_ixc.checkpoint.start import OVERRIDE
+from mindformers_ixc.checkpoint.start import OVERRIDE, pet_parts
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.data.questions import as_typed
 from mindformers_ixc.data.rows import ConversationTable
@@ -180,6 +180,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         Raises:
             ConfigError: when `train_parts` names a part of which nothing can train.
         """
+        # MindFormers takes the type out of the section while it builds
+        added = pet_parts(self.config.model.model_config.get("pet_config"))
         with terminal.current.doing("Building the network"):
             network = super().create_network(default_args=default_args)
         model = self.trained_model
@@ -187,7 +189,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             if self.start:
                 with terminal.current.doing(f"Loading the weights of {self.start}"):
                     load_start(model, self.start, dict(self.config.model.model_config),
-                               self.config.get(OVERRIDE) or ())
+                               self.config.get(OVERRIDE) or (), added)
             if self.config.get("train_parts") is not None:
                 train_only(model, self.config.train_parts)
             if not any(part_of(parameter.name) == "partial_lora" for parameter in model.trainable_params()):

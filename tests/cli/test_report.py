@@ -92,6 +92,14 @@ def test_the_table_sums_the_run_up(tmp_path):
         "steps skipped for overflow": "1", "samples a second": "8", "held-out loss": "0.5", "held-out anls": "61.5%"}
 
 
+def test_steps_that_were_skipped_as_spikes_are_counted_and_named(tmp_path):
+    skipped = {3, *range(11, 20)}
+    page = make_run(tmp_path, [row(step, skipped=step in skipped) for step in range(1, 21)])
+    assert facts(page)["steps skipped as spikes"] == "10 (3, 11, 12, 13, 14, 15, 16, 17, ...)"
+    page = make_run(tmp_path / "other", [row(step, skipped=False) for step in range(1, 3)])
+    assert facts(page)["steps skipped as spikes"] == "0"
+
+
 def test_speeds_are_medians_of_the_steps_after_the_first_and_have_curves(tmp_path):
     def fast(step):
         return row(step, goodput=0.9 + 0.01 * step, positions_per_second=1000.0 * step, tiles_per_second=2.0 * step,
