@@ -13,18 +13,19 @@ from dataclasses import dataclass, replace
 from mindformers.tools.register import MindFormerConfig
 from mindspore import nn
 
-from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.batch import BATCH_COLUMNS, WEIGHTS_COLUMN
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.models import preference, reward
 from mindformers_ixc.training.averaging import AveragedOptimizer
 from mindformers_ixc.training.wrapper import portable_wrapper
+from mindformers_ixc.training_options import PREFERENCE_NETWORK, REWARD_NETWORK
 
 # The column that asks for the losses of sources, and what a step can report.
 SOURCE_COLUMN = "source"
 SOURCES, PREFERENCE, REWARD = "sources", "preference", "reward"
 
 # Reports of pairs: the names of their entries, the last the number of pairs, by the network that gives them.
-PAIR_REPORTS = {"IXC25ForPreference": PREFERENCE, "IXC25ForReward": REWARD}
+PAIR_REPORTS = {PREFERENCE_NETWORK: PREFERENCE, REWARD_NETWORK: REWARD}
 ENTRIES = {PREFERENCE: preference.REPORT, REWARD: reward.REPORT}
 
 OWN_CELL = "IXC25TrainOneStepCell"
@@ -45,6 +46,7 @@ class StepPlan:
             adds up over micro batches and divides once.
         ema_decay: share of the moving average of the weights that a step keeps; `None` for no average.
         sources: names of the sources; empty until the data are there.
+        skips_spikes: whether steps are not taken whose loss or gradient norm is a spike.
     """
 
     loss_form: str = "mean"
@@ -56,6 +58,7 @@ class StepPlan:
     per_token: bool = False
     ema_decay: float | None = None
     sources: tuple[str, ...] = ()
+    skips_spikes: bool = False
 
     def with_sources(self, names: Iterable[str]) -> StepPlan:
         """The plan once the data are there."""
@@ -98,7 +101,7 @@ class StepPlan:
         if not self.own_cell:
             return {"type": portable_wrapper(name)}
         return {"type": OWN_CELL, "micro_batches": self.micro_batches, "labels_column": self.labels_column,
-                "report_shape": self.report_shape}
+                "report_shape": self.report_shape, "skips_spikes": self.skips_spikes}
 
 
 def plan_step(config: MindFormerConfig) -> StepPlan:
@@ -118,6 +121,9 @@ def plan_step(config: MindFormerConfig) -> StepPlan:
         if per_token and report != SOURCES:
             loss_form = "sums"
         return StepPlan(loss_form, report, in_model=report is not None, per_token=per_token, ema_decay=decay)
-    own_cell = accumulated > 1 or report is not None
+    spikes = config.get("skip_spikes") is not None
+    own_cell = accumulated > 1 or report is not None or spikes
+    weighed_by = WEIGHTS_COLUMN if WEIGHTS_COLUMN in columns else "labels"
     return StepPlan(loss_form, report, accumulated, own_cell,
-                    None if pairs or not own_cell else columns.index("labels"), ema_decay=decay)
+                    None if pairs or not own_cell else columns.index(weighed_by), ema_decay=decay,
+                    skips_spikes=spikes)

@@ -366,7 +366,7 @@ def test_servers_that_contradict_the_devices_are_refused(words, message):
 def test_the_command_of_a_server_among_several(tmp_path):
     arguments = arguments_of("-n", 16, "--local_devices", 8, "--node_rank", 1, "--master_addr", "10.0.0.1",
                              "--config", "x.yaml", "--use_parallel", "False")
-    command = launching._msrun(arguments, arguments.rest, tmp_path)
+    command = launching._msrun(arguments, launching._as_rank(arguments.rest), tmp_path)
     options = dict(zip(command[1:], command[2:]))
     assert Path(command[0]).name == "msrun"
     assert {name: options[f"--{name}"] for name in ("worker_num", "local_worker_num", "node_rank", "master_addr",
@@ -380,7 +380,7 @@ def test_the_command_of_a_server_among_several(tmp_path):
 
 def test_the_command_of_a_single_server_has_a_free_port(tmp_path):
     arguments = arguments_of("-n", 4, "--config", "x.yaml")
-    first, second = (launching._msrun(arguments, arguments.rest, tmp_path) for _ in range(2))
+    first, second = (launching._msrun(arguments, launching._as_rank(arguments.rest), tmp_path) for _ in range(2))
     assert "--node_rank" not in first
     assert first[first.index("--master_port") + 1] != second[second.index("--master_port") + 1]
     given = launching._msrun(arguments_of("-n", 4, "--master_port", 9000), [], tmp_path)
@@ -392,7 +392,7 @@ def test_msrun_knows_every_option_it_is_given(monkeypatch, tmp_path):
 
     arguments = arguments_of("-n", 16, "--local_devices", 8, "--node_rank", 1, "--master_addr", "10.0.0.1",
                              "--config", "x.yaml")
-    monkeypatch.setattr(sys, "argv", launching._msrun(arguments, arguments.rest, tmp_path))
+    monkeypatch.setattr(sys, "argv", launching._msrun(arguments, launching._as_rank(arguments.rest), tmp_path))
     parsed = msrun.get_args()
     assert (parsed.worker_num, parsed.local_worker_num, parsed.node_rank, parsed.join) == (16, 8, 1, True)
     assert parsed.task_script_args == ["run", "--config", "x.yaml", "--use_parallel", "True"]
@@ -497,20 +497,26 @@ def finished(words: list, out: Path, options: dict) -> list[str]:
     return done.stdout.splitlines()
 
 
+def answer_of(model: Path) -> bytes:
+    """What a model answers about a picture."""
+    question = ["--image", str(demo_path("images/astronaut.jpg")), "What is shown in the picture?"]
+    return subprocess.run([COMMAND, "chat", "--model", str(model), *question], capture_output=True, check=True).stdout
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> tuple[Path, Path, list[str]]:
-    """A model that answers a little, a short run of one process from there, and what that one said."""
+def alone(tmp_path_factory) -> tuple[Path, Path, list[str], bytes]:
+    """A model that answers a little, a short run of one process from there, what that one said, and its answer."""
     folder = tmp_path_factory.mktemp("alone")
-    finished(["run"], folder / "first", {"run_mode": "train", "runner_config.epochs": 15})
+    finished(["run"], folder / "first", {"run_mode": "train", "runner_config.epochs": 8})
     start = folder / "first" / "model"
     lines = finished(["run"], folder / "out", {**SHORT, "load_checkpoint": start})
-    return start, folder / "out", lines
+    return start, folder / "out", lines, answer_of(folder / "out" / "model")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_parallel_run_evaluates_and_ends_as_a_single_one(alone, tmp_path, layout):
-    start, single, said = alone
+    start, single, said, answer = alone
     out = tmp_path / "out"
     lines = finished(["launch", "-n", 2], out, {**SHORT, **LAYOUTS[layout], "load_checkpoint": start})
     assert lines[-2:] == [line.replace(str(single), str(out)) for line in said[-2:]]
@@ -529,10 +535,7 @@ def test_a_parallel_run_evaluates_and_ends_as_a_single_one(alone, tmp_path, layo
             np.testing.assert_allclose(tensor.whole(), whole[key].whole(), atol=1e-5, err_msg=key)
     for file in ("config.json", "tokenizer.model"):
         assert (out / "model" / file).read_bytes() == (single / "model" / file).read_bytes()
-    question = ["--image", str(demo_path("images/astronaut.jpg")), "What is shown in the picture?"]
-    answers = [subprocess.run([COMMAND, "chat", "--model", str(folder / "model"), *question], capture_output=True,
-                              check=True).stdout for folder in (out, single)]
-    assert answers[0] == answers[1] != b""
+    assert answer_of(out / "model") == answer != b""
 
 
 @pytest.mark.slow

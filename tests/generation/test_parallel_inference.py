@@ -6,14 +6,14 @@ import json
 import numpy as np
 import parallel_answers
 import pytest
+from parallel_parity import FEW_LAYERS, predict, write_start
 from parallel_parity import Layout as Run
-from parallel_parity import predict, write_start
 
 from mindformers_ixc import ConfigError, IXC25Config
 from mindformers_ixc.checkpoint.tensors import ArrayTensor, PartOfTensor
 from mindformers_ixc.checkpoint.writing import expected_layouts
 from mindformers_ixc.demo import demo_path
-from mindformers_ixc.parallel.degrees import Degrees, inference_layout
+from mindformers_ixc.parallel.degrees import Degrees, are_replicas, inference_layout
 from mindformers_ixc.parallel.slices import layers_of_rank, slices_of_rank
 from mindformers_ixc.parameters import parameter_table
 
@@ -49,8 +49,9 @@ def test_a_replicated_tower_is_whole_and_an_offset_moves_layers():
     assert layers_of_rank(sizes, 2) == list(range(13, 32))
 
 
-def test_replicas_have_no_meaning():
-    with pytest.raises(ConfigError, match="data_parallel is 2, but in run_mode predict all devices answer the same"):
+def test_replicas_are_of_one_device():
+    assert are_replicas(Degrees(2)) and not are_replicas(Degrees(2, 2)) and not are_replicas(Degrees(1, 2))
+    with pytest.raises(ConfigError, match="data_parallel is 2 and each replica has 2 devices, but in run_mode predict"):
         inference_layout(Degrees(2, 2, 1))
 
 
@@ -66,7 +67,7 @@ def test_a_part_of_a_tensor():
 def start(tmp_path_factory):
     """A model whose pairs all do something, and what it answers alone."""
     folder = tmp_path_factory.mktemp("start")
-    write_start(folder / "model")
+    write_start(folder / "model", sizes=FEW_LAYERS)
     picture = demo_path("images/astronaut.jpg")
     parallel_answers.launch(folder / "model", picture, 1, 1, folder / "single.npz")
     return folder / "model", picture, np.load(folder / "single.npz")
@@ -89,6 +90,8 @@ def test_the_command_writes_the_file_of_the_single_process(start, tmp_path):
     pictures = [str(demo_path(f"images/{name}.jpg")) for name in ("astronaut", "cameraman")]
     alone = predict(Run(), tmp_path / "alone", start[0], pictures)
     assert predict(Run(tp=2), tmp_path / "two", start[0], pictures) == alone
-    assert not list((tmp_path / "two").glob("predictions.part*"))
+    assert predict(Run(dp=2), tmp_path / "replicas", start[0], pictures) == alone
+    for folder in ("two", "replicas"):
+        assert not [*(tmp_path / folder).glob("predictions.part*"), *(tmp_path / folder).glob("predictions.share*")]
     answers = [json.loads(line) for line in alone.decode().splitlines()]
     assert ["error" in answer for answer in answers] == [False, False, True, False]
