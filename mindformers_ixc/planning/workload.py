@@ -330,6 +330,9 @@ def read_workload(fields: dict) -> Workload:
     if layout.pipeline_stage == 1:       # MindFormers then counts accumulation steps instead
         layout = replace(layout, micro_batch_num=runner.get("gradient_accumulation_steps") or 1)
     arch = (fields["model"].get("arch") or {}).get("type")
+    if arch == "IXC25ForGRPO":
+        raise ConfigError("model.arch.type is IXC25ForGRPO, whose graph is not cut; a plan knows layouts that are. Its "
+                          "devices hold the whole model each.")
     preference = arch in ("IXC25ForPreference", "IXC25ForReward")
     columns = tuple((fields.get("train_dataset") or {}).get("input_columns") or BATCH_COLUMNS)
     reference = (arch == "IXC25ForPreference" and "reference_logps" not in columns
