@@ -18,7 +18,8 @@ RECIPE = ROOT / "yaml_configs" / "ixc25_grpo_tiny.yaml"
 # questions that the starter answers right now and then
 DATA = ["--train_dataset.data_loader.dataset_dir", "pkg:mindformers_ixc/demo/train.json", "--evaluation", "null",
         "--train_dataset.group_size", "4", "--epochs", "1"]
-PARALLEL = ["--parallel.parallel_mode", "0", "--parallel.gradients_mean", "True", "--parallel_config.data_parallel", "2"]
+PARALLEL = ["--parallel.parallel_mode", "0", "--parallel.gradients_mean", "True", "--parallel_config.data_parallel",
+            "2"]
 
 
 def run(folder: Path, command: list[str], *words: str) -> tuple[list[dict], dict[str, np.ndarray]]:
@@ -45,8 +46,8 @@ def test_rounds_of_one_device_and_of_two(tmp_path):
     changed = {part_of(name) for name in before if (before[name].astype(np.float32) != after[name]).any()}
     assert changed == {"task_lora.dpo"}
 
-    two, parts = run(tmp_path / "two", ["launch", "-n", "2"], "--runner_config.batch_size", "2", "--rollout.updates", "2",
-                     *PARALLEL)
+    two, parts = run(tmp_path / "two", ["launch", "-n", "2"], "--runner_config.batch_size", "2", "--rollout.updates",
+                     "2", *PARALLEL)
     assert len(two) == len(rows)
     for one, other in zip(rows, two):
         for name in ("loss", "reward", "reward_std", "exact_match", "kl", "clip_fraction", "answer_length"):
