@@ -37,7 +37,7 @@ from mindformers_ixc.terminal import claim_stdout, quiet_libraries
 # Module of mindformers_ixc.cli and function behind each command.
 COMMANDS = {
     "run": ("run", "run"), "launch": ("launch", "launch"), "chat": ("chat", "chat"), "eval": ("evaluate", "evaluate"),
-    "score": ("score", "score"),
+    "score": ("score", "score"), "sample": ("sample", "sample"), "label": ("label", "label"),
     "convert": ("checkpoints", "run_convert"), "quantize": ("checkpoints", "run_quantize"),
     "merge": ("checkpoints", "run_merge"), "assemble": ("checkpoints", "run_assemble"),
     "inspect": ("checkpoints", "run_inspect"), "data": ("data", "data"), "reference": ("reference", "reference"),
@@ -50,7 +50,7 @@ WORK = {"convert": "Converting", "quantize": "Quantising", "merge": "Merging", "
         "inspect": "Reading the checkpoint", "data": "Reading the data", "report": "Drawing", "plan": "Planning"}
 
 # Commands that end when a file of their data does not answer; those with a YAML within the time that it says.
-READING = ("run", "data", "init", "eval", "score", "reference")
+READING = ("run", "data", "init", "eval", "score", "sample", "label", "reference")
 
 # Commands that import MindFormers at once.
 HEAVY = ("run", "launch", "chat", "reference", "serve")

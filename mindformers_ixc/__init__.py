@@ -126,6 +126,23 @@ def _off_standard_output() -> Iterator[None]:
         logging.disable(before)
 
 
+def _import_tensorboardx() -> None:
+    """Imports tensorboardX, which MindFormers does, as where PyTorch is not installed.
+
+    It would import PyTorch, which takes more than a third of the time of all these imports, for one type in hints of
+    its methods; a method that is given a tensor of PyTorch imports that itself.
+    """
+    if "torch" in sys.modules or "tensorboardX" in sys.modules:
+        return
+    importlib.import_module("mindspore")      # which chooses the protobuf that both can live with
+    sys.modules["torch"] = None        # type: ignore[assignment] # an import of it ends in ImportError
+    try:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("tensorboardX")
+    finally:
+        del sys.modules["torch"]
+
+
 class _AfterMindFormers(importlib.abc.MetaPathFinder):
     """Registers everything when the import of MindFormers has ended.
 
@@ -151,6 +168,7 @@ class _AfterMindFormers(importlib.abc.MetaPathFinder):
             gc.disable()
             try:
                 with _off_standard_output():
+                    _import_tensorboardx()
                     run(module)
                 importlib.import_module(_REGISTRATION)
                 gc.freeze()

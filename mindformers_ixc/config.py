@@ -180,6 +180,9 @@ FIELDS = {
     "adapter_mode": Field("base", "task LoRAs in use while training: "
                           + ", ".join(f"`{mode}`" for mode in MODE_ADAPTERS), False),
     "packing": Field(False, "training sequences hold several conversations (as `train_dataset.packing`)", False),
+    "neftune_alpha": Field(0.0, "NEFTune: uniform noise on the embeddings of text and pictures in training, up to "
+                           "alpha / sqrt(positions x width); needs the columns `noise_seed` and `lengths`", False,
+                           "0: none"),
     "num_sources": Field(1, "sources that losses are reported for (`loss_form: sources`); set by the trainer", False),
     "preference": Field(None, "with `arch.type: IXC25ForPreference`: `task` (the pair that trains), `loss` (`sigmoid`, "
                         "`ipo`, `simpo`, `orpo`), `beta`, and what the loss has: `label_smoothing`, `rpo_alpha`, "
@@ -481,6 +484,7 @@ class ModelConfig:
     softmax_compute_type: Any
     adapter_mode: str
     packing: bool
+    neftune_alpha: float
     num_sources: int
     preference: dict | None
     reward: dict | None

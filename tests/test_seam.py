@@ -98,6 +98,15 @@ def test_importing_mindformers_says_nothing_and_makes_no_folder_here(tmp_path):
     assert "a note afterwards" in log.read_text()
 
 
+def test_importing_mindformers_leaves_pytorch_alone():
+    pytest.importorskip("torch", reason="what is not installed is not imported")
+    program = ("import sys, mindformers_ixc, mindformers, tensorboardX\n"
+               "before = 'torch' in sys.modules\n"
+               "import torch\n"
+               "print(before, tensorboardX.x2num.make_np(torch.ones(2)).tolist(), hasattr(torch, 'Tensor'))")
+    assert python(program) == "False [1.0, 1.0] True"
+
+
 def test_names_of_the_package():
     assert set(mindformers_ixc.__all__) <= set(dir(mindformers_ixc))
     assert all(getattr(mindformers_ixc, name) is not None for name in mindformers_ixc.__all__)

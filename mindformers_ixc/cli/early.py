@@ -19,6 +19,7 @@ from mindformers_ixc.cli.yaml_file import SHORT_FORMS, merged_fields
 from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.data.conversations import ReadingOptions, named_sources
 from mindformers_ixc.data.index.kinds import open_reader
+from mindformers_ixc.data.learning import WEIGHTS
 from mindformers_ixc.data.rows import bad_share_of
 from mindformers_ixc.data.sections import check_shapes
 from mindformers_ixc.errors import ConfigError
@@ -151,7 +152,8 @@ def _check_data(fields: dict, reads: bool, config: str) -> None:
             path = next(iter(named_sources(path)))[0]          # of a folder its table
             if resolve_path(path).stat().st_size <= SMALL:
                 options = ReadingOptions(part.get("image_folder"), image_root=loader.get("image_root"),
-                                         ignore_keys=loader.get("ignore_keys") or (), kind=kind)
+                                         ignore_keys=loader.get("ignore_keys") or (), kind=kind,
+                                         weighs=loader.get("loss_on") == WEIGHTS)
                 open_reader(path, options).load(share)
 
 

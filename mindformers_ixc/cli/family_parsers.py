@@ -49,17 +49,22 @@ def add_score(commands: Commands) -> None:
     score.add_argument("--data", required=True, metavar="FILE", help="JSON lines with answers")
     score.add_argument("--output_dir", metavar="DIR", help="write scores.jsonl there, as they come (default: standard "
                        "output, at the end)")
-    score.add_argument("--hd_num", type=int, metavar="N", help="tiles of each picture at most (default: the model "
+    add_scoring(score)
+
+
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    """Adds how a reward model reads what it scores."""
+    parser.add_argument("--hd_num", type=int, metavar="N", help="tiles of each picture at most (default: the model "
                        "directory's, else 9)")
-    score.add_argument("--max_length", type=int, metavar="N", help="refuse conversations of more positions (default: "
+    parser.add_argument("--max_length", type=int, metavar="N", help="refuse conversations of more positions (default: "
                        "what the model takes)")
-    score.add_argument("--batch_size", type=int, default=4, metavar="N", help="conversations scored at once")
-    score.add_argument("--control_tokens", action="store_true", help="text that is spelled like <s> or "
+    parser.add_argument("--batch_size", type=int, default=4, metavar="N", help="conversations scored at once")
+    parser.add_argument("--control_tokens", action="store_true", help="text that is spelled like <s> or "
                        "[UNUSED_TOKEN_145] becomes that control token, as in the public code")
-    score.add_argument("--transparency", choices=["white", "public"], help="as in chat")
-    score.add_argument("--exif", choices=["ignore", "apply"], help="as in chat")
-    score.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
-    add_no_verify(score)
+    parser.add_argument("--transparency", choices=["white", "public"], help="as in chat")
+    parser.add_argument("--exif", choices=["ignore", "apply"], help="as in chat")
+    parser.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
+    add_no_verify(parser)
 
 
 def add_best_of(parser: argparse.ArgumentParser) -> None:

@@ -46,6 +46,9 @@ def check_groups(fields: dict, source: str) -> None:
     if data.get("group_size") is None:
         raise ConfigError(f"{source}: train_dataset.group_size is missing; it says how many answers to a prompt are "
                           "compared, at least 2.")
+    if (data.get("data_loader") or {}).get("loss_on") is not None:
+        raise ConfigError(f"{source}: train_dataset.data_loader.loss_on says which answers are learnt from, and GRPO "
+                          "learns from sampled ones in place of the last; take it out.")
     if list(columns) != [*BATCH_COLUMNS, *GROUP_COLUMNS]:
         raise ConfigError(f"{source}: train_dataset.input_columns is {', '.join(map(str, columns)) or 'missing'}; "
                           f"{NETWORK} takes {', '.join((*BATCH_COLUMNS, *GROUP_COLUMNS))}, in this order.")

@@ -30,10 +30,10 @@ def load_assistant(arguments: argparse.Namespace) -> Assistant:
     return assistant
 
 
-def load_scorer(arguments: argparse.Namespace) -> Scorer:
-    """Loads the reward model `arguments.model` as `load_assistant` does a model that writes."""
+def load_scorer(arguments: argparse.Namespace, directory: str) -> Scorer:
+    """Loads a reward model as `load_assistant` does a model that writes."""
     prepare_device(arguments)
-    return _scorer_of(arguments.model, arguments)
+    return _scorer_of(directory, arguments)
 
 
 def load_best_of(arguments: argparse.Namespace, assistant: Assistant) -> BestOf:

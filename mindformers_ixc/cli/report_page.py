@@ -29,6 +29,9 @@ PAIRS = (("positions", "Positions a second", "positions_per_second"), ("tiles", 
 SLOW_START = ("samples_per_second", "tflops", "mfu", "data_wait", "positions_per_second", "tiles_per_second",
               "computed_positions_per_second", "computed_tiles_per_second")
 
+# Steps that were skipped and are named; of more the page says how many.
+NAMED_STEPS = 8
+
 # Rows of the table, by key of `metrics.jsonl`: medians of the steps after the first.
 SPEEDS = {"samples_per_second": ("samples a second", "{:.3g}"),
           "positions_per_second": ("positions a second", "{:,.0f}"),
@@ -191,6 +194,8 @@ def numbers(run: Run) -> dict[str, object]:
         "median seconds a step": f"{statistics.median(seconds):.3g}", "time in steps": duration(run.seconds),
         "labelled tokens": f"{tokens:,}" if tokens else "",
         "steps skipped for overflow": sum(bool(row["overflow"]) for row in rows)}
+    if any("skipped" in row for row in rows):
+        found["steps skipped as spikes"] = _skipped(rows)
     if run.elapsed is not None:
         found["time from start to end"] = duration(run.elapsed)
     if run.devices is not None:
@@ -203,6 +208,13 @@ def numbers(run: Run) -> dict[str, object]:
     found.update({f"held-out {key.replace('_', ' ')}": as_text(key, value) for key, value in last_measured.items()
                   if key != "step" and is_finite(value)})
     return found
+
+
+def _skipped(rows: list[dict]) -> str:
+    """How many steps were skipped as spikes, and which."""
+    steps = [str(row["step"]) for row in rows if row.get("skipped")]
+    more = ", ..." if len(steps) > NAMED_STEPS else ""
+    return f"{len(steps)}" + (f" ({', '.join(steps[:NAMED_STEPS])}{more})" if steps else "")
 
 
 def _median(rows: list[dict], key: str) -> float | None:

@@ -10,7 +10,7 @@ from mindformers_ixc.checkpoint.start import OVERRIDE
 from mindformers_ixc.cli.group_config import DATASET, check_groups, check_task
 from mindformers_ixc.cli.templates import Template, section_templates
 from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, POOLINGS, VISION_FIELDS, Field
-from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
+from mindformers_ixc.data.batch import BATCH_COLUMNS, NOISE_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.preference_options import needs_reference, preference_options
@@ -23,6 +23,7 @@ from mindformers_ixc.sections import (
     check_section,
     check_value,
     check_values,
+    from_0,
     hint,
     is_number,
     like,
@@ -32,7 +33,7 @@ from mindformers_ixc.sections import (
     whole,
 )
 from mindformers_ixc.trackers import CALLBACK, check_tracker
-from mindformers_ixc.training_options import check_parts, check_rates, evaluation_options
+from mindformers_ixc.training_options import check_lora, check_parts, check_rates, evaluation_options, spike_options
 
 # Networks that learn from pairs.
 PAIR_NETWORKS = ("IXC25ForPreference", "IXC25ForReward")
@@ -53,7 +54,7 @@ _NAMES = Rule(lambda value: isinstance(value, list) and all(isinstance(name, str
 OWN_RULES = {"on_save_error": one_of(("stop", "continue")), "no_join": of_type(bool), "device_tflops": _PEAK,
              "tensorboard": of_type(bool, dict), OVERRIDE: _NAMES}
 OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation",
-                "rollout",
+                "rollout", "skip_spikes",
                 *OWN_RULES)
 
 # Keys of MindFormers' section, which has no template.
@@ -61,7 +62,7 @@ TENSORBOARD_RULES = {"tensorboard_dir": of_type(str, required=True), "tensorboar
                      "log_loss_scale_to_tensorboard": of_type(bool), "log_timers_to_tensorboard": of_type(bool),
                      "log_expert_load_to_tensorboard": of_type(bool)}
 
-_FROM_0 = Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
+_FROM_0 = from_0()
 
 # Values of other sections, by section.
 NUMBERS = {
@@ -118,6 +119,9 @@ def check_fields(fields: dict, source: str) -> None:
     _check_preference(fields, source)
     if fields["model"]["model_config"].get("type") == "IXC25Config":
         check_groups(fields, source)
+    _check_noise(fields, source)
+    if fields.get("skip_spikes") is not None:
+        _check_spikes(fields, source)
     if fields.get("evaluation") is not None:
         options = evaluation_options(fields["evaluation"])
         if options["keep_best"] and fields.get("no_join") and fields.get("use_parallel"):
@@ -239,6 +243,39 @@ def _check_reward(fields: dict, section: dict, learns: bool, source: str) -> Non
                           "section out. `mindformers score` scores held-out pairs.")
 
 
+def _check_spikes(fields: dict, source: str) -> None:
+    """Checks the limits of a step that is skipped, and that the run has what compares with them."""
+    options = spike_options(fields["skip_spikes"])
+    if fields.get("use_parallel"):
+        raise ConfigError(f"{source}: skip_spikes is for runs of one process; where a graph is cut the steps are "
+                          "MindFormers' own, which compare nothing. Take it out, or set use_parallel to False.")
+    by_norm = [key for key in ("grad_norm", "grad_norm_times") if options[key] is not None]
+    if by_norm and not (fields.get("runner_wrapper") or {}).get("use_clip_grad"):
+        raise ConfigError(f"{source}: skip_spikes.{by_norm[0]} needs runner_wrapper.use_clip_grad True, since only "
+                          "steps that clip gradients know their norm.")
+    runner = fields.get("runner_config") or {}
+    if runner.get("sink_mode") and runner.get("sink_size") != 1:
+        raise ConfigError(f"{source}: skip_spikes needs to know every step, but with runner_config.sink_mode a device "
+                          f"takes several by itself (sink_size {runner.get('sink_size')!r}); set sink_size to 1, or "
+                          "sink_mode to False.")
+
+
+def _check_noise(fields: dict, source: str) -> None:
+    """Checks that noise on the embeddings has the columns it is made of, and that nothing else asks for them."""
+    model = fields["model"]
+    alpha = model["model_config"].get("neftune_alpha")
+    if not alpha or fields.get("run_mode") == "predict":
+        return
+    if (model.get("arch") or {}).get("type") in PAIR_NETWORKS:
+        raise ConfigError(f"{source}: model.model_config.neftune_alpha is {alpha!r}, but {' and '.join(PAIR_NETWORKS)} "
+                          "compare answers, of which both would get noise of their own; take it out.")
+    columns = (fields.get("train_dataset") or {}).get("input_columns") or BATCH_COLUMNS
+    missing = [name for name in NOISE_COLUMNS if name not in columns]
+    if missing:
+        raise ConfigError(f"{source}: model.model_config.neftune_alpha is {alpha!r}, but train_dataset.input_columns "
+                          f"lacks {' and '.join(missing)}, which the noise is made of; add what is missing.")
+
+
 def _check_parts(fields: dict, source: str) -> None:
     """Checks what trains and at which rate; what of it the model has is known when it is built."""
     parts, rates = fields.get("train_parts"), fields.get("part_learning_rates")
@@ -248,6 +285,9 @@ def _check_parts(fields: dict, source: str) -> None:
         if (((fields.get("model") or {}).get("model_config") or {}).get("pet_config") or {}).get("pet_type"):
             raise ConfigError(f"{source}: train_parts and model.model_config.pet_config both say what trains; give one "
                               "of them.")
+    pet = ((fields.get("model") or {}).get("model_config") or {}).get("pet_config")
+    if isinstance(pet, dict):
+        check_lora(pet, bool(fields.get("use_parallel")))
     if rates is not None:
         check_rates(rates)
         if fields.get("grouped_lr_schedule"):

@@ -29,6 +29,8 @@ Columns that a run asks for in `input_columns`:
 | position_ids | int32 | (B, L) | position within its conversation; starts again at 0 where samples are packed |
 | segment_ends | int32 | (B, S) | where the row's S = `max_segments` segments end: packed conversations, then padding |
 | noise_seed | int32 | (B,) | seed of the dropout noise, from the run's seed and the row's place in the run |
+| loss_weights | float32 | (B, L) | how much each position's loss counts; 0 where there is no label |
+| lengths | int32 | (B, L) | positions of the conversation that a position is of; 0 in the padding |
 | source | int32 | (B, L) | number of each position's source, for losses by source; any in the padding |
 
 Preference pairs (`IXC25PreferenceDataset`) have input_ids, labels, vision_index and image_mask as (B, 2, L), the chosen
@@ -64,7 +66,10 @@ from mindformers_ixc.config import ModelConfig
 PIXEL_COLUMNS = ("pixel_values", "global_views", "view_index")
 BATCH_COLUMNS = ("input_ids", "labels", *PIXEL_COLUMNS, "vision_index", "image_mask")
 PACKING_COLUMNS = ("position_ids", "segment_ends")
-EXTRA_COLUMNS = (*PACKING_COLUMNS, "noise_seed", "source")
+WEIGHTS_COLUMN = "loss_weights"
+# What the noise on embeddings is made of.
+NOISE_COLUMNS = ("noise_seed", "lengths")
+EXTRA_COLUMNS = (*PACKING_COLUMNS, *NOISE_COLUMNS, "source", WEIGHTS_COLUMN)
 
 # Columns of preference pairs and groups that have the answers as a second axis.
 ANSWER_COLUMNS = ("input_ids", "labels", "vision_index", "image_mask")
@@ -121,7 +126,8 @@ def column_shapes(config: ModelConfig, columns: Iterable[str],
         "pixel_values": ("uint8" if "global_views" in columns else "float32", (config.max_tiles, *picture)),
         "global_views": ("float32", (config.max_images, *picture)), "view_index": ("int32", (config.max_tiles,)),
         "position_ids": ("int32", (length,)), "segment_ends": ("int32", (config.max_segments,)),
-        "noise_seed": ("int32", ()), "source": ("int32", (length,)), REFERENCE_COLUMN: ("float32", (answers,)),
+        "noise_seed": ("int32", ()), "source": ("int32", (length,)), "lengths": ("int32", (length,)),
+        WEIGHTS_COLUMN: ("float32", (length,)), REFERENCE_COLUMN: ("float32", (answers,)),
         SCORE_COLUMN: ("int32", texts), **dict.fromkeys((REWARDS_COLUMN, MATCH_COLUMN), ("float32", (answers,))),
         LOGPS_COLUMN: ("float32", texts)}
     return {name: table[name] for name in columns}

@@ -65,7 +65,7 @@ class Predictions:
             write_whole(self.run_file, json.dumps(self.run, ensure_ascii=False, indent=1) + "\n")
 
     def _earlier(self, path: Path) -> list[dict]:
-        advice = "choose another output_dir, or delete the file to begin anew."
+        advice = "write elsewhere (another output_dir), or delete the file to begin anew."
         try:
             same = read_json(self.run_file) == self.run
         except (OSError, DataError):

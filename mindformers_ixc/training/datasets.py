@@ -21,6 +21,7 @@ from mindformers_ixc.data.index.keys import Measures
 from mindformers_ixc.data.index.plans import saved
 from mindformers_ixc.data.index.samples import IndexedSource, SampleSet, make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
+from mindformers_ixc.data.learning import ALL
 from mindformers_ixc.data.mixture import Planner, make_planner
 from mindformers_ixc.data.packed_plan import Packing
 from mindformers_ixc.data.packer import Budget
@@ -99,16 +100,17 @@ class IXC25DataLoader:
         fetch: whether http(s) addresses of pictures and videos are fetched, into the user's cache.
         index_dir: where the indices of the sources lie; by default in the user's cache.
         read_timeout: seconds that reading a file may take before the process ends (`mindformers_ixc.reading`).
+        loss_on: which answers carry loss (`mindformers_ixc.data.learning`); by default all.
     """
 
     def __init__(self, dataset_dir: str, image_folder: str | None = None, shuffle: bool = True, seed: int = 0,
                  caption_prompts: Sequence[str] | None = None, mixture: dict | None = None,
                  image_root: str | None = None, ignore_keys: Sequence[str] = (), fetch: bool = False,
-                 index_dir: str | None = None, read_timeout: float | None = None):
+                 index_dir: str | None = None, read_timeout: float | None = None, loss_on: str | None = None):
         self.shuffle, self.seed, self.mixture, self.index_dir = shuffle, seed, mixture, index_dir
         self.read_timeout = read_timeout
         self.section = {"dataset_dir": dataset_dir, "image_folder": image_folder, "caption_prompts": caption_prompts,
-                        "image_root": image_root, "ignore_keys": ignore_keys, "fetch": fetch}
+                        "image_root": image_root, "ignore_keys": ignore_keys, "fetch": fetch, "loss_on": loss_on}
 
     def sources(self, measures: Measures, bad_share: float = 0.0, kind: str = "sample") -> list[IndexedSource]:
         """The sources, each with its index, which is built where there is none; arguments as of `open_sources`.
@@ -166,7 +168,7 @@ def _table(config: MindFormerConfig, kind: str) -> tuple[ConversationTable, Plan
     length = config.seq_length - (SCORE_COLUMN in columns)          # the reward token is measured with no sample
     shapes = Shapes(length, config.max_tiles, config.hd_num or HD_NUM_TRAINING, max_images, segments)
     samples = make_samples(sources, shapes, share, loader.index_dir)
-    make: Any = PreferenceTable if kind == "pair" else ConversationTable
+    make: Any = PreferenceTable if kind == "pair" else partial(ConversationTable, loss_on=options.get("loss_on") or ALL)
     if config.group_size:
         make = partial(GroupTable, group_size=config.group_size)
     table = make(processor, samples, config.seq_length, config.max_tiles, shapes.hd_num, share, samples.needs, columns,

@@ -21,6 +21,7 @@ from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
 from mindformers_ixc.data.fitting import Shapes, check_pixels
 from mindformers_ixc.data.index.samples import make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
+from mindformers_ixc.data.learning import ALL, with_loss_on
 from mindformers_ixc.data.questions import questions_of
 from mindformers_ixc.data.rows import MAX_BAD_SHARE, ListedSamples, check_images
 from mindformers_ixc.data.sections import row_budget
@@ -35,9 +36,10 @@ from mindformers_ixc.processing.image import HD_NUM_TRAINING
 from mindformers_ixc.reading import watch_reads
 from mindformers_ixc.scores import SCORES, score_answers
 from mindformers_ixc.training.datasets import section_processor
+from mindformers_ixc.training.early_stopping import AlreadyOver, why_over
 from mindformers_ixc.training.log import steps_of
 from mindformers_ixc.training.progress import measured
-from mindformers_ixc.training_options import LOSSES, evaluation_options
+from mindformers_ixc.training_options import evaluation_options, sign_of
 
 # Questions whose answers are written down at every measurement, spread evenly over the held-out ones.
 SHOWN = 12
@@ -82,7 +84,8 @@ class HeldOut:
         loader = data.data_loader or {}      # what it says of trust and of keys holds for held-out samples too
         watch_reads(loader.get("read_timeout"))
         held_out = {"dataset_dir": options["dataset_dir"], "image_folder": options["image_folder"],
-                    **{key: loader.get(key) for key in ("image_root", "ignore_keys")}}
+                    **{key: loader.get(key) for key in ("image_root", "ignore_keys", "loss_on")}}
+        self.loss_on = loader.get("loss_on") or ALL
         sources = open_sources(held_out, 0, measures_of(data, self.processor), loader.get("index_dir"))
         samples = make_samples(sources, Shapes(data.seq_length, data.max_tiles, hd_num), MAX_BAD_SHARE,
                                loader.get("index_dir"))
@@ -100,7 +103,8 @@ class HeldOut:
             if shuffled and images:
                 images = next((other.images for other in _after(with_images, sample)
                                if len(other.images) == len(images) and other.images != images), images)
-            encoded = self.processor.encode_conversation(sample.turns, images, sample.where, hd_num)
+            encoded = with_loss_on(self.processor.encode_conversation(sample.turns, images, sample.where, hd_num),
+                                   self.loss_on, sample.weights, sample.where)
             if len(encoded.input_ids) <= length and encoded.tiles <= tiles:
                 yield encoded.pad(length, tiles, self.max_images, self.processor.pad_token_id)
 
@@ -170,6 +174,9 @@ class Evaluation(Callback):
     A measurement that was due at the step from which a run is resumed, and that the earlier run did not come to, is
     made up first. So the rows of a resumed run are those of one that was not interrupted.
 
+    With `early_stopping` it ends the run when too many measurements in a row were no better; that follows from the rows
+    alone, so a resumed run ends where the other would have.
+
     Args:
         trainer: `IXC25Trainer`; gives the model and writes directories.
         section: `evaluation` of the YAML.
@@ -178,6 +185,10 @@ class Evaluation(Callback):
     Raises:
         ConfigError: see `training_options.evaluation_options`.
         TrainingError: while training, when a measurement cannot be written and `on_save_error` is `stop`.
+        AlreadyOver: when a run is resumed that has ended early.
+
+    Attributes:
+        why_over: why the run has ended early; `None` otherwise.
     """
 
     def __init__(self, trainer: Training, section: dict, data: MindFormerConfig):
@@ -192,6 +203,7 @@ class Evaluation(Callback):
         self.answers: list[dict] = []      # the answers that are written down, one row a step
         self.said: list[dict] = []         # those of the measurement that is being made
         self.watchers: list[Callable[[dict], None]] = []      # are told every row
+        self.why_over: str | None = None
 
     def on_train_begin(self, run_context: RunContext) -> None:
         """Drops rows of steps that will be done again, and makes up what the step gone on from lacks."""
@@ -210,6 +222,9 @@ class Evaluation(Callback):
                 self._measure(start)
             elif self._is_best(self.rows) and not has_best:
                 self.trainer.save_directory("best")
+            if start < self.steps and self._is_over():
+                run_context.original_args().run_failed = True      # there is no step of which to save anything
+                raise AlreadyOver
 
     def _is_due(self, step: int) -> bool:
         return step == self.steps or (bool(self.options["every"]) and step % self.options["every"] == 0)
@@ -219,6 +234,14 @@ class Evaluation(Callback):
         done = self._done(run_context)
         if done < self.steps and self._is_due(done):
             self._measure(done)
+            if self._is_over():
+                run_context.request_stop()
+
+    def _is_over(self) -> bool:
+        """Whether the measurements so far end the run."""
+        if self.options["early_stopping"] is not None:
+            self.why_over = why_over(self.rows, **self.options["early_stopping"])
+        return self.why_over is not None
 
     def on_train_end(self, run_context: RunContext) -> None:
         """Measures the final model; not one that was stopped on the way."""
@@ -314,6 +337,5 @@ class Evaluation(Callback):
         name = self.options["keep_best"]
         if name is None:
             return False
-        sign = 1 if name in LOSSES else -1
-        values = [sign * row[name] for row in rows if isinstance(row.get(name), (int, float))]
-        return all(values[-1] < value for value in values[:-1])
+        values = [sign_of(name) * row[name] for row in rows if isinstance(row.get(name), (int, float))]
+        return all(values[-1] > value for value in values[:-1])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from mindformers.tools.register import MindFormerConfig
 from mindspore import nn
 
-from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.batch import BATCH_COLUMNS, WEIGHTS_COLUMN
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.models import grpo, preference, reward
 from mindformers_ixc.training.averaging import AveragedOptimizer
@@ -46,6 +46,7 @@ class StepPlan:
             adds up over micro batches and divides once.
         ema_decay: share of the moving average of the weights that a step keeps; `None` for no average.
         sources: names of the sources; empty until the data are there.
+        skips_spikes: whether steps are not taken whose loss or gradient norm is a spike.
     """
 
     loss_form: str = "mean"
@@ -57,6 +58,7 @@ class StepPlan:
     per_token: bool = False
     ema_decay: float | None = None
     sources: tuple[str, ...] = ()
+    skips_spikes: bool = False
 
     def with_sources(self, names: Iterable[str]) -> StepPlan:
         """The plan once the data are there."""
@@ -100,7 +102,7 @@ class StepPlan:
             return {"type": portable_wrapper(name)}
         own = GROUP_CELL if self.report == GROUPS else OWN_CELL
         return {"type": own, "micro_batches": self.micro_batches, "labels_column": self.labels_column,
-                "report_shape": self.report_shape}
+                "report_shape": self.report_shape, "skips_spikes": self.skips_spikes}
 
 
 def plan_step(config: MindFormerConfig) -> StepPlan:
@@ -120,6 +122,9 @@ def plan_step(config: MindFormerConfig) -> StepPlan:
         if per_token and report != SOURCES:
             loss_form = "sums"
         return StepPlan(loss_form, report, in_model=report is not None, per_token=per_token, ema_decay=decay)
-    own_cell = accumulated > 1 or report is not None
+    spikes = config.get("skip_spikes") is not None
+    own_cell = accumulated > 1 or report is not None or spikes
+    weighed_by = WEIGHTS_COLUMN if WEIGHTS_COLUMN in columns else "labels"
     return StepPlan(loss_form, report, accumulated, own_cell,
-                    None if answers or not own_cell else columns.index("labels"), ema_decay=decay)
+                    None if answers or not own_cell else columns.index(weighed_by), ema_decay=decay,
+                    skips_spikes=spikes)

@@ -41,9 +41,11 @@ from mindformers_ixc.parameters import part_of
 from mindformers_ixc.resources import shown
 from mindformers_ixc.training.averaging import averaged_weights
 from mindformers_ixc.training.checkpoints import MONITOR, safe_checkpoints
+from mindformers_ixc.training.early_stopping import AlreadyOver
 from mindformers_ixc.training.evaluation import Evaluation
 from mindformers_ixc.training.joining import Joiner, PartsElsewhere
 from mindformers_ixc.training.log import StepEnd, TrainingLog, log_options, steps_of
+from mindformers_ixc.training.lora import begin_magnitudes, folded_weights, lora_linears, write_adapter
 from mindformers_ixc.training.optimizer import native_optimizer
 from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, stop_dropout, train_only
 from mindformers_ixc.training.progress import header
@@ -96,9 +98,9 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
     lines = []
     if "trained_parts" in written:
         parts = sorted({str(part_of(parameter.name)) for parameter in model.trainable_params()})
-        place = shown(folder / "trained_parts")
+        place, option = shown(folder / "trained_parts"), "lora" if lora_linears(model) else "attach"
         lines += [f"Of it, {', '.join(parts)} alone are in {place}; put them on any checkpoint with",
-                  f"    mindformers merge BASE TARGET --attach {shlex.quote(place)}"]
+                  f"    mindformers merge BASE TARGET --{option} {shlex.quote(place)}"]
     model_path = shown(folder / "model")
     if model.config.reward_pooling is not None:
         return "\n".join([*lines, f"The trained model is in {model_path}. It scores answers, a JSON object a line:",
@@ -111,16 +113,20 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
 
 
 class ResumableModel(Model):
-    """MindSpore's `Model`, which trains nothing when a resumed run has done all its steps; there it is an error."""
+    """MindSpore's `Model`, which trains nothing when a resumed run is over already; there that is an error."""
 
     def train(self, epoch, train_dataset, callbacks=None, dataset_sink_mode=False, sink_size=-1, initial_epoch=0):
         """Trains; with no step left this package's callbacks write what is missing. Arguments as there."""
+        begun = False
         if initial_epoch < epoch:
-            super().train(epoch, train_dataset, callbacks, dataset_sink_mode, sink_size, initial_epoch)
-            return
+            try:
+                super().train(epoch, train_dataset, callbacks, dataset_sink_mode, sink_size, initial_epoch)
+                return
+            except AlreadyOver:
+                begun = True
         own = [callback for callback in callbacks or [] if isinstance(callback, (TrainingLog, Evaluation))]
         context = RunContext(_Parameters(train_network=self._train_network, cur_step_num=0))
-        for callback in own:
+        for callback in own if not begun else ():
             callback.on_train_begin(context)
         for callback in own:
             callback.on_train_end(context)
@@ -154,6 +160,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         super().__init__(model_name)
         self.plan = StepPlan()
         self.log: TrainingLog | None = None
+        self.evaluation: Evaluation | None = None
         self.start = ""
 
     @property
@@ -182,6 +189,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
                 train_only(model, self.config.train_parts)
             if not any(part_of(parameter.name) == "partial_lora" for parameter in model.trainable_params()):
                 stop_dropout(model)
+            begin_magnitudes(model)
             if is_parallel():
                 mark_backward_end(model)
             terminal.current.log(parts_table(model))
@@ -256,7 +264,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         self.log = TrainingLog(get_output_root_path(), **log_options(config))
         callbacks = [*(callbacks or []), self.log, self.log.step_end]
         if config.get("evaluation"):
-            callbacks.append(Evaluation(self, dict(config.evaluation), config.train_dataset))
+            self.evaluation = Evaluation(self, dict(config.evaluation), config.train_dataset)
+            callbacks.append(self.evaluation)
         try:
             with safe_checkpoints(on_error) as saved, resumable_model():
                 super().train(config=config, network=network, dataset=dataset, wrapper=wrapper, optimizer=optimizer,
@@ -334,6 +343,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
     def _close(self, text: str, written: list[str], joined: bool = True) -> None:
         """Says what the run has left, and notes it; of several ranks' output the launcher's is the last."""
+        if self.evaluation is not None and self.evaluation.why_over is not None:
+            text = f"{self.evaluation.why_over}\n{text}"
         mark_finished(get_output_root_path(), written, text, joined)
         if not in_job():
             terminal.current.say(text)
@@ -348,7 +359,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         """Writes directories from memory; returns their names."""
         written, names = ["model"], self._partial(model)
         if names is not None:
-            self.save_directory("trained_parts", names)
+            self._write_parts(names, weights_of(model, names))
             written.append("trained_parts")
         self.save_directory("model")
         if self.log is not None and self.log.average:
@@ -366,7 +377,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
                     return []
                 written, names = ["model"], self._partial(model)
                 if names is not None:
-                    self._write_directory("trained_parts", {name: whole.weights[name] for name in names})
+                    self._write_parts(names, whole.weights)
                     written.append("trained_parts")
                 self._write_directory("model", whole.weights)
                 if whole.averages:
@@ -403,7 +414,18 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         except PartsElsewhere as error:
             terminal.current.say(f"{error} So {name} is not written.")
 
+    def _write_parts(self, names: list[str], weights: dict[str, LazyTensor]) -> None:
+        """Writes what trained alone; an ordinary LoRA as PEFT keeps it."""
+        parts = {name: weights[name] for name in names}
+        if lora_linears(self.trained_model):
+            target = os.path.join(get_output_root_path(), "trained_parts")
+            write_adapter(target, self.trained_model.config.pet_config, self.trained_model, parts)
+        else:
+            self._write_directory("trained_parts", parts)
+
     def _write_directory(self, name: str, tensors: dict[str, LazyTensor]) -> None:
+        """Writes a directory of weights, all or some; of ordinary pairs those they are folded into."""
+        tensors = folded_weights(self.trained_model, tensors)
         data = self.config.train_dataset
         write_model_directory(self.trained_model, tensors, os.path.join(get_output_root_path(), name),
                               data.tokenizer.vocab_file, data.hd_num,

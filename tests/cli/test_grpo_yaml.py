@@ -31,6 +31,7 @@ def test_the_recipes_pass_and_have_no_plan(recipe):
     ("ixc25_grpo_tiny", ["--use_parallel", "True", "--parallel.parallel_mode", "1"], "parallel_mode is 1, but GRPO"),
     ("ixc25_grpo_tiny", ["--train_dataset.input_columns", "[input_ids, labels, pixel_values, global_views, "
                          "view_index, vision_index, image_mask, matches, rewards, sampled_logps]"], "in this order"),
+    ("ixc25_grpo_tiny", ["--train_dataset.data_loader.loss_on", "last"], "in place of the last"),
     ("ixc25_dpo_tiny", ["--rollout.updates", "2"], "rollout is for GRPO"),
     ("ixc25_sft_tiny", ["--train_dataset.group_size", "4"], "train_dataset.group_size is for GRPO"),
 ])

@@ -40,6 +40,6 @@ def test_a_foreign_error_comes_out(fuzz):
 @pytest.mark.skipif(platform.machine() != "x86_64" or sys.version_info < (3, 11), reason="atheris has no wheel here")
 @pytest.mark.parametrize("name", FUZZED)
 def test_fuzzing_finds_only_errors_of_the_package(name, tmp_path):
-    result = subprocess.run([sys.executable, str(SCRIPT), name, "--seconds", "15"], cwd=tmp_path, capture_output=True,
+    result = subprocess.run([sys.executable, str(SCRIPT), name, "--seconds", "5"], cwd=tmp_path, capture_output=True,
                             text=True, check=False)
     assert result.returncode == 0, result.stdout

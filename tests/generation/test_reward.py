@@ -13,7 +13,6 @@ from reward_model import make_reward_model, reference_values
 
 from mindformers_ixc import InternLM2Tokenizer, IXC25Config, IXC25ForCausalLM, IXC25ForReward
 from mindformers_ixc.config import read_config
-from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import CheckpointError, ConfigError, GenerationError, ImageError, PromptError
 from mindformers_ixc.generation import continuing
 from mindformers_ixc.generation.assistant import Assistant

@@ -112,6 +112,26 @@ def _predictions(path: Path) -> None:
     path.write_text(json.dumps({"request": {"query": "Go"}, "answer": "Gone."}) + "\n", encoding="utf-8")
 
 
+def _samples(path: Path) -> None:
+    """What sampling from a file of questions leaves."""
+    path.parent.mkdir(exist_ok=True)
+    answers = [{"answer": "a cat", "logp": -0.5}, {"answer": "an animal", "logp": -0.75}]
+    path.write_text("".join(json.dumps({"request": {"query": f"A {name}?"}, "id": name, "samples": answers}) + "\n"
+                            for name in ("cat", "dog", "bird")), encoding="utf-8")
+
+
+def _verdicts(path: Path) -> None:
+    """What a judge says of those."""
+    path.write_text('{"cat": [2, -1], "dog": {"preferred": 1, "rejected": 0}, "bird": {"ranks": [1, 2]}}',
+                    encoding="utf-8")
+
+
+def _pairs(path: Path) -> None:
+    """What labelling leaves."""
+    path.write_text(json.dumps([{"id": 0, "image": "cat.jpg", "prompt": "What is shown?", "chosen": "a cat",
+                                 "rejected": "an animal"}]), encoding="utf-8")
+
+
 def _awq(path: Path) -> None:
     """A model as it is published in four bits."""
     quantize(path.parent / PUBLIC, path, layout="awq")
@@ -136,6 +156,8 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
     "checkpoints.md": {"output": _ranks, "my_adapter": _adapter, "step_100": _random, "step_200": _random,
                        "step_300": _random, "out/model": _starter, f"{PUBLIC}-4bit": _awq},
     "parallel.md": {"ixc25_ms": _random},
+    "preference_data.md": {"out/charts/model": _starter, "reward_model": _reward, "samples/samples.jsonl": _samples,
+                           "verdicts.json": _verdicts, "pairs.json": _pairs},
     "reward.md": {"out/model": _starter, "out/charts/model": _starter, "reward_model": _reward,
                   f"{PUBLIC}-reward": _reward,
                   "out_predict/predictions.jsonl": _predictions},

@@ -20,19 +20,32 @@ SIZES = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 64, "num_hid
          "seq_length": 32, "max_segments": 4, "max_tiles": 2, "compute_dtype": "bfloat16",
          "vision_config": {"image_size": 56, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
                            "intermediate_size": 32}}
+LENGTH = 4096               # of a row whose square would show
 
 
-def compiled(device: str, **fields) -> set[str]:
-    """Primitives of the training graph made for a device."""
-    return set(described(device, **fields)["primitives"])
+def described(device: str, *given: dict) -> list[dict]:
+    """What the script says of training graphs made for a device, each of some fields.
 
-
-def described(device: str, **fields) -> dict:
-    """What the script says of a graph; in a process of its own, which stops at the front end."""
-    done = subprocess.run([sys.executable, str(SCRIPT), device, "1", json.dumps({**SIZES, **fields})], check=False,
+    They are made in a process of their own, which stops at the front end.
+    """
+    fields = [json.dumps({**SIZES, **changes}) for changes in given]
+    done = subprocess.run([sys.executable, str(SCRIPT), device, "1", *fields], check=False,
                           env={**os.environ, "MS_SIMULATION_LEVEL": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])[0]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> list[dict]:
+    """Graphs for the CPU: one that asks for fused attention, and one of a long row, packed and not."""
+    return described("CPU", {"use_flash_attention": True},
+                     *({"seq_length": LENGTH, "packing": packing} for packing in (False, True)))
+
+
+@pytest.fixture(scope="module")
+def on_device() -> list[dict]:
+    """Graphs for Ascend: one without the fused norm, and one as it comes."""
+    return described("Ascend", {"fused_norm": False}, {})
 
 
 def test_the_device_is_assumed_for_a_while_only():
@@ -43,26 +56,24 @@ def test_the_device_is_assumed_for_a_while_only():
 
 
 @pytest.mark.slow
-def test_what_is_not_asked_for_is_composed():
-    found = compiled("Ascend", fused_norm=False)
-    assert not {"FlashAttentionScore", "RotaryPositionEmbedding", "RmsNorm"} & found
-    assert not {"FlashAttentionScore", "RmsNorm"} & compiled("CPU", use_flash_attention=True)
+def test_what_is_not_asked_for_is_composed(on_cpu, on_device):
+    assert not {"FlashAttentionScore", "RotaryPositionEmbedding", "RmsNorm"} & set(on_device[0]["primitives"])
+    assert not {"FlashAttentionScore", "RmsNorm"} & set(on_cpu[0]["primitives"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
-def test_no_scores_of_composed_attention_are_as_large_as_the_square_of_a_length(packing):
-    length, heads, block = 4096, 2, 512
-    found = described("CPU", seq_length=length, packing=packing)
+def test_no_scores_of_composed_attention_are_as_large_as_the_square_of_a_length(packing, on_cpu):
+    heads, block, found = 2, 512, on_cpu[1 + packing]
     assert "Softmax" in found["primitives"]
-    assert found["largest"] == heads * block * length        # of the last block of queries; not heads * length * length
+    assert found["largest"] == heads * block * LENGTH        # of the last block of queries; not heads * length * length
 
 
 @pytest.mark.slow
-def test_rows_of_vision_tables_are_taken_by_kernels_of_cann():
+def test_rows_of_vision_tables_are_taken_by_kernels_of_cann(on_device):
     # a gather with a batch axis has none, forward or backward; Embedding and its gradient are aclnnEmbedding and
     # aclnnEmbeddingDenseBackward in MindSpore's library of Ascend operators
-    found = described("Ascend")
+    found = on_device[1]
     assert found["gather_batch_axes"] and not any(found["gather_batch_axes"])
     assert {"Embedding", "EmbeddingDenseBackward"} <= set(found["primitives"])
 

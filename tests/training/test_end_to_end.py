@@ -64,12 +64,10 @@ class TestTinyRun:
         assert sorted(path.name for path in (folder / "out" / "model").iterdir()) == [
             "config.json", "digests.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"]
 
-    @pytest.mark.parametrize(("picture", "answer"), [(CAT, "the face of a cat"), (RECEIPT, "a receipt"),
-                                                     (ROCKET, "a tall rocket")])
-    def test_chat_prints_the_trained_answer_and_nothing_else(self, trained, picture, answer):
-        output, _ = mindformers("chat", "--model", "out/model", "--image", picture, "What is shown in the picture?",
+    def test_chat_prints_the_trained_answer_and_nothing_else(self, trained):
+        output, _ = mindformers("chat", "--model", "out/model", "--image", ROCKET, "What is shown in the picture?",
                                 cwd=trained[0])
-        assert output == f"{answer}\n"
+        assert output == "a tall rocket\n"
 
     def test_exact_match_needs_the_right_picture(self, trained):
         words = ("eval", "--model", "out/model", "--data", demo_path("train.json"))
@@ -86,7 +84,7 @@ class TestTinyRun:
         lines = f"/image {CAT}\nWhat is shown in the picture?\n/nonsense\n/new\n/image none.png\n/quit\n"
         done = subprocess.run(command, cwd=trained[0], input=lines, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0
-        assert len(done.stdout.splitlines()) == 1
+        assert done.stdout == "the face of a cat\n"
         assert "/nonsense is no command" in done.stderr
         assert "none.png" in done.stderr
 
@@ -145,9 +143,10 @@ def pet_run(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_pet_run_leaves_its_model_and_the_trained_parts(pet_run):
-    parts, whole = (load_file(pet_run / name / "model.safetensors") for name in ("trained_parts", "model"))
+    parts = load_file(pet_run / "trained_parts" / "adapter_model.safetensors")
+    whole = load_file(pet_run / "model" / "model.safetensors")
     assert len(parts) == 2 * 4 and len(whole) > len(parts)
-    assert all("mindpet_delta_lora" in name for name in parts)
+    assert all(".wqkv.lora_" in name for name in parts) and not any("mindpet" in name for name in whole)
     rows = [json.loads(line) for line in (pet_run / "evaluations.jsonl").read_text().splitlines()]
     assert len(rows) == 1 and 0 < rows[0]["loss"] < 8
 

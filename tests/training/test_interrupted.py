@@ -23,8 +23,11 @@ COMPARED = ("step", "epoch", "samples", "loss", "learning_rate", "grad_norm")
 
 
 def start(name: str, out: Path, *words, save_steps: int = 1) -> subprocess.Popen:
+    """Starts a run; those of one test keep their compiled step, which is the same but for a learning rate."""
     command = [str(Path(sys.executable).parent / "mindformers"), "run", "--config", str(YAMLS / f"ixc25_{name}.yaml"),
-               "--callbacks", CALLBACKS % save_steps, "--output_dir", str(out), *map(str, words)]
+               "--callbacks", CALLBACKS % save_steps, "--output_dir", str(out),
+               "--context.enable_compile_cache", "True", "--context.compile_cache_path", str(out.parent / "graphs"),
+               *map(str, words)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
