@@ -22,6 +22,12 @@ from mindformers_ixc.sections import (
     whole,
 )
 
+# Networks that learn from pairs of answers, by the YAML's `model.arch.type`.
+PAIR_NETWORKS = ("IXC25ForPreference", "IXC25ForReward")
+PREFERENCE_NETWORK, REWARD_NETWORK = PAIR_NETWORKS
+# The network that learns from rewards of sampled answers.
+GROUP_NETWORK = "IXC25ForGRPO"
+
 # The YAML's `part_learning_rates`, and what stands in it for a part.
 PART_RULES = {"factor": above_0(), "layer_decay": above_0()}
 RATE_RULES = dict.fromkeys(PARTS, Rule(lambda options: isinstance(options, dict) and bool(options),
@@ -30,19 +36,24 @@ RATE_RULES = dict.fromkeys(PARTS, Rule(lambda options: isinstance(options, dict)
 # Metrics of the loss (with every sample's own images, and with another's); the others need answers.
 LOSSES = ("loss", "shuffled_loss")
 
+# Metrics of held-out pairs by a reward model; what begins so is measured with another pair's images.
+SHUFFLED = "shuffled_"
+PAIR_METRICS = (*LOSSES, "reward_accuracy", f"{SHUFFLED}reward_accuracy", "reward_margin", "reward_chosen",
+                "reward_rejected")
+# Options of answers, which a reward model gives none of.
+ANSWER_OPTIONS = ("max_new_tokens", "mode")
+
 # The YAML's `evaluation`.
 EVALUATION = {"dataset_dir": None, "image_folder": None, "every": 0, "metrics": ["loss"], "batch_size": 4,
               "max_new_tokens": 64, "max_samples": None, "mode": "base", "keep_best": None, "early_stopping": None}
 EVALUATION_RULES = {
     "dataset_dir": of_type(str, list), "image_folder": of_type(str), "every": whole(0, " (0: at the end only)"),
     "metrics": of_type(list), "batch_size": whole(1), "max_new_tokens": whole(1), "max_samples": whole(1),
-    "mode": one_of(MODE_ADAPTERS), "keep_best": of_type(str),
-    "early_stopping": of_type(dict)}
+    "mode": one_of(MODE_ADAPTERS), "keep_best": of_type(str), "early_stopping": of_type(dict)}
 
 # The YAML's `evaluation.early_stopping`.
 EARLY_STOPPING = {"metric": None, "patience": 3, "min_delta": 0.0}
 EARLY_STOPPING_RULES = {"metric": of_type(str, required=True), "patience": whole(1), "min_delta": from_0()}
-
 
 # The YAML's `skip_spikes`, and the values of a step that may be one, in the order in which the step has their limits.
 SPIKES: dict[str, Any] = {"loss": None, "grad_norm": None, "loss_times": None, "grad_norm_times": None, "window": 50,
@@ -119,19 +130,26 @@ def check_rates(section: dict) -> None:
             raise ConfigError(f"part_learning_rates.{part}.layer_decay: only the vision tower's rate decays by layer.")
 
 
-def evaluation_options(section: dict) -> dict:
+def evaluation_options(section: dict, scored: bool = False) -> dict:
     """Options of the YAML's `evaluation` with their defaults.
+
+    Args:
+        section: of the YAML.
+        scored: whether a reward model is trained, which scores held-out pairs and answers nothing.
 
     Raises:
         ConfigError: for an unknown key or metric, a wrong value, or a metric to go by that is not measured.
     """
     check_section(section, EVALUATION_RULES, "evaluation")
     options = {**EVALUATION, **{key: value for key, value in section.items() if value is not None}}
-    check_names("evaluation.metrics", options["metrics"], (*LOSSES, *SCORES))
+    check_names("evaluation.metrics", options["metrics"], PAIR_METRICS if scored else (*LOSSES, *SCORES))
+    foreign = [key for key in ANSWER_OPTIONS if scored and section.get(key) is not None]
+    if foreign:
+        raise ConfigError(f"evaluation.{foreign[0]} is of answers, and a reward model writes none; take it out.")
     if options["keep_best"] is not None and options["keep_best"] not in options["metrics"]:
         raise ConfigError(f"evaluation.keep_best is {options['keep_best']!r}, which evaluation.metrics does not name.")
     if not options["dataset_dir"]:
-        raise ConfigError("evaluation.dataset_dir is empty; name the held-out conversations.")
+        raise ConfigError("evaluation.dataset_dir is empty; name the held-out samples.")
     if options["early_stopping"] is not None:
         options["early_stopping"] = _early_stopping(options)
     return options

@@ -5,7 +5,6 @@ Everything is computed in float32, a few rows at a time, and rounded once to the
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 from mindformers_ixc.checkpoint.adapters import Adapter, open_adapter, read_adapter
 from mindformers_ixc.checkpoint.convert import select_tensors
 from mindformers_ixc.checkpoint.dtypes import to_float32
+from mindformers_ixc.checkpoint.family import task_ranks
 from mindformers_ixc.checkpoint.model_config import config_of
 from mindformers_ixc.checkpoint.quantised import refuse_quantised
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state, open_source
@@ -25,9 +25,6 @@ from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.parameters import LEAST_NORM, PARTS, SCORE_HEAD, UNUSED, parameter_table, part_of
 
 logger = logging.getLogger(__name__)
-
-# The first side of a task LoRA's pair, whose rows are its rank.
-_TASK_FIRST = re.compile(rf"\.lora_({'|'.join(TASK_LORAS)})_A\.weight$")
 
 
 class FoldedTensor(LazyTensor):
@@ -229,10 +226,7 @@ def attach_parts(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint,
     """
     parts = {name: tensor for name, tensor in adapter.tensors.items()
              if part_of(name) is not None or (not is_state(name) and len(tensor.shape) > 1)}
-    for name, tensor in parts.items():
-        match = _TASK_FIRST.search(name)
-        if match:
-            config.task_lora_ranks = {**config.task_lora_ranks, match[1]: tensor.shape[0]}
+    config.task_lora_ranks = {**config.task_lora_ranks, **task_ranks(parts)}
     if SCORE_HEAD in parts:         # the whole becomes a reward model
         found = None if adapter.config_file is None else read_config(adapter.config_file).reward_pooling
         config.reward_pooling = found or config.reward_pooling or POOLINGS[0]

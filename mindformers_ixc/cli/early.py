@@ -29,6 +29,7 @@ from mindformers_ixc.parallel.checks import check_run
 from mindformers_ixc.processing.tokenizer import find_vocab_file
 from mindformers_ixc.reading import reading, watch_reads
 from mindformers_ixc.resources import resolve_model, resolve_path
+from mindformers_ixc.training_options import REWARD_NETWORK
 
 # Data sets that read what `data_loader.dataset_dir` names in this package's way.
 OWN_TASKS = ("IXC25SFTDataset", "IXC25PreferenceDataset", DATASET)
@@ -141,7 +142,9 @@ def _check_data(fields: dict, reads: bool, config: str) -> None:
     watch_reads(loader.get("read_timeout"))
     trained_on = "pair" if fields["train_dataset_task"]["type"] == "IXC25PreferenceDataset" else "sample"
     # each as the run will read it, which refuses held-out samples for any that is wrong
-    for part, kind, share in ((loader, trained_on, bad_share_of(section)), (held_out, "sample", 0.0)):
+    scored = (fields["model"].get("arch") or {}).get("type") == REWARD_NETWORK
+    for part, kind, share in ((loader, trained_on, bad_share_of(section)),
+                              (held_out, "pair" if scored else "sample", 0.0)):
         places = part.get("dataset_dir")
         for path in places if isinstance(places, list) else [places]:
             is_list = str(path).endswith(".txt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mindformers_ixc.cli.arguments import Help, Parser, add_no_verify
+from mindformers_ixc.cli.arguments import Help, Parser, add_no_verify, add_writing
 
 if TYPE_CHECKING:
     # what `add_subparsers` gives; argparse has no public name for it
@@ -26,13 +26,9 @@ def add_assemble(commands: Commands) -> None:
     assemble.add_argument("tower", metavar="TOWER", help="CLIP tower as it is published (internlm-xcomposer2d5-clip, "
                           "clip-vit-large-patch14-336), or a model of this kind")
     assemble.add_argument("target", metavar="DST", help="directory to be made")
-    assemble.add_argument("--config", metavar="PATH", help="config.json of the model to be made (default: the sizes of "
-                          "both, tiles of 560 pixels, Partial LoRA of rank and alpha 256)")
     assemble.add_argument("--seed", type=int, default=0, metavar="N", help="of the numbers that are drawn")
-    assemble.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as they are)")
-    assemble.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
-    assemble.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    add_no_verify(assemble)
+    add_writing(assemble, "config.json of the model to be made (default: the sizes of both, tiles of 560 pixels, "
+                "Partial LoRA of rank and alpha 256)")
 
 
 def add_score(commands: Commands) -> None:

@@ -6,8 +6,9 @@ from mindformers_ixc.data.batch import BATCH_COLUMNS, GROUP_COLUMNS
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.grpo_options import grpo_options, rollout_options
 from mindformers_ixc.parallel.checks import DEFAULTS, GRAPH_MODES
+from mindformers_ixc.training_options import GROUP_NETWORK
 
-NETWORK, DATASET = "IXC25ForGRPO", "IXC25GroupDataset"
+DATASET = "IXC25GroupDataset"
 
 
 def check_groups(fields: dict, source: str) -> None:
@@ -23,19 +24,19 @@ def check_groups(fields: dict, source: str) -> None:
     model, data = fields["model"], fields.get("train_dataset") or {}
     section, kind = model["model_config"], (fields.get("train_dataset_task") or {}).get("type")
     arch = (model.get("arch") or {}).get("type")
-    if (arch == NETWORK) != (kind == DATASET):
+    if (arch == GROUP_NETWORK) != (kind == DATASET):
         raise ConfigError(f"{source}: model.arch.type is {arch!r}, but train_dataset_task.type is {kind!r}; {DATASET} "
-                          f"belongs to {NETWORK}, and it to that.")
+                          f"belongs to {GROUP_NETWORK}, and it to that.")
     columns = data.get("input_columns") or ()
-    if arch != NETWORK:
+    if arch != GROUP_NETWORK:
         named = [name for name, given in (("model.model_config.grpo", section.get("grpo")),
                                           ("rollout", fields.get("rollout")),
                                           ("train_dataset.group_size", data.get("group_size")),
                                           *((f"train_dataset.input_columns {name}", name in columns)
                                             for name in GROUP_COLUMNS)) if given]
         if named:
-            raise ConfigError(f"{source}: {named[0]} is for GRPO, which model.arch.type {NETWORK} trains by; take it "
-                              "out, or name that network.")
+            raise ConfigError(f"{source}: {named[0]} is for GRPO, which model.arch.type {GROUP_NETWORK} trains by; take "
+                              "it out, or name that network.")
         return
     rollout_options(fields.get("rollout"))
     task = grpo_options(section.get("grpo"))["task"]
@@ -51,7 +52,7 @@ def check_groups(fields: dict, source: str) -> None:
                           "learns from sampled ones in place of the last; take it out.")
     if list(columns) != [*BATCH_COLUMNS, *GROUP_COLUMNS]:
         raise ConfigError(f"{source}: train_dataset.input_columns is {', '.join(map(str, columns)) or 'missing'}; "
-                          f"{NETWORK} takes {', '.join((*BATCH_COLUMNS, *GROUP_COLUMNS))}, in this order.")
+                          f"{GROUP_NETWORK} takes {', '.join((*BATCH_COLUMNS, *GROUP_COLUMNS))}, in this order.")
     if (fields.get("runner_config") or {}).get("sink_mode", True):
         raise ConfigError(f"{source}: runner_config.sink_mode is True, where batches go past the sampling of "
                           "answers to the device; set it to False.")

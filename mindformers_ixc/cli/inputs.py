@@ -42,6 +42,9 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
     run = arguments.run if arguments.command == "launch" else arguments
     if run is not arguments and arguments.devices < 1:
         raise ConfigError(f"-n is {arguments.devices}; it must be at least 1, one process a device.")
+    if run is not arguments and run.command == "serve":
+        check_inputs(run, options)
+        return
     if getattr(run, "register_path", None) and not Path(run.register_path).is_dir():
         raise NotADirectoryError(f"--register_path {run.register_path} is not a folder.")
     if run.command in ("run", "plan") or (run.command == "data" and run.config):

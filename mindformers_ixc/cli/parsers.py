@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mindformers_ixc.cli.arguments import Help, Parser, Usual, WithoutFiles, add_loudness, add_no_verify
+from mindformers_ixc.cli.arguments import Help, Parser, Usual, WithoutFiles, add_loudness, add_no_verify, add_writing
 from mindformers_ixc.cli.asking_options import add_generation, add_image_options
 from mindformers_ixc.cli.benchmark_options import add_benchmark
 from mindformers_ixc.cli.family_parsers import add_assemble, add_best_of, add_score
@@ -87,18 +87,21 @@ def _add_run(commands: Commands) -> None:
 
 def _add_launch(commands: Commands) -> None:
     launch = commands.add_parser(
-        "launch", formatter_class=Help, help="a parallel run, one process a device",
+        "launch", formatter_class=Help, help="a parallel run or a server over several devices, one process a device",
         description="Starts `mindformers run --use_parallel True` once a device by MindSpore's msrun. Everything that "
                     "is not listed here goes to `run`. Ranks log into one folder, the log of the rank that reports the "
-                    "loss is shown; when a rank dies all are ended, and the reason is the last line.",
+                    "loss is shown; when a rank dies all are ended, and the reason is the last line. With `serve` and "
+                    "its options behind the launcher's, one server over the devices is started in place of a run.",
         epilog="examples:\n  mindformers launch -n 8 --config my.yaml --output_dir out\n"
-               "  mindformers launch -n 16 --local_devices 8 --node_rank 1 --master_addr 10.0.0.1 --config ...")
+               "  mindformers launch -n 16 --local_devices 8 --node_rank 1 --master_addr 10.0.0.1 --config ...\n"
+               "  mindformers launch -n 2 serve --model out/model")
     launch.add_argument("-n", "--devices", type=int, required=True, metavar="N", help="devices, over all servers")
     launch.add_argument("--local_devices", type=int, metavar="N", help="of this server (default: all)")
     launch.add_argument("--node_rank", type=int, default=0, metavar="N", help="number of this server")
     launch.add_argument("--master_addr", default="127.0.0.1", metavar="HOST", help="address of server 0")
     launch.add_argument("--master_port", type=int, metavar="N", help="its port (default: a free one, else 8118)")
-    launch.add_argument("--log_dir", metavar="DIR", help="of the ranks' logs (default: OUTPUT_DIR/rank_logs)")
+    launch.add_argument("--log_dir", metavar="DIR", help="of the ranks' logs (default: OUTPUT_DIR/rank_logs; of "
+                        "a server a folder of its port's in the user's cache)")
 
 
 def _add_chat(commands: Commands) -> None:
@@ -188,11 +191,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DST", help="directory to be made, or a .safetensors or .ckpt file")
     parser.add_argument("--to", choices=["ms", "hf"], help="MindSpore's layout, or the public one (default: "
                         "the other one, of `merge` the same)")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as they are)")
-    parser.add_argument("--config", metavar="PATH", help="config.json, if SRC has none beside it")
-    parser.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    add_no_verify(parser)
+    add_writing(parser)
 
 
 def _add_convert(commands: Commands) -> None:
@@ -241,10 +240,7 @@ def _add_quantize(commands: Commands) -> None:
                           "reads: 4-bit weights are chosen by what their outputs lose on them, layer by layer, "
                           "of AWQ, GPTQ and both (default: every weight is rounded to the nearest)")
     quantize.add_argument("--samples", type=int, default=16, metavar="N", help="of the calibration, spread over FILE")
-    quantize.add_argument("--config", metavar="PATH", help="config.json, if SRC has none beside it")
-    quantize.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
-    quantize.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    add_no_verify(quantize)
+    add_writing(quantize, dtype=False)
 
 
 def _add_merge(commands: Commands) -> None:

@@ -33,10 +33,16 @@ from mindformers_ixc.sections import (
     whole,
 )
 from mindformers_ixc.trackers import CALLBACK, check_tracker
-from mindformers_ixc.training_options import check_lora, check_parts, check_rates, evaluation_options, spike_options
-
-# Networks that learn from pairs.
-PAIR_NETWORKS = ("IXC25ForPreference", "IXC25ForReward")
+from mindformers_ixc.training_options import (
+    PAIR_NETWORKS,
+    PREFERENCE_NETWORK,
+    REWARD_NETWORK,
+    check_lora,
+    check_parts,
+    check_rates,
+    evaluation_options,
+    spike_options,
+)
 
 RUN_MODES = ("train", "finetune", "predict")
 
@@ -123,7 +129,8 @@ def check_fields(fields: dict, source: str) -> None:
     if fields.get("skip_spikes") is not None:
         _check_spikes(fields, source)
     if fields.get("evaluation") is not None:
-        options = evaluation_options(fields["evaluation"])
+        arch = (fields["model"].get("arch") or {}).get("type")
+        options = evaluation_options(fields["evaluation"], scored=arch == REWARD_NETWORK)
         if options["keep_best"] and fields.get("no_join") and fields.get("use_parallel"):
             raise ConfigError(f"{source}: evaluation.keep_best keeps a whole model, but no_join (--no_join) leaves the "
                               "ranks' parts as they are; take one of them out.")
@@ -195,8 +202,8 @@ def _check_preference(fields: dict, source: str) -> None:
     if section.get("type") != "IXC25Config":
         return
     arch = (model.get("arch") or {}).get("type")
-    _check_reward(fields, section, arch == "IXC25ForReward", source)
-    learns = arch == "IXC25ForPreference"
+    _check_reward(fields, section, arch == REWARD_NETWORK, source)
+    learns = arch == PREFERENCE_NETWORK
     kind = (fields.get("train_dataset_task") or {}).get("type")
     columns = (fields.get("train_dataset") or {}).get("input_columns") or ()
     has_reference = isinstance(columns, (list, tuple)) and REFERENCE_COLUMN in columns
@@ -238,9 +245,6 @@ def _check_reward(fields: dict, section: dict, learns: bool, source: str) -> Non
     if not has_column:
         raise ConfigError(f"{source}: train_dataset.input_columns lacks {SCORE_COLUMN}, by which IXC25ForReward finds "
                           "where a score is read; add it.")
-    if fields.get("evaluation") is not None:
-        raise ConfigError(f"{source}: evaluation asks a model for answers, and a reward model writes none; take the "
-                          "section out. `mindformers score` scores held-out pairs.")
 
 
 def _check_spikes(fields: dict, source: str) -> None:

@@ -38,7 +38,7 @@ from mindformers_ixc.training_options import (
     EARLY_STOPPING_RULES,
     EVALUATION,
     EVALUATION_RULES,
-    LORA_RULES,
+    PAIR_METRICS,
     PART_RULES,
     SPIKE_RULES,
     SPIKES,
@@ -242,12 +242,12 @@ _PET = Section({
     "target_modules": Key("regular expression over the paths of cells; only linears that match train",
                           "all five linears",
                           "text"),
-    "use_rslora": Key("of `lora`: the scale is alpha / sqrt(rank) (rsLoRA)", "False"),
+    "use_rslora": Key("of `lora`: the scale is alpha / sqrt(rank) (rsLoRA)", "False", "true or false"),
     "use_dora": Key("of `lora`: every row of a weight has a magnitude that trains too (DoRA); in runs of one process",
-                    "False"),
+                    "False", "true or false"),
     "freeze_include": Key("further patterns to freeze", "none", "a list"),
     "freeze_exclude": Key("further patterns that train", "none", "a list"),
-}, LORA_RULES)
+})
 
 _MODEL = Section({
     "model_config": Key("the model, see [below](#model_config)", "required", "a section"),
@@ -375,17 +375,19 @@ _SPIKES = Section({
 }, SPIKE_RULES, SPIKES)
 
 _EVALUATION = Section({
-    "dataset_dir": Key("held-out samples, in the forms of `data_loader.dataset_dir`", "required"),
+    "dataset_dir": Key("held-out samples, in the forms of `data_loader.dataset_dir`; of a reward model pairs",
+                       "required"),
     "image_folder": Key("as in `data_loader`"),
     "every": Key("steps between two evaluations"),
     "metrics": Key(", ".join(f"`{name}`" for name in (*MEASURED_LOSSES, *SCORES)) + "; the scores are those of "
-                   "[evaluation.md](evaluation.md), and `shuffled_loss` gives every sample another one's pictures"),
+                   "[evaluation.md](evaluation.md), and `shuffled_loss` gives every sample another one's pictures. "
+                   "Of a reward model " + ", ".join(f"`{name}`" for name in PAIR_METRICS)),
     "keep_best": Key("one of the metrics: the model that is best by it stays in `OUTPUT/best`"),
-    "early_stopping": Key("ends the run when it gets no better, see [below](#evaluationearly_stopping)"),
+    "early_stopping": Key("ends the run when it gets no better, see [its keys](yaml.md#evaluationearly_stopping)"),
     "batch_size": Key("samples at once"),
-    "max_new_tokens": Key("of an answer"),
+    "max_new_tokens": Key("of an answer; not of a reward model"),
     "max_samples": Key("so many samples at most, the first ones", "all"),
-    "mode": Key("task LoRAs in use"),
+    "mode": Key("task LoRAs in use; not of a reward model"),
 }, EVALUATION_RULES, EVALUATION)
 
 _EARLY_STOPPING = Section({

@@ -172,7 +172,7 @@ class ConversationReader:
 def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
                        caption_prompts: Sequence[str] = CAPTION_PROMPTS, seed: int = 0,
                        image_root: str | os.PathLike | None = None,
-                       ignore_keys: Sequence[str] = ()) -> list[Conversation]:
+                       ignore_keys: Sequence[str] = (), weighs: bool = False) -> list[Conversation]:
     """Reads one source, all of it, and checks its structure; for files that are small.
 
     Args:
@@ -182,12 +182,13 @@ def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike 
         seed: of `ReadingOptions`.
         image_root: of `ReadingOptions`.
         ignore_keys: of `ReadingOptions`.
+        weighs: of `ReadingOptions`.
 
     Raises:
         DataError: listing what is wrong with which samples.
         FileNotFoundError: when the file is missing.
     """
-    options = ReadingOptions(image_folder, caption_prompts, seed, image_root, ignore_keys)
+    options = ReadingOptions(image_folder, caption_prompts, seed, image_root, ignore_keys, weighs=weighs)
     return ConversationReader(path, options).load()
 
 

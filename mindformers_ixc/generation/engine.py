@@ -172,6 +172,7 @@ class InferenceEngine:
         vision: graph of `tiles_per_call` tiles.
         caches: keys and values in memory.
         generation: grows with every `reset`; decoders of an earlier one are not continued.
+        kept: batch sizes and positions whose caches and graphs stay in a parallel layout, where others make room.
     """
 
     def __init__(self, model: IXC25Model, store: Store | None = None):
@@ -186,6 +187,7 @@ class InferenceEngine:
         self.tiles_per_call = ASCEND_TILES if model.vit.vision_tower.vision_model.is_flash else \
             max(1, min(MOST_TILES, POSITIONS_PER_CALL // self.config.vision_config.positions))
         self._slots: dict[tuple[int, int], Slot] = {}
+        self.kept: set[tuple[int, int]] = set()
         self.caches, self.generation = CachePool(), 0
         self.reuse = Reuse(store, self.config) if store is not None and store.limit and not unavailable() else None
         self._closed: deque[CachedDecoder] = deque()
@@ -282,7 +284,7 @@ class InferenceEngine:
         if (batch, positions) not in self._slots:
             if is_parallel():       # there caches and graphs cannot be parted, and memory has room for one of them
                 self.caches.clear()
-                self._slots.clear()
+                self._slots = {shape: slot for shape, slot in self._slots.items() if shape in self.kept}
             self.caches.make_room(cache_bytes(self.config, batch, positions))
             self._slots[batch, positions] = make_slot(self.config, batch, positions)
         slot = self._slots[batch, positions]

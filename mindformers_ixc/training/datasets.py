@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -168,7 +168,8 @@ def _table(config: MindFormerConfig, kind: str) -> tuple[ConversationTable, Plan
     length = config.seq_length - (SCORE_COLUMN in columns)          # the reward token is measured with no sample
     shapes = Shapes(length, config.max_tiles, config.hd_num or HD_NUM_TRAINING, max_images, segments)
     samples = make_samples(sources, shapes, share, loader.index_dir)
-    make: Any = PreferenceTable if kind == "pair" else partial(ConversationTable, loss_on=options.get("loss_on") or ALL)
+    make: Callable[..., ConversationTable] = PreferenceTable if kind == "pair" else \
+        partial(ConversationTable, loss_on=options.get("loss_on") or ALL)
     if config.group_size:
         make = partial(GroupTable, group_size=config.group_size)
     table = make(processor, samples, config.seq_length, config.max_tiles, shapes.hd_num, share, samples.needs, columns,

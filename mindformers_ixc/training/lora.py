@@ -65,7 +65,7 @@ def folded_weights(model: nn.Cell, tensors: dict[str, LazyTensor]) -> dict[str, 
         model: with the pairs, or without any; then nothing changes.
         tensors: its parameters by name, all of them.
     """
-    linears, found = lora_linears(model), {}
+    linears, found = lora_linears(model), dict[str, LazyTensor]()
     for name, tensor in tensors.items():
         linear = name.removesuffix(".weight")
         if part_of(name) == "lora":

@@ -18,6 +18,7 @@ from mindformers_ixc.device import is_parallel
 from mindformers_ixc.models import grpo, preference, reward
 from mindformers_ixc.training.averaging import AveragedOptimizer
 from mindformers_ixc.training.wrapper import portable_wrapper
+from mindformers_ixc.training_options import GROUP_NETWORK, PREFERENCE_NETWORK, REWARD_NETWORK
 
 # The column that asks for the losses of sources, and what a step can report.
 SOURCE_COLUMN = "source"
@@ -25,7 +26,7 @@ SOURCES, PREFERENCE, REWARD, GROUPS = "sources", "preference", "reward", "groups
 
 # Reports of pairs and groups by the network that gives them: the names of their entries, the last what they are sums
 # over.
-ANSWER_REPORTS = {"IXC25ForPreference": PREFERENCE, "IXC25ForReward": REWARD, "IXC25ForGRPO": GROUPS}
+ANSWER_REPORTS = {PREFERENCE_NETWORK: PREFERENCE, REWARD_NETWORK: REWARD, GROUP_NETWORK: GROUPS}
 ENTRIES = {PREFERENCE: preference.REPORT, REWARD: reward.REPORT, GROUPS: grpo.REPORT}
 
 OWN_CELL, GROUP_CELL = "IXC25TrainOneStepCell", "IXC25GroupStepCell"

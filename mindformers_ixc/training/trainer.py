@@ -20,13 +20,13 @@ from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc import interruption, terminal
 from mindformers_ixc.checkpoint.model_directory import weights_of, write_model_directory
-from mindformers_ixc.checkpoint.start import OVERRIDE
+from mindformers_ixc.checkpoint.start import OVERRIDE, pet_parts
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.data.questions import as_typed
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.data.sections import check_shapes
 from mindformers_ixc.decoding_options import PREDICT_BATCH_SIZE, check_reward
-from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
+from mindformers_ixc.device import compute_alone, is_parallel, rank, reports_loss, share_results
 from mindformers_ixc.errors import ConfigError, DataError, TrainingError
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.best_of import BestOf, load_scorer
@@ -36,7 +36,7 @@ from mindformers_ixc.generation.requests import read_requests
 from mindformers_ixc.grpo_options import rollout_options
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.placement import mark_backward_end
-from mindformers_ixc.parallel.degrees import inference_layout
+from mindformers_ixc.parallel.degrees import are_replicas, inference_layout
 from mindformers_ixc.parameters import part_of
 from mindformers_ixc.resources import shown
 from mindformers_ixc.training.averaging import averaged_weights
@@ -97,10 +97,15 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
     """
     lines = []
     if "trained_parts" in written:
-        parts = sorted({str(part_of(parameter.name)) for parameter in model.trainable_params()})
-        place, option = shown(folder / "trained_parts"), "lora" if lora_linears(model) else "attach"
-        lines += [f"Of it, {', '.join(parts)} alone are in {place}; put them on any checkpoint with",
-                  f"    mindformers merge BASE TARGET --{option} {shlex.quote(place)}"]
+        place, has_pairs = shown(folder / "trained_parts"), bool(lora_linears(model))
+        parts = ["pairs of LoRA"] if has_pairs else sorted({str(part_of(parameter.name))
+                                                            for parameter in model.trainable_params()})
+        line = f"Of it, {', '.join(parts)} alone are in {place}"
+        if has_pairs and model.config.reward_pooling is not None:     # they belong to the head, which no base has
+            lines.append(f"{line}.")
+        else:
+            lines += [f"{line}; put them on any checkpoint with",
+                      f"    mindformers merge BASE TARGET --{'lora' if has_pairs else 'attach'} {shlex.quote(place)}"]
     model_path = shown(folder / "model")
     if model.config.reward_pooling is not None:
         return "\n".join([*lines, f"The trained model is in {model_path}. It scores answers, a JSON object a line:",
@@ -177,6 +182,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         Raises:
             ConfigError: when `train_parts` names a part of which nothing can train.
         """
+        # MindFormers takes the type out of the section while it builds
+        added = pet_parts(self.config.model.model_config.get("pet_config"))
         with terminal.current.doing("Building the network"):
             network = super().create_network(default_args=default_args)
         model = self.trained_model
@@ -184,7 +191,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             if self.start:
                 with terminal.current.doing(f"Loading the weights of {self.start}"):
                     load_start(model, self.start, dict(self.config.model.model_config),
-                               self.config.get(OVERRIDE) or ())
+                               self.config.get(OVERRIDE) or (), added)
             if self.config.get("train_parts") is not None:
                 train_only(model, self.config.train_parts)
             if not any(part_of(parameter.name) == "partial_lora" for parameter in model.trainable_params()):
@@ -443,7 +450,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
         Returns:
             `{"request": line, "answer": text}` or `{"request": line, "error": sentence}` for each line, in order; they
-            are also in `<output_dir>/predictions.jsonl`. A run that was interrupted goes on where it stopped.
+            are also in `<output_dir>/predictions.jsonl`. A run that was interrupted goes on where it stopped. With
+            `parallel_config.data_parallel` each replica answers its share, and all get the whole.
 
         Raises:
             DataError: when the output folder holds answers to other requests, or of another model or options.
@@ -459,7 +467,11 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         folder = get_output_root_path()
         section = dict(config.model.model_config) if config.model else {}
         fields = {key: section[key] for key in INFERENCE_FIELDS if key in section}
-        if is_parallel():
+        replicas = 1
+        if is_parallel() and are_replicas(config.parallel_config):
+            replicas = config.parallel_config.data_parallel
+            compute_alone()
+        elif is_parallel():
             share_results()
             fields["parallel_config"] = inference_layout(config.parallel_config)
 
@@ -468,11 +480,11 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
         requests = read_requests(input_data)
         if best_of is None:
-            answers = predict(load, requests, folder, run, size, mode, options)
+            answers = predict(load, requests, folder, run, size, mode, options, replicas)
         else:
             answers = work_through(lambda: BestOf(load(), best_of, load_scorer(reward, fields)),
                                    lambda best, batch: best_batch(best, batch, mode, options), requests, folder, run,
-                                   size)
+                                   size, replicas=replicas)
         failed = sum("error" in answer for answer in answers)
         note = f" {failed} of {len(answers)} requests failed; their lines have an 'error'." if failed else ""
         if rank() == 0:

@@ -20,7 +20,7 @@ SIZES = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 64, "num_hid
          "seq_length": 32, "max_segments": 4, "max_tiles": 2, "compute_dtype": "bfloat16",
          "vision_config": {"image_size": 56, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
                            "intermediate_size": 32}}
-LENGTH = 4096               # of a row whose square would show
+LENGTH = 1024               # of a row whose square would show: two blocks of queries
 
 
 def described(device: str, *given: dict) -> list[dict]:

@@ -88,13 +88,14 @@ def test_rows_are_padded_to_what_the_devices_share(monkeypatch):
     model = SimpleNamespace(config=SimpleNamespace(parallel_config=SimpleNamespace(
         data_parallel=2, model_parallel=3, use_seq_parallel=True)), set_train=lambda on: None)
     callback = evaluation.Evaluation.__new__(evaluation.Evaluation)
-    callback.options, callback.mean_loss = {"batch_size": 4, "metrics": []}, None
+    callback.options, callback.graph = {"batch_size": 4, "metrics": []}, None
+    callback.is_scored, callback.held_out = False, None
     monkeypatch.setattr(evaluation, "is_parallel", lambda: True)
     monkeypatch.setattr(evaluation, "MeanLoss", lambda model: "graph")
     monkeypatch.setattr(evaluation, "of_whole_batches", lambda graph, config: graph)
     assert callback._values(model) == {} and callback.options["batch_size"] == 6
     model.config.parallel_config.use_seq_parallel = False
-    callback.mean_loss = None
+    callback.graph = None
     assert callback._values(model) == {} and callback.options["batch_size"] == 6
     assert row_parts(model.config) == 2
 

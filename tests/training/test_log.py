@@ -249,9 +249,12 @@ def test_numbers_that_tensorboard_cannot_take(tmp_path, monkeypatch, capsys, on_
 def test_options_of_the_log_stand_in_the_recipe():
     assert log_options({"callbacks": [{"type": "MFLossMonitor", "per_print_times": 10}], "tensorboard": True,
                         "device_tflops": 320, "on_save_error": "continue"}) == {
-        "on_error": "continue", "device_tflops": 320, "tensorboard": True, "print_every": 10}
-    assert log_options({"tensorboard": {"tensorboard_dir": "x"}}) == {
-        "on_error": "stop", "device_tflops": 0.0, "tensorboard": False, "print_every": 1}
+        "on_error": "continue", "device_tflops": 320, "tensorboard": True, "print_every": 10,
+        "skip_spikes": None}
+    assert log_options({"tensorboard": {"tensorboard_dir": "x"}, "skip_spikes": {"loss": 9.0, "window": None}}) == {
+        "on_error": "stop", "device_tflops": 0.0, "tensorboard": False, "print_every": 1,
+        "skip_spikes": {"loss": 9.0, "grad_norm": None, "loss_times": None, "grad_norm_times": None, "window": 50,
+                        "most_in_a_row": 10}}
 
 
 def test_the_run_is_asked_to_stop_at_its_last_step_also_when_resumed(tmp_path):

@@ -11,17 +11,21 @@ from mindformers.models.build_model import build_network
 from mindformers.tools.register import MindFormerConfig
 from mindspore import Tensor, nn
 from mindspore.ops import functional as F
+from random_model import make
 
 from mindformers_ixc.checkpoint.adapters import read_adapter
 from mindformers_ixc.checkpoint.merge import fold_lora
 from mindformers_ixc.checkpoint.model_directory import weights_of
 from mindformers_ixc.checkpoint.sources import open_source
-from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.config import read_config
+from mindformers_ixc.errors import CheckpointError, ConfigError
 from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.layers import PartialLoRALinear
 from mindformers_ixc.parallel.cuts import ROWS
 from mindformers_ixc.training import pet as pet_module
 from mindformers_ixc.training.lora import begin_magnitudes, folded_weights, lora_linears, write_adapter
+from mindformers_ixc.training.starting import load_start
 
 INPUTS, OUTPUTS, RANK, ALPHA, POSITIONS = 12, 20, 3, 6.0, 7
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -171,3 +175,21 @@ def test_dora_where_a_graph_is_cut_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(pet_module, "is_parallel", lambda: True)
     with pytest.raises(ConfigError, match=r"pet_config\.use_dora is for runs of one process"):
         build(tmp_path, monkeypatch, use_dora=True)
+
+
+def test_a_run_starts_with_the_pairs_that_its_checkpoint_lacks(tmp_path):
+    folder = make(tmp_path / "base")
+    config = read_config(folder, IXC25Config, seq_length=8, max_tiles=1)
+    model = IXC25Model(config)
+    pet_module.inject(model, lambda cell: cell.add_lora(RANK, 2.0, 0.0, True))
+    section = {"type": "IXC25Config", "task_lora_ranks": dict(config.task_lora_ranks)}
+    with pytest.raises(CheckpointError, match=r"parameters are missing .*mindpet_delta_lora_a"):
+        load_start(model, str(folder), section)
+    load_start(model, str(folder), section, (), {"lora"})
+    begin_magnitudes(model)
+    weights = open_source(folder).tensors
+    for linear, cell in lora_linears(model).items():
+        weight = weights[f"{linear}.weight"].whole()
+        np.testing.assert_array_equal(cell.weight.asnumpy(), weight)
+        rows = cell.mindpet_delta_lora_magnitude.asnumpy()
+        np.testing.assert_allclose(rows, np.linalg.norm(weight, axis=1), rtol=1e-6)
