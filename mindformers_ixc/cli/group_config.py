@@ -35,8 +35,8 @@ def check_groups(fields: dict, source: str) -> None:
                                           *((f"train_dataset.input_columns {name}", name in columns)
                                             for name in GROUP_COLUMNS)) if given]
         if named:
-            raise ConfigError(f"{source}: {named[0]} is for GRPO, which model.arch.type {GROUP_NETWORK} trains by; take "
-                              "it out, or name that network.")
+            raise ConfigError(f"{source}: {named[0]} is for GRPO, which model.arch.type {GROUP_NETWORK} trains by; "
+                              "take it out, or name that network.")
         return
     rollout_options(fields.get("rollout"))
     task = grpo_options(section.get("grpo"))["task"]
