@@ -24,6 +24,7 @@ from typing import Any
 
 from mindformers_ixc import terminal
 from mindformers_ixc.cli import ending
+from mindformers_ixc.cli.arguments import Parser
 from mindformers_ixc.cli.heavy import importing
 from mindformers_ixc.cli.inputs import check_inputs
 from mindformers_ixc.cli.parsers import build_parser
@@ -37,7 +38,7 @@ from mindformers_ixc.terminal import claim_stdout, quiet_libraries
 # Module of mindformers_ixc.cli and function behind each command.
 COMMANDS = {
     "run": ("run", "run"), "launch": ("launch", "launch"), "chat": ("chat", "chat"), "eval": ("evaluate", "evaluate"),
-    "score": ("score", "score"),
+    "score": ("score", "score"), "sample": ("sample", "sample"), "label": ("label", "label"),
     "convert": ("checkpoints", "run_convert"), "quantize": ("checkpoints", "run_quantize"),
     "merge": ("checkpoints", "run_merge"), "assemble": ("checkpoints", "run_assemble"),
     "inspect": ("checkpoints", "run_inspect"), "data": ("data", "data"), "reference": ("reference", "reference"),
@@ -45,12 +46,15 @@ COMMANDS = {
     "doctor": ("doctor", "doctor"), "init": ("init", "init"), "serve": ("serve", "serve"),
 }
 
+# The same behind `launch ... serve`.
+LAUNCH_SERVE = ("launch_serve", "launch_serve")
+
 # What goes on in commands that say nothing until they have a result.
 WORK = {"convert": "Converting", "quantize": "Quantising", "merge": "Merging", "assemble": "Assembling",
         "inspect": "Reading the checkpoint", "data": "Reading the data", "report": "Drawing", "plan": "Planning"}
 
 # Commands that end when a file of their data does not answer; those with a YAML within the time that it says.
-READING = ("run", "data", "init", "eval", "score", "reference")
+READING = ("run", "data", "init", "eval", "score", "sample", "label", "reference")
 
 # Commands that import MindFormers at once.
 HEAVY = ("run", "launch", "chat", "reference", "serve")
@@ -92,11 +96,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     Returns:
         `command` (`None` without one) and its arguments; `options`, what there are. `rest` has words that are none of
         them: overrides of `run`, `plan`, and `data` plan, preview, index and check; `words` are all words. Those of
-        `launch` are `run_words`, parsed once more as `run`'s in `run`.
+        `launch` are `run_words`, parsed once more in `run`: as those of `run`, or of `serve` if that is the first.
     """
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:       # a shell asks how a word can go on
         importlib.import_module("argcomplete").autocomplete(parser)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["launch"] and "serve" in words:
+        return _parse_served(parser, words)
     arguments, rest = parser.parse_known_args(argv)
     command = parser.of(arguments.command)
     overrides = arguments.command in ("run", "launch", "plan") or getattr(arguments, "kind", None) in (
@@ -104,12 +111,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if rest and not overrides:
         command.words = tuple(rest)
         command.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.rest, arguments.words = rest, list(sys.argv[1:] if argv is None else argv)
+    arguments.rest, arguments.words = rest, words
     if arguments.command == "launch":
         arguments.run_words = rest[1:] if rest[:1] == ["run"] else rest
         arguments.run, arguments.run.rest = parser.parse_known_args(["run", *arguments.run_words])
         command = parser.of("run")
     arguments.options = command.options
+    return arguments
+
+
+def _parse_served(parser: Parser, words: list[str]) -> argparse.Namespace:
+    """`parse` of `launch ... serve ...`: what is before `serve` is the launcher's, what is behind it serve's."""
+    place = words.index("serve")
+    arguments = parser.parse_args(words[:place])
+    arguments.run = parser.parse_args(words[place:])
+    arguments.rest, arguments.words, arguments.run_words = [], words, words[place:]
+    arguments.options = parser.of("serve").options
     return arguments
 
 
@@ -149,9 +166,9 @@ def _begin(argv: list[str] | None) -> int:
     terminal.configure(arguments.verbose, arguments.quiet)
     arguments.answers, arguments.own_process = claim_stdout(), argv is None
     with contextlib.ExitStack() as stack:
+        if arguments.command in ("run", "serve") and JOB in os.environ:
+            die_with_launcher()
         if arguments.command == "run":
-            if JOB in os.environ:
-                die_with_launcher()
             stack.enter_context(listening())
         if arguments.command == "serve" and arguments.own_process:
             importlib.import_module("mindformers_ixc.serving.signals").current.listen()
@@ -215,7 +232,8 @@ def _prepare(arguments: argparse.Namespace, whole: contextlib.ExitStack) -> Any:
         arguments: of the command.
         whole: ended after the command.
     """
-    module, name = COMMANDS[arguments.command]
+    is_served = arguments.command == "launch" and arguments.run.command == "serve"
+    module, name = LAUNCH_SERVE if is_served else COMMANDS[arguments.command]
     module = f"mindformers_ixc.cli.{module}"
     session = arguments.command == "chat" and arguments.question is None
     if session:      # its model is loaded meanwhile; threads inherit that SIGINT is blocked, the session waits for it

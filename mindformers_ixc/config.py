@@ -180,12 +180,17 @@ FIELDS = {
     "adapter_mode": Field("base", "task LoRAs in use while training: "
                           + ", ".join(f"`{mode}`" for mode in MODE_ADAPTERS), False),
     "packing": Field(False, "training sequences hold several conversations (as `train_dataset.packing`)", False),
+    "neftune_alpha": Field(0.0, "NEFTune: uniform noise on the embeddings of text and pictures in training, up to "
+                           "alpha / sqrt(positions x width); needs the columns `noise_seed` and `lengths`", False,
+                           "0: none"),
     "num_sources": Field(1, "sources that losses are reported for (`loss_form: sources`); set by the trainer", False),
     "preference": Field(None, "with `arch.type: IXC25ForPreference`: `task` (the pair that trains), `loss` (`sigmoid`, "
                         "`ipo`, `simpo`, `orpo`), `beta`, and what the loss has: `label_smoothing`, `rpo_alpha`, "
                         "`gamma`", False, "dpo, sigmoid, 0.1, 0, 0"),
     "reward": Field(None, "with `arch.type: IXC25ForReward`: `loss` (`ranking`, `focal`) and `log_barrier`", False,
                     "ranking, 0"),
+    "grpo": Field(None, "with `arch.type: IXC25ForGRPO`: `task` (the pair that trains), `beta` and `clip`", False,
+                  "dpo, 0.04, 0.2"),
     "use_past": Field(False, "paged and flash attention in inference on Ascend, the tower's too; must be False in "
                       "training", False, "False (chat, eval and predict: True)"),
     "block_size": Field(128, "positions of a block of Ascend's paged cache: a multiple of 16, at most 16384 / head "
@@ -479,9 +484,11 @@ class ModelConfig:
     softmax_compute_type: Any
     adapter_mode: str
     packing: bool
+    neftune_alpha: float
     num_sources: int
     preference: dict | None
     reward: dict | None
+    grpo: dict | None
     use_past: bool
     block_size: int
     num_blocks: int | None

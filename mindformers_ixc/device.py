@@ -74,6 +74,14 @@ def share_results() -> None:
     ms.set_auto_parallel_context(pipeline_result_broadcast=True)
 
 
+def compute_alone() -> None:
+    """Lets this rank's graphs be its own from now on, as of a process by itself.
+
+    Of replicas that answer each has a whole model, and they have nothing to exchange.
+    """
+    ms.reset_auto_parallel_context()
+
+
 @contextmanager
 def measuring() -> Iterator[None]:
     """Lets graphs be compiled and run that measure a model while it trains, beside the graph of its step.

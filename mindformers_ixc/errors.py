@@ -49,6 +49,10 @@ class BuildError(OSError):
     """Libraries that cannot be built here; the message says what is missing."""
 
 
+class RanksError(OSError):
+    """Ranks of a server that are no longer together."""
+
+
 class ServerError(OSError):
     """A server that does not answer, or refuses what it was asked.
 

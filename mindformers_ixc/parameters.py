@@ -22,7 +22,7 @@ PARTS = {
     "separators": r"plora_(glb|sub)_GN$",
     "partial_lora": r"model\..*\.Plora_[AB]\.weight$",
     **{f"task_lora.{task}": rf"model\..*\.lora_{task}_[AB]\.weight$" for task in TASK_LORAS},
-    "lora": r"model\..*\.mindpet_delta_lora_[ABab]",
+    "lora": r"model\..*\.mindpet_delta_lora_([ABab]|magnitude$)",
     "reward_head": r"v_head\.",
     "language": r"(model\.|output\.)",
 }
@@ -35,6 +35,9 @@ UNUSED = re.compile(r"video_mem_proj\.[02]\.(weight|bias)$")
 
 # What MindFormers' optimizers put in front of a parameter's name for its moments; cut and placed like the parameter.
 OPTIMIZER_STATE = re.compile(r"^(adam_m|adam_v|moment1|moment2|accu_grads|accum)\.")
+
+# What a row's norm is taken to be at least where DoRA divides by it: a row of zeros stays one.
+LEAST_NORM = 1e-12
 
 # Weights along the input that share a scale and a zero where a weight is kept in four bits (`checkpoint.packing`).
 INT4_GROUP = 128

@@ -60,6 +60,11 @@ def above_0(note: str = "") -> Rule:
     return Rule(lambda value: is_number(value) and value > 0, f"a number above 0{note}")
 
 
+def from_0() -> Rule:
+    """A number of at least 0."""
+    return Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
+
+
 def one_of(choices: Iterable) -> Rule:
     """One of some names."""
     choices = tuple(choices)

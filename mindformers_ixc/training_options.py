@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.errors import ConfigError
@@ -14,10 +15,18 @@ from mindformers_ixc.sections import (
     check_names,
     check_section,
     check_value,
+    from_0,
+    is_number,
     of_type,
     one_of,
     whole,
 )
+
+# Networks that learn from pairs of answers, by the YAML's `model.arch.type`.
+PAIR_NETWORKS = ("IXC25ForPreference", "IXC25ForReward")
+PREFERENCE_NETWORK, REWARD_NETWORK = PAIR_NETWORKS
+# The network that learns from rewards of sampled answers.
+GROUP_NETWORK = "IXC25ForGRPO"
 
 # The YAML's `part_learning_rates`, and what stands in it for a part.
 PART_RULES = {"factor": above_0(), "layer_decay": above_0()}
@@ -27,13 +36,72 @@ RATE_RULES = dict.fromkeys(PARTS, Rule(lambda options: isinstance(options, dict)
 # Metrics of the loss (with every sample's own images, and with another's); the others need answers.
 LOSSES = ("loss", "shuffled_loss")
 
+# Metrics of held-out pairs by a reward model; what begins so is measured with another pair's images.
+SHUFFLED = "shuffled_"
+PAIR_METRICS = (*LOSSES, "reward_accuracy", f"{SHUFFLED}reward_accuracy", "reward_margin", "reward_chosen",
+                "reward_rejected")
+# Options of answers, which a reward model gives none of.
+ANSWER_OPTIONS = ("max_new_tokens", "mode")
+
 # The YAML's `evaluation`.
 EVALUATION = {"dataset_dir": None, "image_folder": None, "every": 0, "metrics": ["loss"], "batch_size": 4,
-              "max_new_tokens": 64, "max_samples": None, "mode": "base", "keep_best": None}
+              "max_new_tokens": 64, "max_samples": None, "mode": "base", "keep_best": None, "early_stopping": None}
 EVALUATION_RULES = {
     "dataset_dir": of_type(str, list), "image_folder": of_type(str), "every": whole(0, " (0: at the end only)"),
     "metrics": of_type(list), "batch_size": whole(1), "max_new_tokens": whole(1), "max_samples": whole(1),
-    "mode": one_of(MODE_ADAPTERS), "keep_best": of_type(str)}
+    "mode": one_of(MODE_ADAPTERS), "keep_best": of_type(str), "early_stopping": of_type(dict)}
+
+# The YAML's `evaluation.early_stopping`.
+EARLY_STOPPING = {"metric": None, "patience": 3, "min_delta": 0.0}
+EARLY_STOPPING_RULES = {"metric": of_type(str, required=True), "patience": whole(1), "min_delta": from_0()}
+
+# The YAML's `skip_spikes`, and the values of a step that may be one, in the order in which the step has their limits.
+SPIKES: dict[str, Any] = {"loss": None, "grad_norm": None, "loss_times": None, "grad_norm_times": None, "window": 50,
+                          "most_in_a_row": 10}
+SPIKE_VALUES = ("loss", "grad_norm")
+_ABOVE_1 = Rule(lambda value: is_number(value) and value > 1, "a number above 1")
+SPIKE_RULES = {"loss": above_0(), "grad_norm": above_0(), "loss_times": _ABOVE_1, "grad_norm_times": _ABOVE_1,
+               "window": whole(2), "most_in_a_row": whole(1)}
+
+
+def spike_options(section: dict) -> dict:
+    """Options of the YAML's `skip_spikes` with their defaults.
+
+    Raises:
+        ConfigError: for an unknown key or a wrong value, and for no limit at all.
+    """
+    check_section(section, SPIKE_RULES, "skip_spikes")
+    options = {**SPIKES, **{key: value for key, value in section.items() if value is not None}}
+    limits = [key for key in SPIKES if key.removesuffix("_times") in SPIKE_VALUES]
+    if all(options[key] is None for key in limits):
+        raise ConfigError(f"skip_spikes has no limit above which a step is skipped; give one of {', '.join(limits)}.")
+    return options
+
+
+# Switches of `pet_config` that only an ordinary LoRA has, and why DoRA is for one process: its magnitudes are the norms
+# of the rows of weights that are whole and loaded when the network is built.
+LORA_RULES = {"use_rslora": of_type(bool), "use_dora": of_type(bool)}
+DORA_ALONE = ("model.model_config.pet_config.use_dora is for runs of one process: it measures whole rows of the "
+              "weights that a run begins with. Set use_parallel to False, or leave DoRA out.")
+
+
+def check_lora(section: dict, parallel: bool) -> None:
+    """Checks the switches of a `pet_config` of which an ordinary LoRA has some.
+
+    Raises:
+        ConfigError: for a wrong value, a switch of another PET type, and DoRA in a parallel run.
+    """
+    where = "model.model_config.pet_config"
+    for key, rule in LORA_RULES.items():
+        value = section.get(key)
+        if value is None:
+            continue
+        check_value(f"{where}.{key}", value, rule)
+        if section.get("pet_type") != "lora":
+            raise ConfigError(f"{where}.{key} is for pet_type lora, and this is {section.get('pet_type')!r}, whose "
+                              "pairs act as the model's configuration says; take it out.")
+    if section.get("use_dora") and parallel:
+        raise ConfigError(DORA_ALONE)
 
 
 def check_parts(parts: Iterable[str]) -> None:
@@ -62,17 +130,44 @@ def check_rates(section: dict) -> None:
             raise ConfigError(f"part_learning_rates.{part}.layer_decay: only the vision tower's rate decays by layer.")
 
 
-def evaluation_options(section: dict) -> dict:
+def evaluation_options(section: dict, scored: bool = False) -> dict:
     """Options of the YAML's `evaluation` with their defaults.
 
+    Args:
+        section: of the YAML.
+        scored: whether a reward model is trained, which scores held-out pairs and answers nothing.
+
     Raises:
-        ConfigError: for an unknown key or metric, a wrong value, or a best metric that is not measured.
+        ConfigError: for an unknown key or metric, a wrong value, or a metric to go by that is not measured.
     """
     check_section(section, EVALUATION_RULES, "evaluation")
     options = {**EVALUATION, **{key: value for key, value in section.items() if value is not None}}
-    check_names("evaluation.metrics", options["metrics"], (*LOSSES, *SCORES))
+    check_names("evaluation.metrics", options["metrics"], PAIR_METRICS if scored else (*LOSSES, *SCORES))
+    foreign = [key for key in ANSWER_OPTIONS if scored and section.get(key) is not None]
+    if foreign:
+        raise ConfigError(f"evaluation.{foreign[0]} is of answers, and a reward model writes none; take it out.")
     if options["keep_best"] is not None and options["keep_best"] not in options["metrics"]:
         raise ConfigError(f"evaluation.keep_best is {options['keep_best']!r}, which evaluation.metrics does not name.")
     if not options["dataset_dir"]:
-        raise ConfigError("evaluation.dataset_dir is empty; name the held-out conversations.")
+        raise ConfigError("evaluation.dataset_dir is empty; name the held-out samples.")
+    if options["early_stopping"] is not None:
+        options["early_stopping"] = _early_stopping(options)
     return options
+
+
+def _early_stopping(evaluation: dict) -> dict:
+    """Options of `evaluation.early_stopping` with their defaults."""
+    where, section = "evaluation.early_stopping", evaluation["early_stopping"]
+    check_section(section, EARLY_STOPPING_RULES, where)
+    options = {**EARLY_STOPPING, **{key: value for key, value in section.items() if value is not None}}
+    if options["metric"] not in evaluation["metrics"]:
+        raise ConfigError(f"{where}.metric is {options['metric']!r}, which evaluation.metrics does not name.")
+    if not evaluation["every"]:
+        raise ConfigError(f"{where} needs evaluation.every, the steps between two measurements; it is 0, so there is "
+                          "only one, at the end.")
+    return options
+
+
+def sign_of(metric: str) -> int:
+    """What a metric is multiplied by so that more is better: -1 of losses, 1 of scores."""
+    return -1 if metric in LOSSES else 1

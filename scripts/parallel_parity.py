@@ -156,9 +156,9 @@ def write_sources(folder: Path) -> dict:
     return {"train_dataset.data_loader.dataset_dir": f"[{files[0]}, {files[1]}]"}
 
 
-def rows_of(out: Path) -> list[dict]:
-    """What a run has written so far of its steps."""
-    path = out / "metrics.jsonl"
+def rows_of(out: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """What a run has written so far of its steps, or of its evaluations."""
+    path = out / name
     lines = path.read_text().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
@@ -278,10 +278,11 @@ def check_preferences(out: Path, names: tuple[str, ...] = PAIR_LAYOUTS, sizes: d
 
 
 def check_rewards(out: Path, names: tuple[str, ...] = PAIR_LAYOUTS, sizes: dict | None = None) -> int:
-    """A reward model in some layouts; as `check_preferences`."""
+    """A reward model in some layouts, with held-out pairs; as `check_preferences`."""
     return _check_pairs(out, "reward", REWARDS, names, sizes or {}, {
         "train_parts": "[language, partial_lora, reward_head]", "model.model_config.adapter_mode": "base",
-        "model.model_config.reward.loss": "focal"}, REWARD_NORMS)
+        "model.model_config.reward.loss": "focal", "evaluation.max_samples": 6, "evaluation.batch_size": 4},
+        REWARD_NORMS)
 
 
 def _check_pairs(out: Path, kind: str, recipe: Path, names: tuple[str, ...], sizes: dict, changes: dict,
@@ -295,8 +296,11 @@ def _check_pairs(out: Path, kind: str, recipe: Path, names: tuple[str, ...], siz
         run(layout, out / f"{kind}_{name}", options, recipe)
         if name == "single":
             continue
-        ours = rows_of(out / f"{kind}_{name}")
-        worst = worst_difference(ours, rows_of(out / f"{kind}_single"), norms)
+        own, single = out / f"{kind}_{name}", out / f"{kind}_single"
+        ours = rows_of(own)
+        held_out = [rows_of(folder, "evaluations.jsonl") for folder in (own, single)]
+        assert len(held_out[0]) == len(held_out[1])
+        worst = max(worst_difference(ours, rows_of(single), norms), worst_difference(*held_out))
         failed += not worst <= BAR
         print(f"{f'{kind} {name}':14} {len(ours):5} {worst:15.1e} {'':>18} {time.perf_counter() - began:8.0f} "
               f"{'ok' if worst <= BAR else 'MISSED'}", flush=True)
@@ -310,8 +314,9 @@ def predict(layout: Layout, out: Path, first: Path, pictures: list[str]) -> byte
         {"query": "What does the picture show?", "images": pictures[:1], "hd_num": 2}, {"query": "Who are you?"},
         {"query": "Broken", "images": ["nowhere.png"]}, {"query": "And this?", "images": pictures[1:2], "hd_num": 1})))
     run(layout, out, {"load_checkpoint": first, "predict_data": requests, "generation.max_new_tokens": 12,
-                      "predict_batch_size": 2, "parallel_config.model_parallel": layout.tp,
-                      "parallel_config.pipeline_stage": layout.pp}, PREDICT)
+                      "predict_batch_size": 2, "parallel_config.data_parallel": layout.dp,
+                      "parallel_config.model_parallel": layout.tp, "parallel_config.pipeline_stage": layout.pp},
+        PREDICT)
     return (out / "predictions.jsonl").read_bytes()
 
 

@@ -54,7 +54,8 @@ TOPICS: dict[str, tuple[str, tuple[str, ...]]] = {
         "tables, pictures, videos, questions. The forms of data are in [data.md](data.md), those of requests in "
         "[inference.md](inference.md).",
         ("data/", "processing/", "native/", "demo/", "cli/data", "cli/init_data", "cli/chat_pictures",
-         "generation/requests", "generation/webpage", "generation/predict", "training/datasets", "planning/rows")),
+         "generation/requests", "generation/webpage", "generation/predict", "generation/shares",
+         "training/datasets", "planning/rows")),
     "YAML and options": (
         "From every command that reads a YAML, a `config.json` or words of the command line, at once and before "
         "anything is loaded. The keys are in [yaml.md](yaml.md), the options in [commands.md](commands.md). Of every "
@@ -62,8 +63,8 @@ TOPICS: dict[str, tuple[str, tuple[str, ...]]] = {
         "missing key as `SECTION lacks KEY.`, and one that there is not as `unknown key KEY (value VALUE); did you "
         "mean ...?`.",
         ("cli/", "config", "rope", "sections", "resources", "decoding_options", "preference_options",
-         "training_options", "generation/options", "models/", "scores", "training/parts", "training/pet",
-         "mindformers_ixc_cli")),
+         "grpo_options", "training_options", "generation/options", "models/", "scores", "training/parts",
+         "training/pet", "mindformers_ixc_cli")),
     "Checkpoints and weights": (
         "From `convert`, `inspect`, `merge`, and from whatever loads a model. Formats and digests are in "
         "[checkpoints.md](checkpoints.md), the public weights in [weights.md](weights.md).",

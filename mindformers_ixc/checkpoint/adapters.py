@@ -28,14 +28,20 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # How trained LoRAs are named: by PEFT (with or without the adapter's name) and by MindFormers (MindPet).
 _PEFT = re.compile(r"(?P<linear>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
-_MINDPET = re.compile(r"(?P<linear>.+)\.(?:mindpet|tk)_delta_lora_(?P<side>[ab])$")
+_MINDPET = re.compile(r"(?P<linear>.+)\.(?:mindpet|tk)_delta_lora_(?P<side>[ab])(?:\.weight)?$")
+# PEFT 0.9 to 0.11 saved the magnitudes without `.weight`, newer ones with it or without.
+_MAGNITUDE = re.compile(r"(?P<linear>.+)\.(?:lora_magnitude_vector(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?"
+                        r"|mindpet_delta_lora_magnitude)$")
+# Which of the two matrices a tensor is, or the magnitudes.
+_SIDES = {"A", "B"}
+_ROWS = "magnitude"
 _SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save)?(?:(?<=modules_to_save)\.(?P<adapter>[^.]+))?"
                     r"\.(?P<kind>weight|bias)$")
 _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer"
 
 # What is read.
-READ = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+READ = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules",
         "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "init_lora_weights")
 
 # What changes nothing of a merge: how it was trained, with what, and how it is loaded. `fan_in_fan_out` is for weights
@@ -46,7 +52,6 @@ INERT = ("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weig
 
 # What makes the result another one, in a way that is not computed here.
 REFUSED = {
-    "use_dora": "DoRA scales every row of the merged weight anew",
     "lora_bias": "the model's linears have no bias that could take it up",
     "layer_replication": "it adds decoder layers",
     "trainable_token_indices": "it changes single rows of the embedding",
@@ -68,10 +73,12 @@ class Adapter:
 
     Attributes:
         pairs: A `(rank, in)`, B `(out, rank)` and scale, by the name of the linear.
+        magnitudes: of DoRA the norm of each row of the merged weight, `(out,)`, by the name of the linear.
         replaced: tensors that take the place of the base's, by name.
     """
 
     pairs: dict[str, tuple[LazyTensor, LazyTensor, float]] = field(default_factory=dict)
+    magnitudes: dict[str, LazyTensor] = field(default_factory=dict)
     replaced: dict[str, LazyTensor] = field(default_factory=dict)
 
 
@@ -103,7 +110,12 @@ def read_adapter(source: OpenedCheckpoint, base: dict[str, LazyTensor], alpha: f
     sides, others = _sort_tensors(source, base, name)
     adapter = Adapter()
     for linear, pair in sides.items():
+        rows = pair.pop(_ROWS, None)
         adapter.pairs[linear] = _pair(source, base, linear, pair, settings)
+        settings.check_magnitudes(source, linear, rows)
+        if rows is not None:
+            _check_rows(source, linear, rows, base[f"{linear}.weight"])
+            adapter.magnitudes[linear] = rows
     for target, (key, tensor) in others.items():
         settings.check_replaced(source, key, target)
         if tensor.shape != base[target].shape:
@@ -125,6 +137,8 @@ def _sort_tensors(source: OpenedCheckpoint, base: dict[str, LazyTensor],
         name = key.removeprefix(_PREFIX)
         if match := _PEFT.match(name) or _MINDPET.match(name):
             found.append((match.groupdict().get("adapter"), match["linear"], match["side"].upper(), key, tensor))
+        elif match := _MAGNITUDE.match(name):
+            found.append((match["adapter"], match["linear"], _ROWS, key, tensor))
         elif is_mindpet and (name in base or is_state(name)):
             whole.append((name, tensor))
         elif (match := _SAVED.match(name)) and (target := _base_key(match)) in base:
@@ -174,7 +188,7 @@ def _check_same(source: OpenedCheckpoint, base: dict[str, LazyTensor], whole: li
 def _pair(source: OpenedCheckpoint, base: dict[str, LazyTensor], linear: str, pair: dict[str, LazyTensor],
           settings: Settings) -> tuple[LazyTensor, LazyTensor, float]:
     weight = base.get(f"{linear}.weight")
-    if weight is None or set(pair) != {"A", "B"}:
+    if weight is None or set(pair) != _SIDES:
         problem = "which this model does not have" if weight is None else f"but only side {sorted(pair)}"
         raise CheckpointError(f"{source.path} holds a LoRA for {linear}, {problem}.")
     first, second = pair["A"], pair["B"]
@@ -185,6 +199,13 @@ def _pair(source: OpenedCheckpoint, base: dict[str, LazyTensor], linear: str, pa
         raise CheckpointError(f"{source.path}: the LoRA of {linear} has shapes {first.shape} and {second.shape}, "
                               f"the weight {weight.shape}.")
     return first, second, settings.scale(source, linear, first.shape[0])
+
+
+def _check_rows(source: OpenedCheckpoint, linear: str, rows: LazyTensor, weight: LazyTensor) -> None:
+    _check_format(source, linear, rows)
+    if rows.shape != weight.shape[:1]:
+        raise CheckpointError(f"{source.path}: the magnitudes of {linear} have the shape {rows.shape}, the weight "
+                              f"{weight.shape}; there is one for each of its rows.")
 
 
 def _check_format(source: OpenedCheckpoint, name: str, *tensors: LazyTensor) -> None:
@@ -253,8 +274,9 @@ class Settings:
             patterns = fields.get(name) or {}
             if not isinstance(patterns, dict) or not all(map(test, patterns.values())):
                 raise CheckpointError(f"{self.path} has {name} {_short(patterns)}; it maps modules to {wanted}.")
-        if not isinstance(fields.get("use_rslora", False), (bool, type(None))):
-            raise CheckpointError(f"{self.path} has use_rslora {_short(fields['use_rslora'])}; it is true or false.")
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(fields.get(name, False), (bool, type(None))):
+                raise CheckpointError(f"{self.path} has {name} {_short(fields[name])}; it is true or false.")
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             if not _is_names(fields.get(name)):
                 raise CheckpointError(f"{self.path} has {name} {_short(fields[name])}; it is a text or a list of "
@@ -286,6 +308,17 @@ class Settings:
             raise CheckpointError(f"{source.directory} has no {ADAPTER_CONFIG} with the LoRA's alpha; give it with "
                                   "--alpha.")
         return float(alpha) / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+
+    def check_magnitudes(self, source: OpenedCheckpoint, linear: str, rows: LazyTensor | None) -> None:
+        """Refuses DoRA without its magnitudes, and magnitudes of what the file says is no DoRA.
+
+        Raises:
+            CheckpointError: naming the linear.
+        """
+        if self.fields and bool(self.fields.get("use_dora")) != (rows is not None):
+            has = "no magnitudes" if rows is None else "magnitudes"
+            raise CheckpointError(f"{source.path} holds {has} of {linear}, but {self.path} has use_dora "
+                                  f"{bool(self.fields.get('use_dora'))}; they do not belong together.")
 
     def _of_pattern(self, name: str, linear: str, default: Any) -> Any:
         """The value of the first pattern that matches a module's path to its end, as PEFT matches them."""

@@ -14,6 +14,7 @@ from mindformers_ixc.parameters import SCORE_HEAD, UNUSED
 
 if TYPE_CHECKING:
     from mindformers_ixc.checkpoint.sources import OpenedCheckpoint  # whose import takes numpy's
+    from mindformers_ixc.checkpoint.tensors import LazyTensor
 
 logger = logging.getLogger(__name__)
 
@@ -102,11 +103,16 @@ def know_member(config: ModelConfig, source: OpenedCheckpoint) -> ModelConfig:
     Public ones say nothing of task LoRAs, which only some members have, and it may not say that it is a reward model's.
     """
     if not config.says_tasks:
-        found = (_TASK_FIRST.search(name) for name in source.tensors)
-        config.task_lora_ranks = {match[1]: source.tensors[match.string].shape[0] for match in found if match}
+        config.task_lora_ranks = task_ranks(source.tensors)
     if config.reward_pooling is None and SCORE_HEAD in source.tensors and WRITING_HEAD not in source.tensors:
         config.reward_pooling = POOLINGS[0]
     return config
+
+
+def task_ranks(tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
+    """Ranks of the task LoRAs that some parameters have."""
+    found = (_TASK_FIRST.search(name) for name in tensors)
+    return {match[1]: tensors[match.string].shape[0] for match in found if match}
 
 
 def refuse_other(is_reward: bool, path: str | os.PathLike, scores: bool) -> None:

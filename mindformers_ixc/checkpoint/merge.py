@@ -5,7 +5,6 @@ Everything is computed in float32, a few rows at a time, and rounded once to the
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 from mindformers_ixc.checkpoint.adapters import Adapter, open_adapter, read_adapter
 from mindformers_ixc.checkpoint.convert import select_tensors
 from mindformers_ixc.checkpoint.dtypes import to_float32
+from mindformers_ixc.checkpoint.family import task_ranks
 from mindformers_ixc.checkpoint.model_config import config_of
 from mindformers_ixc.checkpoint.quantised import refuse_quantised
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state, open_source
@@ -22,26 +22,25 @@ from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
 from mindformers_ixc.config import POOLINGS, TASK_LORAS, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError
-from mindformers_ixc.parameters import PARTS, SCORE_HEAD, UNUSED, parameter_table, part_of
+from mindformers_ixc.parameters import LEAST_NORM, PARTS, SCORE_HEAD, UNUSED, parameter_table, part_of
 
 logger = logging.getLogger(__name__)
 
-# The first side of a task LoRA's pair, whose rows are its rank.
-_TASK_FIRST = re.compile(rf"\.lora_({'|'.join(TASK_LORAS)})_A\.weight$")
-
 
 class FoldedTensor(LazyTensor):
-    """`W + sum of scale * B A`.
+    """`W + sum of scale * B A`; with DoRA every row of it scaled to its magnitude.
 
     Args:
         weight: W, `(out, in)`.
         pairs: A `(rank, in)`, B `(out, rank)` and scale of each pair.
+        magnitudes: `(out,)`, of DoRA.
     """
 
     dtype = "F32"
 
-    def __init__(self, weight: LazyTensor, pairs: list[tuple[LazyTensor, LazyTensor, float]]):
-        self.weight, self.pairs, self.shape = weight, pairs, weight.shape
+    def __init__(self, weight: LazyTensor, pairs: list[tuple[LazyTensor, LazyTensor, float]],
+                 magnitudes: LazyTensor | None = None):
+        self.weight, self.pairs, self.shape, self.magnitudes = weight, pairs, weight.shape, magnitudes
         self.first: list[np.ndarray] = []
 
     @property
@@ -55,6 +54,10 @@ class FoldedTensor(LazyTensor):
         value = to_float32(self.weight.rows(begin, end), self.weight.dtype).copy()
         for a, (_, second, scale) in zip(first, self.pairs):
             value += scale * (to_float32(second.rows(begin, end), second.dtype) @ a)
+        if self.magnitudes is not None:
+            norms = np.linalg.norm(value.astype(np.float64), axis=1)
+            wanted = to_float32(self.magnitudes.rows(begin, end), self.magnitudes.dtype)
+            value *= (wanted / np.maximum(norms, LEAST_NORM)).astype(np.float32)[:, None]
         return value
 
     def pieces(self, limit: int = PIECE) -> Iterator[tuple[int, np.ndarray]]:
@@ -205,8 +208,8 @@ def fold_tasks(tensors: dict[str, LazyTensor], config: ModelConfig,
 def fold_lora(tensors: dict[str, LazyTensor], adapter: Adapter) -> dict[str, LazyTensor]:
     """Folds a trained LoRA into the linears it was trained on, and takes over what was trained beside it."""
     replaced = {**tensors, **adapter.replaced}
-    return {name: FoldedTensor(tensor, [adapter.pairs[name.removesuffix(".weight")]])
-            if name.endswith(".weight") and name.removesuffix(".weight") in adapter.pairs else tensor
+    return {name: FoldedTensor(tensor, [adapter.pairs[linear]], adapter.magnitudes.get(linear))
+            if name.endswith(".weight") and (linear := name.removesuffix(".weight")) in adapter.pairs else tensor
             for name, tensor in replaced.items()}
 
 
@@ -223,10 +226,7 @@ def attach_parts(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint,
     """
     parts = {name: tensor for name, tensor in adapter.tensors.items()
              if part_of(name) is not None or (not is_state(name) and len(tensor.shape) > 1)}
-    for name, tensor in parts.items():
-        match = _TASK_FIRST.search(name)
-        if match:
-            config.task_lora_ranks = {**config.task_lora_ranks, match[1]: tensor.shape[0]}
+    config.task_lora_ranks = {**config.task_lora_ranks, **task_ranks(parts)}
     if SCORE_HEAD in parts:         # the whole becomes a reward model
         found = None if adapter.config_file is None else read_config(adapter.config_file).reward_pooling
         config.reward_pooling = found or config.reward_pooling or POOLINGS[0]

@@ -33,7 +33,7 @@ from mindformers_ixc.parallel.slices import slices_of_rank
 from mindformers_ixc.processing.tokenizer import Tokenizer
 
 # The second side of a pair: Partial LoRA's and the task LoRAs', and that of MindFormers' own LoRA.
-SECOND_SIDE = re.compile(r"_B\.weight$|mindpet_delta_lora_[bB]$")
+SECOND_SIDE = re.compile(r"_B\.weight$|mindpet_delta_lora_[bB](\.weight)?$")
 
 WEIGHTS_FILE = "model.safetensors"
 

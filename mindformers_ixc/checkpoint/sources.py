@@ -32,7 +32,7 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # What MindFormers and the step's cell save beside the parameters, and what averages of weights begin with.
 STATE_NAMES = ("epoch_num", "step_num", "loss_scale", "global_batch_size", "global_step", "scale_sense", "train_report",
                "learning_rate", "weight_decay", "beta1_power", "beta2_power", "current_iterator_step",
-               "last_overflow_iterator_step")
+               "last_overflow_iterator_step", "spike_limits", "was_spike")
 AVERAGE_PREFIX = "ema."
 
 # Wrappers of PyTorch that show in names: DistributedDataParallel around a model, torch.compile around any module.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindformers_ixc.checkpoint.dtypes import STORAGE, item_size
+from mindformers_ixc.checkpoint.dtypes import STORAGE, convert_dtype, item_size
 from mindformers_ixc.errors import CheckpointError
 
 # Bytes of a tensor that are in memory at once.
@@ -180,6 +180,22 @@ class PartOfTensor(LazyTensor):
         """Rows `begin` to `end`; see `LazyTensor`."""
         first = self.slices[0].start
         return self.tensor.rows(first + begin, first + end)[(slice(None), *self.slices[1:])]
+
+
+class ConvertedTensor(LazyTensor):
+    """A tensor whose rows are rounded to another format as they are read.
+
+    Args:
+        tensor: of numbers with a point.
+        dtype: the format.
+    """
+
+    def __init__(self, tensor: LazyTensor, dtype: str):
+        self.tensor, self.dtype, self.shape = tensor, dtype, tensor.shape
+
+    def rows(self, begin: int, end: int) -> np.ndarray:
+        """Rows `begin` to `end`; see `LazyTensor`."""
+        return convert_dtype(self.tensor.rows(begin, end), self.tensor.dtype, self.dtype)
 
 
 class ArrayTensor(LazyTensor):

@@ -86,6 +86,23 @@ def add_loudness(parser: argparse.ArgumentParser) -> None:
     loudness.add_argument("--quiet", action="store_true", help="show no progress: results, warnings and errors only")
 
 
+def add_writing(parser: argparse.ArgumentParser, config: str = "config.json, if SRC has none beside it",
+                dtype: bool = True) -> None:
+    """Adds what the commands that write a checkpoint share.
+
+    Args:
+        parser: of the command.
+        config: help of the option that names a `config.json`.
+        dtype: whether the format of the weights can be asked for.
+    """
+    if dtype:
+        parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as they are)")
+    parser.add_argument("--config", metavar="PATH", help=config)
+    parser.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    add_no_verify(parser)
+
+
 def add_no_verify(parser: argparse.ArgumentParser) -> None:
     """Adds the option that leaves weights unchecked."""
     parser.add_argument("--no_verify", action="store_true", help="do not compare weights with the digests that were "

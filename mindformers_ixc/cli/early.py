@@ -12,12 +12,14 @@ from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.checkpoint.start import OVERRIDE, begin
 from mindformers_ixc.cli.early_device import check_device
+from mindformers_ixc.cli.group_config import DATASET
 from mindformers_ixc.cli.inputs import read_memory
 from mindformers_ixc.cli.run_config import check_fields, top_keys
 from mindformers_ixc.cli.yaml_file import SHORT_FORMS, merged_fields
 from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.data.conversations import ReadingOptions, named_sources
 from mindformers_ixc.data.index.kinds import open_reader
+from mindformers_ixc.data.learning import WEIGHTS
 from mindformers_ixc.data.rows import bad_share_of
 from mindformers_ixc.data.sections import check_shapes
 from mindformers_ixc.errors import ConfigError
@@ -27,9 +29,10 @@ from mindformers_ixc.parallel.checks import check_run
 from mindformers_ixc.processing.tokenizer import find_vocab_file
 from mindformers_ixc.reading import reading, watch_reads
 from mindformers_ixc.resources import resolve_model, resolve_path
+from mindformers_ixc.training_options import REWARD_NETWORK
 
 # Data sets that read what `data_loader.dataset_dir` names in this package's way.
-OWN_TASKS = ("IXC25SFTDataset", "IXC25PreferenceDataset")
+OWN_TASKS = ("IXC25SFTDataset", "IXC25PreferenceDataset", DATASET)
 
 # Bytes of a data file up to which it is read at once; what is wrong in larger ones is said when the run reads them.
 SMALL = 2 ** 20
@@ -139,7 +142,9 @@ def _check_data(fields: dict, reads: bool, config: str) -> None:
     watch_reads(loader.get("read_timeout"))
     trained_on = "pair" if fields["train_dataset_task"]["type"] == "IXC25PreferenceDataset" else "sample"
     # each as the run will read it, which refuses held-out samples for any that is wrong
-    for part, kind, share in ((loader, trained_on, bad_share_of(section)), (held_out, "sample", 0.0)):
+    scored = (fields["model"].get("arch") or {}).get("type") == REWARD_NETWORK
+    for part, kind, share in ((loader, trained_on, bad_share_of(section)),
+                              (held_out, "pair" if scored else "sample", 0.0)):
         places = part.get("dataset_dir")
         for path in places if isinstance(places, list) else [places]:
             is_list = str(path).endswith(".txt")
@@ -150,7 +155,8 @@ def _check_data(fields: dict, reads: bool, config: str) -> None:
             path = next(iter(named_sources(path)))[0]          # of a folder its table
             if resolve_path(path).stat().st_size <= SMALL:
                 options = ReadingOptions(part.get("image_folder"), image_root=loader.get("image_root"),
-                                         ignore_keys=loader.get("ignore_keys") or (), kind=kind)
+                                         ignore_keys=loader.get("ignore_keys") or (), kind=kind,
+                                         weighs=loader.get("loss_on") == WEIGHTS)
                 open_reader(path, options).load(share)
 
 

@@ -2,26 +2,34 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.family import know_member, refuse_other
 from mindformers_ixc.checkpoint.quantised import quantization_of, refuse_quantised, stored_weights
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.cli.early import SMALL
-from mindformers_ixc.config import FIELDS, field_rule, read_config
+from mindformers_ixc.config import FIELDS, field_rule, read_config, read_fields
 from mindformers_ixc.data.preferences import load_preferences
-from mindformers_ixc.decoding_options import RULES, check_reward
+from mindformers_ixc.decoding_options import LEAST_TEMPERATURE, RULES, check_reward
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.generation.preference_pairs import ENDINGS
+from mindformers_ixc.generation.sampled_answers import LEAST_SAMPLES
 from mindformers_ixc.processing.pictures import image_size
 from mindformers_ixc.processing.prompt import check_asked
 from mindformers_ixc.processing.tokenizer import check_directory
 from mindformers_ixc.processing.video import is_video
 from mindformers_ixc.resources import resolve_model, resolve_path
-from mindformers_ixc.sections import check_value, whole
+from mindformers_ixc.sections import Rule, above_0, check_value, is_number, whole
 
 # Whole numbers of the command line that the decoder has no rule for.
 COUNTS = {**dict.fromkeys(("hd_num", "batch_size", "max_length"), whole(1)),
+          "num_samples": whole(LEAST_SAMPLES, "; of fewer none is better than another"),
           "reuse_bytes": field_rule("reuse_bytes", FIELDS["reuse_bytes"])}
+
+# Which pairs `label` keeps.
+LIMITS = {"min_margin": Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0"),
+          "max_length_ratio": above_0()}
 
 
 def check_question(arguments: argparse.Namespace) -> None:
@@ -40,10 +48,10 @@ def check_question(arguments: argparse.Namespace) -> None:
             for answers, and the other way round.
         FileNotFoundError: for one without a tokenizer, or a device that is not there.
     """
-    for name, rule in {**RULES, **COUNTS}.items():
-        value = getattr(arguments, name, None)
-        if value is not None:
-            check_value(f"--{name}", value, rule, ConfigError)
+    _check_values(arguments, {**RULES, **COUNTS})
+    if getattr(arguments, "command", None) == "sample" and arguments.temperature < LEAST_TEMPERATURE:
+        raise ConfigError(f"--temperature is {arguments.temperature}; at less than {LEAST_TEMPERATURE} all samples "
+                          "would be the likeliest answer, so give a larger one.")
     if getattr(arguments, "do_sample", False) and not arguments.temperature:
         raise ConfigError("--temperature is 0 and --do_sample is given; sampling takes a temperature above 0, and "
                           "without --do_sample the likeliest token is taken.")
@@ -76,6 +84,36 @@ def check_question(arguments: argparse.Namespace) -> None:
     quantization = quantization_of(source)
     if quantization is not None:
         stored_weights(source, quantization)
+
+
+def check_label(arguments: argparse.Namespace) -> None:
+    """Refuses limits that are none, a file of pairs that would replace what it is made of, and other models.
+
+    Args:
+        arguments: of `label`.
+
+    Raises:
+        ConfigError: for an option's value or the file's name.
+        CheckpointError: for a reward model that is none.
+    """
+    _check_values(arguments, {**COUNTS, **LIMITS})
+    if not arguments.target.endswith(ENDINGS):
+        raise ConfigError(f"DST is {arguments.target}; a file of pairs ends in {' or '.join(ENDINGS)}.")
+    for given in (arguments.sampled, arguments.judge):
+        if given and os.path.realpath(given) == os.path.realpath(arguments.target):
+            raise ConfigError(f"DST is {arguments.target}, which the pairs are made of; name another file.")
+    if arguments.reward is not None:
+        read_fields(arguments.reward)
+        check_directory(resolve_model(arguments.reward))
+        _checkpoint_of(arguments.reward, scores=True)
+
+
+def _check_values(arguments: argparse.Namespace, rules: dict[str, Rule]) -> None:
+    """Refuses options that are given and break their rule."""
+    for name, rule in rules.items():
+        value = getattr(arguments, name, None)
+        if value is not None:
+            check_value(f"--{name}", value, rule, ConfigError)
 
 
 def _check_best_of(arguments: argparse.Namespace) -> None:

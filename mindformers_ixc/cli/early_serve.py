@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from mindformers_ixc.chat_client import OWN_KEY_VARIABLE
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.interruption import JOB
 from mindformers_ixc.sections import above_0, check_value
 from mindformers_ixc.serving.limits import Limits
 from mindformers_ixc.serving.listening import listen
@@ -69,4 +70,5 @@ def check_serve(arguments: argparse.Namespace) -> None:
     for host in arguments.fetch_images:
         if "/" in host or "*" in host:
             raise ConfigError(f"--fetch_images {host} is no host; write a name like images.example.org, or name:port.")
-    listen(arguments.host, arguments.port).close()
+    if JOB not in os.environ:       # of a launch's ranks the launcher has looked
+        listen(arguments.host, arguments.port).close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mindformers_ixc.cli.arguments import Help, Parser, add_no_verify
+from mindformers_ixc.cli.arguments import Help, Parser, add_no_verify, add_writing
 
 if TYPE_CHECKING:
     # what `add_subparsers` gives; argparse has no public name for it
@@ -26,13 +26,9 @@ def add_assemble(commands: Commands) -> None:
     assemble.add_argument("tower", metavar="TOWER", help="CLIP tower as it is published (internlm-xcomposer2d5-clip, "
                           "clip-vit-large-patch14-336), or a model of this kind")
     assemble.add_argument("target", metavar="DST", help="directory to be made")
-    assemble.add_argument("--config", metavar="PATH", help="config.json of the model to be made (default: the sizes of "
-                          "both, tiles of 560 pixels, Partial LoRA of rank and alpha 256)")
     assemble.add_argument("--seed", type=int, default=0, metavar="N", help="of the numbers that are drawn")
-    assemble.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as they are)")
-    assemble.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
-    assemble.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    add_no_verify(assemble)
+    add_writing(assemble, "config.json of the model to be made (default: the sizes of both, tiles of 560 pixels, "
+                "Partial LoRA of rank and alpha 256)")
 
 
 def add_score(commands: Commands) -> None:
@@ -49,17 +45,22 @@ def add_score(commands: Commands) -> None:
     score.add_argument("--data", required=True, metavar="FILE", help="JSON lines with answers")
     score.add_argument("--output_dir", metavar="DIR", help="write scores.jsonl there, as they come (default: standard "
                        "output, at the end)")
-    score.add_argument("--hd_num", type=int, metavar="N", help="tiles of each picture at most (default: the model "
+    add_scoring(score)
+
+
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    """Adds how a reward model reads what it scores."""
+    parser.add_argument("--hd_num", type=int, metavar="N", help="tiles of each picture at most (default: the model "
                        "directory's, else 9)")
-    score.add_argument("--max_length", type=int, metavar="N", help="refuse conversations of more positions (default: "
+    parser.add_argument("--max_length", type=int, metavar="N", help="refuse conversations of more positions (default: "
                        "what the model takes)")
-    score.add_argument("--batch_size", type=int, default=4, metavar="N", help="conversations scored at once")
-    score.add_argument("--control_tokens", action="store_true", help="text that is spelled like <s> or "
+    parser.add_argument("--batch_size", type=int, default=4, metavar="N", help="conversations scored at once")
+    parser.add_argument("--control_tokens", action="store_true", help="text that is spelled like <s> or "
                        "[UNUSED_TOKEN_145] becomes that control token, as in the public code")
-    score.add_argument("--transparency", choices=["white", "public"], help="as in chat")
-    score.add_argument("--exif", choices=["ignore", "apply"], help="as in chat")
-    score.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
-    add_no_verify(score)
+    parser.add_argument("--transparency", choices=["white", "public"], help="as in chat")
+    parser.add_argument("--exif", choices=["ignore", "apply"], help="as in chat")
+    parser.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
+    add_no_verify(parser)
 
 
 def add_best_of(parser: argparse.ArgumentParser) -> None:

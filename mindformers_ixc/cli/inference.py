@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 
 import mindspore as ms
 
@@ -16,24 +17,25 @@ from mindformers_ixc.generation.scoring import Scorer
 ASCEND_DTYPES = {"compute_dtype": "bfloat16", "param_init_type": "bfloat16"}
 
 
-def load_assistant(arguments: argparse.Namespace) -> Assistant:
+def load_assistant(arguments: argparse.Namespace, join: Callable[[], dict] = dict) -> Assistant:
     """Loads `arguments.model` on `arguments.device_target`, in graph mode; `arguments.control_tokens` as in
-    `Processor`.
+    `Processor`. `join` is called when the device is ready and gives further fields of a run, a layout say.
     """
     prepare_device(arguments)
+    layout = join()
     dtypes = ASCEND_DTYPES if arguments.device_target == "Ascend" else {}
     given = {name: value for name in ("reuse_bytes", "cache_dtype")
              if (value := getattr(arguments, name, None)) is not None}
-    assistant = Assistant.from_directory(arguments.model, image_options(arguments), **given, **dtypes)
+    assistant = Assistant.from_directory(arguments.model, image_options(arguments), **given, **dtypes, **layout)
     assert assistant.processor is not None
     assistant.processor.control_tokens = arguments.control_tokens
     return assistant
 
 
-def load_scorer(arguments: argparse.Namespace) -> Scorer:
-    """Loads the reward model `arguments.model` as `load_assistant` does a model that writes."""
+def load_scorer(arguments: argparse.Namespace, directory: str) -> Scorer:
+    """Loads a reward model as `load_assistant` does a model that writes."""
     prepare_device(arguments)
-    return _scorer_of(arguments.model, arguments)
+    return _scorer_of(directory, arguments)
 
 
 def load_best_of(arguments: argparse.Namespace, assistant: Assistant) -> BestOf:

@@ -21,6 +21,9 @@ from mindformers_ixc.trackers import require_packages
 # As vendors and MindSpore count memory, G is 2^30 whether an i follows or not.
 _UNITS = {"M": 2 ** 20, "G": 2 ** 30, "T": 2 ** 40}
 
+# Arguments of commands that name files to be read.
+FILES = ("image", "data", "pairs", "sampled", "judge")
+
 
 def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None) -> None:
     """Refuses files and folders that are not there, and what cannot be of a YAML file and its overrides.
@@ -39,6 +42,9 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
     run = arguments.run if arguments.command == "launch" else arguments
     if run is not arguments and arguments.devices < 1:
         raise ConfigError(f"-n is {arguments.devices}; it must be at least 1, one process a device.")
+    if run is not arguments and run.command == "serve":
+        check_inputs(run, options)
+        return
     if getattr(run, "register_path", None) and not Path(run.register_path).is_dir():
         raise NotADirectoryError(f"--register_path {run.register_path} is not a folder.")
     if run.command in ("run", "plan") or (run.command == "data" and run.config):
@@ -55,7 +61,7 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
             run, launched, getattr(arguments, "node_rank", 0))
     if arguments.command == "eval" and "benchmark" in arguments:
         importlib.import_module("mindformers_ixc.cli.benchmark_options").check_options(arguments)
-    for name in ("image", "data", "pairs") if arguments.command != "init" else ():     # which takes folders, and asks
+    for name in FILES if arguments.command != "init" else ():     # which takes folders, and asks
         given = getattr(arguments, name, None) or []
         for path in [given] if isinstance(given, str) else given:
             if not resolve_path(path).is_file():
@@ -66,10 +72,11 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
         read_fields(arguments.model)
     if arguments.command == "serve":
         importlib.import_module("mindformers_ixc.cli.early_serve").check_serve(arguments)
-    if arguments.command in ("chat", "eval", "reference", "score", "serve"):
+    if arguments.command in ("chat", "eval", "label", "reference", "sample", "score", "serve"):
         importlib.import_module("mindformers_ixc.cli.early_device").check_device(
             arguments.device_target, "--device_target")
-        importlib.import_module("mindformers_ixc.cli.early_questions").check_question(arguments)
+        questions = importlib.import_module("mindformers_ixc.cli.early_questions")
+        (questions.check_label if arguments.command == "label" else questions.check_question)(arguments)
 
 
 def _no_file(path: str) -> str:
@@ -97,6 +104,8 @@ def _targets(arguments: argparse.Namespace) -> dict[str, str]:
         return {"--predictions": arguments.predictions}
     if arguments.command == "plan" and arguments.html:
         return {"--html": arguments.html}
+    if arguments.command == "label":
+        return {"DST": arguments.target}
     if arguments.command == "reference":
         return {"TARGET": arguments.target}
     if arguments.command == "data" and arguments.kind == "preview":

@@ -7,6 +7,7 @@ itself. So `job` watches what it starts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -15,6 +16,7 @@ import socket
 import sys
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from mindformers_ixc import terminal
@@ -96,36 +98,59 @@ def _run_ranks(arguments: argparse.Namespace, fields: dict, ranks: range, folder
         return True
 
     on_cpu = (fields.get("context") or {}).get("device_target", "Ascend") == "CPU"
-    given = _given_mailbox(len(ranks) < arguments.devices) if on_cpu else None
     logs = Path(arguments.log_dir or folder / "rank_logs").resolve()
     # pipeline stages: the loss is known to the last one, and its first rank reports it
     reporter = 0
     if fields.get("run_mode") != "predict":
         reporter = arguments.devices - arguments.devices // degrees_of(fields).pipeline_stage
+    variables = {COMMAND: shlex.join(["mindformers", *arguments.words])}
+    if step is not None:
+        variables[CHOSEN] = f"{step[0]}_{step[1]}"
     try:
-        with stopped_by_signals(gently), tempfile.TemporaryDirectory() as scratch:
-            environment = {**_environment(), COMMAND: shlex.join(["mindformers", *arguments.words])}
-            if step is not None:
-                environment[CHOSEN] = f"{step[0]}_{step[1]}"
-            if on_cpu:
-                environment.update(_cpu_environment(given or _shared_memory(Path(scratch))))
-            shown = reporter if reporter in ranks else ranks[0]
-            job = Job(_msrun(arguments, arguments.run_words, logs), environment, logs, ranks, shown,
-                      None if terminal.current.verbose else logs / "shown.txt")
-            try:
-                code = job.run()
-                if asked and code == 0:
-                    terminal.current.say(f"{name_of(asked[0])} stopped the run in {folder}, and every rank has saved a "
-                                         "checkpoint; go on with --resume_training True.")
-                    return 128 + asked[0]
-                return code
-            finally:
-                if on_cpu and given is None:
-                    shutil.rmtree(environment["CPU_PARALLEL_MAILBOX"], ignore_errors=True)
+        with stopped_by_signals(gently), job_of(arguments, _as_rank(arguments.run_words), ranks, logs, on_cpu,
+                                                variables, reporter) as job:
+            code = job.run()
+            if asked and code == 0:
+                terminal.current.say(f"{name_of(asked[0])} stopped the run in {folder}, and every rank has saved a "
+                                     "checkpoint; go on with --resume_training True.")
+                return 128 + asked[0]
+            return code
     except Stopped as stopped:
-        terminal.current.say(f"error: {signal_name(stopped.number)} ended this command, so all ranks were ended. Their "
-                             f"logs are in {logs}.")
-        return 128 + stopped.number
+        return say_stopped(stopped, logs)
+
+
+def say_stopped(stopped: Stopped, logs: Path) -> int:
+    """Says that the launcher was told to end at once; its exit code."""
+    terminal.current.say(f"error: {signal_name(stopped.number)} ended this command, so all ranks were ended. Their "
+                         f"logs are in {logs}.")
+    return 128 + stopped.number
+
+
+@contextlib.contextmanager
+def job_of(arguments: argparse.Namespace, words: list[str], ranks: range, logs: Path, on_cpu: bool,
+           variables: dict[str, str], shown: int = 0) -> Iterator[Job]:
+    """A job of this server's ranks, to be run in the block; what its ranks exchanged is removed after it.
+
+    Args:
+        arguments: of the `launch` subcommand.
+        words: of the `mindformers` command that every rank runs.
+        ranks: numbers of those that run on this server.
+        logs: folder of the logs.
+        on_cpu: whether the ranks compute on the CPU.
+        variables: that the ranks get beside those of every launch.
+        shown: the rank that shows how far it is, if it is of this server; else the first one here.
+    """
+    given = _given_mailbox(len(ranks) < arguments.devices) if on_cpu else None
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = {**_environment(), **variables}
+        if on_cpu:
+            environment.update(_cpu_environment(given or _shared_memory(Path(scratch))))
+        try:
+            yield Job(_msrun(arguments, words, logs), environment, logs, ranks, shown if shown in ranks else ranks[0],
+                      None if terminal.current.verbose else logs / "shown.txt")
+        finally:
+            if on_cpu and given is None:
+                shutil.rmtree(environment["CPU_PARALLEL_MAILBOX"], ignore_errors=True)
 
 
 def local_ranks(arguments: argparse.Namespace) -> range:
@@ -190,8 +215,13 @@ def _shared_memory(scratch: Path) -> Path:
     return Path("/dev/shm") / scratch.name if os.access("/dev/shm", os.W_OK) else scratch / "mailbox"
 
 
+def _as_rank(words: list[str]) -> list[str]:
+    """The words of a rank of a run, from those of `run`."""
+    return ["run", *words, "--use_parallel", "True"]
+
+
 def _msrun(arguments: argparse.Namespace, words: list[str], logs: Path) -> list[str]:
-    """The command that starts this server's ranks."""
+    """The command that starts this server's ranks, each of which runs `mindformers` with some words."""
     local = arguments.local_devices or arguments.devices
     port = arguments.master_port or (_free_port() if local == arguments.devices else 8118)
     command = [str(Path(sys.executable).with_name("msrun")), "--worker_num", str(arguments.devices),
@@ -199,7 +229,7 @@ def _msrun(arguments: argparse.Namespace, words: list[str], logs: Path) -> list[
                "--log_dir", str(logs), "--join", "True", "--tail_worker_log=-2"]      # of no rank: shown from here
     if local != arguments.devices:
         command += ["--node_rank", str(arguments.node_rank)]
-    return [*command, str(Path(sys.executable).with_name("mindformers")), "run", *words, "--use_parallel", "True"]
+    return [*command, str(Path(sys.executable).with_name("mindformers")), *words]
 
 
 def _free_port() -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from mindformers_ixc.cli.arguments import Help, Parser, Usual, WithoutFiles, add_loudness, add_no_verify
+from mindformers_ixc.cli.arguments import Help, Parser, Usual, WithoutFiles, add_loudness, add_no_verify, add_writing
+from mindformers_ixc.cli.asking_options import add_generation, add_image_options
 from mindformers_ixc.cli.benchmark_options import add_benchmark
 from mindformers_ixc.cli.family_parsers import add_assemble, add_best_of, add_score
+from mindformers_ixc.cli.preference_parsers import add_label, add_sample
 from mindformers_ixc.cli.serve_options import add_serve_options
-from mindformers_ixc.config import ALL_MODES, CACHE_DTYPES, MODE_ADAPTERS, TASK_LORAS
+from mindformers_ixc.config import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.scores import SCORES
 from mindformers_ixc.version import __version__
@@ -26,9 +28,9 @@ def build_parser() -> Parser:
         epilog="example:\n  mindformers run --config yaml_configs/ixc25_sft_tiny.yaml --output_dir out")
     parser.add_argument("--version", action="version", version=f"mindformers_ixc {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for add in (_add_run, _add_launch, _add_chat, _add_eval, _add_serve, add_score, _add_convert, _add_quantize,
-                _add_merge, add_assemble, _add_inspect, _add_data, _add_reference, _add_report, _add_plan, _add_recipes,
-                _add_doctor, _add_init):
+    for add in (_add_run, _add_launch, _add_chat, _add_eval, _add_serve, add_score, add_sample, add_label, _add_convert,
+                _add_quantize, _add_merge, add_assemble, _add_inspect, _add_data, _add_reference, _add_report,
+                _add_plan, _add_recipes, _add_doctor, _add_init):
         add(commands)
     for command in commands.choices.values():
         add_loudness(command)
@@ -85,48 +87,21 @@ def _add_run(commands: Commands) -> None:
 
 def _add_launch(commands: Commands) -> None:
     launch = commands.add_parser(
-        "launch", formatter_class=Help, help="a parallel run, one process a device",
+        "launch", formatter_class=Help, help="a parallel run or a server over several devices, one process a device",
         description="Starts `mindformers run --use_parallel True` once a device by MindSpore's msrun. Everything that "
                     "is not listed here goes to `run`. Ranks log into one folder, the log of the rank that reports the "
-                    "loss is shown; when a rank dies all are ended, and the reason is the last line.",
+                    "loss is shown; when a rank dies all are ended, and the reason is the last line. With `serve` and "
+                    "its options behind the launcher's, one server over the devices is started in place of a run.",
         epilog="examples:\n  mindformers launch -n 8 --config my.yaml --output_dir out\n"
-               "  mindformers launch -n 16 --local_devices 8 --node_rank 1 --master_addr 10.0.0.1 --config ...")
+               "  mindformers launch -n 16 --local_devices 8 --node_rank 1 --master_addr 10.0.0.1 --config ...\n"
+               "  mindformers launch -n 2 serve --model out/model")
     launch.add_argument("-n", "--devices", type=int, required=True, metavar="N", help="devices, over all servers")
     launch.add_argument("--local_devices", type=int, metavar="N", help="of this server (default: all)")
     launch.add_argument("--node_rank", type=int, default=0, metavar="N", help="number of this server")
     launch.add_argument("--master_addr", default="127.0.0.1", metavar="HOST", help="address of server 0")
     launch.add_argument("--master_port", type=int, metavar="N", help="its port (default: a free one, else 8118)")
-    launch.add_argument("--log_dir", metavar="DIR", help="of the ranks' logs (default: OUTPUT_DIR/rank_logs)")
-
-
-def _add_generation(parser: argparse.ArgumentParser, or_server: bool = False) -> None:
-    parser.add_argument("--model", required=not or_server, metavar="DIR", help="model directory, such as OUT/model, or "
-                        "starter, the small one of this package")
-    parser.add_argument("--mode", choices=list(MODE_ADAPTERS), default="base", help="task LoRAs in use")
-    parser.add_argument("--hd_num", type=int, metavar="N", help="tiles of the dynamic partition at most (default: the "
-                        "model directory's, else 24, and 6 with several pictures)")
-    parser.add_argument("--control_tokens", action="store_true", help="text that is spelled like <s> or "
-                        "[UNUSED_TOKEN_145] becomes that control token, as in the public code")
-    _add_image_options(parser)
-    parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="length of an answer at most")
-    parser.add_argument("--prompt_lookup", type=int, default=0, metavar="N", help="propose up to N tokens at a time, "
-                        "as they follow the last ones in the prompt or the answer, and verify them in one pass: the "
-                        "same answer, sooner where it repeats its input; greedy decoding on a CPU (default: 0, off)")
-    parser.add_argument("--reuse_bytes", type=int, metavar="BYTES", help="memory for what earlier questions computed "
-                        "of pictures and prompts, taken over by the next ones; 0: none (default: 1 GiB)")
-    parser.add_argument("--cache_dtype", choices=list(CACHE_DTYPES), help="dtype of keys and values; bfloat16 halves "
-                        "their memory, on a CPU (default: that of products)")
-    parser.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")
-    add_no_verify(parser)
-
-
-def _add_image_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--transparency", choices=["white", "public"],
-                        help="put transparent pixels on white, or drop the alpha channel as the public code does "
-                        "(default: the model directory's, else white)")
-    parser.add_argument("--exif", choices=["ignore", "apply"],
-                        help="turn pictures upright by their EXIF orientation, or not, as the public code "
-                        "(default: the model directory's, else ignore)")
+    launch.add_argument("--log_dir", metavar="DIR", help="of the ranks' logs (default: OUTPUT_DIR/rank_logs; of "
+                        "a server a folder of its port's in the user's cache)")
 
 
 def _add_chat(commands: Commands) -> None:
@@ -135,7 +110,7 @@ def _add_chat(commands: Commands) -> None:
         description="Prints the answer, and nothing else, on standard output. Without a question it is interactive.",
         epilog="examples:\n  mindformers chat --model out/model --image photo.jpg \"What is shown?\"\n"
                "  mindformers chat --model out/model\n  mindformers chat --server http://127.0.0.1:8000")
-    _add_generation(chat, or_server=True)
+    add_generation(chat, or_server=True)
     chat.add_argument("--server", metavar="URL", help="ask a server (`mindformers serve`) in place of a model "
                       "directory, such as http://127.0.0.1:8000; its key stands in MINDFORMERS_IXC_API_KEY")
     chat.add_argument("--image", action="append", default=[], metavar="FILE",
@@ -159,7 +134,7 @@ def _add_serve(commands: Commands) -> None:
         epilog="examples:\n  mindformers serve --model out/model\n  MINDFORMERS_IXC_API_KEY=$(openssl rand -hex 24) "
                "mindformers serve --model DIR --host 0.0.0.0")
     add_serve_options(serve)
-    _add_image_options(serve)
+    add_image_options(serve)
     add_no_verify(serve)
 
 
@@ -181,7 +156,7 @@ def _add_eval(commands: Commands) -> None:
                "--metrics relaxed_accuracy anls exact_match --worst 5\n"
                "  mindformers eval --model internlm-xcomposer2d5-7b --benchmark ChartQA_TEST --data ChartQA_TEST.tsv\n"
                "  mindformers eval --server http://127.0.0.1:8000 --benchmark MMStar --data MMStar.tsv")
-    _add_generation(evaluate, or_server=True)
+    add_generation(evaluate, or_server=True)
     evaluate.set_defaults(max_new_tokens=Usual(64))
     evaluate.add_argument("--data", required=True, metavar="FILE", help="conversations, as for training; of "
                           "--benchmark VLMEvalKit's table (.tsv)")
@@ -216,11 +191,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DST", help="directory to be made, or a .safetensors or .ckpt file")
     parser.add_argument("--to", choices=["ms", "hf"], help="MindSpore's layout, or the public one (default: "
                         "the other one, of `merge` the same)")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16 or float16 (default: as they are)")
-    parser.add_argument("--config", metavar="PATH", help="config.json, if SRC has none beside it")
-    parser.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    add_no_verify(parser)
+    add_writing(parser)
 
 
 def _add_convert(commands: Commands) -> None:
@@ -269,10 +240,7 @@ def _add_quantize(commands: Commands) -> None:
                           "reads: 4-bit weights are chosen by what their outputs lose on them, layer by layer, "
                           "of AWQ, GPTQ and both (default: every weight is rounded to the nearest)")
     quantize.add_argument("--samples", type=int, default=16, metavar="N", help="of the calibration, spread over FILE")
-    quantize.add_argument("--config", metavar="PATH", help="config.json, if SRC has none beside it")
-    quantize.add_argument("--max_shard_size", metavar="SIZE", help="of a file at most, such as 5GB (the default)")
-    quantize.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    add_no_verify(quantize)
+    add_writing(quantize, dtype=False)
 
 
 def _add_merge(commands: Commands) -> None:
@@ -379,7 +347,7 @@ def _add_reference(commands: Commands) -> None:
                            "directory's, else 18)")
     reference.add_argument("--image_transform", choices=["training", "inference"], default="training",
                            help="as in the run to come (default: training)")
-    _add_image_options(reference)
+    add_image_options(reference)
     reference.add_argument("--batch_size", type=int, default=4, metavar="N", help="answers at once")
     reference.add_argument("--control_tokens", action="store_true", help="as in the run to come")
     reference.add_argument("--device_target", choices=["CPU", "GPU", "Ascend"], default="CPU", help="where to compute")

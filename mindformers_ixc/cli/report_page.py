@@ -9,6 +9,7 @@ from mindformers_ixc.cli.report_answers import answer_cards, compared_cards
 from mindformers_ixc.cli.report_runs import Run, curve, is_finite
 from mindformers_ixc.pages.page import cards, chart, duration, facts, line, page, section, table, text
 from mindformers_ixc.scores import as_text
+from mindformers_ixc.training_options import SHUFFLED
 
 # Curves of a run that are there whenever their key is in its rows: file, title, key, logarithmic at first.
 CURVES = (("loss", "Loss", "loss", False), ("learning_rate", "Learning rate", "learning_rate", False),
@@ -28,6 +29,9 @@ PAIRS = (("positions", "Positions a second", "positions_per_second"), ("tiles", 
 # Keys whose first value is that of the compiler, not of the run.
 SLOW_START = ("samples_per_second", "tflops", "mfu", "data_wait", "positions_per_second", "tiles_per_second",
               "computed_positions_per_second", "computed_tiles_per_second")
+
+# Steps that were skipped and are named; of more the page says how many.
+NAMED_STEPS = 8
 
 # Rows of the table, by key of `metrics.jsonl`: medians of the steps after the first.
 SPEEDS = {"samples_per_second": ("samples a second", "{:.3g}"),
@@ -76,12 +80,24 @@ def measured(evaluations: list[dict]) -> tuple[dict, dict]:
     return losses, {name: points for name, points in lines.items() if name not in losses}
 
 
+def held_out(evaluations: list[dict], key: str) -> dict[str, list[tuple[int, float]]]:
+    """What is drawn beside a key of the steps: the same on held-out samples, and with other samples' pictures."""
+    return {name: curve(evaluations, name) for name in (key, f"{SHUFFLED}{key}")}
+
+
+def other_scores(evaluations: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """Held-out scores that are drawn beside nothing."""
+    beside = {name for _, _, key, _ in CURVES for name in held_out(evaluations, key)}
+    return {name: points for name, points in measured(evaluations)[1].items() if name not in beside}
+
+
 def page_of_run(run: Run) -> str:
     """The page of one run."""
     charts = _with_points(_charts(run))
     places = "".join(chart(number, one["title"]) for number, one in enumerate(charts))
     answers = answer_cards(run)
-    hint = "" if answers or not run.evaluations else (
+    scored = any(key.startswith("reward_") for row in run.evaluations for key in row)     # pairs, and no questions
+    hint = "" if answers or scored or not run.evaluations else (
         '<p class="note">No answers were written down. They are when evaluation.metrics has a score that needs them, '
         "such as exact_match.</p>")
     body = (f"<h1>{text(run.folder.resolve().name)}</h1>{_status(run)}{_start(run)}{cards(_headline(run))}"
@@ -99,13 +115,13 @@ def _with_points(charts: Iterator[dict]) -> list[dict]:
 
 def _charts(run: Run) -> Iterator[dict]:
     """The charts of one run, as the page's program takes them."""
-    losses, scores = measured(run.evaluations)
     clock = run.clock
     for _, title, key, logarithmic in CURVES:
-        lines = [line("training" if key == "loss" else title, drawn(run.rows, key), 0, clock, smooth=key not in EXACT)]
-        if key == "loss":
-            lines += [line(_held_out(name), points, number, clock, marks=True)
-                      for number, (name, points) in enumerate(losses.items(), 1)]
+        beside = {name: points for name, points in held_out(run.evaluations, key).items() if points}
+        lines = [line("training" if key == "loss" or beside else title, drawn(run.rows, key), 0, clock,
+                      smooth=key not in EXACT)]
+        lines += [line("held-out" if name == key else f"held-out, {name.replace('_', ' ')}", points, number, clock,
+                       marks=True) for number, (name, points) in enumerate(beside.items(), 1)]
         yield {"title": title, "lines": lines, "log": logarithmic, "percent": key in SHARES}
     for _, title, key in PAIRS:
         yield {"title": title, "lines": [line("real", drawn(run.rows, key), 0, clock, smooth=True),
@@ -116,11 +132,7 @@ def _charts(run: Run) -> Iterator[dict]:
                                                     for number, (name, points) in enumerate(sources.items())]}
     yield {"title": "Held-out scores", "named": True, "lines": [
         line(name.replace("_", " "), points, number % COLOURS, clock, marks=True)
-        for number, (name, points) in enumerate(scores.items())]}
-
-
-def _held_out(name: str) -> str:
-    return "held-out" if name == "loss" else f"held-out, {name.replace('_', ' ')}"
+        for number, (name, points) in enumerate(other_scores(run.evaluations).items())]}
 
 
 def _status(run: Run, name: str = "") -> str:
@@ -191,6 +203,8 @@ def numbers(run: Run) -> dict[str, object]:
         "median seconds a step": f"{statistics.median(seconds):.3g}", "time in steps": duration(run.seconds),
         "labelled tokens": f"{tokens:,}" if tokens else "",
         "steps skipped for overflow": sum(bool(row["overflow"]) for row in rows)}
+    if any("skipped" in row for row in rows):
+        found["steps skipped as spikes"] = _skipped(rows)
     if run.elapsed is not None:
         found["time from start to end"] = duration(run.elapsed)
     if run.devices is not None:
@@ -203,6 +217,13 @@ def numbers(run: Run) -> dict[str, object]:
     found.update({f"held-out {key.replace('_', ' ')}": as_text(key, value) for key, value in last_measured.items()
                   if key != "step" and is_finite(value)})
     return found
+
+
+def _skipped(rows: list[dict]) -> str:
+    """How many steps were skipped as spikes, and which."""
+    steps = [str(row["step"]) for row in rows if row.get("skipped")]
+    more = ", ..." if len(steps) > NAMED_STEPS else ""
+    return f"{len(steps)}" + (f" ({', '.join(steps[:NAMED_STEPS])}{more})" if steps else "")
 
 
 def _median(rows: list[dict], key: str) -> float | None:
@@ -248,18 +269,16 @@ def _compared(runs: list[Run]) -> Iterator[dict]:
     for _, title, key, logarithmic in CURVES:
         lines = [line(run.name, drawn(run.rows, key), number % COLOURS, clocks[number],
                       smooth=key not in EXACT) for number, run in enumerate(runs)]
-        if key == "loss":
-            lines += [line(f"{run.name}, held-out", curve(run.evaluations, "loss"), number % COLOURS, clocks[number],
-                           marks=True, dashed=True) for number, run in enumerate(runs)]
+        lines += [line(f"{run.name}, held-out", curve(run.evaluations, key), number % COLOURS, clocks[number],
+                       marks=True, dashed=True) for number, run in enumerate(runs)]
         yield {"title": title, "lines": lines, "log": logarithmic, "percent": key in SHARES}
     for _, title, key in PAIRS:
         yield {"title": title, "lines": [line(run.name, drawn(run.rows, key), number % COLOURS, clocks[number],
                                               smooth=True) for number, run in enumerate(runs)]}
-    names = dict.fromkeys(name for run in runs for name in measured(run.evaluations)[1])
-    for name in names:
+    for name in dict.fromkeys(name for run in runs for name in other_scores(run.evaluations)):
         yield {"title": f"Held-out {name.replace('_', ' ')}",
-               "lines": [line(run.name, measured(run.evaluations)[1][name], number % COLOURS, clocks[number],
-                              marks=True) for number, run in enumerate(runs) if name in measured(run.evaluations)[1]]}
+               "lines": [line(run.name, curve(run.evaluations, name), number % COLOURS, clocks[number], marks=True)
+                         for number, run in enumerate(runs)]}
 
 
 def _side_by_side(runs: list[Run]) -> str:

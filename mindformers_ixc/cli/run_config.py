@@ -5,11 +5,13 @@ MindFormers is not imported for it. Where it has been, the names of registered c
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from mindformers_ixc.checkpoint.start import OVERRIDE
+from mindformers_ixc.cli.group_config import DATASET, check_groups, check_task
 from mindformers_ixc.cli.templates import Template, section_templates
-from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, MODE_ADAPTERS, POOLINGS, VISION_FIELDS, Field
-from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
+from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, POOLINGS, VISION_FIELDS, Field
+from mindformers_ixc.data.batch import BATCH_COLUMNS, NOISE_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.preference_options import needs_reference, preference_options
@@ -22,6 +24,7 @@ from mindformers_ixc.sections import (
     check_section,
     check_value,
     check_values,
+    from_0,
     hint,
     is_number,
     like,
@@ -31,10 +34,16 @@ from mindformers_ixc.sections import (
     whole,
 )
 from mindformers_ixc.trackers import CALLBACK, check_tracker
-from mindformers_ixc.training_options import check_parts, check_rates, evaluation_options
-
-# Networks that learn from pairs.
-PAIR_NETWORKS = ("IXC25ForPreference", "IXC25ForReward")
+from mindformers_ixc.training_options import (
+    PAIR_NETWORKS,
+    PREFERENCE_NETWORK,
+    REWARD_NETWORK,
+    check_lora,
+    check_parts,
+    check_rates,
+    evaluation_options,
+    spike_options,
+)
 
 RUN_MODES = ("train", "finetune", "predict")
 
@@ -52,6 +61,7 @@ _NAMES = Rule(lambda value: isinstance(value, list) and all(isinstance(name, str
 OWN_RULES = {"on_save_error": one_of(("stop", "continue")), "no_join": of_type(bool), "device_tflops": _PEAK,
              "tensorboard": of_type(bool, dict), OVERRIDE: _NAMES}
 OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation",
+                "rollout", "skip_spikes",
                 *OWN_RULES)
 
 # Keys of MindFormers' section, which has no template.
@@ -59,7 +69,7 @@ TENSORBOARD_RULES = {"tensorboard_dir": of_type(str, required=True), "tensorboar
                      "log_loss_scale_to_tensorboard": of_type(bool), "log_timers_to_tensorboard": of_type(bool),
                      "log_expert_load_to_tensorboard": of_type(bool)}
 
-_FROM_0 = Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
+_FROM_0 = from_0()
 
 # Values of other sections, by section.
 NUMBERS = {
@@ -111,11 +121,17 @@ def check_fields(fields: dict, source: str) -> None:
     if decay is not None:
         check_value("runner_wrapper.ema_decay", decay, DECAY_RULE, source=source)
     task = (fields.get("train_dataset_task") or {}).get("type")
-    if task in ("IXC25SFTDataset", "IXC25PreferenceDataset"):
+    if task in ("IXC25SFTDataset", "IXC25PreferenceDataset", DATASET):
         check_dataset_section(fields.get("train_dataset"), task == "IXC25PreferenceDataset")
     _check_preference(fields, source)
+    if fields["model"]["model_config"].get("type") == "IXC25Config":
+        check_groups(fields, source)
+    _check_noise(fields, source)
+    if fields.get("skip_spikes") is not None:
+        _check_spikes(fields, source)
     if fields.get("evaluation") is not None:
-        options = evaluation_options(fields["evaluation"])
+        arch = (fields["model"].get("arch") or {}).get("type")
+        options = evaluation_options(fields["evaluation"], scored=arch == REWARD_NETWORK)
         if options["keep_best"] and fields.get("no_join") and fields.get("use_parallel"):
             raise ConfigError(f"{source}: evaluation.keep_best keeps a whole model, but no_join (--no_join) leaves the "
                               "ranks' parts as they are; take one of them out.")
@@ -187,8 +203,8 @@ def _check_preference(fields: dict, source: str) -> None:
     if section.get("type") != "IXC25Config":
         return
     arch = (model.get("arch") or {}).get("type")
-    _check_reward(fields, section, arch == "IXC25ForReward", source)
-    learns = arch == "IXC25ForPreference"
+    _check_reward(fields, section, arch == REWARD_NETWORK, source)
+    learns = arch == PREFERENCE_NETWORK
     kind = (fields.get("train_dataset_task") or {}).get("type")
     columns = (fields.get("train_dataset") or {}).get("input_columns") or ()
     has_reference = isinstance(columns, (list, tuple)) and REFERENCE_COLUMN in columns
@@ -202,18 +218,20 @@ def _check_preference(fields: dict, source: str) -> None:
                               "pairs have (model.arch.type IXC25ForPreference).")
         return
     options = preference_options(section.get("preference"))
-    mode = section.get("adapter_mode") or "base"
-    adapters = MODE_ADAPTERS.get(mode)      # an unknown mode is refused where the model is built
-    if adapters is not None and options["task"] not in adapters:
-        raise ConfigError(f"{source}: model.model_config.preference.task is '{options['task']}', which adapter_mode "
-                          f"'{mode}' does not use ({', '.join(adapters) or 'it uses none'}).")
+    check_task(section, options["task"], "preference", source)
     if has_reference and not needs_reference(options):
         raise ConfigError(f"{source}: train_dataset.input_columns has {REFERENCE_COLUMN}, but the loss "
                           f"{options['loss']} compares with no reference; take the column out.")
-    foreign = [name for name in columns if name not in (*BATCH_COLUMNS, REFERENCE_COLUMN)]
+    _check_pair_columns(columns, REFERENCE_COLUMN, source)
+
+
+def _check_pair_columns(columns: Iterable, own: str, source: str) -> None:
+    """Refuses columns that rows of pairs do not have; `own` is the one that these have beside a batch's."""
+    known = (*BATCH_COLUMNS, own)
+    foreign = [name for name in columns if name not in known]
     if foreign:
         raise ConfigError(f"{source}: train_dataset.input_columns has {', '.join(map(str, foreign))}, which preference "
-                          f"pairs do not have; they have {', '.join((*BATCH_COLUMNS, REFERENCE_COLUMN))}.")
+                          f"pairs do not have; they have {', '.join(known)}.")
 
 
 def _check_reward(fields: dict, section: dict, learns: bool, source: str) -> None:
@@ -234,9 +252,40 @@ def _check_reward(fields: dict, section: dict, learns: bool, source: str) -> Non
     if not has_column:
         raise ConfigError(f"{source}: train_dataset.input_columns lacks {SCORE_COLUMN}, by which IXC25ForReward finds "
                           "where a score is read; add it.")
-    if fields.get("evaluation") is not None:
-        raise ConfigError(f"{source}: evaluation asks a model for answers, and a reward model writes none; take the "
-                          "section out. `mindformers score` scores held-out pairs.")
+    _check_pair_columns(columns, SCORE_COLUMN, source)
+
+
+def _check_spikes(fields: dict, source: str) -> None:
+    """Checks the limits of a step that is skipped, and that the run has what compares with them."""
+    options = spike_options(fields["skip_spikes"])
+    if fields.get("use_parallel"):
+        raise ConfigError(f"{source}: skip_spikes is for runs of one process; where a graph is cut the steps are "
+                          "MindFormers' own, which compare nothing. Take it out, or set use_parallel to False.")
+    by_norm = [key for key in ("grad_norm", "grad_norm_times") if options[key] is not None]
+    if by_norm and not (fields.get("runner_wrapper") or {}).get("use_clip_grad"):
+        raise ConfigError(f"{source}: skip_spikes.{by_norm[0]} needs runner_wrapper.use_clip_grad True, since only "
+                          "steps that clip gradients know their norm.")
+    runner = fields.get("runner_config") or {}
+    if runner.get("sink_mode") and runner.get("sink_size") != 1:
+        raise ConfigError(f"{source}: skip_spikes needs to know every step, but with runner_config.sink_mode a device "
+                          f"takes several by itself (sink_size {runner.get('sink_size')!r}); set sink_size to 1, or "
+                          "sink_mode to False.")
+
+
+def _check_noise(fields: dict, source: str) -> None:
+    """Checks that noise on the embeddings has the columns it is made of, and that nothing else asks for them."""
+    model = fields["model"]
+    alpha = model["model_config"].get("neftune_alpha")
+    if not alpha or fields.get("run_mode") == "predict":
+        return
+    if (model.get("arch") or {}).get("type") in PAIR_NETWORKS:
+        raise ConfigError(f"{source}: model.model_config.neftune_alpha is {alpha!r}, but {' and '.join(PAIR_NETWORKS)} "
+                          "compare answers, of which both would get noise of their own; take it out.")
+    columns = (fields.get("train_dataset") or {}).get("input_columns") or BATCH_COLUMNS
+    missing = [name for name in NOISE_COLUMNS if name not in columns]
+    if missing:
+        raise ConfigError(f"{source}: model.model_config.neftune_alpha is {alpha!r}, but train_dataset.input_columns "
+                          f"lacks {' and '.join(missing)}, which the noise is made of; add what is missing.")
 
 
 def _check_parts(fields: dict, source: str) -> None:
@@ -248,6 +297,9 @@ def _check_parts(fields: dict, source: str) -> None:
         if (((fields.get("model") or {}).get("model_config") or {}).get("pet_config") or {}).get("pet_type"):
             raise ConfigError(f"{source}: train_parts and model.model_config.pet_config both say what trains; give one "
                               "of them.")
+    pet = ((fields.get("model") or {}).get("model_config") or {}).get("pet_config")
+    if isinstance(pet, dict):
+        check_lora(pet, bool(fields.get("use_parallel")))
     if rates is not None:
         check_rates(rates)
         if fields.get("grouped_lr_schedule"):

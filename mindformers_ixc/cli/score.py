@@ -30,7 +30,7 @@ def score(arguments: argparse.Namespace) -> int:
 
     def load():
         with terminal.current.waiting(f"Loading {arguments.model}"):
-            return inference.load_scorer(arguments)
+            return inference.load_scorer(arguments, arguments.model)
 
     def work(scorer, batch):
         return judged.score_requests(scorer, batch, arguments.batch_size, arguments.hd_num, arguments.max_length)

@@ -5,23 +5,27 @@ import argparse
 import contextlib
 import os
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 from mindformers_ixc import terminal
+from mindformers_ixc.cli.answer_file import weights_mark
 from mindformers_ixc.cli.early_serve import api_key, limits_of
 from mindformers_ixc.cli.inference import load_assistant
+from mindformers_ixc.cli.serve_rank import ServingRank
 from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.data.paths import check_root
+from mindformers_ixc.device import is_parallel, on_ascend
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.extending import unavailable
 from mindformers_ixc.generation.slots import cache_bytes
-from mindformers_ixc.resources import resolve_model
+from mindformers_ixc.resources import model_name
 from mindformers_ixc.serving.app import make_app
 from mindformers_ixc.serving.decoders import Batched, make_decoder
 from mindformers_ixc.serving.guard import Guard
 from mindformers_ixc.serving.limits import LOOPBACK, PIECES, Limits
 from mindformers_ixc.serving.listening import listen
+from mindformers_ixc.serving.ranks import Leading, meeting
 from mindformers_ixc.serving.request_log import RequestLog
 from mindformers_ixc.serving.scheduling import RowDecoder, Scheduler
 from mindformers_ixc.serving.server import HttpServer
@@ -42,10 +46,17 @@ def serve(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: when the port cannot be had.
     """
+    folder = meeting()
+    rank = None if folder is None else ServingRank(folder)
     with terminal.current.doing(f"Loading {arguments.model}"):
-        assistant = load_assistant(arguments)
+        assistant = load_assistant(arguments, dict if rank is None else partial(rank.join, arguments.device_target))
     settings = settings_of(arguments, assistant)
     decoder = make_decoder(assistant, settings.limits.running, settings.limits.positions, arguments.piece)
+    if rank is not None:
+        if not rank.leads:
+            rank.follow(decoder)
+            return 0
+        decoder = rank.lead(decoder)
     if arguments.max_stall is not None and isinstance(decoder, Batched):
         choose_piece(decoder, arguments.max_stall)
     warm_up(decoder, settings, arguments.warm_up)
@@ -61,9 +72,11 @@ def serve(arguments: argparse.Namespace) -> int:
         server = HttpServer(app, service, settings.limits, arguments.drain_seconds, terminal.current.say)
         signals.end = server.end
         port = listening.getsockname()[1]
-        server.run(listening, lambda: _ready(arguments, settings, port))
+        server.run(listening, lambda: _ready(arguments, settings, port, rank))
     terminal.current.say("The server has ended.")
     if not service.worker.is_alive:
+        if isinstance(decoder, Leading):
+            decoder.end()
         return 0
     os._exit(0)     # a graph that still runs cannot be stopped, and the interpreter would wait for it
 
@@ -87,13 +100,10 @@ def settings_of(arguments: argparse.Namespace, assistant: Assistant) -> ServerSe
     ranks = assistant.model.config.task_lora_ranks
     modes = tuple(mode for mode, tasks in MODE_ADAPTERS.items() if all(task in ranks for task in tasks))
     limits = _fitted(limits, assistant, said=arguments.max_running is not None)
-    folder = Path(os.path.abspath(resolve_model(arguments.model)))
-    # every run calls it "model"
-    name = arguments.name or (folder.parent if folder.name == "model" else folder).name
-    root = check_root(arguments.image_root)
+    name, root = arguments.name or model_name(arguments.model), check_root(arguments.image_root)
     return ServerSettings(name, modes, limits, api_key(arguments), root, tuple(arguments.fetch_images),
                           tuple(arguments.allow_origin), arguments.allow_control_tokens, arguments.log_contents,
-                          not arguments.no_ui)
+                          not arguments.no_ui, weights_mark(arguments.model))
 
 
 def _fitted(limits: Limits, assistant: Assistant, said: bool) -> Limits:
@@ -102,7 +112,8 @@ def _fitted(limits: Limits, assistant: Assistant, said: bool) -> Limits:
     positions = min(limits.positions, assistant.longest)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     running = limits.running
-    while not unavailable() and cache_bytes(config, running + 1, positions) > memory // CACHE_SHARE and running > 1:
+    counted = not unavailable() or (is_parallel() and not on_ascend())      # whose memory is this machine's
+    while counted and cache_bytes(config, running + 1, positions) > memory // CACHE_SHARE and running > 1:
         if said:
             needed = cache_bytes(config, running + 1, positions)
             raise ConfigError(f"--max_running {running} and --max_positions {positions} need {needed / 2**30:.1f} GiB "
@@ -121,13 +132,14 @@ def choose_piece(decoder: Batched, seconds: float) -> None:
     with terminal.current.doing("Measuring a piece of a prompt"):
         taken = decoder.choose_piece(PIECES, seconds)
     if taken > seconds:
-        terminal.current.say(f"A piece of {decoder.piece} positions, the smallest there is, takes {taken:.2g} s on "
-                             f"this machine, longer than --max_stall {seconds:g}; running answers wait for it.")
+        terminal.current.say(f"A part of a piece of {decoder.piece} positions, the smallest there is, takes "
+                             f"{taken:.2g} s on this machine, longer than --max_stall {seconds:g}; running answers "
+                             "wait for it.")
 
 
 def warm_up(decoder: RowDecoder, settings: ServerSettings, modes: str) -> None:
     """Compiles what requests need: of mode base, or of all."""
-    if not isinstance(decoder, Batched):
+    if not isinstance(decoder, (Batched, Leading)):
         return
     for mode in settings.modes if modes == "all" else settings.modes[:1]:
         with terminal.current.doing(f"Compiling for mode {mode}"):
@@ -141,7 +153,9 @@ def _failed(error: BaseException) -> None:
     logging.getLogger(__name__).error("A request failed.", exc_info=error)
 
 
-def _ready(arguments: argparse.Namespace, settings: ServerSettings, port: int) -> None:
+def _ready(arguments: argparse.Namespace, settings: ServerSettings, port: int, rank: ServingRank | None) -> None:
+    if rank is not None:
+        rank.ready()
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     terminal.current.say(f"{settings.name} answers at http://{host}:{port}/v1 (modes {', '.join(settings.modes)}; "
                          f"{settings.limits.running} at once, {settings.limits.positions} positions each). Ctrl-C "

@@ -20,6 +20,7 @@ from mindformers_ixc.data.rows import MAX_BAD_SHARE
 from mindformers_ixc.data.sections import DATASET_RULES, LOADER_RULES
 from mindformers_ixc.decoding_options import BEST_RULES, PREDICT_BATCH_SIZE, GenerationOptions
 from mindformers_ixc.decoding_options import RULES as DECODING_RULES
+from mindformers_ixc.grpo_options import GRPO, GRPO_RULES, REWARD_MODEL, ROLLOUT, ROLLOUT_RULES, RULES
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.planning.workload import SHARD_THRESHOLD_KIB
 from mindformers_ixc.preference_options import BETA, LOSS, LOSSES, TASK
@@ -32,7 +33,16 @@ from mindformers_ixc.scores import SCORES
 from mindformers_ixc.sections import ANYTHING, Rule, like, one_of
 from mindformers_ixc.trackers import CALLBACK, TrackerOptions
 from mindformers_ixc.trackers import RULES as TRACKER_RULES
-from mindformers_ixc.training_options import EVALUATION, EVALUATION_RULES, PART_RULES
+from mindformers_ixc.training_options import (
+    EARLY_STOPPING,
+    EARLY_STOPPING_RULES,
+    EVALUATION,
+    EVALUATION_RULES,
+    PAIR_METRICS,
+    PART_RULES,
+    SPIKE_RULES,
+    SPIKES,
+)
 from mindformers_ixc.training_options import LOSSES as MEASURED_LOSSES
 
 
@@ -90,6 +100,9 @@ _TOP = Section({
                        "all but task LoRAs outside `adapter_mode`", "a list of parts"),
     "part_learning_rates": Key("for each part a section, see [below](#part_learning_rates)", "no factors", "a section"),
     "evaluation": Key("held-out samples, see [below](#evaluation)", "none", "a section"),
+    "rollout": Key("GRPO: what is sampled and how it is rewarded, see [below](#rollout)", "the defaults", "a section"),
+    "skip_spikes": Key("steps that are not taken because of their loss or gradient norm, see [below](#skip_spikes)",
+                       "none", "a section"),
     "generation": Key("run mode predict, see [below](#generation)", "`max_new_tokens` 64", "a section"),
     "input_data": Key("run mode predict: the file of requests; also `--predict_data`", "none", "text"),
     "predict_batch_size": Key("requests answered at once", str(PREDICT_BATCH_SIZE), "a whole number of at least 1"),
@@ -126,8 +139,11 @@ _DATASET = Section({
     "image_size": Key("side of a tile in pixels; the same in `vision_config`", "560"),
     "patch_size": Key("side of a patch in pixels; the same in `vision_config`", "14"),
     "input_columns": Key("the seven of a batch, and `position_ids`, `segment_ends` (packing), `noise_seed` (dropout by "
-                         "sample), `source` (loss by source), `reference_logps` (preferences), `score_positions` "
-                         "(reward models)", "the seven"),
+                         "sample), `lengths` (with it noise on embeddings), `source` (loss by source), `loss_weights` "
+                         "(`data_loader.loss_on: weights`), `reference_logps` (preferences), `score_positions` "
+                         "(reward models); GRPO takes the seven, `rewards`, `matches` and `sampled_logps`",
+                         "the seven"),
+    "group_size": Key("GRPO: answers sampled to each prompt", "none"),
     "control_tokens": Key("text spelled like `</s>` or `[UNUSED_TOKEN_145]` becomes that token, labels by the public "
                           "rule ([data.md](data.md#checks-lengths-batches))", "False"),
     "max_bad_share": Key("share of a source's samples that may be wrong, and of all that may have damaged pictures or "
@@ -155,6 +171,8 @@ _LOADER = Section({
     "ignore_keys": Key("keys of samples and turns that are not read; for held-out samples too",
                        "none: a key that is not known is an error"),
     "shuffle": Key("another order each epoch", "True"),
+    "loss_on": Key("answers that are learnt: `all`, the `last` one of each conversation, or `weights`: each counts as "
+                   "often as its turn's `weight` says ([data.md](data.md#which-answers-are-learnt))", "all"),
     "caption_prompts": Key("questions that captions answer, one at random for each",
                            ", ".join(f'"{prompt}"' for prompt in CAPTION_PROMPTS)),
     "mixture": Key("sources drawn by weight, see [below](#train_datasetdata_loadermixture)",
@@ -173,7 +191,8 @@ _MIXTURE = Section({
 }, MIXTURE_RULES)
 
 _TASK = Section({
-    "type": Key("`IXC25SFTDataset`, or `IXC25PreferenceDataset` for preference pairs", "required", "text"),
+    "type": Key("`IXC25SFTDataset`, `IXC25PreferenceDataset` for preference pairs, `IXC25GroupDataset` for GRPO",
+                "required", "text"),
     "dataset_config": Key("`*train_dataset`: what MindFormers reads; `mindformers run` ties changes in",
                           "`train_dataset`", "a section"),
 })
@@ -197,6 +216,20 @@ _REWARD = Section({
     "log_barrier": Key("weight of what keeps scores within (-5, 5)"),
 }, REWARD_RULES, REWARD_DEFAULTS)
 
+_GRPO = Section({
+    "task": Key("the task LoRA that trains; the reference is the model without it"),
+    "beta": Key("weight of the distance to the reference; 0 computes none"),
+    "clip": Key("by so much the ratio of an answer's probability to that when it was sampled may leave 1"),
+}, GRPO_RULES, GRPO)
+
+_ROLLOUT = Section({
+    "rewards": Key("rules with their weights: " + ", ".join(f"`{name}`" for name in (*RULES, REWARD_MODEL))
+                   + " ([stages.md](stages.md#rewards-instead-of-pairs-grpo))", "`exact_match` 1"),
+    "reward_model": Key("directory of the reward model of the rule of that name"),
+    "max_new_tokens": Key("of an answer; also no more than `seq_length` leaves behind the longest prompt of a batch"),
+    "updates": Key("steps over the answers of a round; from the second on the clip acts"),
+}, ROLLOUT_RULES, ROLLOUT)
+
 _PET = Section({
     "pet_type": Key("`partial_lora`, `task_lora`, or MindFormers' own `lora` with its keys; everything but those pairs "
                     "is frozen. Not together with `train_parts`", "none", "text"),
@@ -209,13 +242,17 @@ _PET = Section({
     "target_modules": Key("regular expression over the paths of cells; only linears that match train",
                           "all five linears",
                           "text"),
+    "use_rslora": Key("of `lora`: the scale is alpha / sqrt(rank) (rsLoRA)", "False", "true or false"),
+    "use_dora": Key("of `lora`: every row of a weight has a magnitude that trains too (DoRA); in runs of one process",
+                    "False", "true or false"),
     "freeze_include": Key("further patterns to freeze", "none", "a list"),
     "freeze_exclude": Key("further patterns that train", "none", "a list"),
 })
 
 _MODEL = Section({
     "model_config": Key("the model, see [below](#model_config)", "required", "a section"),
-    "arch.type": Key("`IXC25ForCausalLM`, or for pairs `IXC25ForPreference` and `IXC25ForReward`", "required", "text"),
+    "arch.type": Key("`IXC25ForCausalLM`, for pairs `IXC25ForPreference` and `IXC25ForReward`, or `IXC25ForGRPO`",
+                     "required", "text"),
 })
 
 _TRAINER = Section({
@@ -327,18 +364,37 @@ _PART_RATES = Section({
                        "last layer, the number of layers + 1 for the embeddings)", "1"),
 }, PART_RULES)
 
+_SPIKES = Section({
+    "loss": Key("a step whose loss is above this is skipped", "no limit"),
+    "grad_norm": Key("the same of the norm of its gradients, before they are clipped (`runner_wrapper.use_clip_grad`)",
+                     "no limit"),
+    "loss_times": Key("the same of a loss above so many times the median of the last `window` steps", "no limit"),
+    "grad_norm_times": Key("the same of the norm", "no limit"),
+    "window": Key("steps that were taken, of which the median is"),
+    "most_in_a_row": Key("steps that may be skipped one after another; one more ends the run with an error"),
+}, SPIKE_RULES, SPIKES)
+
 _EVALUATION = Section({
-    "dataset_dir": Key("held-out samples, in the forms of `data_loader.dataset_dir`", "required"),
+    "dataset_dir": Key("held-out samples, in the forms of `data_loader.dataset_dir`; of a reward model pairs",
+                       "required"),
     "image_folder": Key("as in `data_loader`"),
     "every": Key("steps between two evaluations"),
     "metrics": Key(", ".join(f"`{name}`" for name in (*MEASURED_LOSSES, *SCORES)) + "; the scores are those of "
-                   "[evaluation.md](evaluation.md), and `shuffled_loss` gives every sample another one's pictures"),
+                   "[evaluation.md](evaluation.md), and `shuffled_loss` gives every sample another one's pictures. "
+                   "Of a reward model " + ", ".join(f"`{name}`" for name in PAIR_METRICS)),
     "keep_best": Key("one of the metrics: the model that is best by it stays in `OUTPUT/best`"),
+    "early_stopping": Key("ends the run when it gets no better, see [its keys](yaml.md#evaluationearly_stopping)"),
     "batch_size": Key("samples at once"),
-    "max_new_tokens": Key("of an answer"),
+    "max_new_tokens": Key("of an answer; not of a reward model"),
     "max_samples": Key("so many samples at most, the first ones", "all"),
-    "mode": Key("task LoRAs in use"),
+    "mode": Key("task LoRAs in use; not of a reward model"),
 }, EVALUATION_RULES, EVALUATION)
+
+_EARLY_STOPPING = Section({
+    "metric": Key("one of `evaluation.metrics`; of losses less is better, of scores more"),
+    "patience": Key("measurements in a row without a better one after which the run ends"),
+    "min_delta": Key("a measurement is better only if it beats the best one by more than this"),
+}, EARLY_STOPPING_RULES, EARLY_STOPPING)
 
 _GENERATION = Section({
     "mode": Key("task LoRAs in use"),
@@ -398,11 +454,12 @@ _TRACKER = Section({
 # By the section's dotted name; "" is the top level. Those of model_config and vision_config are `config.FIELDS`.
 SECTIONS: dict[str, Section] = {
     "": _TOP, "trainer": _TRAINER, "runner_config": _RUNNER, "optimizer": _OPTIMIZER, "lr_schedule": _SCHEDULE,
-    "part_learning_rates": _PART_RATES, "runner_wrapper": _WRAPPER, "train_dataset": _DATASET,
+    "part_learning_rates": _PART_RATES, "runner_wrapper": _WRAPPER, "skip_spikes": _SPIKES, "train_dataset": _DATASET,
     "train_dataset.data_loader": _LOADER, "train_dataset.data_loader.mixture": _MIXTURE, "train_dataset_task": _TASK,
     "model": _MODEL, "model.model_config.preference": _PREFERENCE, "model.model_config.reward": _REWARD,
-     "model.model_config.pet_config": _PET,
-    "evaluation": _EVALUATION, "generation": _GENERATION, "callbacks.MFLossMonitor": _LOSS_MONITOR,
+    "model.model_config.grpo": _GRPO, "model.model_config.pet_config": _PET,
+    "evaluation": _EVALUATION, "evaluation.early_stopping": _EARLY_STOPPING, "rollout": _ROLLOUT,
+    "generation": _GENERATION, "callbacks.MFLossMonitor": _LOSS_MONITOR,
     "callbacks.CheckpointMonitor": _CHECKPOINT_MONITOR, f"callbacks.{CALLBACK}": _TRACKER, "tensorboard": _TENSORBOARD,
     "recompute_config": _RECOMPUTE, "parallel": _PARALLEL,
     "parallel.parallel_optimizer_config": _SHARDING, "parallel_config": _PARALLEL_CONFIG, "context": _CONTEXT}

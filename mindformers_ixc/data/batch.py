@@ -29,6 +29,8 @@ Columns that a run asks for in `input_columns`:
 | position_ids | int32 | (B, L) | position within its conversation; starts again at 0 where samples are packed |
 | segment_ends | int32 | (B, S) | where the row's S = `max_segments` segments end: packed conversations, then padding |
 | noise_seed | int32 | (B,) | seed of the dropout noise, from the run's seed and the row's place in the run |
+| loss_weights | float32 | (B, L) | how much each position's loss counts; 0 where there is no label |
+| lengths | int32 | (B, L) | positions of the conversation that a position is of; 0 in the padding |
 | source | int32 | (B, L) | number of each position's source, for losses by source; any in the padding |
 
 Preference pairs (`IXC25PreferenceDataset`) have input_ids, labels, vision_index and image_mask as (B, 2, L), the chosen
@@ -43,6 +45,14 @@ or, for a reward model, whose sequences end with the reward token,
 | column | type | shape | holds |
 |---|---|---|---|
 | score_positions | int32 | (B, 2, L) | 2 at the reward token, 1 at all positions before it, 0 in the padding |
+
+Groups of N sampled answers to a prompt (`IXC25GroupDataset`) have the same four columns as (B, N, L), and
+
+| column | type | shape | holds |
+|---|---|---|---|
+| rewards | float32 | (B, N) | reward of each answer |
+| matches | float32 | (B, N) | 1 where it is exactly what was expected, else 0 |
+| sampled_logps | float32 | (B, N, L) | log-probability of each position's target when it was sampled; 0 without one |
 """
 
 from __future__ import annotations
@@ -56,15 +66,20 @@ from mindformers_ixc.config import ModelConfig
 PIXEL_COLUMNS = ("pixel_values", "global_views", "view_index")
 BATCH_COLUMNS = ("input_ids", "labels", *PIXEL_COLUMNS, "vision_index", "image_mask")
 PACKING_COLUMNS = ("position_ids", "segment_ends")
-EXTRA_COLUMNS = (*PACKING_COLUMNS, "noise_seed", "source")
+WEIGHTS_COLUMN = "loss_weights"
+# What the noise on embeddings is made of.
+NOISE_COLUMNS = ("noise_seed", "lengths")
+EXTRA_COLUMNS = (*PACKING_COLUMNS, *NOISE_COLUMNS, "source", WEIGHTS_COLUMN)
 
-# Columns of preference pairs that have the pair's answers as a second axis.
+# Columns of preference pairs and groups that have the answers as a second axis.
 ANSWER_COLUMNS = ("input_ids", "labels", "vision_index", "image_mask")
 # One more of theirs, where the reference's log-probabilities were computed before.
 REFERENCE_COLUMN = "reference_logps"
 # One more where scores are learnt.
 SCORE_COLUMN = "score_positions"
 PAIR_COLUMNS = (REFERENCE_COLUMN, SCORE_COLUMN)
+# Those of groups of sampled answers.
+REWARDS_COLUMN, MATCH_COLUMN, LOGPS_COLUMN = GROUP_COLUMNS = ("rewards", "matches", "sampled_logps")
 
 
 def column_ranks(columns: Iterable[str], pairs: bool = False) -> list[int]:
@@ -101,7 +116,7 @@ def column_shapes(config: ModelConfig, columns: Iterable[str],
     Args:
         config: lengths and sizes.
         columns: names; without `global_views` the views are among the `pixel_values`, which are float32 then.
-        answers: of a row; 2 for preference pairs, whose texts have one axis more.
+        answers: of a row; 2 for preference pairs, N for groups, whose texts have one axis more.
     """
     columns, vision, length = tuple(columns), config.vision_config, config.seq_length
     texts = (length,) if answers == 1 else (answers, length)
@@ -111,6 +126,8 @@ def column_shapes(config: ModelConfig, columns: Iterable[str],
         "pixel_values": ("uint8" if "global_views" in columns else "float32", (config.max_tiles, *picture)),
         "global_views": ("float32", (config.max_images, *picture)), "view_index": ("int32", (config.max_tiles,)),
         "position_ids": ("int32", (length,)), "segment_ends": ("int32", (config.max_segments,)),
-        "noise_seed": ("int32", ()), "source": ("int32", (length,)), REFERENCE_COLUMN: ("float32", (answers,)),
-        SCORE_COLUMN: ("int32", texts)}
+        "noise_seed": ("int32", ()), "source": ("int32", (length,)), "lengths": ("int32", (length,)),
+        WEIGHTS_COLUMN: ("float32", (length,)), REFERENCE_COLUMN: ("float32", (answers,)),
+        SCORE_COLUMN: ("int32", texts), **dict.fromkeys((REWARDS_COLUMN, MATCH_COLUMN), ("float32", (answers,))),
+        LOGPS_COLUMN: ("float32", texts)}
     return {name: table[name] for name in columns}

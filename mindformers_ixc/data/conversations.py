@@ -58,6 +58,7 @@ class Conversation:
         turns: (role, text), user and assistant in turn, after an optional system turn.
         images: paths, or files inside the source, in the order of their places.
         sizes: (width, height) of each image, filled in by the scan.
+        weights: of the answers, one each, where they are read; otherwise none.
     """
 
     source: str
@@ -66,6 +67,7 @@ class Conversation:
     turns: list[tuple[str, str]]
     images: list[Path | StoredFile] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
     @property
     def where(self) -> str:
@@ -86,6 +88,7 @@ class ReadingOptions:
         ignore_keys: keys of samples and turns that are not read.
         fetch: whether http(s) addresses of pictures and videos are fetched; otherwise they are refused.
         kind: what a record is, `sample` or `pair` (`mindformers_ixc.data.index.kinds`).
+        weighs: whether answers may say how much they count (`mindformers_ixc.data.learning`).
     """
 
     image_folder: str | os.PathLike | None = None
@@ -95,6 +98,7 @@ class ReadingOptions:
     ignore_keys: Sequence[str] = ()
     fetch: bool = False
     kind: str = "sample"
+    weighs: bool = False
 
 
 class ConversationReader:
@@ -131,7 +135,8 @@ class ConversationReader:
             DataError: naming sample and key of what is wrong with it.
         """
         record, options = self.record(index, place), self.options
-        form = read_form(record.row, self.records.where(index), options.ignore_keys, partial(self._ask, index))
+        form = read_form(record.row, self.records.where(index), options.ignore_keys, partial(self._ask, index),
+                         options.weighs)
         return make_conversation(form, self.name, index, record.row.get("id"), self.folders, self.root,
                                  record.files, options.fetch)
 
@@ -167,7 +172,7 @@ class ConversationReader:
 def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike | None = None,
                        caption_prompts: Sequence[str] = CAPTION_PROMPTS, seed: int = 0,
                        image_root: str | os.PathLike | None = None,
-                       ignore_keys: Sequence[str] = ()) -> list[Conversation]:
+                       ignore_keys: Sequence[str] = (), weighs: bool = False) -> list[Conversation]:
     """Reads one source, all of it, and checks its structure; for files that are small.
 
     Args:
@@ -177,12 +182,13 @@ def load_conversations(path: str | os.PathLike, image_folder: str | os.PathLike 
         seed: of `ReadingOptions`.
         image_root: of `ReadingOptions`.
         ignore_keys: of `ReadingOptions`.
+        weighs: of `ReadingOptions`.
 
     Raises:
         DataError: listing what is wrong with which samples.
         FileNotFoundError: when the file is missing.
     """
-    options = ReadingOptions(image_folder, caption_prompts, seed, image_root, ignore_keys)
+    options = ReadingOptions(image_folder, caption_prompts, seed, image_root, ignore_keys, weighs=weighs)
     return ConversationReader(path, options).load()
 
 
@@ -208,7 +214,7 @@ def make_conversation(form: Form, source: str, index: int, identity: object, fol
     Raises:
         DataError: naming sample and key of a picture or video that is missing.
     """
-    sample = Conversation(source, index, identity, form.turns)
+    sample = Conversation(source, index, identity, form.turns, weights=form.weights)
     for file in form.files:
         field = f"{sample.where}, field {file.field}"
         try:

@@ -26,7 +26,8 @@ def first_pairs(sample: Conversation, pairs: int) -> Conversation:
     system = 1 if sample.turns[0][0] == "system" else 0
     turns = sample.turns[:system + 2 * pairs]
     places = count_places(turns) if count_places(sample.turns) else len(sample.images)
-    return Conversation(sample.source, sample.index, sample.id, turns, sample.images[:places], sample.sizes[:places])
+    return Conversation(sample.source, sample.index, sample.id, turns, sample.images[:places], sample.sizes[:places],
+                        sample.weights[:pairs])
 
 
 def check_bad_pictures(errors: Sequence[ImageError], total: int, max_bad_share: float) -> None:

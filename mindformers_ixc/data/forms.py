@@ -14,7 +14,7 @@ from mindformers_ixc.data.paths import cut, shown
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
 from mindformers_ixc.processing.video import is_video
-from mindformers_ixc.sections import hint
+from mindformers_ixc.sections import hint, is_number
 
 # Names under which data sets have the user, the model and the system speak.
 ROLES = {"human": "user", "user": "user", "prompter": "user",
@@ -28,6 +28,10 @@ TAG = re.compile("|".join((IMAGE_PLACEHOLDER, IMAGE_TAG, VIDEO_TAG)))
 
 PICTURE_KEYS, VIDEO_KEYS = ("image", "images"), ("video", "videos")
 MEDIA_KEYS = (*PICTURE_KEYS, *VIDEO_KEYS)
+
+# Key of a turn that has the weight of an answer, as in OpenAI's fine-tuning format, and the largest weight: more is a
+# mistake, since a step divides by the sum of its weights, which float32 must hold beside the small ones.
+WEIGHT_KEY, LARGEST_WEIGHT = "weight", 1_000_000
 
 # Keys of lists of turns.
 LISTS = ("conversations", "messages")
@@ -77,10 +81,12 @@ class Form(NamedTuple):
         turns: (role, text), user and assistant in turn, after an optional system turn; `<ImageHere>` in a user's turn
             is a file's place, and a single file may go without.
         files: in the order of their places.
+        weights: of the answers, one each, where weights are read.
     """
 
     turns: list[tuple[str, str]]
     files: list[File]
+    weights: list[float]
 
 
 def count_places(turns: Iterable[tuple[str, str]]) -> int:
@@ -102,6 +108,7 @@ class _Turn:
     role: str
     pieces: list[str | _Place]
     field: str
+    weight: float = 1.0
 
     @property
     def text(self) -> str:
@@ -109,7 +116,8 @@ class _Turn:
         return "".join(piece if isinstance(piece, str) else IMAGE_PLACEHOLDER for piece in self.pieces)
 
 
-def read_form(row: object, where: str, ignore_keys: Iterable[str] = (), ask: Callable[[], str] = str) -> Form:
+def read_form(row: object, where: str, ignore_keys: Iterable[str] = (), ask: Callable[[], str] = str,
+              weighs: bool = False) -> Form:
     """Reads a sample in any of the forms.
 
     Args:
@@ -117,6 +125,7 @@ def read_form(row: object, where: str, ignore_keys: Iterable[str] = (), ask: Cal
         where: file and sample, for messages.
         ignore_keys: keys to be left aside, of the sample and of its turns.
         ask: gives the question that a caption answers.
+        weighs: whether answers may say how much they count.
 
     Raises:
         DataError: naming sample and key.
@@ -130,8 +139,8 @@ def read_form(row: object, where: str, ignore_keys: Iterable[str] = (), ask: Cal
     elif form == "instruction":
         turns = [*_history(row, where), *_pair(row, "instruction", "output", where, "input")]
     else:
-        turns = _listed_turns(row.get(form), form, where, ignore_keys)
-    return _finish(turns, row, form, where)
+        turns = _listed_turns(row.get(form), form, where, ignore_keys, weighs)
+    return _finish(turns, row, form, where, weighs)
 
 
 def read_pair(row: Mapping, where: str, ignore_keys: Iterable[str] = ()) -> tuple[Form, Form]:
@@ -259,15 +268,17 @@ def _history(row: Mapping, where: str) -> list[_Turn]:
     return turns
 
 
-def _listed_turns(rows: object, form: str, where: str, ignore_keys: Iterable[str]) -> list[_Turn]:
+def _listed_turns(rows: object, form: str, where: str, ignore_keys: Iterable[str],
+                  weighs: bool = False) -> list[_Turn]:
     """The rounds of a key `conversations` or `messages`."""
-    turns, start = _read_turns(rows, form, where, ignore_keys)
+    turns, start = _read_turns(rows, form, where, ignore_keys, weighs)
     if (len(turns) - start) % 2 or len(turns) == start:
         raise DataError(f"{where}, field {form}: ends without an answer.")
     return turns
 
 
-def _read_turns(rows: object, form: str, where: str, ignore_keys: Iterable[str]) -> tuple[list[_Turn], int]:
+def _read_turns(rows: object, form: str, where: str, ignore_keys: Iterable[str],
+                weighs: bool = False) -> tuple[list[_Turn], int]:
     """Turns, whose order is checked, and the number of the first that is not the system's."""
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{where}, field {form}: must be a list of turns, found {shown(rows)}.")
@@ -279,15 +290,25 @@ def _read_turns(rows: object, form: str, where: str, ignore_keys: Iterable[str])
         if role is None:
             raise DataError(f"{where}, field {field}.{speaker}: {shown(row[speaker])} is no role; the choices are "
                             f"{', '.join(ROLES)}.")
+        weighed = weighs and role == "assistant" and WEIGHT_KEY not in ignore_keys
+        own = (speaker, content, WEIGHT_KEY) if weighed else (speaker, content)
         if len(row) > 2:
-            _check_keys(row, {speaker, content, *METADATA, *ignore_keys}, where, (speaker, content), f"{field}.")
+            _check_keys(row, {*own, *METADATA, *ignore_keys}, where, own, f"{field}.")
         turns.append(_read_turn(role, row[content], f"{field}.{content}", where))
+        if weighed and row.get(WEIGHT_KEY) is not None:
+            turns[-1].weight = _weight(row[WEIGHT_KEY], f"{field}.{WEIGHT_KEY}", where)
         start = int(turns[0].role == "system")
         expected = ("user", "assistant")[(i - start) % 2]
         if i >= start and role != expected and form not in ("chosen", "rejected"):
             raise DataError(f"{where}, field {field}.{speaker}: expected a turn of the {expected}, found one of the "
                             f"{role}; questions and answers must alternate.")
     return turns, start
+
+
+def _weight(value: object, field: str, where: str) -> float:
+    if not is_number(value) or not 0 <= float(value) <= LARGEST_WEIGHT:  # type: ignore[arg-type]
+        raise DataError(f"{where}, field {field}: must be a number from 0 to {LARGEST_WEIGHT:,}, found {shown(value)}.")
+    return float(value)  # type: ignore[arg-type]
 
 
 def turn_keys(row: Any, where: str) -> tuple[str, str]:
@@ -376,8 +397,8 @@ def _file(entry: Any, video: bool, field: str, where: str) -> File:
     return File(name, field, video or is_video(name))
 
 
-def _finish(turns: list[_Turn], row: Mapping, form: str, where: str) -> Form:
-    """Adds a system turn of its own key, and gives the files their places."""
+def _finish(turns: list[_Turn], row: Mapping, form: str, where: str, weighs: bool = False) -> Form:
+    """Adds a system turn of its own key, and gives the files their places and the answers their weights."""
     if holds(row.get("system")):
         if turns[0].role == "system":
             raise DataError(f"{where}, field system: there is a turn of the system too; give one of them.")
@@ -394,7 +415,11 @@ def _finish(turns: list[_Turn], row: Mapping, form: str, where: str) -> Form:
         if not files and not turn.text.strip():
             raise DataError(f"{where}, field {turn.field}: the question is empty, and there is no picture to ask "
                             "about; take question and answer out.")
-    return Form([(turn.role, _rendered(turn, len(files))) for turn in turns], files)
+    weights = [turn.weight for turn in turns if weighs and turn.role == "assistant"]
+    if weights and not any(weights):
+        raise DataError(f"{where}, field {form}: every answer has the {WEIGHT_KEY} 0, so there is nothing to learn "
+                        "from it; take the sample out.")
+    return Form([(turn.role, _rendered(turn, len(files))) for turn in turns], files, weights)
 
 
 def _rendered(turn: _Turn, files: int) -> str:

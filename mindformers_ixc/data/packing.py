@@ -46,7 +46,8 @@ def join_samples(samples: Sequence[EncodedSample], seq_length: int, max_tiles: i
         np.concatenate([_own_labels(sample) for sample in samples]),
         np.concatenate([sample.image_mask for sample in samples]),
         [grid for sample in samples for grid in sample.grids],
-        Tiles.joined([sample.pictures for sample in samples]), samples[0].tokens_per_side)
+        Tiles.joined([sample.pictures for sample in samples]), samples[0].tokens_per_side,
+        weights=_joined_weights(samples))
     columns = merged.pad(seq_length, max_tiles, images, pad_token_id)
     lengths = np.diff(ends, prepend=0)
     positions = np.arange(seq_length) - np.repeat(ends - lengths, lengths)
@@ -90,6 +91,13 @@ def segment_ends(lengths: Sequence[int], seq_length: int, max_segments: int) -> 
                           "one; lower max_segments or leave more padding.")
     fill = [*range(used + 1, used + rest), seq_length] if rest else []
     return np.array([*np.cumsum(lengths), *fill], np.int32)
+
+
+def _joined_weights(samples: Sequence[EncodedSample]) -> np.ndarray | None:
+    """Weights of samples side by side, if they have some; where the first label of one goes, its weight goes too."""
+    if samples[0].weights is None:
+        return None
+    return np.concatenate([np.append(np.float32(0), sample.weights[1:]) for sample in samples])
 
 
 def _own_labels(sample: EncodedSample) -> np.ndarray:

@@ -23,6 +23,7 @@ from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.processing.judged import with_reward_token
+from mindformers_ixc.processing.processor import EncodedSample, Processor
 
 
 @dataclass
@@ -73,28 +74,50 @@ class PreferenceTable(ConversationTable):
 
     def _encode(self, index: int) -> dict[str, np.ndarray]:
         pair: Any = self.samples[index]
-        cut = self.processor.image_processor.cut(list(pair.images), self.hd_num, training=True, where=pair.where)
-        encoded = [self.processor.encode_conversation(side.turns, side.images, side.where, self.hd_num, cut)
-                   for side in pair.sides]
-        found = (*(len(one.input_ids) for one in encoded), encoded[0].tiles)
+        scored = SCORE_COLUMN in self.columns
+        encoded = encode_pair(pair, self.processor, self.hd_num, scored)
+        found = (*(len(one.input_ids) - scored for one in encoded), encoded[0].tiles)
         if self._needs is not None and found != tuple(self._needs[index].tolist()):
             raise ImageError(f"{pair.where}: its pictures have other sizes than when the data were measured; its "
                              f"answers take {found[0]} and {found[1]} positions and {found[2]} tiles now.")
-        # the answers are compared, not what ends every conversation alike
-        if SCORE_COLUMN in self.columns:
-            encoded = [with_reward_token(one, self.processor) for one in encoded]
-        padded = [one.pad(self.seq_length, self.max_tiles, self.max_images, self.processor.pad_token_id)
-                  for one in encoded]
-        columns = {name: np.stack([row[name] for row in padded]) for name in ANSWER_COLUMNS}
-        columns.update({name: padded[0][name] for name in PIXEL_COLUMNS})
-        if SCORE_COLUMN in self.columns:
-            columns[SCORE_COLUMN] = np.stack([score_positions(len(one.input_ids), self.seq_length) for one in encoded])
+        columns = pair_columns(encoded, self.seq_length, self.max_tiles, self.max_images, self.processor.pad_token_id)
         if REFERENCE_COLUMN in self.columns:
             columns[REFERENCE_COLUMN] = np.array(pair.logps, np.float32)
         return columns
 
     def _join(self, members: list[tuple[int, Any]], place: int) -> dict[str, Any]:
         return members[0][1]         # pairs are not packed
+
+
+def encode_pair(pair: Pair, processor: Processor, hd_num: int, scored: bool) -> list[EncodedSample]:
+    """The two conversations of a pair, which look at the same tiles.
+
+    Args:
+        pair: whose pictures are read.
+        processor: of the model.
+        hd_num: tiles of an image at most.
+        scored: whether they end with the reward token, as a reward model reads them.
+
+    Raises:
+        ImageError: for a damaged picture; VideoError for a video.
+    """
+    cut = processor.image_processor.cut(list(pair.images), hd_num, training=True, where=pair.where)
+    encoded = [processor.encode_conversation(side.turns, side.images, side.where, hd_num, cut) for side in pair.sides]
+    # the answers are compared, not what ends every conversation alike
+    return [with_reward_token(one, processor) for one in encoded] if scored else encoded
+
+
+def pair_columns(encoded: list[EncodedSample], seq_length: int, max_tiles: int, max_images: int,
+                 pad_token_id: int) -> dict[str, np.ndarray]:
+    """Columns of a pair (`mindformers_ixc.data.batch`) from its two conversations; lengths as in `EncodedSample.pad`.
+
+    Where a score is read is the last position of each.
+    """
+    padded = [one.pad(seq_length, max_tiles, max_images, pad_token_id) for one in encoded]
+    columns = {name: np.stack([row[name] for row in padded]) for name in ANSWER_COLUMNS}
+    columns.update({name: padded[0][name] for name in PIXEL_COLUMNS})
+    columns[SCORE_COLUMN] = np.stack([score_positions(len(one.input_ids), seq_length) for one in encoded])
+    return columns
 
 
 def score_positions(length: int, seq_length: int) -> np.ndarray:

@@ -9,8 +9,9 @@ import numpy as np
 
 from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.data.fitting import first_pairs
+from mindformers_ixc.data.learning import ALL, with_loss_on
 from mindformers_ixc.data.preview_data import Entry, Reader
-from mindformers_ixc.errors import ImageError, VideoError
+from mindformers_ixc.errors import DataError, ImageError, VideoError
 from mindformers_ixc.processing.image import Grid, plan_partition
 from mindformers_ixc.processing.processor import EncodedSample, Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX, shift_labels
@@ -116,9 +117,10 @@ def look(reader: Reader, entry: Entry) -> Look:
         return Look(entry, problem=f"Its {views} pictures have {entry.tiles} tiles, too many to be shown.")
     try:
         cut = images.cut(list(sides[0].images), reader.hd_num, training=True, where=entry.where)
-        encoded = [reader.processor.encode_conversation(side.turns, side.images, side.where, reader.hd_num, cut)
-                   for side in sides]
-    except (ImageError, VideoError) as error:
+        encoded = [with_loss_on(reader.processor.encode_conversation(side.turns, side.images, side.where, reader.hd_num,
+                                                                     cut),
+                                reader.loader.get("loss_on") or ALL, side.weights, side.where) for side in sides]
+    except (DataError, ImageError, VideoError) as error:
         return Look(entry, problem=str(error))
     return Look(entry, [Seen(one, list(_stretches(one, reader.processor))) for one in encoded],
                 list(_boards(reader, sides[0], encoded[0])))

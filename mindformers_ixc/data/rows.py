@@ -12,6 +12,7 @@ import numpy as np
 from mindformers_ixc.config import default_max_images
 from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.data.conversations import Conversation
+from mindformers_ixc.data.learning import ALL, with_loss_on
 from mindformers_ixc.data.packing import join_samples
 from mindformers_ixc.data.sampling import RunPlan
 from mindformers_ixc.errors import DataError, ImageError, VideoError
@@ -130,6 +131,7 @@ class ConversationTable:
         max_images: pictures of a row; by default half the tiles.
         max_segments: segments of a packed row; without it rows are not packed.
         plan: which samples the row at a place of the run holds; without one, samples take turns.
+        loss_on: which answers carry loss (`mindformers_ixc.data.learning`).
 
     Raises:
         DataError: for a sample with more pictures.
@@ -138,8 +140,8 @@ class ConversationTable:
     def __init__(self, processor: Processor, samples: Samples | list[Conversation], seq_length: int, max_tiles: int,
                  hd_num: int, max_bad_share: float = MAX_BAD_SHARE, needs: np.ndarray | None = None,
                  columns: Sequence[str] = BATCH_COLUMNS, seed: int = 0, max_images: int | None = None,
-                 max_segments: int | None = None, plan: RunPlan | None = None):
-        self.processor = processor
+                 max_segments: int | None = None, plan: RunPlan | None = None, loss_on: str = ALL):
+        self.processor, self.loss_on = processor, loss_on
         self.samples: Samples = ListedSamples(samples) if isinstance(samples, list) else samples
         self.seq_length, self.max_tiles, self.hd_num = seq_length, max_tiles, hd_num
         self.max_images, self.max_segments = max_images or default_max_images(max_tiles), max_segments
@@ -237,17 +239,18 @@ class ConversationTable:
                              f"takes {len(encoded.input_ids)} positions and {encoded.tiles} tiles now.")
         if not (encoded.labels[1:] != IGNORE_INDEX).any():       # nothing predicts the first one
             raise DataError(f"{self.describe(index)}: nothing in it carries loss; its answers are empty.")
-        return encoded
+        return with_loss_on(encoded, self.loss_on, sample.weights, sample.where)
 
     def _join(self, members: list[tuple[int, Any]], place: int) -> dict[str, Column]:
         """Columns of a row of samples with their numbers."""
         joined = join_samples([encoded for _, encoded in members], self.seq_length, self.max_tiles,
                               self.processor.pad_token_id, self.max_images, self.max_segments)
         source, end = np.zeros(self.seq_length, np.int32), 0     # any number in the padding, where no label is
+        lengths = np.zeros(self.seq_length, np.int32)
         for index, encoded in members:
             first, end = end, end + len(encoded.input_ids)
-            source[first:end] = self.samples.name_number(index)
-        return {**joined, "noise_seed": noise_seed(self.seed, place), "source": source}
+            source[first:end], lengths[first:end] = self.samples.name_number(index), end - first
+        return {**joined, "noise_seed": noise_seed(self.seed, place), "source": source, "lengths": lengths}
 
 
 def check_images(samples: Samples, max_images: int) -> None:

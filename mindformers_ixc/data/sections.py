@@ -4,7 +4,16 @@ from __future__ import annotations
 from typing import Any
 
 from mindformers_ixc.config import FIELDS, default_max_images
-from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COLUMNS, PAIR_COLUMNS
+from mindformers_ixc.data.batch import (
+    BATCH_COLUMNS,
+    EXTRA_COLUMNS,
+    GROUP_COLUMNS,
+    PACKING_COLUMNS,
+    PAIR_COLUMNS,
+    WEIGHTS_COLUMN,
+)
+from mindformers_ixc.data.forms import WEIGHT_KEY
+from mindformers_ixc.data.learning import ALL, LOSS_ON, WEIGHTS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.data.packer import Budget
 from mindformers_ixc.errors import ConfigError, DataError
@@ -26,7 +35,7 @@ DATASET_RULES = {
     "image_size": of_type(int), "patch_size": of_type(int),
     "max_images": whole(1), "max_segments": whole(2),
     "max_bad_share": share(), "packing": of_type(bool), "seed": of_type(int),
-    "control_tokens": of_type(bool), "input_columns": of_type(list),
+    "control_tokens": of_type(bool), "input_columns": of_type(list), "group_size": whole(2),
     "batch_size": of_type(int, required=True), "drop_remainder": of_type(bool), "num_parallel_workers": of_type(int),
     "python_multiprocessing": of_type(bool), "repeat": of_type(int), "prefetch_size": of_type(int),
     "numa_enable": of_type(bool), "construct_args_key": of_type(list),
@@ -34,7 +43,8 @@ DATASET_RULES = {
 LOADER_RULES = {"type": of_type(str), "dataset_dir": of_type(str, list), "image_folder": of_type(str),
                 "image_root": of_type(str), "ignore_keys": Rule(is_list_of_texts, "a list of texts"),
                 "shuffle": of_type(bool), "caption_prompts": of_type(list), "mixture": of_type(dict),
-                "index_dir": of_type(str), "fetch": of_type(bool), "read_timeout": above_0(" of seconds")}
+                "loss_on": one_of(LOSS_ON), "index_dir": of_type(str), "fetch": of_type(bool),
+                "read_timeout": above_0(" of seconds")}
 
 
 def row_budget(section: Any) -> Budget:
@@ -63,7 +73,7 @@ def check_dataset_section(section: Any, preferences: bool = False) -> None:
     check_section(loader, LOADER_RULES, "train_dataset.data_loader", DataError)
     check_section(loader.get("mixture") or {}, MIXTURE_RULES, "train_dataset.data_loader.mixture", DataError)
     columns = section.get("input_columns") or list(BATCH_COLUMNS)
-    unknown = [name for name in columns if name not in (*BATCH_COLUMNS, *EXTRA_COLUMNS, *PAIR_COLUMNS)]
+    unknown = [name for name in columns if name not in (*BATCH_COLUMNS, *EXTRA_COLUMNS, *PAIR_COLUMNS, *GROUP_COLUMNS)]
     missing = [name for name in BATCH_COLUMNS if name not in columns]
     if unknown or missing:
         raise DataError(f"train_dataset.input_columns {'has the unknown column' if unknown else 'lacks'} "
@@ -72,11 +82,25 @@ def check_dataset_section(section: Any, preferences: bool = False) -> None:
     if bool(section.get("packing")) != all(name in columns for name in PACKING_COLUMNS):
         raise DataError(f"train_dataset.packing is {section.get('packing')!r}; with packing, and only then, "
                         f"input_columns has {' and '.join(PACKING_COLUMNS)}.")
+    _check_loss_on(section, columns, preferences)
     if section.get("packing"):
         if preferences:
             raise DataError("train_dataset.packing is True, but preference pairs are not packed: the two answers of a "
                             "pair are a row each; take packing out, here and in model.model_config.")
         row_budget(section).check()
+
+
+def _check_loss_on(section: Any, columns: list[str], preferences: bool) -> None:
+    """Refuses a choice among answers where there is none, and weights without their column or the other way round."""
+    key, loss_on = "train_dataset.data_loader.loss_on", section["data_loader"].get("loss_on") or ALL
+    if preferences and loss_on != ALL:
+        raise DataError(f"{key} is {loss_on!r}, but of preference pairs whole answers are compared; take it out.")
+    if section.get("control_tokens") and loss_on != ALL:
+        raise DataError(f"{key} is {loss_on!r}, but with train_dataset.control_tokens answers are found by marks that "
+                        "their texts may have too; set one of them otherwise.")
+    if (loss_on == WEIGHTS) != (WEIGHTS_COLUMN in columns):
+        raise DataError(f"{key} is {loss_on!r}; with {WEIGHTS} (a number {WEIGHT_KEY} with each answer), and only "
+                        f"then, train_dataset.input_columns has {WEIGHTS_COLUMN}.")
 
 
 def check_shapes(model: Any, data: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from mindformers_ixc.decoding_options import check_best_of
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.options import GenerationOptions, known_options
-from mindformers_ixc.generation.requests import error_sentence
+from mindformers_ixc.generation.requests import Request, result_or_error
 from mindformers_ixc.generation.scoring import Scorer
 from mindformers_ixc.processing.judged import turns_of
 
@@ -29,11 +30,15 @@ class Candidate:
         text: of the answer.
         logp: mean log-probability of its tokens, its end included, at temperature 1.
         score: by the reward model; `None` without one.
+        tokens: of it, its end included.
+        finished: whether a stop id ended it; if not, it was cut at `max_new_tokens` or where the model ends.
     """
 
     text: str
     logp: float
     score: float | None = None
+    tokens: int = 0
+    finished: bool = True
 
     @property
     def merit(self) -> float:
@@ -73,12 +78,7 @@ class BestOf:
             GenerationError: for options that do not go with several samples, and what `Assistant.answer` and
                 `Scorer.score_samples` refuse.
         """
-        check_best_of(self.count, options)
-        assistant = self.assistant
-        chosen = GenerationOptions(**{"stop_token_ids": assistant.stop_token_ids, **known_options(options),
-                                      "do_sample": True})
-        drawn = assistant.draw(assistant.encode(dict(question)), chosen, self.count, mode)
-        found = [Candidate(assistant.decode(ids, chosen.stop_strings), float(np.mean(logps))) for ids, logps in drawn]
+        found = draw_candidates(self.assistant, question, self.count, mode, options)
         if self.scorer is not None:
             samples = [self.scorer.encode(turns_of(question, one.text), _images(question)) for one in found]
             for one, score in zip(found, self.scorer.score_samples(samples)):
@@ -95,16 +95,59 @@ class BestOf:
         Raises:
             MemoryError: when there is none left; no single question is to blame.
         """
-        found: list[dict] = []
-        for question in questions:
-            try:
-                samples = [one.to_dict() for one in self.answer(question, mode, **options)]
-                found.append({**samples[0], "samples": samples})
-            except MemoryError:
-                raise
-            except Exception as error:
-                found.append({"error": error_sentence(error)})
-        return found
+        def best(question: Mapping[str, Any]) -> dict:
+            samples = [one.to_dict() for one in self.answer(question, mode, **options)]
+            return {**samples[0], "samples": samples}
+
+        return [result_or_error(partial(best, question)) for question in questions]
+
+
+def sample_request(assistant: Assistant, request: Request, count: int, mode: str, options: Mapping[str, Any]) -> dict:
+    """Sampled answers to a request of `sampled_answers.read_prompts`, whatever may be wrong with it.
+
+    Args:
+        assistant: who answers.
+        request: its question has an `id`.
+        count: of answers.
+        mode: task LoRAs in use.
+        options: fields of `GenerationOptions`.
+
+    Returns:
+        `id` and `samples` in the order in which they were drawn, each with `answer`, `logp` (the mean over its tokens),
+        `tokens` and `finished`; or `{"error": sentence}`.
+    """
+    if request.question is None:
+        return {"error": request.error}
+    question = dict(request.question)
+    identity = question.pop("id")
+
+    def drawn() -> dict:
+        found = draw_candidates(assistant, question, count, mode, options)
+        return {"samples": [{**one.to_dict(), "tokens": one.tokens, "finished": one.finished} for one in found]}
+
+    return {"id": identity, **result_or_error(drawn)}
+
+
+def draw_candidates(assistant: Assistant, question: Mapping[str, Any], count: int, mode: str,
+                    options: Mapping[str, Any]) -> list[Candidate]:
+    """Sampled answers to a question, in the order in which they were drawn, without scores.
+
+    Args:
+        assistant: who answers.
+        question: as in `Assistant.answer`.
+        count: of answers.
+        mode: task LoRAs in use.
+        options: fields of `GenerationOptions`; sampled is always.
+
+    Raises:
+        GenerationError: for options that do not go with several samples, and what `Assistant.encode` refuses.
+    """
+    check_best_of(count, options)
+    chosen = GenerationOptions(**{"stop_token_ids": assistant.stop_token_ids, **known_options(dict(options)),
+                                  "do_sample": True})
+    drawn = assistant.draw(assistant.encode(dict(question)), chosen, count, mode)
+    return [Candidate(assistant.decode(ids, chosen.stop_strings), float(np.mean(logps)), tokens=len(ids),
+                      finished=bool(ids) and ids[-1] in chosen.stop_token_ids) for ids, logps in drawn]
 
 
 def load_scorer(reward: str | os.PathLike | None, fields: Mapping[str, Any]) -> Scorer | None:

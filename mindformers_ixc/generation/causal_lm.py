@@ -80,13 +80,13 @@ class IXC25ForCausalLM(IXC25Model):
 
     def construct(self, input_ids, labels=None, pixel_values=None, global_views=None, view_index=None,
                   vision_index=None, image_mask=None, position_ids=None, segment_ends=None, noise_seed=None,
-                  source=None):
+                  source=None, lengths=None, loss_weights=None):
         """Training loss, or logits when `labels` is `None`, as with MindFormers' own models; see `IXC25Model`."""
         if labels is None:
             return self.logits(input_ids, pixel_values, global_views, view_index, vision_index, image_mask,
                                position_ids, segment_ends, noise_seed)
         return self.training_loss(input_ids, labels, pixel_values, global_views, view_index, vision_index, image_mask,
-                                  position_ids, segment_ends, noise_seed, source)
+                                  position_ids, segment_ends, noise_seed, source, lengths, loss_weights)
 
     @classmethod
     def from_pretrained_experimental_mode(cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any,

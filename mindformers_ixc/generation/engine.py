@@ -172,6 +172,7 @@ class InferenceEngine:
         vision: graph of `tiles_per_call` tiles.
         caches: keys and values in memory.
         generation: grows with every `reset`; decoders of an earlier one are not continued.
+        kept: batch sizes and positions whose caches and graphs stay in a parallel layout, where others make room.
     """
 
     def __init__(self, model: IXC25Model, store: Store | None = None):
@@ -186,6 +187,7 @@ class InferenceEngine:
         self.tiles_per_call = ASCEND_TILES if model.vit.vision_tower.vision_model.is_flash else \
             max(1, min(MOST_TILES, POSITIONS_PER_CALL // self.config.vision_config.positions))
         self._slots: dict[tuple[int, int], Slot] = {}
+        self.kept: set[tuple[int, int]] = set()
         self.caches, self.generation = CachePool(), 0
         self.reuse = Reuse(store, self.config) if store is not None and store.limit and not unavailable() else None
         self._closed: deque[CachedDecoder] = deque()
@@ -250,6 +252,11 @@ class InferenceEngine:
         assert self.reuse is not None, "without it nothing is known of a prompt"
         return self.reuse.image_rows(prompt, start, lambda sample: self.encode_images(sample).asnumpy())
 
+    def notice_weights(self) -> None:
+        """Looks whether the weights have changed; then nothing is taken over of what was computed before."""
+        if self.reuse is not None and self.reuse.notice(self.model.get_parameters()):
+            self._closed.clear()
+
     def settle(self) -> None:
         """Keeps what answers that have ended left in their caches, before the memory serves others."""
         while self._closed:
@@ -282,7 +289,7 @@ class InferenceEngine:
         if (batch, positions) not in self._slots:
             if is_parallel():       # there caches and graphs cannot be parted, and memory has room for one of them
                 self.caches.clear()
-                self._slots.clear()
+                self._slots = {shape: slot for shape, slot in self._slots.items() if shape in self.kept}
             self.caches.make_room(cache_bytes(self.config, batch, positions))
             self._slots[batch, positions] = make_slot(self.config, batch, positions)
         slot = self._slots[batch, positions]
@@ -322,8 +329,7 @@ class InferenceEngine:
         """
         self._check_memory(len(samples) * beams, bucket(max(len(one.input_ids) for one in samples) + max_new_tokens))
         with TURNS:
-            if self.reuse is not None and self.reuse.notice(self.model.get_parameters()):
-                self._closed.clear()        # of other weights
+            self.notice_weights()
             return CachedDecoder(self, samples, max_new_tokens, mode, beams)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -13,18 +14,24 @@ from mindformers_ixc import terminal
 from mindformers_ixc.data.batch import full_batches
 from mindformers_ixc.device import is_parallel, rank
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.files import check_target, decode_text, parse_json, read_json, text_lines, write_whole
+from mindformers_ixc.files import check_target
 from mindformers_ixc.generation.requests import Request, error_sentence
+from mindformers_ixc.generation.shares import (
+    LOOK_S,
+    Share,
+    check_run,
+    normal,
+    part_files,
+    read_answers,
+    result_file,
+    share_files,
+    write_run,
+)
 from mindformers_ixc.processing.processor import EncodedSample
 
 if TYPE_CHECKING:
     from mindformers_ixc.generation.assistant import Assistant
     from mindformers_ixc.generation.best_of import BestOf
-
-
-def result_file(folder: str | os.PathLike, name: str = "predictions") -> Path:
-    """Where finished results are."""
-    return Path(folder) / f"{name}.jsonl"
 
 
 class Predictions:
@@ -49,7 +56,7 @@ class Predictions:
 
     def __init__(self, folder: str | os.PathLike | None, requests: list[Request], run: dict, writes: bool = True,
                  name: str = "predictions"):
-        self.requests, self.run = requests, json.loads(json.dumps(run, default=str))
+        self.requests, self.run = requests, normal(run)
         self.done: list[dict] = []
         self.writes = writes and folder is not None
         if folder is None:
@@ -57,34 +64,18 @@ class Predictions:
         self.target = result_file(folder, name)
         if writes:
             check_target(self.target, "output_dir", make_folder=True)
-        self.part, self.run_file = self.target.with_suffix(".part.jsonl"), self.target.with_suffix(".run.json")
+        self.part, self.run_file = part_files(self.target)
         present = next((path for path in (self.target, self.part) if path.exists()), None)
         if present is not None:
             self.done = self._earlier(present)
         elif writes and not self.run_file.exists():
-            write_whole(self.run_file, json.dumps(self.run, ensure_ascii=False, indent=1) + "\n")
+            write_run(self.run, self.run_file)
 
     def _earlier(self, path: Path) -> list[dict]:
-        advice = "choose another output_dir, or delete the file to begin anew."
-        try:
-            same = read_json(self.run_file) == self.run
-        except (OSError, DataError):
-            same = False
-        if not same:
-            raise DataError(f"{path} holds answers of another model or other options than this run's; {advice}")
-        content = path.read_bytes()
-        whole = content[:content.rfind(b"\n") + 1]          # a killed run may have left half a line
-        answers: list[dict] = []
-        for number, line in text_lines(decode_text(whole, str(path))):
-            answer = parse_json(line, f"{path}, line {number}")
-            known = self.requests[len(answers)] if len(answers) < len(self.requests) else None
-            if known is not None and not (isinstance(answer, dict) and _same(answer.get("request"), known.line)):
-                raise DataError(f"{path}, line {number}: an answer to another request than this run's; {advice}")
-            answers.append(answer)
-        if len(answers) > len(self.requests):
-            raise DataError(f"{path} has {len(answers)} answers to {len(self.requests)} requests; {advice}")
-        if self.writes and path == self.part and len(whole) < len(content):
-            os.truncate(path, len(whole))
+        check_run(self.run, self.run_file, path)
+        answers, whole = read_answers(path, self.requests)
+        if self.writes and path == self.part:
+            os.truncate(path, whole)
         return answers
 
     @property
@@ -107,11 +98,6 @@ class Predictions:
         """Gives the finished file its name."""
         if self.writes and self.part.exists():
             self.part.replace(self.target)
-
-
-def _same(one: object, other: object) -> bool:
-    """Whether two JSON values are written alike; NaN, which JSON files may have, equals nothing."""
-    return json.dumps(one) == json.dumps(other)
 
 
 def answer_batch(assistant: Assistant, requests: list[Request], size: int, mode: str, options: dict) -> list[dict]:
@@ -170,7 +156,7 @@ def best_batch(best: BestOf, requests: list[Request], mode: str, options: dict) 
 
 
 def predict(assistant: Callable[[], Assistant], requests: list[Request], folder: str | os.PathLike, run: dict,
-            size: int, mode: str, options: dict) -> list[dict]:
+            size: int, mode: str, options: dict, replicas: int = 1) -> list[dict]:
     """Answers all requests that an earlier, interrupted run of the same kind has not answered yet.
 
     Args:
@@ -181,6 +167,7 @@ def predict(assistant: Callable[[], Assistant], requests: list[Request], folder:
         size: requests answered at once.
         mode: task LoRAs in use.
         options: decoding options.
+        replicas: see `work_through`.
 
     Returns:
         `{"request": line, "answer": text}` or `{"request": line, "error": sentence}` for each request, in order.
@@ -189,7 +176,7 @@ def predict(assistant: Callable[[], Assistant], requests: list[Request], folder:
         DataError: as `Predictions`.
     """
     return work_through(assistant, lambda one, batch: answer_batch(one, batch, size, mode, options), requests, folder,
-                        run, size)
+                        run, size, replicas=replicas)
 
 
 # What results are made with: an `Assistant`, a `Scorer`.
@@ -198,7 +185,7 @@ Worker = TypeVar("Worker")
 
 def work_through(load: Callable[[], Worker], work: Callable[[Worker, list[Request]], list[dict]],
                  requests: list[Request], folder: str | os.PathLike | None, run: dict, size: int,
-                 name: str = "predictions", doing: str = "answering") -> list[dict]:
+                 name: str = "predictions", doing: str = "answering", replicas: int = 1) -> list[dict]:
     """Works on all requests that an earlier, interrupted run of the same kind has left.
 
     Args:
@@ -210,6 +197,7 @@ def work_through(load: Callable[[], Worker], work: Callable[[Worker, list[Reques
         size: requests at once.
         name: of the files.
         doing: what is done, for whoever waits.
+        replicas: processes that work on a share each, of which this is the one of its rank's number.
 
     Returns:
         `{"request": line, ...result}` for each request, in order.
@@ -217,6 +205,14 @@ def work_through(load: Callable[[], Worker], work: Callable[[Worker, list[Reques
     Raises:
         DataError: as `Predictions`.
     """
+    left = [] if folder is None else share_files(result_file(folder, name))
+    if replicas > 1 or (left and not is_parallel()):
+        assert folder is not None, "replicas meet in a folder"
+        share = Share(folder, requests, run, rank() if replicas > 1 else 0, name)
+        return _work_on_share(load, work, share, size, doing, replicas)
+    if left:
+        raise DataError(f"{left[0]} holds answers of a run of several replicas; go on with one (parallel_config: "
+                        "data_parallel), or by `mindformers run` in a single process.")
     writes = rank() == 0
     predictions = Predictions(folder, requests, run, writes, name)
     if is_parallel():
@@ -231,3 +227,22 @@ def work_through(load: Callable[[], Worker], work: Callable[[Worker, list[Reques
             bar.update(len(batch))
     predictions.close()
     return predictions.done
+
+
+def _work_on_share(load: Callable[[], Worker], work: Callable[[Worker, list[Request]], list[dict]], share: Share,
+                   size: int, doing: str, replicas: int) -> list[dict]:
+    """`work_through` for one of several replicas; the first one shows how far all are, and waits for all."""
+    if replicas > 1:
+        barrier()       # all must have read what is there before one of them writes
+    numbers = share.left(size, replicas)
+    working = load() if numbers else None
+    with terminal.current.counting(len(share.requests), doing, "request", initial=len(share.rows),
+                                   disable=True if share.replica else None) as bar:
+        while working is not None and numbers:
+            batch, numbers = numbers[:size], numbers[size:]
+            share.add(batch, work(working, [share.requests[number] for number in batch]))
+            bar.update(0 if share.replica else share.look())
+        while not share.replica and not share.finished:
+            time.sleep(LOOK_S)
+            bar.update(share.look())
+    return share.close()

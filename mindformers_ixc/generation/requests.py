@@ -44,6 +44,20 @@ class Request:
     error: str = ""
 
 
+def result_or_error(work: Callable[[], dict]) -> dict:
+    """What a piece of work gives, or `{"error": sentence}` where it fails.
+
+    Raises:
+        MemoryError: when there is none left; no single request is to blame.
+    """
+    try:
+        return work()
+    except MemoryError:
+        raise
+    except Exception as error:
+        return {"error": error_sentence(error)}
+
+
 def read_requests(path: str | os.PathLike, read: Callable[[object], dict] | None = None) -> list[Request]:
     r"""Reads requests; a bad line is reported in its place, so that the others can be answered.
 

@@ -146,7 +146,8 @@ class Scorer:
             scores += [self._pool(row) for row in self.engine.values(rows, mode)[:real]]
         odd = next((number for number, score in enumerate(scores) if not math.isfinite(score)), None)
         if odd is not None:
-            raise GenerationError(f"The score of conversation {odd} is {scores[odd]}, which is no finite number; the "
+            which = f" of conversation {odd}" if len(scores) > 1 else ""
+            raise GenerationError(f"The score{which} is {scores[odd]}, which is no finite number; the "
                                   "reward model's weights are damaged, or its numbers left the range of "
                                   f"{self.model.config.compute_dtype}.")
         return scores

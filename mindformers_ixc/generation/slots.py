@@ -334,11 +334,27 @@ class ShardedSlot(Slot):
         """See `Slot.source`; entries are rows."""
         return rows
 
+    def take_row(self, row: int, other: ShardedSlot, taken: int) -> None:
+        """Makes a row hold what a row of another slot of as many positions, or of this one, holds.
+
+        Every device copies its own heads. Both slots must have been in a graph that has run.
+        """
+        to, of = Tensor([row], mstype.int32), Tensor([taken], mstype.int32)
+        for layer in self._own:
+            mine, theirs = self.caches[layer], other.caches[layer]
+            for held, given in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                F.scatter_update(held, to, F.gather(given, of, 0))
+
+
+def is_paged(config: IXC25Config) -> bool:
+    """Whether caches are MindFormers' paged ones: on Ascend with `use_past`, without replicas."""
+    return config.use_past and on_ascend()
+
 
 def cache_bytes(config: IXC25Config, batch: int, positions: int) -> int:
     """Bytes of the keys and values of all layers for a batch of that many rows and positions, on all devices."""
     entries = batch * positions
-    if config.use_past and on_ascend():
+    if is_paged(config):
         entries = blocks_needed(config, batch, positions) * config.block_size
     itemsize = dtype_bytes(held_dtype(config))
     return 2 * config.num_hidden_layers * entries * config.num_key_value_heads * config.head_size * itemsize
@@ -347,7 +363,7 @@ def cache_bytes(config: IXC25Config, batch: int, positions: int) -> int:
 def make_slot(config: IXC25Config, batch: int, positions: int) -> Slot:
     """Paged caches on Ascend with `use_past`, contiguous ones everywhere else."""
     replicas = config.parallel_config.data_parallel if is_parallel() else 1
-    if config.use_past and on_ascend() and replicas == 1:
+    if is_paged(config) and replicas == 1:
         check_blocks(config)
         return PagedSlot(config, batch, positions)
     return (ShardedSlot if is_parallel() else ContiguousSlot)(config, batch, positions)

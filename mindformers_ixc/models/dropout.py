@@ -61,56 +61,27 @@ class PositionNoise(nn.Cell):
             primitive.shard(((dp, 1), ()))
 
 
-class SeededDropout(nn.Cell):
-    """Dropout, with noise of the device's generator or from seeds.
-
-    The generator's state is in no checkpoint, so a run that is to resume exactly gives seeds: the noise is then a hash
-    of a position's seed and the feature, in 32-bit integers that wrap around (multiply, shift and fold, multiply).
+class FeatureHash(nn.Cell):
+    """Hashes of positions' seeds and features: multiply, shift and fold, multiply 32-bit integers that wrap around.
 
     Args:
-        p: share of the features that is zeroed.
-        features: width F of the input.
-        salt: number that sets this cell's noise apart from that of others with the same seeds.
+        features: width F.
+        salt: number that sets these hashes apart from those of other cells with the same seeds.
     """
 
-    def __init__(self, p: float, features: int, salt: int = 0):
+    def __init__(self, features: int, salt: int):
         super().__init__()
-        self.generated = nn.Dropout(p=p)
         columns = np.random.RandomState((features, salt)).randint(-2 ** 31, 2 ** 31 - 1, (1, features))
         self.columns = Tensor(columns, mstype.int32)                                     # (1, F)
         self.xor_columns, self.xor_shifted = P.BitwiseXor(), P.BitwiseXor()
         self.low_bits, self.below = P.BitwiseAnd(), Tensor([[2 ** FEATURE_SHIFT - 1]], mstype.int32)
         self.clear_low, self.move_down = P.Sub(), P.FloorDiv()
-        self.mul_first, self.mul_second, self.mul_kept, self.mul_factor = P.Mul(), P.Mul(), P.Mul(), P.Mul()
-        self.greater_equal = P.GreaterEqual()
-        self.cast = P.Cast()
-        self.set_rate(p)
+        self.mul_first, self.mul_second = P.Mul(), P.Mul()
 
-    def set_rate(self, p: float) -> None:
-        """Changes the share; only before the graph is compiled."""
-        self.rate = float(p)
-        self.generated.p = self.rate
-        self.generated.dropout.keep_prob = 1.0 - self.rate
-        self.limit = int(self.rate * 2 ** 32) - 2 ** 31
-        self.factor = 1.0 / (1.0 - self.rate)
-        # what the kernels for training take: `native.training.partial_lora`
-        self.numbers = (self.columns, Tensor([FEATURE_MIX_FIRST, FEATURE_MIX_SECOND, self.limit], mstype.int32),
-                        Tensor([self.factor], mstype.float32))
-
-    def drops(self):
-        """Whether anything is dropped in the graph that is being compiled."""
-        return self.rate != 0.0 and self.training
-
-    def construct(self, x, noise):
-        """Drops features of `(N, F)`; `noise` is int32 `(N, 1)`, `None` for the device's generator."""
-        if not self.drops():
-            return x
-        if noise is None:
-            return self.generated(x)
-        bits = self.mul_first(self.xor_columns(noise, self.columns), FEATURE_MIX_FIRST)  # (N, F)
-        bits = self.mul_second(self.xor_shifted(bits, self.shifted(bits)), FEATURE_MIX_SECOND)
-        kept = self.cast(self.greater_equal(bits, self.limit), x.dtype)
-        return self.mul_factor(self.mul_kept(x, kept), self.factor)
+    def construct(self, seeds):
+        """Maps int32 `(N, 1)` to int32 `(N, F)`."""
+        bits = self.mul_first(self.xor_columns(seeds, self.columns), FEATURE_MIX_FIRST)
+        return self.mul_second(self.xor_shifted(bits, self.shifted(bits)), FEATURE_MIX_SECOND)
 
     def shifted(self, bits):
         """`bits >> FEATURE_SHIFT` of int32 `(N, F)`, with the sign.
@@ -123,10 +94,64 @@ class SeededDropout(nn.Cell):
     def shard(self, dp: int, tp: int) -> None:
         """Cuts positions by `dp` and features by `tp`."""
         cut = (dp, tp)
-        self.generated.dropout.shard((cut,))
         self.xor_columns.shard(((dp, 1), (1, tp)))
         self.low_bits.shard((cut, (1, 1)))
-        for primitive in (self.xor_shifted, self.clear_low, self.mul_kept):
+        for primitive in (self.xor_shifted, self.clear_low):
             primitive.shard((cut, cut))
-        for primitive in (self.mul_first, self.move_down, self.mul_second, self.greater_equal, self.mul_factor):
+        for primitive in (self.mul_first, self.move_down, self.mul_second):
+            primitive.shard((cut, ()))
+
+
+class SeededDropout(nn.Cell):
+    """Dropout, with noise of the device's generator or from seeds.
+
+    The generator's state is in no checkpoint, so a run that is to resume exactly gives seeds: what is dropped is then
+    decided by `FeatureHash`.
+
+    Args:
+        p: share of the features that is zeroed.
+        features: width F of the input.
+        salt: number that sets this cell's noise apart from that of others with the same seeds.
+    """
+
+    def __init__(self, p: float, features: int, salt: int = 0):
+        super().__init__()
+        self.generated = nn.Dropout(p=p)
+        self.hash = FeatureHash(features, salt)
+        self.mul_kept, self.mul_factor = P.Mul(), P.Mul()
+        self.greater_equal = P.GreaterEqual()
+        self.cast = P.Cast()
+        self.set_rate(p)
+
+    def set_rate(self, p: float) -> None:
+        """Changes the share; only before the graph is compiled."""
+        self.rate = float(p)
+        self.generated.p = self.rate
+        self.generated.dropout.keep_prob = 1.0 - self.rate
+        self.limit = int(self.rate * 2 ** 32) - 2 ** 31
+        self.factor = 1.0 / (1.0 - self.rate)
+        # what the kernels for training take: `native.training.partial_lora`
+        self.numbers = (self.hash.columns, Tensor([FEATURE_MIX_FIRST, FEATURE_MIX_SECOND, self.limit], mstype.int32),
+                        Tensor([self.factor], mstype.float32))
+
+    def drops(self):
+        """Whether anything is dropped in the graph that is being compiled."""
+        return self.rate != 0.0 and self.training
+
+    def construct(self, x, noise):
+        """Drops features of `(N, F)`; `noise` is int32 `(N, 1)`, `None` for the device's generator."""
+        if not self.drops():
+            return x
+        if noise is None:
+            return self.generated(x)
+        kept = self.cast(self.greater_equal(self.hash(noise), self.limit), x.dtype)           # (N, F)
+        return self.mul_factor(self.mul_kept(x, kept), self.factor)
+
+    def shard(self, dp: int, tp: int) -> None:
+        """Cuts positions by `dp` and features by `tp`."""
+        cut = (dp, tp)
+        self.generated.dropout.shard((cut,))
+        self.hash.shard(dp, tp)
+        self.mul_kept.shard((cut, cut))
+        for primitive in (self.greater_equal, self.mul_factor):
             primitive.shard((cut, ()))

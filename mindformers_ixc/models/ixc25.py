@@ -21,6 +21,7 @@ from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.device import is_parallel, on_ascend
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.dropout import PositionNoise
+from mindformers_ixc.models.embedding_noise import EmbeddingNoise
 from mindformers_ixc.models.internlm2 import Choose, InternLM2Model
 from mindformers_ixc.models.layers import Linear
 from mindformers_ixc.models.loss import BatchLoss, HeadLosses
@@ -64,6 +65,7 @@ class IXC25Model(PreTrainedModel):
         self.chunked_losses = HeadLosses(config)
         self.loss = BatchLoss(config)
         self.noise = PositionNoise(config.seq_length)
+        self.embedding_noise = EmbeddingNoise(config.neftune_alpha, config.hidden_size)
         self.gather_angles = P.Gather()
         self.sums_losses, self.reports_sources = config.calculate_per_token_loss, config.loss_form == "sources"
         self.keeps_report = is_parallel()
@@ -118,6 +120,7 @@ class IXC25Model(PreTrainedModel):
         self.gather_angles.shard(((1, 1), (dp, 1)))
         self.choose.shard(dp)
         self.noise.shard(dp)
+        self.embedding_noise.shard(dp)
         self.model.shard(dp, tp, parallel_config.vocab_emb_dp, tp > 1 and parallel_config.use_seq_parallel)
         self.head.shard(dp, tp)
         set_pipeline_stages(self, parallel_config)
@@ -166,7 +169,7 @@ class IXC25Model(PreTrainedModel):
         return self.reshape(cos, shape), self.reshape(sin, shape)
 
     def hidden_states(self, input_ids, table=None, vision_index=None, image_mask=None, position_ids=None,
-                      segment_ends=None, noise_seed=None, adapters=()):
+                      segment_ends=None, noise_seed=None, adapters=(), lengths=None):
         """Output of the last norm, `(B*L, D)`, with images from a vision table `(B, T*k*k + 2, D)`."""
         b, length = input_ids.shape
         mask = None
@@ -178,14 +181,16 @@ class IXC25Model(PreTrainedModel):
         x = self.reshape(x, (b * length, -1))                                         # (B*L, D)
         cos, sin = self.rotary_tables_of(position_ids)
         noise = None if noise_seed is None else self.noise(noise_seed)
+        if noise is not None and lengths is not None:
+            x = self.embedding_noise(x, noise, lengths)
         return self.model(x, mask, cos, sin, adapters, (b, length), segment_ends, noise)
 
     def states(self, input_ids, pixel_values=None, global_views=None, view_index=None, vision_index=None,
-               image_mask=None, position_ids=None, segment_ends=None, noise_seed=None):
+               image_mask=None, position_ids=None, segment_ends=None, noise_seed=None, lengths=None):
         """Output of the last norm, `(B*L, D)`; arguments as in `training_loss`."""
         table = None if pixel_values is None else self.vision_table(pixel_values, global_views, view_index)
         return self.hidden_states(input_ids, table, vision_index, image_mask, position_ids, segment_ends, noise_seed,
-                                  self.adapters)
+                                  self.adapters, lengths)
 
     def head_losses(self, x, labels):
         """float32 losses `(B, L)`, 0 where nothing is labelled, of the output of the last norm `(B*L, D)`."""
@@ -201,7 +206,7 @@ class IXC25Model(PreTrainedModel):
 
     def training_loss(self, input_ids, labels, pixel_values=None, global_views=None, view_index=None,
                       vision_index=None, image_mask=None, position_ids=None, segment_ends=None, noise_seed=None,
-                      source=None):
+                      source=None, lengths=None, loss_weights=None):
         """The loss of a batch (`mindformers_ixc.data.batch`) in the form that `config.loss_form` says.
 
         Args:
@@ -215,20 +220,23 @@ class IXC25Model(PreTrainedModel):
             image_mask: int32 `(B, L)`, 1 on image positions.
             position_ids: int32 `(B, L)`, for packed samples.
             segment_ends: int32 `(B, S)`, where the segments of packed rows end, the padding's included.
-            noise_seed: int32 `(B,)`, for dropout that resumes exactly.
+            noise_seed: int32 `(B,)`, for dropout that resumes exactly, and for noise on the embeddings.
             source: int32 `(B, L)`, number of each position's source; the form `sources` needs it, others ignore it.
+            lengths: int32 `(B, L)`, positions of each position's conversation, for noise on the embeddings.
+            loss_weights: float32 `(B, L)`, how much each labelled position counts; without them all alike.
 
         Returns:
             `mean`: float32 scalar, the mean over labelled positions. `sums`: the sum of losses and the number of
             labelled positions, float32 scalars. `sources`: the mean, and float32 `(2, R)`, of each of the R
-            `config.num_sources` sources the sum of losses and the number of labelled positions. In parallel runs that
-            is added to the parameter `train_report`, and the mean (with `calculate_per_token_loss` the sum and the
-            number) is all that is returned.
+            `config.num_sources` sources the sum of losses and the number of labelled positions. With weights the mean
+            is the weighted one, and the sum is divided by that of the weights; losses of sources are never weighted.
+            In parallel runs the report is added to the parameter `train_report`, and the mean (with
+            `calculate_per_token_loss` the sum and the number) is all that is returned.
         """
         x = self.states(input_ids, pixel_values, global_views, view_index, vision_index, image_mask, position_ids,
-                        segment_ends, noise_seed)
+                        segment_ends, noise_seed, lengths)
         losses = self.head_losses(x, labels)
-        loss = self.loss(losses, labels)
+        loss = self.loss(losses, labels, loss_weights)
         if not self.reports_sources:
             return loss
         report = F.stop_gradient(self.source_sums(losses, labels, source))
@@ -239,10 +247,11 @@ class IXC25Model(PreTrainedModel):
         return self.kept_report(loss, report)
 
     def construct(self, input_ids, labels, pixel_values=None, global_views=None, view_index=None, vision_index=None,
-                  image_mask=None, position_ids=None, segment_ends=None, noise_seed=None, source=None):
+                  image_mask=None, position_ids=None, segment_ends=None, noise_seed=None, source=None, lengths=None,
+                  loss_weights=None):
         """The graph of training: `training_loss`."""
         return self.training_loss(input_ids, labels, pixel_values, global_views, view_index, vision_index, image_mask,
-                                  position_ids, segment_ends, noise_seed, source)
+                                  position_ids, segment_ends, noise_seed, source, lengths, loss_weights)
 
 
 class LogitsGraph(nn.Cell):

@@ -16,6 +16,7 @@ positions, so a linear cut by columns scatters its sums instead of keeping them 
 from __future__ import annotations
 
 import mindspore.common.dtype as mstype
+import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import operations as P
@@ -23,6 +24,7 @@ from mindspore.ops import operations as P
 from mindformers_ixc.device import on_ascend
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.dropout import SeededDropout
+from mindformers_ixc.models.magnitudes import RowFactors
 from mindformers_ixc.native import kernels, training
 from mindformers_ixc.parallel.cuts import COLUMNS, ROWS, product_strategy
 
@@ -230,7 +232,7 @@ class PartialLoRALinear(nn.Cell):
         self.sigma = config.initializer_range
         self.weight = Parameter(initializer(Normal(self.sigma), (out_features, in_features), config.param_init_type),
                                 name="weight")
-        self.has_plora = self.has_lora = False
+        self.has_plora = self.has_lora = self.has_dora = False
         if config.plora_rank:
             self.add_partial_lora(config.plora_rank, config.plora_scale, config.plora_dropout)
         for task, rank in config.task_lora_ranks.items():
@@ -269,11 +271,24 @@ class PartialLoRALinear(nn.Cell):
         setattr(self, f"lora_{task}_A", first)
         setattr(self, f"lora_{task}_B", second)
 
-    def add_lora(self, rank: int, alpha: float, dropout: float) -> None:
-        """Gives the linear an ordinary LoRA pair on all positions, as MindFormers' PET type `lora` has it."""
-        self.has_lora, self.lora_scale = True, alpha / rank
+    def add_lora(self, rank: int, scale: float, dropout: float, has_dora: bool = False) -> None:
+        """Gives the linear an ordinary LoRA pair on all positions, as MindFormers' PET type `lora` has it.
+
+        With DoRA also the magnitudes of the weight's rows, which `begin_magnitudes` measures once the weight is there.
+        """
+        self.has_lora, self.lora_scale, self.has_dora = True, scale, has_dora
         self.mindpet_delta_lora_a, self.mindpet_delta_lora_b = self._pair(rank)
         self.lora_dropout, self.mul_lora_scale = nn.Dropout(p=dropout), P.Mul()
+        if has_dora:
+            self.mindpet_delta_lora_magnitude = Parameter(
+                initializer("ones", (self.out_features,), self.dtypes["param_dtype"]),
+                name="mindpet_delta_lora_magnitude")
+            self.row_factors = RowFactors(scale)
+
+    def begin_magnitudes(self) -> None:
+        """The magnitudes are the norms of the weight's rows: while B is zero the linear is what it was."""
+        norms = np.linalg.norm(self.weight.asnumpy().astype(np.float64), axis=1)
+        self.mindpet_delta_lora_magnitude.set_data(Tensor(norms, self.mindpet_delta_lora_magnitude.dtype))
 
     def infer(self, x, image_mask, adapters):
         """The same without gradients (and, for few positions on the CPU, faster)."""
@@ -292,13 +307,25 @@ class PartialLoRALinear(nn.Cell):
         return self.matmul(x, self.cast(self.weight, self.dtype))
 
     def _with_adapters(self, x, y, adapters):
-        """Adds what the task LoRAs in use make of `x` to `y`."""
+        """Adds what the task LoRAs in use and the ordinary one make of `x` to `y`."""
         for task in adapters:       # unrolled by the compiler
             y = self.add(y, getattr(self, "lora_" + task + "_B")(getattr(self, "lora_" + task + "_A")(x)))
         if self.has_lora:
-            side = self.mindpet_delta_lora_a(self.lora_dropout(x))                            # (N, r)
-            y = self.add(y, self.mindpet_delta_lora_b(self.mul_lora_scale(side, self.lora_scale)))
+            dropped = self.lora_dropout(x)
+            side = self.mindpet_delta_lora_a(dropped)                                         # (N, r)
+            change = self.mindpet_delta_lora_b(self.mul_lora_scale(side, self.lora_scale))
+            if self.has_dora:
+                factors = self.cast(self.row_factors(self.mindpet_delta_lora_magnitude, self.weight,
+                                                     self.mindpet_delta_lora_a.weight,
+                                                     self.mindpet_delta_lora_b.weight), y.dtype)
+                # y has W x in it, with whatever the other pairs add
+                change = change * factors + self.plain(dropped) * (factors - 1.0)
+            y = self.add(y, change)
         return y
+
+    def plain(self, x):
+        """The product with the weight alone, with gradients."""
+        return self.train_linear(x, self.weight) if self.trains_natively else self.product(x)
 
     def construct(self, x, image_mask, adapters, noise=None):
         """Maps `(N, F)` to `(N, O)`.

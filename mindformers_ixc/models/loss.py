@@ -27,6 +27,10 @@ from mindformers_ixc.parallel.cuts import CUTS, product_strategy
 IGNORE_INDEX = -100
 
 
+# What a sum of weights is divided by at least: losses without any weight are 0 then, and no weights come near it.
+LEAST_WEIGHT = 1e-12
+
+
 class TokenLosses(nn.Cell):
     """Cross entropy of every position, 0 where nothing is labelled; for one device.
 
@@ -254,15 +258,23 @@ class BatchLoss(nn.Cell):
         super().__init__()
         self.gives_sums = config.loss_form == "sums" or config.calculate_per_token_loss
         self.not_equal, self.sum_losses, self.sum_labelled = P.NotEqual(), P.ReduceSum(), P.ReduceSum()
-        self.cast, self.divide, self.maximum = P.Cast(), P.RealDiv(), P.Maximum()
+        self.cast, self.divide, self.maximum, self.weigh = P.Cast(), P.RealDiv(), P.Maximum(), P.Mul()
         if is_parallel():
             dp = config.parallel_config.data_parallel
             self.not_equal.shard(((dp, 1), ()))
+            self.weigh.shard(((dp, 1), (dp, 1)))
             for primitive in (self.sum_losses, self.sum_labelled):
                 primitive.shard(((dp, 1),))
 
-    def construct(self, losses, labels):
-        """The mean over labelled positions, or the sum and their number, of losses and int32 labels `(B, L)`."""
+    def construct(self, losses, labels, weights=None):
+        """The mean over labelled positions, or the sum and their number, of losses and int32 labels `(B, L)`.
+
+        With `weights`, float32 `(B, L)` and 0 where nothing is labelled, a position counts so many times: the sum of
+        weighted losses, and that of the weights.
+        """
+        if weights is not None:
+            total, count = self.sum_losses(self.weigh(losses, weights)), self.sum_labelled(weights)
+            return (total, count) if self.gives_sums else self.divide(total, self.maximum(count, LEAST_WEIGHT))
         labelled = self.cast(self.not_equal(labels, IGNORE_INDEX), mstype.float32)
         total, count = self.sum_losses(losses), self.sum_labelled(labelled)
         if self.gives_sums:

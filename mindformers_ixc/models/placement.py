@@ -52,7 +52,7 @@ def set_pipeline_stages(model: nn.Cell, parallel_config: TransformerOpParallelCo
         return
     check_stages(model.config, stages)
     for cell in (model.vit, model.vision_merge, model.vision_proj, model.choose, model.model.tok_embeddings,
-                 model.noise):
+                 model.noise, model.embedding_noise):
         cell.pipeline_stage = 0
     layers = model.model.layers
     for layer, stage in zip(layers, stages_of_layers(model.config, stages)):

@@ -8,7 +8,7 @@ from mindformers_ixc.config import ModelConfig, read_config
 from mindformers_ixc.data.batch import BATCH_COLUMNS, column_ranks
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.parallel.cuts import allowed_degrees, check_degree, check_stages
-from mindformers_ixc.parallel.degrees import Degrees, degrees_of, inference_layout
+from mindformers_ixc.parallel.degrees import Degrees, are_replicas, degrees_of, inference_layout
 from mindformers_ixc.parallel.stages import stages_of_layers
 
 # MindFormers' `parallel.parallel_mode`, by number and by name: those in which its compiler cuts the graph, and those in
@@ -106,12 +106,14 @@ def _check_inference(fields: dict, mode: int | str, layout: Degrees, devices: in
     """Checks a run that answers; the model is that of the directory."""
     if mode in DATA_MODES:
         raise ConfigError(f"parallel.parallel_mode is {mode!r}, in which every device would have a whole model and "
-                          "give the same answers; set it to 1 (semi-auto parallel).")
+                          "give the same answers; set it to 1 (semi-auto parallel), and parallel_config.data_parallel "
+                          "to the number of devices where each is to answer a share.")
     section = fields["model"]["model_config"]
-    parallel_config = inference_layout(layout)
+    replicated = are_replicas(layout)
+    parallel_config = inference_layout(Degrees() if replicated else layout)
     placed = {key: section[key] for key in ("vision_parallel", "offset") if key in section}
     config = read_config(fields["load_checkpoint"], parallel_config=parallel_config, **placed)
-    check_possible(config, replace(layout, micro_batch_num=layout.pipeline_stage), devices, replicas=False)
+    check_possible(config, replace(layout, micro_batch_num=layout.pipeline_stage), devices, replicas=replicated)
 
 
 def _devices_here() -> int:

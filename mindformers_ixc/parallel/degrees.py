@@ -62,6 +62,11 @@ class HasDegrees(Protocol):
         """Stages."""
 
 
+def are_replicas(degrees: HasDegrees) -> bool:
+    """Whether the devices of a run that answers have a whole model each, and a share of the requests."""
+    return degrees.data_parallel > 1 and degrees.model_parallel * degrees.pipeline_stage == 1
+
+
 def inference_layout(degrees: HasDegrees) -> dict:
     """The `parallel_config` of a model that answers, from that of a run.
 
@@ -69,13 +74,14 @@ def inference_layout(degrees: HasDegrees) -> dict:
         degrees: of the run.
 
     Raises:
-        ConfigError: for data parallel, which has no meaning here.
+        ConfigError: for replicas of several devices.
     """
-    replicas = degrees.data_parallel
+    replicas, each = degrees.data_parallel, degrees.model_parallel * degrees.pipeline_stage
     if replicas != 1:
         raise ConfigError(
-            f"parallel_config.data_parallel is {replicas}, but in run_mode predict all devices answer the same "
-            "requests together; set it to 1, and split the request file over several runs to use more devices.")
+            f"parallel_config.data_parallel is {replicas} and each replica has {each} devices, but in run_mode predict "
+            "replicas are of one device, or one is of all devices. Set data_parallel to 1, or model_parallel and "
+            "pipeline_stage; with more devices than one replica needs split the request file over several runs.")
     # a decoded position cannot be cut, so the positions between the linears are whole, whatever training does
     return {"data_parallel": 1, "model_parallel": degrees.model_parallel,
             "pipeline_stage": degrees.pipeline_stage, "vocab_emb_dp": False, "use_seq_parallel": False}

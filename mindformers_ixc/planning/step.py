@@ -41,6 +41,7 @@ from mindformers_ixc.parameters import parameter_table, part_of
 from mindformers_ixc.planning.few_layers import can_shorten, shorten
 from mindformers_ixc.training.parts import stop_dropout, train_only
 from mindformers_ixc.training.wrapper import IXC25PipelineWithLossScaleCell, IXC25TrainOneStepCell
+from mindformers_ixc.training_options import PREFERENCE_NETWORK, REWARD_NETWORK
 
 # Communication operators of a compiled graph.
 OPERATORS = ("AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AllToAll", "Broadcast", "Send", "Receive")
@@ -53,7 +54,7 @@ CASTS = 4
 
 
 # Networks that learn from pairs, by the YAML's `arch.type`.
-NETWORKS: dict[str, type[IXC25Model]] = {"IXC25ForPreference": IXC25ForPreference, "IXC25ForReward": IXC25RewardModel}
+NETWORKS: dict[str, type[IXC25Model]] = {PREFERENCE_NETWORK: IXC25ForPreference, REWARD_NETWORK: IXC25RewardModel}
 
 
 def compile_step(job: dict) -> dict:

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from mindformers_ixc.checkpoint.dtypes import dtype_bytes
 from mindformers_ixc.config import MODE_ADAPTERS, ModelConfig, ParallelOptions, recomputed_layers
-from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.parallel.checks import ABSENT_DEGREES, check_global_batch, check_possible
 from mindformers_ixc.parallel.degrees import DEGREES, Degrees, degrees_of
@@ -20,6 +20,7 @@ from mindformers_ixc.parameters import Entry, layer_of, parameter_table
 from mindformers_ixc.planning.rows import RowMeans
 from mindformers_ixc.preference_options import TASK, needs_reference
 from mindformers_ixc.sections import check_value, whole
+from mindformers_ixc.training_options import GROUP_NETWORK, PAIR_NETWORKS, PREFERENCE_NETWORK
 
 # Parameters MindSpore does not shard over replicas because they are small, KiB (its documented default).
 SHARD_THRESHOLD_KIB = 64
@@ -330,9 +331,12 @@ def read_workload(fields: dict) -> Workload:
     if layout.pipeline_stage == 1:       # MindFormers then counts accumulation steps instead
         layout = replace(layout, micro_batch_num=runner.get("gradient_accumulation_steps") or 1)
     arch = (fields["model"].get("arch") or {}).get("type")
-    preference = arch in ("IXC25ForPreference", "IXC25ForReward")
+    if arch == GROUP_NETWORK:
+        raise ConfigError(f"model.arch.type is {GROUP_NETWORK}, whose graph is not cut; a plan knows layouts that are. "
+                          "Its devices hold the whole model each.")
+    preference = arch in PAIR_NETWORKS
     columns = tuple((fields.get("train_dataset") or {}).get("input_columns") or BATCH_COLUMNS)
-    reference = (arch == "IXC25ForPreference" and "reference_logps" not in columns
+    reference = (arch == PREFERENCE_NETWORK and REFERENCE_COLUMN not in columns
                  and needs_reference(section.get("preference")))
     parts, parallel = fields.get("train_parts"), fields.get("parallel_config") or {}
     return Workload(

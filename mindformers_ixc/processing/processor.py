@@ -75,6 +75,7 @@ class EncodedSample:
         tokens_per_side: tokens along a side of a tile.
         table_index: int32 `(n,)`, row of a vision table of t tiles for each image position, where that is given and not
             worked out from the grids.
+        weights: float32 `(n,)`, how much each label counts; `None` where all count 1.
     """
 
     input_ids: np.ndarray
@@ -84,6 +85,7 @@ class EncodedSample:
     pictures: Tiles
     tokens_per_side: int
     table_index: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pictures, Tiles):
@@ -124,7 +126,7 @@ class EncodedSample:
             pad_token_id: id of padded positions.
 
         Returns:
-            The columns of `mindformers_ixc.data.batch`.
+            The columns of `mindformers_ixc.data.batch`; `loss_weights` only if there are weights.
 
         Raises:
             PromptError: when the sample is larger than the shapes, in positions, tiles or pictures.
@@ -138,7 +140,10 @@ class EncodedSample:
                               "train_dataset.max_images and model.model_config.max_images.")
         rest = seq_length - n
         index = self.vision_index(max_tiles)
+        columns = {} if self.weights is None else {
+            "loss_weights": np.pad(self.weights[1:], (0, rest + 1)).astype(np.float32)}      # shifted as the labels are
         return {
+            **columns,
             "input_ids": np.pad(self.input_ids, (0, rest), constant_values=pad_token_id).astype(np.int32),
             "labels": np.pad(shift_labels(self.labels), (0, rest), constant_values=IGNORE_INDEX).astype(np.int32),
             "pixel_values": _lengthened(self.pictures.local, max_tiles),

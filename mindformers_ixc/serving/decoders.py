@@ -11,6 +11,8 @@ from mindformers_ixc.generation.batching import BatchDecoder
 from mindformers_ixc.generation.engine import CachedDecoder
 from mindformers_ixc.generation.extending import unavailable
 from mindformers_ixc.generation.reuse import Prompt
+from mindformers_ixc.generation.sharded_rows import ShardedRows
+from mindformers_ixc.generation.slots import is_paged
 from mindformers_ixc.processing.processor import EncodedSample
 from mindformers_ixc.serving.scheduling import Job, RowDecoder
 
@@ -48,6 +50,20 @@ class Batched(Whole, BatchDecoder):
     def __init__(self, assistant: Assistant, rows: int, positions: int, piece: int):
         Whole.__init__(self, assistant)
         BatchDecoder.__init__(self, assistant.engine, rows, positions, piece)
+
+
+class Sharded(Whole, ShardedRows):
+    """Rows of one cache that is cut over the devices of a layout.
+
+    Args:
+        assistant: whose model.
+        rows: that are open at most.
+        positions: of prompt and answer.
+    """
+
+    def __init__(self, assistant: Assistant, rows: int, positions: int):
+        Whole.__init__(self, assistant)
+        ShardedRows.__init__(self, assistant.engine, rows, positions)
 
 
 class TurnRow:
@@ -118,6 +134,8 @@ class InTurns(Whole):
 
 def make_decoder(assistant: Assistant, rows: int, positions: int, piece: int) -> RowDecoder:
     """What decodes best here."""
+    if is_parallel() and not is_paged(assistant.model.config):
+        return Sharded(assistant, rows, positions)
     if unavailable():
         return InTurns(assistant, rows)
     return Batched(assistant, rows, positions, piece)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,12 @@ from mindspore.dataset import GeneratorDataset, Sampler
 from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
 from mindformers_ixc.data.columns import unmap
 from mindformers_ixc.data.fitting import Shapes
+from mindformers_ixc.data.groups import GroupTable
 from mindformers_ixc.data.index.keys import Measures
 from mindformers_ixc.data.index.plans import saved
 from mindformers_ixc.data.index.samples import IndexedSource, SampleSet, make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
+from mindformers_ixc.data.learning import ALL
 from mindformers_ixc.data.mixture import Planner, make_planner
 from mindformers_ixc.data.packed_plan import Packing
 from mindformers_ixc.data.packer import Budget
@@ -98,16 +100,17 @@ class IXC25DataLoader:
         fetch: whether http(s) addresses of pictures and videos are fetched, into the user's cache.
         index_dir: where the indices of the sources lie; by default in the user's cache.
         read_timeout: seconds that reading a file may take before the process ends (`mindformers_ixc.reading`).
+        loss_on: which answers carry loss (`mindformers_ixc.data.learning`); by default all.
     """
 
     def __init__(self, dataset_dir: str, image_folder: str | None = None, shuffle: bool = True, seed: int = 0,
                  caption_prompts: Sequence[str] | None = None, mixture: dict | None = None,
                  image_root: str | None = None, ignore_keys: Sequence[str] = (), fetch: bool = False,
-                 index_dir: str | None = None, read_timeout: float | None = None):
+                 index_dir: str | None = None, read_timeout: float | None = None, loss_on: str | None = None):
         self.shuffle, self.seed, self.mixture, self.index_dir = shuffle, seed, mixture, index_dir
         self.read_timeout = read_timeout
         self.section = {"dataset_dir": dataset_dir, "image_folder": image_folder, "caption_prompts": caption_prompts,
-                        "image_root": image_root, "ignore_keys": ignore_keys, "fetch": fetch}
+                        "image_root": image_root, "ignore_keys": ignore_keys, "fetch": fetch, "loss_on": loss_on}
 
     def sources(self, measures: Measures, bad_share: float = 0.0, kind: str = "sample") -> list[IndexedSource]:
         """The sources, each with its index, which is built where there is none; arguments as of `open_sources`.
@@ -165,7 +168,10 @@ def _table(config: MindFormerConfig, kind: str) -> tuple[ConversationTable, Plan
     length = config.seq_length - (SCORE_COLUMN in columns)          # the reward token is measured with no sample
     shapes = Shapes(length, config.max_tiles, config.hd_num or HD_NUM_TRAINING, max_images, segments)
     samples = make_samples(sources, shapes, share, loader.index_dir)
-    make = PreferenceTable if kind == "pair" else ConversationTable
+    make: Callable[..., ConversationTable] = PreferenceTable if kind == "pair" else \
+        partial(ConversationTable, loss_on=options.get("loss_on") or ALL)
+    if config.group_size:
+        make = partial(GroupTable, group_size=config.group_size)
     table = make(processor, samples, config.seq_length, config.max_tiles, shapes.hd_num, share, samples.needs, columns,
                  seed, budget.max_images, segments)
     logger.info(f"{samples.multimodal} multimodal and {len(samples) - samples.multimodal} text-only {kind}s.")
@@ -206,3 +212,11 @@ class IXC25PreferenceDataset(BaseDataset):
         config = cls.check_dataset_config(dataset_config, locals())
         cls.init_dataset_config(config)
         return batched(cls, *_table(config, "pair"), config)
+
+
+@MindFormerRegister.register(MindFormerModuleType.DATASET)
+class IXC25GroupDataset(IXC25SFTDataset):
+    """Prompts for groups of sampled answers; the section is that of `IXC25SFTDataset` with `group_size`.
+
+    Its samples are those of supervised fine-tuning: the last answer of each is what rules compare sampled ones with.
+    """

@@ -3,27 +3,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 from mindformers.tools.register import MindFormerConfig
 from mindformers.tools.utils import get_output_root_path
-from mindspore import Tensor, nn
+from mindspore import nn
 from mindspore.dataset import GeneratorDataset
 from mindspore.mint.distributed import barrier
-from mindspore.ops import functional as F
 from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc import terminal
-from mindformers_ixc.data.batch import BATCH_COLUMNS, full_batches
-from mindformers_ixc.data.fitting import Shapes, check_pixels
-from mindformers_ixc.data.index.samples import make_samples
-from mindformers_ixc.data.index.sources import measures_of, open_sources
-from mindformers_ixc.data.questions import questions_of
-from mindformers_ixc.data.rows import MAX_BAD_SHARE, ListedSamples, check_images
-from mindformers_ixc.data.sections import row_budget
+from mindformers_ixc.data.batch import SCORE_COLUMN
 from mindformers_ixc.device import is_parallel, measuring, reports_loss
 from mindformers_ixc.errors import TrainingError
 from mindformers_ixc.files import ANSWERS_FILE, EVALUATIONS_FILE, read_metrics, write_whole
@@ -31,125 +22,13 @@ from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.cells import of_whole_batches, row_parts
 from mindformers_ixc.generation.store import Store
 from mindformers_ixc.models.ixc25 import IXC25Model
-from mindformers_ixc.processing.image import HD_NUM_TRAINING
-from mindformers_ixc.reading import watch_reads
+from mindformers_ixc.reward_options import reward_options
 from mindformers_ixc.scores import SCORES, score_answers
-from mindformers_ixc.training.datasets import section_processor
+from mindformers_ixc.training.early_stopping import AlreadyOver, why_over
+from mindformers_ixc.training.held_out import HeldOut, HeldOutPairs, MeanLoss, PairScores
 from mindformers_ixc.training.log import steps_of
 from mindformers_ixc.training.progress import measured
-from mindformers_ixc.training_options import LOSSES, evaluation_options
-
-# Questions whose answers are written down at every measurement, spread evenly over the held-out ones.
-SHOWN = 12
-
-
-class MeanLoss(nn.Cell):
-    """The mean loss of a batch, in whatever form the model's own training loss is.
-
-    Args:
-        model: `IXC25Model`; its parameters keep their names.
-    """
-
-    def __init__(self, model: IXC25Model):
-        super().__init__(auto_prefix=False)
-        self.model = model
-
-    def construct(self, input_ids, labels, pixel_values, global_views, view_index, vision_index, image_mask):
-        """float32 scalar of the columns of a batch."""
-        states = self.model.states(input_ids, pixel_values, global_views, view_index, vision_index, image_mask)
-        loss = self.model.loss(self.model.head_losses(states, labels), labels)
-        if isinstance(loss, tuple):      # sum and count, of a step in micro batches
-            return loss[0] / F.maximum(loss[1], 1.0)
-        return loss
-
-
-class HeldOut:
-    """Held-out conversations, measured once and encoded anew for every measurement: their pictures take much memory.
-
-    Args:
-        data: the `train_dataset` section: shapes and tokenizer.
-        options: of `evaluation_options`.
-
-    Raises:
-        DataError: for samples that cannot be used, also with a picture that is damaged behind its header: before the
-            run, and not at its first measurement.
-    """
-
-    def __init__(self, data: MindFormerConfig, options: dict):
-        self.processor, self.options = section_processor(data), options
-        hd_num = data.hd_num or HD_NUM_TRAINING
-        self.max_images = row_budget(data).max_images
-        loader = data.data_loader or {}      # what it says of trust and of keys holds for held-out samples too
-        watch_reads(loader.get("read_timeout"))
-        held_out = {"dataset_dir": options["dataset_dir"], "image_folder": options["image_folder"],
-                    **{key: loader.get(key) for key in ("image_root", "ignore_keys")}}
-        sources = open_sources(held_out, 0, measures_of(data, self.processor), loader.get("index_dir"))
-        samples = make_samples(sources, Shapes(data.seq_length, data.max_tiles, hd_num), MAX_BAD_SHARE,
-                               loader.get("index_dir"))
-        self.samples = list(islice(samples, options["max_samples"]))
-        check_pixels(self.samples)
-        check_images(ListedSamples(self.samples), self.max_images)
-        self.shape = (data.seq_length, data.max_tiles, hd_num)
-
-    def rows(self, shuffled: bool):
-        """Columns of every sample, one after another; `shuffled` gives each the images of a later one."""
-        length, tiles, hd_num = self.shape
-        with_images = [sample for sample in self.samples if sample.images]
-        for sample in self.samples:
-            images = sample.images
-            if shuffled and images:
-                images = next((other.images for other in _after(with_images, sample)
-                               if len(other.images) == len(images) and other.images != images), images)
-            encoded = self.processor.encode_conversation(sample.turns, images, sample.where, hd_num)
-            if len(encoded.input_ids) <= length and encoded.tiles <= tiles:
-                yield encoded.pad(length, tiles, self.max_images, self.processor.pad_token_id)
-
-    def loss(self, mean_loss: MeanLoss, shuffled: bool = False) -> float:
-        """Mean loss over labelled positions of all samples."""
-        total = count = 0.0
-        for batch, _ in full_batches(self.rows(shuffled), self.options["batch_size"], _without_labels):
-            labelled = sum(int((row["labels"] != -100).sum()) for row in batch)
-            columns = [Tensor(np.stack([row[name] for row in batch])) for name in BATCH_COLUMNS]
-            total += float(mean_loss(*columns).asnumpy()) * labelled
-            count += labelled
-        return total / max(count, 1.0)
-
-    def answers(self, assistant: Assistant) -> tuple[list[str], list[str]]:
-        """Answers to every question, and what was expected."""
-        questions, found = questions_of(self.samples), []
-        for batch, real in full_batches(questions, self.options["batch_size"]):
-            replies = assistant.answer([question.request(None) for question in batch], self.options["mode"],
-                                       max_new_tokens=self.options["max_new_tokens"])
-            found += replies[:real]
-        return found, [question.expected.strip() for question in questions]
-
-
-    def shown(self, answers: list[str]) -> list[dict]:
-        """Some questions with their pictures and answers, the same ones at every measurement.
-
-        Args:
-            answers: to every question, as `answers` gives them.
-        """
-        questions = questions_of(self.samples)
-        count = min(SHOWN, len(questions))
-        chosen = [number * len(questions) // count for number in range(count)]
-        return [{"sample": questions[i].sample, "question": questions[i].query,
-                 "images": [_lasting(image) for image in questions[i].images],
-                 "expected": questions[i].expected.strip(), "answer": answers[i]} for i in chosen]
-
-
-def _lasting(image: object) -> str:
-    """A picture's path as it is right from every folder."""
-    return str(image) if str(image).startswith("pkg:") else str(Path(str(image)).resolve())
-
-
-def _without_labels(row: dict) -> dict:
-    return {**row, "labels": np.full_like(row["labels"], -100)}
-
-
-def _after(samples: list, sample) -> list:
-    index = next(i for i, other in enumerate(samples) if other is sample)
-    return samples[index + 1:] + samples[:index]
+from mindformers_ixc.training_options import evaluation_options, sign_of
 
 
 class Training(Protocol):
@@ -170,6 +49,9 @@ class Evaluation(Callback):
     A measurement that was due at the step from which a run is resumed, and that the earlier run did not come to, is
     made up first. So the rows of a resumed run are those of one that was not interrupted.
 
+    With `early_stopping` it ends the run when too many measurements in a row were no better; that follows from the rows
+    alone, so a resumed run ends where the other would have.
+
     Args:
         trainer: `IXC25Trainer`; gives the model and writes directories.
         section: `evaluation` of the YAML.
@@ -178,13 +60,18 @@ class Evaluation(Callback):
     Raises:
         ConfigError: see `training_options.evaluation_options`.
         TrainingError: while training, when a measurement cannot be written and `on_save_error` is `stop`.
+        AlreadyOver: when a run is resumed that has ended early.
+
+    Attributes:
+        why_over: why the run has ended early; `None` otherwise.
     """
 
     def __init__(self, trainer: Training, section: dict, data: MindFormerConfig):
-        self.trainer, self.options = trainer, evaluation_options(section)
-        self.held_out = HeldOut(data, self.options)
+        self.is_scored = SCORE_COLUMN in (data.get("input_columns") or ())
+        self.trainer, self.options = trainer, evaluation_options(section, self.is_scored)
+        self.held_out = (HeldOutPairs if self.is_scored else HeldOut)(data, self.options)
         self.path = Path(get_output_root_path()) / EVALUATIONS_FILE
-        self.mean_loss: nn.Cell | None = None
+        self.graph: nn.Cell | None = None       # `MeanLoss`, or `PairScores` of a reward model
         self.steps = 0       # of the whole run, once it has begun
         # what was measured so far, one row a step: in a parallel run every rank measures, knows all rows and so
         # decides alike, and one of them writes
@@ -192,6 +79,7 @@ class Evaluation(Callback):
         self.answers: list[dict] = []      # the answers that are written down, one row a step
         self.said: list[dict] = []         # those of the measurement that is being made
         self.watchers: list[Callable[[dict], None]] = []      # are told every row
+        self.why_over: str | None = None
 
     def on_train_begin(self, run_context: RunContext) -> None:
         """Drops rows of steps that will be done again, and makes up what the step gone on from lacks."""
@@ -210,6 +98,9 @@ class Evaluation(Callback):
                 self._measure(start)
             elif self._is_best(self.rows) and not has_best:
                 self.trainer.save_directory("best")
+            if start < self.steps and self._is_over():
+                run_context.original_args().run_failed = True      # there is no step of which to save anything
+                raise AlreadyOver
 
     def _is_due(self, step: int) -> bool:
         return step == self.steps or (bool(self.options["every"]) and step % self.options["every"] == 0)
@@ -219,6 +110,14 @@ class Evaluation(Callback):
         done = self._done(run_context)
         if done < self.steps and self._is_due(done):
             self._measure(done)
+            if self._is_over():
+                run_context.request_stop()
+
+    def _is_over(self) -> bool:
+        """Whether the measurements so far end the run."""
+        if self.options["early_stopping"] is not None:
+            self.why_over = why_over(self.rows, **self.options["early_stopping"])
+        return self.why_over is not None
 
     def on_train_end(self, run_context: RunContext) -> None:
         """Measures the final model; not one that was stopped on the way."""
@@ -274,25 +173,33 @@ class Evaluation(Callback):
 
     def _values(self, model: IXC25Model) -> dict[str, float]:
         """Every metric that was asked for."""
-        values, metrics = {}, self.options["metrics"]
         model.set_train(False)
-        if self.mean_loss is None:
-            self.mean_loss = MeanLoss(model)      # one cell, one graph
+        if self.graph is None:
+            self.graph = (PairScores if self.is_scored else MeanLoss)(model)      # one cell, one graph
             if is_parallel():
-                self.mean_loss = of_whole_batches(self.mean_loss, model.config)
+                self.graph = of_whole_batches(self.graph, model.config)
                 parts = row_parts(model.config)
                 self.options["batch_size"] = -(-self.options["batch_size"] // parts) * parts
+        if isinstance(self.held_out, HeldOutPairs):
+            values = self.held_out.values(self.graph, self.options["metrics"], reward_options(model.config.reward))
+        else:
+            values = self._of_conversations(model)
+        model.set_train(True)
+        return values
+
+    def _of_conversations(self, model: IXC25Model) -> dict[str, float]:
+        """Metrics of a model that writes."""
+        values, metrics = {}, self.options["metrics"]
         if "loss" in metrics:
-            values["loss"] = self.held_out.loss(self.mean_loss)
+            values["loss"] = self.held_out.loss(self.graph)
         if "shuffled_loss" in metrics:
-            values["shuffled_loss"] = self.held_out.loss(self.mean_loss, shuffled=True)
+            values["shuffled_loss"] = self.held_out.loss(self.graph, shuffled=True)
         scores = [metric for metric in metrics if metric in SCORES]
         if scores:
             answers, expected = self.held_out.answers(self._assistant(model))
             values.update(score_answers(answers, expected, scores))
             self.said = self.held_out.shown(answers)
             self._assistant(model).engine.caches.clear()      # memory that training needs
-        model.set_train(True)
         return values
 
     def _not_saved(self, error: OSError, step: int) -> None:
@@ -314,6 +221,5 @@ class Evaluation(Callback):
         name = self.options["keep_best"]
         if name is None:
             return False
-        sign = 1 if name in LOSSES else -1
-        values = [sign * row[name] for row in rows if isinstance(row.get(name), (int, float))]
-        return all(values[-1] < value for value in values[:-1])
+        values = [sign_of(name) * row[name] for row in rows if isinstance(row.get(name), (int, float))]
+        return all(values[-1] > value for value in values[:-1])

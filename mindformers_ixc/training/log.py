@@ -27,20 +27,23 @@ from mindformers_ixc.preference_options import needs_reference, preference_optio
 from mindformers_ixc.sections import is_whole
 from mindformers_ixc.training.averaging import averages_of
 from mindformers_ixc.training.progress import Progress
-from mindformers_ixc.training.step import ENTRIES, PREFERENCE, StepPlan
+from mindformers_ixc.training.spikes import SpikeWatch
+from mindformers_ixc.training.step import ENTRIES, GROUPS, PREFERENCE, StepPlan
 from mindformers_ixc.training.stopping import Stopping
 from mindformers_ixc.training.tensorboard import TENSORBOARD_FOLDER, ScalarFile
 from mindformers_ixc.training.throughput import Throughput, TimeLeft, scalars, work_of
+from mindformers_ixc.training_options import spike_options
 
 
 class TrainingLog(Callback):
     """Writes `metrics.jsonl`, one JSON object a step, and stops a run whose loss is no number.
 
-    Each row has step, epoch, loss, learning_rate, grad_norm, overflow; `samples`, the numbers of the batch's samples;
-    `seconds` of a step, `data_wait`, the share of them that went by before the batch was there (unknown with a data
-    sink, where the device itself takes it), `seconds_left` of the run, `samples_per_second`, and what
-    `throughput.Throughput` gives; with sources `sources`: loss and labelled tokens of each, and `tokens` of all; for
-    preference pairs the rewards. Some of it is printed as a line, and all of it may be drawn in TensorBoard.
+    Each row has step, epoch, loss, learning_rate, grad_norm, overflow and, where steps may be skipped, `skipped`;
+    `samples`, the numbers of the batch's samples; `seconds` of a step, `data_wait`, the share of them that went by
+    before the batch was there (unknown with a data sink, where the device itself takes it), `seconds_left` of the run,
+    `samples_per_second`, and what `throughput.Throughput` gives; with sources `sources`: loss and labelled tokens of
+    each, and `tokens` of all; for preference pairs and groups of answers their report. Some of it is printed as a line, and all of it may be
+    drawn in TensorBoard.
 
     Args:
         folder: the run's.
@@ -48,18 +51,21 @@ class TrainingLog(Callback):
         device_tflops: peak of a device, 10^12 operations a second; 0 if unknown.
         tensorboard: whether the numbers go to `<folder>/tensorboard` too.
         print_every: steps between two lines at most, where there is no bar.
+        skip_spikes: options of `SpikeWatch`, where steps may be skipped; rows say then whether they were (`skipped`).
 
     Attributes:
         stopped_after: the step after which the run stopped because it was asked to, else `None`.
         step_end: `StepEnd`, which has to be the last callback of the run.
         watchers: are told every row that is written.
         header: gives what is shown before the first step.
+        next_step: the step that is being made, counted from 0 over the whole run.
     """
 
     def __init__(self, folder: str | os.PathLike, on_error: str = "stop", device_tflops: float = 0.0,
-                 tensorboard: bool = False, print_every: int = 1):
+                 tensorboard: bool = False, print_every: int = 1, skip_spikes: dict | None = None):
         self.path, self.on_error = Path(folder) / METRICS_FILE, on_error
         self.device_tflops, self.tensorboard, self.print_every = device_tflops, tensorboard, print_every
+        self.spikes = None if skip_spikes is None else SpikeWatch(**skip_spikes)
         self.average: dict = {}
         self.stopping = Stopping(Path(folder))
         self.stopped_after: int | None = None
@@ -98,6 +104,10 @@ class TrainingLog(Callback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, "".join(json.dumps(rows[step]) + "\n" for step in sorted(rows)
                                            if step <= self.start), sync=True)
+            if self.spikes is not None:
+                for step in sorted(step for step in rows if step <= self.start):
+                    self.spikes.add(rows[step])
+                self.spikes.set_limits(run_context.original_args().train_network)
             self.throughput, self.time_left = self._throughput(), TimeLeft()
             if self.tensorboard:
                 self._open_scalars(run_context.original_args())
@@ -110,10 +120,10 @@ class TrainingLog(Callback):
         self.step_end.mark()
 
     def _throughput(self) -> Throughput | None:
-        """What numbers of operations rest on; none for a model that is not this package's."""
+        """What numbers of operations rest on; none for a model that is not this package's, and for sampled answers."""
         model = self.trainer.trained_model
         config = getattr(model, "config", None)
-        if not isinstance(config, ModelConfig):
+        if not isinstance(config, ModelConfig) or self.plan.report == GROUPS:
             return None
         trained = {str(part_of(parameter.name)) for parameter in model.trainable_params()}
         return Throughput(config, trained, group_size(), self.device_tflops, self._reference(config))
@@ -126,8 +136,9 @@ class TrainingLog(Callback):
         return preference_options(config.preference)["task"]
 
     def on_train_step_begin(self, run_context: RunContext) -> None:
-        """Notes when the batch was there."""
+        """Notes when the batch was there, and of which step it is."""
         self.began = time.perf_counter()
+        self.next_step = self.start + run_context.original_args().cur_step_num - 1
 
     def on_train_step_end(self, run_context: RunContext) -> None:
         """Writes the row of the step that has ended.
@@ -145,6 +156,8 @@ class TrainingLog(Callback):
                "learning_rate": _number(rate), "overflow": bool(np.any(overflow.asnumpy()))}
         if norm is not None:
             row["grad_norm"] = _number(norm)
+        if self.spikes is not None:
+            row["skipped"] = bool(_number(parameters.train_network.was_spike))
         if self.writes:
             row.update(self._speed(step, parameters.dataset_sink_mode))
         if self.plan.report:
@@ -160,10 +173,31 @@ class TrainingLog(Callback):
                                 f"{self.describe(step - 1)}). The step was not taken and no checkpoint was written; "
                                 "the last one is good. Look at those samples or lower the learning rate, then go on "
                                 "with resume_training.")
+        if self.spikes is not None:
+            self._watch_spikes(self.spikes, row, parameters)
         if step < self.total and self.stopping.is_due(step):
             self.stopped_after = step
             run_context.request_stop()
         self.step_end.mark()
+
+    def _watch_spikes(self, spikes: SpikeWatch, row: dict, parameters: Any) -> None:
+        """Says of a step that it was skipped, and sets the limits of the next one.
+
+        Raises:
+            TrainingError: when too many in a row were skipped.
+        """
+        step = row["step"]
+        if row["skipped"]:
+            samples = self.describe(step - 1)
+            terminal.current.say(f"Step {step} was skipped: {spikes.why(row)} (its samples: {samples}).")
+        spikes.add(row)
+        if spikes.in_a_row > spikes.most_in_a_row:
+            parameters.run_failed = True
+            raise TrainingError(f"Step {step}: {spikes.in_a_row} steps in a row were skipped as spikes, more than "
+                                f"skip_spikes.most_in_a_row {spikes.most_in_a_row}. The weights are those before them "
+                                "and the last checkpoint is good; raise the limits or lower the learning rate, then go "
+                                "on with resume_training.")
+        spikes.set_limits(parameters.train_network)
 
     def on_train_end(self, run_context: RunContext) -> None:
         """Notes that what follows is written whole before the process may end."""
@@ -278,9 +312,10 @@ def log_options(config: Any) -> dict:
         config: the run's `MindFormerConfig`. A section `tensorboard` is MindFormers' own.
     """
     monitor: dict = next((one for one in config.get("callbacks") or () if one.get("type") == "MFLossMonitor"), {})
-    every = monitor.get("per_print_times")
+    every, spikes = monitor.get("per_print_times"), config.get("skip_spikes")
     return {"on_error": config.get("on_save_error") or "stop", "device_tflops": config.get("device_tflops") or 0.0,
-            "tensorboard": config.get("tensorboard") is True, "print_every": every if is_whole(every, 1) else 1}
+            "tensorboard": config.get("tensorboard") is True, "print_every": every if is_whole(every, 1) else 1,
+            "skip_spikes": None if spikes is None else spike_options(dict(spikes))}
 
 
 def steps_of(runner: Any, dataset: GeneratorDataset) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mindformers.models.modeling_utils import PreTrainedModel
@@ -19,8 +20,11 @@ from mindspore import nn
 from mindformers_ixc.config import MODE_ADAPTERS, TASK_LORA_RANKS
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.files import write_whole
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.layers import PartialLoRALinear
+from mindformers_ixc.training.lora import adapter_config, lora_scale
+from mindformers_ixc.training_options import DORA_ALONE
 
 # Of Partial LoRA in the public model, for a plain InternLM2 whose YAML does not say.
 DEFAULT_RANK, DEFAULT_DROPOUT = 256, 0.05
@@ -189,22 +193,29 @@ class TaskLoRAModel(_LowRankModel):
 
 
 class IXC25LoraModel(LoraModel):
-    """MindFormers' `lora` for this model, whose linears MindFormers does not know."""
+    """MindFormers' `lora` for this model, whose linears MindFormers does not know.
+
+    Beside MindFormers' keys `pet_config` has PEFT's `use_rslora` (`lora_scale`) and `use_dora` (`models.magnitudes`).
+    """
 
     def add_adapter(self, base_model: nn.Cell):
         """Adds the pairs to every linear whose path `target_modules` matches.
 
         Raises:
-            ConfigError: when it matches none.
+            ConfigError: when it matches none, and for DoRA in a parallel run.
         """
         config, found = self.config.pet_config, []
+        scale = lora_scale(config)
+        has_dora = bool(config.get("use_dora"))
+        if has_dora and is_parallel():
+            raise ConfigError(DORA_ALONE)
         paths = {id(cell): path for path, cell in base_model.cells_and_names()}
 
         def add(cell: nn.Cell) -> None:
             path = paths[id(cell)]
             # MindFormers matches the cell's own name, PEFT-like patterns the path
             if re.fullmatch(config.target_modules, path) or re.fullmatch(config.target_modules, path.split(".")[-1]):
-                cell.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
+                cell.add_lora(config.lora_rank, scale, config.lora_dropout, has_dora)
                 found.append(path)
 
         inject(base_model, add)
@@ -212,6 +223,11 @@ class IXC25LoraModel(LoraModel):
             raise ConfigError(f"pet_config of type 'lora': target_modules {config.target_modules!r} matches no linear; "
                               "they are named wqkv, wo, w1, w2 and w3.")
         return base_model
+
+
+    def save_pet_config(self, save_path: str) -> None:
+        """Writes `adapter_config.json` as PEFT reads it; MindFormers' own would have patterns for names."""
+        write_whole(Path(save_path), json.dumps(adapter_config(self.config.pet_config, self.network), indent=2) + "\n")
 
 
 def lora_model(config: PetConfig, base_model: PreTrainedModel) -> LoraModel:

@@ -101,7 +101,8 @@ def _fill_in(section: dict, recorded: dict) -> None:
         now.update({name: before[name] for name in names if now.get(name) is None and name in before})
 
 
-def load_start(model: IXC25Model, start: str, section: MutableMapping, override: Collection[str] = ()) -> None:
+def load_start(model: IXC25Model, start: str, section: MutableMapping, override: Collection[str] = (),
+               added: Collection[str] = ()) -> None:
     """Loads the weights of a stand-alone run into its model.
 
     Args:
@@ -109,8 +110,11 @@ def load_start(model: IXC25Model, start: str, section: MutableMapping, override:
         start: the checkpoint.
         section: the run's `model_config`; see `begin`.
         override: fields of it that hold against the checkpoint's configuration.
+        added: parts that the PET type has put into the model where it lacked them.
 
     Raises:
         CheckpointError: see `load_weights`.
     """
-    load_weights(model, start, begin(section, open_source(start, verify=False), override))
+    recipe = begin(section, open_source(start, verify=False), override)
+    recipe.new |= set(added)
+    load_weights(model, start, recipe)

@@ -20,36 +20,40 @@ from mindspore.train.callback import Callback, RunContext
 
 from mindformers_ixc import interruption, terminal
 from mindformers_ixc.checkpoint.model_directory import weights_of, write_model_directory
-from mindformers_ixc.checkpoint.start import OVERRIDE
+from mindformers_ixc.checkpoint.start import OVERRIDE, pet_parts
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.data.questions import as_typed
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.data.sections import check_shapes
 from mindformers_ixc.decoding_options import PREDICT_BATCH_SIZE, check_reward
-from mindformers_ixc.device import is_parallel, rank, reports_loss, share_results
+from mindformers_ixc.device import compute_alone, is_parallel, rank, reports_loss, share_results
 from mindformers_ixc.errors import ConfigError, DataError, TrainingError
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.best_of import BestOf, load_scorer
 from mindformers_ixc.generation.options import GenerationOptions, check_mode, known_options
 from mindformers_ixc.generation.predict import best_batch, predict, work_through
 from mindformers_ixc.generation.requests import read_requests
+from mindformers_ixc.grpo_options import rollout_options
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.placement import mark_backward_end
-from mindformers_ixc.parallel.degrees import inference_layout
+from mindformers_ixc.parallel.degrees import are_replicas, inference_layout
 from mindformers_ixc.parameters import part_of
 from mindformers_ixc.resources import shown
 from mindformers_ixc.training.averaging import averaged_weights
 from mindformers_ixc.training.checkpoints import MONITOR, safe_checkpoints
+from mindformers_ixc.training.early_stopping import AlreadyOver
 from mindformers_ixc.training.evaluation import Evaluation
 from mindformers_ixc.training.joining import Joiner, PartsElsewhere
-from mindformers_ixc.training.log import StepEnd, TrainingLog, log_options
+from mindformers_ixc.training.log import StepEnd, TrainingLog, log_options, steps_of
+from mindformers_ixc.training.lora import begin_magnitudes, folded_weights, lora_linears, write_adapter
 from mindformers_ixc.training.optimizer import native_optimizer
 from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, stop_dropout, train_only
 from mindformers_ixc.training.progress import header
 from mindformers_ixc.training.resume import checkpoints_in, mark_finished
+from mindformers_ixc.training.rollout import Rollout, stretch_schedule
 from mindformers_ixc.training.run_folder import in_job
 from mindformers_ixc.training.starting import load_start
-from mindformers_ixc.training.step import StepPlan, plan_step
+from mindformers_ixc.training.step import GROUPS, StepPlan, plan_step
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +97,15 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
     """
     lines = []
     if "trained_parts" in written:
-        parts = sorted({str(part_of(parameter.name)) for parameter in model.trainable_params()})
-        place = shown(folder / "trained_parts")
-        lines += [f"Of it, {', '.join(parts)} alone are in {place}; put them on any checkpoint with",
-                  f"    mindformers merge BASE TARGET --attach {shlex.quote(place)}"]
+        place, has_pairs = shown(folder / "trained_parts"), bool(lora_linears(model))
+        parts = ["pairs of LoRA"] if has_pairs else sorted({str(part_of(parameter.name))
+                                                            for parameter in model.trainable_params()})
+        line = f"Of it, {', '.join(parts)} alone are in {place}"
+        if has_pairs and model.config.reward_pooling is not None:     # they belong to the head, which no base has
+            lines.append(f"{line}.")
+        else:
+            lines += [f"{line}; put them on any checkpoint with",
+                      f"    mindformers merge BASE TARGET --{'lora' if has_pairs else 'attach'} {shlex.quote(place)}"]
     model_path = shown(folder / "model")
     if model.config.reward_pooling is not None:
         return "\n".join([*lines, f"The trained model is in {model_path}. It scores answers, a JSON object a line:",
@@ -109,16 +118,20 @@ def closing_lines(folder: Path, written: list[str], model: IXC25Model, table: Co
 
 
 class ResumableModel(Model):
-    """MindSpore's `Model`, which trains nothing when a resumed run has done all its steps; there it is an error."""
+    """MindSpore's `Model`, which trains nothing when a resumed run is over already; there that is an error."""
 
     def train(self, epoch, train_dataset, callbacks=None, dataset_sink_mode=False, sink_size=-1, initial_epoch=0):
         """Trains; with no step left this package's callbacks write what is missing. Arguments as there."""
+        begun = False
         if initial_epoch < epoch:
-            super().train(epoch, train_dataset, callbacks, dataset_sink_mode, sink_size, initial_epoch)
-            return
+            try:
+                super().train(epoch, train_dataset, callbacks, dataset_sink_mode, sink_size, initial_epoch)
+                return
+            except AlreadyOver:
+                begun = True
         own = [callback for callback in callbacks or [] if isinstance(callback, (TrainingLog, Evaluation))]
         context = RunContext(_Parameters(train_network=self._train_network, cur_step_num=0))
-        for callback in own:
+        for callback in own if not begun else ():
             callback.on_train_begin(context)
         for callback in own:
             callback.on_train_end(context)
@@ -152,6 +165,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         super().__init__(model_name)
         self.plan = StepPlan()
         self.log: TrainingLog | None = None
+        self.evaluation: Evaluation | None = None
         self.start = ""
 
     @property
@@ -168,6 +182,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         Raises:
             ConfigError: when `train_parts` names a part of which nothing can train.
         """
+        # MindFormers takes the type out of the section while it builds
+        added = pet_parts(self.config.model.model_config.get("pet_config"))
         with terminal.current.doing("Building the network"):
             network = super().create_network(default_args=default_args)
         model = self.trained_model
@@ -175,11 +191,12 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             if self.start:
                 with terminal.current.doing(f"Loading the weights of {self.start}"):
                     load_start(model, self.start, dict(self.config.model.model_config),
-                               self.config.get(OVERRIDE) or ())
+                               self.config.get(OVERRIDE) or (), added)
             if self.config.get("train_parts") is not None:
                 train_only(model, self.config.train_parts)
             if not any(part_of(parameter.name) == "partial_lora" for parameter in model.trainable_params()):
                 stop_dropout(model)
+            begin_magnitudes(model)
             if is_parallel():
                 mark_backward_end(model)
             terminal.current.log(parts_table(model))
@@ -203,7 +220,13 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             section[key] = value
         if self.log is not None and isinstance(self.trained_model, IXC25Model):
             self.log.header = lambda: header(self)
-        return super().create_model_wrapper(network, optimizer)
+        cell = super().create_model_wrapper(network, optimizer)
+        if self.plan.report == GROUPS:
+            options = rollout_options(self.config.get("rollout"))
+            cell.updates = options["updates"]
+            cell.rollout = Rollout(self.trained_model, self.train_dataset, options, self.config.seed or 0,
+                                   self.plan.micro_batches, self.log)
+        return cell
 
     @staticmethod
     def sort_callbacks(default_callbacks: list[Callback]) -> list[Callback]:
@@ -225,6 +248,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         self.plan = self.plan.with_sources(dataset.conversations.source_names)
         self.config.model.model_config.num_sources = len(self.plan.sources)
         self.log.bind(dataset, self.plan, self)
+        if self.plan.report == GROUPS:
+            stretch_schedule(self.config, steps_of(self.config.runner_config, dataset))
         return dataset
 
     def train(self, config=None, network=None, dataset=None, wrapper=None, optimizer=None, callbacks=None, **kwargs):
@@ -246,7 +271,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         self.log = TrainingLog(get_output_root_path(), **log_options(config))
         callbacks = [*(callbacks or []), self.log, self.log.step_end]
         if config.get("evaluation"):
-            callbacks.append(Evaluation(self, dict(config.evaluation), config.train_dataset))
+            self.evaluation = Evaluation(self, dict(config.evaluation), config.train_dataset)
+            callbacks.append(self.evaluation)
         try:
             with safe_checkpoints(on_error) as saved, resumable_model():
                 super().train(config=config, network=network, dataset=dataset, wrapper=wrapper, optimizer=optimizer,
@@ -324,6 +350,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
     def _close(self, text: str, written: list[str], joined: bool = True) -> None:
         """Says what the run has left, and notes it; of several ranks' output the launcher's is the last."""
+        if self.evaluation is not None and self.evaluation.why_over is not None:
+            text = f"{self.evaluation.why_over}\n{text}"
         mark_finished(get_output_root_path(), written, text, joined)
         if not in_job():
             terminal.current.say(text)
@@ -338,7 +366,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         """Writes directories from memory; returns their names."""
         written, names = ["model"], self._partial(model)
         if names is not None:
-            self.save_directory("trained_parts", names)
+            self._write_parts(names, weights_of(model, names))
             written.append("trained_parts")
         self.save_directory("model")
         if self.log is not None and self.log.average:
@@ -356,7 +384,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
                     return []
                 written, names = ["model"], self._partial(model)
                 if names is not None:
-                    self._write_directory("trained_parts", {name: whole.weights[name] for name in names})
+                    self._write_parts(names, whole.weights)
                     written.append("trained_parts")
                 self._write_directory("model", whole.weights)
                 if whole.averages:
@@ -393,7 +421,18 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         except PartsElsewhere as error:
             terminal.current.say(f"{error} So {name} is not written.")
 
+    def _write_parts(self, names: list[str], weights: dict[str, LazyTensor]) -> None:
+        """Writes what trained alone; an ordinary LoRA as PEFT keeps it."""
+        parts = {name: weights[name] for name in names}
+        if lora_linears(self.trained_model):
+            target = os.path.join(get_output_root_path(), "trained_parts")
+            write_adapter(target, self.trained_model.config.pet_config, self.trained_model, parts)
+        else:
+            self._write_directory("trained_parts", parts)
+
     def _write_directory(self, name: str, tensors: dict[str, LazyTensor]) -> None:
+        """Writes a directory of weights, all or some; of ordinary pairs those they are folded into."""
+        tensors = folded_weights(self.trained_model, tensors)
         data = self.config.train_dataset
         write_model_directory(self.trained_model, tensors, os.path.join(get_output_root_path(), name),
                               data.tokenizer.vocab_file, data.hd_num,
@@ -411,7 +450,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
         Returns:
             `{"request": line, "answer": text}` or `{"request": line, "error": sentence}` for each line, in order; they
-            are also in `<output_dir>/predictions.jsonl`. A run that was interrupted goes on where it stopped.
+            are also in `<output_dir>/predictions.jsonl`. A run that was interrupted goes on where it stopped. With
+            `parallel_config.data_parallel` each replica answers its share, and all get the whole.
 
         Raises:
             DataError: when the output folder holds answers to other requests, or of another model or options.
@@ -427,7 +467,11 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         folder = get_output_root_path()
         section = dict(config.model.model_config) if config.model else {}
         fields = {key: section[key] for key in INFERENCE_FIELDS if key in section}
-        if is_parallel():
+        replicas = 1
+        if is_parallel() and are_replicas(config.parallel_config):
+            replicas = config.parallel_config.data_parallel
+            compute_alone()
+        elif is_parallel():
             share_results()
             fields["parallel_config"] = inference_layout(config.parallel_config)
 
@@ -436,11 +480,11 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
 
         requests = read_requests(input_data)
         if best_of is None:
-            answers = predict(load, requests, folder, run, size, mode, options)
+            answers = predict(load, requests, folder, run, size, mode, options, replicas)
         else:
             answers = work_through(lambda: BestOf(load(), best_of, load_scorer(reward, fields)),
                                    lambda best, batch: best_batch(best, batch, mode, options), requests, folder, run,
-                                   size)
+                                   size, replicas=replicas)
         failed = sum("error" in answer for answer in answers)
         note = f" {failed} of {len(answers)} requests failed; their lines have an 'error'." if failed else ""
         if rank() == 0:

@@ -6,6 +6,7 @@ clipping, grouped learning rates, the skipped update) is MindFormers' own.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mindspore as ms
@@ -18,7 +19,7 @@ from mindspore.ops import composite as C
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
-from mindformers_ixc.models.loss import IGNORE_INDEX
+from mindformers_ixc.models.loss import IGNORE_INDEX, LEAST_WEIGHT
 from mindformers_ixc.models.report import REPORT_NAME
 from mindformers_ixc.native import training
 from mindformers_ixc.training.kept_graphs import compile_kept
@@ -73,14 +74,17 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
         network: gives the loss, or loss and report.
         optimizer: MindFormers' optimizer.
         micro_batches: parts of a batch, one after another; divides the batch.
-        labels_column: which input has the labels: the parts' losses then weigh as their labelled positions, so that the
-            step is that of the whole batch. `None` weighs all parts the same (losses that are means over samples).
+        labels_column: which input has the labels, or the weights of their losses: the parts' losses then weigh as their
+            labelled positions, or the sum of the weights, so that the step is that of the whole batch. `None` weighs
+            all parts the same (losses that are means over samples).
         report_shape: shape of the report; `None` if the network gives just a loss.
+        skips_spikes: whether a step is not taken whose loss or gradient norm is above its limit in `spike_limits`;
+            `was_spike` says whether that was so. Limits are infinite until somebody sets them.
         **kwargs: see `MFTrainOneStepCell`.
     """
 
     def __init__(self, network: nn.Cell, optimizer: nn.Cell, micro_batches: int = 1, labels_column: int | None = None,
-                 report_shape: tuple | None = None, **kwargs: Any):
+                 report_shape: tuple | None = None, skips_spikes: bool = False, **kwargs: Any):
         super().__init__(network, optimizer, **kwargs)
         self.micro_batches, self.labels_column = micro_batches, labels_column
         self.map = C.HyperMap()
@@ -89,6 +93,11 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
             self.train_report = Parameter(Tensor(np.zeros(report_shape, np.float32)), name=REPORT_NAME,
                                           requires_grad=False)
             self.sum_replicas = P.AllReduce() if self.reducer_flag else None      # data parallel mode
+        self.skips_spikes = skips_spikes
+        if skips_spikes:
+            limits, was_spike = np.full(2, np.inf, np.float32), np.zeros(1, np.float32)
+            self.spike_limits = Parameter(Tensor(limits), name="spike_limits", requires_grad=False)
+            self.was_spike = Parameter(Tensor(was_spike), name="was_spike", requires_grad=False)
         self.is_native = (not self.is_distributed
                           and training.available(*[parameter.dtype for parameter in optimizer.parameters]))
         self.takes_factor = takes_factor(optimizer)
@@ -119,10 +128,22 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
             if self.sum_replicas is not None:
                 report = self.sum_replicas(report)
             loss = F.depend(loss, F.assign(self.train_report, report))
-        if not overflow:
+        skipped = overflow
+        if self.skips_spikes:
+            spike = self.is_spike(loss, norm)
+            loss = F.depend(loss, F.assign(self.was_spike, F.reshape(F.cast(spike, mstype.float32), (1,))))
+            skipped = F.logical_or(overflow, spike)
+        if not skipped:
             done = self.optimizer(grads, factor) if self.takes_factor else self.optimizer(grads)
             loss = F.depend(loss, done)
         return loss, overflow, scale, rate, norm
+
+    def is_spike(self, loss, norm):
+        """Whether loss or norm (`None` without clipping) is above its limit, bool; what is no number is not."""
+        spike = F.greater(F.reshape(F.cast(loss, mstype.float32), ()), self.spike_limits[0])
+        if norm is not None:
+            spike = F.logical_or(spike, F.greater(F.reshape(norm, ()), self.spike_limits[1]))
+        return spike
 
     def clipped(self, grads, scale):
         """Overflow check and clipping in one pass over gradients that are still multiplied by `scale`.
@@ -171,7 +192,7 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
                 part = (*part, column[number * size:(number + 1) * size])
             weight = 1.0 / self.micro_batches
             if total is not None:
-                weight = self.labelled(part[self.labels_column]) / F.maximum(total, 1.0)
+                weight = self.labelled(part[self.labels_column]) / F.maximum(total, LEAST_WEIGHT)
             value, extra, gradient = self.loss_and_gradients(part, self.scale_sense * weight)
             loss = value * weight if loss is None else loss + value * weight
             grads = gradient if grads is None else self.map(_add, grads, gradient)
@@ -181,7 +202,9 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
 
     @staticmethod
     def labelled(labels):
-        """Number of labelled positions, float32."""
+        """Number of labelled positions, float32; of weights (which are no whole numbers) their sum."""
+        if labels.dtype == mstype.float32:
+            return labels.sum()
         return F.cast(labels != IGNORE_INDEX, mstype.float32).sum()
 
     def loss_and_gradients(self, inputs, sens):
@@ -192,6 +215,32 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
             return loss, report, grads
         loss = self.network(*inputs)
         return loss, None, self.grad(self.network, self.weights)(*inputs, C.ones_like(loss) * sens)
+
+
+@MindFormerRegister.register(MindFormerModuleType.WRAPPER)
+class IXC25GroupStepCell(IXC25TrainOneStepCell):
+    """`IXC25TrainOneStepCell` that makes its batches itself: a round of sampling, then steps over what was sampled.
+
+    The report is that of all steps of a round together, the outputs those of the last one.
+
+    Attributes:
+        rollout: makes the columns of a round's batch from those of the data set; set before the first call.
+        updates: steps of a round.
+    """
+
+    not_compiled = ("rollout", "updates")
+    rollout: Callable[[tuple], tuple]
+    updates = 1
+
+    def __call__(self, *columns):
+        """A round; the outputs are those of `IXC25TrainOneStepCell.construct`."""
+        columns = self.rollout(columns)
+        report, outputs = 0.0, None
+        for _ in range(self.updates):
+            outputs = super().__call__(*columns)
+            report = report + self.train_report.asnumpy()
+        self.train_report.set_data(Tensor(report))
+        return outputs
 
 
 @MindFormerRegister.register(MindFormerModuleType.WRAPPER)

@@ -99,7 +99,7 @@ def test_fields_that_are_read(model, tmp_path, settings, scales, ranks):
     *(({"init_lora_weights": start}, f"init_lora_weights '{start.lower()}'.*path_initial_model_for_weight_conversion")
       for start in ("pissa", "PiSSA_niter_16", "olora", "corda", "loftq", "lora_ga")),
     *(({name: value}, f"{name} .*merge_and_unload") for name, value in (
-        ("use_dora", True), ("lora_bias", True), ("layer_replication", [[0, 2]]), ("trainable_token_indices", [3]),
+        ("lora_bias", True), ("layer_replication", [[0, 2]]), ("trainable_token_indices", [3]),
         ("alora_invocation_tokens", [1]), ("megatron_config", {"a": 1}), ("use_qalora", True),
         ("target_parameters", ["w"]), ("arrow_config", {"a": 1}), ("something_new", 0.5))),
     ({"peft_type": "IA3"}, "peft_type 'IA3'; only LORA"),
@@ -113,11 +113,46 @@ def test_fields_that_are_read(model, tmp_path, settings, scales, ranks):
     ({"r": 0}, "r 0; it is a whole number"), ({"r": True}, "r True"), ({"alpha_pattern": ["wo"]}, "alpha_pattern"),
     ({"alpha_pattern": {"wo": None}}, "alpha_pattern"), ({"alpha_pattern": {"(": 1}}, "no regular expression"),
     ({"target_modules": 5}, "target_modules 5"), ({"use_rslora": "yes"}, "use_rslora 'yes'"),
+    ({"use_dora": "yes"}, "use_dora 'yes'; it is true or false"),
+    ({"use_dora": True}, rf"holds no magnitudes of {WO}, but .* has use_dora True; they do not belong together"),
     ({"bias": "some"}, "bias 'some'"), ({"layers_to_transform": ["0"]}, "layers_to_transform")])
 def test_fields_that_are_refused(model, tmp_path, settings, words):
     lora = write(tmp_path / "lora", pairs(model, ALL), {**SAME, **settings})
     with pytest.raises(CheckpointError, match=words):
         folded(model, lora)
+
+
+def magnitudes(model, scheme: str) -> dict[str, np.ndarray]:
+    rng, weights = np.random.default_rng(9), open_source(model).tensors
+    return {scheme.format(linear): rng.uniform(0.5, 2, weights[f"{linear}.weight"].shape[0]).astype(np.float32)
+            for linear in ALL}
+
+
+# by PEFT before 0.12 and since, of one of several adapters, and by this package's runs
+@pytest.mark.parametrize("scheme", ["base_model.model.{0}.lora_magnitude_vector",
+                                    "base_model.model.{0}.lora_magnitude_vector.weight",
+                                    "{0}.lora_magnitude_vector.default.weight", "{0}.mindpet_delta_lora_magnitude"])
+def test_dora_scales_every_row_to_its_magnitude(model, tmp_path, scheme):
+    own = "{0}.mindpet_delta_lora_{1}.weight" if "mindpet" in scheme else NAME
+    sides = "ab" if "mindpet" in scheme else "AB"
+    arrays, rows = pairs(model, ALL, own, sides), magnitudes(model, scheme)
+    lora = write(tmp_path / "lora", {**arrays, **rows}, {**SAME, "use_dora": True})
+    wanted = expected(model, arrays, dict.fromkeys(ALL, 2), own, sides)
+    for linear in ALL:
+        weight = wanted[f"{linear}.weight"]
+        wanted[f"{linear}.weight"] = weight * (rows[scheme.format(linear)] / np.linalg.norm(weight, axis=1))[:, None]
+    check(folded(model, lora), wanted)
+
+
+def test_magnitudes_that_do_not_belong_are_refused(model, tmp_path):
+    rows = magnitudes(model, "{0}.lora_magnitude_vector")
+    plain = write(tmp_path / "plain", {**pairs(model, ALL), **rows}, SAME)
+    with pytest.raises(CheckpointError, match=r"holds magnitudes of .*, but .* has use_dora False; they do not belong"):
+        folded(model, plain)
+    rows[f"{WO}.lora_magnitude_vector"] = np.ones(3, np.float32)
+    short = write(tmp_path / "short", {**pairs(model, ALL), **rows}, {**SAME, "use_dora": True})
+    with pytest.raises(CheckpointError, match=rf"the magnitudes of {WO} have the shape \(3,\), the weight"):
+        folded(model, short)
 
 
 def test_each_field_stands_in_one_table():
@@ -173,7 +208,7 @@ def test_of_several_adapters_one_is_chosen(model, tmp_path):
     check(arrays_of(tmp_path / "x"), expected(model, other, dict.fromkeys(ALL, 2), scheme.format("other")))
 
 
-@pytest.mark.parametrize("key", [f"base_model.model.{WO}.lora_magnitude_vector", f"base_model.model.{WO}.lora_B.bias",
+@pytest.mark.parametrize("key", [f"base_model.model.{WO}.lora_B.bias",
                                  "base_model.model.model.tok_embeddings.lora_embedding_A",
                                  "base_model.model.head.weight"])
 def test_other_tensors_are_refused_by_name(model, tmp_path, key):

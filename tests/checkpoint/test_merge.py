@@ -121,7 +121,8 @@ PEFT, MINDPET = "base_model.model.{0}.lora_{1}.weight", "{0}.mindpet_delta_lora_
 
 @pytest.mark.parametrize(("scheme", "settings", "alpha", "scale"), [
     (PEFT, {"r": 3, "lora_alpha": 6}, None, 2.0), (PEFT, {"lora_alpha": 6, "use_rslora": True}, None, 6 / 3 ** 0.5),
-    ("{0}.lora_{1}.default.weight", {"lora_alpha": 3}, None, 1.0), (MINDPET, {}, 12.0, 4.0)])
+    ("{0}.lora_{1}.default.weight", {"lora_alpha": 3}, None, 1.0), (MINDPET, {}, 12.0, 4.0),
+    (f"{MINDPET}.weight", {}, 12.0, 4.0)])
 def test_a_trained_lora_is_folded(tmp_path, scheme, settings, alpha, scale):
     source = make(tmp_path / "model")
     folder, pairs = adapter(tmp_path / "lora", scheme, **settings)

@@ -366,7 +366,7 @@ def test_servers_that_contradict_the_devices_are_refused(words, message):
 def test_the_command_of_a_server_among_several(tmp_path):
     arguments = arguments_of("-n", 16, "--local_devices", 8, "--node_rank", 1, "--master_addr", "10.0.0.1",
                              "--config", "x.yaml", "--use_parallel", "False")
-    command = launching._msrun(arguments, arguments.rest, tmp_path)
+    command = launching._msrun(arguments, launching._as_rank(arguments.rest), tmp_path)
     options = dict(zip(command[1:], command[2:]))
     assert Path(command[0]).name == "msrun"
     assert {name: options[f"--{name}"] for name in ("worker_num", "local_worker_num", "node_rank", "master_addr",
@@ -380,7 +380,7 @@ def test_the_command_of_a_server_among_several(tmp_path):
 
 def test_the_command_of_a_single_server_has_a_free_port(tmp_path):
     arguments = arguments_of("-n", 4, "--config", "x.yaml")
-    first, second = (launching._msrun(arguments, arguments.rest, tmp_path) for _ in range(2))
+    first, second = (launching._msrun(arguments, launching._as_rank(arguments.rest), tmp_path) for _ in range(2))
     assert "--node_rank" not in first
     assert first[first.index("--master_port") + 1] != second[second.index("--master_port") + 1]
     given = launching._msrun(arguments_of("-n", 4, "--master_port", 9000), [], tmp_path)
@@ -392,7 +392,7 @@ def test_msrun_knows_every_option_it_is_given(monkeypatch, tmp_path):
 
     arguments = arguments_of("-n", 16, "--local_devices", 8, "--node_rank", 1, "--master_addr", "10.0.0.1",
                              "--config", "x.yaml")
-    monkeypatch.setattr(sys, "argv", launching._msrun(arguments, arguments.rest, tmp_path))
+    monkeypatch.setattr(sys, "argv", launching._msrun(arguments, launching._as_rank(arguments.rest), tmp_path))
     parsed = msrun.get_args()
     assert (parsed.worker_num, parsed.local_worker_num, parsed.node_rank, parsed.join) == (16, 8, 1, True)
     assert parsed.task_script_args == ["run", "--config", "x.yaml", "--use_parallel", "True"]

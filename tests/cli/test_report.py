@@ -92,6 +92,14 @@ def test_the_table_sums_the_run_up(tmp_path):
         "steps skipped for overflow": "1", "samples a second": "8", "held-out loss": "0.5", "held-out anls": "61.5%"}
 
 
+def test_steps_that_were_skipped_as_spikes_are_counted_and_named(tmp_path):
+    skipped = {3, *range(11, 20)}
+    page = make_run(tmp_path, [row(step, skipped=step in skipped) for step in range(1, 21)])
+    assert facts(page)["steps skipped as spikes"] == "10 (3, 11, 12, 13, 14, 15, 16, 17, ...)"
+    page = make_run(tmp_path / "other", [row(step, skipped=False) for step in range(1, 3)])
+    assert facts(page)["steps skipped as spikes"] == "0"
+
+
 def test_speeds_are_medians_of_the_steps_after_the_first_and_have_curves(tmp_path):
     def fast(step):
         return row(step, goodput=0.9 + 0.01 * step, positions_per_second=1000.0 * step, tiles_per_second=2.0 * step,
@@ -195,6 +203,17 @@ def test_held_out_loss_stands_beside_the_training_loss(tmp_path):
     assert (shuffled["name"], shuffled["y"]) == ("held-out, shuffled loss", [3.0, 3.5])
     # 9 s for the first step, then 0.25 s times the step's number
     assert training["t"] == pytest.approx([9 / 3600, 9.5 / 3600, 10.25 / 3600, 11.25 / 3600], rel=1e-5)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_held_out_pairs_stand_beside_those_of_training(tmp_path):
+    page = make_run(tmp_path, [row(step, reward_accuracy=0.25 * step) for step in (1, 2)],
+                    [{"step": 2, "reward_accuracy": 0.75, "shuffled_reward_accuracy": 0.5, "reward_chosen": 2.0}])
+    lines = charts(page)["Reward accuracy"]["lines"]
+    assert [(line["name"], line["y"]) for line in lines] == [
+        ("training", [0.25, 0.5]), ("held-out", [0.75]), ("held-out, shuffled reward accuracy", [0.5])]
+    assert [line["name"] for line in charts(page)["Held-out scores"]["lines"]] == ["reward chosen"]
+    assert "No answers were written down" not in page
 
 
 @pytest.mark.usefixtures("without_pictures")

@@ -33,7 +33,7 @@ def test_the_recipes_pass(recipe):
     ("ixc25_reward_tiny", ["--train_dataset_task.type", "IXC25SFTDataset"], "IXC25PreferenceDataset belongs to"),
     ("ixc25_reward_tiny", ["--train_dataset.input_columns", "[input_ids, labels, pixel_values, global_views, "
                            "view_index, vision_index, image_mask]"], "lacks score_positions"),
-    ("ixc25_reward_tiny", ["--evaluation.dataset_dir", "x.json"], "a reward model writes none"),
+    ("ixc25_reward_tiny", ["--evaluation.mode", "write"], "evaluation.mode is of answers, and a reward model writes"),
     ("ixc25_sft_tiny", ["--model.model_config.reward_pooling", "last"], "reward_pooling is for reward models"),
     ("ixc25_dpo_tiny", ["--model.model_config.reward.loss", "focal"], "model_config.reward is for reward models"),
     ("ixc25_sft_tiny", ["--model.arch.type", "IXC25ForReward"], "reward_pooling is None|lacks score_positions"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mindformers_ixc.cli.run_config import check_fields
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_value, read_yaml
+from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.errors import ConfigError, DataError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "yaml_configs").glob("*ixc25*.yaml"))   # not the bases, which lack data
@@ -130,6 +131,49 @@ def test_the_recipes_of_every_stage_fill_their_devices(stage, devices):
     fields = read_yaml(TINY.with_name(name))
     check_fields(fields, name)
     check_run(fields, devices)
+
+
+NOISE = [*BATCH_COLUMNS, "noise_seed", "lengths"]
+
+
+@pytest.mark.parametrize(("changes", "name", "words"), [
+    ({"model.model_config.neftune_alpha": 5.0}, "sft", r"neftune_alpha is 5\.0, but .*input_columns lacks lengths, wh"),
+    ({"model.model_config.neftune_alpha": 5.0, "train_dataset.input_columns": list(BATCH_COLUMNS)}, "sft",
+     r"input_columns lacks noise_seed and lengths, which the noise is made of"),
+    ({"model.model_config.neftune_alpha": 5.0}, "dpo", r"but IXC25ForPreference and IXC25ForReward compare answers"),
+    ({"train_dataset.input_columns": [*BATCH_COLUMNS, "score_positions", *NOISE[-2:]]}, "reward",
+     r"input_columns has noise_seed, lengths, which preference pairs do not have; they have .*, score_positions\."),
+    ({"skip_spikes": {"window": 5}}, "sft", r"skip_spikes has no limit .*; give one of loss, grad_norm, loss_times"),
+    ({"skip_spikes": {"los": 5}}, "sft", r"Unknown key skip_spikes\.los"),
+    ({"skip_spikes": {"loss_times": 1}}, "sft", r"skip_spikes\.loss_times is 1; it must be a number above 1"),
+    ({"skip_spikes": {"loss": 5.0, "most_in_a_row": 0}}, "sft", r"most_in_a_row is 0; it must be a whole number of at"),
+    ({"model.model_config.pet_config": {"pet_type": "partial_lora", "use_dora": True}}, "sft",
+     r"pet_config\.use_dora is for pet_type lora, and this is 'partial_lora'"),
+    ({"model.model_config.pet_config": {"pet_type": "lora", "use_rslora": 1}}, "sft", r"use_rslora is 1; it must b"),
+    ({"model.model_config.pet_config": {"pet_type": "lora", "use_dora": True}, "use_parallel": True}, "sft",
+     r"pet_config\.use_dora is for runs of one process"),
+    ({"skip_spikes": 5}, "sft", r"skip_spikes is 5; it must be a section"),
+    ({"skip_spikes": {"loss": 5.0}, "use_parallel": True}, "sft", r"skip_spikes is for runs of one process"),
+    ({"skip_spikes": {"grad_norm_times": 5}, "runner_wrapper.use_clip_grad": False}, "dpo",
+     r"skip_spikes\.grad_norm_times needs runner_wrapper\.use_clip_grad True"),
+    ({"skip_spikes": {"loss": 5}, "runner_config.sink_mode": True, "runner_config.sink_size": 2}, "sft",
+     r"skip_spikes needs to know every step, .*\(sink_size 2\)")])
+def test_extras_of_training_that_cannot_be_are_refused(changes, name, words):
+    fields = read_yaml(TINY.with_name(f"ixc25_{name}_tiny.yaml"))
+    apply_overrides(fields, changes)
+    with pytest.raises(ConfigError, match=words):
+        check_fields(fields, "my.yaml")
+
+
+@pytest.mark.parametrize(("changes", "name"), [
+    ({"model.model_config.neftune_alpha": 5.0, "train_dataset.input_columns": NOISE}, "sft"),
+    ({"model.model_config.neftune_alpha": 0.0}, "dpo"),
+    ({"skip_spikes": {"loss": 5, "grad_norm_times": 10}}, "reward"),
+    ({"skip_spikes": {"loss": 5}, "runner_config.sink_mode": True, "runner_config.sink_size": 1}, "sft")])
+def test_extras_of_training_that_can_be_are_not(changes, name):
+    fields = read_yaml(TINY.with_name(f"ixc25_{name}_tiny.yaml"))
+    apply_overrides(fields, changes)
+    check_fields(fields, "my.yaml")
 
 
 @pytest.mark.parametrize("value", ["auto", 0, [1, -1]])

@@ -24,6 +24,9 @@ LINES = [
 ]
 
 
+TRAIN = ["run", "--config", "ixc25_reward_tiny", "--load_checkpoint", "starter", "--output_dir", "o"]
+
+
 @pytest.fixture(autouse=True)
 def logs_as_they_are(monkeypatch):
     """What quietens MindFormers in this process would do so for all tests that come after."""
@@ -89,12 +92,18 @@ def test_without_a_folder_scores_go_to_standard_output(folder, capfd):
     (["chat", "--model", "starter", "--reward", "model", "Hello"], "best_of is not said"),
     (["chat", "--model", "starter", "--best_of", "2", "--reward", "writer", "Hello"], "writer is a model that writes"),
     (["chat", "--model", "starter", "--best_of", "2", "--num_beams", "3", "Hello"], "num_beams is 3"),
+    (["run", "--config", "ixc25_sft_tiny", "--load_checkpoint", "model", "--output_dir", "o"], "is a reward model"),
+    ([*TRAIN, "--train_dataset.data_loader.dataset_dir", "equal.json"], "sample 0 (id 7): chosen equals rejected"),
+    ([*TRAIN, "--evaluation.dataset_dir", "equal.json"], "sample 0 (id 7): chosen equals rejected"),
+    ([*TRAIN, "--evaluation.metrics", "[exact_match]"], "evaluation.metrics has 'exact_match'; the choices are loss"),
 ])
 def test_the_other_kind_of_model_is_named_at_once(folder, monkeypatch, capsys, words, message):
     monkeypatch.chdir(folder)
     (folder / "writer" / "tokenizer.model").write_bytes((folder / "model" / "tokenizer.model").read_bytes())
+    pair = {"id": 7, "prompt": "What?", "chosen": "yes", "rejected": "yes "}
+    (folder / "equal.json").write_text(json.dumps([pair]), encoding="utf-8")
     assert main(words) == 1
-    assert message in capsys.readouterr().err
+    assert message in capsys.readouterr().err and not (folder / "o").exists()
 
 
 @pytest.mark.parametrize(("line", "message"), [

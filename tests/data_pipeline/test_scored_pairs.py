@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mindformers_ixc.data.batch import BATCH_COLUMNS, SCORE_COLUMN
+from mindformers_ixc.data.batch import ANSWER_COLUMNS, BATCH_COLUMNS, SCORE_COLUMN
 from mindformers_ixc.data.preferences import PreferenceTable, load_preferences
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import DataError
@@ -60,6 +60,24 @@ def test_a_row_ends_in_the_reward_token_and_says_where_it_is(source):
             np.testing.assert_array_equal(row["image_mask"][side][:length], sample.image_mask)
             assert positions.tolist() == [1] * (length - 1) + [2] + [0] * (96 - length)
             assert row["labels"][side][length - 1] == -100
+
+
+def test_every_picture_of_a_pair_has_the_limit_of_tiles_as_where_it_is_scored(source):
+    for name, size in (("wide.png", (240, 60)), ("tall.png", (60, 240))):
+        Image.effect_noise(size, 80).convert("RGB").save(source.parent / name)
+    question = "Both: <ImageHere> and <ImageHere>?"
+    pair = {"conversations_a": talk(question, "alike"), "conversations_b": talk(question, "not at all"),
+            "image": ["wide.png", "tall.png"]}
+    source.write_text(json.dumps([{**PAIR, **pair}]), encoding="utf-8")
+    pair, = load_preferences(source)
+    row = PreferenceTable(PROCESSOR, [pair], 160, 12, hd_num=4, columns=(*BATCH_COLUMNS, SCORE_COLUMN))._encode(0)
+    for side, turns in enumerate((pair.turns, pair.rejected)):
+        sample = encode_judged(PROCESSOR, turns, list(pair.images), 4)
+        wanted = sample.pad(160, 12, 6, PROCESSOR.pad_token_id)
+        assert sample.tiles == 2 + 4 + 4           # two global views, and the four tiles that each may have
+        for name in BATCH_COLUMNS:
+            found = row[name][side] if name in ANSWER_COLUMNS else row[name]
+            np.testing.assert_array_equal(found, wanted[name])
 
 
 @pytest.mark.parametrize(("changes", "words"), [

@@ -13,7 +13,7 @@ from mindformers_ixc import ConfigError, IXC25Config
 from mindformers_ixc.checkpoint.tensors import ArrayTensor, PartOfTensor
 from mindformers_ixc.checkpoint.writing import expected_layouts
 from mindformers_ixc.demo import demo_path
-from mindformers_ixc.parallel.degrees import Degrees, inference_layout
+from mindformers_ixc.parallel.degrees import Degrees, are_replicas, inference_layout
 from mindformers_ixc.parallel.slices import layers_of_rank, slices_of_rank
 from mindformers_ixc.parameters import parameter_table
 
@@ -49,8 +49,9 @@ def test_a_replicated_tower_is_whole_and_an_offset_moves_layers():
     assert layers_of_rank(sizes, 2) == list(range(13, 32))
 
 
-def test_replicas_have_no_meaning():
-    with pytest.raises(ConfigError, match="data_parallel is 2, but in run_mode predict all devices answer the same"):
+def test_replicas_are_of_one_device():
+    assert are_replicas(Degrees(2)) and not are_replicas(Degrees(2, 2)) and not are_replicas(Degrees(1, 2))
+    with pytest.raises(ConfigError, match="data_parallel is 2 and each replica has 2 devices, but in run_mode predict"):
         inference_layout(Degrees(2, 2, 1))
 
 
@@ -89,6 +90,8 @@ def test_the_command_writes_the_file_of_the_single_process(start, tmp_path):
     pictures = [str(demo_path(f"images/{name}.jpg")) for name in ("astronaut", "cameraman")]
     alone = predict(Run(), tmp_path / "alone", start[0], pictures)
     assert predict(Run(tp=2), tmp_path / "two", start[0], pictures) == alone
-    assert not list((tmp_path / "two").glob("predictions.part*"))
+    assert predict(Run(dp=2), tmp_path / "replicas", start[0], pictures) == alone
+    for folder in ("two", "replicas"):
+        assert not [*(tmp_path / folder).glob("predictions.part*"), *(tmp_path / folder).glob("predictions.share*")]
     answers = [json.loads(line) for line in alone.decode().splitlines()]
     assert ["error" in answer for answer in answers] == [False, False, True, False]

@@ -135,8 +135,10 @@ def test_a_score_that_is_no_number_is_refused(folder):
     scorer = Scorer.from_directory(folder)
     head = scorer.model.v_head.weight
     head.set_data(head * float("inf"))
-    with pytest.raises(GenerationError, match=r"score of conversation 0 is (nan|-?inf)"):
+    with pytest.raises(GenerationError, match=r"The score is (nan|-?inf), which is no finite number"):
         scorer.scores([CHATS[0]])
+    with pytest.raises(GenerationError, match=r"The score of conversation 0 is (nan|-?inf)"):
+        scorer.scores([CHATS[0], CHATS[1]])
 
 
 @pytest.mark.parametrize("said", ["architectures", "weights"])

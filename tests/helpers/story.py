@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -94,7 +95,7 @@ def _parts(path: Path) -> None:
 
 def _adapter(path: Path) -> None:
     """A LoRA as PEFT writes it."""
-    path.mkdir()
+    path.mkdir(parents=True)
     linear, size = "base_model.model.model.layers.0.attention.wo", EIGHT["hidden_size"]
     save(path / "adapter_model.safetensors", {f"{linear}.lora_A.weight": np.ones((2, size), np.float32),
                                               f"{linear}.lora_B.weight": np.ones((size, 2), np.float32)})
@@ -110,6 +111,26 @@ def _predictions(path: Path) -> None:
     """What answering a file of questions leaves."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"request": {"query": "Go"}, "answer": "Gone."}) + "\n", encoding="utf-8")
+
+
+def _samples(path: Path) -> None:
+    """What sampling from a file of questions leaves."""
+    path.parent.mkdir(exist_ok=True)
+    answers = [{"answer": "a cat", "logp": -0.5}, {"answer": "an animal", "logp": -0.75}]
+    path.write_text("".join(json.dumps({"request": {"query": f"A {name}?"}, "id": name, "samples": answers}) + "\n"
+                            for name in ("cat", "dog", "bird")), encoding="utf-8")
+
+
+def _verdicts(path: Path) -> None:
+    """What a judge says of those."""
+    path.write_text('{"cat": [2, -1], "dog": {"preferred": 1, "rejected": 0}, "bird": {"ranks": [1, 2]}}',
+                    encoding="utf-8")
+
+
+def _pairs(path: Path) -> None:
+    """What labelling leaves."""
+    path.write_text(json.dumps([{"id": 0, "image": "cat.jpg", "prompt": "What is shown?", "chosen": "a cat",
+                                 "rejected": "an animal"}]), encoding="utf-8")
 
 
 def _awq(path: Path) -> None:
@@ -136,12 +157,15 @@ GIVEN: dict[str, dict[str, Callable[[Path], None]]] = {
     "checkpoints.md": {"output": _ranks, "my_adapter": _adapter, "step_100": _random, "step_200": _random,
                        "step_300": _random, "out/model": _starter, f"{PUBLIC}-4bit": _awq},
     "parallel.md": {"ixc25_ms": _random},
+    "preference_data.md": {"out/charts/model": _starter, "reward_model": _reward, "samples/samples.jsonl": _samples,
+                           "verdicts.json": _verdicts, "pairs.json": _pairs},
     "reward.md": {"out/model": _starter, "out/charts/model": _starter, "reward_model": _reward,
                   f"{PUBLIC}-reward": _reward,
                   "out_predict/predictions.jsonl": _predictions},
     "stages.md": {"out/model": _starter, "ixc25_start": _random},
     "quickstart.md": {},        # its second step trains the model
-    "training.md": {"out/trained_parts": _parts, "out": _log, "first": _log, "second": _log, "third": _log,
+    "training.md": {"out/trained_parts": _parts, "out_lora/trained_parts": _adapter,
+                    "out": _log, "first": _log, "second": _log, "third": _log,
                     "my.yaml": _own},
 }
 OTHERS: dict[str, Callable[[Path], None]] = {"out/model": _starter}
@@ -264,7 +288,8 @@ def write(block: Block) -> None:
     path.write_text(block.text, encoding="utf-8")
     if path.suffix in (".json", ".jsonl", ".csv", ".tsv"):
         pairs = any(key in block.text for key in ('"chosen"', '"conversations_a"'))
-        assert (load_preferences if pairs else load_conversations)(path), f"{block.where} has no sample"
+        load = load_preferences if pairs else partial(load_conversations, weighs='"weight"' in block.text)
+        assert load(path), f"{block.where} has no sample"
 
 
 def look_at(block: Block) -> None:
@@ -293,7 +318,7 @@ def look_at(block: Block) -> None:
             raise AssertionError(f"{command}: {error}") from error
         if block.generated:
             continue
-        if words[0] in ("run", "launch"):
+        if words[0] in ("run", "launch") and "serve" not in words:
             _leave(arguments.run if words[0] == "launch" else arguments)
         elif words[0] in QUICK and not (words[0] == "init" and arguments.model):      # a model of 7B is not there
             done = bash(shlex.join(["mindformers", *words, *(["--no_compile"] if words[0] == "plan" else [])]))

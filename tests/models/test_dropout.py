@@ -9,6 +9,7 @@ from mindformers_ixc.models.dropout import (
     FEATURE_MIX_FIRST,
     FEATURE_MIX_SECOND,
     FEATURE_SHIFT,
+    FeatureHash,
     PositionNoise,
     SeededDropout,
 )
@@ -19,10 +20,10 @@ class Shift(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.dropout = SeededDropout(0.5, 8)
+        self.hash = FeatureHash(8, 0)
 
     def construct(self, bits):
-        return self.dropout.shifted(bits)
+        return self.hash.shifted(bits)
 
 
 class Drop(nn.Cell):

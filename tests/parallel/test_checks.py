@@ -48,7 +48,10 @@ REFUSED = [
     ({"parallel_config.seq_split_num": 2}, 2, "parallel_config.seq_split_num is 2, .* the only choice is 1"),
     ({"micro_batch_interleave_num": 2}, 2, "^micro_batch_interleave_num is 2, .* the only choice is 1"),
     # answering
-    ({"run_mode": "predict", "parallel_config.data_parallel": 2}, 2, "data_parallel is 2, but in run_mode predict all"),
+    ({"run_mode": "predict", "parallel_config.data_parallel": 2, "parallel_config.model_parallel": 2}, 4,
+     "data_parallel is 2 and each replica has 2 devices, but in run_mode predict replicas are of one device"),
+    ({"run_mode": "predict", "load_checkpoint": "starter", "parallel_config.data_parallel": 2}, 3,
+     "dp 2 x tp 1 x pp 1 are 2 devices, but there are 3"),
     ({"run_mode": "predict", "parallel.parallel_mode": 0}, 2, "is 0, in which every device would have a whole model"),
     # modes
     ({"parallel.parallel_mode": 4, "parallel_config.data_parallel": 2}, 2, r"parallel_mode is 4; the choices are 0 "),

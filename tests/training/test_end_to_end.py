@@ -143,9 +143,10 @@ def pet_run(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_pet_run_leaves_its_model_and_the_trained_parts(pet_run):
-    parts, whole = (load_file(pet_run / name / "model.safetensors") for name in ("trained_parts", "model"))
+    parts = load_file(pet_run / "trained_parts" / "adapter_model.safetensors")
+    whole = load_file(pet_run / "model" / "model.safetensors")
     assert len(parts) == 2 * 4 and len(whole) > len(parts)
-    assert all("mindpet_delta_lora" in name for name in parts)
+    assert all(".wqkv.lora_" in name for name in parts) and not any("mindpet" in name for name in whole)
     rows = [json.loads(line) for line in (pet_run / "evaluations.jsonl").read_text().splitlines()]
     assert len(rows) == 1 and 0 < rows[0]["loss"] < 8
 

@@ -19,6 +19,7 @@ from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.preference import IXC25ForPreference
 from mindformers_ixc.training import evaluation
+from mindformers_ixc.training.early_stopping import AlreadyOver, Standing, standing, why_over
 from mindformers_ixc.training.evaluation import HeldOut, MeanLoss, evaluation_options
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
@@ -87,13 +88,14 @@ def test_rows_are_padded_to_what_the_devices_share(monkeypatch):
     model = SimpleNamespace(config=SimpleNamespace(parallel_config=SimpleNamespace(
         data_parallel=2, model_parallel=3, use_seq_parallel=True)), set_train=lambda on: None)
     callback = evaluation.Evaluation.__new__(evaluation.Evaluation)
-    callback.options, callback.mean_loss = {"batch_size": 4, "metrics": []}, None
+    callback.options, callback.graph = {"batch_size": 4, "metrics": []}, None
+    callback.is_scored, callback.held_out = False, None
     monkeypatch.setattr(evaluation, "is_parallel", lambda: True)
     monkeypatch.setattr(evaluation, "MeanLoss", lambda model: "graph")
     monkeypatch.setattr(evaluation, "of_whole_batches", lambda graph, config: graph)
     assert callback._values(model) == {} and callback.options["batch_size"] == 6
     model.config.parallel_config.use_seq_parallel = False
-    callback.mean_loss = None
+    callback.graph = None
     assert callback._values(model) == {} and callback.options["batch_size"] == 6
     assert row_parts(model.config) == 2
 
@@ -269,3 +271,80 @@ def test_some_answers_are_written_down_and_a_resumed_run_has_those_before_it(tmp
 def test_without_questions_no_file_of_answers_is_made(tmp_path, monkeypatch):
     FakeTraining(tmp_path, monkeypatch).run()
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+def rows_of(metric, *values):
+    return [{"step": 10 * number, metric: value} for number, value in enumerate(values, 1)]
+
+
+@pytest.mark.parametrize(("rows", "metric", "min_delta", "expected"), [
+    (rows_of("loss", 3.0, 1.0, 2.0, 1.5), "loss", 0.0, Standing(20, 1.0, 2)),
+    (rows_of("loss", 3.0, 1.0, 1.0), "loss", 0.0, Standing(20, 1.0, 1)),                 # as good is not better
+    (rows_of("loss", 3.0, 2.5, 2.2, 1.9), "loss", 1.0, Standing(40, 1.9, 0)),           # against the best, not the last
+    (rows_of("anls", 0.5, 0.9, 0.7), "anls", 0.0, Standing(20, 0.9, 1)),                 # of scores more is better
+    (rows_of("loss", float("nan"), 2.0, float("nan")), "loss", 0.0, Standing(20, 2.0, 1)),
+    (rows_of("loss"), "loss", 0.0, Standing())])
+def test_a_standing_is_the_best_measurement_and_how_many_were_no_better(rows, metric, min_delta, expected):
+    found = standing(rows, metric, min_delta)
+    assert (found.step, found.without) == (expected.step, expected.without)
+    np.testing.assert_equal(found.value, expected.value)
+
+
+def test_a_run_that_never_measured_a_number_is_over_too():
+    rows = rows_of("loss", *[float("nan")] * 2)
+    assert why_over(rows[:1], "loss", 2, 0.0) is None
+    assert why_over(rows, "loss", 2, 0.0) == ("Stopped early after step 20: loss was not a number in 2 measurements in "
+                                              "a row (evaluation.early_stopping: patience 2, min_delta 0).")
+
+
+class Stopping(FakeTraining):
+    """The same run, in six epochs, whose loss falls until step 4; it ends after two measurements that are no better."""
+
+    LOSSES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0, 10: 0.5, 12: 0.1}
+
+    def __init__(self, folder, monkeypatch, start: int = 0):
+        super().__init__(folder, monkeypatch, start)
+        self.config.runner_config.epochs = 4
+        self.callback.options["early_stopping"] = {"metric": "loss", "patience": 2, "min_delta": 0.25}
+        self.asked = False
+
+    def request_stop(self):
+        self.asked = True
+
+    def run(self, until: int = 12):
+        self.callback.on_train_begin(self)
+        while self.now < until and not self.asked:
+            self.now += 1
+            self.parameters.cur_step_num += 1
+            self.callback.on_train_step_end(self)
+        self.callback.on_train_end(self)
+        return self
+
+
+def test_a_run_ends_when_its_measurements_get_no_better(tmp_path, monkeypatch):
+    run = Stopping(tmp_path, monkeypatch).run()
+    assert run.measured == [2, 4, 6, 8] and run.results()[1] == "4"
+    assert run.callback.why_over == ("Stopped early after step 8: loss was not better than 1 of step 4 in 2 "
+                                     "measurements in a row (evaluation.early_stopping: patience 2, min_delta 0.25).")
+
+
+@pytest.mark.parametrize("start", [3, 4, 5, 6, 7])
+def test_a_resumed_run_ends_where_the_other_would_have(tmp_path, monkeypatch, start):
+    expected = Stopping(tmp_path, monkeypatch).run().results()
+    Stopping(tmp_path, monkeypatch).run(until=start)
+    run = Stopping(tmp_path, monkeypatch, start).run()
+    assert run.now == 8 and run.callback.why_over and run.results() == expected
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_run_that_has_ended_early_trains_no_further_step(tmp_path, monkeypatch, lost):
+    """Killed behind its last checkpoint: before the measurement that ends it, or while it wrote its model."""
+    Stopping(tmp_path, monkeypatch).run()
+    file = tmp_path / "evaluations.jsonl"
+    if lost:
+        file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:-1]))
+    run = Stopping(tmp_path, monkeypatch, 8)
+    with pytest.raises(AlreadyOver):
+        run.run()
+    assert run.parameters.run_failed and "Stopped early after step 8" in run.callback.why_over
+    assert run.measured == ([8] if lost else [])

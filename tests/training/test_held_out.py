@@ -15,8 +15,9 @@ from PIL import Image
 from mindformers_ixc.data.batch import full_batches
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.training import evaluation
-from mindformers_ixc.training.evaluation import HeldOut, evaluation_options
+from mindformers_ixc.training import held_out as held_out_module
+from mindformers_ixc.training.held_out import HeldOut
+from mindformers_ixc.training_options import evaluation_options
 
 
 @given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 5))
@@ -84,7 +85,7 @@ def test_every_question_gets_its_answer(data, tmp_path):
 
 
 def test_the_answers_that_are_shown_are_spread_over_all_and_name_their_pictures(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "SHOWN", 2)
+    monkeypatch.setattr(held_out_module, "SHOWN", 2)
     held = held_out(data, tmp_path)
     held.samples[2].images = ["pictures/a.png"]
     monkeypatch.chdir(tmp_path)
@@ -92,5 +93,5 @@ def test_the_answers_that_are_shown_are_spread_over_all_and_name_their_pictures(
     assert first == {"sample": "0", "question": "what is 0?", "images": [], "expected": "x", "answer": "answer 0"}
     assert (second["question"], second["answer"]) == ("what is 2?", "answer 2")
     assert second["images"] == [str(tmp_path / "pictures" / "a.png")]
-    monkeypatch.setattr(evaluation, "SHOWN", 100)
+    monkeypatch.setattr(held_out_module, "SHOWN", 100)
     assert len(held.shown([""] * 5)) == 5

@@ -249,9 +249,12 @@ def test_numbers_that_tensorboard_cannot_take(tmp_path, monkeypatch, capsys, on_
 def test_options_of_the_log_stand_in_the_recipe():
     assert log_options({"callbacks": [{"type": "MFLossMonitor", "per_print_times": 10}], "tensorboard": True,
                         "device_tflops": 320, "on_save_error": "continue"}) == {
-        "on_error": "continue", "device_tflops": 320, "tensorboard": True, "print_every": 10}
-    assert log_options({"tensorboard": {"tensorboard_dir": "x"}}) == {
-        "on_error": "stop", "device_tflops": 0.0, "tensorboard": False, "print_every": 1}
+        "on_error": "continue", "device_tflops": 320, "tensorboard": True, "print_every": 10,
+        "skip_spikes": None}
+    assert log_options({"tensorboard": {"tensorboard_dir": "x"}, "skip_spikes": {"loss": 9.0, "window": None}}) == {
+        "on_error": "stop", "device_tflops": 0.0, "tensorboard": False, "print_every": 1,
+        "skip_spikes": {"loss": 9.0, "grad_norm": None, "loss_times": None, "grad_norm_times": None, "window": 50,
+                        "most_in_a_row": 10}}
 
 
 def test_the_run_is_asked_to_stop_at_its_last_step_also_when_resumed(tmp_path):
@@ -448,3 +451,71 @@ def test_at_the_last_step_there_is_nothing_to_stop(tmp_path, monkeypatch):
     interruption.current.number = 2
     run.step(1.0)
     assert run.stopped and run.log.stopped_after is None
+
+
+SPIKES = {"loss": 50.0, "loss_times": 3.0, "grad_norm_times": 10.0, "window": 3, "most_in_a_row": 2}
+
+
+class SpikeCell:
+    """What the log sets and reads of a step's cell."""
+
+    def __init__(self):
+        self.spike_limits, self.was_spike = Parameter(Tensor(np.zeros(2, np.float32))), Tensor(np.zeros(1, np.float32))
+
+    def skip(self, run, loss, norm=0.5):
+        limits = self.spike_limits.asnumpy()
+        self.was_spike = Tensor(np.array([np.float32(loss) > limits[0] or np.float32(norm) > limits[1]], np.float32))
+        run.step(loss, norm=norm)
+
+
+def spiky(folder, losses, start: int = 0):
+    cell = SpikeCell()
+    run = FakeRun(folder, start, epochs=9, wrapper=cell, options={"skip_spikes": SPIKES})
+    for loss in losses:
+        cell.skip(run, loss)
+    return run, cell.spike_limits.asnumpy().tolist()
+
+
+def test_limits_follow_from_the_steps_that_were_taken(tmp_path, capsys):
+    _, limits = spiky(tmp_path, [])
+    assert limits == [50.0, float("inf")]                    # no median before there are as many steps
+    _, limits = spiky(tmp_path, [4.0, 49.0, 3.0])
+    assert limits == [12.0, 5.0]                             # three times the median 4, ten times 0.5
+    _, limits = spiky(tmp_path, [4.0, 49.0, 3.0, 12.5, 2.0])
+    assert limits == [9.0, 5.0]                              # of 49, 3, 2: the spike is no measure
+    assert [row["skipped"] for row in read_metrics(tmp_path / METRICS_FILE)] == [False] * 3 + [True, False]
+    said = capsys.readouterr().err
+    assert "Step 4 was skipped: its loss 12.5 is above 12 (its samples: charts.json, sample 0; charts.json, sam" in said
+    assert said.count("was skipped") == 1
+
+
+@pytest.mark.parametrize("start", [1, 3, 4, 5])
+def test_a_resumed_run_has_the_limits_it_would_have_had(tmp_path, start):
+    losses = [4.0, 49.0, 3.0, 12.5, 13.5, 2.0, 1.0]
+    expected = spiky(tmp_path / "whole", losses)[1]
+    spiky(tmp_path / "broken", losses[:start])
+    run, limits = spiky(tmp_path / "broken", losses[start:], start)
+    assert limits == expected and run.log.spikes.in_a_row == 0
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path, start):
+    losses = [4.0, 4.0, 4.0, 13.0, 13.0, 13.0]
+    if start:
+        spiky(tmp_path, losses[:start])
+    with pytest.raises(TrainingError, match=r"Step 6: 3 steps in a row were skipped as spikes, more than skip_sp"):
+        spiky(tmp_path, losses[start:], start)
+
+
+def test_an_overflow_sets_no_measure(tmp_path):
+    cell = SpikeCell()
+    run = FakeRun(tmp_path, epochs=9, wrapper=cell, options={"skip_spikes": SPIKES})
+    for loss in (4.0, 4.0, 40.0, 4.0):
+        run.step(loss, overflow=loss == 40.0)
+    assert cell.spike_limits.asnumpy().tolist() == [12.0, 5.0]
+
+
+def test_a_norm_may_be_the_spike(tmp_path, capsys):
+    run, _ = spiky(tmp_path, [4.0] * 3)
+    run.wrapper.skip(run, 4.0, 5.5)
+    assert "Step 4 was skipped: its grad_norm 5.5 is above 5 (its samples" in capsys.readouterr().err

@@ -12,9 +12,13 @@ from mindformers.tools.register import MindFormerConfig
 from mindspore import Tensor, nn
 
 import mindformers_ixc  # noqa: F401
+from mindformers_ixc.checkpoint.model_directory import weights_of
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.models.reward import IXC25RewardModel
 from mindformers_ixc.parameters import parameter_table
+from mindformers_ixc.training.lora import folded_weights
 from mindformers_ixc.training.pet import IXC25LoraModel
 from mindformers_ixc.training.trainer import IXC25Trainer
 
@@ -25,11 +29,11 @@ MODEL = {"type": "IXC25Config", "vocab_size": 64, "hidden_size": 32, "intermedia
                            "num_attention_heads": 2, "intermediate_size": 16}}
 
 
-def build(tmp_path, monkeypatch, model=None, **pet):
+def build(tmp_path, monkeypatch, model=None, arch="IXC25ForCausalLM", **pet):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mindformers.pet.pet_model.get_output_root_path", lambda: str(tmp_path))
     return build_network(MindFormerConfig(model_config={**MODEL, **(model or {}), "pet_config": pet},
-                                          arch={"type": "IXC25ForCausalLM"}))
+                                          arch={"type": arch}))
 
 
 def trainable(network) -> set[str]:
@@ -110,6 +114,30 @@ def test_mindformers_own_lora_trains_and_starts_without_effect(tmp_path, monkeyp
         if "mindpet_delta_lora_b" in parameter.name:
             parameter.set_data(Tensor(np.ones(parameter.shape, np.float32)))
     assert np.abs(network.network(ids).asnumpy() - adapted).max() > 1e-3
+
+
+def test_a_reward_model_trains_lora_on_all_linears_and_is_left_without_pairs(tmp_path, monkeypatch):
+    """As the published recipe has it: rank 512 on wqkv, wo, w1, w2 and w3, and the head."""
+    model = {"task_lora_ranks": {}, "reward_pooling": "last", "reward": {"loss": "ranking"}}
+    network = build(tmp_path, monkeypatch, model, "IXC25ForReward", pet_type="lora", lora_rank=512, lora_alpha=512,
+                    lora_dropout=0.0, target_modules=".*(wqkv|wo|w1|w2|w3)", freeze_exclude=["*v_head*"])
+    trained = {name.replace("lora_A", "mindpet_delta_lora_a").replace("lora_B", "mindpet_delta_lora_b")
+               for name in pairs("lora")}
+    assert trainable(network) == {*trained, "v_head.weight"}
+    rng, tuned = np.random.default_rng(0), network.network
+    for parameter in network.trainable_params():
+        parameter.set_data(Tensor(rng.normal(0, 0.02, parameter.shape).astype(np.float32)))
+    weights = folded_weights(tuned, weights_of(tuned))
+    plain = IXC25RewardModel(IXC25Config(**{key: value for key, value in {**MODEL, **model}.items() if key != "type"}))
+    assert weights.keys() == {parameter.name for parameter in plain.get_parameters()}
+    for parameter in plain.get_parameters():
+        parameter.set_data(Tensor(weights[parameter.name].whole()))
+    ids = Tensor(rng.integers(3, 64, (1, 2, 8)).astype(np.int32))
+    positions = Tensor(np.array([[[1] * 7 + [2]] * 2], np.int32))
+    found, wanted = (one(ids, None, None, None, None, Tensor(np.zeros((1, 2, 8), np.int32)),
+                         Tensor(np.zeros((1, 2, 8), np.int32)), positions)[1].asnumpy() for one in (plain, tuned))
+    assert abs(wanted[2]) > 1e-3
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_lora_on_nothing_is_refused(tmp_path, monkeypatch):

@@ -47,6 +47,9 @@ def parallel(monkeypatch):
     ((SOURCES, ACCUMULATED, AVERAGED), StepPlan("sources", "sources", 3, True, 1, ema_decay=0.9)),
     (({"train_dataset.input_columns": ["labels", "input_ids", "source"]},),
      StepPlan("sources", "sources", own_cell=True, labels_column=0)),
+    (({"train_dataset.input_columns": [*COLUMNS, "loss_weights"]}, ACCUMULATED),
+     StepPlan(micro_batches=3, own_cell=True, labels_column=7)),
+    ((PLAIN, {"skip_spikes.loss": 9.0}), StepPlan(own_cell=True, labels_column=1, skips_spikes=True)),
     (({"train_dataset.input_columns": None},), StepPlan())])
 def test_a_stand_alone_step(changes, expected):
     assert plan_step(config_of(*changes)) == expected
@@ -99,7 +102,7 @@ def test_a_plan_does_not_change_and_is_completed_by_the_data():
     assert complete.sources == ("text.json", "charts.json")
     assert complete.report_shape == (2, 2)
     assert complete.cell("MFTrainOneStepCell") == {"type": "IXC25TrainOneStepCell", "micro_batches": 1,
-                                                   "labels_column": 1, "report_shape": (2, 2)}
+                                                   "labels_column": 1, "report_shape": (2, 2), "skips_spikes": False}
 
 
 def test_mindformers_cells_are_kept_where_they_do():

@@ -10,7 +10,7 @@ from mindspore.ops import functional as F
 
 from mindformers_ixc.checkpoint.sources import AVERAGE_PREFIX
 from mindformers_ixc.training.averaging import AveragedOptimizer, averaged_weights, averages_of
-from mindformers_ixc.training.wrapper import IXC25TrainOneStepCell, portable_wrapper
+from mindformers_ixc.training.wrapper import IXC25GroupStepCell, IXC25TrainOneStepCell, portable_wrapper
 
 WIDTH, LENGTH, RATE = 8, 6, 0.25
 START = np.linspace(-1.0, 1.0, WIDTH).astype(np.float32)
@@ -30,6 +30,18 @@ class Fit(nn.Cell):
         if self.reports:
             return loss, F.stop_gradient(F.stack((errors.sum(), labelled.sum())))
         return loss
+
+
+class WeightedFit(nn.Cell):
+    """The same error, a mean weighted by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = Parameter(Tensor(START.copy()), name="weight")
+
+    def construct(self, x, labels, weights):
+        errors = F.square((x * self.weight).sum(axis=-1) - F.cast(labels, ms.float32)) * weights
+        return errors.sum() / F.maximum(weights.sum(), 1e-12)
 
 
 def batch(counts, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -107,6 +119,21 @@ def test_the_report_is_the_sum_over_micro_batches(micro_batches):
     loss, gradient = loss_and_gradient(START, x, labels)
     np.testing.assert_allclose(cell.train_report.asnumpy(), [14 * loss, 14], rtol=1e-5)
     np.testing.assert_allclose(weight_of(cell), START - RATE * gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_a_round_of_groups_is_sampled_once_and_reports_all_its_steps():
+    x, labels = batch((3, 0, 6, 5))
+    network, asked = Fit(True), []
+    cell = IXC25GroupStepCell(network, nn.SGD(network.trainable_params(), learning_rate=RATE), report_shape=(2,))
+    cell.set_train(True)
+    cell.updates, cell.rollout = 2, lambda columns: asked.append(columns) or (Tensor(x), columns[1])
+    outputs = step(cell, 0 * x, labels)
+    assert len(asked) == 1
+    first, gradient = loss_and_gradient(START, x, labels)
+    second, then = loss_and_gradient(START - RATE * gradient, x, labels)
+    assert outputs[0] == pytest.approx(second, rel=1e-5)
+    np.testing.assert_allclose(weight_of(cell), START - RATE * (gradient + then), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(cell.train_report.asnumpy(), [14 * (first + second), 28], rtol=1e-5)
 
 
 def average_of(cell) -> np.ndarray:
@@ -197,6 +224,81 @@ def test_averaged_weights_are_there_for_a_while_only():
     with pytest.raises(KeyError), averaged_weights(network, {"weight": average}):
         raise KeyError
     np.testing.assert_array_equal(network.weight.asnumpy(), START)
+
+
+def adam_of(weights):
+    return AdamW(weights, learning_rate=nn.ExponentialDecayLR(0.1, 0.9, 2), betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def state_of(cell) -> dict[str, np.ndarray]:
+    return {parameter.name: parameter.asnumpy().copy() for parameter in cell.get_parameters()
+            if parameter.name not in ("spike_limits", "was_spike")}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_step_above_a_limit_changes_nothing_at_all(which, micro_batches):
+    """Weights, moments, average, step count and rate: as if that batch had never been there."""
+    options = {"use_clip_grad": True, "max_grad_norm": 1.0, "skips_spikes": True, "ema_decay": 0.5, "labels_column": 1,
+               "micro_batches": micro_batches}
+    cell, without = cell_of(adam_of, **options), cell_of(adam_of, **options)
+    good, spike = batch((6, 6)), batch((6, 4), 1)
+    first = step(cell, *good)
+    assert cell.was_spike.asnumpy() == 0 and not first[1]
+    loss, gradient = loss_and_gradient(weight_of(cell).astype(np.float64), *spike)
+    value = (loss, np.sqrt((gradient ** 2).sum()))[which]
+    limits = np.full(2, np.inf, np.float32)
+    limits[which] = 0.999 * value
+    cell.spike_limits.set_data(Tensor(limits))
+    before = state_of(cell)
+    outputs = step(cell, *spike)
+    assert cell.was_spike.asnumpy() == 1 and not outputs[1]       # no overflow
+    assert outputs[0] == pytest.approx(loss, rel=1e-4)
+    assert all((before[name] == value).all() for name, value in state_of(cell).items())
+    limits[which] = 1.001 * value
+    cell.spike_limits.set_data(Tensor(limits))
+    step(cell, *spike)
+    assert cell.was_spike.asnumpy() == 0 and (weight_of(cell) != before["weight"]).all()
+    step(without, *good)
+    step(without, *spike)
+    found, expected = state_of(cell), state_of(without)
+    assert found.keys() == expected.keys() and len(found) > 4
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_without_limits_a_cell_takes_the_steps_it_always_took():
+    plain, watching = cell_of(adam_of), cell_of(adam_of, skips_spikes=True)
+    for seed in range(2):
+        outputs = [step(cell, *batch((6, 3), seed)) for cell in (plain, watching)]
+        assert outputs[0][0].tobytes() == outputs[1][0].tobytes()
+        assert weight_of(plain).tobytes() == weight_of(watching).tobytes()
+
+
+def test_a_loss_that_is_no_number_is_no_spike_but_an_overflow():
+    x, labels = batch((6, 6))
+    cell = cell_of(skips_spikes=True)
+    cell.spike_limits.set_data(Tensor(np.array([1e-3, np.inf], np.float32)))
+    x[0, 0, 0] = np.nan
+    assert bool(step(cell, x, labels)[1]) and cell.was_spike.asnumpy() == 0
+    np.testing.assert_array_equal(weight_of(cell), START)
+
+
+def test_parts_whose_losses_have_weights_take_the_step_of_the_whole_batch():
+    rng = np.random.default_rng(3)
+    x, labels = batch((6, 2, 5, 1))
+    weights = np.where(labels != -100, rng.uniform(0, 0.05, labels.shape), 0).astype(np.float32)
+    weights[:2] *= 0.1
+    network = WeightedFit()
+    cell = IXC25TrainOneStepCell(network, nn.SGD(network.trainable_params(), learning_rate=RATE), micro_batches=2,
+                                 labels_column=2)
+    cell.set_train(True)
+    loss = cell(*map(Tensor, (x, labels, weights)))[0].asnumpy()
+    labelled = np.where(labels != -100, labels, 0)
+    errors = (x.astype(np.float64) @ START - labelled) * (labels != -100)
+    assert loss == pytest.approx((weights * errors ** 2).sum() / weights.sum(), rel=1e-5)
+    gradient = 2 * np.einsum("bl,blw->w", weights * errors, x) / weights.sum()
+    np.testing.assert_allclose(weight_of(cell), START - RATE * gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "wrapper"), [("MFTrainOneStepCell", "IXC25TrainOneStepCell"),

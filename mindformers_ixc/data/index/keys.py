@@ -68,7 +68,7 @@ def keys_of(reader: ConversationReader, measures: Measures, state: Fingerprint) 
     # relative names of pictures start in folders of which one may be the working directory
     found = [[os.path.abspath(folder) for folder in reader.folders], str(reader.root or ""),
              sorted(set(options.ignore_keys))]
-    rest = {name: value for name, value in asdict(options).items() if name not in _TOLD}
+    rest = {name: value for name, value in asdict(options).items() if name not in _TOLD and (name != "weighs" or value)}
     base = key_of(VERSION, found, rest, _measured_by(measures))
     # the source's name, as it is written, is part of what a caption's question is chosen by
     asked = key_of(options.seed, reader.name, list(options.caption_prompts))

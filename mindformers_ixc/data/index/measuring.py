@@ -167,7 +167,8 @@ def _size_and_state(look: Callable[[Path], tuple[int, int]], path: Path) -> tupl
 def _digest(sample: Conversation) -> int:
     # of files inside the source, the name that they have there, however the source itself is named
     names = [image.name.removeprefix(sample.source) for image in sample.images]
-    said = [sample.turns, sample.rejected, sample.logps] if isinstance(sample, Pair) else sample.turns
+    said = [sample.turns, sample.rejected, sample.logps] if isinstance(sample, Pair) else \
+        [sample.turns, sample.weights] if sample.weights else sample.turns
     text = json.dumps([said, names], ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 

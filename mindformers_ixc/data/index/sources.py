@@ -16,6 +16,7 @@ from mindformers_ixc.data.index.building import open_index
 from mindformers_ixc.data.index.keys import Measures
 from mindformers_ixc.data.index.kinds import open_reader
 from mindformers_ixc.data.index.samples import IndexedSource
+from mindformers_ixc.data.learning import WEIGHTS
 from mindformers_ixc.data.records.base import Records
 from mindformers_ixc.data.records.latest import GROUP_BYTES
 from mindformers_ixc.data.records.parquet import ParquetRecords
@@ -54,7 +55,8 @@ def reading_options(loader: Mapping[str, Any], seed: int, kind: str = "sample") 
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise DataError(f"train_dataset.data_loader.caption_prompts is {prompts!r}, expected a list of questions.")
     return ReadingOptions(loader.get("image_folder"), tuple(prompts), seed, loader.get("image_root"),
-                          tuple(loader.get("ignore_keys") or ()), bool(loader.get("fetch")), kind)
+                          tuple(loader.get("ignore_keys") or ()), bool(loader.get("fetch")), kind,
+                          loader.get("loss_on") == WEIGHTS)
 
 
 def open_sources(loader: Mapping[str, Any], seed: int, measures: Measures,
