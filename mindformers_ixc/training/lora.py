@@ -34,8 +34,12 @@ def lora_scale(config: PetConfig) -> float:
 
 
 def lora_linears(model: nn.Cell) -> dict[str, PartialLoRALinear]:
-    """The linears of a model that have an ordinary LoRA, by name; none without `pet_type: lora`."""
-    return {path: cell for path, cell in model.cells_and_names()
+    """The linears of a model that have an ordinary LoRA, by name; none without `pet_type: lora`.
+
+    Args:
+        model: `IXC25Model`, or a cell of MindFormers' PET around one; names are those of the parameters either way.
+    """
+    return {cell.weight.name.removesuffix(".weight"): cell for _, cell in model.cells_and_names()
             if isinstance(cell, PartialLoRALinear) and cell.has_lora}
 
 
