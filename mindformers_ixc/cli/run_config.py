@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterable
 
 from mindformers_ixc.checkpoint.start import OVERRIDE
+from mindformers_ixc.cli.group_config import DATASET, check_groups, check_task
 from mindformers_ixc.cli.templates import Template, section_templates
-from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, MODE_ADAPTERS, POOLINGS, VISION_FIELDS, Field
+from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, POOLINGS, VISION_FIELDS, Field
 from mindformers_ixc.data.batch import BATCH_COLUMNS, NOISE_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.errors import ConfigError
@@ -60,7 +61,7 @@ _NAMES = Rule(lambda value: isinstance(value, list) and all(isinstance(name, str
 OWN_RULES = {"on_save_error": one_of(("stop", "continue")), "no_join": of_type(bool), "device_tflops": _PEAK,
              "tensorboard": of_type(bool, dict), OVERRIDE: _NAMES}
 OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation",
-                "skip_spikes",
+                "rollout", "skip_spikes",
                 *OWN_RULES)
 
 # Keys of MindFormers' section, which has no template.
@@ -120,9 +121,11 @@ def check_fields(fields: dict, source: str) -> None:
     if decay is not None:
         check_value("runner_wrapper.ema_decay", decay, DECAY_RULE, source=source)
     task = (fields.get("train_dataset_task") or {}).get("type")
-    if task in ("IXC25SFTDataset", "IXC25PreferenceDataset"):
+    if task in ("IXC25SFTDataset", "IXC25PreferenceDataset", DATASET):
         check_dataset_section(fields.get("train_dataset"), task == "IXC25PreferenceDataset")
     _check_preference(fields, source)
+    if fields["model"]["model_config"].get("type") == "IXC25Config":
+        check_groups(fields, source)
     _check_noise(fields, source)
     if fields.get("skip_spikes") is not None:
         _check_spikes(fields, source)
@@ -215,11 +218,7 @@ def _check_preference(fields: dict, source: str) -> None:
                               "pairs have (model.arch.type IXC25ForPreference).")
         return
     options = preference_options(section.get("preference"))
-    mode = section.get("adapter_mode") or "base"
-    adapters = MODE_ADAPTERS.get(mode)      # an unknown mode is refused where the model is built
-    if adapters is not None and options["task"] not in adapters:
-        raise ConfigError(f"{source}: model.model_config.preference.task is '{options['task']}', which adapter_mode "
-                          f"'{mode}' does not use ({', '.join(adapters) or 'it uses none'}).")
+    check_task(section, options["task"], "preference", source)
     if has_reference and not needs_reference(options):
         raise ConfigError(f"{source}: train_dataset.input_columns has {REFERENCE_COLUMN}, but the loss "
                           f"{options['loss']} compares with no reference; take the column out.")
