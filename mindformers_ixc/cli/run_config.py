@@ -35,6 +35,7 @@ from mindformers_ixc.sections import (
 )
 from mindformers_ixc.trackers import CALLBACK, check_tracker
 from mindformers_ixc.training_options import (
+    GROUP_NETWORK,
     PAIR_NETWORKS,
     PREFERENCE_NETWORK,
     REWARD_NETWORK,
@@ -265,6 +266,10 @@ def _check_spikes(fields: dict, source: str) -> None:
     if by_norm and not (fields.get("runner_wrapper") or {}).get("use_clip_grad"):
         raise ConfigError(f"{source}: skip_spikes.{by_norm[0]} needs runner_wrapper.use_clip_grad True, since only "
                           "steps that clip gradients know their norm.")
+    updates = (fields.get("rollout") or {}).get("updates") or 1
+    if updates != 1:
+        raise ConfigError(f"{source}: skip_spikes needs to know every step, but rollout.updates {updates!r} makes that "
+                          "many of each round; set it to 1, or take skip_spikes out.")
     runner = fields.get("runner_config") or {}
     if runner.get("sink_mode") and runner.get("sink_size") != 1:
         raise ConfigError(f"{source}: skip_spikes needs to know every step, but with runner_config.sink_mode a device "
@@ -278,9 +283,10 @@ def _check_noise(fields: dict, source: str) -> None:
     alpha = model["model_config"].get("neftune_alpha")
     if not alpha or fields.get("run_mode") == "predict":
         return
-    if (model.get("arch") or {}).get("type") in PAIR_NETWORKS:
-        raise ConfigError(f"{source}: model.model_config.neftune_alpha is {alpha!r}, but {' and '.join(PAIR_NETWORKS)} "
-                          "compare answers, of which both would get noise of their own; take it out.")
+    arch = (model.get("arch") or {}).get("type")
+    if arch in (*PAIR_NETWORKS, GROUP_NETWORK):
+        raise ConfigError(f"{source}: model.model_config.neftune_alpha is {alpha!r}, but {arch} compares answers, each "
+                          "of which would get noise of its own; take it out.")
     columns = (fields.get("train_dataset") or {}).get("input_columns") or BATCH_COLUMNS
     missing = [name for name in NOISE_COLUMNS if name not in columns]
     if missing:
