@@ -10,9 +10,19 @@ function htmlOf(text) {
   return /<(!doctype|html|head|body|main|header|section|div|style|h1|p|table|nav|article)\b/i.test(found) ? found : "";
 }
 
+/* Chromium tells its console of every handler that this page's policy forbids as soon as it is parsed, wherever that is;
+   so the handlers are parsed under another name. Values with a "<" are left as they are: that is only told then. */
+const RENAMED = "data-ixc-";
+
+function parsed(html) {
+  const plain = html.replace(/<[a-z](?:[^<>"']|"[^"<]*"|'[^'<]*')*>/gi, (tag) => tag.replace(
+    /"[^"]*"|'[^']*'|(?<![\w-])on[a-z]+(?=\s*=)/gi, (found) => (/^["']/.test(found) ? found : RENAMED + found)));
+  return new DOMParser().parseFromString(plain, "text/html");
+}
+
 /* hosts of which the page would fetch files */
 function hostsOf(html) {
-  const held = new DOMParser().parseFromString(html, "text/html"), hosts = new Set();
+  const held = parsed(html), hosts = new Set();
   for (const one of held.querySelectorAll("[src], link[href]")) {
     const found = /^(?:https?:)?\/\/([^/?#]+)/i.exec((one.getAttribute("src") || one.getAttribute("href")).trim());
     if (found) hosts.add(found[1]);
@@ -21,7 +31,7 @@ function hostsOf(html) {
 }
 
 function framed(html, scripts) {
-  const held = new DOMParser().parseFromString(html, "text/html");
+  const held = parsed(html);
   for (const one of held.querySelectorAll("meta[http-equiv]")) one.remove();
   for (const one of held.querySelectorAll("a[href], area[href]")) {
     /* a part of the page is reached; what leads elsewhere would open a window, which the sandbox forbids */
@@ -53,9 +63,10 @@ function dropOutside(held) {
 function takeHandlers(held) {
   const handlers = [];
   for (const one of held.querySelectorAll("*")) {
-    for (const { name, value } of [...one.attributes]) {
+    for (const { name: written, value } of [...one.attributes]) {
+      const name = written.replace(RENAMED, "");
       if (!/^on[a-z]+$/.test(name)) continue;
-      one.removeAttribute(name);
+      one.removeAttribute(written);
       one.setAttribute("data-handler-" + handlers.length, "");
       const where = one === held.body && name === "onload" ? "window"
         : `document.querySelector("[data-handler-${handlers.length}]")`;
