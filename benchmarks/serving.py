@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of the kernels")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each way")
     parser.add_argument("--new_tokens", type=int, default=48, help="of each answer")
-    parser.add_argument("--piece", type=int, default=128, help="positions of a piece of a prompt")
+    parser.add_argument("--piece", type=int, default=64, help="positions of a piece of a prompt")
     return parser.parse_args()
 
 

@@ -27,7 +27,10 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 OWN_KEY_VARIABLE = "MINDFORMERS_IXC_API_KEY"
 
 # Answers of a server that is busy or about to restart: the same request may succeed later.
-BUSY = (429, 502, 503, 504)
+BUSY = (429, 502, 503)
+
+# An answer that was not there in time: the same request would take as long again, so it is not repeated.
+LATE = 504
 
 # Seconds before a request that met a busy server is sent again, one after the other, and what a server may ask for.
 WAITS, LONGEST_WAIT = (1.0, 4.0, 16.0), 60.0
@@ -103,7 +106,7 @@ class ChatClient:
         try:
             return self._json("/health")
         except ServerError as error:
-            if error.status is None or error.status in BUSY:
+            if error.status is None or error.status in (*BUSY, LATE):
                 raise
             return {}
 

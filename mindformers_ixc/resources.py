@@ -89,6 +89,13 @@ def resolve_model(path: str | os.PathLike) -> Path:
     return resolve_path(STARTER_PLACE)
 
 
+def model_name(path: str | os.PathLike) -> str:
+    """What a model directory is called where its path is not known: by its folder, or by the run that wrote it."""
+    folder = Path(os.path.abspath(resolve_model(path)))
+    # every run calls it "model"
+    return (folder.parent if folder.name == "model" else folder).name or "model"
+
+
 def is_starter(path: str | os.PathLike) -> bool:
     """Whether a path, resolved or not, is the shipped model's."""
     return os.path.realpath(resolve_model(path)) == os.path.realpath(resolve_path(STARTER_PLACE))

@@ -1,6 +1,6 @@
 """Makes the pictures of docs/images/ anew: commands on a terminal, and pages in a browser.
 
-    pip install pyte                       # a terminal in memory; Pillow, matplotlib (its font) are there
+    pip install pyte playwright            # a terminal in memory, a browser; Pillow, matplotlib (its font) are there
     python scripts/draw_screens.py         # all of them: two runs of the tiny model, 5 minutes of two cores
     python scripts/draw_screens.py chat report --work FOLDER      # some, from runs that are in FOLDER already
 
@@ -21,7 +21,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from filming import Film, draw, photograph
+from filming import Film, chromium, draw, keep, photograph
+from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -39,6 +40,14 @@ evaluation:                              # with every 40 steps: loss and answers
 """
 
 PLAN = ["mindformers", "plan", "--config", "ixc25_sft_16", "--devices", "16", "--no_compile"]
+
+# What is asked on the page of `serve`: pictures of the demo, and the rounds of a conversation about them.
+DEMO = ROOT / "mindformers_ixc" / "demo" / "images"
+CONVERSATIONS = [
+    (["receipt.png"], ["What does the heading say?", "What is the total?"]),
+    (["cat.jpg", "coffee.jpg"], ["Which picture shows an animal?"]),
+    (["cat.jpg"], ["What is shown in the picture?", "What would be a good title?"])]
+ANSWERS_AT, WINDOW = r"answers at (http://\S+)/v1", (1280, 800)
 
 # Moves the pointer over an element, so that the page shows what it says there.
 HOVER = """
@@ -137,8 +146,35 @@ def site(work: Path, path: Path) -> None:
     photograph(work / "site" / "index.html", path, (1280, 860))
 
 
+def server_page(work: Path, path: Path) -> None:
+    """The page of `serve`, with answers of the starter's."""
+    film = Film(["mindformers", "serve", "--model", "starter", "--port", "0", "--log", "requests.log"], COLUMNS, work)
+    film.until(ANSWERS_AT)
+    try:
+        with sync_playwright() as tools:
+            browser = tools.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
+            page = browser.new_page(viewport={"width": WINDOW[0], "height": WINDOW[1]}, locale="en-GB",
+                                    color_scheme="light")
+            page.goto(re.findall(ANSWERS_AT, film.text())[0])
+            for pictures, questions in CONVERSATIONS:
+                page.click("#new")
+                page.set_input_files("#choose", [DEMO / name for name in pictures])
+                for question in questions:
+                    page.fill("#question", question)
+                    page.keyboard.press("Enter")
+                    page.wait_for_selector(".answer:last-child:not(.running)")
+            page.mouse.move(WINDOW[0] / 2, WINDOW[1] - 5)
+            page.screenshot(path=work / "page.png")
+            browser.close()
+    finally:
+        film.process.terminate()
+    film.end()
+    keep(work / "page.png", path, WINDOW)
+
+
 SCENES: dict[str, Callable[[Path, Path], None]] = {
-    "run": run, "chat": chat, "search": search, "report": report, "comparison": comparison, "plan": plan, "site": site}
+    "run": run, "chat": chat, "search": search, "report": report, "comparison": comparison, "plan": plan, "site": site,
+    "server_page": server_page}
 
 
 def main() -> int:

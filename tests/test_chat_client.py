@@ -66,6 +66,15 @@ def test_a_busy_server_is_asked_again(server, monkeypatch):
     assert caught.value.status == 503 and len(server.asked) == 7
 
 
+def test_what_was_not_there_in_time_is_not_asked_again(server, monkeypatch):
+    monkeypatch.setattr(chat_client.time, "sleep", None)
+    late = json.dumps({"error": {"message": "The answer was not there within 600 s."}}).encode()
+    server.refusals = [(504, late, {"Retry-After": "1"})]
+    with pytest.raises(ServerError, match=r"^The answer was not there within 600 s\.$") as caught:
+        ChatClient(server.url).complete(HELLO, "m")
+    assert caught.value.status == 504 and len(server.asked) == 1
+
+
 @pytest.mark.parametrize(("status", "body", "words"), [
     (400, {"error": {"message": "must be at least 1", "param": "num_beams"}}, "^num_beams: must be at least 1$"),
     (400, {"error": {"message": "num_beams is 0", "param": "num_beams"}}, "^num_beams is 0$"),

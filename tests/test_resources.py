@@ -10,7 +10,7 @@ from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.processing.processor import Processor
-from mindformers_ixc.resources import STARTER, STARTER_PLACE, is_starter, resolve_model, resolve_path, shown
+from mindformers_ixc.resources import STARTER, STARTER_PLACE, is_starter, model_name, resolve_model, resolve_path, shown
 
 PLACE = Path(mindformers_ixc.__file__).parent / "starter"
 
@@ -34,6 +34,16 @@ def test_a_folder_of_the_same_name_is_not_passed_over_in_silence(tmp_path, monke
         resolve_model(STARTER)
     assert resolve_model("./starter") == Path("starter")
     assert not is_starter("./starter")
+
+
+def test_a_model_is_called_by_its_folder_or_by_its_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [model_name(one) for one in (STARTER, "flags/model", "flags/model/", "./7b", "/a/b/model", "/model")] == [
+        "starter", "flags", "flags", "7b", "b", "model"]
+    (tmp_path / "model").mkdir()
+    assert model_name("model") == tmp_path.name
+    monkeypatch.chdir("model")
+    assert model_name(".") == tmp_path.name
 
 
 def test_a_package_that_is_not_there_is_named():

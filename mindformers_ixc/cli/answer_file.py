@@ -16,7 +16,7 @@ from mindformers_ixc.config import CONFIG_FILE
 from mindformers_ixc.data.questions import Question
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import decode_text, parse_json
-from mindformers_ixc.resources import resolve_model
+from mindformers_ixc.resources import model_name, resolve_model
 
 # Settings that an answer depends on, beside the weights. How many are answered at once is none of them.
 SETTINGS = ("mode", "hd_num", "max_new_tokens", "control_tokens", "transparency", "exif", "shuffle_images",
@@ -28,8 +28,7 @@ _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".model")
 
 def run_of(arguments: argparse.Namespace) -> dict:
     """What must be the same for answers to belong together: `model`, its `weights`, and `SETTINGS`."""
-    return {"model": os.path.basename(os.path.realpath(arguments.model)) or str(arguments.model),
-            "weights": weights_mark(arguments.model),
+    return {"model": model_name(arguments.model), "weights": weights_mark(arguments.model),
             **{name: getattr(arguments, name, None) for name in SETTINGS}}
 
 

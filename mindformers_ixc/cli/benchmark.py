@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from mindformers_ixc.cli.benchmark_asking import Asked, Protocol, Served, local
 from mindformers_ixc.cli.benchmark_options import is_name
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import check_target, read_json, write_whole
+from mindformers_ixc.resources import model_name
 from mindformers_ixc.tables import Column, table
 
 # The folder of a run of VLMEvalKit's in which it looks for result files; it tells runs by names of this form.
@@ -70,7 +70,7 @@ def run_benchmark(arguments: argparse.Namespace) -> int:
         rows = source.rows[:arguments.max_samples]
         check_rows(benchmark, rows, arguments.data)
     served = None if arguments.server is None else Served.find(arguments.server, arguments.api_key, protocol)
-    model = arguments.model_name or _name_of(served.name if served else os.path.realpath(arguments.model))
+    model = arguments.model_name or _file_name(served.name if served else model_name(arguments.model))
     folder = Path(arguments.output_dir or OUTPUT) / model
     path = folder / f"{benchmark.name}.answers.jsonl"
     for target in (path, folder / RUN_FOLDER / "x"):
@@ -105,16 +105,18 @@ def _protocol(arguments: argparse.Namespace, benchmark: Benchmark) -> Protocol:
 
 def _run_of(arguments: argparse.Namespace, protocol: Protocol, model: str, served: Served | None) -> dict:
     """What must be the same for answers to belong together."""
-    by = {"served": served.name} if served else {"weights": weights_mark(arguments.model),
-                                                 "device_target": arguments.device_target}
+    if served:
+        by = {"served": served.name, **({"weights": served.weights} if served.weights else {})}
+    else:
+        by = {"weights": weights_mark(arguments.model), "device_target": arguments.device_target}
     return {"model": model, "benchmark": protocol.benchmark.name, **by, "mode": protocol.mode,
             "hd_num": protocol.hd_num, "num_beams": protocol.num_beams, "max_new_tokens": protocol.max_new_tokens,
             "transparency": protocol.transparency, "exif": protocol.exif}
 
 
-def _name_of(path: str) -> str:
+def _file_name(name: str) -> str:
     """A model's name, as a part of names of files."""
-    name = path.rstrip("/").rpartition("/")[2].replace(":", "_")
+    name = name.rstrip("/").rpartition("/")[2].replace(":", "_")        # servers may give one a path for a name
     return name if is_name(name) else "model"
 
 

@@ -121,6 +121,7 @@ class Served:
         mode: to be asked for; `None` where the name says it.
         tile: side of its tiles, in pixels.
         exif: how it reads pictures, unless the protocol says.
+        weights: the server's mark of its weights; empty where it has none.
     """
 
     client: ChatClient
@@ -128,6 +129,7 @@ class Served:
     mode: str | None
     tile: int = TILE
     exif: str = "ignore"
+    weights: str = ""
 
     @classmethod
     def find(cls, server: str, api_key: str | None, protocol: Protocol) -> Served:
@@ -150,7 +152,8 @@ class Served:
         images = chosen.get("images")
         tile, exif = (images.get("image_size"), images.get("exif")) if isinstance(images, dict) else (None, None)
         return cls(client, str(chosen["id"]), None if found or protocol.mode == "base" else protocol.mode,
-                   int(tile) if tile is not None and is_whole(tile, 1) else TILE, exif if exif in EXIF else "ignore")
+                   int(tile) if tile is not None and is_whole(tile, 1) else TILE, exif if exif in EXIF else "ignore",
+                   str(chosen.get("weights") or ""))
 
     def asking(self, protocol: Protocol, at_once: int) -> Ask:
         """Asks so many questions at once."""

@@ -33,7 +33,7 @@ def add_benchmark(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--output_dir", metavar="DIR", help="of --benchmark: answers, which the same command goes on "
                           "from, and result files for VLMEvalKit, in DIR/MODEL (default: benchmarks)")
     evaluate.add_argument("--model_name", metavar="NAME", help="of --benchmark: MODEL in names of files (default: the "
-                          "model's folder, or its name on the server)")
+                          "folder of the model or of the run that wrote it, or its name on the server)")
 
 
 def check_options(arguments: argparse.Namespace) -> None:

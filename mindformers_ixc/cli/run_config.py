@@ -5,6 +5,7 @@ MindFormers is not imported for it. Where it has been, the names of registered c
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from mindformers_ixc.checkpoint.start import OVERRIDE
 from mindformers_ixc.cli.group_config import DATASET, check_groups, check_task
@@ -221,10 +222,16 @@ def _check_preference(fields: dict, source: str) -> None:
     if has_reference and not needs_reference(options):
         raise ConfigError(f"{source}: train_dataset.input_columns has {REFERENCE_COLUMN}, but the loss "
                           f"{options['loss']} compares with no reference; take the column out.")
-    foreign = [name for name in columns if name not in (*BATCH_COLUMNS, REFERENCE_COLUMN)]
+    _check_pair_columns(columns, REFERENCE_COLUMN, source)
+
+
+def _check_pair_columns(columns: Iterable, own: str, source: str) -> None:
+    """Refuses columns that rows of pairs do not have; `own` is the one that these have beside a batch's."""
+    known = (*BATCH_COLUMNS, own)
+    foreign = [name for name in columns if name not in known]
     if foreign:
         raise ConfigError(f"{source}: train_dataset.input_columns has {', '.join(map(str, foreign))}, which preference "
-                          f"pairs do not have; they have {', '.join((*BATCH_COLUMNS, REFERENCE_COLUMN))}.")
+                          f"pairs do not have; they have {', '.join(known)}.")
 
 
 def _check_reward(fields: dict, section: dict, learns: bool, source: str) -> None:
@@ -245,6 +252,7 @@ def _check_reward(fields: dict, section: dict, learns: bool, source: str) -> Non
     if not has_column:
         raise ConfigError(f"{source}: train_dataset.input_columns lacks {SCORE_COLUMN}, by which IXC25ForReward finds "
                           "where a score is read; add it.")
+    _check_pair_columns(columns, SCORE_COLUMN, source)
 
 
 def _check_spikes(fields: dict, source: str) -> None:

@@ -6,9 +6,9 @@ import contextlib
 import os
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from mindformers_ixc import terminal
+from mindformers_ixc.cli.answer_file import weights_mark
 from mindformers_ixc.cli.early_serve import api_key, limits_of
 from mindformers_ixc.cli.inference import load_assistant
 from mindformers_ixc.cli.serve_rank import ServingRank
@@ -19,7 +19,7 @@ from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.extending import unavailable
 from mindformers_ixc.generation.slots import cache_bytes
-from mindformers_ixc.resources import resolve_model
+from mindformers_ixc.resources import model_name
 from mindformers_ixc.serving.app import make_app
 from mindformers_ixc.serving.decoders import Batched, make_decoder
 from mindformers_ixc.serving.guard import Guard
@@ -100,13 +100,10 @@ def settings_of(arguments: argparse.Namespace, assistant: Assistant) -> ServerSe
     ranks = assistant.model.config.task_lora_ranks
     modes = tuple(mode for mode, tasks in MODE_ADAPTERS.items() if all(task in ranks for task in tasks))
     limits = _fitted(limits, assistant, said=arguments.max_running is not None)
-    folder = Path(os.path.abspath(resolve_model(arguments.model)))
-    # every run calls it "model"
-    name = arguments.name or (folder.parent if folder.name == "model" else folder).name
-    root = check_root(arguments.image_root)
+    name, root = arguments.name or model_name(arguments.model), check_root(arguments.image_root)
     return ServerSettings(name, modes, limits, api_key(arguments), root, tuple(arguments.fetch_images),
                           tuple(arguments.allow_origin), arguments.allow_control_tokens, arguments.log_contents,
-                          not arguments.no_ui)
+                          not arguments.no_ui, weights_mark(arguments.model))
 
 
 def _fitted(limits: Limits, assistant: Assistant, said: bool) -> Limits:
@@ -135,8 +132,9 @@ def choose_piece(decoder: Batched, seconds: float) -> None:
     with terminal.current.doing("Measuring a piece of a prompt"):
         taken = decoder.choose_piece(PIECES, seconds)
     if taken > seconds:
-        terminal.current.say(f"A piece of {decoder.piece} positions, the smallest there is, takes {taken:.2g} s on "
-                             f"this machine, longer than --max_stall {seconds:g}; running answers wait for it.")
+        terminal.current.say(f"A part of a piece of {decoder.piece} positions, the smallest there is, takes "
+                             f"{taken:.2g} s on this machine, longer than --max_stall {seconds:g}; running answers "
+                             "wait for it.")
 
 
 def warm_up(decoder: RowDecoder, settings: ServerSettings, modes: str) -> None:

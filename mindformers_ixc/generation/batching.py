@@ -2,11 +2,11 @@
 
 `CachedDecoder` keeps a batch that begins and ends together. Here every row has caches of its own, of S positions, which
 graphs take as they come: what is attached to a graph's caches is a pointer (`Slot.attach`), so a row that begins or
-ends moves nobody's keys. Prompts are computed in pieces of a fixed number of positions, whose bounds depend on the
-prompt alone. So does all else that has a part in an answer's numbers: a row's product with a weight, its attention, and
-what is taken over from earlier prompts, whole pieces that were computed by the same graph. An answer is bit by bit what
-it is alone, as far as the kernels of `mindformers_ixc.native` compute it. MindSpore's first run of a graph rounds
-otherwise than all later ones, so that one is for nobody.
+ends moves nobody's keys. Prompts are computed in pieces of a fixed number of positions, some layers of a piece at a
+time; their bounds depend on the prompt alone. So does all else that has a part in an answer's numbers: a row's product
+with a weight, its attention, and what is taken over from earlier prompts, whole pieces that were computed by the same
+graphs. An answer is bit by bit what it is alone, as far as the kernels of `mindformers_ixc.native` compute it.
+MindSpore's first run of a graph rounds otherwise than all later ones, so that one is for nobody.
 
 For contiguous caches, so for the CPU in one process, like `extending`.
 """
@@ -34,6 +34,10 @@ from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.rotary import rotary_base, rotary_rows
 from mindformers_ixc.native import kernels
 from mindformers_ixc.processing.processor import EncodedSample
+
+# A piece is computed some layers at a time, so that others wait for a part of it only: in two parts, and in more where
+# each has so many layers (a graph of fewer is not worth its compiling).
+PART_LAYERS = 8
 
 # Positions of the last piece of a prompt where what is left is no more: a product of few rows is sooner done.
 LAST = 64
@@ -131,7 +135,7 @@ class Row:
     """An answer in the making.
 
     Attributes:
-        prompt: with its pictures hashed.
+        prompt: with its pictures hashed; without their pixels once it is computed.
         mode: which task LoRAs are in use.
         total: positions of prompt and answer at most.
         contents: its keys and values.
@@ -162,7 +166,7 @@ class BatchDecoder:
         most: `rows`.
     """
 
-    def __init__(self, engine: InferenceEngine, rows: int, positions: int, piece: int = 128):
+    def __init__(self, engine: InferenceEngine, rows: int, positions: int, piece: int = 64):
         self.engine, self.config, self.most, self.positions, self.piece = engine, engine.config, rows, positions, piece
         self._reading = ContiguousSlot(self.config, 1, positions)
         # more at once would be another product, which rounds otherwise: they are computed one part after the other
@@ -171,11 +175,9 @@ class BatchDecoder:
         self._spare = Memory(self._reading)         # what rows that are only there to fill a graph write to
         for slot in (self._reading, *self._writing):
             slot.attach(self._spare)                # the memory that they were built with is given back
-        self._pieces: dict[tuple[str, int, bool], ExtendGraph] = {}
+        self._pieces: dict[tuple[str, int, bool], list[ExtendGraph]] = {}
         self._steps: dict[tuple[str, int], RowsGraph] = {}
         self._has_tried_vision = False
-        if engine.reuse is not None:
-            engine.reuse.notice(engine.model.get_parameters())
 
     # ------------------------------------------------------------------ the rows
 
@@ -185,6 +187,8 @@ class BatchDecoder:
 
     def open(self, prompt: Prompt, mode: str, new_tokens: int) -> Row:
         """A row for a prompt and at most `new_tokens` more."""
+        with TURNS:
+            self.engine.notice_weights()
         row = Row(prompt, mode, len(prompt) + new_tokens, self._free.pop())
         row.pieces = self._prompt(row)
         return row
@@ -203,17 +207,17 @@ class BatchDecoder:
         return row.known
 
     def advance(self, row: Row) -> np.ndarray | None:
-        """Computes one piece of a row's prompt: some tiles of a picture or some positions.
+        """Computes some tiles of a picture of a row's prompt, or some layers of a piece of it.
 
         Returns:
-            After the last piece the logits `(V,)` of the next token.
+            At the end of the prompt the logits `(V,)` of the next token.
         """
         assert row.pieces is not None, "a closed row is not continued"
         with TURNS:
             try:
                 next(row.pieces)
             except StopIteration as done:
-                row.pieces = None
+                row.pieces, row.prompt = None, row.prompt.without_pixels()
                 return done.value
         return None
 
@@ -293,8 +297,7 @@ class BatchDecoder:
             given = (Tensor(embeds), mask) if mask.any() else None
             if (row.mode, size, given is not None) not in self._pieces:
                 self._try_piece(row.mode, size, given is not None)
-            self._reading.attach(row.contents)
-            logits = self._run_piece(row.mode, ids, row.at, real, total, given)
+            logits = yield from self._run_piece(row.contents, row.mode, ids, row.at, real, total, given)
             row.at += real
             if real == self.piece and keys:
                 self._keep(row, keys)
@@ -306,16 +309,21 @@ class BatchDecoder:
         """Positions of the next piece, of a rest with these image positions; the last piece, of text, is smaller."""
         return LAST if len(images) <= LAST and not images.any() else self.piece
 
-    def _run_piece(self, mode: str, ids: np.ndarray, at: int, real: int, total: int,
-                   images: tuple[Tensor, np.ndarray] | None) -> np.ndarray:
-        """Logits `(V,)` after the last real position of a piece."""
+    def _run_piece(self, contents: Memory, mode: str, ids: np.ndarray, at: int, real: int, total: int,
+                   images: tuple[Tensor, np.ndarray] | None) -> Generator[None, None, np.ndarray]:
+        """Logits `(V,)` after the last real position of a piece; others may be computed after each of its parts."""
         size = ids.shape[1]
-        # where there are no pictures, Partial LoRA is left out
-        graph = self._piece_graph(mode, size, images is not None)
         cos, sin = rotary_rows(self.config, np.arange(at, at + size), total)
-        found = graph(*graph.inputs(ids, (cos[None], sin[None]), np.array([at]), np.array([real]),
-                                    images, np.array([max(real - 1, 0)])))
-        return found.asnumpy()[0].copy()
+        # where there are no pictures, Partial LoRA is left out
+        graphs = self._piece_graphs(mode, size, images is not None)
+        given = graphs[0].inputs(ids, (cos[None], sin[None]), np.array([at]), np.array([real]), images,
+                                 np.array([max(real - 1, 0)]))
+        for number, graph in enumerate(graphs):
+            if number:
+                yield
+            self._reading.attach(contents)
+            given[0] = Tensor(graph(*given).asnumpy().copy())
+        return given[0].asnumpy()[0]
 
     def _images(self, row: Row) -> Generator[None, None, np.ndarray]:
         """Embeddings of a prompt's image positions `(N, D)`, of the pictures that are needed and not known.
@@ -378,10 +386,14 @@ class BatchDecoder:
 
     # ------------------------------------------------------------------ graphs
 
-    def _piece_graph(self, mode: str, size: int, has_images: bool) -> ExtendGraph:
-        key = (mode, size, has_images)
+    def _piece_graphs(self, mode: str, size: int, has_images: bool) -> list[ExtendGraph]:
+        """The graphs that compute a piece one after the other, each some layers."""
+        key, count = (mode, size, has_images), self.config.num_hidden_layers
         if key not in self._pieces:
-            self._pieces[key] = ExtendGraph(self.engine.model, self._reading, mode, size)
+            parts = min(count, max(2, count // PART_LAYERS))
+            bounds = [count * number // parts for number in range(parts + 1)]
+            self._pieces[key] = [ExtendGraph(self.engine.model, self._reading, mode, size, range(*part))
+                                 for part in zip(bounds, bounds[1:])]
         return self._pieces[key]
 
     def _step_graph(self, mode: str, rows: int) -> RowsGraph:
@@ -410,27 +422,30 @@ class BatchDecoder:
             self.engine.vision(Tensor(np.zeros((1, self.engine.tiles_per_call, 3, side, side), np.float32)))
             self._has_tried_vision = True
 
-    def _try_piece(self, mode: str, size: int, has_images: bool) -> None:
-        """Runs a piece of nobody's prompt."""
+    def _try_piece(self, mode: str, size: int, has_images: bool) -> float:
+        """Runs a piece of nobody's prompt; seconds of its longest part."""
         embeds = np.zeros((1, size, self.config.hidden_size), numpy_type(self.config.compute_dtype))
         images = (Tensor(embeds), np.zeros((1, size), np.int32)) if has_images else None
-        self._reading.attach(self._spare)
-        self._run_piece(mode, np.zeros((1, size), np.int32), 0, 1, 1, images)
+        nobodys = self._run_piece(self._spare, mode, np.zeros((1, size), np.int32), 0, 1, 1, images)
+        longest, goes_on = 0.0, True
+        while goes_on:
+            begun = time.perf_counter()
+            goes_on = next(nobodys, nobodys) is None
+            longest = max(longest, time.perf_counter() - begun)
+        return longest
 
     def choose_piece(self, sizes: Sequence[int], seconds: float) -> float:
-        """Makes pieces of prompts the largest of some sizes that is computed within so many seconds, else the smallest.
+        """Makes pieces of prompts the largest of some sizes whose parts take so many seconds at most, or the least.
 
         Returns:
-            Seconds that one takes.
+            Seconds that the longest part takes.
         """
         taken = 0.0
         for size in sorted(sizes, reverse=True):
             self.piece = size
             with TURNS:
                 self._try_piece("base", size, True)      # compiles it
-                begun = time.perf_counter()
-                self._try_piece("base", size, True)
-                taken = time.perf_counter() - begun
+                taken = self._try_piece("base", size, True)
             if taken <= seconds:
                 break
         return taken

@@ -252,6 +252,11 @@ class InferenceEngine:
         assert self.reuse is not None, "without it nothing is known of a prompt"
         return self.reuse.image_rows(prompt, start, lambda sample: self.encode_images(sample).asnumpy())
 
+    def notice_weights(self) -> None:
+        """Looks whether the weights have changed; then nothing is taken over of what was computed before."""
+        if self.reuse is not None and self.reuse.notice(self.model.get_parameters()):
+            self._closed.clear()
+
     def settle(self) -> None:
         """Keeps what answers that have ended left in their caches, before the memory serves others."""
         while self._closed:
@@ -324,8 +329,7 @@ class InferenceEngine:
         """
         self._check_memory(len(samples) * beams, bucket(max(len(one.input_ids) for one in samples) + max_new_tokens))
         with TURNS:
-            if self.reuse is not None and self.reuse.notice(self.model.get_parameters()):
-                self._closed.clear()        # of other weights
+            self.notice_weights()
             return CachedDecoder(self, samples, max_new_tokens, mode, beams)
 
 

@@ -245,16 +245,19 @@ class ExtendGraph(InferenceGraph):
         slot: whose caches.
         mode: which task LoRAs are in use.
         rows: R.
+        part: numbers of the layers that it has, when several graphs do it one after the other; `None` for all.
     """
 
-    def __init__(self, model: IXC25Model, slot: Slot, mode: str, rows: int):
+    def __init__(self, model: IXC25Model, slot: Slot, mode: str, rows: int, part: range | None = None):
         super().__init__()
         assert isinstance(slot, ContiguousSlot), "`unavailable` is asked first"
-        self.embed, self.head, self.rows = Embedding(model), Head(model), rows
-        extensions = [extension_of(cache, rows) for cache in slot.caches]
+        part = range(len(slot.caches)) if part is None else part
+        self.embed, self.head, self.rows, self.shape = Embedding(model), Head(model), rows, (slot.caches[0].batch, rows)
+        self.begins, self.ends = part[0] == 0, part[-1] == len(slot.caches) - 1
+        extensions = [extension_of(slot.caches[number], rows) for number in part]
         self.first = extensions[0]
-        self.layers = nn.CellList([ExtensionLayer(layer, extension, mode, rows)
-                                   for layer, extension in zip(model.model.layers, extensions)], auto_prefix=False)
+        self.layers = nn.CellList([ExtensionLayer(model.model.layers[number], extension, mode, rows)
+                                   for number, extension in zip(part, extensions)], auto_prefix=False)
         self.dtype = model.config.compute_dtype
         self.reshape, self.cast = P.Reshape(), P.Cast()
 
@@ -262,7 +265,8 @@ class ExtendGraph(InferenceGraph):
         """Runs more positions.
 
         Args:
-            input_ids: int32 `(B, R)`.
+            input_ids: int32 `(B, R)`; where the first layer is none of these, what those before made of them,
+                `(B*R, D)`.
             cos: see `Extension.angles`.
             sin: like `cos`.
             image_embeds: `(B, R, D)`, vision-table rows at image positions; `None` where there are none.
@@ -271,16 +275,18 @@ class ExtendGraph(InferenceGraph):
             *places: see `Extension.places`.
 
         Returns:
-            float32 logits `(B, V)`, or `(B*R, V)` of all.
+            float32 logits `(B, V)`, or `(B*R, V)` of all; where the last layer is none of these, `(B*R, D)`.
         """
-        b, rows = input_ids.shape
-        x = self.embed(input_ids, image_embeds, image_mask)                                 # (B*R, D)
-        image = None
+        x, image = input_ids, None
+        if self.begins:
+            x = self.embed(input_ids, image_embeds, image_mask)                             # (B*R, D)
         if image_mask is not None:
-            image = self.reshape(self.cast(image_mask, self.dtype), (b * rows, 1))
+            image = self.reshape(self.cast(image_mask, self.dtype), (-1, 1))
         for layer in self.layers:
-            x = layer(x, image, cos, sin, places, (b, rows))
-        return self.head(x, last)
+            x = layer(x, image, cos, sin, places, self.shape)
+        if self.ends:
+            x = self.head(x, last)
+        return x
 
     def inputs(self, ids: np.ndarray, angles: tuple[np.ndarray, np.ndarray], at: np.ndarray, real: np.ndarray,
                images: tuple[Tensor, np.ndarray] | None = None, last: np.ndarray | None = None) -> list[Tensor | None]:

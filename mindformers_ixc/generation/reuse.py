@@ -27,8 +27,12 @@ from mindformers_ixc.processing.processor import EncodedSample
 BLOCK = 16
 
 
-# Numbers of each parameter that are looked at to see whether the weights have changed.
-SAMPLED = 16
+# Bytes of a model up to which every number is looked at to see whether its weights have changed, once a request: a few
+# milliseconds at the speed of memory. Of a larger one it is so many numbers of each parameter.
+WHOLE_BYTES, SAMPLED = 64 << 20, 16
+
+# Bytes that are added up, so that two parts that change places are seen.
+SUMMED = 4096
 
 
 class Picture(NamedTuple):
@@ -58,6 +62,10 @@ class Prompt(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.sample.input_ids)
+
+    def without_pixels(self) -> Prompt:
+        """The same once it has been computed: nobody needs its tiles any more, which are most of it."""
+        return Prompt(replace(self.sample, pictures=Tiles.none(self.sample.pictures.side)), self.pictures)
 
 
 def pictures_of(sample: EncodedSample) -> list[Picture]:
@@ -106,12 +114,26 @@ def _tiles_between(tiles: Tiles, first: int, end: int) -> Tiles:
 
 
 def weights_mark(parameters: Iterable[Any]) -> bytes:
-    """What changes with the weights, in all likelihood: a hash of a few numbers of each of MindSpore's parameters."""
-    found = hashlib.blake2b(digest_size=16)
+    """What changes with the weights of MindSpore's parameters.
+
+    Of at most `WHOLE_BYTES` all is seen: any number that becomes another one changes the mark. Of a larger model a few
+    numbers of each parameter are looked at. That sees what changes all of a parameter, as training and loading do; it
+    does not see one row of an embedding that was written over: who does that says so (`InferenceEngine.reset`).
+    """
+    parameters, found = list(parameters), hashlib.blake2b(digest_size=16)
+    is_small = sum(parameter.nbytes for parameter in parameters) <= WHOLE_BYTES
     for parameter in parameters:
         values = parameter.asnumpy().reshape(-1)
-        found.update(values[::max(1, len(values) // SAMPLED)].tobytes())
+        found.update(_summary(values) if is_small else values[::max(1, len(values) // SAMPLED)].tobytes())
     return found.digest()
+
+
+def _summary(values: np.ndarray) -> bytes:
+    """The sums of the parts of an array `(n,)`, taken as whole numbers, and what is left of it."""
+    content = np.ascontiguousarray(values).view(np.uint8)
+    whole = len(content) // SUMMED * SUMMED
+    sums = content[:whole].view(np.uint64).reshape(-1, SUMMED // 8).sum(1, dtype=np.uint64)
+    return sums.tobytes() + content[whole:].tobytes()
 
 
 class Reuse:

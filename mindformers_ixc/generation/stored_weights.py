@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -22,7 +23,7 @@ from mindformers_ixc.checkpoint.quantised import (
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint
 from mindformers_ixc.checkpoint.start import match_tensors
 from mindformers_ixc.checkpoint.streaming import say_not_finite
-from mindformers_ixc.checkpoint.tensors import LazyTensor, MappedTensor
+from mindformers_ixc.checkpoint.tensors import LazyTensor, MappedTensor, Stretch
 from mindformers_ixc.device import is_parallel, on_ascend
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.generation.ascend_weights import load_repacked
@@ -33,6 +34,13 @@ from mindformers_ixc.models.stored import hold, holdable
 logger = logging.getLogger(__name__)
 
 HALVES = {"BF16": "bf16", "F16": "f16"}
+
+# Bytes of a file that are mapped at a time. Python keeps a file open for every mapping, and many systems allow a
+# process 1024 open files, about as many as the 7B has tensors; a mapping larger than the memory is refused by Linux.
+WINDOW = 1 << 30
+
+# Mapped parts of files, by path and number.
+Windows = dict[tuple[str, int], np.ndarray]
 
 
 def load_stored(model: IXC25Model, source: OpenedCheckpoint) -> None:
@@ -111,11 +119,12 @@ def _say(source: OpenedCheckpoint, quantization: Quantization | None) -> None:
 
 def _fill(model: nn.Cell, tensors: dict[str, LazyTensor], where: str) -> None:
     """Puts arrays into parameters: mapped where the file has them in the parameter's format, otherwise read."""
-    odd = {}
+    odd: dict[str, int] = {}
+    windows: Windows = {}
     for parameter in model.get_parameters():
         tensor, wanted = tensors[parameter.name], format_of(parameter.dtype)
         assert wanted is not None, parameter.name       # the table has every type of a weight
-        array = mapped(tensor, wanted)
+        array = mapped(tensor, wanted, windows)
         if array is None:
             array = read_as(tensor, wanted)
         # scales and what is small; nobody waits for a look at every number of a mapped file
@@ -127,15 +136,31 @@ def _fill(model: nn.Cell, tensors: dict[str, LazyTensor], where: str) -> None:
     say_not_finite(odd, where)
 
 
-def mapped(tensor: LazyTensor, dtype: str) -> np.ndarray | None:
+def mapped(tensor: LazyTensor, dtype: str, windows: Windows | None = None) -> np.ndarray | None:
     """A tensor's bytes in its file as an array; `None` where they lie elsewhere, in another format or not aligned.
 
     The array can be written to without changing the file, since MindSpore takes no other; nothing does.
+
+    Args:
+        tensor: in a file.
+        dtype: that is wanted.
+        windows: what of files is mapped already; more is added.
     """
     if not isinstance(tensor, MappedTensor) or tensor.dtype != dtype or len(tensor.stretches) != 1:
         return None
     place = tensor.stretches[0]
     if place.offset % item_size(dtype) or not place.nbytes:
         return None
-    bytes_of = np.memmap(place.path, np.uint8, mode="c", offset=place.offset, shape=(place.nbytes,))
-    return np.asarray(bytes_of).view(numpy_type(dtype)).reshape(tensor.shape)
+    return _bytes_of(place, {} if windows is None else windows).view(numpy_type(dtype)).reshape(tensor.shape)
+
+
+def _bytes_of(place: Stretch, windows: Windows) -> np.ndarray:
+    """Bytes of a file, uint8 `(n,)`, as a part of a mapped window if they lie in one."""
+    number, inside = divmod(place.offset, WINDOW)
+    if inside + place.nbytes > WINDOW:
+        return np.asarray(np.memmap(place.path, np.uint8, mode="c", offset=place.offset, shape=(place.nbytes,)))
+    key = str(place.path), number
+    if key not in windows:
+        length = min(WINDOW, os.path.getsize(place.path) - number * WINDOW)
+        windows[key] = np.asarray(np.memmap(place.path, np.uint8, mode="c", offset=number * WINDOW, shape=(length,)))
+    return windows[key][inside:inside + place.nbytes]

@@ -9,7 +9,8 @@ from mindformers_ixc.sections import Rule, above_0, check_value, whole
 # Addresses at which only this machine can be reached.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-# Positions of a piece of a prompt: the more, the longer running answers wait for it, and the less it takes in all.
+# Positions of a piece of a prompt: the more, the longer running answers wait for a part of it. On two cores of a CPU
+# the whole prompt is not sooner there with more of them.
 PIECES = (64, 128, 256)
 
 # Limits in words, for the help: `--max_NAME`.

@@ -106,11 +106,11 @@ def models(settings: ServerSettings, images: ImageProcessor, created: int) -> di
 
 
 def model(name: str, settings: ServerSettings, images: ImageProcessor, created: int) -> dict:
-    """One model; of its own beside OpenAI's keys: mode, positions, limits, whether control tokens are taken, and how
-    pictures are cut."""
+    """One model; of its own beside OpenAI's keys: mode, positions, limits, whether control tokens are taken, a mark of
+    its weights, and how pictures are cut."""
     limits = settings.limits
     return {"id": name, "object": "model", "created": created, "owned_by": "mindformers_ixc",
             "mode": settings.models[name], "max_model_len": limits.positions, "max_new_tokens": limits.new_tokens,
             "max_pictures": limits.pictures, "max_answers": limits.answers, "max_beams": limits.beams,
-            "max_body_bytes": limits.body, "control_tokens": settings.control_tokens,
+            "max_body_bytes": limits.body, "control_tokens": settings.control_tokens, "weights": settings.weights,
             "images": {key: getattr(images, key) for key in IMAGE_KEYS}}

@@ -1,8 +1,9 @@
 """Who is computed for next: continuous batching as host logic, over any decoder that keeps answers apart.
 
-A tick is one piece of one prompt and one more token of every answer that is being written, so a prompt, however long,
-holds the others up for a piece only. Requests wait in a queue of their own for each client; the clients take turns.
-Nothing here knows MindSpore or HTTP. `tick` is for one thread; `submit` and `cancel` are for any.
+A tick is a part of one prompt, as much as its decoder computes at a time, and one more token of every answer that is
+being written, so a prompt, however long, holds the others up for a part only. Requests wait in a queue of their own for
+each client; the clients take turns. Nothing here knows MindSpore or HTTP. `tick` is for one thread; `submit` and
+`cancel` are for any.
 """
 from __future__ import annotations
 
@@ -97,7 +98,7 @@ class Job:
     """A request.
 
     Attributes:
-        prompt: what the decoder opens.
+        prompt: what the decoder opens; `None` once it has been computed.
         mode: task LoRAs in use.
         new_tokens: of an answer at most.
         writers: one an answer.
@@ -317,7 +318,7 @@ class Scheduler(Generic[Row]):
         while len(job.rows) < len(job.writers):
             job.rows.append(self.decoder.fork(job.rows[0]))
         self.reading.remove(job)
-        job.known = self.decoder.known(job.rows[0])
+        job.prompt, job.known = None, self.decoder.known(job.rows[0])     # its pixels are of no more use
         for number in range(len(job.writers)):
             self.writing.append((job, number))
         for number in range(len(job.writers)):
@@ -423,6 +424,6 @@ class Scheduler(Generic[Row]):
             self._next.pop((id(job), number), None)
             if row is not None:
                 self.decoder.close(row)
-        job.rows = []
+        job.rows, job.prompt = [], None
         self.counts.requests[how] += 1
         job.on_end(error)

@@ -28,7 +28,8 @@ class Exchange:
 
     Attributes:
         request: as it was asked.
-        sample: its prompt.
+        positions: of its prompt.
+        image_positions: those of pictures among them.
         job: of the scheduler.
         mailbox: where its pieces come.
         began: when it was read.
@@ -38,7 +39,8 @@ class Exchange:
     """
 
     request: ChatRequest
-    sample: EncodedSample
+    positions: int
+    image_positions: int
     job: Job
     mailbox: Mailbox
     began: float
@@ -49,10 +51,9 @@ class Exchange:
     @property
     def usage(self) -> dict:
         """In OpenAI's form; positions of pictures are tokens of the prompt."""
-        prompt, new = len(self.sample.input_ids), sum(self.tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-                "prompt_tokens_details": {"cached_tokens": self.job.known,
-                                          "image_tokens": int(self.sample.image_mask.sum())}}
+        new = sum(self.tokens)
+        return {"prompt_tokens": self.positions, "completion_tokens": new, "total_tokens": self.positions + new,
+                "prompt_tokens_details": {"cached_tokens": self.job.known, "image_tokens": self.image_positions}}
 
 
 class Service:
@@ -118,10 +119,12 @@ class Service:
             self.worker.submit(job)
         except Refused as error:
             raise refusal(error) from error
-        return Exchange(request, sample, job, mailbox, began, None, [0] * request.n, [""] * request.n)
+        return Exchange(request, len(sample.input_ids), int(sample.image_mask.sum()), job, mailbox, began, None,
+                        [0] * request.n, [""] * request.n)
 
     def _encode(self, request: ChatRequest) -> tuple[EncodedSample, Any]:
         sample = encode(request, self.processor, self.settings)
+        request.messages.clear()        # pictures as text, larger than their files: nobody reads them any more
         return sample, self.scheduler.decoder.prepare(sample)
 
     async def pieces(self, exchange: Exchange, idle: float | None = None) -> AsyncIterator[Piece | None]:

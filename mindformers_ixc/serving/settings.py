@@ -22,6 +22,7 @@ class ServerSettings:
         control_tokens: text that is spelled like a control token becomes one.
         log_contents: questions and answers stand in the request log.
         has_page: whether `/` is a page to chat.
+        weights: a mark that changes with the model's weights; empty where nobody knows one.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ServerSettings:
     control_tokens: bool = False
     log_contents: bool = False
     has_page: bool = True
+    weights: str = ""
 
     @property
     def models(self) -> dict[str, str]:

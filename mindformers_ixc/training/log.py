@@ -38,12 +38,12 @@ from mindformers_ixc.training_options import spike_options
 class TrainingLog(Callback):
     """Writes `metrics.jsonl`, one JSON object a step, and stops a run whose loss is no number.
 
-    Each row has step, epoch, loss, learning_rate, grad_norm, overflow; `samples`, the numbers of the batch's samples;
-    `seconds` of a step, `data_wait`, the share of them that went by before the batch was there (unknown with a data
-    sink, where the device itself takes it), `seconds_left` of the run, `samples_per_second`, and what
-    `throughput.Throughput` gives; with sources `sources`: loss and labelled tokens of each, and `tokens` of all; for
-    preference pairs and groups of answers their report. Some of it is printed as a line, and all of it may be drawn in
-    TensorBoard.
+    Each row has step, epoch, loss, learning_rate, grad_norm, overflow and, where steps may be skipped, `skipped`;
+    `samples`, the numbers of the batch's samples; `seconds` of a step, `data_wait`, the share of them that went by
+    before the batch was there (unknown with a data sink, where the device itself takes it), `seconds_left` of the run,
+    `samples_per_second`, and what `throughput.Throughput` gives; with sources `sources`: loss and labelled tokens of
+    each, and `tokens` of all; for preference pairs and groups of answers their report. Some of it is printed as a line, and all of it may be
+    drawn in TensorBoard.
 
     Args:
         folder: the run's.

@@ -128,8 +128,11 @@ def test_answers_of_another_set_or_model_or_with_other_settings_are_refused(serv
     server.models[0]["id"] = "another"
     with pytest.raises(DataError, match=r"served stand-in \(now another\)"):
         run(*words, "MMStar", "--model_name", "stand-in")
+    server.models[0] |= {"id": "stand-in", "weights": "1234"}
+    with pytest.raises(DataError, match=r"of other weights or settings than this run's: weights none \(now 1234\);"):
+        run(*words, "MMStar")
+    del server.models[0]["weights"]
     shutil.copy("benchmarks/stand-in/MMStar.answers.jsonl", "benchmarks/stand-in/AI2D_TEST.answers.jsonl")
-    server.models[0]["id"] = "stand-in"
     with pytest.raises(DataError, match=r"benchmark MMStar \(now AI2D_TEST\)"):
         run(*words, "AI2D_TEST")
     path = tmp_path / "MMStar.tsv"

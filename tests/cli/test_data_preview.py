@@ -6,12 +6,12 @@ import html
 import io
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from needed import chromium
 from PIL import Image
 
 from mindformers_ixc import terminal
@@ -27,8 +27,6 @@ from mindformers_ixc_cli import parse
 
 DEMO = "pkg:mindformers_ixc/demo/train.json"
 PAIRS = "pkg:mindformers_ixc/demo/stages/preferences.json"
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
-               None)
 
 
 @pytest.fixture(autouse=True)
@@ -264,12 +262,11 @@ document.body.append(end);
 </script></body>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_a_browser_says_what_is_under_the_pointer(tmp_path):
     page, _ = run(DEMO, "--sample", "0")
     path = tmp_path / "acted.html"
     path.write_text(page.replace("</body>", ACTIONS), encoding="utf-8")
-    result = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+    result = subprocess.run([chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
                              f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()], capture_output=True, text=True,
                             check=False, timeout=120)
     found, = re.findall(r'<pre id="result">(.*?)</pre>', result.stdout, re.DOTALL)

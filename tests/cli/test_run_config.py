@@ -141,6 +141,8 @@ NOISE = [*BATCH_COLUMNS, "noise_seed", "lengths"]
     ({"model.model_config.neftune_alpha": 5.0, "train_dataset.input_columns": list(BATCH_COLUMNS)}, "sft",
      r"input_columns lacks noise_seed and lengths, which the noise is made of"),
     ({"model.model_config.neftune_alpha": 5.0}, "dpo", r"but IXC25ForPreference and IXC25ForReward compare answers"),
+    ({"train_dataset.input_columns": [*BATCH_COLUMNS, "score_positions", *NOISE[-2:]]}, "reward",
+     r"input_columns has noise_seed, lengths, which preference pairs do not have; they have .*, score_positions\."),
     ({"skip_spikes": {"window": 5}}, "sft", r"skip_spikes has no limit .*; give one of loss, grad_norm, loss_times"),
     ({"skip_spikes": {"los": 5}}, "sft", r"Unknown key skip_spikes\.los"),
     ({"skip_spikes": {"loss_times": 1}}, "sft", r"skip_spikes\.loss_times is 1; it must be a number above 1"),

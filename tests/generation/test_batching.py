@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from mindspore import Tensor
 from served import IMAGES
 
 from mindformers_ixc.generation.assistant import Assistant
@@ -127,7 +128,7 @@ class TestTokens:
 
 
 class TestPieces:
-    def test_a_prompt_is_one_piece_a_call_and_its_pictures_some_tiles(self, decoder, samples):
+    def test_a_prompt_is_half_the_layers_of_a_piece_a_call_and_its_pictures_some_tiles(self, decoder, samples):
         sample = samples[2]
         row = decoder.open(decoder.prepare(sample), "base", 5)
         rests = []
@@ -135,11 +136,25 @@ class TestPieces:
             rests.append(decoder.rest(row))
         decoder.close(row)
         length = len(sample.input_ids)
-        assert rests == list(range(length - PIECE, 0, -PIECE))
+        assert rests == [rest for rest in range(length, 0, -PIECE) for _ in range(2)][1:]
         row = decoder.open(decoder.prepare(samples[3]), "base", 5)
         decoder.advance(row)
         assert decoder.rest(row) == len(samples[3].input_ids)       # a picture first
         decoder.close(row)
+
+    def test_prompts_that_are_computed_in_turns_have_the_bits_that_they_have_alone(self, decoder, samples):
+        want = [alone(decoder, sample, 1)[0] for sample in samples[:4]]
+        decoder.engine.reuse.store.clear()
+        rows = [decoder.open(decoder.prepare(sample), "base", 5) for sample in samples[:4]]
+        found: dict[int, np.ndarray] = {}
+        while len(found) < len(rows):
+            for number, row in enumerate(rows):
+                logits = None if number in found else decoder.advance(row)
+                if logits is not None:
+                    found[number] = logits
+        for number, row in enumerate(rows):
+            np.testing.assert_array_equal(found[number], want[number])
+            decoder.close(row)
 
     def test_a_row_that_is_closed_before_its_prompt_is_there_leaves_nothing(self, decoder, samples):
         want = alone(decoder, samples[1], 2)
@@ -147,6 +162,27 @@ class TestPieces:
         decoder.advance(row)
         decoder.close(row)
         np.testing.assert_array_equal(alone(decoder, samples[1], 2), want)
+
+    def test_a_row_whose_prompt_is_there_keeps_no_pixels(self, decoder, samples):
+        row, _ = prefilled(decoder, samples[0])
+        assert samples[0].tiles > 0 == row.prompt.sample.tiles
+        assert (len(row.prompt), decoder.rest(row)) == (len(samples[0].input_ids), 0)
+        decoder.close(row)
+
+    def test_of_other_weights_nothing_is_taken_over(self, decoder, samples):
+        weight = decoder.engine.model.model.layers[1].attention_norm.weight
+        kept, want = weight.asnumpy().copy(), alone(decoder, samples[2])
+        changed = kept.copy()
+        changed[3] += 1.0           # one number of one parameter
+        for values in (changed, kept):
+            weight.set_data(Tensor(values))
+            row, _ = prefilled(decoder, samples[2])
+            assert row.known == 0
+            decoder.close(row)
+        row, _ = prefilled(decoder, samples[2])
+        assert row.known > 0
+        decoder.close(row)
+        np.testing.assert_array_equal(alone(decoder, samples[2]), want)
 
     def test_without_a_store_nothing_is_taken_over_and_answers_are_the_same(self, decoder, samples, monkeypatch):
         want = alone(decoder, samples[3], 2)

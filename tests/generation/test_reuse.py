@@ -12,6 +12,7 @@ from mindformers_ixc import native
 from mindformers_ixc.errors import GenerationError
 from mindformers_ixc.generation import assistant as assistants
 from mindformers_ixc.generation import continuing, extending
+from mindformers_ixc.generation import reuse as reusing
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.engine import CachedDecoder
@@ -401,6 +402,31 @@ def test_weights_that_change_make_all_of_before_unknown(engine, model, computed)
     check(engine, [sample(*ASKED)])
     weight.set_data(Tensor(kept))
     assert computed == [128, -3, 128, -3]
+
+
+class TestTheMarkOfWeights:
+    def marked(self, *arrays):
+        return reusing.weights_mark(Tensor(array) for array in arrays)
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])
+    def test_every_number_counts_and_where_it_stands(self, dtype):
+        # of which a part is no whole block of 4096 bytes
+        table = np.random.default_rng(0).integers(0, 100, (3, 5000)).astype(dtype)
+        before, found = self.marked(table, table[0]), set()
+        assert self.marked(table.copy(), table[0].copy()) == before
+        for place in ((0, 0), (1, 2600), (2, 4999)):
+            other = table.copy()
+            other[place] += 1
+            found.add(self.marked(other, table[0]))
+        found |= {self.marked(table[[0, 2, 1]], table[0]), self.marked(table[0], table), before}
+        assert len(found) == 6
+
+    def test_of_a_large_model_some_numbers_of_each_parameter_count(self, monkeypatch):
+        monkeypatch.setattr(reusing, "WHOLE_BYTES", 1000)
+        table = np.arange(4000, dtype=np.float32)
+        once, all_of_it = table.copy(), table + 1
+        once[7] += 1
+        assert self.marked(once) == self.marked(table) != self.marked(all_of_it)
 
 
 @once

@@ -1,6 +1,7 @@
 """Models that compute with weights as their file holds them, against the same model with full weights."""
 from __future__ import annotations
 
+import os
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.checkpoint.quantise import quantize
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.generation import stored_weights
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.stored_weights import mapped
@@ -102,6 +104,19 @@ def test_only_aligned_arrays_of_the_same_format_are_mapped(folders, tmp_path):
     assert found[0, 0] != numbers.whole()[0, 0]
     assert mapped(numbers, "F32") is None
     assert mapped(open_source(folders["awq"]).tensors["output.weight"], "F32") is None
+
+
+@pytest.mark.parametrize("window", [1 << 30, 4096])
+def test_a_file_is_opened_once_and_not_for_every_tensor(folders, monkeypatch, window):
+    monkeypatch.setattr(stored_weights, "WINDOW", window)
+    tensors = open_source(folders["4"]).tensors.values()
+    before, windows = len(os.listdir("/proc/self/fd")), {}
+    arrays = [mapped(tensor, "U8", windows) for tensor in tensors]
+    there = [(tensor, array) for tensor, array in zip(tensors, arrays) if array is not None]
+    assert len(there) > 30
+    assert (len(os.listdir("/proc/self/fd")) - before < 10) is (window > 4096)
+    for tensor, array in there:
+        np.testing.assert_array_equal(array, tensor.whole())
 
 
 def test_stored_weights_are_for_float32_on_the_cpu(folders):

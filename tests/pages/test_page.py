@@ -3,15 +3,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
+from needed import chromium
 
 from mindformers_ixc.pages.page import POINTS, Markup, chart, duration, line, page, table, text
-
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
-               None)
 
 
 def test_text_is_only_text():
@@ -77,7 +74,6 @@ document.body.append(end);
 </script></body>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_a_browser_draws_the_curves_and_follows_the_pointer(tmp_path):
     clock = {step: 6 * step / 3600 for step in range(1, 101)}      # ten minutes
     training = line("<i>training", [(step, 8.0 / step) for step in range(1, 101)], 0, clock, smooth=True)
@@ -87,7 +83,7 @@ def test_a_browser_draws_the_curves_and_follows_the_pointer(tmp_path):
     made = page("t", controls + chart(0, "Loss"), [{"title": "Loss", "lines": [training, held_out]}])
     target = tmp_path / "page.html"
     target.write_text(made.replace("</body>", ACTIONS), encoding="utf-8")
-    shown = subprocess.run([str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu",
+    shown = subprocess.run([chromium(), "--headless", "--no-sandbox", "--disable-gpu",
                             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,700", "--dump-dom",
                             target.as_uri()], check=True, capture_output=True, text=True, timeout=60).stdout
     result, = re.findall(r'<pre id="result">(.*?)</pre>', shown)

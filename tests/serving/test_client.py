@@ -13,7 +13,9 @@ from openai import AsyncOpenAI, BadRequestError, OpenAI
 from served import STARTER, data_url, question, served
 from standin_decoder import StandInDecoder, alone
 
+from mindformers_ixc.errors import GenerationError
 from mindformers_ixc.processing.processor import Processor
+from mindformers_ixc.serving import app
 from mindformers_ixc.serving.limits import Limits
 
 
@@ -305,6 +307,34 @@ class TestTheEnd:
 
 
 class TestBeside:
+    def test_pictures_are_let_go_once_they_have_been_read(self, processor, monkeypatch):
+        requests = []
+        read = app.read_chat
+        monkeypatch.setattr(app, "read_chat", lambda *given: requests.append(read(*given)) or requests[-1])
+        with served(StandInDecoder(step_seconds=0.02), processor=processor) as server, server.client() as client, \
+                client.stream("POST", "/v1/chat/completions",
+                              json=question("What?", data_url(), max_tokens=40, stream=True)) as answer:
+            next(answer.iter_lines())
+            (job, _), = server.service.scheduler.writing
+            assert requests[0].messages == [] and job.prompt is None
+
+    def test_what_fails_while_an_answer_is_computed_is_the_servers_failure(self, processor):
+        decoder = StandInDecoder()
+        with served(decoder, processor=processor) as server:
+            for error, sentence, foreseen in (
+                    (GenerationError("The model's scores are no numbers."), "The model's scores are no numbers.", True),
+                    (ValueError("a secret path"), "The server failed to answer this request", False)):
+                decoder.fails = error
+                answer = server.ask(**question())
+                found = answer.json()["error"]
+                assert (answer.status_code, found["code"], found["type"]) == (500, "failed", "server_error")
+                assert found["message"].startswith(sentence) and "secret" not in answer.text
+                assert (server.faults == []) is foreseen
+                streamed = server.ask(**question(stream=True)).text.splitlines()
+                assert '"code": "failed"' in streamed[-2] and sentence in streamed[-2]
+            decoder.fails = None
+            assert server.ask(**question()).status_code == 200 and not decoder.rows
+
     def test_metrics_are_what_has_happened(self, processor):
         with served(processor=processor) as server:
             server.ask(**question(max_tokens=3, n=2))

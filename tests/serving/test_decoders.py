@@ -1,14 +1,19 @@
 """What decodes for a server, with the starter: answers through the scheduler are the assistant's own."""
 from __future__ import annotations
 
+import json
+import socket
+import time
+
 import pytest
-from served import IMAGES
+from served import IMAGES, question, served
 
 from mindformers_ixc.decoding_options import GenerationOptions
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.serving import decoders
 from mindformers_ixc.serving.answering import AnswerWriter
 from mindformers_ixc.serving.decoders import Batched, InTurns, make_decoder
+from mindformers_ixc.serving.limits import Limits
 from mindformers_ixc.serving.scheduling import Job, Scheduler
 
 QUESTIONS = [("What is shown in the picture?", "cat.jpg"), ("Hello", None), ("Which colour is it?", "coffee.jpg"),
@@ -89,6 +94,33 @@ def test_rows_are_free_again(assistant, decoder):
     assert scheduler.is_idle
     if isinstance(decoder, Batched):
         assert len(decoder._free) == decoder.most
+
+
+def test_a_client_whose_connection_breaks_frees_its_row_within_a_second(assistant, decoder):
+    limits = Limits(running=decoder.most, positions=512, new_tokens=400)
+    body = json.dumps(question(stream=True, max_tokens=400)).encode()
+    head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n").encode()
+    with served(decoder, limits, processor=assistant.processor) as server, server.client() as client:
+        stops, server.service.stop_token_ids = server.service.stop_token_ids, ()       # it does not end by itself
+        wire, got = socket.create_connection(("127.0.0.1", server.port), 20), b""
+        wire.sendall(head + body)
+        while got.count(b"data: ") < 4:
+            more = wire.recv(4096)
+            assert more, got
+            got += more
+        assert server.service.scheduler.open_rows == 1
+        wire.close()
+        until = time.monotonic() + 1
+        while "mindformers_ixc_running 1" in client.get("/metrics").text and time.monotonic() < until:
+            time.sleep(0.01)
+        assert server.service.scheduler.open_rows == 0 and server.service.scheduler.is_idle
+        assert server.service.scheduler.counts.requests == {
+            "done": 0, "cancelled": 1, "failed": 0, "late": 0, "refused": 0}
+        server.service.stop_token_ids = stops
+        assert server.ask(**question()).status_code == 200
+        if isinstance(decoder, Batched):
+            assert len(decoder._free) == decoder.most
 
 
 def test_where_caches_cannot_be_joined_decoders_take_turns(assistant, monkeypatch):

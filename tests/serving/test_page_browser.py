@@ -7,12 +7,12 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from needed import chromium
 from page_visitor import FILM, RICH, WEB, WRITTEN, Visitor, answer
 from playwright import sync_api as playwright
 from scripted_decoder import ScriptedDecoder
@@ -21,10 +21,6 @@ from test_serve_command import COMMAND
 
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.serving.limits import Limits
-
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))),
-               None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +38,9 @@ def server(processor):
 
 @pytest.fixture(scope="module")
 def browser():
+    path = chromium()
     with playwright.sync_playwright() as tools:
-        started = tools.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        started = tools.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield started
         started.close()
 

@@ -13,6 +13,8 @@ import httpx
 import pytest
 from served import ROOT, data_url, question
 
+from mindformers_ixc.cli.answer_file import weights_mark
+
 COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'mindformers'; import mindformers_ixc_cli as cli; "
            "sys.exit(cli.main())", "serve"]
 
@@ -73,6 +75,7 @@ def test_the_command_serves_and_ends(tmp_path):
                 assert text.strip() == answer["message"]["content"]
                 model = client.get("/v1/models").json()["data"][0]
                 assert model["id"] == "starter" and model["control_tokens"] is False
+                assert model["weights"] == weights_mark("starter")
             server.send_signal(signal.SIGTERM)
             start = time.monotonic()
             assert server.wait(20) == 0 and time.monotonic() - start < 20

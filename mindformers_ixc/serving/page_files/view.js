@@ -89,7 +89,8 @@ function usageOf(message) {
   if (message.first !== null && message.first !== undefined) {
     words.push(t("usage_first", { seconds: seconds(message.first) }));
     const writing = message.seconds - message.first;
-    if (usage && usage.completion_tokens > 2 && writing > 0) {
+    /* the first text may be that of several tokens, so of a few there is no speed to tell */
+    if (usage && usage.completion_tokens > 8 && writing > 0) {
       words.push(t("usage_speed", { speed: seconds((usage.completion_tokens - 1) / writing) }));
     }
   } else if (message.seconds) {
