@@ -42,8 +42,8 @@ class TrainingLog(Callback):
     `samples`, the numbers of the batch's samples; `seconds` of a step, `data_wait`, the share of them that went by
     before the batch was there (unknown with a data sink, where the device itself takes it), `seconds_left` of the run,
     `samples_per_second`, and what `throughput.Throughput` gives; with sources `sources`: loss and labelled tokens of
-    each, and `tokens` of all; for preference pairs and groups of answers their report. Some of it is printed as a line, and all of it may be
-    drawn in TensorBoard.
+    each, and `tokens` of all; for preference pairs and groups of answers their report. Some of it is printed
+    as a line, and all of it may be drawn in TensorBoard.
 
     Args:
         folder: the run's.
