@@ -28,7 +28,7 @@ class GroupTable(ConversationTable):
 
     def _join(self, members: list[tuple[int, Any]], place: int) -> dict[str, Any]:
         columns = super()._join(members, place)
-        copies = {name: np.repeat(columns[name][None], self.group_size, 0) for name in ANSWER_COLUMNS}
+        copies = {name: np.repeat(np.asarray(columns[name])[None], self.group_size, 0) for name in ANSWER_COLUMNS}
         nothing = np.zeros(self.group_size, np.float32)
         return {**columns, **copies, REWARDS_COLUMN: nothing, MATCH_COLUMN: nothing,
                 LOGPS_COLUMN: np.zeros((self.group_size, self.seq_length), np.float32)}

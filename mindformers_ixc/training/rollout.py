@@ -148,7 +148,7 @@ class Rollout:
         first = (step * self.sampler.ranks + self.sampler.rank) * rows
         return list(range(first, first + rows))
 
-    def _drawn(self, step: int, prompts: Sequence[Prompt], shape: tuple[int, int]) -> list[list[Drawn]]:
+    def _drawn(self, step: int, prompts: Sequence[Prompt], shape: tuple[int, ...]) -> list[list[Drawn]]:
         """The answers to every prompt, of a batch of groups of the shape `(N, L)`."""
         self.model.set_train(False)
         try:

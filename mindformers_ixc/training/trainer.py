@@ -221,7 +221,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         if self.log is not None and isinstance(self.trained_model, IXC25Model):
             self.log.header = lambda: header(self)
         cell = super().create_model_wrapper(network, optimizer)
-        if self.plan.report == GROUPS:
+        if self.plan.report == GROUPS and self.log is not None:
             options = rollout_options(self.config.get("rollout"))
             cell.updates = options["updates"]
             cell.rollout = Rollout(self.trained_model, self.train_dataset, options, self.config.seed or 0,
