@@ -322,8 +322,9 @@ class BatchDecoder:
             if number:
                 yield
             self._reading.attach(contents)
-            given[0] = Tensor(graph(*given).asnumpy().copy())
-        return given[0].asnumpy()[0]
+            found = graph(*given).asnumpy().copy()
+            given[0] = Tensor(found)
+        return found[0]
 
     def _images(self, row: Row) -> Generator[None, None, np.ndarray]:
         """Embeddings of a prompt's image positions `(N, D)`, of the pictures that are needed and not known.

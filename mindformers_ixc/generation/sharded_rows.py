@@ -106,7 +106,7 @@ class ShardedRows:
             self.slot.take_row(other.place, self.slot, row.place)
         return other
 
-    def step(self, rows: Sequence[SharedRow], tokens: Sequence[int]) -> list[np.ndarray]:
+    def step(self, rows: Sequence[SharedRow], tokens: Sequence[int]) -> list[np.ndarray | Exception]:
         """Logits `(V,)` after one more token of each row, all of one mode."""
         ids, at = np.zeros(self.most, np.int32), np.full(self.most, -1)
         totals = np.ones(self.most, np.int64)
