@@ -5,7 +5,8 @@
 From the starter: a model that knows charts (`ixc25_charts_tiny.yaml`) becomes the reward model
 (`ixc25_reward_tiny.yaml`), and one that was trained a quarter as long answers questions about charts that it trained
 on, 8 times each. Its best and worst answers by the reward model are what `ixc25_dpo_tiny.yaml` trains on. Steps whose
-result is in FOLDER are not done again. Prints a table and returns 1 if a bar is missed.
+result is in FOLDER, which may be that of `benchmarks/reward.py`, are not done again. Prints a table and returns 1 if a
+bar is missed.
 """
 from __future__ import annotations
 
@@ -18,18 +19,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+from reward import COMMAND, HALF_EPOCHS, train
 
 from mindformers_ixc.data.conversations import load_conversations
 from mindformers_ixc.data.questions import questions_of
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.files import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
-COMMAND = str(Path(sys.executable).parent / "mindformers")
-
 
 def run(out: Path, name: str, result: str, *words: str) -> str:
-    """Runs a command unless its result is there; returns its standard output and keeps it."""
+    """Runs a command unless its result is there; returns what it said, and keeps it."""
     log = out / f"{name}.txt"
     if not (out / result).exists() or not log.exists():
         began = time.perf_counter()
@@ -39,12 +38,6 @@ def run(out: Path, name: str, result: str, *words: str) -> str:
         log.write_text(done.stdout + done.stderr)
         print(f"{name:9} {time.perf_counter() - began:.0f} s", flush=True)
     return log.read_text()
-
-
-def train(out: Path, name: str, recipe: str, start: str, *words: str) -> None:
-    """Runs a tiny recipe."""
-    run(out, name, f"{name}/model", "run", "--config", str(ROOT / "yaml_configs" / f"ixc25_{recipe}_tiny.yaml"),
-        "--load_checkpoint", start, "--output_dir", name, "--overwrite", *words)
 
 
 def write_prompts(path: Path, count: int) -> None:
@@ -86,7 +79,7 @@ def main() -> int:
         write_prompts(out / "prompts.jsonl", arguments.prompts)
         train(out, "charts", "charts", "starter")
         train(out, "reward", "reward", "charts/model")
-        train(out, "half", "charts", "starter", "--epochs", "3")
+        train(out, "half", "charts", "starter", "--epochs", str(HALF_EPOCHS))
         run(out, "sample", "samples/samples.jsonl", "sample", "--model", "half/model", "--mode", "write", "--data",
             "prompts.jsonl", "--output_dir", "samples", "--num_samples", "8", "--max_new_tokens", "8")
         said = run(out, "label", "pairs.json", "label", "samples/samples.jsonl", "pairs.json", "--reward",

@@ -189,6 +189,8 @@ FIELDS = {
                         "`gamma`", False, "dpo, sigmoid, 0.1, 0, 0"),
     "reward": Field(None, "with `arch.type: IXC25ForReward`: `loss` (`ranking`, `focal`) and `log_barrier`", False,
                     "ranking, 0"),
+    "grpo": Field(None, "with `arch.type: IXC25ForGRPO`: `task` (the pair that trains), `beta` and `clip`", False,
+                  "dpo, 0.04, 0.2"),
     "use_past": Field(False, "paged and flash attention in inference on Ascend, the tower's too; must be False in "
                       "training", False, "False (chat, eval and predict: True)"),
     "block_size": Field(128, "positions of a block of Ascend's paged cache: a multiple of 16, at most 16384 / head "
@@ -486,6 +488,7 @@ class ModelConfig:
     num_sources: int
     preference: dict | None
     reward: dict | None
+    grpo: dict | None
     use_past: bool
     block_size: int
     num_blocks: int | None

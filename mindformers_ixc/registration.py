@@ -33,13 +33,19 @@ from mindformers_ixc.generation.pipeline import TASK, MultimodalChatPipeline
 from mindformers_ixc.generation.reward import IXC25ForReward
 from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
+from mindformers_ixc.models.grpo import IXC25ForGRPO
 from mindformers_ixc.models.preference import IXC25ForPreference
 from mindformers_ixc.models.vision import IXC25VisionModel
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.processing.tokenizer import VOCAB_FILES_NAMES, SentencePieceText, check_directory
 from mindformers_ixc.processing.video import VideoProcessor
 from mindformers_ixc.resources import STARTER, resolve_model
-from mindformers_ixc.training.datasets import IXC25DataLoader, IXC25PreferenceDataset, IXC25SFTDataset
+from mindformers_ixc.training.datasets import (
+    IXC25DataLoader,
+    IXC25GroupDataset,
+    IXC25PreferenceDataset,
+    IXC25SFTDataset,
+)
 from mindformers_ixc.training.pet import (
     PartialLoRAModel,
     PartialLoRAPetConfig,
@@ -49,11 +55,16 @@ from mindformers_ixc.training.pet import (
 )
 from mindformers_ixc.training.tracking import IXC25Tracker
 from mindformers_ixc.training.trainer import IXC25Trainer
-from mindformers_ixc.training.wrapper import IXC25PipelineWithLossScaleCell, IXC25TrainOneStepCell
+from mindformers_ixc.training.wrapper import (
+    IXC25GroupStepCell,
+    IXC25PipelineWithLossScaleCell,
+    IXC25TrainOneStepCell,
+)
 
 __all__ = [
-    "IXC25Config", "IXC25DataLoader", "IXC25ForCausalLM", "IXC25ForPreference", "IXC25ForReward",
-    "IXC25ImageProcessor", "IXC25PipelineWithLossScaleCell", "IXC25PreferenceDataset", "IXC25Processor",
+    "IXC25Config", "IXC25DataLoader", "IXC25ForCausalLM", "IXC25ForGRPO", "IXC25ForPreference", "IXC25ForReward",
+    "IXC25GroupDataset", "IXC25GroupStepCell", "IXC25ImageProcessor",
+    "IXC25PipelineWithLossScaleCell", "IXC25PreferenceDataset", "IXC25Processor",
     "IXC25SFTDataset", "IXC25Tracker", "IXC25TrainOneStepCell", "IXC25Trainer", "IXC25VideoProcessor",
     "IXC25VisionConfig",
     "IXC25VisionModel", "InternLM2Tokenizer", "InternLMXComposer2Tokenizer",

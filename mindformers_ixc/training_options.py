@@ -25,6 +25,8 @@ from mindformers_ixc.sections import (
 # Networks that learn from pairs of answers, by the YAML's `model.arch.type`.
 PAIR_NETWORKS = ("IXC25ForPreference", "IXC25ForReward")
 PREFERENCE_NETWORK, REWARD_NETWORK = PAIR_NETWORKS
+# The network that learns from rewards of sampled answers.
+GROUP_NETWORK = "IXC25ForGRPO"
 
 # The YAML's `part_learning_rates`, and what stands in it for a part.
 PART_RULES = {"factor": above_0(), "layer_decay": above_0()}

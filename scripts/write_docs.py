@@ -63,8 +63,8 @@ TOPICS: dict[str, tuple[str, tuple[str, ...]]] = {
         "missing key as `SECTION lacks KEY.`, and one that there is not as `unknown key KEY (value VALUE); did you "
         "mean ...?`.",
         ("cli/", "config", "rope", "sections", "resources", "decoding_options", "preference_options",
-         "training_options", "generation/options", "models/", "scores", "training/parts", "training/pet",
-         "mindformers_ixc_cli")),
+         "grpo_options", "training_options", "generation/options", "models/", "scores", "training/parts",
+         "training/pet", "mindformers_ixc_cli")),
     "Checkpoints and weights": (
         "From `convert`, `inspect`, `merge`, and from whatever loads a model. Formats and digests are in "
         "[checkpoints.md](checkpoints.md), the public weights in [weights.md](weights.md).",

@@ -27,10 +27,10 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "scripts"), str(HERE / "helpers")]
 
 # The files that take minutes, the longest first: begun last, one would keep a single worker busy at the end.
-LONGEST = ["training/test_end_to_end.py", "faults/test_fuzz.py", "planning/test_plan_compiled.py",
-           "training/test_interrupted.py", "test_docs_blocks.py", "cpu_cluster/test_layouts.py", "cli/test_launch.py",
-           "generation/test_parallel_inference.py", "checkpoint/test_convert.py", "cpu_cluster/test_collectives.py",
-           "cpu_cluster/test_processes.py", "models/test_parity.py", "test_notebooks.py", "test_parity_script.py"]
+LONGEST = ["cpu_cluster/test_layouts.py", "training/test_end_to_end.py", "cli/test_launch.py", "test_docs_blocks.py",
+           "training/test_interrupted.py", "planning/test_plan_compiled.py", "generation/test_parallel_inference.py",
+           "checkpoint/test_convert.py", "cpu_cluster/test_collectives.py", "cpu_cluster/test_processes.py",
+           "faults/test_fuzz.py", "models/test_parity.py", "test_notebooks.py", "test_parity_script.py"]
 
 
 def pytest_configure(config):

@@ -143,6 +143,8 @@ def _sort_tensors(source: OpenedCheckpoint, base: dict[str, LazyTensor],
             whole.append((name, tensor))
         elif (match := _SAVED.match(name)) and (target := _base_key(match)) in base:
             found.append((match["adapter"], target, "", key, tensor))
+        elif name in base:                       # a parameter that no module holds, of this package's runs
+            found.append((None, name, "", key, tensor))
         else:
             raise CheckpointError(f"{source.path} holds {key}, which is no matrix of a LoRA that can be folded in "
                                   f"(PEFT's lora_A, lora_B or MindFormers' mindpet_delta_lora_a, _b); {_REMEDY}.")
@@ -360,7 +362,8 @@ class Settings:
         """Refuses a tensor beside the matrices unless the file says that it was trained."""
         module, _, kind = target.rpartition(".")
         saved = self.fields.get("modules_to_save") or []
-        if any(module == end or module.endswith(f".{end}") for end in ([saved] if isinstance(saved, str) else saved)):
+        saved = [saved] if isinstance(saved, str) else saved
+        if any(end in (module, target) or module.endswith(f".{end}") for end in saved):
             return
         if kind == "bias" and self.fields.get("bias", "none") != "none":
             return
@@ -371,7 +374,8 @@ class Settings:
         """Refuses an adapter without matrices or a saved module's weights; says which targets it leaves as they are."""
         names = self.fields.get("modules_to_save") or []
         for end in [names] if isinstance(names, str) else names:
-            if not any(f".{target}".rpartition(".")[0].endswith(f".{end}") for target in adapter.replaced):
+            if end not in adapter.replaced and not any(f".{target}".rpartition(".")[0].endswith(f".{end}")
+                                                       for target in adapter.replaced):
                 raise CheckpointError(f"{self.path} names {end} in modules_to_save, but {source.path} does not hold "
                                       "its weights; copy the adapter again.")
         if not adapter.pairs and not adapter.replaced:

@@ -12,6 +12,7 @@ from mindformers_ixc import terminal
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.checkpoint.start import OVERRIDE, begin
 from mindformers_ixc.cli.early_device import check_device
+from mindformers_ixc.cli.group_config import DATASET
 from mindformers_ixc.cli.inputs import read_memory
 from mindformers_ixc.cli.run_config import check_fields, top_keys
 from mindformers_ixc.cli.yaml_file import SHORT_FORMS, merged_fields
@@ -31,7 +32,7 @@ from mindformers_ixc.resources import resolve_model, resolve_path
 from mindformers_ixc.training_options import REWARD_NETWORK
 
 # Data sets that read what `data_loader.dataset_dir` names in this package's way.
-OWN_TASKS = ("IXC25SFTDataset", "IXC25PreferenceDataset")
+OWN_TASKS = ("IXC25SFTDataset", "IXC25PreferenceDataset", DATASET)
 
 # Bytes of a data file up to which it is read at once; what is wrong in larger ones is said when the run reads them.
 SMALL = 2 ** 20

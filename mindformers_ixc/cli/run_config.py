@@ -5,10 +5,12 @@ MindFormers is not imported for it. Where it has been, the names of registered c
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from mindformers_ixc.checkpoint.start import OVERRIDE
+from mindformers_ixc.cli.group_config import DATASET, check_groups, check_task
 from mindformers_ixc.cli.templates import Template, section_templates
-from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, MODE_ADAPTERS, POOLINGS, VISION_FIELDS, Field
+from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, POOLINGS, VISION_FIELDS, Field
 from mindformers_ixc.data.batch import BATCH_COLUMNS, NOISE_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.errors import ConfigError
@@ -33,6 +35,7 @@ from mindformers_ixc.sections import (
 )
 from mindformers_ixc.trackers import CALLBACK, check_tracker
 from mindformers_ixc.training_options import (
+    GROUP_NETWORK,
     PAIR_NETWORKS,
     PREFERENCE_NETWORK,
     REWARD_NETWORK,
@@ -59,7 +62,7 @@ _NAMES = Rule(lambda value: isinstance(value, list) and all(isinstance(name, str
 OWN_RULES = {"on_save_error": one_of(("stop", "continue")), "no_join": of_type(bool), "device_tflops": _PEAK,
              "tensorboard": of_type(bool, dict), OVERRIDE: _NAMES}
 OWN_SECTIONS = ("auto_register", "register_path", "generation", "train_parts", "part_learning_rates", "evaluation",
-                "skip_spikes",
+                "rollout", "skip_spikes",
                 *OWN_RULES)
 
 # Keys of MindFormers' section, which has no template.
@@ -119,9 +122,11 @@ def check_fields(fields: dict, source: str) -> None:
     if decay is not None:
         check_value("runner_wrapper.ema_decay", decay, DECAY_RULE, source=source)
     task = (fields.get("train_dataset_task") or {}).get("type")
-    if task in ("IXC25SFTDataset", "IXC25PreferenceDataset"):
+    if task in ("IXC25SFTDataset", "IXC25PreferenceDataset", DATASET):
         check_dataset_section(fields.get("train_dataset"), task == "IXC25PreferenceDataset")
     _check_preference(fields, source)
+    if fields["model"]["model_config"].get("type") == "IXC25Config":
+        check_groups(fields, source)
     _check_noise(fields, source)
     if fields.get("skip_spikes") is not None:
         _check_spikes(fields, source)
@@ -214,18 +219,20 @@ def _check_preference(fields: dict, source: str) -> None:
                               "pairs have (model.arch.type IXC25ForPreference).")
         return
     options = preference_options(section.get("preference"))
-    mode = section.get("adapter_mode") or "base"
-    adapters = MODE_ADAPTERS.get(mode)      # an unknown mode is refused where the model is built
-    if adapters is not None and options["task"] not in adapters:
-        raise ConfigError(f"{source}: model.model_config.preference.task is '{options['task']}', which adapter_mode "
-                          f"'{mode}' does not use ({', '.join(adapters) or 'it uses none'}).")
+    check_task(section, options["task"], "preference", source)
     if has_reference and not needs_reference(options):
         raise ConfigError(f"{source}: train_dataset.input_columns has {REFERENCE_COLUMN}, but the loss "
                           f"{options['loss']} compares with no reference; take the column out.")
-    foreign = [name for name in columns if name not in (*BATCH_COLUMNS, REFERENCE_COLUMN)]
+    _check_pair_columns(columns, REFERENCE_COLUMN, source)
+
+
+def _check_pair_columns(columns: Iterable, own: str, source: str) -> None:
+    """Refuses columns that rows of pairs do not have; `own` is the one that these have beside a batch's."""
+    known = (*BATCH_COLUMNS, own)
+    foreign = [name for name in columns if name not in known]
     if foreign:
         raise ConfigError(f"{source}: train_dataset.input_columns has {', '.join(map(str, foreign))}, which preference "
-                          f"pairs do not have; they have {', '.join((*BATCH_COLUMNS, REFERENCE_COLUMN))}.")
+                          f"pairs do not have; they have {', '.join(known)}.")
 
 
 def _check_reward(fields: dict, section: dict, learns: bool, source: str) -> None:
@@ -246,6 +253,7 @@ def _check_reward(fields: dict, section: dict, learns: bool, source: str) -> Non
     if not has_column:
         raise ConfigError(f"{source}: train_dataset.input_columns lacks {SCORE_COLUMN}, by which IXC25ForReward finds "
                           "where a score is read; add it.")
+    _check_pair_columns(columns, SCORE_COLUMN, source)
 
 
 def _check_spikes(fields: dict, source: str) -> None:
@@ -258,6 +266,10 @@ def _check_spikes(fields: dict, source: str) -> None:
     if by_norm and not (fields.get("runner_wrapper") or {}).get("use_clip_grad"):
         raise ConfigError(f"{source}: skip_spikes.{by_norm[0]} needs runner_wrapper.use_clip_grad True, since only "
                           "steps that clip gradients know their norm.")
+    updates = (fields.get("rollout") or {}).get("updates") or 1
+    if updates != 1:
+        raise ConfigError(f"{source}: skip_spikes needs to know every step, but rollout.updates {updates!r} makes that "
+                          "many of each round; set it to 1, or take skip_spikes out.")
     runner = fields.get("runner_config") or {}
     if runner.get("sink_mode") and runner.get("sink_size") != 1:
         raise ConfigError(f"{source}: skip_spikes needs to know every step, but with runner_config.sink_mode a device "
@@ -271,9 +283,10 @@ def _check_noise(fields: dict, source: str) -> None:
     alpha = model["model_config"].get("neftune_alpha")
     if not alpha or fields.get("run_mode") == "predict":
         return
-    if (model.get("arch") or {}).get("type") in PAIR_NETWORKS:
-        raise ConfigError(f"{source}: model.model_config.neftune_alpha is {alpha!r}, but {' and '.join(PAIR_NETWORKS)} "
-                          "compare answers, of which both would get noise of their own; take it out.")
+    arch = (model.get("arch") or {}).get("type")
+    if arch in (*PAIR_NETWORKS, GROUP_NETWORK):
+        raise ConfigError(f"{source}: model.model_config.neftune_alpha is {alpha!r}, but {arch} compares answers, each "
+                          "of which would get noise of its own; take it out.")
     columns = (fields.get("train_dataset") or {}).get("input_columns") or BATCH_COLUMNS
     missing = [name for name in NOISE_COLUMNS if name not in columns]
     if missing:

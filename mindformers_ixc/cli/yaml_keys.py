@@ -20,6 +20,7 @@ from mindformers_ixc.data.rows import MAX_BAD_SHARE
 from mindformers_ixc.data.sections import DATASET_RULES, LOADER_RULES
 from mindformers_ixc.decoding_options import BEST_RULES, PREDICT_BATCH_SIZE, GenerationOptions
 from mindformers_ixc.decoding_options import RULES as DECODING_RULES
+from mindformers_ixc.grpo_options import GRPO, GRPO_RULES, REWARD_MODEL, ROLLOUT, ROLLOUT_RULES, RULES
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.planning.workload import SHARD_THRESHOLD_KIB
 from mindformers_ixc.preference_options import BETA, LOSS, LOSSES, TASK
@@ -99,6 +100,7 @@ _TOP = Section({
                        "all but task LoRAs outside `adapter_mode`", "a list of parts"),
     "part_learning_rates": Key("for each part a section, see [below](#part_learning_rates)", "no factors", "a section"),
     "evaluation": Key("held-out samples, see [below](#evaluation)", "none", "a section"),
+    "rollout": Key("GRPO: what is sampled and how it is rewarded, see [below](#rollout)", "the defaults", "a section"),
     "skip_spikes": Key("steps that are not taken because of their loss or gradient norm, see [below](#skip_spikes)",
                        "none", "a section"),
     "generation": Key("run mode predict, see [below](#generation)", "`max_new_tokens` 64", "a section"),
@@ -139,7 +141,9 @@ _DATASET = Section({
     "input_columns": Key("the seven of a batch, and `position_ids`, `segment_ends` (packing), `noise_seed` (dropout by "
                          "sample), `lengths` (with it noise on embeddings), `source` (loss by source), `loss_weights` "
                          "(`data_loader.loss_on: weights`), `reference_logps` (preferences), `score_positions` "
-                         "(reward models)", "the seven"),
+                         "(reward models); GRPO takes the seven, `rewards`, `matches` and `sampled_logps`",
+                         "the seven"),
+    "group_size": Key("GRPO: answers sampled to each prompt", "none"),
     "control_tokens": Key("text spelled like `</s>` or `[UNUSED_TOKEN_145]` becomes that token, labels by the public "
                           "rule ([data.md](data.md#checks-lengths-batches))", "False"),
     "max_bad_share": Key("share of a source's samples that may be wrong, and of all that may have damaged pictures or "
@@ -187,7 +191,8 @@ _MIXTURE = Section({
 }, MIXTURE_RULES)
 
 _TASK = Section({
-    "type": Key("`IXC25SFTDataset`, or `IXC25PreferenceDataset` for preference pairs", "required", "text"),
+    "type": Key("`IXC25SFTDataset`, `IXC25PreferenceDataset` for preference pairs, `IXC25GroupDataset` for GRPO",
+                "required", "text"),
     "dataset_config": Key("`*train_dataset`: what MindFormers reads; `mindformers run` ties changes in",
                           "`train_dataset`", "a section"),
 })
@@ -211,6 +216,20 @@ _REWARD = Section({
     "log_barrier": Key("weight of what keeps scores within (-5, 5)"),
 }, REWARD_RULES, REWARD_DEFAULTS)
 
+_GRPO = Section({
+    "task": Key("the task LoRA that trains; the reference is the model without it"),
+    "beta": Key("weight of the distance to the reference; 0 computes none"),
+    "clip": Key("by so much the ratio of an answer's probability to that when it was sampled may leave 1"),
+}, GRPO_RULES, GRPO)
+
+_ROLLOUT = Section({
+    "rewards": Key("rules with their weights: " + ", ".join(f"`{name}`" for name in (*RULES, REWARD_MODEL))
+                   + " ([stages.md](stages.md#rewards-instead-of-pairs-grpo))", "`exact_match` 1"),
+    "reward_model": Key("directory of the reward model of the rule of that name"),
+    "max_new_tokens": Key("of an answer; also no more than `seq_length` leaves behind the longest prompt of a batch"),
+    "updates": Key("steps over the answers of a round; from the second on the clip acts"),
+}, ROLLOUT_RULES, ROLLOUT)
+
 _PET = Section({
     "pet_type": Key("`partial_lora`, `task_lora`, or MindFormers' own `lora` with its keys; everything but those pairs "
                     "is frozen. Not together with `train_parts`", "none", "text"),
@@ -232,7 +251,8 @@ _PET = Section({
 
 _MODEL = Section({
     "model_config": Key("the model, see [below](#model_config)", "required", "a section"),
-    "arch.type": Key("`IXC25ForCausalLM`, or for pairs `IXC25ForPreference` and `IXC25ForReward`", "required", "text"),
+    "arch.type": Key("`IXC25ForCausalLM`, for pairs `IXC25ForPreference` and `IXC25ForReward`, or `IXC25ForGRPO`",
+                     "required", "text"),
 })
 
 _TRAINER = Section({
@@ -437,8 +457,8 @@ SECTIONS: dict[str, Section] = {
     "part_learning_rates": _PART_RATES, "runner_wrapper": _WRAPPER, "skip_spikes": _SPIKES, "train_dataset": _DATASET,
     "train_dataset.data_loader": _LOADER, "train_dataset.data_loader.mixture": _MIXTURE, "train_dataset_task": _TASK,
     "model": _MODEL, "model.model_config.preference": _PREFERENCE, "model.model_config.reward": _REWARD,
-     "model.model_config.pet_config": _PET,
-    "evaluation": _EVALUATION, "evaluation.early_stopping": _EARLY_STOPPING,
+    "model.model_config.grpo": _GRPO, "model.model_config.pet_config": _PET,
+    "evaluation": _EVALUATION, "evaluation.early_stopping": _EARLY_STOPPING, "rollout": _ROLLOUT,
     "generation": _GENERATION, "callbacks.MFLossMonitor": _LOSS_MONITOR,
     "callbacks.CheckpointMonitor": _CHECKPOINT_MONITOR, f"callbacks.{CALLBACK}": _TRACKER, "tensorboard": _TENSORBOARD,
     "recompute_config": _RECOMPUTE, "parallel": _PARALLEL,

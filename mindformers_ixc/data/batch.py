@@ -45,6 +45,14 @@ or, for a reward model, whose sequences end with the reward token,
 | column | type | shape | holds |
 |---|---|---|---|
 | score_positions | int32 | (B, 2, L) | 2 at the reward token, 1 at all positions before it, 0 in the padding |
+
+Groups of N sampled answers to a prompt (`IXC25GroupDataset`) have the same four columns as (B, N, L), and
+
+| column | type | shape | holds |
+|---|---|---|---|
+| rewards | float32 | (B, N) | reward of each answer |
+| matches | float32 | (B, N) | 1 where it is exactly what was expected, else 0 |
+| sampled_logps | float32 | (B, N, L) | log-probability of each position's target when it was sampled; 0 without one |
 """
 
 from __future__ import annotations
@@ -63,13 +71,15 @@ WEIGHTS_COLUMN = "loss_weights"
 NOISE_COLUMNS = ("noise_seed", "lengths")
 EXTRA_COLUMNS = (*PACKING_COLUMNS, *NOISE_COLUMNS, "source", WEIGHTS_COLUMN)
 
-# Columns of preference pairs that have the pair's answers as a second axis.
+# Columns of preference pairs and groups that have the answers as a second axis.
 ANSWER_COLUMNS = ("input_ids", "labels", "vision_index", "image_mask")
 # One more of theirs, where the reference's log-probabilities were computed before.
 REFERENCE_COLUMN = "reference_logps"
 # One more where scores are learnt.
 SCORE_COLUMN = "score_positions"
 PAIR_COLUMNS = (REFERENCE_COLUMN, SCORE_COLUMN)
+# Those of groups of sampled answers.
+REWARDS_COLUMN, MATCH_COLUMN, LOGPS_COLUMN = GROUP_COLUMNS = ("rewards", "matches", "sampled_logps")
 
 
 def column_ranks(columns: Iterable[str], pairs: bool = False) -> list[int]:
@@ -106,7 +116,7 @@ def column_shapes(config: ModelConfig, columns: Iterable[str],
     Args:
         config: lengths and sizes.
         columns: names; without `global_views` the views are among the `pixel_values`, which are float32 then.
-        answers: of a row; 2 for preference pairs, whose texts have one axis more.
+        answers: of a row; 2 for preference pairs, N for groups, whose texts have one axis more.
     """
     columns, vision, length = tuple(columns), config.vision_config, config.seq_length
     texts = (length,) if answers == 1 else (answers, length)
@@ -118,5 +128,6 @@ def column_shapes(config: ModelConfig, columns: Iterable[str],
         "position_ids": ("int32", (length,)), "segment_ends": ("int32", (config.max_segments,)),
         "noise_seed": ("int32", ()), "source": ("int32", (length,)), "lengths": ("int32", (length,)),
         WEIGHTS_COLUMN: ("float32", (length,)), REFERENCE_COLUMN: ("float32", (answers,)),
-        SCORE_COLUMN: ("int32", texts)}
+        SCORE_COLUMN: ("int32", texts), **dict.fromkeys((REWARDS_COLUMN, MATCH_COLUMN), ("float32", (answers,))),
+        LOGPS_COLUMN: ("float32", texts)}
     return {name: table[name] for name in columns}

@@ -52,7 +52,20 @@ def with_loss_on(sample: EncodedSample, loss_on: str, weights: Sequence[float] =
         by_position[run] = weight
         if not weight:
             labels[run] = IGNORE_INDEX
-    if not any(given):
+    check_weights(given, where)
+    return replace(sample, labels=labels, weights=by_position)
+
+
+def check_weights(weights: Sequence[float], where: str) -> None:
+    """Refuses a sample of which nothing is left that is learnt.
+
+    Args:
+        weights: of the answers that fit; none given are 1.
+        where: what the sample is, for messages.
+
+    Raises:
+        DataError: when all of them are 0.
+    """
+    if weights and not any(weights):
         raise DataError(f"{where}: every answer of it that fits has the {WEIGHT_KEY} 0, so there is nothing to learn "
                         "from it; raise seq_length and max_tiles, or take it out.")
-    return replace(sample, labels=labels, weights=by_position)

@@ -4,7 +4,14 @@ from __future__ import annotations
 from typing import Any
 
 from mindformers_ixc.config import FIELDS, default_max_images
-from mindformers_ixc.data.batch import BATCH_COLUMNS, EXTRA_COLUMNS, PACKING_COLUMNS, PAIR_COLUMNS, WEIGHTS_COLUMN
+from mindformers_ixc.data.batch import (
+    BATCH_COLUMNS,
+    EXTRA_COLUMNS,
+    GROUP_COLUMNS,
+    PACKING_COLUMNS,
+    PAIR_COLUMNS,
+    WEIGHTS_COLUMN,
+)
 from mindformers_ixc.data.forms import WEIGHT_KEY
 from mindformers_ixc.data.learning import ALL, LOSS_ON, WEIGHTS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
@@ -28,7 +35,7 @@ DATASET_RULES = {
     "image_size": of_type(int), "patch_size": of_type(int),
     "max_images": whole(1), "max_segments": whole(2),
     "max_bad_share": share(), "packing": of_type(bool), "seed": of_type(int),
-    "control_tokens": of_type(bool), "input_columns": of_type(list),
+    "control_tokens": of_type(bool), "input_columns": of_type(list), "group_size": whole(2),
     "batch_size": of_type(int, required=True), "drop_remainder": of_type(bool), "num_parallel_workers": of_type(int),
     "python_multiprocessing": of_type(bool), "repeat": of_type(int), "prefetch_size": of_type(int),
     "numa_enable": of_type(bool), "construct_args_key": of_type(list),
@@ -66,7 +73,7 @@ def check_dataset_section(section: Any, preferences: bool = False) -> None:
     check_section(loader, LOADER_RULES, "train_dataset.data_loader", DataError)
     check_section(loader.get("mixture") or {}, MIXTURE_RULES, "train_dataset.data_loader.mixture", DataError)
     columns = section.get("input_columns") or list(BATCH_COLUMNS)
-    unknown = [name for name in columns if name not in (*BATCH_COLUMNS, *EXTRA_COLUMNS, *PAIR_COLUMNS)]
+    unknown = [name for name in columns if name not in (*BATCH_COLUMNS, *EXTRA_COLUMNS, *PAIR_COLUMNS, *GROUP_COLUMNS)]
     missing = [name for name in BATCH_COLUMNS if name not in columns]
     if unknown or missing:
         raise DataError(f"train_dataset.input_columns {'has the unknown column' if unknown else 'lacks'} "

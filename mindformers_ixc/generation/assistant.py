@@ -157,23 +157,41 @@ class Assistant:
             New token ids of each answer, with the stop id that ended it, if any, and the log-probability of each at
             temperature 1.
         """
-        drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in range(count)]
+        if self.engine.reuse is not None and len(sample.input_ids) > BLOCK:
+            # alone at first, so that all rows begin with what is then known of the prompt
+            with TURNS, closing(self._decoder([sample], options, mode)[0]) as alone:
+                alone.prefill()
+        return self.draw_groups([sample], options, count, mode)[0]
+
+    def draw_groups(self, samples: Sequence[EncodedSample], options: GenerationOptions, count: int, mode: str = "base",
+                    seeds: Sequence[Any] | None = None) -> list[list[tuple[list[int], list[float]]]]:
+        """Samples several answers to each of some prompts as one batch.
+
+        Args:
+            samples: encoded prompts.
+            options: decoding options, stop ids included.
+            count: of answers to each prompt.
+            mode: task LoRAs in use.
+            seeds: what the random numbers of each prompt follow from (`numpy.random.SeedSequence`); of a single prompt
+                the options' seed by default.
+
+        Returns:
+            For each prompt what `draw` gives.
+        """
+        drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in range(count * len(samples))]
         with TURNS:
-            if self.engine.reuse is not None and len(sample.input_ids) > BLOCK:
-                # alone at first, so that all rows begin with what is then known of the prompt
-                with closing(self._decoder([sample], options, mode)[0]) as alone:
-                    alone.prefill()
-            decoder, options = self._decoder([sample], options, mode, count)
-            generators = [np.random.default_rng(seed) for seed in np.random.SeedSequence(options.seed).spawn(count)]
+            decoder, options = self._decoder(samples, options, mode, count)
+            generators = [np.random.default_rng(one) for seed in seeds or [options.seed]
+                          for one in np.random.SeedSequence(seed).spawn(count)]
             with closing(decoder):
                 watched = Watched(decoder)
-                for shown in decode_steps(watched, options, count, self._ended(options), generators):
+                for shown in decode_steps(watched, options, len(drawn), self._ended(options), generators):
                     logps = log_softmax(watched.logits.astype(np.float64))
                     for row, token in enumerate(shown):
                         if token is not None:
                             drawn[row][0].append(token)
                             drawn[row][1].append(float(logps[row, token]))
-        return drawn
+        return [drawn[first:first + count] for first in range(0, len(drawn), count)]
 
     def _decoder(self, samples: Sequence[EncodedSample], options: GenerationOptions, mode: str,
                  rows: int | None = None) -> tuple[CachedDecoder, GenerationOptions]:

@@ -30,14 +30,16 @@ class SharedRow:
     """An answer in the making.
 
     Attributes:
-        prompt: of the answer.
+        prompt: of the answer; `None` once it has been computed, for its pixels take memory.
+        length: positions of the prompt.
         mode: which task LoRAs are in use.
         total: positions of prompt and answer at most.
         place: row of the cache.
         at: its next position; 0 until the prompt is computed.
     """
 
-    prompt: Prompt
+    prompt: Prompt | None
+    length: int
     mode: str
     total: int
     place: int
@@ -67,9 +69,13 @@ class ShardedRows:
         """A sample as it is: nothing is taken over here, so its pictures need not be hashed."""
         return Prompt(sample, [])
 
-    def open(self, prompt: Prompt, mode: str, new_tokens: int) -> SharedRow:
-        """A row for a prompt and at most `new_tokens` more."""
-        return SharedRow(prompt, mode, len(prompt) + new_tokens, self._free.pop())
+    def has_room(self, prompt: Prompt, new_tokens: int, answers: int) -> bool:
+        """Whether there is memory for more answers, where a row is free: every row has all its positions."""
+        return True
+
+    def open(self, prompt: Prompt, mode: str, new_tokens: int, answers: int = 1) -> SharedRow:
+        """A row for a prompt and at most `new_tokens` more; further answers to it get theirs by `fork`."""
+        return SharedRow(prompt, len(prompt), mode, len(prompt) + new_tokens, self._free.pop())
 
     def close(self, row: SharedRow) -> None:
         """Frees a row; the next prompt overwrites what it holds."""
@@ -77,7 +83,7 @@ class ShardedRows:
 
     def rest(self, row: SharedRow) -> int:
         """Positions of a row's prompt that are still to be computed: all or none."""
-        return 0 if row.at else len(row.prompt)
+        return 0 if row.at else row.length
 
     def known(self, row: SharedRow) -> int:
         """Positions that were taken over: none."""
@@ -85,21 +91,22 @@ class ShardedRows:
 
     def advance(self, row: SharedRow) -> np.ndarray:
         """Computes a row's prompt; logits `(V,)` of the next token."""
+        assert row.prompt is not None, "a prompt is computed once"
         with TURNS:
             self._make_graphs(row.mode)
             logits = self._read(row.prompt.sample, row.mode, row.total, row.place)
-        row.at = len(row.prompt)
+        row.prompt, row.at = None, row.length
         return logits
 
     def fork(self, row: SharedRow) -> SharedRow:
         """Another row that goes on from the end of the same prompt, before `row` has gone on."""
-        assert row.at == len(row.prompt), "what a row holds behind its prompt would be added to"
-        other = SharedRow(row.prompt, row.mode, row.total, self._free.pop(), row.at)
+        assert row.at == row.length, "what a row holds behind its prompt would be added to"
+        other = SharedRow(None, row.length, row.mode, row.total, self._free.pop(), row.at)
         with TURNS:
             self.slot.take_row(other.place, self.slot, row.place)
         return other
 
-    def step(self, rows: Sequence[SharedRow], tokens: Sequence[int]) -> list[np.ndarray]:
+    def step(self, rows: Sequence[SharedRow], tokens: Sequence[int]) -> list[np.ndarray | Exception]:
         """Logits `(V,)` after one more token of each row, all of one mode."""
         ids, at = np.zeros(self.most, np.int32), np.full(self.most, -1)
         totals = np.ones(self.most, np.int64)

@@ -1,10 +1,11 @@
-"""What the networks that learn from pairs of answers share: pictures that are encoded once, and sums over pairs."""
+"""What the networks that learn from several answers share: pictures that are encoded once, and sums over pairs."""
 from __future__ import annotations
 
 from mindspore import nn
 from mindspore.ops import operations as P
 
 from mindformers_ixc.device import is_parallel
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.report import keep_report
@@ -57,7 +58,7 @@ class PairLoss(nn.Cell):
 
 
 class IXC25PairModel(IXC25Model):
-    """The network over pairs: the two answers of a pair are two sequences, with the same pictures.
+    """The network over pairs or groups: the answers to a prompt are as many sequences, with the same pictures.
 
     Args:
         config: as of `IXC25Model`.
@@ -73,6 +74,22 @@ class IXC25PairModel(IXC25Model):
             self.keep_cut.shard(((dp, 1), ()))
             self.tile_answers.shard(((dp, 1, 1, 1),))
 
+    def adapters_without(self, task: str, section: str) -> tuple[str, ...]:
+        """Task LoRAs of the reference: those in use but for the pair that trains.
+
+        Args:
+            task: that pair's.
+            section: of the configuration that names it.
+
+        Raises:
+            ConfigError: for a mode without the task.
+        """
+        if task not in self.adapters:
+            used = ", ".join(self.adapters) or "it uses none"
+            raise ConfigError(f"model_config.{section}.task is '{task}', which adapter_mode "
+                              f"'{self.config.adapter_mode}' does not use ({used}).")
+        return tuple(name for name in self.adapters if name != task)
+
     def end_with(self, loss: PairLoss, pooling: nn.Cell) -> None:
         """Gives the loss its cuts and, with what pools positions, its stage; in parallel runs the report is kept."""
         parallel = self.config.parallel_config
@@ -84,15 +101,15 @@ class IXC25PairModel(IXC25Model):
                     cell.pipeline_stage = parallel.pipeline_stage - 1
 
     def answer_rows(self, input_ids, pixel_values, global_views, view_index, vision_index, image_mask):
-        """Columns of pairs as the first arguments of `hidden_states`, an answer a row and those of a pair together."""
-        b, _, length = input_ids.shape
+        """Columns as the first arguments of `hidden_states`, an answer a row and those of a prompt together."""
+        b, answers, length = input_ids.shape
         table = None
         if pixel_values is not None:
             table = self.vision_table(pixel_values, global_views, view_index)         # (B, T*k*k + 2, D)
             rows, width = table.shape[1], table.shape[2]
-            table = self.tile_answers(self.reshape(table, (b, 1, rows, width)), (1, 2, 1, 1))
-            table = self.reshape(table, (2 * b, rows, width))                         # (2B, T*k*k + 2, D)
-        shape = (2 * b, length)
+            table = self.tile_answers(self.reshape(table, (b, 1, rows, width)), (1, answers, 1, 1))
+            table = self.reshape(table, (answers * b, rows, width))                   # (N*B, T*k*k + 2, D)
+        shape = (answers * b, length)
         return (self.reshape(input_ids, shape), table, self.reshape(vision_index, shape),
                 self.keep_cut(self.reshape(image_mask, shape), 0))
 

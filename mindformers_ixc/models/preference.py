@@ -12,7 +12,6 @@ from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.device import is_parallel
-from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.loss import IGNORE_INDEX
 from mindformers_ixc.models.pairs import IXC25PairModel, PairLoss
@@ -148,11 +147,7 @@ class IXC25ForPreference(IXC25PairModel):
     def __init__(self, config: IXC25Config):
         super().__init__(config)
         options = preference_options(config.preference)
-        task = options.pop("task")
-        if task not in self.adapters:
-            raise ConfigError(f"model_config.preference.task is '{task}', which adapter_mode "
-                              f"'{config.adapter_mode}' does not use ({', '.join(self.adapters) or 'it uses none'}).")
-        self.without_task = tuple(name for name in self.adapters if name != task)
+        self.without_task = self.adapters_without(options.pop("task"), "preference")
         self.preference_loss = PreferenceLoss(**options, summed=config.calculate_per_token_loss)
         self.has_reference = self.preference_loss.has_reference
         self.answer_sums = AnswerSums(config.parallel_config.data_parallel if is_parallel() else None)

@@ -20,7 +20,7 @@ from mindformers_ixc.parameters import Entry, layer_of, parameter_table
 from mindformers_ixc.planning.rows import RowMeans
 from mindformers_ixc.preference_options import TASK, needs_reference
 from mindformers_ixc.sections import check_value, whole
-from mindformers_ixc.training_options import PAIR_NETWORKS, PREFERENCE_NETWORK
+from mindformers_ixc.training_options import GROUP_NETWORK, PAIR_NETWORKS, PREFERENCE_NETWORK
 
 # Parameters MindSpore does not shard over replicas because they are small, KiB (its documented default).
 SHARD_THRESHOLD_KIB = 64
@@ -331,6 +331,9 @@ def read_workload(fields: dict) -> Workload:
     if layout.pipeline_stage == 1:       # MindFormers then counts accumulation steps instead
         layout = replace(layout, micro_batch_num=runner.get("gradient_accumulation_steps") or 1)
     arch = (fields["model"].get("arch") or {}).get("type")
+    if arch == GROUP_NETWORK:
+        raise ConfigError(f"model.arch.type is {GROUP_NETWORK}, whose graph is not cut; a plan knows layouts that are. "
+                          "Its devices hold the whole model each.")
     preference = arch in PAIR_NETWORKS
     columns = tuple((fields.get("train_dataset") or {}).get("input_columns") or BATCH_COLUMNS)
     reference = (arch == PREFERENCE_NETWORK and REFERENCE_COLUMN not in columns

@@ -53,9 +53,9 @@ class Rows:
         self.decoder = decoder
         self.rows: dict[int, Any] = {}
 
-    def open(self, number: int, *arguments: Any) -> None:
+    def open(self, number: int, arguments: tuple, named: dict) -> None:
         """Opens a row; the arguments are the decoder's."""
-        self.rows[number] = self.decoder.open(*arguments)
+        self.rows[number] = self.decoder.open(*arguments, **named)
 
     def advance(self, number: int) -> np.ndarray | None:
         """Computes one piece of a row's prompt."""
@@ -129,10 +129,10 @@ class Leading:
         """See `scheduling.RowDecoder`."""
         return self.decoder.known(self.own.rows[row])
 
-    def open(self, *arguments: Any) -> int:
+    def open(self, *arguments: Any, **named: Any) -> int:
         """See `scheduling.RowDecoder`."""
         number = next(self._numbers)
-        self._all("open", number, *arguments)
+        self._all("open", number, arguments, named)
         return number
 
     def advance(self, row: int) -> np.ndarray | None:

@@ -16,6 +16,7 @@ from mindspore.dataset import GeneratorDataset, Sampler
 from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
 from mindformers_ixc.data.columns import unmap
 from mindformers_ixc.data.fitting import Shapes
+from mindformers_ixc.data.groups import GroupTable
 from mindformers_ixc.data.index.keys import Measures
 from mindformers_ixc.data.index.plans import saved
 from mindformers_ixc.data.index.samples import IndexedSource, SampleSet, make_samples
@@ -169,6 +170,8 @@ def _table(config: MindFormerConfig, kind: str) -> tuple[ConversationTable, Plan
     samples = make_samples(sources, shapes, share, loader.index_dir)
     make: Callable[..., ConversationTable] = PreferenceTable if kind == "pair" else \
         partial(ConversationTable, loss_on=options.get("loss_on") or ALL)
+    if config.group_size:
+        make = partial(GroupTable, group_size=config.group_size)
     table = make(processor, samples, config.seq_length, config.max_tiles, shapes.hd_num, share, samples.needs, columns,
                  seed, budget.max_images, segments)
     logger.info(f"{samples.multimodal} multimodal and {len(samples) - samples.multimodal} text-only {kind}s.")
@@ -209,3 +212,11 @@ class IXC25PreferenceDataset(BaseDataset):
         config = cls.check_dataset_config(dataset_config, locals())
         cls.init_dataset_config(config)
         return batched(cls, *_table(config, "pair"), config)
+
+
+@MindFormerRegister.register(MindFormerModuleType.DATASET)
+class IXC25GroupDataset(IXC25SFTDataset):
+    """Prompts for groups of sampled answers; the section is that of `IXC25SFTDataset` with `group_size`.
+
+    Its samples are those of supervised fine-tuning: the last answer of each is what rules compare sampled ones with.
+    """

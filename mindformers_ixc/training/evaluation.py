@@ -4,11 +4,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from mindformers.tools.register import MindFormerConfig
 from mindformers.tools.utils import get_output_root_path
-from mindspore import nn
 from mindspore.dataset import GeneratorDataset
 from mindspore.mint.distributed import barrier
 from mindspore.train.callback import Callback, RunContext
@@ -71,7 +70,7 @@ class Evaluation(Callback):
         self.trainer, self.options = trainer, evaluation_options(section, self.is_scored)
         self.held_out = (HeldOutPairs if self.is_scored else HeldOut)(data, self.options)
         self.path = Path(get_output_root_path()) / EVALUATIONS_FILE
-        self.graph: nn.Cell | None = None       # `MeanLoss`, or `PairScores` of a reward model
+        self.graph: Any = None       # `MeanLoss`, or `PairScores` of a reward model
         self.steps = 0       # of the whole run, once it has begun
         # what was measured so far, one row a step: in a parallel run every rank measures, knows all rows and so
         # decides alike, and one of them writes

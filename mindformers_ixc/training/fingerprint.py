@@ -177,7 +177,8 @@ class _Reader:
         self._note(cell.training, cell.phase, len(cell._params))
         self._items(place, cell._params.items())
         self._items(place, cell._primitives.items())
-        self._items(place, [(name, value) for name, value in vars(cell).items() if name not in self.blank])
+        unread = self.blank.union(getattr(type(cell), "not_compiled", ()))       # what only the host looks at
+        self._items(place, [(name, value) for name, value in vars(cell).items() if name not in unread])
         self._items(place, cell._cells.items())
 
     def _object(self, place: str, value: Any) -> None:

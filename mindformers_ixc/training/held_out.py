@@ -16,7 +16,7 @@ from mindformers_ixc.data.batch import BATCH_COLUMNS, SCORE_COLUMN, full_batches
 from mindformers_ixc.data.fitting import Shapes, check_pixels
 from mindformers_ixc.data.index.samples import make_samples
 from mindformers_ixc.data.index.sources import measures_of, open_sources
-from mindformers_ixc.data.learning import ALL, with_loss_on
+from mindformers_ixc.data.learning import ALL, check_weights, with_loss_on
 from mindformers_ixc.data.preferences import encode_pair, pair_columns
 from mindformers_ixc.data.questions import questions_of
 from mindformers_ixc.data.rows import MAX_BAD_SHARE, ListedSamples, check_images
@@ -101,6 +101,8 @@ class HeldOut:
         samples = make_samples(sources, shapes, MAX_BAD_SHARE, loader.get("index_dir"))
         self.samples = list(islice(samples, options["max_samples"]))
         check_pixels(self.samples)
+        for sample in self.samples:
+            check_weights(sample.weights, sample.where)
         check_images(ListedSamples(self.samples), self.max_images)
         self.shape = (data.seq_length, data.max_tiles, hd_num)
 

@@ -28,7 +28,7 @@ from mindformers_ixc.sections import is_whole
 from mindformers_ixc.training.averaging import averages_of
 from mindformers_ixc.training.progress import Progress
 from mindformers_ixc.training.spikes import SpikeWatch
-from mindformers_ixc.training.step import ENTRIES, PREFERENCE, StepPlan
+from mindformers_ixc.training.step import ENTRIES, GROUPS, PREFERENCE, StepPlan
 from mindformers_ixc.training.stopping import Stopping
 from mindformers_ixc.training.tensorboard import TENSORBOARD_FOLDER, ScalarFile
 from mindformers_ixc.training.throughput import Throughput, TimeLeft, scalars, work_of
@@ -38,11 +38,12 @@ from mindformers_ixc.training_options import spike_options
 class TrainingLog(Callback):
     """Writes `metrics.jsonl`, one JSON object a step, and stops a run whose loss is no number.
 
-    Each row has step, epoch, loss, learning_rate, grad_norm, overflow; `samples`, the numbers of the batch's samples;
-    `seconds` of a step, `data_wait`, the share of them that went by before the batch was there (unknown with a data
-    sink, where the device itself takes it), `seconds_left` of the run, `samples_per_second`, and what
-    `throughput.Throughput` gives; with sources `sources`: loss and labelled tokens of each, and `tokens` of all; for
-    preference pairs the rewards. Some of it is printed as a line, and all of it may be drawn in TensorBoard.
+    Each row has step, epoch, loss, learning_rate, grad_norm, overflow and, where steps may be skipped, `skipped`;
+    `samples`, the numbers of the batch's samples; `seconds` of a step, `data_wait`, the share of them that went by
+    before the batch was there (unknown with a data sink, where the device itself takes it), `seconds_left` of the run,
+    `samples_per_second`, and what `throughput.Throughput` gives; with sources `sources`: loss and labelled tokens of
+    each, and `tokens` of all; for preference pairs and groups of answers their report. Some of it is printed as a line,
+    and all of it may be drawn in TensorBoard.
 
     Args:
         folder: the run's.
@@ -57,6 +58,7 @@ class TrainingLog(Callback):
         step_end: `StepEnd`, which has to be the last callback of the run.
         watchers: are told every row that is written.
         header: gives what is shown before the first step.
+        next_step: the step that is being made, counted from 0 over the whole run.
     """
 
     def __init__(self, folder: str | os.PathLike, on_error: str = "stop", device_tflops: float = 0.0,
@@ -118,10 +120,10 @@ class TrainingLog(Callback):
         self.step_end.mark()
 
     def _throughput(self) -> Throughput | None:
-        """What numbers of operations rest on; none for a model that is not this package's."""
+        """What numbers of operations rest on; none for a model that is not this package's, and for sampled answers."""
         model = self.trainer.trained_model
         config = getattr(model, "config", None)
-        if not isinstance(config, ModelConfig):
+        if not isinstance(config, ModelConfig) or self.plan.report == GROUPS:
             return None
         trained = {str(part_of(parameter.name)) for parameter in model.trainable_params()}
         return Throughput(config, trained, group_size(), self.device_tflops, self._reference(config))
@@ -134,8 +136,9 @@ class TrainingLog(Callback):
         return preference_options(config.preference)["task"]
 
     def on_train_step_begin(self, run_context: RunContext) -> None:
-        """Notes when the batch was there."""
+        """Notes when the batch was there, and of which step it is."""
         self.began = time.perf_counter()
+        self.next_step = self.start + run_context.original_args().cur_step_num - 1
 
     def on_train_step_end(self, run_context: RunContext) -> None:
         """Writes the row of the step that has ended.

@@ -34,8 +34,12 @@ def lora_scale(config: PetConfig) -> float:
 
 
 def lora_linears(model: nn.Cell) -> dict[str, PartialLoRALinear]:
-    """The linears of a model that have an ordinary LoRA, by name; none without `pet_type: lora`."""
-    return {path: cell for path, cell in model.cells_and_names()
+    """The linears of a model that have an ordinary LoRA, by name; none without `pet_type: lora`.
+
+    Args:
+        model: `IXC25Model`, or a cell of MindFormers' PET around one; names are those of the parameters either way.
+    """
+    return {cell.weight.name.removesuffix(".weight"): cell for _, cell in model.cells_and_names()
             if isinstance(cell, PartialLoRALinear) and cell.has_lora}
 
 
@@ -55,7 +59,15 @@ def adapter_config(config: PetConfig, model: nn.Cell) -> dict[str, Any]:
     """
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.lora_rank, "lora_alpha": config.lora_alpha,
             "lora_dropout": config.lora_dropout, "bias": "none", "use_rslora": bool(config.get("use_rslora")),
-            "use_dora": bool(config.get("use_dora")), "target_modules": list(lora_linears(model))}
+            "use_dora": bool(config.get("use_dora")), "target_modules": list(lora_linears(model)),
+            "modules_to_save": sorted({_module(parameter.name) for parameter in model.trainable_params()
+                                       if part_of(parameter.name) != "lora"})}
+
+
+def _module(name: str) -> str:
+    """What PEFT calls the holder of a parameter; one that no module holds stands for itself."""
+    module, _, kind = name.rpartition(".")
+    return module if kind in ("weight", "bias") else name
 
 
 def folded_weights(model: nn.Cell, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -78,16 +90,17 @@ def folded_weights(model: nn.Cell, tensors: dict[str, LazyTensor]) -> dict[str, 
 
 
 def write_adapter(target: str | os.PathLike, config: PetConfig, model: nn.Cell, tensors: dict[str, LazyTensor]) -> None:
-    """Writes the pairs as PEFT keeps them, replacing what is there.
+    """Writes the pairs as PEFT keeps them, with what else was trained beside them, replacing what is there.
 
     Args:
         target: directory to write.
         config: MindFormers' `LoraConfig`.
         model: with the pairs.
-        tensors: its parameters by name, those of the pairs at least.
+        tensors: what trained, by name.
     """
-    named = {f"{PEFT_PREFIX}{linear}.{PEFT_NAMES[own]}": tensors[f"{linear}.{own}"]
-             for linear in lora_linears(model) for own in PEFT_NAMES if f"{linear}.{own}" in tensors}
+    own = {f"{linear}.{name}": f"{linear}.{theirs}" for linear in lora_linears(model)
+           for name, theirs in PEFT_NAMES.items()}
+    named = {f"{PEFT_PREFIX}{own.get(name, name)}": tensor for name, tensor in tensors.items()}
     with whole_folder(target) as folder:
         (folder / ADAPTER_CONFIG).write_text(json.dumps(adapter_config(config, model), indent=2) + "\n",
                                              encoding="utf-8")

@@ -85,6 +85,8 @@ def _wait(row: dict) -> list[str]:
 def _speeds(row: dict) -> list[str]:
     """Rate and speeds of a step, as far as they are known."""
     numbers = [f"rate {row['learning_rate']:.3g}"] if row.get("learning_rate") is not None else []
+    if "reward" in row:
+        numbers.insert(0, f"reward {row['reward']:.3g}")
     numbers.append(f"{short(row['samples_per_second'])} samples/s")
     if "positions_per_second" in row:
         numbers.append(f"{short(row['positions_per_second'])} tokens/s")

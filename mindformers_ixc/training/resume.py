@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # What a resumed run must share with the one it goes on with; the rest (callbacks, folders, workers) may change.
 SAME_SECTIONS = ("seed", "train_dataset", "train_parts", "part_learning_rates", "model", "optimizer", "lr_schedule",
-                 "runner_wrapper", "preference")
+                 "runner_wrapper", "preference", "rollout")
 FREE_KEYS = {"num_parallel_workers", "python_multiprocessing", "prefetch_size", "numa_enable", "max_bad_share",
              "batch_size"}
 # What a record has beside those sections: degrees, the weights the run began with, its name, what it left at its end,

@@ -15,20 +15,21 @@ from mindspore import nn
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS, WEIGHTS_COLUMN
 from mindformers_ixc.device import is_parallel
-from mindformers_ixc.models import preference, reward
+from mindformers_ixc.models import grpo, preference, reward
 from mindformers_ixc.training.averaging import AveragedOptimizer
 from mindformers_ixc.training.wrapper import portable_wrapper
-from mindformers_ixc.training_options import PREFERENCE_NETWORK, REWARD_NETWORK
+from mindformers_ixc.training_options import GROUP_NETWORK, PREFERENCE_NETWORK, REWARD_NETWORK
 
 # The column that asks for the losses of sources, and what a step can report.
 SOURCE_COLUMN = "source"
-SOURCES, PREFERENCE, REWARD = "sources", "preference", "reward"
+SOURCES, PREFERENCE, REWARD, GROUPS = "sources", "preference", "reward", "groups"
 
-# Reports of pairs: the names of their entries, the last the number of pairs, by the network that gives them.
-PAIR_REPORTS = {PREFERENCE_NETWORK: PREFERENCE, REWARD_NETWORK: REWARD}
-ENTRIES = {PREFERENCE: preference.REPORT, REWARD: reward.REPORT}
+# Reports of pairs and groups by the network that gives them: the names of their entries, the last what they are sums
+# over.
+ANSWER_REPORTS = {PREFERENCE_NETWORK: PREFERENCE, REWARD_NETWORK: REWARD, GROUP_NETWORK: GROUPS}
+ENTRIES = {PREFERENCE: preference.REPORT, REWARD: reward.REPORT, GROUPS: grpo.REPORT}
 
-OWN_CELL = "IXC25TrainOneStepCell"
+OWN_CELL, GROUP_CELL = "IXC25TrainOneStepCell", "IXC25GroupStepCell"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class StepPlan:
 
     Attributes:
         loss_form: what the network returns, see `IXC25Model.training_loss`.
-        report: what it reports beside its loss: `sources`, `preference`, `reward` or nothing.
+        report: what it reports beside its loss: `sources`, `preference`, `reward`, `groups` or nothing.
         micro_batches: parts in which this package's cell takes a batch; those of a parallel step are MindFormers'.
         own_cell: whether the step cell is this package's, whatever the YAML or MindFormers say.
         labels_column: number of the column that parts are weighed by; `None` weighs them the same.
@@ -100,7 +101,8 @@ class StepPlan:
         """
         if not self.own_cell:
             return {"type": portable_wrapper(name)}
-        return {"type": OWN_CELL, "micro_batches": self.micro_batches, "labels_column": self.labels_column,
+        own = GROUP_CELL if self.report == GROUPS else OWN_CELL
+        return {"type": own, "micro_batches": self.micro_batches, "labels_column": self.labels_column,
                 "report_shape": self.report_shape, "skips_spikes": self.skips_spikes}
 
 
@@ -113,8 +115,8 @@ def plan_step(config: MindFormerConfig) -> StepPlan:
     columns = list(config.train_dataset.input_columns or BATCH_COLUMNS)
     accumulated = config.runner_config.gradient_accumulation_steps or 1
     decay = config.runner_wrapper.get("ema_decay")
-    pairs = PAIR_REPORTS.get(config.model.arch.type)
-    report = pairs or (SOURCES if SOURCE_COLUMN in columns else None)
+    answers = ANSWER_REPORTS.get(config.model.arch.type)
+    report = answers or (SOURCES if SOURCE_COLUMN in columns else None)
     loss_form = SOURCES if report == SOURCES else "mean"
     if is_parallel():
         per_token = accumulated > 1 or (config.parallel_config.pipeline_stage or 1) > 1
@@ -125,5 +127,5 @@ def plan_step(config: MindFormerConfig) -> StepPlan:
     own_cell = accumulated > 1 or report is not None or spikes
     weighed_by = WEIGHTS_COLUMN if WEIGHTS_COLUMN in columns else "labels"
     return StepPlan(loss_form, report, accumulated, own_cell,
-                    None if pairs or not own_cell else columns.index(weighed_by), ema_decay=decay,
+                    None if answers or not own_cell else columns.index(weighed_by), ema_decay=decay,
                     skips_spikes=spikes)

@@ -131,6 +131,8 @@ def line(row: dict, total: int) -> str:
     """
     loss = "not finite" if row.get("loss") is None else f"{row['loss']:.4f}"
     words = [f"step {row['step']}/{total}: loss {loss}"]
+    if "reward" in row:
+        words += [f"reward {row['reward']:.3g}", f"exact match {row['exact_match']:.0%}", f"KL {row['kl']:.3g}"]
     if row.get("learning_rate") is not None:
         words.append(f"rate {row['learning_rate']:.3g}")
     words += [f"{row['seconds']:.3g} s", f"{short(row['samples_per_second'])} samples/s"]

@@ -33,6 +33,7 @@ from mindformers_ixc.generation.best_of import BestOf, load_scorer
 from mindformers_ixc.generation.options import GenerationOptions, check_mode, known_options
 from mindformers_ixc.generation.predict import best_batch, predict, work_through
 from mindformers_ixc.generation.requests import read_requests
+from mindformers_ixc.grpo_options import rollout_options
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.placement import mark_backward_end
 from mindformers_ixc.parallel.degrees import are_replicas, inference_layout
@@ -43,15 +44,16 @@ from mindformers_ixc.training.checkpoints import MONITOR, safe_checkpoints
 from mindformers_ixc.training.early_stopping import AlreadyOver
 from mindformers_ixc.training.evaluation import Evaluation
 from mindformers_ixc.training.joining import Joiner, PartsElsewhere
-from mindformers_ixc.training.log import StepEnd, TrainingLog, log_options
+from mindformers_ixc.training.log import StepEnd, TrainingLog, log_options, steps_of
 from mindformers_ixc.training.lora import begin_magnitudes, folded_weights, lora_linears, write_adapter
 from mindformers_ixc.training.optimizer import native_optimizer
 from mindformers_ixc.training.parts import grouped_schedule, parts_table, rates_table, stop_dropout, train_only
 from mindformers_ixc.training.progress import header
 from mindformers_ixc.training.resume import checkpoints_in, mark_finished
+from mindformers_ixc.training.rollout import Rollout, stretch_schedule
 from mindformers_ixc.training.run_folder import in_job
 from mindformers_ixc.training.starting import load_start
-from mindformers_ixc.training.step import StepPlan, plan_step
+from mindformers_ixc.training.step import GROUPS, StepPlan, plan_step
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +220,13 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
             section[key] = value
         if self.log is not None and isinstance(self.trained_model, IXC25Model):
             self.log.header = lambda: header(self)
-        return super().create_model_wrapper(network, optimizer)
+        cell = super().create_model_wrapper(network, optimizer)
+        if self.plan.report == GROUPS and self.log is not None:
+            options = rollout_options(self.config.get("rollout"))
+            cell.updates = options["updates"]
+            cell.rollout = Rollout(self.trained_model, self.train_dataset, options, self.config.seed or 0,
+                                   self.plan.micro_batches, self.log)
+        return cell
 
     @staticmethod
     def sort_callbacks(default_callbacks: list[Callback]) -> list[Callback]:
@@ -240,6 +248,8 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         self.plan = self.plan.with_sources(dataset.conversations.source_names)
         self.config.model.model_config.num_sources = len(self.plan.sources)
         self.log.bind(dataset, self.plan, self)
+        if self.plan.report == GROUPS:
+            stretch_schedule(self.config, steps_of(self.config.runner_config, dataset))
         return dataset
 
     def train(self, config=None, network=None, dataset=None, wrapper=None, optimizer=None, callbacks=None, **kwargs):

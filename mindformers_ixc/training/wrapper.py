@@ -6,6 +6,7 @@ clipping, grouped learning rates, the skipped update) is MindFormers' own.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mindspore as ms
@@ -214,6 +215,32 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
             return loss, report, grads
         loss = self.network(*inputs)
         return loss, None, self.grad(self.network, self.weights)(*inputs, C.ones_like(loss) * sens)
+
+
+@MindFormerRegister.register(MindFormerModuleType.WRAPPER)
+class IXC25GroupStepCell(IXC25TrainOneStepCell):
+    """`IXC25TrainOneStepCell` that makes its batches itself: a round of sampling, then steps over what was sampled.
+
+    The report is that of all steps of a round together, the outputs those of the last one.
+
+    Attributes:
+        rollout: makes the columns of a round's batch from those of the data set; set before the first call.
+        updates: steps of a round.
+    """
+
+    not_compiled = ("rollout", "updates")
+    rollout: Callable[[tuple], tuple]
+    updates = 1
+
+    def __call__(self, *columns):
+        """A round; the outputs are those of `IXC25TrainOneStepCell.construct`."""
+        columns = self.rollout(columns)
+        report, outputs = 0.0, None
+        for _ in range(self.updates):
+            outputs = super().__call__(*columns)
+            report = report + self.train_report.asnumpy()
+        self.train_report.set_data(Tensor(report))
+        return outputs
 
 
 @MindFormerRegister.register(MindFormerModuleType.WRAPPER)

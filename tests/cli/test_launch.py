@@ -507,7 +507,7 @@ def answer_of(model: Path) -> bytes:
 def alone(tmp_path_factory) -> tuple[Path, Path, list[str], bytes]:
     """A model that answers a little, a short run of one process from there, what that one said, and its answer."""
     folder = tmp_path_factory.mktemp("alone")
-    finished(["run"], folder / "first", {"run_mode": "train", "runner_config.epochs": 8})
+    finished(["run"], folder / "first", {"run_mode": "train", "runner_config.epochs": 15})
     start = folder / "first" / "model"
     lines = finished(["run"], folder / "out", {**SHORT, "load_checkpoint": start})
     return start, folder / "out", lines, answer_of(folder / "out" / "model")

@@ -140,7 +140,11 @@ NOISE = [*BATCH_COLUMNS, "noise_seed", "lengths"]
     ({"model.model_config.neftune_alpha": 5.0}, "sft", r"neftune_alpha is 5\.0, but .*input_columns lacks lengths, wh"),
     ({"model.model_config.neftune_alpha": 5.0, "train_dataset.input_columns": list(BATCH_COLUMNS)}, "sft",
      r"input_columns lacks noise_seed and lengths, which the noise is made of"),
-    ({"model.model_config.neftune_alpha": 5.0}, "dpo", r"but IXC25ForPreference and IXC25ForReward compare answers"),
+    ({"model.model_config.neftune_alpha": 5.0}, "dpo", r"but IXC25ForPreference compares answers, each of"),
+    ({"model.model_config.neftune_alpha": 5.0}, "grpo", r"but IXC25ForGRPO compares answers, each of which"),
+    ({"skip_spikes": {"loss": 5.0}, "rollout.updates": 2}, "grpo", r"rollout\.updates 2 makes that many of each round"),
+    ({"train_dataset.input_columns": [*BATCH_COLUMNS, "score_positions", *NOISE[-2:]]}, "reward",
+     r"input_columns has noise_seed, lengths, which preference pairs do not have; they have .*, score_positions\."),
     ({"skip_spikes": {"window": 5}}, "sft", r"skip_spikes has no limit .*; give one of loss, grad_norm, loss_times"),
     ({"skip_spikes": {"los": 5}}, "sft", r"Unknown key skip_spikes\.los"),
     ({"skip_spikes": {"loss_times": 1}}, "sft", r"skip_spikes\.loss_times is 1; it must be a number above 1"),
@@ -167,6 +171,7 @@ def test_extras_of_training_that_cannot_be_are_refused(changes, name, words):
     ({"model.model_config.neftune_alpha": 5.0, "train_dataset.input_columns": NOISE}, "sft"),
     ({"model.model_config.neftune_alpha": 0.0}, "dpo"),
     ({"skip_spikes": {"loss": 5, "grad_norm_times": 10}}, "reward"),
+    ({"skip_spikes": {"loss": 5, "grad_norm_times": 10}}, "grpo"),
     ({"skip_spikes": {"loss": 5}, "runner_config.sink_mode": True, "runner_config.sink_size": 1}, "sft")])
 def test_extras_of_training_that_can_be_are_not(changes, name):
     fields = read_yaml(TINY.with_name(f"ixc25_{name}_tiny.yaml"))

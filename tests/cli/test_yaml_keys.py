@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "yaml_configs").glob("*.yaml"))
 
 # Keys inside values whose row says what they hold: names of parts, of task LoRAs, a processor's or MindSpore's own.
-INSIDE = {"train_dataset.tokenizer", "train_dataset_task.dataset_config", "model.model_config.rope_scaling"}
+INSIDE = {"train_dataset.tokenizer", "train_dataset_task.dataset_config", "model.model_config.rope_scaling",
+          "rollout.rewards"}
 
 
 def _known() -> set[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Tensor
+from only_loss import Only
 
 from mindformers_ixc.checkpoint.model_directory import load_weights
 from mindformers_ixc.config import read_config
@@ -17,17 +18,6 @@ from mindformers_ixc.preference_options import preference_options
 
 SIZE = 56                  # of a tile of the reference model, which has 4 tokens
 BETA = 0.1
-
-
-class Only(nn.Cell):
-    """The loss alone, for gradients."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def construct(self, *inputs):
-        return self.network(*inputs)[0]
 
 
 def log_sigmoid(x):

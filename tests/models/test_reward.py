@@ -4,7 +4,8 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Tensor
+from only_loss import Only
 from reference import ReferenceModel
 from reward_model import make_reward_model
 
@@ -18,17 +19,6 @@ from mindformers_ixc.parameters import part_of
 from mindformers_ixc.reward_options import reward_options
 
 SIZE, LENGTH = 56, 14              # of a tile of the reference model, which has 4 tokens; of a sequence
-
-
-class Only(nn.Cell):
-    """The loss alone, for gradients."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def construct(self, *inputs):
-        return self.network(*inputs)[0]
 
 
 def expected_losses(scores: np.ndarray, loss: str, log_barrier: float) -> np.ndarray:

@@ -36,9 +36,9 @@ class Recording(StandInDecoder):
         super().__init__(**options)
         self.told, self.fails_at = [], None
 
-    def open(self, prompt, mode, new_tokens):
-        self._note("open", prompt, mode, new_tokens)
-        return super().open(prompt, mode, new_tokens)
+    def open(self, prompt, mode, new_tokens, *more):
+        self._note("open", prompt, mode, new_tokens, *more)
+        return super().open(prompt, mode, new_tokens, *more)
 
     def advance(self, row):
         self._note("advance", row.ids, row.done)
@@ -96,7 +96,7 @@ class Ranks:
         options = GenerationOptions(max_new_tokens=count, do_sample=True) if is_whole else None
         job = Job(prompt, "base", count, [Writer(count) for _ in range(answers)], client, ends.append, is_whole,
                   None, options)
-        job.ends = ends
+        job.ends, job.asked = ends, prompt
         self.scheduler.submit(job)
         return job
 
@@ -123,7 +123,7 @@ def test_all_ranks_do_the_same_in_the_same_order(ranks):
     ranks.run()
     for job in (*jobs, several):
         assert job.ends == [None]
-        assert [writer.ids for writer in job.writers] == [alone(job.prompt, 5)] * len(job.writers)
+        assert [writer.ids for writer in job.writers] == [alone(job.asked, 5)] * len(job.writers)
     assert ranks.decoders[0].told == ranks.decoders[1].told
     assert ranks.decoders[1].rows == [] and ranks.leading.own.rows == {}
 

@@ -124,6 +124,15 @@ def test_what_is_not_known_is_not_kept(tmp_path, monkeypatch, said):
         fingerprint(cell, ())
 
 
+def test_what_only_the_host_looks_at_is_no_part_of_a_graph():
+    class Sampling(Line):
+        not_compiled = ("rollout",)
+
+    cell, other = Sampling(), Sampling()
+    cell.rollout, other.rollout = object(), [1]
+    assert fingerprint(cell, (X,)) == fingerprint(other, (X,))
+
+
 def test_changed_code_is_another_graph(tmp_path, monkeypatch):
     """A constant of a module is in no cell; the file that has it is read."""
     monkeypatch.syspath_prepend(tmp_path)

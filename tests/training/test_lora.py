@@ -141,7 +141,7 @@ def test_what_a_run_leaves_is_the_model_it_trained(tmp_path, monkeypatch, pet):
             rows = model.parameters_dict()[f"{linear}.mindpet_delta_lora_magnitude"].asnumpy()
             expected *= (rows / np.linalg.norm(expected, axis=1))[:, None]
         np.testing.assert_allclose(folded[f"{linear}.weight"], expected, rtol=1e-5, atol=1e-6)
-    write_adapter(tmp_path / "adapter", model.config.pet_config, model, weights_of(model))
+    write_adapter(tmp_path / "adapter", model.config.pet_config, model, weights_of(model, names))
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings == json.loads((tmp_path / "adapter_config.json").read_text())
     assert (settings["use_dora"], settings["use_rslora"]) == (pet.get("use_dora", False), pet.get("use_rslora", False))
@@ -158,6 +158,21 @@ def test_what_a_run_leaves_is_the_model_it_trained(tmp_path, monkeypatch, pet):
             parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))
     begin_magnitudes(model)
     np.testing.assert_allclose(model(ids).asnumpy(), trained, atol=2e-5 * abs(trained).max())
+
+
+def test_what_was_trained_beside_the_pairs_is_kept_with_them(tmp_path, monkeypatch):
+    network = build(tmp_path, monkeypatch, freeze_exclude=["*vision_proj*", "*plora_glb_GN*"])
+    model, names = network.network.network, {parameter.name for parameter in network.trainable_params()}
+    others = {"plora_glb_GN", *(f"vision_proj.{number}.{kind}" for number in (0, 2) for kind in ("weight", "bias"))}
+    assert others < names
+    write_adapter(tmp_path / "adapter", model.config.pet_config, model, weights_of(model, names))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == [
+        "plora_glb_GN", "vision_proj.0", "vision_proj.2"]
+    base = {name: tensor for name, tensor in weights_of(model).items() if "mindpet" not in name}
+    adapter = read_adapter(open_source(tmp_path / "adapter" / "adapter_model.safetensors"), base)
+    assert set(adapter.replaced) == others and set(adapter.pairs) == set(lora_linears(model))
+    for name, tensor in adapter.replaced.items():
+        np.testing.assert_array_equal(tensor.whole(), base[name].whole())
 
 
 def test_dora_begins_with_the_weights_as_they_are_even_rows_of_zeros(arrays):

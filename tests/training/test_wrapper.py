@@ -10,7 +10,7 @@ from mindspore.ops import functional as F
 
 from mindformers_ixc.checkpoint.sources import AVERAGE_PREFIX
 from mindformers_ixc.training.averaging import AveragedOptimizer, averaged_weights, averages_of
-from mindformers_ixc.training.wrapper import IXC25TrainOneStepCell, portable_wrapper
+from mindformers_ixc.training.wrapper import IXC25GroupStepCell, IXC25TrainOneStepCell, portable_wrapper
 
 WIDTH, LENGTH, RATE = 8, 6, 0.25
 START = np.linspace(-1.0, 1.0, WIDTH).astype(np.float32)
@@ -119,6 +119,21 @@ def test_the_report_is_the_sum_over_micro_batches(micro_batches):
     loss, gradient = loss_and_gradient(START, x, labels)
     np.testing.assert_allclose(cell.train_report.asnumpy(), [14 * loss, 14], rtol=1e-5)
     np.testing.assert_allclose(weight_of(cell), START - RATE * gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_a_round_of_groups_is_sampled_once_and_reports_all_its_steps():
+    x, labels = batch((3, 0, 6, 5))
+    network, asked = Fit(True), []
+    cell = IXC25GroupStepCell(network, nn.SGD(network.trainable_params(), learning_rate=RATE), report_shape=(2,))
+    cell.set_train(True)
+    cell.updates, cell.rollout = 2, lambda columns: asked.append(columns) or (Tensor(x), columns[1])
+    outputs = step(cell, 0 * x, labels)
+    assert len(asked) == 1
+    first, gradient = loss_and_gradient(START, x, labels)
+    second, then = loss_and_gradient(START - RATE * gradient, x, labels)
+    assert outputs[0] == pytest.approx(second, rel=1e-5)
+    np.testing.assert_allclose(weight_of(cell), START - RATE * (gradient + then), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(cell.train_report.asnumpy(), [14 * (first + second), 28], rtol=1e-5)
 
 
 def average_of(cell) -> np.ndarray:
