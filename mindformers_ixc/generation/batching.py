@@ -316,14 +316,15 @@ class BatchDecoder:
         cos, sin = rotary_rows(self.config, np.arange(at, at + size), total)
         # where there are no pictures, Partial LoRA is left out
         graphs = self._piece_graphs(mode, size, images is not None)
-        given = graphs[0].inputs(ids, (cos[None], sin[None]), np.array([at]), np.array([real]), images,
-                                 np.array([max(real - 1, 0)]))
+        x, *given = graphs[0].inputs(ids, (cos[None], sin[None]), np.array([at]), np.array([real]), images,
+                                     np.array([max(real - 1, 0)]))
+        found = np.zeros(0)
         for number, graph in enumerate(graphs):
             if number:
                 yield
             self._reading.attach(contents)
-            found = graph(*given).asnumpy().copy()
-            given[0] = Tensor(found)
+            found = graph(x, *given).asnumpy().copy()
+            x = Tensor(found)
         return found[0]
 
     def _images(self, row: Row) -> Generator[None, None, np.ndarray]:
