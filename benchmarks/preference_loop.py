@@ -81,7 +81,8 @@ def main() -> int:
         train(out, "reward", "reward", "charts/model")
         train(out, "half", "charts", "starter", "--epochs", str(HALF_EPOCHS))
         run(out, "sample", "samples/samples.jsonl", "sample", "--model", "half/model", "--mode", "write", "--data",
-            "prompts.jsonl", "--output_dir", "samples", "--num_samples", "8", "--max_new_tokens", "8", "--temperature", "2")
+            "prompts.jsonl", "--output_dir", "samples", "--num_samples", "8", "--max_new_tokens", "8",
+            "--temperature", "2")
         said = run(out, "label", "pairs.json", "label", "samples/samples.jsonl", "pairs.json", "--reward",
                    "reward/model", "--min_margin", "1")
         print(said.strip())
