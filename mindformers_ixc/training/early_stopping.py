@@ -41,8 +41,8 @@ def standing(rows: Sequence[Mapping[str, Any]], metric: str, min_delta: float) -
     best, sign = Standing(), sign_of(metric)
     for row in rows:
         value = row.get(metric)
-        is_finite = isinstance(value, (int, float)) and math.isfinite(value)
-        if is_finite and (best.step is None or sign * (value - best.value) > min_delta):
+        if isinstance(value, (int, float)) and math.isfinite(value) and (
+                best.step is None or sign * (value - best.value) > min_delta):
             best = Standing(row["step"], float(value), 0)
         else:
             best = Standing(best.step, best.value, best.without + 1)

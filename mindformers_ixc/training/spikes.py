@@ -50,8 +50,8 @@ class SpikeWatch:
 
     def limit(self, name: str) -> float:
         """Above which a value of the next step is a spike; infinite where nothing is."""
-        limits = [] if self.fixed[name] is None else [self.fixed[name]]
-        times, values = self.times[name], self.taken[name]
+        fixed, times, values = self.fixed[name], self.times[name], self.taken[name]
+        limits = [] if fixed is None else [fixed]
         if times is not None and len(values) == self.window and (median := statistics.median(values)) > 0:
             limits.append(times * median)
         return float(np.float32(min(limits, default=float("inf"))))
