@@ -81,11 +81,13 @@ def main() -> int:
         train(out, "reward", "reward", "charts/model")
         train(out, "half", "charts", "starter", "--epochs", str(HALF_EPOCHS))
         run(out, "sample", "samples/samples.jsonl", "sample", "--model", "half/model", "--mode", "write", "--data",
-            "prompts.jsonl", "--output_dir", "samples", "--num_samples", "8", "--max_new_tokens", "8", "--temperature", "2")
+            "prompts.jsonl", "--output_dir", "samples", "--num_samples", "8", "--max_new_tokens", "8", "--temperature",
+            "2")
         said = run(out, "label", "pairs.json", "label", "samples/samples.jsonl", "pairs.json", "--reward",
                    "reward/model", "--min_margin", "1")
         print(said.strip())
-        train(out, "dpo", "dpo", "half/model", "--train_dataset.data_loader.dataset_dir", "pairs.json")
+        train(out, "dpo", "dpo", "half/model", "--train_dataset.data_loader.dataset_dir", "pairs.json", "--epochs", "4",
+              "--model.model_config.preference.rpo_alpha", "1.0")
         rows = read_metrics(out / "dpo" / "metrics.jsonl")
         first, last = ([row for row in rows if row["epoch"] == epoch] for epoch in (1, rows[-1]["epoch"]))
         margins = [float(np.mean([row["reward_margin"] for row in part])) for part in (first, last)]
