@@ -19,25 +19,34 @@ import time
 from pathlib import Path
 
 import numpy as np
-from reward import COMMAND, HALF_EPOCHS, train
 
 from mindformers_ixc.data.conversations import load_conversations
 from mindformers_ixc.data.questions import questions_of
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.files import read_metrics
 
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = str(Path(sys.executable).parent / "mindformers")
+HALF_EPOCHS = 3          # a quarter of the recipe's
+
 
 def run(out: Path, name: str, result: str, *words: str) -> str:
     """Runs a command unless its result is there; returns what it said, and keeps it."""
     log = out / f"{name}.txt"
-    if not (out / result).exists() or not log.exists():
+    if not (out / result).exists():
         began = time.perf_counter()
         done = subprocess.run([COMMAND, *words], cwd=out, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{name}: {done.stderr[-2000:]}")
         log.write_text(done.stdout + done.stderr)
         print(f"{name:9} {time.perf_counter() - began:.0f} s", flush=True)
-    return log.read_text()
+    return log.read_text() if log.exists() else ""
+
+
+def train(out: Path, name: str, recipe: str, start: str, *words: str) -> None:
+    """Runs a tiny recipe unless its model is there."""
+    run(out, name, f"{name}/model", "run", "--config", str(ROOT / "yaml_configs" / f"ixc25_{recipe}_tiny.yaml"),
+        "--load_checkpoint", start, "--output_dir", name, "--overwrite", *words)
 
 
 def write_prompts(path: Path, count: int) -> None:
@@ -81,8 +90,8 @@ def main() -> int:
         train(out, "reward", "reward", "charts/model")
         train(out, "half", "charts", "starter", "--epochs", str(HALF_EPOCHS))
         run(out, "sample", "samples/samples.jsonl", "sample", "--model", "half/model", "--mode", "write", "--data",
-            "prompts.jsonl", "--output_dir", "samples", "--num_samples", "8", "--max_new_tokens", "8", "--temperature",
-            "2")
+            "prompts.jsonl", "--output_dir", "samples", "--num_samples", "8", "--max_new_tokens", "8",
+            "--temperature", "2")
         said = run(out, "label", "pairs.json", "label", "samples/samples.jsonl", "pairs.json", "--reward",
                    "reward/model", "--min_margin", "1")
         print(said.strip())

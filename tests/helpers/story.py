@@ -53,6 +53,7 @@ PICTURES = ("photo.jpg", "cat.jpg", "a.jpg", "b.jpg", "screenshot.png", "france.
 
 SAMPLE = [{"image": "cat.jpg", "conversations": [{"from": "human", "value": "What is shown?"},
                                                  {"from": "bot", "value": "a cat"}]}]
+PAIR = [{"prompt": "What is shown?", "image": "cat.jpg", "chosen": "a cat", "rejected": "a dog"}]
 STEP = {"step": 1, "epoch": 1, "loss": 2.5, "learning_rate": 1e-3, "overflow": False, "samples": [0], "seconds": 0.25,
         "grad_norm": 1.5, "samples_per_second": 4.0}
 TEXTS = {"held_out.json": json.dumps(SAMPLE), "photos.json": json.dumps(SAMPLE), "data.txt": "photos.json 1\n",
@@ -272,7 +273,11 @@ def check_yaml(block: Block) -> str:
     check_version(fields, str(path))
     words = ["run", "--config", str(path), "--output_dir", path.stem]
     if not fields["train_dataset"]["data_loader"]["dataset_dir"]:        # a 7B recipe leaves that to the user
-        words += ["--train_dataset.data_loader.dataset_dir", "held_out.json",
+        data = "held_out.json"
+        if fields["train_dataset_task"]["type"] == "IXC25PreferenceDataset":
+            data = f"{path.stem}.json"
+            Path(data).write_text(json.dumps(PAIR), encoding="utf-8")
+        words += ["--train_dataset.data_loader.dataset_dir", data,
                   "--train_dataset.tokenizer.vocab_file", str(demo_path("tokenizer.model"))]
     degrees = fields.get("parallel_config") or {}
     devices = math.prod(degrees.get(name) or 1 for name in ("data_parallel", "model_parallel", "pipeline_stage"))
