@@ -8,7 +8,8 @@ and greedy, with beams; some go away in the middle, some send what is refused. A
 must get the answer that it got then. A line a minute (or `--every` seconds) says how many were answered, the median and
 the longest latency of the short questions, the median time to the first token of streams, and what the server's process
 holds. The last lines compare the first and the last quarter, the processor time of a request too, which depends less on
-what else the machine does. Exits with 1 when an answer was another one than before, or a request failed that should not.
+what else the machine does. Exits with 1 when an answer was another one than before, or a request failed that should
+not.
 """
 from __future__ import annotations
 
