@@ -19,25 +19,34 @@ import time
 from pathlib import Path
 
 import numpy as np
-from reward import COMMAND, HALF_EPOCHS, train
 
 from mindformers_ixc.data.conversations import load_conversations
 from mindformers_ixc.data.questions import questions_of
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.files import read_metrics
 
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = str(Path(sys.executable).parent / "mindformers")
+HALF_EPOCHS = 3          # a quarter of the recipe's
+
 
 def run(out: Path, name: str, result: str, *words: str) -> str:
     """Runs a command unless its result is there; returns what it said, and keeps it."""
     log = out / f"{name}.txt"
-    if not (out / result).exists() or not log.exists():
+    if not (out / result).exists():
         began = time.perf_counter()
         done = subprocess.run([COMMAND, *words], cwd=out, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{name}: {done.stderr[-2000:]}")
         log.write_text(done.stdout + done.stderr)
         print(f"{name:9} {time.perf_counter() - began:.0f} s", flush=True)
-    return log.read_text()
+    return log.read_text() if log.exists() else ""
+
+
+def train(out: Path, name: str, recipe: str, start: str, *words: str) -> None:
+    """Runs a tiny recipe unless its model is there."""
+    run(out, name, f"{name}/model", "run", "--config", str(ROOT / "yaml_configs" / f"ixc25_{recipe}_tiny.yaml"),
+        "--load_checkpoint", start, "--output_dir", name, "--overwrite", *words)
 
 
 def write_prompts(path: Path, count: int) -> None:
@@ -86,7 +95,8 @@ def main() -> int:
         said = run(out, "label", "pairs.json", "label", "samples/samples.jsonl", "pairs.json", "--reward",
                    "reward/model", "--min_margin", "1")
         print(said.strip())
-        train(out, "dpo", "dpo", "half/model", "--train_dataset.data_loader.dataset_dir", "pairs.json")
+        train(out, "dpo", "dpo", "half/model", "--train_dataset.data_loader.dataset_dir", "pairs.json", "--epochs", "4",
+              "--model.model_config.preference.rpo_alpha", "1.0")
         rows = read_metrics(out / "dpo" / "metrics.jsonl")
         first, last = ([row for row in rows if row["epoch"] == epoch] for epoch in (1, rows[-1]["epoch"]))
         margins = [float(np.mean([row["reward_margin"] for row in part])) for part in (first, last)]
