@@ -7,8 +7,9 @@ Clients ask short and long questions with and without pictures, in one round and
 and greedy, with beams; some go away in the middle, some send what is refused. A greedy question that was asked before
 must get the answer that it got then. A line a minute (or `--every` seconds) says how many were answered, the median and
 the longest latency of the short questions, the median time to the first token of streams, and what the server's process
-holds. The last lines compare the first and the last quarter. Exits with 1 when an answer was another one than before,
-or a request failed that should not.
+holds. The last lines compare the first and the last quarter, the processor time of a request too, which depends less on
+what else the machine does. Exits with 1 when an answer was another one than before, or a request failed that should
+not.
 """
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ REFUSED = ({"temperature": -1}, {"temprature": 1}, {"num_beams": 2, "stream": Tr
                "url": "data:image/png;base64,iVBORw0KGgo="}}]}]})
 
 COLUMNS = {"short": ("answer of a short question", "ms", 1e3), "first": ("first token of a stream", "ms", 1e3),
-           "memory": ("memory", "MiB", 1), "files": ("open files", "", 1), "threads": ("threads", "", 1)}
+           "processor": ("processor time of the server per request", "ms", 1e3), "memory": ("memory", "MiB", 1),
+           "files": ("open files", "", 1), "threads": ("threads", "", 1)}
 
 
 def parse() -> argparse.Namespace:
@@ -166,8 +168,9 @@ def compare(rows: list[dict[str, float]]) -> list[str]:
     for name, (what, unit, scale) in COLUMNS.items():
         first, last = ([row[name] * scale for row in part if name in row] for part in (rows[:quarter], rows[-quarter:]))
         if first and last:
-            lines.append(f"{what}: {statistics.median(first):.0f} {unit} in the first quarter, "
-                         f"{statistics.median(last):.0f} {unit} in the last".replace("  ", " ").replace(" ,", ","))
+            unit = f" {unit}" if unit else ""
+            lines.append(f"{what}: {statistics.median(first):.0f}{unit} in the first quarter, "
+                         f"{statistics.median(last):.0f}{unit} in the last")
     return lines
 
 
@@ -176,6 +179,7 @@ def main() -> None:
     arguments = parse()
     load, process = Load(arguments.server, arguments.seed, arguments.rate), psutil.Process(arguments.pid)
     begun, used = time.monotonic(), sum(process.cpu_times()[:2])
+    before = used, 0
     until = begun + 60 * arguments.minutes
     threads = [threading.Thread(target=load.run, args=(until,), daemon=True) for _ in range(arguments.clients)]
     for thread in threads:
@@ -186,9 +190,12 @@ def main() -> None:
             break
         time.sleep(max(0.0, min(begun + number * arguments.every, until) - time.monotonic()))
         medians, longest = load.taken()
+        taken, done = sum(process.cpu_times()[:2]), sum(load.done.values())
+        medians["processor"] = (taken - before[0]) / max(1, done - before[1])
+        before = taken, done
         rows.append({**medians, **held_by(process)})
         now = rows[-1]
-        print(f"{sum(load.done.values()):7d} requests, short ones {now.get('short', 0) * 1e3:6.0f} ms (longest "
+        print(f"{done:7d} requests, short ones {now.get('short', 0) * 1e3:6.0f} ms (longest "
               f"{longest * 1e3:6.0f}), first token {now.get('first', 0) * 1e3:6.0f} ms, {now['memory']:7.1f} MiB, "
               f"{now['files']} files, {now['threads']} threads, {len(load.failed)} failed, {len(load.wrong)} wrong",
               flush=True)

@@ -195,12 +195,13 @@ FIELDS = {
                       "training", False, "False (chat, eval and predict: True)"),
     "block_size": Field(128, "positions of a block of Ascend's paged cache: a multiple of 16, at most 16384 / head "
                         "size", False),
-    "num_blocks": Field(None, "blocks of the paged cache, shared by the rows of a batch; fewer than a request needs "
-                        "are refused", False, "what the request's rows need"),
+    "num_blocks": Field(None, "blocks of the paged cache, shared by the rows of a batch, and by all answers of a "
+                        "server; fewer than a request needs are refused", False, "what the rows need"),
     "cache_dtype": Field(None, "dtype of keys and values in the cache: `bfloat16` halves its memory; on a CPU in "
                          "float32, in a single process, with the kernels of `native`", False, "`compute_dtype`"),
     "reuse_bytes": Field(REUSE_BYTES, "bytes of what earlier requests computed, rows of pictures, keys and values, "
-                         "kept in memory for the next ones; 0 keeps nothing. On a CPU, in a single process", False,
+                         "kept in memory for the next ones; 0 keeps nothing. On a CPU, in a single process; a server "
+                         "on Ascend keeps rows of pictures so", False,
                          "1073741824, 1 GiB"),
     "use_flash_attention": Field(False, "train with Ascend's fused attention (float16 or bfloat16); other devices "
                                  "compose it. Inference goes by `use_past`", False),

@@ -5,11 +5,12 @@
     python scripts/compile_ascend.py --public   # the 7B model's sizes; nothing of it is allocated
     python scripts/compile_ascend.py --tensor 2 --stages 2      # each stage of a parallel layout
     python scripts/compile_ascend.py --bits 4   # quantised weights, of 4 or 8 bits
+    python scripts/compile_ascend.py --serving  # what a server has: pieces of prompts, steps of 1, 2, 4 and 8 rows
 
 MindSpore's simulation stops behind the front end, so neither Ascend's package nor weights are needed. The script fails
-unless the ViT's graph holds flash attention, the prefill graph that and the write to the paged cache, the decode graph
-paged attention, and both the fused RMSNorm; with --bits every one the product with quantised weights; and when one of
-them breaks what is documented of it (ascend_rules.py).
+unless the ViT's graph holds flash attention, the prefill graph and pieces that and the write to the paged cache, the
+decode graph and steps paged attention, and all of these the fused RMSNorm; with --bits every one the product with
+quantised weights; and when one of them breaks what is documented of it (ascend_rules.py).
 """
 from __future__ import annotations
 
@@ -38,13 +39,16 @@ from mindformers_ixc.cpu_cluster.groups import simulate
 from mindformers_ixc.device import assume_device, share_results
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.engine import InferenceEngine, bucket
+from mindformers_ixc.generation.paged_batching import PagedBatchDecoder
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.stored_ascend import hold_on_ascend
 from mindformers_ixc.parallel.degrees import Degrees, inference_layout
 
-NEEDED = {"ViT": {"FlashAttentionScore"},
-          "prefill": {"FlashAttentionScore", "ReshapeAndCache", "RmsNorm"},
-          "decode": {"PagedAttention", "ReshapeAndCache", "RmsNorm"}}
+PROMPT, TOKEN = {"FlashAttentionScore", "ReshapeAndCache", "RmsNorm"}, {"PagedAttention", "ReshapeAndCache", "RmsNorm"}
+
+# What graphs must hold, by the first word of their names.
+NEEDED = {"ViT": {"FlashAttentionScore"}, "prefill": PROMPT, "decode": TOKEN, "piece": PROMPT, "step": TOKEN,
+          "copy": {"ReshapeAndCache"}}
 
 QUANTISED = "WeightQuantBatchMatmul"
 
@@ -69,14 +73,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel devices of a stage")
     parser.add_argument("--stages", type=int, default=1, help="pipeline stages")
     parser.add_argument("--bits", type=int, choices=[4, 8], help="of quantised weights, in one process")
+    parser.add_argument("--serving", action="store_true", help="the graphs of a server, of one stage")
+    parser.add_argument("--positions", type=int, default=16384, help="of a server's answers, prompt included")
+    parser.add_argument("--piece", type=int, default=128, help="positions of a piece of a server's prompts")
     parser.add_argument("--rank", type=int, default=0, help="rank whose graphs are compiled")
-    parser.add_argument("--rows", type=int, default=2, help="prompts of a batch")
+    parser.add_argument("--rows", type=int, help="prompts of a batch (default 2), answers of a server at once (8)")
     parser.add_argument("--prompt", type=int, nargs="+", default=[100], help="positions of the prompts, one after "
                         "the other")
     parser.add_argument("--new", type=int, default=50, help="new tokens")
     arguments = parser.parse_args()
     if arguments.bits and arguments.tensor * arguments.stages > 1:
         parser.error("--bits is for one process")
+    if arguments.serving and arguments.stages > 1:
+        parser.error("--serving is for one stage")
     return arguments
 
 
@@ -141,6 +150,31 @@ def compile_graphs(engine: InferenceEngine, prompt: int, new: int, rows: int) ->
     return found
 
 
+def compile_serving(engine: InferenceEngine, rows: int, positions: int, piece: int) -> dict[str, Counter]:
+    """Primitives of the graphs of pieces of prompts, with pictures and without, of steps, and of a block's copy."""
+    config, decoder, found = engine.config, PagedBatchDecoder(engine, rows, positions, piece), {}
+    print(f"caches: {decoder.pool.count} blocks of {config.block_size} positions, {decoder.bytes / 2**20:.1f} MiB")
+    ids, table = np.zeros((1, piece), np.int32), np.zeros((1, piece, config.head_size), np.float32)
+    embeds = Tensor(np.zeros((1, piece, config.hidden_size), np.float32))
+    for reach in decoder.reaches:
+        for images, what in (((embeds, ids), "with pictures"), (None, "of text")):
+            graph, = decoder.piece_graphs("base", piece, images is not None)
+            inputs = graph.inputs(ids, (table, table), np.array([reach - piece]), np.array([piece]), images,
+                                  np.array([piece - 1]), (np.zeros(reach // config.block_size, np.int32),))
+            phase = f"piece {what} up to {reach}"
+            found[phase] = operations(graph, *inputs, phase=phase)
+    for count in decoder.sizes:
+        ids = np.zeros(count, np.int32)
+        table = np.zeros((count, 1, config.query_groups + 2, config.head_size), np.float32)
+        tables = np.zeros((count, decoder.reaches[-1] // config.block_size), np.int32)
+        found[f"step {count}"] = operations(decoder.step_graph("base", count),
+                                            *map(Tensor, (ids[:, None], table, table, ids, tables, ids)),
+                                            phase=f"step {count}")
+    found["copy"] = operations(decoder.copy_graph, Tensor(np.zeros(1, np.int32)),
+                               Tensor(np.zeros(config.block_size, np.int32)), phase="copy")
+    return found
+
+
 def hold_quantised(model: IXC25ForCausalLM, bits: int) -> None:
     """Gives a model the cells that it has when its weights are quantised."""
     names = [parameter.name for parameter in model.get_parameters()]
@@ -152,8 +186,10 @@ def hold_quantised(model: IXC25ForCausalLM, bits: int) -> None:
 
 def problems(found: dict[str, Counter], further: set[str]) -> dict[str, list[str]]:
     """What each graph lacks of what it needs, something `further` too, and whether it breaks a rule."""
-    wrong = {phase: sorted((NEEDED[phase] | further) - counts.keys()) + [BROKEN] * bool(counts[BROKEN])
-             for phase, counts in found.items()}
+    wrong = {}
+    for phase, counts in found.items():
+        needed = NEEDED[phase.split()[0]] | (further if phase != "copy" else set())
+        wrong[phase] = sorted(needed - counts.keys()) + [BROKEN] * bool(counts[BROKEN])
     return {phase: names for phase, names in wrong.items() if names}
 
 
@@ -175,10 +211,13 @@ def main() -> int:
         if arguments.bits:
             hold_quantised(model, arguments.bits)
         engine = InferenceEngine(model)
-        if arguments.rank < arguments.tensor:       # the first stage has the tower
+        if arguments.rank < arguments.tensor and not arguments.serving:     # the first stage has the tower
             wrong |= problems({"ViT": compile_vision(engine)}, further)
-        for prompt in arguments.prompt:
-            wrong |= problems(compile_graphs(engine, prompt, arguments.new, arguments.rows), further)
+        if arguments.serving:
+            served = compile_serving(engine, arguments.rows or 8, arguments.positions, arguments.piece)
+            wrong |= problems(served, further)
+        for prompt in [] if arguments.serving else arguments.prompt:
+            wrong |= problems(compile_graphs(engine, prompt, arguments.new, arguments.rows or 2), further)
     print(f"missing: {wrong}" if wrong else "all fused operations are there and keep the rules")
     return 1 if wrong else 0
 

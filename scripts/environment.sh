@@ -30,7 +30,7 @@ environment() {   # folder, what to install...; by_pip=1 takes pip even where uv
         # pip compiles one file after the other, for more than a minute; without it every import would, where
         # PYTHONDONTWRITEBYTECODE is set. Some packages bring files that are of no use and do not compile.
         "$folder/bin/pip" install --quiet --no-compile "$@"
-        "$folder/bin/python" -m compileall -q -j 0 -x 'site-packages/.*/tests?/' "$folder/lib" >/dev/null || true
+        "$folder/bin/python" -m compileall -q -j 0 -x 'site-packages/.*/tests?/' "$folder/lib" >/dev/null 2>&1 || true
     fi
     export PATH="$(cd "$folder/bin" && pwd):$PATH"
 }

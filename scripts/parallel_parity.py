@@ -14,9 +14,7 @@ same. Prints a table; returns 1 if a bar is missed.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
-import operator
 import subprocess
 import sys
 import tempfile
@@ -71,18 +69,8 @@ SHARED = {"run_mode": "finetune", "model.model_config.adapter_mode": "web", "mod
           "model.model_config.loss_chunk": 150}      # several chunks, the last one shorter
 
 
-# Sizes of a start and of the runs from it that compile fast, with every kind of parameter.
-FEW_LAYERS = {"model.model_config.num_hidden_layers": 2, "model.model_config.vision_config.num_hidden_layers": 1}
-
-
-def write_start(folder: Path, config: Path = CONFIG, sizes: dict | None = None) -> None:
-    """A random model directory for all runs; pairs whose second half were zero would hide errors.
-
-    Args:
-        folder: of the model.
-        config: a YAML with the model.
-        sizes: overrides of its `model.model_config`, as `FEW_LAYERS`; the runs from there take them as well.
-    """
+def write_start(folder: Path, config: Path = CONFIG) -> None:
+    """A random model directory for all runs; pairs whose second half were zero would hide errors."""
     import mindspore as ms
     from mindspore import Tensor
 
@@ -92,11 +80,7 @@ def write_start(folder: Path, config: Path = CONFIG, sizes: dict | None = None) 
     from mindformers_ixc.demo import demo_path
 
     ms.set_seed(1)
-    fields = read_yaml(config)
-    for key, value in (sizes or {}).items():
-        *parents, last = key.split(".")
-        functools.reduce(operator.getitem, parents, fields)[last] = value
-    section = fields["model"]["model_config"]
+    section = read_yaml(config)["model"]["model_config"]
     section.pop("type")
     model = IXC25ForCausalLM(IXC25Config(**section))
     rng = np.random.default_rng(1)
@@ -263,36 +247,29 @@ def check_resume(out: Path, epochs: int) -> int:
     return int(not good)
 
 
-PAIR_LAYOUTS = ("tp2", "dp2", "tp2accumulated", "pp2")
-
-
-def check_preferences(out: Path, names: tuple[str, ...] = PAIR_LAYOUTS, sizes: dict | None = None) -> int:
-    """DPO of one pair, everything else frozen, in some layouts; `sizes` as in `write_start`.
-
-    Returns:
-        How many miss the bar.
-    """
-    return _check_pairs(out, "dpo", PREFERENCES, names, sizes or {}, {
+def check_preferences(out: Path, names: tuple[str, ...] = ("tp2", "dp2", "tp2accumulated", "pp2")) -> int:
+    """DPO of one pair, everything else frozen, in some layouts; returns how many miss the bar."""
+    return _check_pairs(out, "dpo", PREFERENCES, names, {
         "train_parts": "[task_lora.dpo]", "model.model_config.adapter_mode": "write",
         "model.model_config.preference.rpo_alpha": 0.5})
 
 
-def check_rewards(out: Path, names: tuple[str, ...] = PAIR_LAYOUTS, sizes: dict | None = None) -> int:
-    """A reward model in some layouts; as `check_preferences`."""
-    return _check_pairs(out, "reward", REWARDS, names, sizes or {}, {
+def check_rewards(out: Path, names: tuple[str, ...] = ("tp2", "dp2", "tp2accumulated", "pp2")) -> int:
+    """A reward model in some layouts; returns how many miss the bar."""
+    return _check_pairs(out, "reward", REWARDS, names, {
         "train_parts": "[language, partial_lora, reward_head]", "model.model_config.adapter_mode": "base",
         "model.model_config.reward.loss": "focal", "evaluation": "null"},
         REWARD_NORMS)
 
 
-def _check_pairs(out: Path, kind: str, recipe: Path, names: tuple[str, ...], sizes: dict, changes: dict,
+def _check_pairs(out: Path, kind: str, recipe: Path, names: tuple[str, ...], changes: dict,
                  norms: int | None = None) -> int:
     """Learning from pairs in some layouts, against the single process; `norms` as in `worst_difference`."""
     failed, first = 0, out / f"{kind}_start"
-    write_start(first, PREFERENCES, sizes)
+    write_start(first, PREFERENCES)
     for name, layout in (("single", Layout()), *((name, LAYOUTS[name]) for name in names)):
         began = time.perf_counter()
-        options = {**options_of(layout, 1, 1000), "load_checkpoint": first, **sizes, **changes}
+        options = {**options_of(layout, 1, 1000), "load_checkpoint": first, **changes}
         run(layout, out / f"{kind}_{name}", options, recipe)
         if name == "single":
             continue

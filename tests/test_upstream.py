@@ -248,7 +248,9 @@ def test_ascends_attention_has_the_parts_that_are_used():
     assert manager.key_cache.shape == manager.value_cache.shape == (3, 16, 2, 8)
     assert callable(manager.paged_attn) and callable(manager.shard)
     flash = FlashAttention(2, scale_value=0.5, next_tokens=0, input_layout="BNSD", sparse_mode=2)
-    assert isinstance(flash.flash_attention, P.nn_ops.FlashAttentionScore)
+    over = FlashAttention(2, scale_value=0.5, input_layout="BSND", sparse_mode=0)
+    for one in (flash, over):
+        assert isinstance(one.flash_attention, P.nn_ops.FlashAttentionScore)
 
 
 def test_inference_kernels_are_switched_on_as_mindformers_does_it(monkeypatch):

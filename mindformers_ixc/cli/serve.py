@@ -17,11 +17,12 @@ from mindformers_ixc.data.paths import check_root
 from mindformers_ixc.device import is_parallel, on_ascend
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.batching import BatchDecoder
 from mindformers_ixc.generation.extending import unavailable
 from mindformers_ixc.generation.slots import cache_bytes
 from mindformers_ixc.resources import model_name
 from mindformers_ixc.serving.app import make_app
-from mindformers_ixc.serving.decoders import Batched, make_decoder
+from mindformers_ixc.serving.decoders import gauges, make_decoder
 from mindformers_ixc.serving.guard import Guard
 from mindformers_ixc.serving.limits import LOOPBACK, PIECES, Limits
 from mindformers_ixc.serving.listening import listen
@@ -57,7 +58,7 @@ def serve(arguments: argparse.Namespace) -> int:
             rank.follow(decoder)
             return 0
         decoder = rank.lead(decoder)
-    if arguments.max_stall is not None and isinstance(decoder, Batched):
+    if arguments.max_stall is not None and isinstance(decoder, BatchDecoder):
         choose_piece(decoder, arguments.max_stall)
     warm_up(decoder, settings, arguments.warm_up)
     with contextlib.ExitStack() as stack:
@@ -86,11 +87,7 @@ def make_service(assistant: Assistant, decoder: RowDecoder, settings: ServerSett
     assert assistant.processor is not None, "a model directory has a processor"
     scheduler: Scheduler = Scheduler(decoder, settings.limits.queue, settings.limits.queue_each)
     service = Service(assistant.processor, scheduler, settings, _failed)
-    store = None if assistant.engine.reuse is None else assistant.engine.reuse.store
-    service.metrics.more = lambda: [] if store is None else [
-        ("store_bytes", "gauge", "bytes of pictures and prompts that are kept for later requests", store.bytes),
-        ("store_limit_bytes", "gauge", "the most of it", store.limit),
-        ("cache_bytes", "gauge", "bytes of keys and values of answers in the making", getattr(decoder, "bytes", 0))]
+    service.metrics.more = lambda: gauges(decoder)
     return service
 
 
@@ -127,7 +124,7 @@ def _fitted(limits: Limits, assistant: Assistant, said: bool) -> Limits:
     return replace(limits, positions=positions, running=running, new_tokens=min(limits.new_tokens, positions))
 
 
-def choose_piece(decoder: Batched, seconds: float) -> None:
+def choose_piece(decoder: BatchDecoder, seconds: float) -> None:
     """Makes the pieces of prompts as large as running answers may wait for, and says so where none is small enough."""
     with terminal.current.doing("Measuring a piece of a prompt"):
         taken = decoder.choose_piece(PIECES, seconds)
@@ -139,7 +136,7 @@ def choose_piece(decoder: Batched, seconds: float) -> None:
 
 def warm_up(decoder: RowDecoder, settings: ServerSettings, modes: str) -> None:
     """Compiles what requests need: of mode base, or of all."""
-    if not isinstance(decoder, (Batched, Leading)):
+    if not isinstance(decoder, (BatchDecoder, Leading)):
         return
     for mode in settings.modes if modes == "all" else settings.modes[:1]:
         with terminal.current.doing(f"Compiling for mode {mode}"):

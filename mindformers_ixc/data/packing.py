@@ -95,8 +95,8 @@ def segment_ends(lengths: Sequence[int], seq_length: int, max_segments: int) -> 
 
 def _joined_weights(samples: Sequence[EncodedSample]) -> np.ndarray | None:
     """Weights of samples side by side, if they have some; where the first label of one goes, its weight goes too."""
-    given = [sample.weights for sample in samples if sample.weights is not None]
-    return np.concatenate([np.append(np.float32(0), weights[1:]) for weights in given]) if given else None
+    weights = [np.append(np.float32(0), sample.weights[1:]) for sample in samples if sample.weights is not None]
+    return np.concatenate(weights) if weights else None
 
 
 def _own_labels(sample: EncodedSample) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 
 import mindspore as ms
+import mindspore.common.dtype as mstype
 from mindspore.context import get_jit_config
 
 from mindformers_ixc.checkpoint.dtypes import dtype_bytes
@@ -23,6 +24,10 @@ ENVIRONMENT = {"MS_ALLOC_CONF": "enable_vmm:False", "CPU_AFFINITY": "True",
 # What paged attention takes (PagedAttentionOperation of CANN's Ascend Transformer Boost): blocks of a multiple of 16
 # positions, at most 128 x 128 numbers of a head; 128 positions are recommended.
 BLOCK_MULTIPLE, BLOCK_NUMBERS = 16, 128 * 128
+
+# Part of the memory beside the weights that keys and values of a server's answers may take: the rest is for prompts,
+# scores, and searches with beams, which have caches of their own.
+POOL_SHARE = 2 / 3
 
 
 def prepare_inference(paged: bool = False) -> None:
@@ -49,6 +54,17 @@ def prepare_inference(paged: bool = False) -> None:
     if paged and given.get("infer_boost") != "on":
         raise ConfigError(f"jit_config is {given}, but Ascend has paged attention only with infer_boost on, which "
                           "takes jit_level O0. Leave jit_config out, or set use_past to False.")
+
+
+def check_paged_dtype(config: IXC25Config) -> None:
+    """Refuses a dtype that paged and flash attention do not take.
+
+    Raises:
+        ConfigError: for float32.
+    """
+    if config.compute_dtype == mstype.float32:
+        raise ConfigError("compute_dtype is float32; paged and flash attention take float16 or bfloat16. Choose "
+                          "one of them, or use_past: False for attention that takes all.")
 
 
 def check_blocks(config: IXC25Config) -> None:
@@ -79,6 +95,36 @@ def blocks_needed(config: IXC25Config, rows: int, positions: int) -> int:
                           f"{needed} blocks of block_size {config.block_size}; leave num_blocks out, raise it or ask "
                           "for less at once.")
     return config.num_blocks or needed
+
+
+def pool_blocks(config: IXC25Config, rows: int, positions: int, weights: int) -> int:
+    """Blocks of the paged cache that the answers of a server share, the one that is nobody's included.
+
+    `num_blocks` where it is set. Else what `rows` answers of `positions` positions can fill, as far as that is no more
+    than `POOL_SHARE` of the memory that the device has beside the weights.
+
+    Args:
+        config: sizes and dtypes.
+        rows: answers at once.
+        positions: of each.
+        weights: bytes of the model on this device; they may still be on their way to the device.
+
+    Raises:
+        ConfigError: when that is less than the blocks of a single answer.
+    """
+    each = -(-positions // config.block_size)
+    blocks, memory = config.num_blocks or rows * each + 1, device_memory()
+    if config.num_blocks is None and memory is not None:
+        free = memory - max(weights, ms.runtime.memory_allocated())
+        block = 2 * config.num_hidden_layers * config.block_size * config.num_key_value_heads * config.head_size
+        block = block * dtype_bytes(config.compute_dtype) // devices(config)
+        blocks = min(blocks, int(free * POOL_SHARE) // block)
+    if blocks < each + 1:
+        what = f"num_blocks is {blocks}" if config.num_blocks else f"the device has memory for {max(blocks, 0)} blocks"
+        raise ConfigError(f"{what}, but an answer of up to {positions} positions takes {each} blocks of block_size "
+                          f"{config.block_size}, and one is nobody's. Ask for fewer positions (--max_positions)"
+                          f"{' or leave num_blocks out' if config.num_blocks else ''}.")
+    return blocks
 
 
 def prompt_bytes(config: IXC25Config, rows: int, positions: int) -> int:

@@ -8,13 +8,14 @@ with a weight, its attention, and what is taken over from earlier prompts, whole
 graphs. An answer is bit by bit what it is alone, as far as the kernels of `mindformers_ixc.native` compute it.
 MindSpore's first run of a graph rounds otherwise than all later ones, so that one is for nobody.
 
-For contiguous caches, so for the CPU in one process, like `extending`.
+For contiguous caches, so for the CPU in one process; `paged_batching` is the same over Ascend's.
 """
 from __future__ import annotations
 
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -138,7 +139,7 @@ class Row:
         prompt: with its pictures hashed; without their pixels once it is computed.
         mode: which task LoRAs are in use.
         total: positions of prompt and answer at most.
-        contents: its keys and values.
+        contents: where its keys and values are: `Memory`, or blocks of a paged cache.
         known: positions that were taken over.
         at: its next position.
         pieces: computes the prompt.
@@ -147,7 +148,7 @@ class Row:
     prompt: Prompt
     mode: str
     total: int
-    contents: Memory
+    contents: Any
     known: int = 0
     at: int = 0
     pieces: Generator[None, None, np.ndarray] | None = None
@@ -164,20 +165,35 @@ class BatchDecoder:
 
     Attributes:
         most: `rows`.
+        reuse: what is taken over from earlier prompts; `None` where nothing is.
+        reaches: positions up to which a piece sees what its row holds, each with a graph of its own.
     """
+
+    reaches: Sequence[int] = (1,)       # all, by one graph
 
     def __init__(self, engine: InferenceEngine, rows: int, positions: int, piece: int = 64):
         self.engine, self.config, self.most, self.positions, self.piece = engine, engine.config, rows, positions, piece
+        self.reuse = engine.reuse
+        self._make_room()
+        self._pieces: dict[tuple[str, int, bool], list[ExtendGraph]] = {}
+        self._steps: dict[tuple[str, int], InferenceGraph] = {}
+        self._has_tried_vision = False
+
+    def _make_room(self) -> None:
+        """Makes what keys and values are kept in."""
+        rows, positions = self.most, self.positions
         self._reading = ContiguousSlot(self.config, 1, positions)
         # more at once would be another product, which rounds otherwise: they are computed one part after the other
         self._writing = [ContiguousSlot(self.config, 1, positions) for _ in range(min(rows, kernels.FEW_ROWS))]
         self._free = [Memory(self._reading) for _ in range(rows)]
-        self._spare = Memory(self._reading)         # what rows that are only there to fill a graph write to
+        self._spare: Any = Memory(self._reading)    # what rows that are only there to fill a graph write to
         for slot in (self._reading, *self._writing):
             slot.attach(self._spare)                # the memory that they were built with is given back
-        self._pieces: dict[tuple[str, int, bool], list[ExtendGraph]] = {}
-        self._steps: dict[tuple[str, int], RowsGraph] = {}
-        self._has_tried_vision = False
+
+    @property
+    def at_once(self) -> int:
+        """Rows of the largest graph."""
+        return len(self._writing)
 
     # ------------------------------------------------------------------ the rows
 
@@ -185,8 +201,12 @@ class BatchDecoder:
         """A sample with its pictures hashed, which takes a while; for any thread."""
         return Prompt.of(sample)
 
-    def open(self, prompt: Prompt, mode: str, new_tokens: int) -> Row:
-        """A row for a prompt and at most `new_tokens` more."""
+    def has_room(self, prompt: Prompt, new_tokens: int, answers: int) -> bool:
+        """Whether there is memory for so many answers to a prompt; a row has its own from the start."""
+        return True
+
+    def open(self, prompt: Prompt, mode: str, new_tokens: int, answers: int = 1) -> Row:
+        """A row for a prompt and at most `new_tokens` more, of which `fork` makes further answers."""
         with TURNS:
             self.engine.notice_weights()
         row = Row(prompt, mode, len(prompt) + new_tokens, self._free.pop())
@@ -230,8 +250,8 @@ class BatchDecoder:
     def step(self, rows: Sequence[Row], tokens: Sequence[int]) -> list[np.ndarray | Exception]:
         """Logits `(V,)` after one more token of each row, all of one mode."""
         found: list[np.ndarray | Exception] = []
-        for start in range(0, len(rows), len(self._writing)):
-            end = start + len(self._writing)
+        for start in range(0, len(rows), self.at_once):
+            end = start + self.at_once
             found += self._step(rows[start:end], tokens[start:end])
         return found
 
@@ -257,8 +277,8 @@ class BatchDecoder:
     def sizes(self) -> list[int]:
         """Rows of the decoding graphs."""
         found = [1]
-        while found[-1] < len(self._writing):
-            found.append(min(2 * found[-1], len(self._writing)))
+        while found[-1] < self.at_once:
+            found.append(min(2 * found[-1], self.at_once))
         return found
 
     def _attach(self, rows: Sequence[Row], count: int) -> None:
@@ -266,7 +286,7 @@ class BatchDecoder:
             self._writing[place].attach(rows[place].contents if place < len(rows) else self._spare)
 
     def _decode(self, mode: str, ids: np.ndarray, at: np.ndarray, totals: np.ndarray) -> np.ndarray:
-        graph, first = self._step_graph(mode, len(ids)), self._writing[0]
+        graph, first = self.step_graph(mode, len(ids)), self._writing[0]
         cos, sin = rotary_rows(self.config, at, totals)
         cos, sin = decode_tables(cos, sin, self.config.query_groups, first.query_scale)
         places = [first.places(at[row:row + 1]) for row in range(len(ids))]
@@ -309,29 +329,38 @@ class BatchDecoder:
         """Positions of the next piece, of a rest with these image positions; the last piece, of text, is smaller."""
         return LAST if len(images) <= LAST and not images.any() else self.piece
 
-    def _run_piece(self, contents: Memory, mode: str, ids: np.ndarray, at: int, real: int, total: int,
+    def _run_piece(self, contents: Any, mode: str, ids: np.ndarray, at: int, real: int, total: int,
                    images: tuple[Tensor, np.ndarray] | None) -> Generator[None, None, np.ndarray]:
         """Logits `(V,)` after the last real position of a piece; others may be computed after each of its parts."""
         size = ids.shape[1]
         cos, sin = rotary_rows(self.config, np.arange(at, at + size), total)
         # where there are no pictures, Partial LoRA is left out
-        graphs = self._piece_graphs(mode, size, images is not None)
-        given = graphs[0].inputs(ids, (cos[None], sin[None]), np.array([at]), np.array([real]), images,
-                                 np.array([max(real - 1, 0)]))
+        graphs = self.piece_graphs(mode, size, images is not None)
+        x, *given = graphs[0].inputs(ids, (cos[None], sin[None]), np.array([at]), np.array([real]), images,
+                                     np.array([max(real - 1, 0)]), self._held(contents, at + real))
+        found = np.zeros(0)
         for number, graph in enumerate(graphs):
             if number:
                 yield
-            self._reading.attach(contents)
-            found = graph(*given).asnumpy().copy()
-            given[0] = Tensor(found)
+            self._hold(contents)
+            found = graph(x, *given).asnumpy().copy()
+            x = Tensor(found)
         return found[0]
+
+    def _hold(self, contents: Any) -> None:
+        """Makes the next part of a piece one of a row."""
+        self._reading.attach(contents)
+
+    def _held(self, contents: Any, end: int) -> tuple[np.ndarray, ...]:
+        """What a piece that ends before position `end` must be told of what its row holds."""
+        return ()
 
     def _images(self, row: Row) -> Generator[None, None, np.ndarray]:
         """Embeddings of a prompt's image positions `(N, D)`, of the pictures that are needed and not known.
 
         Each picture is encoded by itself: what comes of it depends on it alone.
         """
-        prompt, reuse = row.prompt, self.engine.reuse
+        prompt, reuse = row.prompt, self.reuse
         before = int(prompt.sample.image_mask[:row.at].sum())
         found: list[np.ndarray] = []
         for number, picture in enumerate(prompt.pictures):
@@ -353,7 +382,7 @@ class BatchDecoder:
 
     def _keys(self, row: Row) -> list[bytes]:
         """Keys of the whole blocks of a prompt; they say by which pieces it was computed."""
-        reuse = self.engine.reuse
+        reuse = self.reuse
         if reuse is None or not reuse.store.limit:
             return []
         total = row.total if self.config.dynamic_ntk == "request" else len(row.prompt)
@@ -363,7 +392,7 @@ class BatchDecoder:
         """Makes a row begin behind the whole pieces that are known; the keys of all its blocks."""
         keys, each = self._keys(row), self.piece // BLOCK
         whole = (len(row.prompt) - 1) // self.piece
-        reuse = self.engine.reuse
+        reuse = self.reuse
         if keys and reuse is not None:
             blocks = reuse.store.longest(keys[:whole * each])
             blocks = blocks[:len(blocks) // each * each]
@@ -375,7 +404,7 @@ class BatchDecoder:
 
     def _keep(self, row: Row, keys: list[bytes]) -> None:
         """Gives the piece that was just computed to the store."""
-        reuse = self.engine.reuse
+        reuse = self.reuse
         assert reuse is not None, "without it there are no keys"
         first, end = (row.at - self.piece) // BLOCK, row.at // BLOCK
         if all(key in reuse.store for key in keys[first:end]):
@@ -387,17 +416,18 @@ class BatchDecoder:
 
     # ------------------------------------------------------------------ graphs
 
-    def _piece_graphs(self, mode: str, size: int, has_images: bool) -> list[ExtendGraph]:
+    def piece_graphs(self, mode: str, size: int, has_images: bool) -> list[ExtendGraph]:
         """The graphs that compute a piece one after the other, each some layers."""
         key, count = (mode, size, has_images), self.config.num_hidden_layers
         if key not in self._pieces:
             parts = min(count, max(2, count // PART_LAYERS))
             bounds = [count * number // parts for number in range(parts + 1)]
-            self._pieces[key] = [ExtendGraph(self.engine.model, self._reading, mode, size, range(*part))
+            self._pieces[key] = [ExtendGraph(self.engine.model, self._reading.caches, mode, size, range(*part))
                                  for part in zip(bounds, bounds[1:])]
         return self._pieces[key]
 
-    def _step_graph(self, mode: str, rows: int) -> RowsGraph:
+    def step_graph(self, mode: str, rows: int) -> InferenceGraph:
+        """The graph of one more token of so many rows, made at first use."""
         if (mode, rows) not in self._steps:
             self._steps[mode, rows] = RowsGraph(self.engine.model, self._writing[:rows], mode)
         return self._steps[mode, rows]
@@ -424,15 +454,17 @@ class BatchDecoder:
             self._has_tried_vision = True
 
     def _try_piece(self, mode: str, size: int, has_images: bool) -> float:
-        """Runs a piece of nobody's prompt; seconds of its longest part."""
+        """Runs pieces of nobody's prompt, one up to each of `reaches`; seconds of the longest part."""
         embeds = np.zeros((1, size, self.config.hidden_size), numpy_type(self.config.compute_dtype))
         images = (Tensor(embeds), np.zeros((1, size), np.int32)) if has_images else None
-        nobodys = self._run_piece(self._spare, mode, np.zeros((1, size), np.int32), 0, 1, 1, images)
-        longest, goes_on = 0.0, True
-        while goes_on:
-            begun = time.perf_counter()
-            goes_on = next(nobodys, nobodys) is None
-            longest = max(longest, time.perf_counter() - begun)
+        longest = 0.0
+        for end in self.reaches:
+            nobodys = self._run_piece(self._spare, mode, np.zeros((1, size), np.int32), end - 1, 1, end, images)
+            goes_on = True
+            while goes_on:
+                begun = time.perf_counter()
+                goes_on = next(nobodys, nobodys) is None
+                longest = max(longest, time.perf_counter() - begun)
         return longest
 
     def choose_piece(self, sizes: Sequence[int], seconds: float) -> float:

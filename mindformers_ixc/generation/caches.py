@@ -303,8 +303,13 @@ class PagedCache(nn.Cell):
         # sparse_mode 2: causal, by a mask of one size for all lengths; BNSD is the layout the split gives
         self.flash = FlashAttention(self.heads, scale_value=self.size ** -0.5, next_tokens=0, input_layout="BNSD",
                                     sparse_mode=2)
+        # of more positions over what the blocks hold: sparse_mode 0 takes the mask as it is, and in BSND neither the
+        # product nor the blocks need be transposed
+        self.flash_over = FlashAttention(self.heads, scale_value=self.size ** -0.5, input_layout="BSND", sparse_mode=0)
         self.mask = mask
         self.split, self.merge, self.token_heads = SplitHeads(config), MergeHeads(config), TokenHeads(config)
+        self.split_in_order = SplitHeads(config, positions_first=True)
+        self.block_size, self.gather = config.block_size, P.Gather()
         self.to_positions = P.Transpose()
         self.reshape = P.Reshape()
         if is_parallel():
@@ -313,10 +318,13 @@ class PagedCache(nn.Cell):
     def shard(self, parallel_config: TransformerOpParallelConfig) -> None:
         """Cuts key/value heads and with them the blocks; rows and positions are whole on every device."""
         tp = parallel_config.model_parallel
-        heads = (1, tp, 1, 1)
+        heads, in_order = (1, tp, 1, 1), (1, 1, tp, 1)
         self.manager.shard(parallel_config)
         self.flash.flash_attention.shard((heads, heads, heads, (1, 1)))      # its own method wants masks by sample
+        self.flash_over.flash_attention.shard((in_order, in_order, in_order, (1, 1, 1, 1)))
+        self.gather.shard((in_order, (1,)))
         self.split.shard(1, tp)
+        self.split_in_order.shard(1, tp)
         self.merge.shard(1, tp)
         self.token_heads.shard(tp)
         self.to_positions.shard((heads,))
@@ -360,6 +368,39 @@ class PagedCache(nn.Cell):
         written = self.manager(self.reshape(key, (b, 1, width)), self.reshape(value, (b, 1, width)), slots)
         query = F.depend(self.reshape(query, (b, 1, self.groups * width)), written)
         return self.reshape(self.manager.paged_attn(query, lengths, block_tables), (b, self.groups * width))
+
+    def extend(self, qkv, cos, sin, mask, slots, blocks, rows):
+        """Attention of R more positions of one row over those that its blocks hold, and over one another.
+
+        Flash attention does not know blocks, so those of the row are put together for it.
+
+        Args:
+            qkv: `(R, KV * (G+2) * d)`.
+            cos: `(1, R, 1, 1, d)`.
+            sin: like `cos`.
+            mask: uint8 `(1, 1, R, S)`, 1 on what a position does not see of the S positions of the blocks.
+            slots: int32 `(R,)`, slot of every new key, -1 for padding.
+            blocks: int32 `(S / block_size,)`, the blocks of the row in order; what is behind the new positions may be
+                any blocks.
+            rows: R, a compile-time constant.
+
+        Returns:
+            Tensor `(R, H*d)`.
+        """
+        width = self.kv * self.size
+        query, key, value = self.split_in_order(qkv, cos, sin, (1, rows))
+        written = self.manager(self.reshape(key, (1, rows, width)), self.reshape(value, (1, rows, width)), slots)
+        seen = (1, blocks.shape[0] * self.block_size, self.kv, self.size)
+        keys = self.reshape(self.gather(F.depend(self.keys, written), blocks, 0), seen)      # (1, S, KV, d)
+        values = self.reshape(self.gather(F.depend(self.values, written), blocks, 0), seen)
+        y = self.flash_over(self.reshape(query, (1, rows, self.heads, self.size)), keys, values, mask)
+        return self.reshape(y, (rows, self.groups * width))
+
+    def copy(self, block, slots):
+        """Writes what a block, int32 `(1,)`, holds to the slots of another one, int32 `(block_size,)`."""
+        shape = (1, self.block_size, self.kv * self.size)
+        keys, values = self.gather(self.keys, block, 0), self.gather(self.values, block, 0)
+        return self.manager(self.reshape(keys, shape), self.reshape(values, shape), slots)
 
 
 def decode_tables(cos: np.ndarray, sin: np.ndarray, groups: int, scale: float) -> tuple[np.ndarray, np.ndarray]:

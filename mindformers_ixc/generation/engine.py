@@ -271,7 +271,7 @@ class InferenceEngine:
         """The graph that extends a slot's caches by some rows, made at first use."""
         key = (mode, rows, purpose)
         if key not in slot.extensions:
-            slot.extensions[key] = ExtendGraph(self.model, slot, mode, rows)
+            slot.extensions[key] = ExtendGraph(self.model, slot.caches, mode, rows)
         return slot.extensions[key]
 
     def tables(self, length: int, total: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,13 +1,15 @@
 """Several more positions a row at once over caches that are filled already: the rest of a prompt whose beginning is
 known, and tokens that were proposed and are to be verified.
 
-This is for contiguous caches, so for the CPU in one process; `unavailable` is the only place that says so. A graph has
-a fixed number R of rows, of which each prompt fills as many as it needs. Positions that are found to be wrong are not
-taken out of a cache: what comes next overwrites them.
+What is made for whole batches of prompts is for contiguous caches, so for the CPU in one process; `unavailable` is the
+only place that says so. Over Ascend's paged cache it is one row at a time (`paged_batching`). A graph has a fixed
+number R of rows, of which each prompt fills as many as it needs. Positions that are found to be wrong are not taken out
+of a cache: what comes next overwrites them.
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import mindspore.common.dtype as mstype
 import numpy as np
@@ -18,9 +20,9 @@ from mindspore.ops import operations as P
 from mindformers_ixc.checkpoint.model_directory import numpy_type
 from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.device import is_parallel, on_ascend
-from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, decode_tables
+from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, PagedCache, decode_tables
 from mindformers_ixc.generation.cells import Embedding, Head, StageCell, WholeLayer, is_one_kernel, stage_of
-from mindformers_ixc.generation.slots import ContiguousSlot, InferenceGraph, Slot
+from mindformers_ixc.generation.slots import InferenceGraph
 from mindformers_ixc.models.attention import MASKED
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.internlm2 import DecoderLayer
@@ -102,7 +104,7 @@ class Extension(nn.Cell):
 
     def __init__(self, cache: ContiguousCache):
         super().__init__(auto_prefix=False)
-        self.cache = cache
+        self.cache, self.batch = cache, cache.batch
         self.place = P.BatchMatMul()
         self.mul, self.add = P.Mul(), P.Add()
         self.assign, self.reshape, self.cast = P.Assign(), P.Reshape(), P.Cast()
@@ -211,8 +213,45 @@ class FewExtension(NativeExtension):
         return self.attention(qkv, cos, sin, places[0], self.cache.keys, self.cache.values)
 
 
-def extension_of(cache: ContiguousCache, rows: int) -> Extension:
+class PagedExtension(Extension):
+    """The same over the blocks of one row of Ascend's cache.
+
+    Args:
+        cache: of the layer.
+    """
+
+    def __init__(self, cache: PagedCache):
+        nn.Cell.__init__(self, auto_prefix=False)
+        self.cache, self.batch = cache, 1
+
+    def places(self, at: np.ndarray, real: np.ndarray, rows: int,
+               blocks: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+        """As `PagedCache.extend` takes them: the mask, the slots, the blocks.
+
+        Args:
+            at: `(1,)`, the row's first new position.
+            real: `(1,)`, how many of R are real.
+            rows: R.
+            blocks: int32, the row's blocks in order.
+        """
+        assert blocks is not None and len(at) == 1, "blocks are those of one row"
+        size, new = self.cache.block_size, at[0] + np.arange(rows)
+        is_real = np.arange(rows) < real[0]
+        slots = np.full(rows, -1, np.int32)
+        slots[is_real] = blocks[new[is_real] // size] * size + new[is_real] % size
+        later = np.arange(len(blocks) * size) > new[:, None]                                # (R, S)
+        return later.astype(np.uint8)[None, None], slots, blocks
+
+    def construct(self, qkv, cos, sin, places, shape):
+        """As `Extension.construct`."""
+        mask, slots, blocks = places
+        return self.cache.extend(qkv, cos, sin, mask, slots, blocks, shape[1])
+
+
+def extension_of(cache: ContiguousCache | PagedCache, rows: int) -> Extension:
     """What extends a cache by `rows` positions a row; for a `NativeCache` its kernels."""
+    if isinstance(cache, PagedCache):
+        return PagedExtension(cache)
     if not isinstance(cache, NativeCache):
         return Extension(cache)
     return FewExtension(cache) if rows <= kernels.FEW_ROWS else NativeExtension(cache)
@@ -242,19 +281,18 @@ class ExtendGraph(InferenceGraph):
 
     Args:
         model: whose layers it has.
-        slot: whose caches.
+        caches: one a layer.
         mode: which task LoRAs are in use.
         rows: R.
         part: numbers of the layers that it has, when several graphs do it one after the other; `None` for all.
     """
 
-    def __init__(self, model: IXC25Model, slot: Slot, mode: str, rows: int, part: range | None = None):
+    def __init__(self, model: IXC25Model, caches: nn.CellList, mode: str, rows: int, part: range | None = None):
         super().__init__()
-        assert isinstance(slot, ContiguousSlot), "`unavailable` is asked first"
-        part = range(len(slot.caches)) if part is None else part
-        self.embed, self.head, self.rows, self.shape = Embedding(model), Head(model), rows, (slot.caches[0].batch, rows)
-        self.begins, self.ends = part[0] == 0, part[-1] == len(slot.caches) - 1
-        extensions = [extension_of(slot.caches[number], rows) for number in part]
+        part = range(len(caches)) if part is None else part
+        extensions = [extension_of(caches[number], rows) for number in part]
+        self.embed, self.head, self.rows, self.shape = Embedding(model), Head(model), rows, (extensions[0].batch, rows)
+        self.begins, self.ends = part[0] == 0, part[-1] == len(caches) - 1
         self.first = extensions[0]
         self.layers = nn.CellList([ExtensionLayer(model.model.layers[number], extension, mode, rows)
                                    for number, extension in zip(part, extensions)], auto_prefix=False)
@@ -289,7 +327,8 @@ class ExtendGraph(InferenceGraph):
         return x
 
     def inputs(self, ids: np.ndarray, angles: tuple[np.ndarray, np.ndarray], at: np.ndarray, real: np.ndarray,
-               images: tuple[Tensor, np.ndarray] | None = None, last: np.ndarray | None = None) -> list[Tensor | None]:
+               images: tuple[Tensor, np.ndarray] | None = None, last: np.ndarray | None = None,
+               held: Sequence[np.ndarray] = ()) -> list[Tensor | None]:
         """Arguments of `construct`.
 
         Args:
@@ -299,9 +338,10 @@ class ExtendGraph(InferenceGraph):
             real: see `Extension.places`.
             images: `image_embeds` and `image_mask`.
             last: as in `construct`.
+            held: what `Extension.places` takes beside these.
         """
         cos, sin = self.first.angles(*angles)
-        places = self.first.places(at, real, self.rows)
+        places = self.first.places(at, real, self.rows, *held)
         embeds, mask = (None, None) if images is None else (images[0], Tensor(images[1], mstype.int32))
         return [Tensor(ids, mstype.int32), Tensor(cos), Tensor(sin), embeds, mask,
                 None if last is None else Tensor(last, mstype.int32), *map(Tensor, places)]

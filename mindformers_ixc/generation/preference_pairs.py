@@ -117,15 +117,15 @@ def _choose(prompt: SampledPrompt, verdict: Verdict | None,
     """Numbers of best and worst answer with their margin (`None`: a judge named them), or why there are none."""
     if not prompt.answers:
         return FAILED
+    usable_numbers = prompt.usable()
     if verdict is None:
-        return UNJUDGED
+        return ALIKE if len(usable_numbers) < 2 else UNJUDGED
     if verdict.pair is not None:
         if options.min_margin:
             raise DataError(f"--min_margin is {options.min_margin:g}, but the verdict on the prompt {prompt.id!r:.60} "
                             "names a pair and has no margin; leave the option out, or have the judge give scores.")
         usable = all(prompt.finished[number] and prompt.answers[number].strip() for number in verdict.pair)
         return (*verdict.pair, None) if usable else UNUSABLE
-    usable_numbers = prompt.usable()
     if len(usable_numbers) < 2:
         return ALIKE
     best, worst = (pick(usable_numbers, key=verdict.merits.__getitem__) for pick in (max, min))

@@ -21,7 +21,7 @@ from mindformers_ixc.checkpoint.dtypes import dtype_bytes
 from mindformers_ixc.checkpoint.model_directory import numpy_type
 from mindformers_ixc.device import is_parallel, on_ascend, rank
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.generation.ascend import blocks_needed, check_blocks
+from mindformers_ixc.generation.ascend import blocks_needed, check_blocks, check_paged_dtype
 from mindformers_ixc.generation.caches import (
     ContiguousCache,
     NativeCache,
@@ -261,9 +261,7 @@ class PagedSlot(Slot):
     """
 
     def __init__(self, config: IXC25Config, batch: int, positions: int):
-        if config.compute_dtype == mstype.float32:
-            raise ConfigError("compute_dtype is float32; paged and flash attention take float16 or bfloat16. Choose "
-                              "one of them, or use_past: False for attention that takes all.")
+        check_paged_dtype(config)
         blocks, mask = blocks_needed(config, batch, positions), compressed_causal_mask()
         self.blocks_a_row = -(-positions // config.block_size)
         layers = range(config.num_hidden_layers)

@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mindformers_ixc.device import is_parallel
+from mindformers_ixc.generation.ascend import check_blocks, check_paged_dtype
 from mindformers_ixc.generation.assistant import Assistant
-from mindformers_ixc.generation.batching import BatchDecoder
+from mindformers_ixc.generation.batching import BatchDecoder, Row
 from mindformers_ixc.generation.engine import CachedDecoder
 from mindformers_ixc.generation.extending import unavailable
+from mindformers_ixc.generation.paged_batching import PagedBatchDecoder
 from mindformers_ixc.generation.reuse import Prompt
 from mindformers_ixc.generation.sharded_rows import ShardedRows
 from mindformers_ixc.generation.slots import is_paged
 from mindformers_ixc.processing.processor import EncodedSample
-from mindformers_ixc.serving.scheduling import Job, RowDecoder
+from mindformers_ixc.serving.scheduling import Job, Refused, RowDecoder
 
 
 class Whole:
@@ -52,6 +54,26 @@ class Batched(Whole, BatchDecoder):
         BatchDecoder.__init__(self, assistant.engine, rows, positions, piece)
 
 
+class Paged(Whole, PagedBatchDecoder):
+    """Rows in one batch over Ascend's paged cache; arguments as for `Batched`."""
+
+    def __init__(self, assistant: Assistant, rows: int, positions: int, piece: int):
+        Whole.__init__(self, assistant)
+        PagedBatchDecoder.__init__(self, assistant.engine, rows, positions, piece)
+
+    def open(self, prompt: Prompt, mode: str, new_tokens: int, answers: int = 1) -> Row:
+        """See `scheduling.RowDecoder`.
+
+        Raises:
+            Refused: for more than there would be blocks for, were it alone.
+        """
+        if not self.ever_has_room(prompt, new_tokens, answers):
+            raise Refused(f"{answers} answers to a prompt of {len(prompt)} positions with up to {new_tokens} new "
+                          "tokens take more memory for keys and values than there is; ask for fewer answers or tokens.",
+                          400, None)
+        return super().open(prompt, mode, new_tokens, answers)
+
+
 class Sharded(Whole, ShardedRows):
     """Rows of one cache that is cut over the devices of a layout.
 
@@ -75,7 +97,7 @@ class TurnRow:
 
 
 class InTurns(Whole):
-    """Rows whose decoders take turns, for devices and layouts on which caches cannot be joined: Ascend, several ranks.
+    """Rows whose decoders take turns, where caches cannot be joined: Ascend's in a layout, or without `use_past`.
 
     A prompt is one piece.
 
@@ -93,7 +115,11 @@ class InTurns(Whole):
         """See `scheduling.RowDecoder`."""
         return Prompt(sample, [])
 
-    def open(self, prompt: Prompt, mode: str, new_tokens: int) -> TurnRow:
+    def has_room(self, prompt: Prompt, new_tokens: int, answers: int) -> bool:
+        """See `scheduling.RowDecoder`; a decoder whose cache was taken away computes it anew."""
+        return True
+
+    def open(self, prompt: Prompt, mode: str, new_tokens: int, answers: int = 1) -> TurnRow:
         """See `scheduling.RowDecoder`."""
         return TurnRow(prompt, mode, new_tokens, self.assistant.engine.decoder([prompt.sample], new_tokens, mode))
 
@@ -132,10 +158,38 @@ class InTurns(Whole):
         row.decoder.close()
 
 
+def gauges(decoder: RowDecoder) -> list[tuple[str, str, str, float]]:
+    """What a decoder keeps, for `/metrics`: name, kind, meaning and value."""
+    if not isinstance(decoder, BatchDecoder):
+        return []
+    found: list[tuple[str, str, str, float]] = [
+        ("cache_bytes", "gauge", "bytes of keys and values of answers in the making", decoder.bytes)]
+    if decoder.reuse is not None:
+        store = decoder.reuse.store
+        what = "bytes of pictures and prompts that are kept for later requests"
+        found += [("store_bytes", "gauge", what, store.bytes),
+                  ("store_limit_bytes", "gauge", "the most of it", store.limit)]
+    if isinstance(decoder, PagedBatchDecoder):
+        pool = decoder.pool
+        found += [("cache_blocks", "gauge", "blocks of the paged cache", pool.count),
+                  ("cache_blocks_used", "gauge", "those that answers have", pool.used),
+                  ("cache_blocks_promised", "gauge", "those that further answers to a prompt will have", pool.promised)]
+    return found
+
+
 def make_decoder(assistant: Assistant, rows: int, positions: int, piece: int) -> RowDecoder:
-    """What decodes best here."""
-    if is_parallel() and not is_paged(assistant.model.config):
+    """What decodes best here.
+
+    Raises:
+        ConfigError: for what Ascend's paged cache does not take.
+    """
+    config = assistant.model.config
+    if is_parallel() and not is_paged(config):
         return Sharded(assistant, rows, positions)
+    if is_paged(config) and not is_parallel():
+        check_paged_dtype(config)
+        check_blocks(config)
+        return Paged(assistant, rows, positions, piece)
     if unavailable():
         return InTurns(assistant, rows)
     return Batched(assistant, rows, positions, piece)

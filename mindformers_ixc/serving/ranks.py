@@ -114,7 +114,7 @@ class Leading:
         self._numbers = itertools.count()
 
     def __getattr__(self, name: str) -> Any:
-        """What only asks the decoder (its memory, whether there is room), and so computes nothing."""
+        """What only asks the decoder, for its memory say, and so computes nothing."""
         return getattr(self.decoder, name)
 
     def prepare(self, sample: EncodedSample) -> Any:
@@ -128,6 +128,10 @@ class Leading:
     def known(self, row: int) -> int:
         """See `scheduling.RowDecoder`."""
         return self.decoder.known(self.own.rows[row])
+
+    def has_room(self, prompt: Any, new_tokens: int, answers: int) -> bool:
+        """See `scheduling.RowDecoder`; rank 0's decoder is as full as the others'."""
+        return self.decoder.has_room(prompt, new_tokens, answers)
 
     def open(self, *arguments: Any, **named: Any) -> int:
         """See `scheduling.RowDecoder`."""

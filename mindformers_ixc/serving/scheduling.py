@@ -34,8 +34,11 @@ class RowDecoder(Protocol[Row]):
     def prepare(self, sample: Any) -> Any:
         """What is opened for a sample; for any thread."""
 
-    def open(self, prompt: Any, mode: str, new_tokens: int) -> Row:
-        """A row for a prompt and at most `new_tokens` more."""
+    def has_room(self, prompt: Any, new_tokens: int, answers: int) -> bool:
+        """Whether there is memory for so many answers of `new_tokens` at most beside those that are open."""
+
+    def open(self, prompt: Any, mode: str, new_tokens: int, answers: int) -> Row:
+        """A row for a prompt and at most `new_tokens` more, of which `fork` makes the other answers."""
 
     def advance(self, row: Row) -> np.ndarray | None:
         """Computes one piece of a row's prompt; after the last one the scores `(V,)` of the next token."""
@@ -82,9 +85,9 @@ class Writer(Protocol):
 
 
 class Refused(Exception):
-    """A request that is not taken: the sentence, the HTTP status, and after how many seconds to try again."""
+    """A request that is not taken: the sentence, the HTTP status, and seconds after which to try again, if at all."""
 
-    def __init__(self, sentence: str, status: int, retry_after: int = 1):
+    def __init__(self, sentence: str, status: int, retry_after: int | None = 1):
         super().__init__(sentence)
         self.status, self.retry_after = status, retry_after
 
@@ -228,8 +231,8 @@ class Scheduler(Generic[Row]):
         """
         start = self.clock()
         self._drop()
-        self._admit()
-        done = self._read()
+        done = self._admit()
+        done = self._read() or done
         done = self._write() or done
         if done:
             self._has_taken(start)
@@ -260,13 +263,14 @@ class Scheduler(Generic[Row]):
     def _all(self) -> list[Job]:
         return [*self._all_waiting(), *self.reading, *dict.fromkeys(job for job, _ in self.writing)]
 
-    def _admit(self) -> None:
-        """Begins requests while there are rows for them, clients in turn."""
+    def _admit(self) -> bool:
+        """Begins requests while there are rows and memory for them, clients in turn; whether there were any."""
+        done = False
         with self._lock:
             heads = [(client, jobs[0]) for client, jobs in self.waiting.items() if not jobs[0].is_whole]
         for place, (client, job) in enumerate(heads):
-            if self.open_rows + len(job.writers) > self.decoder.most:
-                if job.passed_over >= PATIENCE:     # one that needs many rows must get them some time
+            if not self._has_room(job):
+                if job.passed_over >= PATIENCE:     # one that needs much must get it some time
                     break
                 continue
             waiting = self._all_waiting()
@@ -275,10 +279,19 @@ class Scheduler(Generic[Row]):
             self._take(client)
             job.passed_over = 0
             self._open(job)
+            done = True
+        return done
+
+    def _has_room(self, job: Job) -> bool:
+        answers = len(job.writers)
+        if self.open_rows + answers > self.decoder.most:
+            return False
+        # where nothing is open there will never be more: opening then says what is lacking
+        return not self.open_rows or self.decoder.has_room(job.prompt, job.new_tokens, answers)
 
     def _open(self, job: Job) -> None:
         try:
-            job.rows = [self.decoder.open(job.prompt, job.mode, job.new_tokens)]
+            job.rows = [self.decoder.open(job.prompt, job.mode, job.new_tokens, len(job.writers))]
         except Exception as error:
             self._end(job, error, "failed")
         else:

@@ -166,6 +166,22 @@ def test_blocks_are_what_the_rows_need_unless_the_yaml_says():
             IXC25Config(num_blocks=wrong)
 
 
+def test_blocks_of_a_server_are_what_its_answers_can_fill_as_far_as_memory_goes(monkeypatch):
+    public = IXC25Config()
+    assert ascend.pool_blocks(public, 8, 16384, 0) == 8 * 128 + 1      # one is nobody's
+    assert ascend.pool_blocks(IXC25Config(num_blocks=300), 8, 16384, 0) == 300
+    with pytest.raises(ConfigError, match=r"num_blocks is 100, but .* up to 16384 positions takes 128 blocks"):
+        ascend.pool_blocks(IXC25Config(num_blocks=100), 8, 16384, 0)
+    # a block of the 7B model in 16 bits takes 16 MiB: 2 x 32 layers x 128 positions x 8 heads x 128 x 2 bytes
+    half = IXC25Config(compute_dtype="bfloat16")
+    monkeypatch.setattr(ascend, "device_memory", lambda: 32 << 30)
+    monkeypatch.setattr(ms.runtime, "memory_allocated", lambda: 1 << 30)
+    assert ascend.pool_blocks(half, 8, 16384, 17 << 30) == int((15 << 30) * ascend.POOL_SHARE) // (16 << 20) == 640
+    monkeypatch.setattr(ms.runtime, "memory_allocated", lambda: 31 << 30)
+    with pytest.raises(ConfigError, match=r"memory for 42 blocks, but .* takes 128 .*--max_positions"):
+        ascend.pool_blocks(half, 8, 16384, 17 << 30)
+
+
 def test_a_paged_cache_by_default_takes_a_full_length_request():
     slot = PagedSlot(IXC25Config(**{**SIZES, "num_hidden_layers": 1, **HALF}), 1, 24576)
     assert slot.caches[0].keys.shape == (192, 128, 4, 4)

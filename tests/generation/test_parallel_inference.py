@@ -6,8 +6,8 @@ import json
 import numpy as np
 import parallel_answers
 import pytest
-from parallel_parity import FEW_LAYERS, predict, write_start
 from parallel_parity import Layout as Run
+from parallel_parity import predict, write_start
 
 from mindformers_ixc import ConfigError, IXC25Config
 from mindformers_ixc.checkpoint.tensors import ArrayTensor, PartOfTensor
@@ -67,7 +67,7 @@ def test_a_part_of_a_tensor():
 def start(tmp_path_factory):
     """A model whose pairs all do something, and what it answers alone."""
     folder = tmp_path_factory.mktemp("start")
-    write_start(folder / "model", sizes=FEW_LAYERS)
+    write_start(folder / "model")
     picture = demo_path("images/astronaut.jpg")
     parallel_answers.launch(folder / "model", picture, 1, 1, folder / "single.npz")
     return folder / "model", picture, np.load(folder / "single.npz")

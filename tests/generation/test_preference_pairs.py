@@ -40,6 +40,7 @@ def test_a_judges_pair_is_taken_as_it_is():
     (SampledPrompt(1, "x"), None, {}, preference_pairs.FAILED),
     (prompt(1, ["a", "b"]), None, {}, preference_pairs.UNJUDGED),
     (prompt(1, ["a", "a ", ""]), Verdict((1, 2, 3)), {}, preference_pairs.ALIKE),
+    (prompt(1, ["a", "a"]), None, {}, preference_pairs.ALIKE),
     (prompt(1, ["a", "b"], finished=[True, False]), Verdict((1, 2)), {}, preference_pairs.ALIKE),
     (prompt(1, ["a", "b"], finished=[True, False]), Verdict(pair=(0, 1)), {}, preference_pairs.UNUSABLE),
     (prompt(1, ["a", "b"]), Verdict((2, 2)), {}, preference_pairs.CLOSE),

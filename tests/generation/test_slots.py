@@ -104,3 +104,26 @@ def test_ascends_graphs_compile_with_its_fused_cells(layout, prefill, decode):
     assert "all fused operations are there and keep the rules" in done.stdout
     # two blocks of 128 positions for each row of up to 192
     assert "caches: PagedSlot of 4.0 MiB for 2 x 128 positions" in done.stdout
+
+
+# sums as above: of the embedding and of two linears a layer, of their pairs for image positions
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "blocks", "largest", "rows", "reaches", "pictures", "text"), [
+    # of 8 answers and nobody's; nothing is larger than the keys
+    ([], 8 * 128 + 1, "(1025, 128, 8, 128)", (1, 2, 4, 8), (4096, 16384), "none", "none"),
+    # nothing is larger than half of a consolidated weight
+    (["--tensor", "2", "--positions", "2048", "--rows", "1"], 16 + 1, "(3072, 4096)", (1,), (2048,),
+     "9 AllReduce, 1 AllGather", "5 AllReduce, 1 AllGather")], ids=["alone", "tp2"])
+def test_the_graphs_of_a_server_compile_with_ascends_fused_cells(words, blocks, largest, rows, reaches, pictures,
+                                                                 text):
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "compile_ascend.py", "--serving", *words],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"caches: {blocks} blocks of 128 positions" in done.stdout
+    assert "all fused operations are there and keep the rules" in done.stdout
+    found = re.findall(r"(.*): compiled in .*; largest tensor: (.*); messages: (.*)", done.stdout)
+    assert {name: messages for name, _, messages in found} == {
+        **{f"piece with pictures up to {reach}": pictures for reach in reaches},
+        **{f"piece of text up to {reach}": text for reach in reaches},
+        **{f"step {count}": text for count in rows}, "copy": "none"}
+    assert {shape for name, shape, _ in found if name != "copy"} == {largest}

@@ -22,7 +22,7 @@ class ScriptedDecoder(StandInDecoder):
         super().__init__(most=4, piece=512, step_seconds=step_seconds)
         self.processor, self.answer = processor, answer
 
-    def open(self, prompt, mode, new_tokens):
+    def open(self, prompt, mode, new_tokens, answers=1):
         row = super().open(prompt, mode, new_tokens)
         row.script = self._script(mode, row.ids)
         return row

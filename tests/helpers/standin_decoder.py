@@ -16,8 +16,9 @@ def next_scores(ids: list[int], vocabulary: int = VOCABULARY) -> np.ndarray:
 
 
 class StandInRow:
-    def __init__(self, ids: list[int], mode: str):
+    def __init__(self, ids: list[int], mode: str, memory: int = 0):
         self.ids, self.mode, self.prompt, self.done, self.is_open = list(ids), mode, len(ids), 0, True
+        self.memory = memory
 
 
 class StandInDecoder:
@@ -28,10 +29,12 @@ class StandInDecoder:
         piece: positions of a piece of a prompt.
         step_seconds: that a step takes.
         ends: id that is the likeliest after so many new tokens, if any.
+        memory: positions of all rows together, those promised to forks included; `None` for any number.
     """
 
-    def __init__(self, most: int = 4, piece: int = 8, step_seconds: float = 0.0, ends: tuple[int, int] | None = None):
-        self.most, self.piece, self.step_seconds, self.ends = most, piece, step_seconds, ends
+    def __init__(self, most: int = 4, piece: int = 8, step_seconds: float = 0.0, ends: tuple[int, int] | None = None,
+                 memory: int | None = None):
+        self.most, self.piece, self.step_seconds, self.ends, self.memory = most, piece, step_seconds, ends, memory
         self.rows: list[StandInRow] = []
         self.steps: list[int] = []
         self.fails: Exception | None = None
@@ -39,10 +42,18 @@ class StandInDecoder:
     def prepare(self, sample):
         return sample
 
-    def open(self, prompt, mode, new_tokens):
+    def has_room(self, prompt, new_tokens, answers):
+        ids = prompt if isinstance(prompt, list) else prompt.input_ids
+        used = sum(row.memory for row in self.rows)
+        return self.memory is None or used + answers * (len(ids) + new_tokens) <= self.memory
+
+    def open(self, prompt, mode, new_tokens, answers=1):
         assert len(self.rows) < self.most, "more rows than there are"
         ids = prompt if isinstance(prompt, list) else prompt.input_ids.tolist()
-        row = StandInRow(ids, mode)
+        if not self.has_room(ids, new_tokens, answers):
+            assert not self.rows, "it was not asked whether there is memory"
+            raise MemoryError("never so much")
+        row = StandInRow(ids, mode, answers * (len(ids) + new_tokens))
         self.rows.append(row)
         return row
 
@@ -59,8 +70,10 @@ class StandInDecoder:
         return self._scores(row) if row.done == row.prompt else None
 
     def fork(self, row):
-        other = self.open(row.ids, row.mode, 0)
+        assert len(self.rows) < self.most, "more rows than there are"
+        other = StandInRow(row.ids, row.mode)
         other.done = other.prompt
+        self.rows.append(other)
         return other
 
     def step(self, rows, tokens):

@@ -6,15 +6,21 @@ import socket
 import time
 
 import pytest
+from mindspore import nn
+from paged_operators import stand_in
+from random_model import SIZES
 from served import IMAGES, question, served
 
+from mindformers_ixc import IXC25Config, IXC25ForCausalLM
 from mindformers_ixc.decoding_options import GenerationOptions
+from mindformers_ixc.device import assume_device
+from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.serving import decoders
 from mindformers_ixc.serving.answering import AnswerWriter
-from mindformers_ixc.serving.decoders import Batched, InTurns, make_decoder
+from mindformers_ixc.serving.decoders import Batched, InTurns, Paged, gauges, make_decoder
 from mindformers_ixc.serving.limits import Limits
-from mindformers_ixc.serving.scheduling import Job, Scheduler
+from mindformers_ixc.serving.scheduling import Job, Refused, Scheduler
 
 QUESTIONS = [("What is shown in the picture?", "cat.jpg"), ("Hello", None), ("Which colour is it?", "coffee.jpg"),
              ("What is shown in the picture?", "rocket.jpg"), ("Say more. " * 20, None)]
@@ -127,3 +133,61 @@ def test_where_caches_cannot_be_joined_decoders_take_turns(assistant, monkeypatc
     assert isinstance(make_decoder(assistant, 2, 256, 64), Batched)
     monkeypatch.setattr(decoders, "unavailable", lambda: "a reason")
     assert isinstance(make_decoder(assistant, 2, 256, 64), InTurns)
+
+
+class TestPaged:
+    """Ascend's operators, composed for the CPU; what they give is in tests/generation/test_paged_batching."""
+
+    @pytest.fixture(scope="class")
+    def paged(self, assistant):
+        with pytest.MonkeyPatch.context() as patch:
+            stand_in(patch)
+            return Paged(assistant, 3, 256, 64)
+
+    def test_it_is_ascends_and_takes_16_bits(self, assistant):
+        with assume_device("Ascend"), pytest.raises(ConfigError, match="compute_dtype is float32"):
+            make_decoder(assistant, 2, 256, 64)
+        with assume_device("Ascend"), nn.no_init_parameters():
+            half = Assistant(IXC25ForCausalLM(IXC25Config(**SIZES, compute_dtype="bfloat16", use_past=True)), None)
+            decoder = make_decoder(half, 2, 256, 64)
+        assert isinstance(decoder, Paged)
+        assert decoder.pool.count == 2 * 256 // 128 + 1
+
+    def test_answers_are_the_assistants_and_requests_wait_for_blocks(self, assistant, paged):
+        others = paged.pool.count - 1 - 3       # somebody else's: what is left is enough for one request
+        paged.pool.promise(others)
+        questions = [QUESTIONS[1], QUESTIONS[4], ("Hello again", None)]        # without pictures: one graph less
+        answers = [Answer(assistant, paged, *question, str(number)) for number, question in enumerate(questions)]
+        scheduler = Scheduler(paged)
+        for answer in answers:
+            scheduler.submit(answer.job)
+        most = 0
+        while scheduler.tick():
+            most = max(most, paged.pool.used)
+        paged.pool.promise(-others)
+        assert most <= 3 and paged.pool.used == paged.pool.promised == 0
+        for answer in answers:
+            assert answer.ends == [None]
+            assert answer.text == assistant.answer([answer.question], max_new_tokens=12)[0]
+
+    def test_a_client_that_goes_away_gives_its_blocks_back(self, assistant, paged):
+        scheduler = Scheduler(paged)
+        answers = [Answer(assistant, paged, *question, "a") for question in QUESTIONS[:3]]
+        for answer in answers:
+            scheduler.submit(answer.job)
+        scheduler.tick()
+        assert paged.pool.used
+        assert {name: value for name, _, _, value in gauges(paged)}["cache_blocks_used"] == paged.pool.used
+        for answer in answers:
+            scheduler.cancel(answer.job)
+        scheduler.tick()
+        assert scheduler.is_idle and paged.pool.used == 0
+
+    def test_what_would_never_find_room_is_refused(self, assistant, paged):
+        answer = Answer(assistant, paged, *QUESTIONS[1], "a", max_new_tokens=1000)
+        scheduler = Scheduler(paged)
+        scheduler.submit(answer.job)
+        scheduler.tick()
+        (end,) = answer.ends
+        assert isinstance(end, Refused) and (end.status, end.retry_after) == (400, None)
+        assert "take more memory for keys and values" in str(end)

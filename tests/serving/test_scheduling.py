@@ -45,6 +45,15 @@ def run(scheduler, ticks=10_000):
         assert ticks, "it does not come to an end"
 
 
+def submit(scheduler, asked, wait, cancel):
+    """Asks, lets some ticks go by, and leaves where `cancel` is a small number."""
+    scheduler.submit(asked.job)
+    for _ in range(wait):
+        scheduler.tick()
+    if cancel is not None and cancel < 5:
+        scheduler.cancel(asked.job)
+
+
 requests = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9), st.integers(1, 3), st.sampled_from("abc"),
                               st.sampled_from(["base", "web"]), st.booleans(), st.integers(0, 12),
                               st.one_of(st.none(), st.integers(0, 20))), min_size=1, max_size=12)
@@ -61,11 +70,7 @@ class TestAnyOrder:
             one = Asked([number * 31 + place for place in range(length)], count, 1 if whole else answers, client, mode,
                         whole)
             all_of.append((one, cancel))
-            scheduler.submit(one.job)
-            for _ in range(wait):
-                scheduler.tick()
-            if cancel is not None and cancel < 5:
-                scheduler.cancel(one.job)
+            submit(scheduler, one, wait, cancel)
         run(scheduler)
         assert scheduler.is_idle and not decoder.rows and not scheduler.open_rows
         for one, _ in all_of:
@@ -76,6 +81,39 @@ class TestAnyOrder:
                 assert isinstance(one.ends[0], Ended) and one.job.is_cancelled
         counts = scheduler.counts.requests
         assert counts["done"] + counts["cancelled"] == len(all_of)
+
+
+class TestMemory:
+    @settings(max_examples=150, deadline=None)
+    @given(requests, st.integers(20, 120))
+    def test_who_finds_none_waits_for_others_to_end(self, asked, memory):
+        decoder = StandInDecoder(most=4, memory=memory)
+        scheduler = Scheduler(decoder)
+        all_of = []
+        for length, count, answers, client, mode, _, wait, cancel in asked:
+            one = Asked(list(range(length)), count, answers, client, mode)
+            all_of.append(one)
+            submit(scheduler, one, wait, cancel)
+        run(scheduler)
+        assert scheduler.is_idle and not decoder.rows
+        for one in all_of:
+            (end,) = one.ends
+            needed = len(one.answers) * (len(one.prompt) + one.writers[0].count)
+            if end is None:
+                assert needed <= memory and one.answers == [alone(one.prompt, one.writers[0].count)] * len(one.answers)
+            else:
+                assert (isinstance(end, MemoryError) and needed > memory) or one.job.is_cancelled
+
+    def test_one_that_needs_much_gets_it_though_small_ones_keep_coming(self):
+        decoder = StandInDecoder(most=8, memory=60)
+        scheduler, large = Scheduler(decoder), Asked(list(range(40)), 5, client="large")
+        scheduler.submit(Asked([1], 30, client="first").job)
+        scheduler.tick()
+        scheduler.submit(large.job)
+        for number in range(100):
+            scheduler.submit(Asked([number], 5, client=str(number)).job)
+            scheduler.tick()
+        assert large.ends == [None]
 
 
 class TestTheNextPiece:
