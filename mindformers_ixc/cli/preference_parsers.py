@@ -33,8 +33,8 @@ def add_sample(commands: Commands) -> None:
     sample.add_argument("--top_p", type=float, default=1.0, metavar="X", help="only the likeliest tokens that together "
                         "reach this probability; 1: no limit")
     sample.add_argument("--top_k", type=int, default=50, metavar="N", help="only the N likeliest tokens; 0: no limit")
-    sample.add_argument("--seed", type=int, default=0, metavar="N", help="an answer depends on its prompt and the "
-                        "seed, not on its place in the file")
+    sample.add_argument("--seed", type=int, default=0, metavar="N", help="with the id of a prompt it decides the "
+                        "random numbers of its answers")
 
 
 def add_label(commands: Commands) -> None:

@@ -6,6 +6,7 @@ the highest mean log-probability.
 """
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,8 @@ def sample_request(assistant: Assistant, request: Request, count: int, mode: str
         request: its question has an `id`.
         count: of answers.
         mode: task LoRAs in use.
-        options: fields of `GenerationOptions`.
+        options: fields of `GenerationOptions`; the random numbers follow from `seed` and the prompt's id, or the same
+            draws would go astray in every prompt.
 
     Returns:
         `id` and `samples` in the order in which they were drawn, each with `answer`, `logp` (the mean over its tokens),
@@ -120,9 +122,11 @@ def sample_request(assistant: Assistant, request: Request, count: int, mode: str
         return {"error": request.error}
     question = dict(request.question)
     identity = question.pop("id")
+    mixed = hashlib.blake2b(f"{options['seed']} {identity}".encode(), digest_size=8).digest()
+    own = {**options, "seed": int.from_bytes(mixed, "little")}
 
     def drawn() -> dict:
-        found = draw_candidates(assistant, question, count, mode, options)
+        found = draw_candidates(assistant, question, count, mode, own)
         return {"samples": [{**one.to_dict(), "tokens": one.tokens, "finished": one.finished} for one in found]}
 
     return {"id": identity, **result_or_error(drawn)}

@@ -37,7 +37,7 @@ def test_pairs_of_its_own_answers_train_the_model(tmp_path, monkeypatch):
         "id": one["id"], "query": one["conversations"][0]["value"], "images": [str(demo_path(one["image"]))]}) + "\n"
         for one in samples), encoding="utf-8")
     assert main(["sample", "--model", STARTER, "--mode", "write", "--data", "q.jsonl", "--output_dir", "samples",
-                 "--num_samples", "4", "--max_new_tokens", "16", "--temperature", "2.5"]) == 0
+                 "--num_samples", "6", "--max_new_tokens", "16", "--temperature", "1.5"]) == 0
     expected = {one["id"]: one["conversations"][1]["value"] for one in samples}
     drawn = [json.loads(line) for line in Path("samples/samples.jsonl").read_text(encoding="utf-8").splitlines()]
     Path("judge.json").write_text(json.dumps({
