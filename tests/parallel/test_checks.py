@@ -286,5 +286,5 @@ def test_nothing_is_derived_where_it_is_not_asked_for(options):
 
 def test_every_column_has_a_rank():
     columns = [*BATCH_COLUMNS, *EXTRA_COLUMNS, "reference_logps"]
-    assert column_ranks(columns) == [2, 2, 5, 5, 2, 2, 2, 2, 2, 1, 2, 2]
-    assert column_ranks(columns, pairs=True) == [3, 3, 5, 5, 2, 3, 3, 2, 2, 1, 2, 2]
+    assert column_ranks(columns) == [2, 2, 5, 5, 2, 2, 2, 2, 2, 1, 2, 2, 2, 2]
+    assert column_ranks(columns, pairs=True) == [3, 3, 5, 5, 2, 3, 3, 2, 2, 1, 2, 2, 2, 2]
