@@ -83,12 +83,13 @@ def gradients(native: bool, trained: tuple[str, ...], dropout: float = 0.3, reco
 
 
 def compare(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """Every gradient is right to 3e-5 of its largest number; the class embedding's terms, one a tile, cancel out."""
+    """Every gradient is right to 1e-4 of its largest number, as against the reference outputs: both sides are sums in
+    float32 whose order depends on the threads that are free, and the terms of biases and embeddings cancel out."""
     for name, value in found.items():
         # attention does not depend on the bias of its keys: that gradient is rounding, of numbers of the queries' size
         size = np.abs(expected[name.replace("k_proj.bias", "q_proj.bias")]).max()
         assert size > 0 and np.isfinite(value).all(), name
-        np.testing.assert_allclose(value, expected[name], rtol=0, atol=3e-5 * size, err_msg=name)
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-4 * size, err_msg=name)
 
 
 def check(way: dict, choices: list[tuple[str, ...]]) -> None:
