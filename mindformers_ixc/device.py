@@ -98,8 +98,8 @@ def measuring() -> Iterator[None]:
     if not isinstance(before["dataset_strategy"], str):      # it is given as lists and taken as tuples
         before["dataset_strategy"] = tuple(tuple(cut) for cut in before["dataset_strategy"])
     ms.set_auto_parallel_context(dataset_strategy=())       # or it would be asked for, whatever full_batch is
-    # the compiler sets the number of micro batches for a step that accumulates, and would look for them in these graphs;
-    # it sets it again whenever it compiles such a step, and nobody else may
+    # the compiler sets the number of micro batches for a step that accumulates, and would look for them in these graphs
+    # too; it sets it again whenever it compiles such a step, and nobody else may
     ms.set_auto_parallel_context(pipeline_result_broadcast=True, strategy_ckpt_save_file="",
                                  dataset_strategy="full_batch", grad_accumulation_step=1)
     try:
