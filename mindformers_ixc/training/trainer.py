@@ -303,11 +303,11 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
     def _take_start(self, config: MindFormerConfig) -> None:
         """Takes loading over from MindFormers, which says nothing of missing weights.
 
-        Runs in parallel and resumed ones are left to it: it cuts weights for the ranks, and knows optimizer states.
+        Resumed runs and those whose graphs are cut are left to it: it knows optimizer states, and cuts weights.
         """
         place = config.get("checkpoint")
         start = (place and place.get("load_path")) or config.load_checkpoint
-        if not start or config.resume_training or config.use_parallel:
+        if not start or config.resume_training or is_parallel():
             return
         self.start, config.load_checkpoint = str(start), ""
         if place and place.get("load_path"):
