@@ -410,7 +410,6 @@ class TestTheMarkOfWeights:
 
     @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])
     def test_every_number_counts_and_where_it_stands(self, dtype):
-        # of which a part is no whole block of 4096 bytes
         table = np.random.default_rng(0).integers(0, 100, (3, 5000)).astype(dtype)
         before, found = self.marked(table, table[0]), set()
         assert self.marked(table.copy(), table[0].copy()) == before
@@ -420,6 +419,12 @@ class TestTheMarkOfWeights:
             found.add(self.marked(other, table[0]))
         found |= {self.marked(table[[0, 2, 1]], table[0]), self.marked(table[0], table), before}
         assert len(found) == 6
+
+    def test_neighbouring_rows_that_change_places_are_seen(self):
+        table = np.random.default_rng(0).standard_normal((256, 8)).astype(np.float32)
+        order = np.arange(256)
+        order[[5, 6]] = [6, 5]
+        assert self.marked(table) != self.marked(table[order])
 
     def test_of_a_large_model_some_numbers_of_each_parameter_count(self, monkeypatch):
         monkeypatch.setattr(reusing, "WHOLE_BYTES", 1000)
