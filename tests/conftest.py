@@ -1,6 +1,7 @@
 """Set-up of the whole suite: quiet libraries, graph mode on the CPU, paths to helpers and reference outputs."""
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import os
@@ -88,6 +89,33 @@ def same_weights():
     import mindspore as ms
 
     ms.set_seed(20240703)
+
+
+@contextlib.contextmanager
+def _process_as_it_was():
+    """Gives back what commands set for the whole process they are called in."""
+    from mindformers_ixc import terminal
+
+    environment, screen = dict(os.environ), terminal.current
+    yield
+    terminal.current = screen
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_after_a_file():
+    """What a file's own fixtures set does not reach the next file, whichever that is."""
+    with _process_as_it_was():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def process_after_a_test(process_after_a_file):
+    """What a test sets does not reach the next one."""
+    with _process_as_it_was():
+        yield
 
 
 @pytest.fixture(scope="session")

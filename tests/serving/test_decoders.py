@@ -102,7 +102,10 @@ def test_rows_are_free_again(assistant, decoder):
         assert len(decoder._free) == decoder.most
 
 
-def test_a_client_whose_connection_breaks_frees_its_row_within_a_second(assistant, decoder):
+def test_a_client_whose_connection_breaks_frees_its_row_within_a_second(assistant, decoder, monkeypatch):
+    step = decoder.step
+    # ten milliseconds a token: the answer lasts for seconds on any machine
+    monkeypatch.setattr(decoder, "step", lambda rows, tokens: time.sleep(0.01) or step(rows, tokens))
     limits = Limits(running=decoder.most, positions=512, new_tokens=400)
     body = json.dumps(question(stream=True, max_tokens=400)).encode()
     head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
