@@ -7,9 +7,10 @@ training (Partial LoRA and the web pair among it), gradient clipping, losses by 
 checkpoint. Every step's loss, gradient norm and losses of sources, and the weights and averages joined from the ranks
 must be those of the single process within 1e-5. `resume` interrupts a run twice and goes on in another layout each time
 (tp 2, single, pp 2). `preferences` trains one pair by DPO, all else frozen; losses, gradient norms and rewards are
-compared, and `rewards` a reward model the same way. `inference` answers questions with a cache: logits of prompts and
-steps within 1e-5 of the largest, ids of greedy decoding and beams equal, and the file that run mode predict writes the
-same. Prints a table; returns 1 if a bar is missed.
+compared, and `rewards` a reward model the same way. `extras` trains with noise on the embeddings and loss on the last
+of two rounds. `inference` answers questions with a cache: logits of prompts and steps within 1e-5 of the largest, ids
+of greedy decoding and beams equal, and the file that run mode predict writes the same. Prints a table; returns 1 if a
+bar is missed.
 """
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ CONFIG = ROOT / "yaml_configs" / "ixc25_sft_tiny.yaml"
 PREFERENCES = CONFIG.with_name("ixc25_dpo_tiny.yaml")
 REWARDS = CONFIG.with_name("ixc25_reward_tiny.yaml")
 PREDICT = CONFIG.with_name("predict_ixc25.yaml")
-OTHERS = ("resume", "preferences", "rewards", "inference")
+OTHERS = ("resume", "preferences", "rewards", "extras", "inference")
 BAR = 1e-5
 SMALLEST = 1.0               # rewards begin near 0, as differences of large sums
 # A score head starts at zero, so the first gradients of all behind it are of the size of rounding, which AdamW makes
@@ -62,6 +63,8 @@ LAYOUTS = {"tp2": Layout(tp=2), "dp2": Layout(dp=2), "pp2": Layout(pp=2, micro=2
 FEW_STEPS = {"dp2tp2pp2": STEPS_AN_EPOCH}    # eight processes on two cores
 CALLBACKS = ("[{type: MFLossMonitor}, {type: CheckpointMonitor, prefix: p, save_checkpoint_steps: %d, "
              "keep_checkpoint_max: 1, integrated_save: False, async_save: False, checkpoint_format: safetensors}]")
+NOISE_COLUMNS = ("input_ids", "labels", "pixel_values", "global_views", "view_index", "vision_index", "image_mask",
+                 "noise_seed", "lengths", "source")
 SHARED = {"run_mode": "finetune", "model.model_config.adapter_mode": "web", "model.model_config.plora_dropout": 0.0,
           "train_parts": "[vision, projector, separators, partial_lora, language, task_lora.web]",
           "runner_wrapper.ema_decay": 0.9,
@@ -126,14 +129,18 @@ def run(layout: Layout, out: Path, options: dict, config: Path = CONFIG) -> None
         raise SystemExit(f"{out.name}: {out.with_suffix('.log').read_text()[-3000:]}")
 
 
-def write_sources(folder: Path) -> dict:
-    """Two sources of the recipe's samples; the override that names them."""
+def write_sources(folder: Path, earlier: str = "") -> dict:
+    """Two sources of the recipe's samples, a first round with this answer before each; the override that names them."""
     from mindformers_ixc.demo import demo_path
 
     train = demo_path("train.json")
     rows = json.loads(train.read_text(encoding="utf-8"))
     for row in rows:
         row["image"] = str(train.parent / row["image"])
+        if earlier:
+            row["conversations"][0]["value"] = f"<ImageHere>{row['conversations'][0]['value']}"
+            row["conversations"][:0] = [{"from": "human", "value": row["id"]}, {"from": "bot", "value": earlier}]
+    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"source_{number}.json" for number in range(2)]
     for number, file in enumerate(files):
         file.write_text(json.dumps(rows[number::2]), encoding="utf-8")
@@ -249,24 +256,32 @@ def check_resume(out: Path, epochs: int) -> int:
 
 def check_preferences(out: Path, names: tuple[str, ...] = ("tp2", "dp2", "tp2accumulated", "pp2")) -> int:
     """DPO of one pair, everything else frozen, in some layouts; returns how many miss the bar."""
-    return _check_pairs(out, "dpo", PREFERENCES, names, {
+    return _check(out, "dpo", PREFERENCES, names, {
         "train_parts": "[task_lora.dpo]", "model.model_config.adapter_mode": "write",
         "model.model_config.preference.rpo_alpha": 0.5})
 
 
 def check_rewards(out: Path, names: tuple[str, ...] = ("tp2", "dp2", "tp2accumulated", "pp2")) -> int:
     """A reward model in some layouts, with held-out pairs; returns how many miss the bar."""
-    return _check_pairs(out, "reward", REWARDS, names, {
+    return _check(out, "reward", REWARDS, names, {
         "train_parts": "[language, partial_lora, reward_head]", "model.model_config.adapter_mode": "base",
         "model.model_config.reward.loss": "focal", "evaluation.max_samples": 6, "evaluation.batch_size": 4},
-        REWARD_NORMS)
+        norms=REWARD_NORMS)
 
 
-def _check_pairs(out: Path, kind: str, recipe: Path, names: tuple[str, ...], changes: dict,
-                 norms: int | None = None) -> int:
-    """Learning from pairs in some layouts, against the single process; `norms` as in `worst_difference`."""
+def check_extras(out: Path, names: tuple[str, ...] = ("tp2", "dp2", "pp2")) -> int:
+    """Noise on embeddings and loss on last answers in some layouts; returns how many miss the bar."""
+    return _check(out, "extras", CONFIG, names, {
+        "train_dataset.data_loader.loss_on": "last", "model.model_config.neftune_alpha": 5.0,
+        "train_dataset.input_columns": f"[{', '.join(NOISE_COLUMNS)}]",
+        **write_sources(out / "rounds", "It is one of the pictures of the demo.")}, CONFIG)
+
+
+def _check(out: Path, kind: str, recipe: Path, names: tuple[str, ...], changes: dict, start: Path = PREFERENCES,
+           norms: int | None = None) -> int:
+    """A recipe in some layouts, against the single process; `norms` as in `worst_difference`."""
     failed, first = 0, out / f"{kind}_start"
-    write_start(first, PREFERENCES)
+    write_start(first, start)
     for name, layout in (("single", Layout()), *((name, LAYOUTS[name]) for name in names)):
         began = time.perf_counter()
         options = {**options_of(layout, 1, 1000), "load_checkpoint": first, **changes}
@@ -345,6 +360,8 @@ def main() -> int:
             failed += check_preferences(out)
         if "rewards" in arguments.layouts:
             failed += check_rewards(out)
+        if "extras" in arguments.layouts:
+            failed += check_extras(out)
         if "inference" in arguments.layouts:
             failed += check_inference(out)
     return int(failed > 0)
