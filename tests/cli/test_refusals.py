@@ -320,7 +320,8 @@ def quantised(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["mindformers_ixc", "awq"])
 @pytest.mark.parametrize("words", [
     RUN, ("launch", "-n", "2", *RUN[1:]), ("plan", *RUN[1:3], "--devices", "1"),
-    (*RUN, "--model.model_config.pet_config.pet_type", "lora"), ("reference", "pairs.json", "x.json")],
+    (*RUN, "--model.model_config.pet_config", "{pet_type: lora, target_modules: '.*wo'}"),
+    ("reference", "pairs.json", "x.json")],
     ids=["run", "launch", "plan", "lora", "reference"])
 def test_a_quantised_model_where_full_weights_are_needed(words, layout, quantised):
     model = str(quantised[layout])
