@@ -212,7 +212,7 @@ def test_weights_that_take_pytorch_are_left_for_later(monkeypatch):
     check_inputs(mindformers_ixc_cli.parse(["chat", "--model", "half", "hello"]), [])
 
 
-@pytest.mark.parametrize(("model", "words"), [("gone", "gone does not exist"), ("starter", "writes answers: it has no")])
+@pytest.mark.parametrize(("model", "words"), [("gone", "gone does not exist"), ("starter", "it has no score head")])
 def test_a_reward_model_that_is_none_is_refused_before_the_run(model, words):
     said = refusal("run", "--config", "ixc25_grpo_tiny", "--load_checkpoint", "starter", "--output_dir", "out",
                    "--rollout.rewards", "{reward_model: 1.0}", "--rollout.reward_model", model)
