@@ -233,8 +233,7 @@ _ROLLOUT = Section({
 }, ROLLOUT_RULES, ROLLOUT)
 
 _PET = Section({
-    "pet_type": Key("which pairs train; everything else is frozen. Not together with `train_parts`", "none",
-                    ", ".join(PET_RULES)),
+    "pet_type": Key("which pairs train; everything else is frozen. Not together with `train_parts`", "none"),
     "task": Key("of `task_lora`: the pair that trains", "web"),
     "rank": Key("of `partial_lora` and `task_lora`: must be the model's; a model without the pairs gets them of this "
                 "rank", "the model's, or 256 for Partial LoRA"),
@@ -251,7 +250,7 @@ _PET = Section({
                           "all five linears; of `lora` required"),
     "freeze_include": Key("further patterns to freeze", "none"),
     "freeze_exclude": Key("further patterns that train", "none"),
-}, {**PET_RULES["task_lora"], **PET_RULES["lora"]})
+}, {"pet_type": one_of(PET_RULES), **PET_RULES["task_lora"], **PET_RULES["lora"]})
 
 _MODEL = Section({
     "model_config": Key("the model, see [below](#model_config)", "required", "a section"),
