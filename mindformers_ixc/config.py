@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from mindformers_ixc.errors import CheckpointError, ConfigError
 from mindformers_ixc.files import read_json
-from mindformers_ixc.hub import not_a_folder
+from mindformers_ixc.hub import not_a_folder, relative_of
 from mindformers_ixc.resources import STARTER, resolve_model
 from mindformers_ixc.rope import ROPE_FIELDS, read_rope
 from mindformers_ixc.sections import (
@@ -656,10 +656,13 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
             raise CheckpointError(on_a_hub)
         raise CheckpointError(_no_model(path, file))
     found = read_json(file, CheckpointError)
-    if not isinstance(found, dict) or found.get("model_type") != ModelConfig.model_type:
-        model = found.get("model_type") if isinstance(found, dict) else type(found).__name__
-        raise CheckpointError(f"{file} has model_type '{model}', expected '{ModelConfig.model_type}'; "
-                              "`mindformers inspect` says of other models of the family what they are.")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds a {type(found).__name__} and no object of fields; copy the one that "
+                              "belongs to the weights.")
+    if found.get("model_type") != ModelConfig.model_type:
+        other = relative_of(found, ModelConfig.model_type)
+        raise CheckpointError(f"{file} has model_type {found.get('model_type')!r:.80}, expected "
+                              f"'{ModelConfig.model_type}'{f': it is {other}' if other else ''}.")
     return found
 
 
@@ -684,11 +687,15 @@ def _no_model(path: str | os.PathLike, file: Path) -> str:
         return f"{path} is a file; {wanted}."
     if not file.parent.exists():
         return f"{path} does not exist; {wanted}. `{STARTER}` is the small model that ships with this package."
+    return f"{file} does not exist; {wanted}.{inner_model(file.parent)}"
+
+
+def inner_model(folder: Path) -> str:
+    """The question whether a model directory inside a folder was meant, for the end of a sentence; or nothing."""
     # the model in a run's folder, OmniLive's own, and the files in a hub tool's cache
     inner = next((found.parent for pattern in ("model", "base", "snapshots/*")
-                  for found in sorted(file.parent.glob(f"{pattern}/{CONFIG_FILE}"))), None)
-    meant = f" {inner} has one: is that meant?" if inner else ""
-    return f"{file} does not exist; {wanted}.{meant}"
+                  for found in sorted(folder.glob(f"{pattern}/{CONFIG_FILE}"))), None)
+    return f" {inner} has one: is that meant?" if inner else ""
 
 
 def read_config(path: str | os.PathLike, config_class: type = ModelConfig, **overrides: Any) -> Any:

@@ -32,6 +32,8 @@ class _Tags(HTMLParser):
         self.open: list[str] = []
         self.count, self.whole = 0, True
         self.feed(page)
+        # what is left unread and begins so is a tag or comment that was cut off
+        self.whole = self.whole and not self.rawdata.startswith("<")
         self.close()
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
@@ -71,9 +73,11 @@ _FROM_0 = Rule(lambda value: is_number(value) and value >= 0, "a number of at le
 GRPO: dict[str, Any] = {"task": "dpo", "beta": 0.04, "clip": 0.2}
 GRPO_RULES = {"task": of_type(str), "beta": _FROM_0, "clip": above_0()}
 
+_FOLDER = Rule(lambda value: isinstance(value, str) and bool(value.strip()), "a directory of a reward model")
+
 # `rollout`. One update of a round's answers, as in the paper's experiments.
 ROLLOUT: dict[str, Any] = {"rewards": {"exact_match": 1.0}, "reward_model": None, "max_new_tokens": 64, "updates": 1}
-ROLLOUT_RULES = {"rewards": of_type(dict), "reward_model": of_type(str), "max_new_tokens": whole(1),
+ROLLOUT_RULES = {"rewards": of_type(dict), "reward_model": _FOLDER, "max_new_tokens": whole(1),
                  "updates": whole(1)}
 
 

@@ -31,7 +31,7 @@ PARTS = {
 BUFFERS = re.compile(r".*(\.position_ids|\.rotary_emb\.inv_freq)$")
 
 # Parameters of OmniLive's base that its memory model feeds and nothing here computes with; conversions carry them on.
-UNUSED = re.compile(r"video_mem_proj\.[02]\.(weight|bias)$")
+UNUSED = tuple(f"video_mem_proj.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias"))
 
 # What MindFormers' optimizers put in front of a parameter's name for its moments; cut and placed like the parameter.
 OPTIMIZER_STATE = re.compile(r"^(adam_m|adam_v|moment1|moment2|accu_grads|accum)\.")

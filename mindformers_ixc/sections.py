@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -42,6 +43,14 @@ def is_number(value: object) -> bool:
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:       # a whole number that no float holds
+        return False
+
+
+def is_pattern(value: object) -> bool:
+    """Whether a value is a regular expression that can be compiled."""
+    try:
+        return isinstance(value, str) and bool(value) and re.compile(value) is not None
+    except re.error:
         return False
 
 

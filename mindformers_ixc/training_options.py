@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc.config import MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.scores import SCORES
@@ -17,10 +17,14 @@ from mindformers_ixc.sections import (
     check_value,
     from_0,
     is_number,
+    is_pattern,
     of_type,
     one_of,
     whole,
 )
+
+# A share that leaves something.
+BELOW_1 = Rule(lambda value: is_number(value) and 0 <= value < 1, "a number of at least 0 and below 1")
 
 # Networks that learn from pairs of answers, by the YAML's `model.arch.type`.
 PAIR_NETWORKS = ("IXC25ForPreference", "IXC25ForReward")
@@ -40,6 +44,10 @@ LOSSES = ("loss", "shuffled_loss")
 SHUFFLED = "shuffled_"
 PAIR_METRICS = (*LOSSES, "reward_accuracy", f"{SHUFFLED}reward_accuracy", "reward_margin", "reward_chosen",
                 "reward_rejected")
+# Of these those of which neither more nor less is better: a score is compared with that of the other answer only, and a
+# model that looks at pictures is worse with another's by as much as that matters.
+UNDIRECTED = tuple(name for name in PAIR_METRICS if name.startswith(SHUFFLED)
+                   or name in ("reward_chosen", "reward_rejected"))
 # Options of answers, which a reward model gives none of.
 ANSWER_OPTIONS = ("max_new_tokens", "mode")
 
@@ -83,6 +91,37 @@ def spike_options(section: dict) -> dict:
 LORA_RULES = {"use_rslora": of_type(bool), "use_dora": of_type(bool)}
 DORA_ALONE = ("model.model_config.pet_config.use_dora is for runs of one process: it measures whole rows of the "
               "weights that a run begins with. Set use_parallel to False, or leave DoRA out.")
+
+
+# The YAML's `pet_config` by its `pet_type`. Of MindFormers' keys of `lora` those that are not here do nothing to this
+# model's linears, whose pairs are always kept, computed and begun with like its other low-rank pairs.
+_SHARED = {"target_modules": Rule(is_pattern, "a regular expression"), "freeze_include": of_type(list),
+           "freeze_exclude": of_type(list)}
+_PAIRS = {"rank": whole(1), "alpha": above_0(), "dropout": BELOW_1, **_SHARED}
+PET_RULES: dict[str, dict[str, Rule]] = {
+    "lora": {"lora_rank": whole(1), "lora_alpha": above_0(), "lora_dropout": BELOW_1, **_SHARED, **LORA_RULES},
+    "partial_lora": _PAIRS, "task_lora": {"task": one_of(TASK_LORAS), **_PAIRS}}
+
+
+def check_pet(section: dict, parallel: bool) -> None:
+    """Checks a `pet_config` of this model.
+
+    Raises:
+        ConfigError: for a type that there is not, and the keys and values of each.
+    """
+    where = "model.model_config.pet_config"
+    check_lora(section, parallel)
+    given = {key: value for key, value in section.items() if value is not None}
+    if not given:
+        return
+    kind = given.pop("pet_type", None)
+    if kind not in PET_RULES:
+        raise ConfigError(f"{where}.pet_type is {kind!r:.80}; the choices are {', '.join(PET_RULES)}, without which "
+                          "everything would train.")
+    check_section(given, PET_RULES[kind], where)
+    if kind == "lora" and "target_modules" not in given:
+        raise ConfigError(f"{where}.target_modules is missing; for pet_type lora it says by a regular expression which "
+                          "linears get pairs, such as '.*(wqkv|wo|w1|w2|w3)'.")
 
 
 def check_lora(section: dict, parallel: bool) -> None:
@@ -146,8 +185,8 @@ def evaluation_options(section: dict, scored: bool = False) -> dict:
     foreign = [key for key in ANSWER_OPTIONS if scored and section.get(key) is not None]
     if foreign:
         raise ConfigError(f"evaluation.{foreign[0]} is of answers, and a reward model writes none; take it out.")
-    if options["keep_best"] is not None and options["keep_best"] not in options["metrics"]:
-        raise ConfigError(f"evaluation.keep_best is {options['keep_best']!r}, which evaluation.metrics does not name.")
+    if options["keep_best"] is not None:
+        _check_guide("evaluation.keep_best", options["keep_best"], options["metrics"])
     if not options["dataset_dir"]:
         raise ConfigError("evaluation.dataset_dir is empty; name the held-out samples.")
     if options["early_stopping"] is not None:
@@ -160,12 +199,19 @@ def _early_stopping(evaluation: dict) -> dict:
     where, section = "evaluation.early_stopping", evaluation["early_stopping"]
     check_section(section, EARLY_STOPPING_RULES, where)
     options = {**EARLY_STOPPING, **{key: value for key, value in section.items() if value is not None}}
-    if options["metric"] not in evaluation["metrics"]:
-        raise ConfigError(f"{where}.metric is {options['metric']!r}, which evaluation.metrics does not name.")
+    _check_guide(f"{where}.metric", options["metric"], evaluation["metrics"])
     if not evaluation["every"]:
         raise ConfigError(f"{where} needs evaluation.every, the steps between two measurements; it is 0, so there is "
                           "only one, at the end.")
     return options
+
+
+def _check_guide(key: str, metric: str, metrics: list) -> None:
+    """Refuses a metric to go by that is not measured, or of which neither more nor less is better."""
+    if metric not in metrics:
+        raise ConfigError(f"{key} is {metric!r}, which evaluation.metrics does not name.")
+    if metric in UNDIRECTED:
+        raise ConfigError(f"{key} is {metric!r}, of which neither more nor less is better; name another one.")
 
 
 def sign_of(metric: str) -> int:

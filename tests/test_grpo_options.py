@@ -10,7 +10,9 @@ from mindformers_ixc.grpo_options import RULES, grpo_options, rollout_options, v
 @pytest.mark.parametrize(("page", "valid"), [
     ("<p>a</p>", 1), ("<!doctype html><html><body><img src='a.png'><br/><p>a<b>b</b></p></body></html>", 1),
     ("```html\n<p>a</p>\n```", 1), ("<hr>", 1), ("a text", 0), ("", 0), ("<p>a", 0), ("<b><i>a</b></i>", 0),
-    ("</p>", 0), ("<p>a</p></div>", 0)])
+    ("</p>", 0), ("<p>a</p></div>", 0),
+    # cut off in a tag or a comment; what is text may end anywhere
+    ("<p>a</p><di", 0), ("<p>a</p><a href='b", 0), ("<p>a</p></", 0), ("<p>a</p><!-- b", 0), ("<p>a</p> 1 < 2 &am", 1)])
 def test_a_page_is_valid_when_its_elements_close_in_order(page, valid):
     assert valid_html([page], ["whatever"]) == [valid]
 
@@ -33,7 +35,9 @@ def test_what_is_not_said_is_the_default():
     ({"rewards": {"right": 1}}, "rollout.rewards.right"), ({"rewards": {"html": "1"}}, "html is '1'"),
     ({"rewards": {"html": float("nan")}}, "html is nan"), ({"rewards": {}}, "no rule with a weight"),
     ({"rewards": {"html": 0}}, "no rule with a weight"), ({"updates": 0}, "updates is 0"),
-    ({"rewards": {"reward_model": 1}}, "needs both"), ({"reward_model": "out"}, "needs both"), ({"group": 8}, "group")])
+    ({"rewards": {"reward_model": 1}}, "needs both"), ({"reward_model": "out"}, "needs both"),
+    ({"rewards": {"reward_model": 1}, "reward_model": ""}, "reward_model is ''; it must be a directory"),
+    ({"group": 8}, "group")])
 def test_a_rollout_that_cannot_be_is_refused(section, words):
     with pytest.raises(ConfigError, match=words):
         rollout_options(section)

@@ -44,8 +44,16 @@ def test_what_is_here_is_a_path(tmp_path, monkeypatch):
 def test_other_models_of_the_family_are_not_advised():
     reward = not_a_folder(f"internlm/{NAME}-reward")
     assert "nothing in this package goes online" in reward and download_command(f"{NAME}-reward") in reward
-    assert "of another model" in not_a_folder("internlm/internlm2-7b")
+    assert "of another model" in not_a_folder("internlm/internlm3-8b-instruct")
     assert "of another model" not in not_a_folder(f"internlm/{NAME}")
+
+
+@pytest.mark.parametrize(("name", "other"), [
+    ("internlm2-7b", "a vision tower"), ("internlm2_5-7b", "a vision tower"),
+    ("internlm-xcomposer2d5-clip", "a language model")])
+def test_what_is_joined_with_another_is_advised_as_such(name, other):
+    said = not_a_folder(f"internlm/{name}")
+    assert f"`mindformers assemble` joins it with {other}" in said and download_command(name) in said
 
 
 @pytest.mark.parametrize("words", [
@@ -81,4 +89,4 @@ def test_the_page_has_every_repository():
         assert cells[0] == f"`internlm/{repository.name}`"
         size = f"{repository.gigabytes:.1f} GB" if repository.gigabytes else "?"
         assert re.match(rf"{re.escape(size)}\b|\?", cells[1]) and cells[1].startswith(size)
-        assert cells[3].startswith("no" if repository.refused else "yes") or not repository.gigabytes
+        assert cells[3].startswith("no" if repository.joined else "yes") or not repository.gigabytes

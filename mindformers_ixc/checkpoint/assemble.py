@@ -7,6 +7,7 @@ interpolated when its pictures have another size. Projector, separators and Part
 """
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections.abc import Mapping
@@ -17,16 +18,24 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mindformers_ixc.checkpoint.dtypes import to_float32
-from mindformers_ixc.checkpoint.family import fields_of
+from mindformers_ixc.checkpoint.family import WRITING_HEAD, fields_of
 from mindformers_ixc.checkpoint.quantised import widened
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state, open_source
 from mindformers_ixc.checkpoint.start import check_tensor, mismatch
+from mindformers_ixc.checkpoint.streaming import is_file_target
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, check_target, write_checkpoint
 from mindformers_ixc.config import CONFIG_FILE, FIELDS, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError, ConfigError
-from mindformers_ixc.parameters import BUFFERS, VISION, Entry, parameter_table, part_of
+from mindformers_ixc.hub import relative_of
+from mindformers_ixc.parameters import BUFFERS, SCORE_HEAD, UNUSED, VISION, Entry, parameter_table, part_of
 from mindformers_ixc.processing.image import bicubic_resize
+from mindformers_ixc.sections import check_value, whole
+
+logger = logging.getLogger(__name__)
+
+# The tokenizer of a model directory, which pre-training takes from the one that is made.
+TOKENIZER_FILE = "tokenizer.model"
 
 # What a language model's config.json is asked for: InternLM2 and IXC2.5 name these fields alike. Without the sizes
 # nothing can be said of the weights; the others have IXC2.5's defaults.
@@ -146,12 +155,19 @@ def assemble(language: str | Path, tower: str | Path, target: str | Path, *, con
             `convert` refuses of a target.
         ConfigError: for sizes that no model of this kind can have.
     """
-    words, sight = widened(open_source(language)), widened(open_source(tower))
     options = Options("hf", dtype=dtype, shard_bytes=shard_bytes)
     options.check()
+    check_value("seed", seed, whole(0), CheckpointError)
+    if is_file_target(Path(target)):
+        raise CheckpointError(f"{target} is the name of one file; a model to start from is a directory with its "
+                              "configuration and tokenizer.")
+    words, sight = widened(open_source(language)), widened(open_source(tower))
     given = _fields_of(words, LANGUAGE_TYPES, "a language model"), _fields_of(sight, TOWER_TYPES, "a CLIP tower")
     model = _new_config(words, sight, *given) if config is None else read_config(config)
     model.task_lora_ranks = {}
+    if model.reward_pooling is not None:
+        raise CheckpointError(f"{config} is a reward model's; name the config.json of a model that writes, which a "
+                              "reward model is trained from.")
     if config is not None:
         _check_sizes(words, given[0], model, LANGUAGE_SIZES, config)
         _check_sizes(sight, _tower_of(given[1]), model.vision_config, TOWER_SIZES, config)
@@ -162,6 +178,9 @@ def assemble(language: str | Path, tower: str | Path, target: str | Path, *, con
                for name, entry in table.items()}
     source = AssembledSource(words.path, "public", tensors, [*words.files, *sight.files])
     check_target(sight, Path(target), options)
+    if not (words.side_folder / TOKENIZER_FILE).is_file():
+        logger.warning(f"{words.side_folder} has no {TOKENIZER_FILE}, so {target} gets none: copy the language model's "
+                       "there before training begins.")
     write_checkpoint(tensors, model, source, Path(target), options, overwrite, {"assemble": seed})
     return Path(target)
 
@@ -177,8 +196,9 @@ def _fields_of(source: OpenedCheckpoint, types: tuple[str, ...], wanted: str) ->
     fields = fields_of(source)
     kind = fields.get("model_type")
     if kind not in types:
+        other = relative_of(fields, ModelConfig.model_type)
         raise CheckpointError(f"{source.config_file} has model_type {kind!r:.80}, expected {wanted} of type "
-                              f"{', '.join(types[:-1])} or {types[-1]}.")
+                              f"{', '.join(types[:-1])} or {types[-1]}{f': it is {other}' if other else ''}.")
     return fields
 
 
@@ -228,7 +248,14 @@ def _check_sizes(source: OpenedCheckpoint, given: Mapping, wanted: object, names
 
 
 def _language(source: OpenedCheckpoint, table: dict[str, Entry]) -> dict[str, LazyTensor]:
-    """The language model's tensors, checked; other parts of a model of this kind are left out."""
+    """The language model's tensors, checked; other parts of a model of this kind are left out.
+
+    Raises:
+        CheckpointError: see `_matched`; for a reward model, which has no head that writes.
+    """
+    if SCORE_HEAD in source.tensors and WRITING_HEAD not in source.tensors:
+        raise CheckpointError(f"{source.path} is a reward model: it has {SCORE_HEAD} in place of {WRITING_HEAD}, so no "
+                              "language model can be taken from it; take the model that it was trained from.")
     wanted = {name: entry for name, entry in table.items() if entry.part == "language"}
     return _matched(source, source.tensors, wanted, {*_parts_of(source)} - {"language"}, "a language model")
 
@@ -264,7 +291,7 @@ def _matched(source: OpenedCheckpoint, found: Mapping[str, LazyTensor], wanted: 
     """
     missing = [name for name in wanted if name not in found]
     surplus = [name for name in found if name not in wanted and part_of(name) not in left_out
-               and not (is_state(name) or BUFFERS.match(name))]
+               and not (is_state(name) or BUFFERS.match(name) or name in UNUSED)]
     if len(missing) == len(wanted):
         raise CheckpointError(f"{source.path} is not {what}: it holds none of the {len(wanted)} parameters of one "
                               f"(first: {', '.join(missing[:3])}).")

@@ -105,7 +105,7 @@ def select_tensors(source: OpenedCheckpoint, config: ModelConfig, options: Optio
                 left_out += 1
         elif part_of(base_name(name)) in dropped or BUFFERS.match(name):
             continue
-        elif UNUSED.match(name):
+        elif name in UNUSED:
             chosen[name] = tensor
         elif part_of(base_name(name)) is None and (is_state(name) or len(tensor.shape) <= 1):
             if options.to == "ms" and not name.startswith(AVERAGE_PREFIX):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mindformers_ixc.config import POOLINGS, TASK_LORAS, ModelConfig, names_reward
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.files import read_json
+from mindformers_ixc.hub import relative_of
 from mindformers_ixc.parameters import SCORE_HEAD, UNUSED
 
 if TYPE_CHECKING:
@@ -23,18 +24,6 @@ WRITING_HEAD = "output.weight"
 # The first side of a task LoRA's pair, whose rows are its rank, whole numbers or not.
 _TASK_FIRST = re.compile(rf"\.lora_({'|'.join(TASK_LORAS)})_A\.q?weight$")
 
-# Other models that lie beside this one in public repositories, by `model_type` or the class that `architectures` names,
-# and what they are. The values of the two inside OmniLive are those of the models that it was made of.
-RELATIVES = {
-    "clip_vision_model": "a CLIP vision tower, which `mindformers assemble` joins with a language model",
-    "clip": "a CLIP model, whose vision tower `mindformers assemble` joins with a language model",
-    "internlm2": "an InternLM2 language model, which `mindformers assemble` joins with a vision tower",
-    "GroundQwenForCausalLM": "OmniLive's memory model, which is another model and does nothing here",
-    "qwen2_audio": "OmniLive's audio model (a Qwen2-Audio), which is another model and does nothing here",
-    "Qwen2AudioForConditionalGeneration": "OmniLive's audio model (a Qwen2-Audio), which is another model and does "
-                                          "nothing here",
-}
-
 # Whose unused parameters were spoken of; a checkpoint is opened several times.
 _SAID: set[str] = set()
 
@@ -47,17 +36,9 @@ def fields_of(source: OpenedCheckpoint) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def relative_of(fields: Mapping[str, Any]) -> str | None:
-    """What another model is that this one has to do with, by its `config.json`; `None` for any other."""
-    names = fields.get("architectures")
-    keys = [fields.get("model_type"), *(names if isinstance(names, list) else ())]
-    # the more telling name first: the memory model calls its type that of what it was made of
-    return next((RELATIVES[key] for key in reversed(keys) if isinstance(key, str) and key in RELATIVES), None)
-
-
 def is_of_family(source: OpenedCheckpoint) -> bool:
     """Whether a `config.json` beside a checkpoint can be this model's."""
-    return relative_of(fields_of(source)) is None
+    return relative_of(fields_of(source), ModelConfig.model_type) is None
 
 
 def describe_member(source: OpenedCheckpoint) -> str | None:
@@ -67,18 +48,21 @@ def describe_member(source: OpenedCheckpoint) -> str | None:
         `None` where nothing says so: of parts of a model, and of states of a run.
     """
     fields = fields_of(source)
-    other = relative_of(fields)
+    other = relative_of(fields, ModelConfig.model_type)
     if other is not None:
         return f"It is {other}."
     names = source.tensors
-    if SCORE_HEAD in names and WRITING_HEAD not in names:
+    if SCORE_HEAD in names and WRITING_HEAD in names:
+        return (f"It has two heads, {SCORE_HEAD} of a reward model and {WRITING_HEAD} of a model that writes, so it is "
+                "neither: take out the one that does not belong to it.")
+    if SCORE_HEAD in names:
         return ("It is a reward model (IXC-2.5-Reward): `mindformers score` and `--best_of N --reward` ask it, "
                 "arch.type IXC25ForReward trains it.")
     if names_reward(fields):
         return f"Its config.json says that it is a reward model, but it has no {SCORE_HEAD}."
     if WRITING_HEAD not in names and f"{WRITING_HEAD.rpartition('.')[0]}.qweight" not in names:
         return None
-    if any(UNUSED.match(name) for name in names):
+    if any(name in UNUSED for name in names):
         return ("It is OmniLive's base: it answers and trains as InternLM-XComposer-2.5 without task LoRAs; its "
                 "video_mem_proj is for another model and not used.")
     if not any(name.startswith("vit.") for name in names):
@@ -90,11 +74,22 @@ def describe_member(source: OpenedCheckpoint) -> str | None:
 
 def say_unused(source: OpenedCheckpoint) -> None:
     """Says once of a checkpoint that it has parameters which nothing here computes with."""
-    names = [name for name in source.tensors if UNUSED.match(name)]
-    if names and str(source.path) not in _SAID:
-        _SAID.add(str(source.path))
-        logger.info(f"{source.path}: {len(names)} parameters ({', '.join(sorted(names)[:2])}, ...) are of OmniLive's "
-                    "memory; nothing here computes with them, and conversions carry them along.")
+    names = [name for name in UNUSED if name in source.tensors]
+    if not names or str(source.path) in _SAID:
+        return
+    _SAID.add(str(source.path))
+    logger.info(f"{source.path}: {len(names)} parameters ({', '.join(names[:2])}, ...) are of OmniLive's memory; "
+                "nothing here computes with them, and conversions carry them along.")
+    lacking = unused_missing(source)
+    if lacking:
+        logger.warning(f"{source.path} lacks {', '.join(lacking)}, which belong to these, so it is not OmniLive's base "
+                       "as it was published: what is made of it lacks them too.")
+
+
+def unused_missing(source: OpenedCheckpoint) -> list[str]:
+    """What a checkpoint lacks of the parameters that nothing here computes with, if it has some of them."""
+    missing = [name for name in UNUSED if name not in source.tensors]
+    return missing if len(missing) < len(UNUSED) else []
 
 
 def know_member(config: ModelConfig, source: OpenedCheckpoint) -> ModelConfig:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.digests import check_files, differences, group_by_digests
-from mindformers_ixc.checkpoint.family import describe_member, is_of_family, know_member
+from mindformers_ixc.checkpoint.family import describe_member, is_of_family, know_member, unused_missing
 from mindformers_ixc.checkpoint.quantised import (
     AWQ,
     NUMBERS,
@@ -212,14 +212,14 @@ def _part(name: str, stored: Mapping[str, StoredWeight] | None = None) -> str:
         return "optimizer states"
     if BUFFERS.match(name):
         return "buffers"
-    if UNUSED.match(name):
+    if name in UNUSED:
         return "not used here"
     return part_of(name) or "other"
 
 
 def _compare(report: Report, source: OpenedCheckpoint, config: Path) -> None:
     table = parameter_table(know_member(read_config(config), source))
-    report.missing = [name for name in table if name not in source.tensors]
+    report.missing = [*(name for name in table if name not in source.tensors), *unused_missing(source)]
     for name, tensor in source.tensors.items():
         if _part(name) in ("optimizer states", "buffers", "not used here") or is_state(name):
             continue

@@ -137,7 +137,7 @@ def merge(source: str | Path, target: str | Path, *, attach: str | Path | None =
     check_merge_names(fold, extract)
     model = config_of(opened, config)
     chosen = select_tensors(opened, model, options)
-    tensors = {name: tensor for name, tensor in chosen.items() if part_of(name) or UNUSED.match(name)}
+    tensors = {name: tensor for name, tensor in chosen.items() if part_of(name) or name in UNUSED}
     if len(tensors) < len(chosen):
         logger.info(f"{opened.path}: {len(chosen) - len(tensors)} tensors are no parameters (optimizer states, "
                     "counters) and are left out.")
@@ -239,7 +239,7 @@ def attach_parts(tensors: dict[str, LazyTensor], adapter: OpenedCheckpoint,
     missing = [name for name in table if name not in merged]
     if missing:
         raise CheckpointError(f"{adapter.path} leaves {len(missing)} parameters missing (first: {missing[:3]}).")
-    return config, {name: merged[name] for name in (*table, *filter(UNUSED.match, tensors))}
+    return config, {name: merged[name] for name in (*table, *(name for name in UNUSED if name in tensors))}
 
 
 def average_tensors(tensors: dict[str, LazyTensor], others: list[OpenedCheckpoint], config: ModelConfig,

@@ -15,6 +15,7 @@ from mindformers_ixc.checkpoint.layouts import Strategy, covers
 from mindformers_ixc.checkpoint.safetensors_file import read_metadata
 from mindformers_ixc.checkpoint.strategy_file import read_strategy, strategy_files
 from mindformers_ixc.checkpoint.tensors import JoinedTensor, LazyTensor
+from mindformers_ixc.config import inner_model
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.files import read_json
 from mindformers_ixc.hub import not_a_folder
@@ -190,7 +191,7 @@ def _open(path: Path, strategy: str | Path | None) -> OpenedCheckpoint:
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
     if not files:
         raise CheckpointError(f"{path} holds no checkpoint: neither {', '.join((*INDEX_FILES, *SINGLE_FILES))} nor "
-                              "rank_N folders nor other weight files.")
+                              f"rank_N folders nor other weight files.{inner_model(path)}")
     return OpenedCheckpoint(path, "mindspore", _merge_files(files), files)
 
 

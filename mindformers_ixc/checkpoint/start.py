@@ -216,7 +216,7 @@ def match_tensors(source: OpenedCheckpoint, shapes: Mapping[str, tuple[int, ...]
     """
     recipe = recipe or Recipe()
     found = {name: tensor for name, tensor in source.tensors.items()
-             if name in shapes or not (is_state(name) or BUFFERS.match(name) or UNUSED.match(name))}
+             if name in shapes or not (is_state(name) or BUFFERS.match(name) or name in UNUSED)}
     surplus = [name for name in found if name not in shapes and not {name, part_of(name)} & recipe.left_out]
     missing = [name for name in shapes if name not in found]
     present = {part_of(name) for name in found}

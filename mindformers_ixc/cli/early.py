@@ -9,14 +9,15 @@ import os
 from pathlib import Path
 
 from mindformers_ixc import terminal
-from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.checkpoint.family import know_member, refuse_other
+from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.checkpoint.start import OVERRIDE, begin
 from mindformers_ixc.cli.early_device import check_device
 from mindformers_ixc.cli.group_config import DATASET
 from mindformers_ixc.cli.inputs import read_memory
 from mindformers_ixc.cli.run_config import check_fields, top_keys
 from mindformers_ixc.cli.yaml_file import SHORT_FORMS, merged_fields
-from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.config import ModelConfig, read_config
 from mindformers_ixc.data.conversations import ReadingOptions, named_sources
 from mindformers_ixc.data.index.kinds import open_reader
 from mindformers_ixc.data.learning import WEIGHTS
@@ -26,7 +27,7 @@ from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import LOCK_FILE, RUN_RECORD, check_folder, refuse_used
 from mindformers_ixc.interruption import JOB
 from mindformers_ixc.parallel.checks import check_run
-from mindformers_ixc.processing.tokenizer import find_vocab_file
+from mindformers_ixc.processing.tokenizer import check_directory, find_vocab_file
 from mindformers_ixc.reading import reading, watch_reads
 from mindformers_ixc.resources import resolve_model, resolve_path
 from mindformers_ixc.training_options import REWARD_NETWORK
@@ -49,6 +50,7 @@ def check_early(arguments: argparse.Namespace, devices: int | None = None, serve
     Raises:
         ConfigError: for a key, a value, a layout, or an output folder that is used.
         DataError: for the sections of the data.
+        CheckpointError: for what a run begins with, and a reward model that is none.
         FileNotFoundError: for a file that is not there.
     """
     fields = merged_fields(arguments)
@@ -78,6 +80,10 @@ def check_early(arguments: argparse.Namespace, devices: int | None = None, serve
                           "the folder of one as --output_dir.")
     if not start and not fields.get("resume_training") and (devices is None or devices > 0):
         check_run(fields, devices)       # of a run that starts with weights the sizes are those of the weights
+    reward_model = (fields.get("rollout") or {}).get("reward_model")
+    if reward_model is not None:
+        checkpoint_of(reward_model, scores=True)
+        check_directory(resolve_model(reward_model))
     if (fields.get("train_dataset_task") or {}).get("type") in OWN_TASKS:
         _check_data(fields, alone, arguments.config)
     fresh = alone and not server and not arguments.overwrite and not fields.get("resume_training")
@@ -101,6 +107,28 @@ def _check_start(fields: dict, start: str | None) -> None:
         raise ConfigError(f"model.model_config: {error}") from error
     if (fields.get("train_dataset_task") or {}).get("type") in OWN_TASKS:
         check_shapes(section, fields["train_dataset"])
+
+
+def checkpoint_of(model: str, scores: bool) -> OpenedCheckpoint | None:
+    """The checkpoint of a model directory, which must be of the kind that is asked.
+
+    Args:
+        model: the directory, as it was given.
+        scores: whether it is asked for scores.
+
+    Returns:
+        The checkpoint; `None` for one whose reading takes PyTorch, whose import takes seconds.
+    """
+    folder = resolve_model(model)
+    config = read_config(folder)
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        if config.reward_pooling is not None:
+            refuse_other(True, model, scores)
+        return None
+    with terminal.to_be_said_later():
+        source = open_source(folder, verify=False)
+    refuse_other(know_member(config, source).reward_pooling is not None, model, scores)
+    return source
 
 
 def _in_use(folder: Path) -> bool:

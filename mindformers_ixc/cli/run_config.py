@@ -35,12 +35,14 @@ from mindformers_ixc.sections import (
 )
 from mindformers_ixc.trackers import CALLBACK, check_tracker
 from mindformers_ixc.training_options import (
+    BELOW_1,
     GROUP_NETWORK,
     PAIR_NETWORKS,
     PREFERENCE_NETWORK,
     REWARD_NETWORK,
     check_lora,
     check_parts,
+    check_pet,
     check_rates,
     evaluation_options,
     spike_options,
@@ -83,8 +85,6 @@ NUMBERS = {
     "context": {"enable_compile_cache": of_type(bool), "compile_cache_path": of_type(str)},
 }
 
-DECAY_RULE = Rule(lambda value: is_number(value) and 0 <= value < 1, "a number of at least 0 and below 1")
-
 
 def check_fields(fields: dict, source: str) -> None:
     """Checks every key and the type of every plain value of a run's fields.
@@ -120,7 +120,7 @@ def check_fields(fields: dict, source: str) -> None:
     _check_parts(fields, source)
     decay = (fields.get("runner_wrapper") or {}).get("ema_decay")
     if decay is not None:
-        check_value("runner_wrapper.ema_decay", decay, DECAY_RULE, source=source)
+        check_value("runner_wrapper.ema_decay", decay, BELOW_1, source=source)
     task = (fields.get("train_dataset_task") or {}).get("type")
     if task in ("IXC25SFTDataset", "IXC25PreferenceDataset", DATASET):
         check_dataset_section(fields.get("train_dataset"), task == "IXC25PreferenceDataset")
@@ -305,7 +305,8 @@ def _check_parts(fields: dict, source: str) -> None:
                               "of them.")
     pet = ((fields.get("model") or {}).get("model_config") or {}).get("pet_config")
     if isinstance(pet, dict):
-        check_lora(pet, bool(fields.get("use_parallel")))
+        is_own = fields["model"]["model_config"].get("type") == "IXC25Config"
+        (check_pet if is_own else check_lora)(pet, bool(fields.get("use_parallel")))
     if rates is not None:
         check_rates(rates)
         if fields.get("grouped_lr_schedule"):

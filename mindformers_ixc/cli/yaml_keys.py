@@ -11,9 +11,9 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from mindformers_ixc.checkpoint.start import OVERRIDE
-from mindformers_ixc.cli.run_config import DECAY_RULE, NUMBERS, OWN_RULES, RUN_MODES, TENSORBOARD_RULES
+from mindformers_ixc.cli.run_config import NUMBERS, OWN_RULES, RUN_MODES, TENSORBOARD_RULES
 from mindformers_ixc.cli.templates import section_templates
-from mindformers_ixc.config import FIELDS, MODE_ADAPTERS, TASK_LORAS, RecomputeOptions
+from mindformers_ixc.config import FIELDS, MODE_ADAPTERS, RecomputeOptions
 from mindformers_ixc.data.conversations import CAPTION_PROMPTS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.data.rows import MAX_BAD_SHARE
@@ -34,12 +34,14 @@ from mindformers_ixc.sections import ANYTHING, Rule, like, one_of
 from mindformers_ixc.trackers import CALLBACK, TrackerOptions
 from mindformers_ixc.trackers import RULES as TRACKER_RULES
 from mindformers_ixc.training_options import (
+    BELOW_1,
     EARLY_STOPPING,
     EARLY_STOPPING_RULES,
     EVALUATION,
     EVALUATION_RULES,
     PAIR_METRICS,
     PART_RULES,
+    PET_RULES,
     SPIKE_RULES,
     SPIKES,
 )
@@ -231,23 +233,24 @@ _ROLLOUT = Section({
 }, ROLLOUT_RULES, ROLLOUT)
 
 _PET = Section({
-    "pet_type": Key("`partial_lora`, `task_lora`, or MindFormers' own `lora` with its keys; everything but those pairs "
-                    "is frozen. Not together with `train_parts`", "none", "text"),
-    "task": Key("of `task_lora`: the pair that trains", "web", ", ".join(TASK_LORAS)),
-    "rank": Key("must be the model's; a model without the pairs gets them of this rank", "the model's, or 256 for "
-                "Partial LoRA", "a whole number"),
-    "alpha": Key("must be the model's; of fresh pairs of Partial LoRA the rank unless it is given", "the model's",
-                 "a whole number"),
-    "dropout": Key("on the input of Partial LoRA while it trains, in place of the model's", "the model's", "a number"),
-    "target_modules": Key("regular expression over the paths of cells; only linears that match train",
-                          "all five linears",
-                          "text"),
-    "use_rslora": Key("of `lora`: the scale is alpha / sqrt(rank) (rsLoRA)", "False", "true or false"),
+    "pet_type": Key("which pairs train; everything else is frozen. Not together with `train_parts`", "none"),
+    "task": Key("of `task_lora`: the pair that trains", "web"),
+    "rank": Key("of `partial_lora` and `task_lora`: must be the model's; a model without the pairs gets them of this "
+                "rank", "the model's, or 256 for Partial LoRA"),
+    "alpha": Key("of the same: must be the model's; of fresh pairs of Partial LoRA the rank unless it is given",
+                 "the model's"),
+    "dropout": Key("on the input of Partial LoRA while it trains, in place of the model's", "the model's"),
+    "lora_rank": Key("of `lora`, an ordinary LoRA", "8"),
+    "lora_alpha": Key("of `lora`: the scale is alpha / rank", "16"),
+    "lora_dropout": Key("of `lora`: on the input of the pairs", "0.01"),
+    "use_rslora": Key("of `lora`: the scale is alpha / sqrt(rank) (rsLoRA)", "False"),
     "use_dora": Key("of `lora`: every row of a weight has a magnitude that trains too (DoRA); in runs of one process",
-                    "False", "true or false"),
-    "freeze_include": Key("further patterns to freeze", "none", "a list"),
-    "freeze_exclude": Key("further patterns that train", "none", "a list"),
-})
+                    "False"),
+    "target_modules": Key("over the paths of cells; only linears that match train",
+                          "all five linears; of `lora` required"),
+    "freeze_include": Key("further patterns to freeze", "none"),
+    "freeze_exclude": Key("further patterns that train", "none"),
+}, {"pet_type": one_of(PET_RULES), **PET_RULES["task_lora"], **PET_RULES["lora"]})
 
 _MODEL = Section({
     "model_config": Key("the model, see [below](#model_config)", "required", "a section"),
@@ -295,7 +298,7 @@ _WRAPPER = Section({
     "use_clip_grad": Key("clip gradients by their global norm"),
     "max_grad_norm": Key("the norm that is kept"),
     "ema_decay": Key("share of the moving average of the weights that a step keeps; leaves `OUTPUT/model_ema`",
-                     "no average", DECAY_RULE.wanted),
+                     "no average", BELOW_1.wanted),
 }, NUMBERS["runner_wrapper"], {"scale_sense": 1.0, "use_clip_grad": False, "max_grad_norm": 1.0}, "runner_wrapper")
 
 _RECOMPUTE = Section({
@@ -382,7 +385,8 @@ _EVALUATION = Section({
     "metrics": Key(", ".join(f"`{name}`" for name in (*MEASURED_LOSSES, *SCORES)) + "; the scores are those of "
                    "[evaluation.md](evaluation.md), and `shuffled_loss` gives every sample another one's pictures. "
                    "Of a reward model " + ", ".join(f"`{name}`" for name in PAIR_METRICS)),
-    "keep_best": Key("one of the metrics: the model that is best by it stays in `OUTPUT/best`"),
+    "keep_best": Key("one of the metrics of which more or less is better: the model that is best by it stays in "
+                     "`OUTPUT/best`; a value that is no number is not the best"),
     "early_stopping": Key("ends the run when it gets no better, see [its keys](yaml.md#evaluationearly_stopping)"),
     "batch_size": Key("samples at once"),
     "max_new_tokens": Key("of an answer; not of a reward model"),

@@ -29,9 +29,9 @@ TAG = re.compile("|".join((IMAGE_PLACEHOLDER, IMAGE_TAG, VIDEO_TAG)))
 PICTURE_KEYS, VIDEO_KEYS = ("image", "images"), ("video", "videos")
 MEDIA_KEYS = (*PICTURE_KEYS, *VIDEO_KEYS)
 
-# Key of a turn that has the weight of an answer, as in OpenAI's fine-tuning format, and the largest weight: more is a
-# mistake, since a step divides by the sum of its weights, which float32 must hold beside the small ones.
-WEIGHT_KEY, LARGEST_WEIGHT = "weight", 1_000_000
+# Key of a turn that has the weight of an answer, as in OpenAI's fine-tuning format, and the least one that is not 0 and
+# the largest: the rest is a mistake, since a step divides by the sum of its weights, which float32 must hold.
+WEIGHT_KEY, LEAST_WEIGHT, LARGEST_WEIGHT = "weight", 1e-6, 1_000_000
 
 # Keys of lists of turns.
 LISTS = ("conversations", "messages")
@@ -151,6 +151,9 @@ def read_pair(row: Mapping, where: str, ignore_keys: Iterable[str] = ()) -> tupl
     """
     if any(holds(row.get(key)) for key in FORMS["conversations_a"][0]):
         return _two_conversations(row, where, ignore_keys)
+    if not any(holds(row.get(key)) for key in ("chosen", "rejected")):
+        raise DataError(f"{where}, field chosen: is missing, and so is rejected; a pair has two answers, `chosen` and "
+                        "`rejected` to a `prompt`, or `conversations_a` and `conversations_b`.")
     asked = next((key for key in LISTS if holds(row.get(key)) and not holds(row.get("prompt"))), "prompt")
     check_form_keys(row, "prompt", where, asked)
     chosen, rejected = (_finish(_pair_side(row, asked, side, where, ignore_keys), row, asked, where)
@@ -291,6 +294,9 @@ def _read_turns(rows: object, form: str, where: str, ignore_keys: Iterable[str],
             raise DataError(f"{where}, field {field}.{speaker}: {shown(row[speaker])} is no role; the choices are "
                             f"{', '.join(ROLES)}.")
         weighed = weighs and role == "assistant" and WEIGHT_KEY not in ignore_keys
+        if role == "assistant" and not weighed and row.get(WEIGHT_KEY) is not None and WEIGHT_KEY not in ignore_keys:
+            raise DataError(f"{where}, field {field}.{WEIGHT_KEY}: answers count by it with train_dataset.data_loader."
+                            f"loss_on: weights, and nowhere else; set that, or name {WEIGHT_KEY} in ignore_keys.")
         own = (speaker, content, WEIGHT_KEY) if weighed else (speaker, content)
         if len(row) > 2:
             _check_keys(row, {*own, *METADATA, *ignore_keys}, where, own, f"{field}.")
@@ -306,8 +312,9 @@ def _read_turns(rows: object, form: str, where: str, ignore_keys: Iterable[str],
 
 
 def _weight(value: object, field: str, where: str) -> float:
-    if not is_number(value) or not 0 <= float(value) <= LARGEST_WEIGHT:  # type: ignore[arg-type]
-        raise DataError(f"{where}, field {field}: must be a number from 0 to {LARGEST_WEIGHT:,}, found {shown(value)}.")
+    if not is_number(value) or not (value == 0 or LEAST_WEIGHT <= float(value) <= LARGEST_WEIGHT):  # type: ignore
+        raise DataError(f"{where}, field {field}: must be 0 or a number from {LEAST_WEIGHT:g} to {LARGEST_WEIGHT:,}, "
+                        f"found {shown(value)}.")
     return float(value)  # type: ignore[arg-type]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
 from mindformers_ixc.data.conversations import Conversation, ConversationReader, ReadingOptions, make_conversation
-from mindformers_ixc.data.forms import open_sample, read_pair
+from mindformers_ixc.data.forms import FORMS, holds, open_sample, read_pair
 from mindformers_ixc.data.paths import shown
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.data.rows import ConversationTable
@@ -53,7 +53,9 @@ class PairReader(ConversationReader):
         row, where = open_sample(record.row, self.records.where(index), options.ignore_keys, "pair")
         chosen, rejected = read_pair(row, where, options.ignore_keys)
         if chosen.turns[-1][1].strip() == rejected.turns[-1][1].strip():
-            raise DataError(f"{where}: chosen equals rejected, so there is nothing to prefer; take the pair out.")
+            names = next(FORMS[form][0][-2:] for form in ("conversations_a", "prompt")
+                         if any(holds(row.get(key)) for key in FORMS[form][0]))
+            raise DataError(f"{where}: {' equals '.join(names)}, so there is nothing to prefer; take the pair out.")
         logps = read_logps(row, where)
         found = make_conversation(chosen, self.name, index, record.row.get("id"), self.folders, self.root,
                                   record.files, options.fetch)

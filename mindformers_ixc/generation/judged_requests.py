@@ -44,8 +44,8 @@ def read_judged(value: object) -> dict:
         if isinstance(last, Mapping) and last.get("role") == "assistant":
             given["messages"], answers = messages, [last.get("content")]
     if not isinstance(answers, (list, tuple)) or not answers:
-        raise PromptError("a line needs 'answer' with a text, 'answers' with a list, or messages whose last one is the "
-                          f"assistant's; found {', '.join(map(str, value)) or 'nothing'}.")
+        raise PromptError("a line needs 'answer' with a text, 'answers' with a list that is not empty, or messages "
+                          f"whose last one is the assistant's; found {', '.join(map(str, value)) or 'nothing'}.")
     for answer in answers:
         check_text(answer, "answer")
     return {**_question(given), "answers": list(answers), "several": several}

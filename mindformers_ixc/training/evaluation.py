@@ -23,11 +23,11 @@ from mindformers_ixc.generation.store import Store
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.reward_options import reward_options
 from mindformers_ixc.scores import SCORES, score_answers
-from mindformers_ixc.training.early_stopping import AlreadyOver, why_over
+from mindformers_ixc.training.early_stopping import AlreadyOver, standing, why_over
 from mindformers_ixc.training.held_out import HeldOut, HeldOutPairs, MeanLoss, PairScores
 from mindformers_ixc.training.log import steps_of
 from mindformers_ixc.training.progress import measured
-from mindformers_ixc.training_options import evaluation_options, sign_of
+from mindformers_ixc.training_options import evaluation_options
 
 
 class Training(Protocol):
@@ -220,5 +220,4 @@ class Evaluation(Callback):
         name = self.options["keep_best"]
         if name is None:
             return False
-        values = [sign_of(name) * row[name] for row in rows if isinstance(row.get(name), (int, float))]
-        return all(values[-1] > value for value in values[:-1])
+        return standing(rows, name, 0.0).step == rows[-1]["step"]

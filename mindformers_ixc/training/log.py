@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -33,6 +34,8 @@ from mindformers_ixc.training.stopping import Stopping
 from mindformers_ixc.training.tensorboard import TENSORBOARD_FOLDER, ScalarFile
 from mindformers_ixc.training.throughput import Throughput, TimeLeft, scalars, work_of
 from mindformers_ixc.training_options import spike_options
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingLog(Callback):
@@ -108,6 +111,9 @@ class TrainingLog(Callback):
                 for step in sorted(step for step in rows if step <= self.start):
                     self.spikes.add(rows[step])
                 self.spikes.set_limits(run_context.original_args().train_network)
+                if self.spikes.is_too_wide(self.total):
+                    logger.warning(f"skip_spikes.window is {self.spikes.window}, and the run has {self.total} steps: "
+                                   "its medians, and the limits made of them, never begin. Lower it.")
             self.throughput, self.time_left = self._throughput(), TimeLeft()
             if self.tensorboard:
                 self._open_scalars(run_context.original_args())

@@ -5,6 +5,7 @@ one over more devices, go on with the same answers as far as the weights are the
 """
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ from mindformers_ixc.processing.image import Tiles
 from mindformers_ixc.processing.processor import EncodedSample
 from mindformers_ixc.scores import exact_match
 from mindformers_ixc.training.log import TrainingLog
+
+logger = logging.getLogger(__name__)
+
+# Rounds from the beginning after which it is said that none has taught anything.
+IDLE_ROUNDS = 10
 
 # Columns of a batch by name.
 Columns = dict[str, np.ndarray]
@@ -113,6 +119,7 @@ class Rollout:
         self.table, self.sampler = dataset.conversations, dataset.plan_sampler
         self.assistant: Assistant | None = None
         self.scorer: Scorer | None = None
+        self.idle: int | None = 0       # rounds so far of which all groups had equal rewards; None after another one
 
     def __call__(self, columns: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The columns of the step to come, in their order, from those that the data set made."""
@@ -139,9 +146,22 @@ class Rollout:
         answers = [[self._text(ids) for ids, _ in group] for group in groups]
         expected = [self._text(prompt.expected) for prompt in prompts]
         columns[REWARDS_COLUMN] = self.rewards(step, answers, expected)
+        self._watch(columns[REWARDS_COLUMN], step + 1 == self.log.total)
         columns[MATCH_COLUMN] = np.array([exact_match(group, [wanted] * len(group))
                                           for group, wanted in zip(answers, expected)], np.float32)
         return columns
+
+    def _watch(self, rewards: np.ndarray, is_last: bool) -> None:
+        """Says once that a run has learnt nothing because no answer of a group earned more than another."""
+        if self.idle is None or np.ptp(rewards, 1).any():
+            self.idle = None
+            return
+        self.idle += 1
+        if is_last or self.idle == IDLE_ROUNDS:
+            logger.warning(f"In all {self.idle} rounds so far the answers to a prompt earned the same, so nothing was "
+                           f"learnt. The rules are {', '.join(self.options['rewards'])}: take data of which the model "
+                           "earns some rewards, larger groups, or rules that tell its answers apart.")
+            self.idle = None
 
     def places(self, step: int, rows: int) -> list[int]:
         """Places in the run of this rank's rows of a step."""

@@ -56,6 +56,10 @@ class SpikeWatch:
             limits.append(times * median)
         return float(np.float32(min(limits, default=float("inf"))))
 
+    def is_too_wide(self, steps: int) -> bool:
+        """Whether no median is ever a limit of a run of so many steps, although some should be."""
+        return self.window >= steps and any(times is not None for times in self.times.values())
+
     def set_limits(self, cell: nn.Cell) -> None:
         """Tells a step's cell the limits of its next step."""
         cell.spike_limits.set_data(Tensor(np.array([self.limit(name) for name in SPIKE_VALUES], np.float32)))

@@ -136,6 +136,44 @@ def test_the_tower_of_the_public_clip_and_one_in_a_model_are_the_same(language, 
             np.testing.assert_array_equal(value, other[name])
 
 
+def test_omnilives_base_gives_its_language_model_and_tower(language, tower, tmp_path):
+    inside = assemble(language, tower, tmp_path / "once")
+    arrays = arrays_of(inside)
+    width = SIZES["hidden_size"]
+    memory = {"video_mem_proj.0.weight": (width, 24), "video_mem_proj.0.bias": (width,),
+              "video_mem_proj.2.weight": (width, width), "video_mem_proj.2.bias": (width,)}
+    both = {**arrays, **{name: np.ones(shape, np.float32) for name, shape in memory.items()}}
+    base = write(tmp_path / "base", json.loads((inside / "config.json").read_text()),
+                 {name: value.astype(np.float32) for name, value in both.items()})
+    assert list(arrays_of(assemble(base, base, tmp_path / "start"))) == list(arrays)
+
+
+def test_a_reward_model_is_no_language_model(language, tower, tmp_path):
+    arrays = arrays_of(language)
+    del arrays["output.weight"]
+    arrays = {**arrays, "v_head.weight": np.ones((1, SIZES["hidden_size"]), np.uint16)}
+    reward = write(tmp_path / "reward", {**LANGUAGE, "model_type": "internlmxcomposer2"}, arrays, "BF16")
+    with pytest.raises(CheckpointError, match=r"reward is a reward model: it has v_head\.weight in place of output"):
+        assemble(reward, tower, tmp_path / "start")
+    fields = ModelConfig(**{**SIZES, "vision_config": TOWER, "reward_pooling": "last"}).to_public_dict()
+    (reward / "config.json").write_text(json.dumps({**fields, "vision_config": {**TOWER, "image_size": 560}}))
+    with pytest.raises(CheckpointError, match=r"is a reward model's; name the config\.json of a model that writes"):
+        assemble(language, tower, tmp_path / "start", config=reward)
+
+
+def test_what_can_be_refused_is_refused_before_anything_is_read(tmp_path):
+    for given, words in ((({"seed": -1}), "seed is -1; it must be a whole number"),
+                         (({"target": tmp_path / "start.safetensors"}), r"start\.safetensors is the name of one file")):
+        with pytest.raises(CheckpointError, match=words):
+            assemble("none", "none", **{"target": tmp_path / "start", **given})
+
+
+def test_a_language_model_without_its_tokenizer_is_said(language, tower, tmp_path, caplog):
+    (language / "tokenizer.model").unlink()
+    assemble(language, tower, tmp_path / "start")
+    assert "has no tokenizer.model, so" in caplog.text
+
+
 def test_a_recipe_starts_from_it(language, tower, tmp_path):
     """As `mindformers run` does: the YAML's section takes the sizes over, and no parameter is missing."""
     source = open_source(assemble(language, tower, tmp_path / "start"))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -165,7 +166,29 @@ def test_inspect_says_which_member_it_is(tmp_path, build, words):
     assert words in text and "It holds exactly what its configuration asks for." in text
 
 
+def test_what_lacks_a_part_of_omnilives_memory_says_so(tmp_path, caplog):
+    source = add_memory(make(tmp_path / "base", task_lora_ranks={}))
+    arrays = {name: tensor.whole() for name, tensor in open_source(source).tensors.items()}
+    del arrays["video_mem_proj.2.bias"]
+    save(source / "model.safetensors", arrays)
+    assert inspect(source).missing == ["video_mem_proj.2.bias"]
+    convert(source, tmp_path / "again", to="hf")
+    assert "base lacks video_mem_proj.2.bias, which belong to these" in caplog.text
+
+
+@pytest.mark.parametrize("says", [{}, {"reward_pooling": "last"}])
+def test_two_heads_are_named(tmp_path, says):
+    source = make(tmp_path / "model", task_lora_ranks={})
+    arrays = {name: tensor.whole() for name, tensor in open_source(source).tensors.items()}
+    save(source / "model.safetensors", {**arrays, SCORE_HEAD: np.ones((1, SIZES["hidden_size"]), np.float32)})
+    fields = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**fields, **says}), encoding="utf-8")
+    text = inspect(source).to_text()
+    assert "It has two heads, v_head.weight of a reward model and output.weight" in text and "surplus" in text
+
+
 @pytest.mark.parametrize(("fields", "words"), [
+    ({"model_type": "foo", "architectures": ["FooForBar"]}, "It is another model (FooForBar), which does nothing here"),
     ({"model_type": "clip_vision_model"}, "It is a CLIP vision tower, which `mindformers assemble` joins"),
     ({"model_type": "internlm2"}, "It is an InternLM2 language model"),
     ({"model_type": "qwen2", "architectures": ["GroundQwenForCausalLM"]}, "It is OmniLive's memory model, which is"),
@@ -178,12 +201,23 @@ def test_inspect_names_other_models(tmp_path, fields, words):
     text = report.to_text()
     assert words in text and "missing" not in text and not report.of_family
     assert json.loads(report.to_json())["member"] in text
+    for use in (read_config, lambda folder: convert(folder, tmp_path / "target")):     # and so do those that take none
+        with pytest.raises(CheckpointError, match=f"expected 'internlmxcomposer2': it is {re.escape(words[6:])}"):
+            use(tmp_path)
+
+
+def test_fields_that_are_none_are_said(tmp_path):
+    (tmp_path / "config.json").write_text("[1]", encoding="utf-8")
+    save(tmp_path / "model.safetensors", {"layer.weight": np.ones((2, 2), np.float32)})
+    with pytest.raises(CheckpointError, match=r"config\.json holds a list and no object of fields"):
+        inspect(tmp_path)
 
 
 def test_the_folder_of_omnilive_leads_to_its_base(tmp_path):
     make(tmp_path / "ol" / "base")
-    with pytest.raises(CheckpointError, match=r"ol/base has one: is that meant\?"):
-        read_config(tmp_path / "ol")
+    for use in (read_config, inspect):
+        with pytest.raises(CheckpointError, match=r"ol/base has one: is that meant\?"):
+            use(tmp_path / "ol")
 
 
 @pytest.mark.parametrize(("ranks", "build"), [

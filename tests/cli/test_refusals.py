@@ -208,8 +208,15 @@ def test_weights_that_take_pytorch_are_left_for_later(monkeypatch):
     Path("half/model.safetensors.index.json").unlink()
     assert "holds no checkpoint" in refusal("chat", "--model", "half", "hello")
     Path("half/pytorch_model.bin").write_bytes(b"no weights")
-    monkeypatch.setattr("mindformers_ixc.cli.early_questions.open_source", lambda *_, **__: pytest.fail("was opened"))
+    monkeypatch.setattr("mindformers_ixc.cli.early.open_source", lambda *_, **__: pytest.fail("was opened"))
     check_inputs(mindformers_ixc_cli.parse(["chat", "--model", "half", "hello"]), [])
+
+
+@pytest.mark.parametrize(("model", "words"), [("gone", "gone does not exist"), ("starter", "it has no score head")])
+def test_a_reward_model_that_is_none_is_refused_before_the_run(model, words):
+    said = refusal("run", "--config", "ixc25_grpo_tiny", "--load_checkpoint", "starter", "--output_dir", "out",
+                   "--rollout.rewards", "{reward_model: 1.0}", "--rollout.reward_model", model)
+    assert words in said and not Path("out").exists()
 
 
 def test_preference_pairs_that_are_none():
@@ -320,7 +327,8 @@ def quantised(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["mindformers_ixc", "awq"])
 @pytest.mark.parametrize("words", [
     RUN, ("launch", "-n", "2", *RUN[1:]), ("plan", *RUN[1:3], "--devices", "1"),
-    (*RUN, "--model.model_config.pet_config.pet_type", "lora"), ("reference", "pairs.json", "x.json")],
+    (*RUN, "--model.model_config.pet_config", "{pet_type: lora, target_modules: '.*wo'}"),
+    ("reference", "pairs.json", "x.json")],
     ids=["run", "launch", "plan", "lora", "reference"])
 def test_a_quantised_model_where_full_weights_are_needed(words, layout, quantised):
     model = str(quantised[layout])

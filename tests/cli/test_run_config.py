@@ -133,6 +133,7 @@ def test_the_recipes_of_every_stage_fill_their_devices(stage, devices):
     check_run(fields, devices)
 
 
+LORA = {"pet_type": "lora", "target_modules": ".*wo"}
 NOISE = [*BATCH_COLUMNS, "noise_seed", "lengths"]
 
 
@@ -154,6 +155,16 @@ NOISE = [*BATCH_COLUMNS, "noise_seed", "lengths"]
     ({"model.model_config.pet_config": {"pet_type": "lora", "use_rslora": 1}}, "sft", r"use_rslora is 1; it must b"),
     ({"model.model_config.pet_config": {"pet_type": "lora", "use_dora": True}, "use_parallel": True}, "sft",
      r"pet_config\.use_dora is for runs of one process"),
+    ({"model.model_config.pet_config": {"pet_type": "lorra"}}, "sft", r"pet_type is 'lorra'; the choices are lora, "),
+    ({"model.model_config.pet_config": {"lora_rank": 4}}, "sft", r"pet_type is None; .*, without which everyth"),
+    ({"model.model_config.pet_config": {**LORA, "r": 4}}, "sft", r"Unknown key model\.model_config\.pet_config\.r"),
+    ({"model.model_config.pet_config": {**LORA, "exclude_layers": ["wo"]}}, "sft", r"Unknown key .*exclude_layers"),
+    ({"model.model_config.pet_config": {**LORA, "lora_rank": 0}}, "sft", r"lora_rank is 0; it m"),
+    ({"model.model_config.pet_config": {**LORA, "lora_alpha": float("nan")}}, "sft", r"lora_alpha is nan; it m"),
+    ({"model.model_config.pet_config": {**LORA, "lora_dropout": 1.0}}, "sft", r"lora_dropout is 1\.0; it mu"),
+    ({"model.model_config.pet_config": {**LORA, "target_modules": "(("}}, "sft", r"target_modules is '\(\('; it mu"),
+    ({"model.model_config.pet_config": {"pet_type": "lora"}}, "sft", r"target_modules is missing; for pet_type lora"),
+    ({"model.model_config.pet_config": {"pet_type": "task_lora", "task": "sfx"}}, "sft", r"task is 'sfx'; the choices"),
     ({"skip_spikes": 5}, "sft", r"skip_spikes is 5; it must be a section"),
     ({"skip_spikes": {"loss": 5.0}, "use_parallel": True}, "sft", r"skip_spikes is for runs of one process"),
     ({"skip_spikes": {"grad_norm_times": 5}, "runner_wrapper.use_clip_grad": False}, "dpo",

@@ -85,10 +85,11 @@ def test_weights_are_read_with_the_answers_and_cut_with_them(tmp_path):
 
 
 @pytest.mark.parametrize(("rows", "words"), [
-    (messages(1, -0.5), r"talk\.json, sample 0 \(id 'a'\), field messages\[3\]\.weight: must be a number from 0 to 1,"),
-    (messages("high"), r"messages\[1\]\.weight: must be a number .* found 'high'"),
-    (messages(True), r"messages\[1\]\.weight: must be a number"),
-    (messages(float("nan")), r"messages\[1\]\.weight: must be a number"),
+    (messages(1, -0.5), r"talk\.json, sample 0 \(id 'a'\), field messages\[3\]\.weight: must be 0 or a number"),
+    (messages("high"), r"messages\[1\]\.weight: must be 0 or a number .* found 'high'"),
+    (messages(True), r"messages\[1\]\.weight: must be 0 or a number"),
+    (messages(float("nan")), r"messages\[1\]\.weight: must be 0 or a number"),
+    (messages(1e-50), r"messages\[1\]\.weight: must be 0 or a number from 1e-06 to 1,000,000, found 1e-50"),
     (messages(0, 0.0), r"field messages: every answer has the weight 0, so there is nothing to learn"),
     (messages(1, key="wieght"), r"messages\[1\]\.wieght: is not read, .*the choices are role, content, weight"),
     ([{"role": "user", "content": "?", "weight": 1}, {"role": "assistant", "content": "!"}],
@@ -98,10 +99,10 @@ def test_weights_that_cannot_be_meant_are_refused(tmp_path, rows, words):
         read(tmp_path, rows)
 
 
-def test_without_weights_a_weight_is_a_key_that_nobody_reads(tmp_path):
+def test_where_no_weights_are_read_it_is_said_how_they_are(tmp_path):
     path = tmp_path / "talk.json"
     path.write_text(json.dumps([{"messages": messages(0.5)}]))
-    with pytest.raises(DataError, match=r"messages\[1\]\.weight: is not read, and what it holds \(0\.5\) would be"):
+    with pytest.raises(DataError, match=r"messages\[1\]\.weight: answers count by it with .*loss_on: weights"):
         ConversationReader(path, ReadingOptions()).load()
 
 

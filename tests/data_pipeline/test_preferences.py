@@ -92,6 +92,7 @@ def test_pictures_are_looked_for_in_the_folder_given(source, tmp_path):
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"rejected": " a red square\n"}, "chosen equals rejected, so there is nothing to prefer"),
+    ({"chosen": None, "rejected": None}, "field chosen: is missing, and so is rejected; a pair has two answers"),
     ({"chosen": ""}, "field chosen: must be a text that is not empty, found ''"),
     ({"rejected": " \n"}, "field rejected: must be a text that is not empty"),
     ({"chosen": ["a"]}, r"field chosen: must be a text that is not empty, found \['a'\]"),
@@ -108,6 +109,13 @@ def test_a_bad_pair_is_named_with_its_field(tmp_path, changes, words):
     path = write(tmp_path, [PAIR, {**PAIR, "id": "b", **changes}])
     with pytest.raises(DataError, match=rf"pairs\.json, sample 1 \(id 'b'\).*{words}"):
         load_preferences(path)
+
+
+def test_conversations_with_equal_answers_are_named_by_their_keys(tmp_path):
+    turns = [{"from": "user", "value": "?"}, {"from": "assistant", "value": "a"}]
+    again = [turns[0], {**turns[1], "value": "a\n"}]
+    with pytest.raises(DataError, match=r"\(id 0\): conversations_a equals conversations_b, so there is nothing"):
+        load_preferences(write(tmp_path, [{"id": 0, "conversations_a": turns, "conversations_b": again}]))
 
 
 def test_every_bad_pair_is_named(tmp_path):

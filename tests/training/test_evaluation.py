@@ -167,6 +167,11 @@ def test_a_run_measures_when_it_is_due_and_once_at_the_end(tmp_path, monkeypatch
     assert run.results() == WHOLE and run.measured == [2, 4, 6]
 
 
+def test_a_measurement_that_is_no_number_is_never_the_best_and_hides_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeTraining, "LOSSES", {2: float("nan"), 4: 3.0, 6: float("nan")})
+    assert FakeTraining(tmp_path, monkeypatch).run().results()[1] == "4"
+
+
 def test_watchers_are_told_every_row(tmp_path, monkeypatch):
     run, seen = FakeTraining(tmp_path, monkeypatch), []
     run.callback.watchers.append(seen.append)

@@ -37,3 +37,11 @@ def test_early_stopping_has_defaults_of_its_own():
 def test_options_that_cannot_be_meant_are_refused(section, words):
     with pytest.raises(ConfigError, match=words):
         evaluation_options({"dataset_dir": "held_out.json", **section})
+
+
+@pytest.mark.parametrize("metric", ["shuffled_loss", "shuffled_reward_accuracy", "reward_chosen", "reward_rejected"])
+def test_nothing_goes_by_a_metric_without_a_better_side(metric):
+    section = {"dataset_dir": "x.json", "every": 5, "metrics": [metric]}
+    for guide in ({"keep_best": metric}, {"early_stopping": {"metric": metric}}):
+        with pytest.raises(ConfigError, match=f"is '{metric}', of which neither more nor less is better"):
+            evaluation_options({**section, **guide}, scored=True)

@@ -515,6 +515,13 @@ def test_an_overflow_sets_no_measure(tmp_path):
     assert cell.spike_limits.asnumpy().tolist() == [12.0, 5.0]
 
 
+@pytest.mark.parametrize(("times", "window", "said"), [(3.0, 27, True), (3.0, 26, False), (None, 27, False)])
+def test_medians_that_a_run_is_too_short_for_are_said(tmp_path, caplog, times, window, said):
+    FakeRun(tmp_path, epochs=9, wrapper=SpikeCell(),
+            options={"skip_spikes": {"loss": 9.0, "loss_times": times, "window": window}})
+    assert ("skip_spikes.window is 27, and the run has 27 steps" in caplog.text) == said
+
+
 def test_a_norm_may_be_the_spike(tmp_path, capsys):
     run, _ = spiky(tmp_path, [4.0] * 3)
     run.wrapper.skip(run, 4.0, 5.5)

@@ -93,6 +93,18 @@ def rollout_of(table, **options) -> Rollout:
     return Rollout(None, dataset, rollout_options(options), 42, 1, None)
 
 
+@pytest.mark.parametrize(("rewards", "total", "said"), [
+    ([[[0, 0], [1, 1]]] * 12, 30, [10]), ([[[0, 0]]] * 3, 3, [3]), ([[[0, 0], [1, 0]]] * 12, 30, []),
+    ([[[1, 0]], *[[[0, 0]]] * 11], 12, [])])
+def test_rounds_that_teach_nothing_from_the_beginning_are_said_once(table, caplog, rewards, total, said):
+    rollout, found = rollout_of(table), []
+    for number, values in enumerate(rewards, 1):
+        rollout._watch(np.array(values, np.float32), number == total)
+        found += [number] if "nothing was learnt. The rules are exact_match" in caplog.text else []
+        caplog.clear()
+    assert found == said
+
+
 def test_a_rank_has_its_own_places(table):
     assert rollout_of(table).places(3, 2) == [14, 15]
 
