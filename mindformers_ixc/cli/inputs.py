@@ -13,7 +13,7 @@ from mindformers_ixc.cli.older_files import check_version
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml
 from mindformers_ixc.config import read_fields
 from mindformers_ixc.errors import ConfigError, DataError
-from mindformers_ixc.files import check_target
+from mindformers_ixc.files import check_folder, check_target
 from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.resources import resolve_path
 from mindformers_ixc.trackers import require_packages
@@ -68,6 +68,10 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
                 raise FileNotFoundError(_no_file(path))
     for name, target in _targets(arguments).items():
         check_target(target, name)
+    if arguments.command in ("sample", "score") and arguments.output_dir is not None:
+        if not arguments.output_dir:
+            raise ConfigError("--output_dir is empty; name a folder, or . for this one.")
+        check_folder(Path(arguments.output_dir), "--output_dir")
     if getattr(arguments, "model", None):
         read_fields(arguments.model)
     if arguments.command == "serve":

@@ -106,6 +106,7 @@ class IXC25ForCausalLM(IXC25Model):
         if config is None:
             overrides = {key: value for key, value in kwargs.items() if key in FIELDS}
             config = read_config(pretrained_model_name_or_path, IXC25Config, **overrides)
+        config.check()
         if config.use_past:
             prepare_inference(paged=True)
         source = open_source(pretrained_model_name_or_path)

@@ -41,6 +41,7 @@ def load_model(directory: str | os.PathLike, model_class: type[IXC25Model] = IXC
     """
     if config is None:
         config = read_config(directory, IXC25Config, **overrides)
+    config.check()
     check_held_dtype(config)
     source = open_source(directory)
     know_member(config, source)

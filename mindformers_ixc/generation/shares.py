@@ -19,7 +19,7 @@ from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import check_target, decode_text, parse_json, read_json, text_lines, write_whole
 from mindformers_ixc.generation.requests import Request
 
-ADVICE = "write elsewhere (another output_dir), or delete the file to begin anew."
+ADVICE = "write elsewhere, or delete the file to begin anew."
 
 # Seconds between two looks at what the other replicas have answered.
 LOOK_S = 0.5

@@ -118,6 +118,7 @@ def test_scores_that_are_no_numbers_write_nothing(folder, capsys):
 @pytest.mark.parametrize(("words", "message"), [
     ([*SAMPLE, "--num_samples", "1"], "--num_samples is 1; it must be a whole number of at least 2"),
     ([*SAMPLE, "--temperature", "0"], "--temperature is 0.0; at less than 1e-05 all samples would be the likeliest"),
+    ([*SAMPLE, "--output_dir", ""], "--output_dir is empty; name a folder"),
     ([*SAMPLE, "--model", "reward"], "reward is a reward model"),
     ([*SAMPLE, "--data", "empty.jsonl"], "empty.jsonl holds no requests"),
     ([*SAMPLE, "--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
