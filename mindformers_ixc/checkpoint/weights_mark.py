@@ -4,7 +4,7 @@ from __future__ import annotations
 import hashlib
 import os
 
-from mindformers_ixc.config import CONFIG_FILE
+from mindformers_ixc.config import CONFIG_FILE, read_fields
 from mindformers_ixc.resources import resolve_model
 
 # Suffixes of what a model directory answers by.
@@ -16,7 +16,11 @@ def weights_mark(directory: str | os.PathLike) -> str:
 
     A directory that this package has written has digests, which move with it; of others the sizes and times of the
     files are taken.
+
+    Raises:
+        CheckpointError: when it is no model directory.
     """
+    read_fields(directory)
     folder, total = resolve_model(directory), hashlib.sha256()
     digests = folder / "digests.json"
     total.update((folder / CONFIG_FILE).read_bytes())

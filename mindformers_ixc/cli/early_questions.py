@@ -4,12 +4,9 @@ from __future__ import annotations
 import argparse
 import os
 
-from mindformers_ixc import terminal
-from mindformers_ixc.checkpoint.family import know_member, refuse_other
 from mindformers_ixc.checkpoint.quantised import quantization_of, refuse_quantised, stored_weights
-from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
-from mindformers_ixc.cli.early import SMALL
-from mindformers_ixc.config import FIELDS, field_rule, read_config, read_fields
+from mindformers_ixc.cli.early import SMALL, checkpoint_of
+from mindformers_ixc.config import FIELDS, field_rule, read_fields
 from mindformers_ixc.data.preferences import load_preferences
 from mindformers_ixc.decoding_options import LEAST_TEMPERATURE, RULES, check_reward
 from mindformers_ixc.errors import ConfigError
@@ -76,7 +73,7 @@ def check_question(arguments: argparse.Namespace) -> None:
     if arguments.model is None:
         raise ConfigError("Neither --model nor --server is given; name a model directory, or a server to ask.")
     check_directory(resolve_model(arguments.model))
-    source = _checkpoint_of(arguments.model, getattr(arguments, "command", None) == "score")
+    source = checkpoint_of(arguments.model, getattr(arguments, "command", None) == "score")
     if source is None:
         return
     if getattr(arguments, "command", None) == "reference":
@@ -105,7 +102,7 @@ def check_label(arguments: argparse.Namespace) -> None:
     if arguments.reward is not None:
         read_fields(arguments.reward)
         check_directory(resolve_model(arguments.reward))
-        _checkpoint_of(arguments.reward, scores=True)
+        checkpoint_of(arguments.reward, scores=True)
 
 
 def _check_values(arguments: argparse.Namespace, rules: dict[str, Rule]) -> None:
@@ -121,28 +118,6 @@ def _check_best_of(arguments: argparse.Namespace) -> None:
     count, reward = getattr(arguments, "best_of", None), getattr(arguments, "reward", None)
     check_reward(count, reward, vars(arguments))
     if reward is not None:
-        _checkpoint_of(reward, scores=True)
+        checkpoint_of(reward, scores=True)
     if count is not None:
         arguments.do_sample = True
-
-
-def _checkpoint_of(model: str, scores: bool) -> OpenedCheckpoint | None:
-    """The checkpoint of a model directory, which must be of the kind that is asked.
-
-    Args:
-        model: the directory, as it was given.
-        scores: whether it is asked for scores.
-
-    Returns:
-        The checkpoint; `None` for one whose reading takes PyTorch, whose import takes seconds.
-    """
-    folder = resolve_model(model)
-    config = read_config(folder)
-    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        if config.reward_pooling is not None:
-            refuse_other(True, model, scores)
-        return None
-    with terminal.to_be_said_later():
-        source = open_source(folder, verify=False)
-    refuse_other(know_member(config, source).reward_pooling is not None, model, scores)
-    return source

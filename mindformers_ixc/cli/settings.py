@@ -85,8 +85,8 @@ class Settings:
         _check(name, value, changed)
         if self.best_of is not None:
             if not changed["do_sample"]:
-                raise GenerationError(f"This chat gives the best of {self.best_of} samples (--best_of), which are drawn "
-                                      "in any case; begin one without it for the likeliest tokens.")
+                raise GenerationError(f"This chat gives the best of {self.best_of} samples (--best_of), which are "
+                                      "drawn in any case; begin one without it for the likeliest tokens.")
             check_best_of(self.best_of, changed)
         self.values = changed
         return f"{name} is {shown_value(value)}.{note}"

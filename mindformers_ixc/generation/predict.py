@@ -69,7 +69,7 @@ class Predictions:
         present = next((path for path in (self.target, self.part) if path.exists()), None)
         if present is not None:
             self.done = self._earlier(present)
-        elif writes and not self.run_file.exists():
+        elif writes:       # a run that failed before its first answer may have left what it was
             write_run(self.run, self.run_file)
 
     def _earlier(self, path: Path) -> list[dict]:

@@ -134,7 +134,7 @@ class Share:
             check_run(self.run, self.run_file, path)
         if whole:
             self.rows = dict(enumerate(read_answers(whole[0], requests)[0]))
-        elif not replica and not self.run_file.exists():
+        elif not replica:       # a run that failed before its first answer may have left what it was
             write_run(self.run, self.run_file)
         self.look()
         if self.own in self._read:

@@ -24,6 +24,7 @@ LINES = [
 ]
 
 
+PREDICT = ["run", "--config", "predict_ixc25", "--predict_data", "answers.jsonl", "--output_dir", "o"]
 TRAIN = ["run", "--config", "ixc25_reward_tiny", "--load_checkpoint", "starter", "--output_dir", "o"]
 
 
@@ -97,6 +98,12 @@ def test_without_a_folder_scores_go_to_standard_output(folder, capfd):
     (["chat", "--model", "starter", "--best_of", "2", "--reward", "writer", "Hello"], "writer is a model that writes"),
     (["chat", "--model", "starter", "--best_of", "2", "--num_beams", "3", "Hello"], "num_beams is 3"),
     (["run", "--config", "ixc25_sft_tiny", "--load_checkpoint", "model", "--output_dir", "o"], "is a reward model"),
+    ([*PREDICT, "--load_checkpoint", "by_weights"], "by_weights is a reward model"),
+    ([*PREDICT, "--load_checkpoint", "starter", "--generation.best_of", "2", "--generation.reward", "writer"],
+     "writer is a model that writes answers"),
+    ([*PREDICT, "--load_checkpoint", "starter", "--generation.best_of", "2", "--generation.reward", "nowhere"],
+     "nowhere does not exist"),
+    ([*PREDICT, "--load_checkpoint", "starter", "--generation.best_of", "1"], "best_of is 1"),
     ([*TRAIN, "--train_dataset.data_loader.dataset_dir", "equal.json"], "sample 0 (id 7): chosen equals rejected"),
     ([*TRAIN, "--evaluation.dataset_dir", "equal.json"], "sample 0 (id 7): chosen equals rejected"),
     ([*TRAIN, "--evaluation.metrics", "[exact_match]"], "evaluation.metrics has 'exact_match'; the choices are loss"),
