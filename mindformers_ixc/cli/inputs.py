@@ -24,6 +24,9 @@ _UNITS = {"M": 2 ** 20, "G": 2 ** 30, "T": 2 ** 40}
 # Arguments of commands that name files to be read.
 FILES = ("image", "data", "pairs", "sampled", "judge")
 
+# What the commands that go on where they were stopped write to `--output_dir`.
+RESULT_FILES = {"sample": "samples", "score": "scores"}
+
 
 def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None) -> None:
     """Refuses files and folders that are not there, and what cannot be of a YAML file and its overrides.
@@ -68,10 +71,8 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
                 raise FileNotFoundError(_no_file(path))
     for name, target in _targets(arguments).items():
         check_target(target, name)
-    if arguments.command in ("sample", "score") and arguments.output_dir is not None:
-        if not arguments.output_dir:
-            raise ConfigError("--output_dir is empty; name a folder, or . for this one.")
-        check_folder(Path(arguments.output_dir), "--output_dir")
+    if arguments.command in RESULT_FILES and arguments.output_dir is not None:
+        _check_output_dir(arguments.output_dir, arguments.data, RESULT_FILES[arguments.command])
     if getattr(arguments, "model", None):
         read_fields(arguments.model)
     if arguments.command == "serve":
@@ -81,6 +82,15 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
             arguments.device_target, "--device_target")
         questions = importlib.import_module("mindformers_ixc.cli.early_questions")
         (questions.check_label if arguments.command == "label" else questions.check_question)(arguments)
+
+
+def _check_output_dir(folder: str, data: str, name: str) -> None:
+    """Refuses a folder that nothing can be written to, or in which results would take the place of what is read."""
+    if not folder:
+        raise ConfigError("--output_dir is empty; name a folder, or . for this one.")
+    check_folder(Path(folder), "--output_dir")
+    if resolve_path(data).resolve() in (Path(folder, f"{name}{end}").resolve() for end in (".jsonl", ".part.jsonl")):
+        raise ConfigError(f"--data is {data}, which this command writes; give another --output_dir.")
 
 
 def _no_file(path: str) -> str:

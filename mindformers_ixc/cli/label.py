@@ -59,7 +59,7 @@ def _scores(arguments: argparse.Namespace, prompts: list[SampledPrompt]) -> dict
 
     target = Path(arguments.target)
     run = {"weights": weights_mark(arguments.reward), **{name: getattr(arguments, name) for name in SETTINGS}}
-    requests = [_to_be_scored(prompt) for prompt in judged]
+    requests = [to_be_scored(prompt) for prompt in judged]
     rows = predict.work_through(load, work, requests, target.parent, run, 1, name=f"{target.stem}.scores",
                                 doing="scoring")
     if say_errors(rows, requests) == len(rows):
@@ -73,7 +73,7 @@ def _scores(arguments: argparse.Namespace, prompts: list[SampledPrompt]) -> dict
     return verdicts
 
 
-def _to_be_scored(prompt: SampledPrompt) -> Request:
+def to_be_scored(prompt: SampledPrompt) -> Request:
     """A prompt and its usable answers as `score_requests` takes them.
 
     `hd_num` of a prompt is for the model that answered; the reward model cuts pictures by its own, as with best of N.
