@@ -208,7 +208,7 @@ def test_weights_that_take_pytorch_are_left_for_later(monkeypatch):
     Path("half/model.safetensors.index.json").unlink()
     assert "holds no checkpoint" in refusal("chat", "--model", "half", "hello")
     Path("half/pytorch_model.bin").write_bytes(b"no weights")
-    monkeypatch.setattr("mindformers_ixc.cli.early_questions.open_source", lambda *_, **__: pytest.fail("was opened"))
+    monkeypatch.setattr("mindformers_ixc.cli.early.open_source", lambda *_, **__: pytest.fail("was opened"))
     check_inputs(mindformers_ixc_cli.parse(["chat", "--model", "half", "hello"]), [])
 
 
