@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from mindformers_ixc import terminal
-from mindformers_ixc.checkpoint.family import know_member, refuse_other
+from mindformers_ixc.checkpoint.family import check_kind, refuse_other
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.checkpoint.start import OVERRIDE, begin
 from mindformers_ixc.cli.early_device import check_device
@@ -116,7 +116,7 @@ def checkpoint_of(model: str, scores: bool) -> OpenedCheckpoint | None:
         return None
     with terminal.to_be_said_later():
         source = open_source(folder, verify=False)
-    refuse_other(know_member(config, source).reward_pooling is not None, model, scores)
+    check_kind(config, source, model, scores)
     return source
 
 

@@ -1,6 +1,7 @@
 """Scores of a reward model: against the numpy reference in float64, alone and in batches, by every door."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,15 @@ def test_auto_classes_say_what_is_wrong_themselves(tmp_path, load, name, options
     make(tmp_path / "writer")
     with pytest.raises(error, match=message):
         load.from_pretrained(str(tmp_path / name), **options)
+
+
+def test_a_configuration_that_the_weights_contradict_is_named(tmp_path):
+    folder = make(tmp_path / "model")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "reward_pooling": "last"}), encoding="utf-8")
+    for load in (Assistant.from_directory, Scorer.from_directory):
+        with pytest.raises(CheckpointError, match=r"taken for a reward model .* but it has output\.weight and no"):
+            load(folder)
 
 
 def test_a_model_that_writes_does_not_score(tmp_path):
