@@ -130,7 +130,8 @@ def check_kind(config: ModelConfig, source: OpenedCheckpoint, path: str | os.Pat
     is_reward = know_member(config, source).reward_pooling is not None
     if is_reward and WRITING_HEAD in source.tensors and SCORE_HEAD not in source.tensors:
         raise CheckpointError(f"{path} is taken for a reward model (reward_pooling, or the name in architectures), but "
-                              f"it has {WRITING_HEAD} and no {SCORE_HEAD}, so it writes answers; correct its config.json.")
+                              f"it has {WRITING_HEAD} and no {SCORE_HEAD}, so it writes answers; correct its "
+                              "config.json.")
     refuse_other(is_reward, path, scores)
 
 

@@ -20,8 +20,9 @@ def weights_mark(directory: str | os.PathLike) -> str:
     Raises:
         CheckpointError: when it is no model directory.
     """
-    read_fields(directory)
     folder, total = resolve_model(directory), hashlib.sha256()
+    if not (folder / CONFIG_FILE).is_file():
+        read_fields(directory)      # which says what is wrong
     digests = folder / "digests.json"
     total.update((folder / CONFIG_FILE).read_bytes())
     if digests.is_file():
