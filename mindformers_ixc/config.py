@@ -536,6 +536,15 @@ class ModelConfig:
         self._check()
         self._check_parallel()
 
+    def check(self) -> None:
+        """Checks the fields again: MindFormers' Auto classes set those that a caller gives after all was checked.
+
+        Raises:
+            ConfigError: naming the field, its value and what it must be.
+        """
+        _check_types(self, FIELDS)
+        self._check()
+
     def _vision(self, value: VisionConfig | Mapping | None) -> VisionConfig:
         if isinstance(value, VisionConfig):
             return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,10 @@ def check_best_of(count: object, options: Mapping) -> None:
         if options.get(name, idle) not in (idle, None):
             raise GenerationError(f"best_of is {count} and {name} is {options[name]}; samples are drawn token by "
                                   "token, so leave one of them out.")
+    temperature: Any = options.get("temperature")
+    if is_number(temperature) and 0 <= temperature < LEAST_TEMPERATURE:
+        raise GenerationError(f"best_of is {count} and temperature is {temperature}; at less than {LEAST_TEMPERATURE} "
+                              "all samples would be the likeliest answer, so give a larger one.")
 
 
 def check_reward(count: object, reward: object, options: Mapping) -> None:

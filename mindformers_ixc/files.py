@@ -310,13 +310,14 @@ _OTHER_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32")
                 (codecs.BOM_UTF16_BE, "UTF-16"))
 
 
-def parse_json(text: str | bytes, name: str, error: type[ValueError] = DataError) -> Any:
+def parse_json(text: str | bytes, name: str, error: type[ValueError] = DataError, once: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         text: the text, or its bytes.
         name: what is read, for the messages: a file, or a file and its line.
         error: the class of what is raised.
+        once: whether a key may come once only in an object; otherwise its last value is taken, as usual with JSON.
 
     Raises:
         ValueError: of class `error`, when the text is no JSON, is nested too deeply to be read, or has half of a
@@ -325,15 +326,30 @@ def parse_json(text: str | bytes, name: str, error: type[ValueError] = DataError
     if isinstance(text, bytes):
         text = decode_text(text, name, error)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once if once else None)
     except RecursionError as bad:
         raise error(f"{name} is not usable JSON: lists or objects are nested too deeply.") from bad
+    except _ComesTwice as bad:
+        raise error(f"{name}: {bad.args[0]!r:.60} stands twice in an object; leave one.") from bad
     except ValueError as bad:   # also numbers of thousands of digits, which Python does not take
         raise error(f"{name} is not valid JSON ({bad}).") from bad
     if "\\u" in text and (half := _half_pair(value)):
         raise error(f"{name} has \\u{ord(half):04x}, half of a surrogate pair, which is no character; write the whole "
                     "pair or take it out.")
     return value
+
+
+class _ComesTwice(Exception):
+    """A key that an object has twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys may come once only."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _ComesTwice(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def _half_pair(value: Any) -> str:

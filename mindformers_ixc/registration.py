@@ -24,7 +24,7 @@ from mindformers.pipeline.registry_constant import PIPELINE_REGISTRY
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindpet.utils.constants import DELTA_LIST
 
-from mindformers_ixc.checkpoint.family import know_member
+from mindformers_ixc.checkpoint.family import know_member, refuse_other
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import CheckpointError
@@ -227,6 +227,8 @@ class IXC25AnyModel(IXC25ForCausalLM):
         """The directory's model; arguments as in `IXC25ForCausalLM`."""
         source = open_source(pretrained_model_name_or_path, verify=False)
         found = know_member(read_config(pretrained_model_name_or_path), source)
+        if getattr(kwargs.get("config"), "reward_pooling", None) is not None:      # a caller may have said so
+            refuse_other(found.reward_pooling is not None, pretrained_model_name_or_path, scores=True)
         of_kind = IXC25ForCausalLM if found.reward_pooling is None else IXC25ForReward
         return of_kind.from_pretrained_experimental_mode(pretrained_model_name_or_path, *model_args, **kwargs)
 
@@ -283,10 +285,16 @@ def _as_folder(given: Any) -> Any:
 
 
 def _with_advice(original: Callable) -> Callable:
-    """A function that takes a directory or a hub's name, and looks at it first."""
+    """A function that takes a directory or a hub's name, and looks at it first; its errors say what is wrong."""
     @functools.wraps(original)
     def looking(*args: Any, **kwargs: Any) -> Any:
-        return original(*map(_as_folder, args), **{name: _as_folder(value) for name, value in kwargs.items()})
+        try:
+            return original(*map(_as_folder, args), **{name: _as_folder(value) for name, value in kwargs.items()})
+        except RuntimeError as error:
+            # MindFormers puts "Error occurred when executing function ..." in front of every sentence
+            if isinstance(error.__cause__, (ValueError, OSError)):
+                raise error.__cause__ from None
+            raise
     return looking
 
 

@@ -110,6 +110,26 @@ def task_ranks(tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
     return {match[1]: tensors[match.string].shape[0] for match in found if match}
 
 
+def check_kind(config: ModelConfig, source: OpenedCheckpoint, path: str | os.PathLike, scores: bool) -> None:
+    """`know_member`, and refuses a checkpoint of the other kind, or one that is not what it is taken for.
+
+    Args:
+        config: of the model, completed in place.
+        source: the checkpoint.
+        path: of the model.
+        scores: whether scores are wanted.
+
+    Raises:
+        CheckpointError: saying what the model is.
+    """
+    is_reward = know_member(config, source).reward_pooling is not None
+    if is_reward and WRITING_HEAD in source.tensors and SCORE_HEAD not in source.tensors:
+        raise CheckpointError(f"{path} is taken for a reward model (reward_pooling, or the name in architectures), but "
+                              f"it has {WRITING_HEAD} and no {SCORE_HEAD}, so it writes answers; correct its "
+                              "config.json.")
+    refuse_other(is_reward, path, scores)
+
+
 def refuse_other(is_reward: bool, path: str | os.PathLike, scores: bool) -> None:
     """Refuses a reward model where answers are written, and one that writes where answers are scored.
 

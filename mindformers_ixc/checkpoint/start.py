@@ -218,7 +218,8 @@ def match_tensors(source: OpenedCheckpoint, shapes: Mapping[str, tuple[int, ...]
     found = {name: tensor for name, tensor in source.tensors.items()
              if name in shapes or not (is_state(name) or BUFFERS.match(name) or name in UNUSED)}
     surplus = [name for name in found if name not in shapes and not {name, part_of(name)} & recipe.left_out]
-    missing = [name for name in shapes if name not in found]
+    # what a parallel run's network keeps of its steps (`train_report`) is no model's, so no checkpoint has it
+    missing = [name for name in shapes if name not in found and not is_state(name)]
     present = {part_of(name) for name in found}
     new = [name for name in missing if part_of(name) in recipe.new - present]
     excused = {*new, *(name for name in missing if recipe.outside_graph and _is_outside(name, mode))}

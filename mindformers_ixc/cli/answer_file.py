@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 import tempfile
@@ -12,43 +11,21 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import IO, Protocol
 
-from mindformers_ixc.config import CONFIG_FILE
+from mindformers_ixc.checkpoint.weights_mark import weights_mark
 from mindformers_ixc.data.questions import Question
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import decode_text, parse_json
-from mindformers_ixc.resources import model_name, resolve_model
+from mindformers_ixc.resources import model_name
 
 # Settings that an answer depends on, beside the weights. How many are answered at once is none of them.
 SETTINGS = ("mode", "hd_num", "max_new_tokens", "control_tokens", "transparency", "exif", "shuffle_images",
             "device_target")
-
-# Suffixes of what a model directory answers by.
-_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".model")
 
 
 def run_of(arguments: argparse.Namespace) -> dict:
     """What must be the same for answers to belong together: `model`, its `weights`, and `SETTINGS`."""
     return {"model": model_name(arguments.model), "weights": weights_mark(arguments.model),
             **{name: getattr(arguments, name, None) for name in SETTINGS}}
-
-
-def weights_mark(directory: str | os.PathLike) -> str:
-    """Twelve letters that change with the weights of a model directory, without reading them.
-
-    A directory that this package has written has digests, which move with it; of others the sizes and times of the
-    files are taken.
-    """
-    folder, total = resolve_model(directory), hashlib.sha256()
-    digests = folder / "digests.json"
-    total.update((folder / CONFIG_FILE).read_bytes())
-    if digests.is_file():
-        total.update(digests.read_bytes())
-    else:
-        for path in sorted(folder.iterdir()):
-            if path.suffix in _WEIGHTS:
-                found = path.stat()
-                total.update(f"{path.name} {found.st_size} {found.st_mtime_ns}\n".encode())
-    return total.hexdigest()[:12]
 
 
 class Questions(Protocol):

@@ -13,7 +13,8 @@ from mindformers_ixc.benchmarking.prompts import make_prompt
 from mindformers_ixc.benchmarking.scoring import Scores, can_score, check_rows, score
 from mindformers_ixc.benchmarking.table_file import BenchmarkTable, Row
 from mindformers_ixc.benchmarking.workbook import check_library, write_results
-from mindformers_ixc.cli.answer_file import AnswerFile, Answers, weights_mark
+from mindformers_ixc.checkpoint.weights_mark import weights_mark
+from mindformers_ixc.cli.answer_file import AnswerFile, Answers
 from mindformers_ixc.cli.arguments import Usual
 from mindformers_ixc.cli.benchmark_asking import Asked, Protocol, Served, local
 from mindformers_ixc.cli.benchmark_options import is_name

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from mindformers_ixc import terminal
-from mindformers_ixc.checkpoint.family import know_member, refuse_other
+from mindformers_ixc.checkpoint.family import check_kind, know_member, refuse_other
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.checkpoint.start import OVERRIDE, begin
 from mindformers_ixc.cli.early_device import check_device
@@ -23,6 +23,7 @@ from mindformers_ixc.data.index.kinds import open_reader
 from mindformers_ixc.data.learning import WEIGHTS
 from mindformers_ixc.data.rows import bad_share_of
 from mindformers_ixc.data.sections import check_shapes
+from mindformers_ixc.decoding_options import check_reward
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import LOCK_FILE, RUN_RECORD, check_folder, refuse_used
 from mindformers_ixc.interruption import JOB
@@ -68,6 +69,8 @@ def check_early(arguments: argparse.Namespace, devices: int | None = None, serve
             raise ConfigError("run_mode is predict, and nothing says what is asked; give the file of requests as "
                               "--predict_data FILE.")
         _check_file(fields["input_data"], "The request file", arguments.config)
+        if alone:
+            _check_answering(fields)
         return
     folder = Path(fields.get("output_dir") or "output").resolve()
     if alone and not server:
@@ -89,6 +92,37 @@ def check_early(arguments: argparse.Namespace, devices: int | None = None, serve
     fresh = alone and not server and not arguments.overwrite and not fields.get("resume_training")
     if fresh and not _in_use(folder):      # whose that is, is said when the folder is to be held
         refuse_used(folder)
+
+
+def _check_answering(fields: dict) -> None:
+    """Refuses a model that writes no answers, a reward model that is none, and options of best-of-N."""
+    options = fields.get("generation") or {}
+    check_reward(options.get("best_of"), options.get("reward"), options)
+    for model, scores in ((fields.get("load_checkpoint"), False), (options.get("reward"), True)):
+        if model:
+            checkpoint_of(model, scores)
+
+
+def checkpoint_of(model: str, scores: bool) -> OpenedCheckpoint | None:
+    """The checkpoint of a model directory, which must be of the kind that is asked.
+
+    Args:
+        model: the directory, as it was given.
+        scores: whether it is asked for scores.
+
+    Returns:
+        The checkpoint; `None` for one whose reading takes PyTorch, whose import takes seconds.
+    """
+    folder = resolve_model(model)
+    config = read_config(folder)
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        if config.reward_pooling is not None:
+            refuse_other(True, model, scores)
+        return None
+    with terminal.to_be_said_later():
+        source = open_source(folder, verify=False)
+    check_kind(config, source, model, scores)
+    return source
 
 
 def _check_start(fields: dict, start: str | None) -> None:

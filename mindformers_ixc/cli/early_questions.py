@@ -99,6 +99,10 @@ def check_label(arguments: argparse.Namespace) -> None:
     for given in (arguments.sampled, arguments.judge):
         if given and os.path.realpath(given) == os.path.realpath(arguments.target):
             raise ConfigError(f"DST is {arguments.target}, which the pairs are made of; name another file.")
+    scores = os.path.splitext(os.path.realpath(arguments.target))[0] + ".scores.jsonl"
+    if arguments.reward is not None and os.path.realpath(arguments.sampled) == scores:
+        raise ConfigError(f"SAMPLES is {arguments.sampled}, which is where the scores of DST {arguments.target} are "
+                          "kept; name another DST.")
     if arguments.reward is not None:
         read_fields(arguments.reward)
         check_directory(resolve_model(arguments.reward))

@@ -13,7 +13,7 @@ from mindformers_ixc.cli.older_files import check_version
 from mindformers_ixc.cli.yaml_file import apply_overrides, parse_overrides, read_yaml
 from mindformers_ixc.config import read_fields
 from mindformers_ixc.errors import ConfigError, DataError
-from mindformers_ixc.files import check_target
+from mindformers_ixc.files import check_folder, check_target
 from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.resources import resolve_path
 from mindformers_ixc.trackers import require_packages
@@ -23,6 +23,9 @@ _UNITS = {"M": 2 ** 20, "G": 2 ** 30, "T": 2 ** 40}
 
 # Arguments of commands that name files to be read.
 FILES = ("image", "data", "pairs", "sampled", "judge")
+
+# What the commands that go on where they were stopped write to `--output_dir`.
+RESULT_FILES = {"sample": "samples", "score": "scores"}
 
 
 def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None) -> None:
@@ -68,6 +71,8 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
                 raise FileNotFoundError(_no_file(path))
     for name, target in _targets(arguments).items():
         check_target(target, name)
+    if arguments.command in RESULT_FILES and arguments.output_dir is not None:
+        _check_output_dir(arguments.output_dir, arguments.data, RESULT_FILES[arguments.command])
     if getattr(arguments, "model", None):
         read_fields(arguments.model)
     if arguments.command == "serve":
@@ -77,6 +82,15 @@ def check_inputs(arguments: argparse.Namespace, options: list[str] | None = None
             arguments.device_target, "--device_target")
         questions = importlib.import_module("mindformers_ixc.cli.early_questions")
         (questions.check_label if arguments.command == "label" else questions.check_question)(arguments)
+
+
+def _check_output_dir(folder: str, data: str, name: str) -> None:
+    """Refuses a folder that nothing can be written to, or in which results would take the place of what is read."""
+    if not folder:
+        raise ConfigError("--output_dir is empty; name a folder, or . for this one.")
+    check_folder(Path(folder), "--output_dir")
+    if resolve_path(data).resolve() in (Path(folder, f"{name}{end}").resolve() for end in (".jsonl", ".part.jsonl")):
+        raise ConfigError(f"--data is {data}, which this command writes; give another --output_dir.")
 
 
 def _no_file(path: str) -> str:

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 
 from mindformers_ixc import terminal
-from mindformers_ixc.cli.answer_file import weights_mark
+from mindformers_ixc.checkpoint.weights_mark import weights_mark
 from mindformers_ixc.cli.heavy import importing
 from mindformers_ixc.cli.sample import say_errors
 from mindformers_ixc.cli.score import SETTINGS
@@ -59,9 +59,10 @@ def _scores(arguments: argparse.Namespace, prompts: list[SampledPrompt]) -> dict
 
     target = Path(arguments.target)
     run = {"weights": weights_mark(arguments.reward), **{name: getattr(arguments, name) for name in SETTINGS}}
-    rows = predict.work_through(load, work, [_to_be_scored(prompt) for prompt in judged], target.parent, run, 1,
-                                name=f"{target.stem}.scores", doing="scoring")
-    if say_errors(rows) == len(rows):
+    requests = [to_be_scored(prompt) for prompt in judged]
+    rows = predict.work_through(load, work, requests, target.parent, run, 1, name=f"{target.stem}.scores",
+                                doing="scoring")
+    if say_errors(rows, requests) == len(rows):
         raise DataError(f"{arguments.reward} gave none of {len(rows)} prompts' answers a score, so {target} is not "
                         "written.")
     verdicts = {}
@@ -72,8 +73,12 @@ def _scores(arguments: argparse.Namespace, prompts: list[SampledPrompt]) -> dict
     return verdicts
 
 
-def _to_be_scored(prompt: SampledPrompt) -> Request:
-    """A prompt and its usable answers as `score_requests` takes them."""
+def to_be_scored(prompt: SampledPrompt) -> Request:
+    """A prompt and its usable answers as `score_requests` takes them.
+
+    `hd_num` of a prompt is for the model that answered; the reward model cuts pictures by its own, as with best of N.
+    """
     answers = [prompt.answers[number] for number in prompt.usable()]
+    question = {key: value for key, value in prompt.question.items() if key != "hd_num"}
     return Request({"id": prompt.id, "request": prompt.line, "answers": answers},
-                   {**prompt.question, "answers": answers, "several": True})
+                   {**question, "answers": answers, "several": True}, where=f"prompt {prompt.id!r:.60}")

@@ -5,9 +5,10 @@ import argparse
 import importlib
 
 from mindformers_ixc import terminal
-from mindformers_ixc.cli.answer_file import weights_mark
+from mindformers_ixc.checkpoint.weights_mark import weights_mark
 from mindformers_ixc.cli.heavy import importing
 from mindformers_ixc.decoding_options import GenerationOptions
+from mindformers_ixc.generation.requests import Request
 from mindformers_ixc.generation.sampled_answers import read_prompts
 
 # Options of the decoder, and settings that an answer depends on besides, the weights aside.
@@ -45,18 +46,25 @@ def sample(arguments: argparse.Namespace) -> int:
     run = {"weights": weights_mark(arguments.model), **options,
            **{name: getattr(arguments, name) for name in SETTINGS}}
     rows = predict.work_through(load, work, requests, arguments.output_dir, run, 1, name="samples", doing="sampling")
-    failed = say_errors(rows)
+    failed = say_errors(rows, requests)
     terminal.current.say(f"{len(rows) - failed} of {len(rows)} prompts have {arguments.num_samples} samples.")
     print(predict.result_file(arguments.output_dir, "samples"), file=arguments.answers)
     return int(failed == len(rows))
 
 
-def say_errors(rows: list[dict]) -> int:
-    """Says the first different errors of some lines; returns how many lines have one."""
-    errors = [row["error"] for row in rows if "error" in row]
-    different = list(dict.fromkeys(errors))
-    for sentence in different[:SAID]:
-        terminal.current.say(sentence)
-    if len(different) > SAID:
-        terminal.current.say(f"... and {len(different) - SAID} other errors.")
-    return len(errors)
+def say_errors(rows: list[dict], requests: list[Request]) -> int:
+    """Says the first different errors of some lines, each with its place; returns how many lines have one.
+
+    Args:
+        rows: the results.
+        requests: of them, in the same order.
+    """
+    places: dict[str, str] = {}
+    for row, request in zip(rows, requests):
+        if "error" in row:
+            places.setdefault(row["error"], request.where)
+    for sentence, place in list(places.items())[:SAID]:
+        terminal.current.say(sentence if sentence.startswith(place) else f"{place}: {sentence}")
+    if len(places) > SAID:
+        terminal.current.say(f"... and {len(places) - SAID} other errors.")
+    return sum("error" in row for row in rows)

@@ -6,8 +6,9 @@ import importlib
 import json
 
 from mindformers_ixc import terminal
-from mindformers_ixc.cli.answer_file import weights_mark
+from mindformers_ixc.checkpoint.weights_mark import weights_mark
 from mindformers_ixc.cli.heavy import importing
+from mindformers_ixc.cli.sample import say_errors
 
 # Settings that a score depends on, beside the weights.
 SETTINGS = ("hd_num", "max_length", "transparency", "exif", "device_target", "control_tokens")
@@ -16,7 +17,7 @@ SETTINGS = ("hd_num", "max_length", "transparency", "exif", "device_target", "co
 def score(arguments: argparse.Namespace) -> int:
     """Scores every line of `arguments.data`, to a file of `arguments.output_dir` or to standard output.
 
-    A line that cannot be scored has an error in its place, and is named on standard error.
+    A line that cannot be scored has an error in its place; the first different ones are named on standard error.
 
     Returns:
         Exit code: 1 when no line could be scored.
@@ -38,14 +39,12 @@ def score(arguments: argparse.Namespace) -> int:
     run = {"weights": weights_mark(arguments.model), **{name: getattr(arguments, name) for name in SETTINGS}}
     rows = predict.work_through(load, work, requests, arguments.output_dir, run, arguments.batch_size,
                                 name="scores", doing="scoring")
-    failed = [row for row in rows if "error" in row]
-    for row in failed:
-        terminal.current.say(row["error"])
+    failed = say_errors(rows, requests)
     if arguments.output_dir is None:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), file=arguments.answers)
     else:
-        terminal.current.say(f"{len(rows) - len(failed)} of {len(rows)} lines have scores.")
+        terminal.current.say(f"{len(rows) - failed} of {len(rows)} lines have scores.")
         print(predict.result_file(arguments.output_dir, "scores"), file=arguments.answers)
-    return int(len(failed) == len(rows))
+    return int(failed == len(rows))
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from mindformers_ixc import terminal
-from mindformers_ixc.cli.answer_file import weights_mark
+from mindformers_ixc.checkpoint.weights_mark import weights_mark
 from mindformers_ixc.cli.early_serve import api_key, limits_of
 from mindformers_ixc.cli.inference import load_assistant
 from mindformers_ixc.cli.serve_rank import ServingRank

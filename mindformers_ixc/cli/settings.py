@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from mindformers_ixc.decoding_options import RULES, GenerationOptions
+from mindformers_ixc.decoding_options import RULES, GenerationOptions, check_best_of
 from mindformers_ixc.errors import GenerationError
 from mindformers_ixc.sections import Rule, check_value, hint, whole
 
@@ -51,6 +51,7 @@ class Settings:
     def __init__(self, arguments: argparse.Namespace):
         usual = GenerationOptions()
         self.values = {name: getattr(arguments, name, getattr(usual, name, None)) for name in NAMES}
+        self.best_of = getattr(arguments, "best_of", None)
 
     @property
     def options(self) -> dict:
@@ -82,6 +83,11 @@ class Settings:
         elif name == "num_beams" and isinstance(value, int) and value > 1:
             note = " With beams an answer is shown when it is whole."
         _check(name, value, changed)
+        if self.best_of is not None:
+            if not changed["do_sample"]:
+                raise GenerationError(f"This chat gives the best of {self.best_of} samples (--best_of), which are "
+                                      "drawn in any case; begin one without it for the likeliest tokens.")
+            check_best_of(self.best_of, changed)
         self.values = changed
         return f"{name} is {shown_value(value)}.{note}"
 

@@ -33,6 +33,7 @@ from mindformers_ixc.generation.store import Store
 from mindformers_ixc.generation.text import Streamer, TextStream
 from mindformers_ixc.generation.turns import TURNS
 from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.models.reward import WRITES_NONE
 from mindformers_ixc.processing.processor import EncodedSample, Processor
 from mindformers_ixc.processing.prompt import END_OF_TURN
 
@@ -51,9 +52,12 @@ class Assistant:
 
     Raises:
         ConfigError: when the tokenizer has more pieces than the model.
+        GenerationError: for a reward model.
     """
 
     def __init__(self, model: IXC25Model, processor: Processor | None, store: Store | None = None):
+        if model.config.reward_pooling is not None:
+            raise GenerationError(WRITES_NONE)
         pieces = 0 if processor is None else len(processor.tokenizer)
         if pieces > model.config.vocab_size:
             raise ConfigError(f"The tokenizer has {pieces} pieces, more than the model's vocab_size "
@@ -178,9 +182,9 @@ class Assistant:
         Returns:
             For each prompt what `draw` gives.
         """
-        drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in range(count * len(samples))]
         with TURNS:
-            decoder, options = self._decoder(samples, options, mode, count)
+            decoder, options = self._decoder(samples, options, mode, count)      # refuses more than there is memory for
+            drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in range(count * len(samples))]
             generators = [np.random.default_rng(one) for seed in seeds or [options.seed]
                           for one in np.random.SeedSequence(seed).spawn(count)]
             with closing(decoder):
@@ -236,6 +240,11 @@ class Assistant:
             return None
         tokenizer = self._known_processor().tokenizer
         return lambda ids: any(stop in tokenizer.decode(ids, skip_special_tokens=True) for stop in options.stop_strings)
+
+    def has_ended(self, ids: Sequence[int], options: GenerationOptions) -> bool:
+        """Whether the model ended an answer, by a stop id or a stop string; if not, it was cut."""
+        ended = self._ended(options)
+        return bool(ids) and (ids[-1] in options.stop_token_ids or (ended is not None and ended(list(ids))))
 
     def decode(self, ids: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
         """Text of an answer: without what ended it and without outer white space."""

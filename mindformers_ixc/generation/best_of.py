@@ -32,7 +32,8 @@ class Candidate:
         logp: mean log-probability of its tokens, its end included, at temperature 1.
         score: by the reward model; `None` without one.
         tokens: of it, its end included.
-        finished: whether a stop id ended it; if not, it was cut at `max_new_tokens` or where the model ends.
+        finished: whether the model ended it, by a stop id or a stop string; if not, it was cut at `max_new_tokens` or
+            where the model ends.
     """
 
     text: str
@@ -48,7 +49,8 @@ class Candidate:
 
     def to_dict(self) -> dict[str, Any]:
         """As a file of predictions has it."""
-        return {"answer": self.text, "logp": self.logp, **({} if self.score is None else {"score": self.score})}
+        score = {} if self.score is None else {"score": self.score}
+        return {"answer": self.text, "logp": self.logp, **score, "tokens": self.tokens, "finished": self.finished}
 
 
 class BestOf:
@@ -90,8 +92,8 @@ class BestOf:
         """Best answers of questions, one by one, whatever may be wrong with some of them.
 
         Returns:
-            For each question `answer`, `logp` and, with a reward model, `score` of the best, and the same of all as
-            `samples`, the best first; or `{"error": sentence}`.
+            For each question `answer`, `logp`, `tokens`, `finished` and, with a reward model, `score` of the best, and
+            the same of all as `samples`, the best first; or `{"error": sentence}`.
 
         Raises:
             MemoryError: when there is none left; no single question is to blame.
@@ -127,7 +129,7 @@ def sample_request(assistant: Assistant, request: Request, count: int, mode: str
 
     def drawn() -> dict:
         found = draw_candidates(assistant, question, count, mode, own)
-        return {"samples": [{**one.to_dict(), "tokens": one.tokens, "finished": one.finished} for one in found]}
+        return {"samples": [one.to_dict() for one in found]}
 
     return {"id": identity, **result_or_error(drawn)}
 
@@ -151,7 +153,7 @@ def draw_candidates(assistant: Assistant, question: Mapping[str, Any], count: in
                                   "do_sample": True})
     drawn = assistant.draw(assistant.encode(dict(question)), chosen, count, mode)
     return [Candidate(assistant.decode(ids, chosen.stop_strings), float(np.mean(logps)), tokens=len(ids),
-                      finished=bool(ids) and ids[-1] in chosen.stop_token_ids) for ids, logps in drawn]
+                      finished=assistant.has_ended(ids, chosen)) for ids, logps in drawn]
 
 
 def load_scorer(reward: str | os.PathLike | None, fields: Mapping[str, Any]) -> Scorer | None:

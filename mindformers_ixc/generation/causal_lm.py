@@ -16,7 +16,7 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Tensor
 from mindspore.nn import no_init_parameters
 
-from mindformers_ixc.checkpoint.family import know_member, refuse_other
+from mindformers_ixc.checkpoint.family import check_kind
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
 from mindformers_ixc.checkpoint.quantised import quantization_of
 from mindformers_ixc.checkpoint.sources import open_source
@@ -106,10 +106,11 @@ class IXC25ForCausalLM(IXC25Model):
         if config is None:
             overrides = {key: value for key, value in kwargs.items() if key in FIELDS}
             config = read_config(pretrained_model_name_or_path, IXC25Config, **overrides)
+        config.check()
         if config.use_past:
             prepare_inference(paged=True)
         source = open_source(pretrained_model_name_or_path)
-        refuse_other(know_member(config, source).reward_pooling is not None, pretrained_model_name_or_path, False)
+        check_kind(config, source, pretrained_model_name_or_path, scores=False)
         if quantization_of(source) is None:
             model = cls(config)
             load_weights(model, source)

@@ -206,9 +206,9 @@ class InferenceEngine:
             where = "beside the weights this device has"
         needed += 4 * rows * self.config.vocab_size      # scores
         if needed > there:
-            raise GenerationError(f"{rows} rows (prompts x num_beams) of {positions} positions need "
+            raise GenerationError(f"{rows} rows (prompts x beams or samples) of {positions} positions need "
                                   f"{needed / 2**30:.0f} GiB for keys, values and scores; {where} "
-                                  f"{there / 2**30:.0f} GiB. Ask for fewer beams, prompts or new tokens.")
+                                  f"{there / 2**30:.0f} GiB. Ask for fewer beams, samples, prompts or new tokens.")
 
     def reset(self) -> None:
         """Frees all caches and graphs, for instance before the weights change; answers in the making end."""

@@ -74,10 +74,10 @@ def _entries(path: str | os.PathLike) -> list[tuple[str, Any, str]]:
     if not text.strip():
         raise DataError(f"{path} is empty; it must say of each id what its samples are worth.")
     if is_json_lines(text, str(path)):
-        rows = [(parse_json(line, f"{path}, line {number}"), f"{path}, line {number}") for number, line in
+        rows = [(parse_json(line, f"{path}, line {number}", once=True), f"{path}, line {number}") for number, line in
                 text_lines(text)]
     else:
-        content = parse_json(text, str(path))
+        content = parse_json(text, str(path), once=True)
         if isinstance(content, dict) and "id" not in content:
             return [(name, value, str(path)) for name, value in content.items()]
         rows = [(row, f"{path}, entry {number}") for number, row in

@@ -7,11 +7,12 @@ from mindformers_ixc.errors import PromptError
 from mindformers_ixc.generation.requests import Request, error_sentence, read_request
 from mindformers_ixc.generation.scoring import Scorer
 from mindformers_ixc.processing.judged import turns_of
+from mindformers_ixc.processing.messages import read_answer
 from mindformers_ixc.processing.processor import EncodedSample
 from mindformers_ixc.processing.prompt import check_text
 
 # What a line may hold beside its question and answers: what predict and this command write.
-WRITTEN = ("score", "scores", "samples", "logp")
+WRITTEN = ("score", "scores", "samples", "logp", "tokens", "finished")
 
 
 def read_judged(value: object) -> dict:
@@ -42,10 +43,12 @@ def read_judged(value: object) -> dict:
     if answers is None and isinstance(given.get("messages"), Sequence) and given["messages"]:
         *messages, last = given["messages"]
         if isinstance(last, Mapping) and last.get("role") == "assistant":
-            given["messages"], answers = messages, [last.get("content")]
-    if not isinstance(answers, (list, tuple)) or not answers:
-        raise PromptError("a line needs 'answer' with a text, 'answers' with a list that is not empty, or messages "
-                          f"whose last one is the assistant's; found {', '.join(map(str, value)) or 'nothing'}.")
+            given["messages"], answers = messages, [read_answer(last, f"messages[{len(messages)}]")]
+    if several and not (isinstance(answers, (list, tuple)) and answers):
+        raise PromptError(f"answers must be a list of at least one text, found {answers!r:.40}.")
+    if answers is None:
+        raise PromptError("a line needs 'answer' with a text, 'answers' with a list, or messages whose last one is the "
+                          f"assistant's; found {', '.join(map(str, value)) or 'nothing'}.")
     for answer in answers:
         check_text(answer, "answer")
     return {**_question(given), "answers": list(answers), "several": several}

@@ -6,7 +6,7 @@ from typing import Any
 
 from mindspore import nn
 
-from mindformers_ixc.checkpoint.family import know_member, refuse_other
+from mindformers_ixc.checkpoint.family import check_kind
 from mindformers_ixc.checkpoint.model_directory import load_weights
 from mindformers_ixc.checkpoint.quantised import quantization_of
 from mindformers_ixc.checkpoint.sources import open_source
@@ -41,10 +41,10 @@ def load_model(directory: str | os.PathLike, model_class: type[IXC25Model] = IXC
     """
     if config is None:
         config = read_config(directory, IXC25Config, **overrides)
+    config.check()
     check_held_dtype(config)
     source = open_source(directory)
-    know_member(config, source)
-    refuse_other(config.reward_pooling is not None, directory, scores=issubclass(model_class, IXC25RewardModel))
+    check_kind(config, source, directory, scores=issubclass(model_class, IXC25RewardModel))
     if config.use_past:
         prepare_inference(paged=True)
     with nn.no_init_parameters():    # the weights come from the files: drawing them first takes time and memory

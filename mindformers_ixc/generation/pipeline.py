@@ -1,6 +1,7 @@
 """`pipeline("multimodal_chat")`: questions about images through MindFormers' pipeline interface."""
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,9 +105,16 @@ class MultimodalChatPipeline(Pipeline):
                  **{key: value for key, value in model_outputs.items() if key != "text"}}]
 
     def _scorer(self, reward: Any) -> Scorer | None:
-        """The scorer of a reward model's directory, loaded once, or the one that was given."""
+        """The scorer of a reward model's directory, loaded once, or the one that was given.
+
+        Raises:
+            GenerationError: when it is neither.
+        """
         if reward is None or isinstance(reward, Scorer):
             return reward
+        if not isinstance(reward, (str, os.PathLike)):
+            raise GenerationError(f"reward is {reward!r:.60}; it must be the directory of a reward model, or a Scorer, "
+                                  "which model.scorer() of a loaded one is.")
         if reward not in self.scorers:
             self.scorers[reward] = Scorer.from_directory(reward)
         return self.scorers[reward]

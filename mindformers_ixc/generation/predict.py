@@ -4,13 +4,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mindspore.mint.distributed import barrier
 
 from mindformers_ixc import terminal
+from mindformers_ixc.checkpoint.weights_mark import weights_mark
 from mindformers_ixc.data.batch import full_batches
 from mindformers_ixc.device import is_parallel, rank
 from mindformers_ixc.errors import DataError
@@ -68,7 +69,7 @@ class Predictions:
         present = next((path for path in (self.target, self.part) if path.exists()), None)
         if present is not None:
             self.done = self._earlier(present)
-        elif writes and not self.run_file.exists():
+        elif writes:       # a run that failed before its first answer may have left what it was
             write_run(self.run, self.run_file)
 
     def _earlier(self, path: Path) -> list[dict]:
@@ -153,6 +154,19 @@ def best_batch(best: BestOf, requests: list[Request], mode: str, options: dict) 
     """Best answers to requests; those that fail get their error in place of an answer."""
     answers = iter(best.results([one.question for one in requests if one.question is not None], mode, options))
     return [{"error": one.error} if one.question is None else next(answers) for one in requests]
+
+
+def predict_run(model: str | os.PathLike, options: Mapping[str, Any]) -> dict:
+    """What must be the same for predictions to belong together (`run` of `Predictions`).
+
+    Args:
+        model: directory of the model that answers.
+        options: of the section `generation`.
+    """
+    run = {"model": str(Path(model).resolve()), "weights": weights_mark(model), "generation": dict(options)}
+    if options.get("reward") is not None:
+        run["reward_weights"] = weights_mark(options["reward"])
+    return run
 
 
 def predict(assistant: Callable[[], Assistant], requests: list[Request], folder: str | os.PathLike, run: dict,

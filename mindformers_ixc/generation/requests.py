@@ -37,11 +37,13 @@ class Request:
         line: the line as it was read, a JSON value where it is one, else its text.
         question: arguments of `IXC25Processor.encode_chat`, or `None` when the line is no request.
         error: what is wrong with the line.
+        where: file and line, for messages.
     """
 
     line: object
     question: dict | None = None
     error: str = ""
+    where: str = ""
 
 
 def result_or_error(work: Callable[[], dict]) -> dict:
@@ -89,13 +91,13 @@ def _read_line(line: str, where: str, read: Callable[[object], dict]) -> Request
         if _deeper_than(value, DEEPEST):
             raise DataError(f"{where}: lists and objects are nested more than {DEEPEST} deep; a request needs five.")
     except DataError as error:
-        return Request(line, error=error_sentence(error))
+        return Request(line, error=error_sentence(error), where=where)
     try:
         if not isinstance(value, dict):
             raise PromptError(f"a request must be an object with 'query' or 'messages', found {_found(value)}.")
-        return Request(value, read(value))
+        return Request(value, read(value), where=where)
     except PromptError as error:
-        return Request(value, error=error_sentence(type(error)(f"{where}: {error}")))
+        return Request(value, error=error_sentence(type(error)(f"{where}: {error}")), where=where)
 
 
 def _deeper_than(value: object, levels: int) -> bool:

@@ -13,12 +13,12 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
 from mindformers_ixc.config import FIELDS
-from mindformers_ixc.errors import PromptError
+from mindformers_ixc.errors import GenerationError, PromptError
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.scoring import SCORED_AT_ONCE, Scorer
 from mindformers_ixc.generation.turns import TURNS
 from mindformers_ixc.models.configuration import IXC25Config
-from mindformers_ixc.models.reward import IXC25RewardModel
+from mindformers_ixc.models.reward import WRITES_NONE, IXC25RewardModel
 from mindformers_ixc.processing.pictures import ImageSource
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.processing.tokenizer import SentencePieceText
@@ -55,6 +55,18 @@ class IXC25ForReward(IXC25RewardModel):
                         **kwargs: Any) -> None:
         """Writes `config.json` and `model.safetensors` in the public layout; the other arguments are ignored."""
         save_model_directory(self, save_directory)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses: this model writes nothing; MindFormers' base class would try.
+
+        Raises:
+            GenerationError: saying what the model is.
+        """
+        raise GenerationError(WRITES_NONE)
+
+    def chat(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses, as `generate`."""
+        return self.generate()
 
     def scorer(self) -> Scorer:
         """What scores with this model and its tokenizer; made once, since it owns graphs and caches.

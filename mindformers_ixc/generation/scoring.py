@@ -23,6 +23,7 @@ from mindformers_ixc.models.reward import IXC25RewardModel
 from mindformers_ixc.processing.judged import Turns, encode_judged, judged_turns
 from mindformers_ixc.processing.pictures import ImageSource
 from mindformers_ixc.processing.processor import EncodedSample, Processor
+from mindformers_ixc.sections import check_value, whole
 
 # Conversations that are scored at once, unless somebody says otherwise.
 SCORED_AT_ONCE = 4
@@ -84,9 +85,13 @@ class Scorer:
 
     Raises:
         ConfigError: when the tokenizer has more pieces than the model.
+        GenerationError: for a model that writes.
     """
 
     def __init__(self, model: IXC25RewardModel, processor: Processor, store: Store | None = None):
+        if model.config.reward_pooling is None:
+            raise GenerationError("This model writes answers and has no score head, so it scores none; give a reward "
+                                  "model (IXC25ForReward).")
         pieces = len(processor.tokenizer)
         if pieces > model.config.vocab_size:
             raise ConfigError(f"The tokenizer has {pieces} pieces, more than the model's vocab_size "
@@ -124,9 +129,13 @@ class Scorer:
         Raises:
             PromptError: when places and images differ in number, or a text is none.
             ImageError: for a picture that cannot be read.
-            GenerationError: when it is too long.
+            GenerationError: when it is too long, or for a number that is no whole number of at least 1.
         """
-        sample = encode_judged(self.processor, turns, images, hd_num or self.model.config.hd_num, where)
+        for name, value in (("hd_num", hd_num), ("max_length", max_length)):
+            if value is not None:
+                check_value(name, value, whole(1), GenerationError)
+        sample = encode_judged(self.processor, turns, images, self.model.config.hd_num if hd_num is None else hd_num,
+                               where)
         most = self.longest if max_length is None else min(max_length, self.longest)
         if len(sample.input_ids) > most:
             prefix = f"{where}: " if where else ""
@@ -139,8 +148,9 @@ class Scorer:
         """Scores of encoded conversations, so many at once.
 
         Raises:
-            GenerationError: for a score that is no finite number.
+            GenerationError: for a score that is no finite number, or a batch of no whole number of at least 1.
         """
+        check_value("batch_size", batch_size, whole(1), GenerationError)
         scores: list[float] = []
         for rows, real in full_batches(list(samples), min(batch_size, max(1, len(samples)))):
             scores += [self._pool(row) for row in self.engine.values(rows, mode)[:real]]

@@ -19,7 +19,7 @@ from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import check_target, decode_text, parse_json, read_json, text_lines, write_whole
 from mindformers_ixc.generation.requests import Request
 
-ADVICE = "write elsewhere (another output_dir), or delete the file to begin anew."
+ADVICE = "write elsewhere, or delete the file to begin anew."
 
 # Seconds between two looks at what the other replicas have answered.
 LOOK_S = 0.5
@@ -134,7 +134,7 @@ class Share:
             check_run(self.run, self.run_file, path)
         if whole:
             self.rows = dict(enumerate(read_answers(whole[0], requests)[0]))
-        elif not replica and not self.run_file.exists():
+        elif not replica:       # a run that failed before its first answer may have left what it was
             write_run(self.run, self.run_file)
         self.look()
         if self.own in self._read:

@@ -24,6 +24,11 @@ REPORT = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy"
 LAST = 2
 
 
+# What a reward model says where an answer is asked of it.
+WRITES_NONE = ("This is a reward model: it scores answers (get_score, get_scores, compare, rank) and writes none; ask "
+               "a model that writes.")
+
+
 class ScorePooling(nn.Cell):
     """Scores of sequences from the values of their positions.
 

@@ -123,6 +123,20 @@ def read_messages(messages: Sequence[dict]) -> dict:
             "meta_instruction": system}
 
 
+def read_answer(message: Mapping[str, Any], where: str) -> str:
+    """The text of a message of the assistant's.
+
+    Args:
+        message: `role` and `content`, a text or a list of parts of text.
+        where: what the messages call it.
+
+    Raises:
+        PromptError: naming what is wrong with it.
+    """
+    _check_keys(message, ("role", "content"), where)
+    return _read_content(message["content"], where, pictures=False)[0]
+
+
 def _read_content(content: object, where: str, pictures: bool) -> tuple[str, list]:
     if not isinstance(content, (list, tuple)):
         if not isinstance(content, str):

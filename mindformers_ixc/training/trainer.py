@@ -31,7 +31,7 @@ from mindformers_ixc.errors import ConfigError, DataError, TrainingError
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.best_of import BestOf, load_scorer
 from mindformers_ixc.generation.options import GenerationOptions, check_mode, known_options
-from mindformers_ixc.generation.predict import best_batch, predict, work_through
+from mindformers_ixc.generation.predict import best_batch, predict, predict_run, work_through
 from mindformers_ixc.generation.requests import read_requests
 from mindformers_ixc.grpo_options import rollout_options
 from mindformers_ixc.models.ixc25 import IXC25Model
@@ -458,7 +458,7 @@ class IXC25Trainer(CausalLanguageModelingTrainer):
         """
         options = dict(config.get("generation") or {"max_new_tokens": 64})
         size = config.predict_batch_size or PREDICT_BATCH_SIZE
-        run = {"model": str(Path(config.load_checkpoint).resolve()), "generation": dict(options)}
+        run = predict_run(config.load_checkpoint, options)
         mode = options.pop("mode", "base")
         check_mode("generation.mode", mode)
         best_of, reward = options.pop("best_of", None), options.pop("reward", None)

@@ -233,3 +233,10 @@ def test_the_weights_say_which_task_loras_there_are(tmp_path, ranks, build):
     assert not report.missing and not report.surplus
     convert(folder, tmp_path / "again", to="hf")
     assert read_config(tmp_path / "again").task_lora_ranks == ranks
+
+
+def test_what_a_parallel_network_keeps_of_its_steps_is_asked_of_no_checkpoint(tmp_path):
+    source = open_source(make(tmp_path / "model"))
+    shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
+    tensors, new = match_tensors(source, {**shapes, "train_report": (5,)})
+    assert not new and tensors.keys() == shapes.keys()

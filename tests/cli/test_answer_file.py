@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from mindformers_ixc.checkpoint.weights_mark import weights_mark
 from mindformers_ixc.cli import evaluate as evaluate_module
-from mindformers_ixc.cli.answer_file import AnswerFile, run_of, weights_mark
+from mindformers_ixc.cli.answer_file import AnswerFile, run_of
 from mindformers_ixc.cli.evaluate import evaluate, score_line, worst_answers
 from mindformers_ixc.data.questions import Question
 from mindformers_ixc.errors import DataError

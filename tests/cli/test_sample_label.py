@@ -10,7 +10,9 @@ from random_model import save
 from reward_model import make_reward_model
 from safetensors.numpy import load_file
 
+from mindformers_ixc.cli.label import to_be_scored
 from mindformers_ixc.data.preferences import load_preferences
+from mindformers_ixc.generation.sampled_answers import SampledPrompt
 from mindformers_ixc_cli import main
 
 PROMPTS = [{"id": "shown", "query": "What is shown in the picture?", "images": ["red.png"]},
@@ -107,6 +109,13 @@ def test_a_judge_makes_pairs_without_any_model(folder, capsys):
     assert [pair.id for pair in load_preferences("judged.jsonl")] == [2]
 
 
+def test_the_reward_model_does_not_cut_pictures_by_a_requests_limit():
+    prompt = SampledPrompt("a", {}, {"query": "q", "images": [], "hd_num": 2}, ["x", "y"], [True, True])
+    request = to_be_scored(prompt)
+    assert request.question == {"query": "q", "images": [], "answers": ["x", "y"], "several": True}
+    assert request.where == "prompt 'a'"
+
+
 def test_scores_that_are_no_numbers_write_nothing(folder, capsys):
     assert main(["label", "samples/samples.jsonl", "never.json", "--reward", "damaged"]) == 1
     said = capsys.readouterr().err
@@ -118,6 +127,7 @@ def test_scores_that_are_no_numbers_write_nothing(folder, capsys):
 @pytest.mark.parametrize(("words", "message"), [
     ([*SAMPLE, "--num_samples", "1"], "--num_samples is 1; it must be a whole number of at least 2"),
     ([*SAMPLE, "--temperature", "0"], "--temperature is 0.0; at less than 1e-05 all samples would be the likeliest"),
+    ([*SAMPLE, "--output_dir", ""], "--output_dir is empty; name a folder"),
     ([*SAMPLE, "--model", "reward"], "reward is a reward model"),
     ([*SAMPLE, "--data", "empty.jsonl"], "empty.jsonl holds no requests"),
     ([*SAMPLE, "--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
@@ -131,10 +141,13 @@ def test_scores_that_are_no_numbers_write_nothing(folder, capsys):
     (["label", "q.jsonl", "pairs.csv", "--judge", "alike.json"], "pairs.csv; a file of pairs ends in .json or .jsonl"),
     (["label", "q.jsonl", "q.jsonl", "--judge", "alike.json"], "DST is q.jsonl, which the pairs are made of"),
     (["label", "q.jsonl", "no/pairs.json", "--judge", "alike.json"], "DST no/pairs.json cannot be written"),
+    (["label", "some.scores.jsonl", "some.json", "--reward", "reward"], "SAMPLES is some.scores.jsonl, which is where"),
+    ([*SAMPLE, "--data", "samples/samples.jsonl"], "--data is samples/samples.jsonl, which this command writes"),
     ([*LABEL, "--judge", "alike.json", "--min_margin", "-1"], "--min_margin is -1.0; it must be a number of at least"),
     ([*LABEL, "--judge", "alike.json", "--max_length_ratio", "0"], "--max_length_ratio is 0.0; it must be a number"),
 ])
 def test_bad_input_is_a_sentence_and_writes_nothing(folder, capsys, words, message):
+    (folder / "some.scores.jsonl").write_text("{}", encoding="utf-8")
     (folder / "empty.jsonl").write_text("\n", encoding="utf-8")
     (folder / "unknown.json").write_text('{"lost": [1, 2, 3, 4]}', encoding="utf-8")
     (folder / "alike.json").write_text('{"shown": {"preferred": 1, "rejected": 1}}', encoding="utf-8")

@@ -16,14 +16,15 @@ from mindformers_ixc_cli import main
 LINES = [
     {"query": "What is shown?", "images": ["red.png"], "answer": "Red."},
     {"query": "What is shown?", "images": ["red.png"], "answers": ["Red.", "Blue."]},
-    {"messages": [{"role": "user", "content": "What is shown?"}, {"role": "assistant", "content": "Red."}],
-     "images": ["red.png"]},
+    {"messages": [{"role": "user", "content": "What is shown?"},
+                  {"role": "assistant", "content": [{"type": "text", "text": "Red."}]}], "images": ["red.png"]},
     {"request": {"query": "Hello"}, "answer": "Hello.", "samples": [], "score": 3},
     {"query": "a <ImageHere>", "answer": "b"},
     {"query": "no answer"},
 ]
 
 
+PREDICT = ["run", "--config", "predict_ixc25", "--predict_data", "answers.jsonl", "--output_dir", "o"]
 TRAIN = ["run", "--config", "ixc25_reward_tiny", "--load_checkpoint", "starter", "--output_dir", "o"]
 
 
@@ -60,6 +61,7 @@ def test_every_line_gets_its_scores_or_its_error(folder, monkeypatch, capsys):
     assert several["scores"][0] != several["scores"][1] and isinstance(predicted["score"], float)
     assert "1 <ImageHere> for 0 pictures" in no_place["error"] or "<ImageHere>" in no_place["error"]
     assert "line 6: a line needs 'answer'" in no_answer["error"] and "line 7" in no_json["error"]
+    assert "answers.jsonl, line 5: the questions have 1 <ImageHere>" in capsys.readouterr().err
     assert [row["request"] for row in found[:1]] == [json.loads((folder / "answers.jsonl").read_text().split("\n")[0])]
 
     # stopped after three lines, with half of the fourth, it goes on with the fourth and ends alike
@@ -88,11 +90,20 @@ def test_without_a_folder_scores_go_to_standard_output(folder, capfd):
     (["eval", "--model", "model", "--data", "answers.jsonl"], "model is a reward model"),
     (["score", "--model", "model", "--data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
     (["score", "--model", "model", "--data", "answers.jsonl", "--batch_size", "0"], "--batch_size is 0"),
+    (["score", "--model", "model", "--data", "answers.jsonl", "--output_dir", ""], "--output_dir is empty"),
+    (["score", "--model", "model", "--data", "answers.jsonl", "--output_dir", "red.png/o"], "red.png is no folder"),
+    (["chat", "--model", "starter", "--best_of", "2", "--temperature", "0", "Hello"], "best_of is 2 and temperature"),
     (["chat", "--model", "starter", "--best_of", "1", "Hello"], "best_of is 1; it must be a whole number"),
     (["chat", "--model", "starter", "--reward", "model", "Hello"], "best_of is not said"),
     (["chat", "--model", "starter", "--best_of", "2", "--reward", "writer", "Hello"], "writer is a model that writes"),
     (["chat", "--model", "starter", "--best_of", "2", "--num_beams", "3", "Hello"], "num_beams is 3"),
     (["run", "--config", "ixc25_sft_tiny", "--load_checkpoint", "model", "--output_dir", "o"], "is a reward model"),
+    ([*PREDICT, "--load_checkpoint", "by_weights"], "by_weights is a reward model"),
+    ([*PREDICT, "--load_checkpoint", "starter", "--generation.best_of", "2", "--generation.reward", "writer"],
+     "writer is a model that writes answers"),
+    ([*PREDICT, "--load_checkpoint", "starter", "--generation.best_of", "2", "--generation.reward", "nowhere"],
+     "nowhere does not exist"),
+    ([*PREDICT, "--load_checkpoint", "starter", "--generation.best_of", "1"], "best_of is 1"),
     ([*TRAIN, "--train_dataset.data_loader.dataset_dir", "equal.json"], "sample 0 (id 7): chosen equals rejected"),
     ([*TRAIN, "--evaluation.dataset_dir", "equal.json"], "sample 0 (id 7): chosen equals rejected"),
     ([*TRAIN, "--evaluation.metrics", "[exact_match]"], "evaluation.metrics has 'exact_match'; the choices are loss"),
@@ -110,7 +121,9 @@ def test_the_other_kind_of_model_is_named_at_once(folder, monkeypatch, capsys, w
     ("text", "must be an object with a question and 'answer'"),
     ({"request": {"query": "a"}, "error": "it failed"}, "holds an error in place of an answer"),
     ({"query": "a", "answer": "b", "answers": ["c"]}, "found both"),
-    ({"query": "a", "answers": []}, "needs 'answer' with a text"),
+    ({"query": "a", "answers": []}, "answers must be a list of at least one text, found \\[\\]"),
+    ({"query": "a", "answers": "bcd"}, "answers must be a list of at least one text, found 'bcd'"),
+    ({"query": "a"}, "needs 'answer' with a text"),
     ({"query": "a", "answer": 5}, "answer must be a text"),
     ({"query": "a", "answer": "b", "anwser": "c"}, "unknown key anwser"),
 ])

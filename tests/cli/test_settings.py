@@ -47,6 +47,16 @@ def test_a_temperature_samples_and_0_takes_the_likeliest():
     assert found.options["temperature"] == 0.7
 
 
+def test_the_best_of_several_samples_is_sampled_in_any_case():
+    found = settings("--best_of", "3", "--do_sample")
+    for text, words in (("temperature 0", "in any case"), ("do_sample off", "in any case"),
+                        ("num_beams 2", "num_beams is 2"), ("prompt_lookup 4", "prompt_lookup is 4")):
+        with pytest.raises(GenerationError, match=words):
+            found.change(text)
+    found.change("temperature 0.5")
+    assert (found.options["do_sample"], found.options["temperature"]) == (True, 0.5)
+
+
 def test_what_is_looked_up_is_for_greedy_decoding():
     found = settings("--prompt_lookup", "4")
     assert found.options["prompt_lookup"] == 4

@@ -100,6 +100,9 @@ def test_a_file_of_predictions_has_all_samples(assistant, scorer):
                 Request({"query": "b"}, {"query": "b <ImageHere>", "images": []})]
     good, bad, refused = best_batch(BestOf(assistant, 3, scorer), requests, "base", {"max_new_tokens": 3, "seed": 0})
     assert good["answer"] == good["samples"][0]["answer"] and len(good["samples"]) == 3
+    # so that no answer that was cut becomes the better one of a pair
+    assert all(one["finished"] or one["tokens"] == 3 for one in good["samples"])
+    assert not all(one["finished"] for one in good["samples"])
     assert good["score"] == max(one["score"] for one in good["samples"])
     assert bad == {"error": "line 2: no"} and "<ImageHere>" in refused["error"]
 
@@ -108,12 +111,18 @@ def test_a_file_of_predictions_has_all_samples(assistant, scorer):
     (1, {}, "best_of is 1; it must be a whole number of at least 2"),
     (8, {"num_beams": 3}, "best_of is 8 and num_beams is 3"),
     (8, {"prompt_lookup": 4}, "best_of is 8 and prompt_lookup is 4"),
+    (8, {"temperature": 0}, "best_of is 8 and temperature is 0"),
 ])
 def test_what_leaves_nothing_to_choose_is_refused(count, options, message):
     with pytest.raises(GenerationError, match=message):
         check_best_of(count, options)
     with pytest.raises(GenerationError, match="best_of is not said"):
         check_reward(None, "reward", {})
+
+
+def test_more_samples_than_the_machine_can_hold_are_refused_at_once(assistant):
+    with pytest.raises(GenerationError, match=r"1000000000 rows \(prompts x beams or samples\)"):
+        BestOf(assistant, 10**9).answer(QUESTION, max_new_tokens=3)
 
 
 def test_the_line_says_what_decided():

@@ -218,7 +218,7 @@ def test_threads_share_a_model(model, assistant, engine):
 
 
 def test_more_rows_than_the_machine_can_hold_are_refused(model):
-    with pytest.raises(GenerationError, match=r"1000000000 rows \(prompts x num_beams\).*GiB"):
+    with pytest.raises(GenerationError, match=r"1000000000 rows \(prompts x beams or samples\).*GiB"):
         Assistant(model, None).generate([prompt(model, 9, 0, 0)], GenerationOptions(num_beams=10**9))
 
 

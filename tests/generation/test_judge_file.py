@@ -52,6 +52,16 @@ def test_what_is_no_verdict_on_these_samples_is_refused(tmp_path, content, messa
         read_judge(tmp_path / "j.json", PROMPTS)
 
 
+@pytest.mark.parametrize(("name", "text"), [
+    ("j.json", '{"1": [1, 2, 3], "two": [1, 2], "1": [3, 2, 1]}'),
+    ("j.jsonl", '{"id": 1, "scores": [1, 2, 3], "scores": [3, 2, 1]}'),
+])
+def test_a_key_that_comes_twice_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"('1'|'scores') stands twice in an object; leave one"):
+        read_judge(tmp_path / name, PROMPTS)
+
+
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "j.json").write_text(" \n", encoding="utf-8")
     with pytest.raises(DataError, match="is empty"):

@@ -4,10 +4,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from random_model import make
 
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.generation import predict as predicting
-from mindformers_ixc.generation.predict import predict
+from mindformers_ixc.generation.predict import Predictions, predict, predict_run
 from mindformers_ixc.generation.requests import read_requests
 
 LINES = ['{"query": "a"}', '{"query": "b", "images": "gone.png"}', "{not json", '{"query": "c", "colour": 1}', "",
@@ -90,6 +91,32 @@ def test_answers_of_another_run_are_not_overwritten(tmp_path, requests, change):
         else:
             go(Answering(), requests, tmp_path, {"model": "other"})
     assert (tmp_path / "predictions.jsonl").read_bytes() == before
+
+
+def test_other_weights_of_the_same_name_are_another_run(tmp_path):
+    make(tmp_path / "model")
+    make(tmp_path / "reward")
+    options = {"best_of": 2, "reward": str(tmp_path / "reward")}
+    before = predict_run(tmp_path / "model", options)
+    assert predict_run(tmp_path / "model", options) == before
+    for name in ("model", "reward"):
+        file = tmp_path / name / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+        after = predict_run(tmp_path / "model", options)
+        assert after != before
+        before = after
+
+
+def test_a_run_that_failed_before_its_first_answer_leaves_nothing_of_itself(tmp_path, requests):
+    def fails():
+        raise OSError("no such model")
+
+    with pytest.raises(OSError, match="no such model"):
+        predict(fails, requests, tmp_path, {"model": "typo"}, 2, "base", {})
+    done = Predictions(tmp_path, requests, {"model": "right"})
+    done.add([{"answer": "x"}] * len(requests))
+    done.close()
+    assert Predictions(tmp_path, requests, {"model": "right"}).finished
 
 
 def test_an_empty_file_is_an_error(tmp_path):

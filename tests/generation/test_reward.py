@@ -1,11 +1,12 @@
 """Scores of a reward model: against the numpy reference in float64, alone and in batches, by every door."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from mindformers import AutoModel
+from mindformers import AutoModel, AutoModelForCausalLM
 from PIL import Image
 from random_model import make
 from reference import ReferenceModel
@@ -16,6 +17,7 @@ from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import CheckpointError, ConfigError, GenerationError, ImageError, PromptError
 from mindformers_ixc.generation import continuing
 from mindformers_ixc.generation.assistant import Assistant
+from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.scoring import Scorer
 from mindformers_ixc.models.reward import IXC25RewardModel
 from mindformers_ixc.processing.judged import judged_turns
@@ -126,6 +128,14 @@ def test_bad_chats_are_refused_by_number(model, chats, images, error, message):
         model.get_scores(chats, images)
 
 
+@pytest.mark.parametrize("options", [{"hd_num": 0}, {"hd_num": "9"}, {"max_length": "16384"}, {"batch_size": 0},
+                                     {"batch_size": -1}])
+def test_numbers_that_are_none_are_refused(model, options):
+    (name,) = options
+    with pytest.raises(GenerationError, match=f"{name} is .*; it must be a whole number of at least 1"):
+        model.get_scores(CHATS[:1], PICTURES[:1], **options)
+
+
 def test_what_is_too_long_is_refused(model):
     with pytest.raises(GenerationError, match="positions, more than 20"):
         model.get_score(CHATS[0], [RED], max_length=20)
@@ -166,11 +176,41 @@ def test_a_reward_model_does_not_write(tmp_path, said):
             load(str(folder))
 
 
+def test_a_loaded_reward_model_is_not_asked_for_answers(model):
+    for ask in (lambda: model.generate([[1]]), lambda: model.chat(model.tokenizer, "Hello"),
+                lambda: Assistant(model, model.scorer().processor)):
+        with pytest.raises(GenerationError, match=r"This is a reward model: it scores answers .* and writes none"):
+            ask()
+
+
+@pytest.mark.parametrize(("load", "name", "options", "error", "message"), [
+    (AutoModelForCausalLM, "reward", {}, CheckpointError, "is a reward model"),
+    (AutoModel, "reward", {"reward_pooling": "median"}, ConfigError, "'median'; the choices are last, mean"),
+    (AutoModel, "writer", {"reward_pooling": "last"}, CheckpointError, "is a model that writes answers"),
+])
+def test_auto_classes_say_what_is_wrong_themselves(tmp_path, load, name, options, error, message):
+    make_reward_model(tmp_path / "reward")
+    make(tmp_path / "writer")
+    with pytest.raises(error, match=message):
+        load.from_pretrained(str(tmp_path / name), **options)
+
+
+def test_a_configuration_that_the_weights_contradict_is_named(tmp_path):
+    folder = make(tmp_path / "model")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "reward_pooling": "last"}), encoding="utf-8")
+    for load in (Assistant.from_directory, Scorer.from_directory):
+        with pytest.raises(CheckpointError, match=r"taken for a reward model .* but it has output\.weight and no"):
+            load(folder)
+
+
 def test_a_model_that_writes_does_not_score(tmp_path):
     with pytest.raises(CheckpointError, match="writes answers: it has no score head"):
         Scorer.from_directory(make(tmp_path / "model"))
     with pytest.raises(ConfigError, match="reward_pooling is not set"):
         IXC25RewardModel(IXC25Config())
+    with pytest.raises(GenerationError, match="This model writes answers and has no score head"):
+        Scorer(load_model(tmp_path / "model"), None)
 
 
 def test_without_a_tokenizer_nothing_is_scored(folder):

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from served import ROOT, data_url, question
 
-from mindformers_ixc.cli.answer_file import weights_mark
+from mindformers_ixc.checkpoint.weights_mark import weights_mark
 
 COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'mindformers'; import mindformers_ixc_cli as cli; "
            "sys.exit(cli.main())", "serve"]
