@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from mindformers_ixc.serving import responses
 from mindformers_ixc.serving.answering import Likelihood
-from mindformers_ixc.serving.guard import ClientGone, read_body, refuse
+from mindformers_ixc.serving.guard import FAILED, ClientGone, read_body, refuse
 from mindformers_ixc.serving.openapi import document, page_of
 from mindformers_ixc.serving.page import page
 from mindformers_ixc.serving.service import Exchange, Service
@@ -68,7 +68,7 @@ def make_app(service: Service) -> Starlette:
               Route("/v1/chat/completions", chat, methods=["POST"]),
               Route("/v1/ixc/tiles", tiles, methods=["POST"]), Route("/openapi.json", openapi), Route("/docs", docs)]
     return Starlette(routes=routes, exception_handlers={404: _missing, 405: _missing, RequestError: _refused,
-                                                        ClientGone: _gone})
+                                                        ClientGone: _gone, Exception: _failed})
 
 
 def _front(service: Service) -> Callable[[Request], Awaitable[Response]]:
@@ -83,16 +83,24 @@ def _front(service: Service) -> Callable[[Request], Awaitable[Response]]:
 
 async def _missing(request: Request, error: Any) -> Response:
     if error.status_code == 405:
-        sentence = f"{request.url.path[:100]} does not take {request.method[:20]}."
-    else:
-        sentence = f"There is nothing at {request.url.path[:100]}; /docs says what there is."
-    return refuse(RequestError(sentence, None, error.status_code, "not_found"))
+        allowed = error.headers["Allow"]
+        response = refuse(RequestError(f"{request.url.path[:100]} does not take {request.method[:20]}, only {allowed}.",
+                                       None, 405, "method_not_allowed"))
+        response.headers["Allow"] = allowed
+        return response
+    return refuse(RequestError(f"There is nothing at {request.url.path[:100]}; /docs says what there is.", None, 404,
+                               "not_found"))
 
 
 async def _refused(request: Request, error: Any) -> Response:
     line = request.scope["state"]["line"]
     line["error"] = error.code or error.param or "refused"
     return refuse(error)
+
+
+async def _failed(_: Request, __: Any) -> Response:
+    """What nobody foresaw; the guard, which the error comes to as well, keeps it."""
+    return refuse(RequestError(FAILED, None, 500, "failed"))
 
 
 async def _gone(_: Request, __: Any) -> Response:
