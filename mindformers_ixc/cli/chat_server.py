@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Generator
+from typing import Any
 
 from mindformers_ixc import terminal
 from mindformers_ixc.cli.arguments import Usual
@@ -86,7 +87,7 @@ class ServerAnswers:
         self.client, self.out, self.interrupts = client, arguments.answers, Interrupts()
         self.models = client.models()
         self.usage: dict = {}
-        most = self.models[0].get("max_new_tokens")
+        most: Any = self.models[0].get("max_new_tokens")
         if isinstance(arguments.max_new_tokens, Usual) and is_whole(most, 1):
             arguments.max_new_tokens = min(int(arguments.max_new_tokens), most)      # nobody has asked for more
 

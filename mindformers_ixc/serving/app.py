@@ -25,6 +25,9 @@ from mindformers_ixc.serving.wire import RequestError, read_chat, read_json_obje
 # Seconds of silence after which a stream says that it is still there, so that nothing between closes it.
 HEARTBEAT = 10.0
 
+# Where addresses of pictures stand in a message.
+URL_KEYS = ("url", "image_url", "video_url")
+
 # Seconds that a client may take to read a piece of a stream.
 PATIENCE = 60.0
 
@@ -234,6 +237,6 @@ async def _send(send: Send, message: Any) -> None:
 def without_pictures(message: Any) -> Any:
     """A message for the log: addresses of pictures are cut."""
     if isinstance(message, dict):
-        return {key: f"{value[:40]}..." if key == "url" and isinstance(value, str) and len(value) > 40 else
+        return {key: f"{value[:40]}..." if key in URL_KEYS and isinstance(value, str) and len(value) > 40 else
                 without_pictures(value) for key, value in message.items()}
     return [without_pictures(one) for one in message] if isinstance(message, list) else message

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mindformers_ixc.serving.limits import LOOPBACK
+from mindformers_ixc.serving.limits import LOOPBACK, is_loopback
 from mindformers_ixc.serving.responses import new_id
 from mindformers_ixc.serving.settings import ServerSettings
 from mindformers_ixc.serving.wire import RequestError
@@ -69,7 +69,7 @@ class Guard:
                  responded: Callable[[int], None] = lambda status: None,
                  failed: Callable[[BaseException], None] = lambda error: None):
         self.app, self.settings, self.log, self.responded, self.failed = app, settings, log, responded, failed
-        self.names = {*LOOPBACK, host.lower(), *map(str.lower, names)} if host in LOOPBACK else None
+        self.names = {*LOOPBACK, host.lower(), *map(str.lower, names)} if is_loopback(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""

@@ -21,7 +21,9 @@ from standin_decoder import StandInDecoder
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.serving import fetching, messages
 from mindformers_ixc.serving import server as servers
+from mindformers_ixc.serving.guard import Guard
 from mindformers_ixc.serving.limits import Limits
+from mindformers_ixc.serving.settings import ServerSettings
 
 KEY = "a-key-of-some-length"
 
@@ -327,6 +329,10 @@ class TestHeaders:
                                       "[::1].evil"])
     def test_other_names_of_this_machine(self, server, host):
         check(send(server, question(), Host=host), 403)
+
+    @pytest.mark.parametrize(("address", "own"), [("127.0.0.2", True), ("::1", True), ("0.0.0.0", False)])
+    def test_names_are_looked_at_wherever_this_machine_alone_is_listened_to(self, address, own):
+        assert (Guard(None, ServerSettings("starter"), address).names is not None) is own
 
     @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1", "file://"])
     def test_pages_of_other_sites(self, server, origin):
