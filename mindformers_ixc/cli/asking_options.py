@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 
-from mindformers_ixc.cli.arguments import add_no_verify
+from mindformers_ixc.cli.arguments import Usual, add_no_verify
 from mindformers_ixc.config import CACHE_DTYPES, MODE_ADAPTERS
 
 
@@ -23,7 +23,8 @@ def add_generation(parser: argparse.ArgumentParser, or_server: bool = False, sam
     parser.add_argument("--control_tokens", action="store_true", help="text that is spelled like <s> or "
                         "[UNUSED_TOKEN_145] becomes that control token, as in the public code")
     add_image_options(parser)
-    parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N", help="length of an answer at most")
+    parser.add_argument("--max_new_tokens", type=int, default=Usual(1024), metavar="N", help="length of an answer at "
+                        "most")
     if not samples:
         parser.add_argument("--prompt_lookup", type=int, default=0, metavar="N", help="propose up to N tokens at a "
                             "time, as they follow the last ones in the prompt or the answer, and verify them in one "

@@ -133,7 +133,7 @@ def _say_what(source: BenchmarkTable, rows: Sequence[Row]) -> None:
 def _answer_rest(file: AnswerFile, arguments: argparse.Namespace, protocol: Protocol, served: Served | None) -> None:
     """Answers what has no answer yet."""
     size = arguments.batch_size
-    ask = served.asking(protocol, size) if served else local(arguments, protocol)
+    ask = served.asking(protocol) if served else local(arguments, protocol)
     with terminal.current.counting(len(file.questions), "answering", "question", initial=len(file.done)) as bar:
         while batch := file.ahead(size):
             file.add(ask([one for one in batch if isinstance(one, Asked)]))

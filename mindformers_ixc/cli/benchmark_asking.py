@@ -4,10 +4,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -137,7 +137,8 @@ class Served:
 
         Raises:
             ServerError: when the server does not answer, or has no model.
-            ConfigError: when the data set's prompts have marks of turns, and the server takes them for text.
+            ConfigError: when the data set's prompts have marks of turns, and the server takes them for text; when it
+                takes fewer beams or new tokens than all questions are asked with.
         """
         client = ChatClient(server, api_key)
         models = client.models()
@@ -149,20 +150,48 @@ class Served:
             raise ConfigError(f"The published prompt of {protocol.benchmark.name} has marks of turns within the "
                               f"question, which {client.root} takes for text; start it with --allow_control_tokens, or "
                               "give --model instead of --server.")
+        _check_limits(client.root, chosen, protocol)
         images = chosen.get("images")
         tile, exif = (images.get("image_size"), images.get("exif")) if isinstance(images, dict) else (None, None)
         return cls(client, str(chosen["id"]), None if found or protocol.mode == "base" else protocol.mode,
                    int(tile) if tile is not None and is_whole(tile, 1) else TILE, exif if exif in EXIF else "ignore",
                    str(chosen.get("weights") or ""))
 
-    def asking(self, protocol: Protocol, at_once: int) -> Ask:
-        """Asks so many questions at once."""
-        return partial(_ask_server, self, protocol, at_once)
+    def asking(self, protocol: Protocol) -> Ask:
+        """Asks all questions of a batch at once."""
+        return partial(_ask_server, self, protocol)
 
 
-def _ask_server(served: Served, protocol: Protocol, at_once: int, batch: Sequence[Asked]) -> list[dict]:
-    with ThreadPoolExecutor(at_once) as pool:
-        return _finished(protocol, list(pool.map(partial(_ask_one, served, protocol), batch)))
+def _check_limits(root: str, model: Mapping[str, Any], protocol: Protocol) -> None:
+    """Refuses what the server would refuse of every question, where it says what it takes."""
+    for limit, option, value in (("max_beams", "num_beams", protocol.num_beams),
+                                 ("max_new_tokens", "max_new_tokens", protocol.max_new_tokens)):
+        most = model.get(limit)
+        if is_whole(most, 1) and value > int(str(most)):
+            raise ConfigError(f"{protocol.benchmark.name} is asked with --{option} {value}, and {root} takes {most} at "
+                              f"most; start the server with --{limit} {value}, or ask with --{option} {most}.")
+
+
+def _ask_server(served: Served, protocol: Protocol, batch: Sequence[Asked]) -> list[dict]:
+    found: dict[int, dict | Exception] = {}
+
+    def ask(place: int, asked: Asked) -> None:
+        try:
+            found[place] = _ask_one(served, protocol, asked)
+        except Exception as error:
+            found[place] = error
+
+    # threads of a pool would keep the process after Ctrl-C until the server has answered
+    threads = [Thread(target=ask, args=one, daemon=True) for one in enumerate(batch)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    results = [found[place] for place in range(len(batch))]
+    for one in results:
+        if isinstance(one, Exception):
+            raise one
+    return _finished(protocol, [one for one in results if isinstance(one, dict)])
 
 
 def _ask_one(served: Served, protocol: Protocol, asked: Asked) -> dict:

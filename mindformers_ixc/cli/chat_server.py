@@ -4,8 +4,10 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Generator
+from typing import Any
 
 from mindformers_ixc import terminal
+from mindformers_ixc.cli.arguments import Usual
 from mindformers_ixc.cli.chat import read_lines
 from mindformers_ixc.cli.chat_input import Interrupts, line_history
 from mindformers_ixc.cli.chat_session import Measured, Reply, Session
@@ -16,6 +18,7 @@ from mindformers_ixc.decoding_options import GenerationOptions
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.processing.processor import ImageProcessor
 from mindformers_ixc.processing.video import is_video
+from mindformers_ixc.sections import is_whole
 from mindformers_ixc.serving.client import Client, decoding_fields, messages_of
 
 
@@ -84,6 +87,9 @@ class ServerAnswers:
         self.client, self.out, self.interrupts = client, arguments.answers, Interrupts()
         self.models = client.models()
         self.usage: dict = {}
+        most: Any = self.models[0].get("max_new_tokens")
+        if isinstance(arguments.max_new_tokens, Usual) and is_whole(most, 1):
+            arguments.max_new_tokens = min(int(arguments.max_new_tokens), most)      # nobody has asked for more
 
     def pieces(self, query: dict, mode: str, options: dict) -> Generator[tuple[str, float], None, None]:
         """Texts of an answer as they come, each with its time; with beams one."""

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from mindformers_ixc.chat_client import OWN_KEY_VARIABLE
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.files import check_target
 from mindformers_ixc.interruption import JOB
 from mindformers_ixc.sections import above_0, check_value
 from mindformers_ixc.serving.limits import Limits
@@ -45,6 +46,11 @@ def api_key(arguments: argparse.Namespace) -> str:
     return key
 
 
+def _is_stream(path: str) -> bool:
+    """Whether there is something that is neither a file nor a folder, such as `/dev/stderr`."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 def check_serve(arguments: argparse.Namespace) -> None:
     """Refuses options that cannot be, a missing package, a port that is taken.
 
@@ -63,6 +69,12 @@ def check_serve(arguments: argparse.Namespace) -> None:
             check_value(f"--{name}", value, above_0(), ConfigError)
     if arguments.image_root is not None and not os.path.isdir(arguments.image_root):
         raise ConfigError(f"--image_root {arguments.image_root} is no folder; name the one that all pictures lie in.")
+    if arguments.log and not _is_stream(arguments.log):
+        check_target(arguments.log, "--log")
+    for name in arguments.allow_host:
+        if "/" in name or "*" in name or name.count(":") == 1:
+            raise ConfigError(f"--allow_host {name} is no name of a host; write one like proxy.example.org, without a "
+                              "port.")
     for origin in arguments.allow_origin:
         if "*" in origin or not origin.startswith(("http://", "https://")) or origin.rstrip("/") != origin:
             raise ConfigError(f"--allow_origin {origin} is no origin; write one like https://example.org, without a "

@@ -24,7 +24,7 @@ from mindformers_ixc.resources import model_name
 from mindformers_ixc.serving.app import make_app
 from mindformers_ixc.serving.decoders import gauges, make_decoder
 from mindformers_ixc.serving.guard import Guard
-from mindformers_ixc.serving.limits import LOOPBACK, PIECES, Limits
+from mindformers_ixc.serving.limits import PIECES, Limits, is_loopback
 from mindformers_ixc.serving.listening import listen
 from mindformers_ixc.serving.ranks import Leading, meeting
 from mindformers_ixc.serving.request_log import RequestLog
@@ -157,6 +157,6 @@ def _ready(arguments: argparse.Namespace, settings: ServerSettings, port: int, r
     terminal.current.say(f"{settings.name} answers at http://{host}:{port}/v1 (modes {', '.join(settings.modes)}; "
                          f"{settings.limits.running} at once, {settings.limits.positions} positions each). Ctrl-C "
                          "ends it.")
-    if arguments.host not in LOOPBACK and not settings.api_key:
+    if not is_loopback(arguments.host) and not settings.api_key:
         terminal.current.say(f"WARNING: everybody who reaches {host}:{port} can ask, for there is no key; "
                              "--api_key KEY or MINDFORMERS_IXC_API_KEY sets one.")

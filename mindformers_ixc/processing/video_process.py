@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import select
 import signal
 import subprocess
@@ -40,6 +41,9 @@ MEMORY_VARIABLE, SECONDS_VARIABLE = "MINDFORMERS_IXC_VIDEO_MEMORY", "MINDFORMERS
 
 # Pixels of a frame at most: 8192 x 8192.
 FRAME_PIXELS = 1 << 26
+
+# What decord's messages begin with: `[12:30:00] /its/source.cc:270: `.
+_PLACE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 
 # Bytes of a message at most; of a frame so many are taken at once.
 MESSAGE, PIECE = 4096, 1 << 20
@@ -85,7 +89,7 @@ class VideoProcess:
     """
 
     def __init__(self, path: Path, name: str = ""):
-        self.name = name or str(path)
+        self.name, self.path = name or str(path), str(path.absolute())
         self.memory = _setting(MEMORY_VARIABLE, MEMORY)
         size = path.stat().st_size / 2 ** 20
         self.seconds = _setting(SECONDS_VARIABLE, SECONDS + SECONDS_PER_MIB * math.ceil(size))
@@ -104,7 +108,7 @@ class VideoProcess:
             raise VideoError(f"The video {self.name} is decoded in a process of its own, which cannot be started "
                              f"({error}).") from error
         try:
-            self._ask(path=str(path.absolute()))
+            self._ask(path=self.path)
             opened = self._answer()
             self.count, self.fps = int(opened["count"]), float(opened["fps"])
         except BaseException:
@@ -147,7 +151,10 @@ class VideoProcess:
                              f"({message['missing']}); install it with pip (on aarch64 decord2, which has wheels "
                              "from Python 3.10 on).")
         if "error" in message:
-            raise self._undecodable((message["error"].splitlines() or [""])[0][:120])
+            # in front decord has a time and a place of its source, and for the file's name its path, a temporary one
+            # where the bytes came from elsewhere
+            reason = _PLACE.sub("", (message["error"].splitlines() or [""])[0]).replace(self.path, self.name)
+            raise self._undecodable(reason[:120])
         return message
 
     def _take(self, count: int) -> bytes:

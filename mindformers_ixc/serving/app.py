@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from mindformers_ixc.serving import responses
 from mindformers_ixc.serving.answering import Likelihood
-from mindformers_ixc.serving.guard import ClientGone, read_body, refuse
+from mindformers_ixc.serving.guard import FAILED, ClientGone, read_body, refuse
 from mindformers_ixc.serving.openapi import document, page_of
 from mindformers_ixc.serving.page import page
 from mindformers_ixc.serving.service import Exchange, Service
@@ -24,6 +24,9 @@ from mindformers_ixc.serving.wire import RequestError, read_chat, read_json_obje
 
 # Seconds of silence after which a stream says that it is still there, so that nothing between closes it.
 HEARTBEAT = 10.0
+
+# Where addresses of pictures stand in a message.
+URL_KEYS = ("url", "image_url", "video_url")
 
 # Seconds that a client may take to read a piece of a stream.
 PATIENCE = 60.0
@@ -68,7 +71,7 @@ def make_app(service: Service) -> Starlette:
               Route("/v1/chat/completions", chat, methods=["POST"]),
               Route("/v1/ixc/tiles", tiles, methods=["POST"]), Route("/openapi.json", openapi), Route("/docs", docs)]
     return Starlette(routes=routes, exception_handlers={404: _missing, 405: _missing, RequestError: _refused,
-                                                        ClientGone: _gone})
+                                                        ClientGone: _gone, Exception: _failed})
 
 
 def _front(service: Service) -> Callable[[Request], Awaitable[Response]]:
@@ -83,16 +86,24 @@ def _front(service: Service) -> Callable[[Request], Awaitable[Response]]:
 
 async def _missing(request: Request, error: Any) -> Response:
     if error.status_code == 405:
-        sentence = f"{request.url.path[:100]} does not take {request.method[:20]}."
-    else:
-        sentence = f"There is nothing at {request.url.path[:100]}; /docs says what there is."
-    return refuse(RequestError(sentence, None, error.status_code, "not_found"))
+        allowed = error.headers["Allow"]
+        response = refuse(RequestError(f"{request.url.path[:100]} does not take {request.method[:20]}, only {allowed}.",
+                                       None, 405, "method_not_allowed"))
+        response.headers["Allow"] = allowed
+        return response
+    return refuse(RequestError(f"There is nothing at {request.url.path[:100]}; /docs says what there is.", None, 404,
+                               "not_found"))
 
 
 async def _refused(request: Request, error: Any) -> Response:
     line = request.scope["state"]["line"]
     line["error"] = error.code or error.param or "refused"
     return refuse(error)
+
+
+async def _failed(_: Request, __: Any) -> Response:
+    """What nobody foresaw; the guard, which the error comes to as well, keeps it."""
+    return refuse(RequestError(FAILED, None, 500, "failed"))
 
 
 async def _gone(_: Request, __: Any) -> Response:
@@ -226,6 +237,6 @@ async def _send(send: Send, message: Any) -> None:
 def without_pictures(message: Any) -> Any:
     """A message for the log: addresses of pictures are cut."""
     if isinstance(message, dict):
-        return {key: f"{value[:40]}..." if key == "url" and isinstance(value, str) and len(value) > 40 else
+        return {key: f"{value[:40]}..." if key in URL_KEYS and isinstance(value, str) and len(value) > 40 else
                 without_pictures(value) for key, value in message.items()}
     return [without_pictures(one) for one in message] if isinstance(message, list) else message

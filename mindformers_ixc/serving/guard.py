@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mindformers_ixc.serving.limits import LOOPBACK
+from mindformers_ixc.serving.limits import LOOPBACK, is_loopback
 from mindformers_ixc.serving.responses import new_id
 from mindformers_ixc.serving.settings import ServerSettings
 from mindformers_ixc.serving.wire import RequestError
@@ -28,6 +28,15 @@ HEAD_BYTES = 32 << 10
 
 # Characters of a request's id that a client may give.
 LONGEST_ID = 64
+
+# What a client gets to know of an error that nobody foresaw.
+FAILED = "The server failed; its log has more."
+
+# Where a request's scope says that too many connections are open.
+CROWDED = "crowded"
+
+# Headers that pages of other sites may send in any case, and what they may read of an answer's.
+ALWAYS_SENT, READABLE = ("authorization", "content-type"), b"retry-after, x-request-id"
 
 
 def header(scope: Scope, name: bytes) -> str | None:
@@ -60,7 +69,7 @@ class Guard:
                  responded: Callable[[int], None] = lambda status: None,
                  failed: Callable[[BaseException], None] = lambda error: None):
         self.app, self.settings, self.log, self.responded, self.failed = app, settings, log, responded, failed
-        self.names = {*LOOPBACK, host.lower(), *map(str.lower, names)} if host in LOOPBACK else None
+        self.names = {*LOOPBACK, host.lower(), *map(str.lower, names)} if is_loopback(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -82,7 +91,8 @@ class Guard:
                 state["status"] = message["status"]
                 more = [(b"x-request-id", line["id"].encode())]
                 if origin:
-                    more += [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin")]
+                    more += [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin"),
+                             (b"access-control-expose-headers", READABLE)]
                 message = {**message, "headers": [*message.get("headers", []), *HEADERS, *more]}
             await send(message)
 
@@ -92,12 +102,16 @@ class Guard:
             line["error"] = error.message if self.settings.log_contents else error.code or error.param or "refused"
             if not state["status"]:
                 await refuse(error)(scope, receive, answer)
+        except asyncio.CancelledError:      # the server ends, and a step takes so long that nobody could be told
+            line["error"] = "shutting_down"
+            if not state["status"]:
+                await refuse(RequestError("The server has shut down before this answer was there; ask another one, or "
+                                          "later.", None, 503, "shutting_down", 5))(scope, receive, answer)
         except Exception as error:      # none is foreseen; a client gets no more than that
             self.failed(error)
             line["error"] = type(error).__name__
             if not state["status"]:
-                await refuse(RequestError("The server failed; its log has more.", None, 500, "failed"))(
-                    scope, receive, answer)
+                await refuse(RequestError(FAILED, None, 500, "failed"))(scope, receive, answer)
         finally:
             line["status"], line["seconds"] = state["status"] or 499, round(time.monotonic() - start, 4)
             self.responded(line["status"])
@@ -109,6 +123,9 @@ class Guard:
         Raises:
             RequestError: when it is not let through.
         """
+        if scope["state"].get(CROWDED):
+            raise RequestError("More connections are open than this server keeps; close some, or try again later.",
+                               None, 503, "too_many_connections", 2)
         host = header(scope, b"host")
         size = len(scope.get("raw_path") or b"") + sum(len(key) + len(value) for key, value in scope["headers"])
         if size > HEAD_BYTES:
@@ -116,13 +133,15 @@ class Guard:
         if sum(key == b"host" for key, _ in scope["headers"]) > 1:
             raise RequestError("The request has several Host headers.", None, 400, "bad_request")
         if self.names is not None and host_of(host or "") not in self.names:
-            raise RequestError(f"This server listens on this machine only and was asked for under the name "
-                               f"{host_of(host or '')[:80]!r}; --allow_host serves it.", None, 403, "wrong_host")
+            named = f"under the name {host_of(host)[:80]!r}; --allow_host serves it" if host else \
+                "without a Host header, which says under which name"
+            raise RequestError(f"This server listens on this machine only and was asked for {named}.", None, 403,
+                               "wrong_host")
         self._check_origin(scope, host)
         if scope["method"] == "OPTIONS" and self._named_origin(scope):
             await answer({"type": "http.response.start", "status": 204, "headers": [
                 (b"access-control-allow-methods", b"GET, POST"), (b"access-control-max-age", b"600"),
-                (b"access-control-allow-headers", b"authorization, content-type")]})
+                (b"access-control-allow-headers", _sendable(scope))]})
             await answer({"type": "http.response.body", "body": b""})
             return
         if scope["path"] not in OPEN_PATHS:
@@ -158,10 +177,18 @@ class Guard:
                                "invalid_api_key")
 
 
+def _sendable(scope: Scope) -> bytes:
+    """Headers that a page of an allowed origin may send: those that it asks for, as OpenAI's client has its own."""
+    asked = (header(scope, b"access-control-request-headers") or "").lower().replace(" ", "").split(",")
+    return ", ".join(dict.fromkeys([*ALWAYS_SENT, *(name for name in asked if re.fullmatch(r"[a-z0-9-]{1,64}", name))])
+                     ).encode()
+
+
 def refuse(error: RequestError) -> JSONResponse:
     """The response of a refusal."""
     # what was refused unread may still be coming
-    headers = {"Connection": "close"} if error.status in (401, 403, 408, 413, 415) else {}
+    close = error.status in (401, 403, 408, 413, 415) or error.code == "too_many_connections"
+    headers = {"Connection": "close"} if close else {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:

@@ -6,12 +6,18 @@ from dataclasses import dataclass, fields
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.sections import Rule, above_0, check_value, whole
 
-# Addresses at which only this machine can be reached.
+# Names under which only this machine can be reached.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # Positions of a piece of a prompt: the more, the longer running answers wait for a part of it. On two cores of a CPU
 # the whole prompt is not sooner there with more of them.
 PIECES = (64, 128, 256)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address: the network 127.0.0.0/8 is its own."""
+    return host in LOOPBACK or host.startswith("127.")
+
 
 # Limits in words, for the help: `--max_NAME`.
 MEANINGS = {

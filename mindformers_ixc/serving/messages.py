@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Union
 from urllib.parse import unquote_to_bytes
@@ -24,12 +26,16 @@ from mindformers_ixc.serving.wire import ChatRequest, RequestError
 
 ROLES = ("system", "developer", "user", "assistant")
 
+# Kinds of parts with the keys that each has beside its type, and the keys of an address.
+_PARTS = {"text": ("text",), "image_url": ("image_url",), "video_url": ("video_url",)}
+_URL_KEYS = ("url", "detail")
+
 # Keys of a message that clients send back as they got them; anything but nothing in them would be lost.
 _EMPTY = ("refusal", "tool_calls", "function_call", "audio", "annotations", "reasoning_content", "name")
 
 # `data:image/png;base64,` before a file's content.
 _DATA = re.compile(r"data:(?P<kind>image|video)/(?P<type>[\w.+-]{1,60})(?:;[\w=.+-]{1,60})*?(?P<base64>;base64)?,",
-                   re.ASCII)
+                   re.ASCII | re.IGNORECASE)
 
 # What decoders of videos go by, from the type in a data URL.
 _SUFFIXES = {"quicktime": ".mov", "x-msvideo": ".avi", "x-matroska": ".mkv", "webm": ".webm", "ogg": ".ogv",
@@ -51,6 +57,13 @@ class Given:
         """What its header is read from."""
         content = self.source
         return StoredFile("the picture", lambda: content) if isinstance(content, bytes) else content
+
+    def refusal(self, error: ImageError | VideoError) -> RequestError:
+        """An error about it for the client, whom paths of the server are no business of."""
+        text = error_sentence(error).replace("the picture's bytes", "the picture")
+        if isinstance(self.source, str):
+            text = text.replace(self.source, os.path.basename(self.source))
+        return RequestError(f"{self.param}: {text}", self.param)
 
 
 def read_question(request: ChatRequest, settings: ServerSettings) -> tuple[dict, list[Given]]:
@@ -81,10 +94,7 @@ def _message(message: Any, where: str, settings: ServerSettings, pictures: list[
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise RequestError(f"{where}.role is {str(role)[:40]!r}; the choices are {', '.join(ROLES)}.", f"{where}.role")
-    for key, value in message.items():
-        if key not in ("role", "content") and not (key in _EMPTY and not value):
-            raise RequestError(f"{where}.{key[:40]} is not read, and what it says would be lost; leave it out.",
-                               f"{where}.{key[:40]}")
+    _check_keys(message, ("role", "content"), where, _EMPTY)
     if isinstance(content, str):
         parts: list[Any] = [{"type": "text", "text": content}]
     elif isinstance(content, list):
@@ -95,8 +105,22 @@ def _message(message: Any, where: str, settings: ServerSettings, pictures: list[
     return {"role": "system" if role == "developer" else role, "content": read}
 
 
+def _check_keys(given: dict, read: Sequence[str], where: str, empty: Sequence[str] = ()) -> None:
+    """Refuses what would be lost; what is `null` says nothing."""
+    for key, value in given.items():
+        if key not in read and value is not None and not (key in empty and not value):
+            raise RequestError(f"{where}.{key[:40]} is not read, and what it says would be lost; leave it out.",
+                               f"{where}.{key[:40]}")
+
+
 def _part(part: Any, where: str, role: str, settings: ServerSettings, pictures: list[Given]) -> dict:
-    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or "type" not in part:
+        raise RequestError(f"{where} must be an object with a type: {', '.join(_PARTS)}.", f"{where}.type")
+    kind = part["type"]
+    if not isinstance(kind, str) or kind not in _PARTS:
+        raise RequestError(f"{where}.type is {str(kind)[:40]!r}; the choices are {', '.join(_PARTS)}.",
+                           f"{where}.type")
+    _check_keys(part, ("type", *_PARTS[kind]), where)
     if kind == "text":
         text = part.get("text")
         if not isinstance(text, str):
@@ -105,15 +129,14 @@ def _part(part: Any, where: str, role: str, settings: ServerSettings, pictures: 
             raise RequestError(f"{where}.text has {IMAGE_PLACEHOLDER}, which marks a picture's place and cannot be "
                                "asked about; pictures are parts of their own here.", f"{where}.text")
         return {"type": "text", "text": text}
-    if kind not in ("image_url", "video_url"):
-        raise RequestError(f"{where}.type is {str(kind)[:40]!r}; the choices are text, image_url, video_url.",
-                           f"{where}.type")
     if role != "user":
         raise RequestError(f"{where} is a picture in a message of the {role}; only the user's have pictures.", where)
     value = part.get(kind)
     url = value.get("url") if isinstance(value, dict) else value
     if not isinstance(url, str) or not url:
         raise RequestError(f"{where}.{kind}.url must be a text.", f"{where}.{kind}.url")
+    if isinstance(value, dict):
+        _check_keys(value, _URL_KEYS, f"{where}.{kind}")
     detail = value.get("detail") if isinstance(value, dict) else None
     if detail not in (None, "auto", "high"):
         raise RequestError(f"{where}.{kind}.detail is {str(detail)[:40]!r}; it may be auto or high. hd_num says how "
@@ -138,7 +161,7 @@ def read_source(url: str, param: str, settings: ServerSettings, video: bool = Fa
     Raises:
         RequestError: when it may not be or cannot be read.
     """
-    if url.startswith("data:"):
+    if url[:5].lower() == "data:":
         return _from_data_url(url, param, settings, video)
     if url.lower().startswith(("http://", "https://")):
         if not settings.hosts:
@@ -149,6 +172,9 @@ def read_source(url: str, param: str, settings: ServerSettings, video: bool = Fa
         if video or is_video(name):
             return StoredFile(f"video{name[name.rfind('.'):] if is_video(name) else '.mp4'}", lambda: content)
         return content
+    if "://" in url and not url.startswith("file://"):
+        raise RequestError(f"{param} is an address of the kind {url.partition('://')[0][:20]!r}; of addresses http and "
+                           "https are fetched, where the server allows them. Send the picture as a data URL.", param)
     return _below_root(url, param, settings)
 
 
@@ -177,12 +203,12 @@ def _below_root(name: str, param: str, settings: ServerSettings) -> Source:
     missing = RequestError(f"{param}: there is no such picture in the server's folder of pictures.", param)
     try:
         path = find_file(name, [root], root)
-    except (FileNotFoundError, ValueError, OSError) as error:     # a sentence with paths is none of a client's business
+        if is_video(path):
+            return str(path)
+        with open(path, "rb") as file:
+            content = file.read(settings.limits.body + 1)
+    except (ValueError, OSError) as error:     # a sentence with paths is none of a client's business
         raise missing from error
-    if is_video(path):
-        return str(path)
-    with open(path, "rb") as file:
-        content = file.read(settings.limits.body + 1)
     if len(content) > settings.limits.body:
         raise RequestError(f"{param}: the file has more than {settings.limits.body} bytes.", param, 413)
     return content
@@ -207,11 +233,21 @@ def check_pictures(given: list[Given], hd_num: int | None, processor: Processor,
                                        f"{limits.pixels} in all.", one.param, 413)
                 grid = plan_partition(width, height, limit, images.image_size).grid
         except (ImageError, VideoError) as error:
-            raise RequestError(f"{one.param}: {error_sentence(error)}", one.param) from error
+            raise one.refusal(error) from error
         tiles += grid.tiles + 1
         if tiles > limits.tiles:
             raise RequestError(f"{one.param}: with this picture the request has {tiles} tiles, more than this server "
                                f"takes ({limits.tiles}); lower hd_num or send fewer pictures.", one.param, 413)
+
+
+def _first_bad(pictures: Sequence[Given], processor: Processor) -> Given:
+    """The first picture that cannot be cut, of some with one that cannot: each is tried by itself."""
+    for one in pictures[:-1]:
+        try:
+            processor.image_processor.cut([one.source], 1)
+        except (ImageError, VideoError):
+            return one
+    return pictures[-1]
 
 
 def encode(request: ChatRequest, processor: Processor, settings: ServerSettings) -> EncodedSample:
@@ -227,7 +263,7 @@ def encode(request: ChatRequest, processor: Processor, settings: ServerSettings)
     except PromptError as error:
         raise RequestError(f"messages: {error}", "messages") from error
     except (ImageError, VideoError) as error:
-        raise RequestError(f"messages: a picture cannot be used: {error_sentence(error)}", "messages") from error
+        raise _first_bad(pictures, processor).refusal(error) from error
     positions = len(sample.input_ids)
     if positions >= settings.limits.positions:
         raise RequestError(f"The messages take {positions} positions; prompt and answer may have "

@@ -170,7 +170,7 @@ class Scheduler(Generic[Row]):
         self.decoder, self.clock = decoder, clock
         self.queue_limit, self.queue_limit_each = queue, queue_each
         self.counts = Counts()
-        self.is_draining = False
+        self.is_draining = self.has_given_up = False
         self.after_tick: Callable[[], None] = lambda: None
         self._lock = threading.RLock()              # of `waiting`
         self.waiting: OrderedDict[str, deque[Job]] = OrderedDict()
@@ -219,6 +219,10 @@ class Scheduler(Generic[Row]):
         self.counts.requests["refused"] += 1
         raise Refused(sentence, status, retry_after)
 
+    def give_up(self) -> None:
+        """Ends all requests, those that wait included, with the next tick: the time to drain is over."""
+        self.has_given_up = True
+
     def cancel(self, job: Job) -> None:
         """Says that nobody wants a request's answers any more; its rows are free after this tick."""
         job.is_cancelled = True
@@ -247,14 +251,21 @@ class Scheduler(Generic[Row]):
 
     def _drop(self) -> None:
         """Ends what is cancelled or late."""
-        now = self.clock()
         for job in self._all():
-            if job.is_cancelled:
-                self._end(job, Ended("cancelled"), "cancelled")
-            elif job.deadline is not None and now >= job.deadline:
-                self._end(job, Refused(f"The answer was not there within {now - job.submitted:.0f} s, the most that a "
-                                       "request may take; ask for fewer tokens, or try again when less is going on.",
-                                       504), "late")
+            reason = self._reason_to_end(job)
+            if reason is not None:
+                self._end(job, reason, "cancelled" if isinstance(reason, Ended) else "late")
+
+    def _reason_to_end(self, job: Job) -> Exception | None:
+        """Why a request must not go on, if it must not."""
+        if job.is_cancelled:
+            return Ended("cancelled")
+        if self.has_given_up:
+            return Refused("The server has shut down before this answer was there; ask another one, or later.", 503, 5)
+        if job.deadline is not None and self.clock() >= job.deadline:
+            return Refused(f"The answer was not there within {self.clock() - job.submitted:.0f} s, the most that a "
+                           "request may take; ask for fewer tokens or beams, or try again when less is going on.", 504)
+        return None
 
     def _all_waiting(self) -> list[Job]:
         with self._lock:
@@ -395,7 +406,9 @@ class Scheduler(Generic[Row]):
             if self.tick():
                 self._has_taken(since)
             since = self.clock()
-            self._look_at(job)
+            reason = self._reason_to_end(job)
+            if reason is not None:
+                raise reason
 
         try:
             ids = self.decoder.whole(job.prompt, job, between)
@@ -411,13 +424,6 @@ class Scheduler(Generic[Row]):
         finally:
             self.whole = None
         return True
-
-    def _look_at(self, job: Job) -> None:
-        if job.is_cancelled:
-            raise Ended("cancelled")
-        if job.deadline is not None and self.clock() >= job.deadline:
-            raise Refused(f"The answer was not there within {self.clock() - job.submitted:.0f} s, the most that a "
-                          "request may take; ask for fewer beams or tokens.", 504)
 
     def _end(self, job: Job, error: Exception | None, how: str) -> None:
         """Ends a request in whatever state it is."""

@@ -3,22 +3,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
 
+import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mindformers_ixc.serving.guard import HEAD_BYTES
+from mindformers_ixc.serving.guard import CROWDED, HEAD_BYTES
 from mindformers_ixc.serving.limits import Limits
 from mindformers_ixc.serving.listening import BACKLOG
 from mindformers_ixc.serving.service import Service
+from mindformers_ixc.serving.wire import RequestError
 
 # Seconds in which the head of a request must have come, and that an idle connection is kept.
 HEAD_SECONDS, KEPT_SECONDS = 10.0, 15
+
+# Seconds that the step which is being computed has to end when the time to drain is over, and requests to be told so.
+LEFT_SECONDS = 5
+
+NO_HTTP = RequestError("What came is no request of HTTP/1.1 that can be read; the connection is closed.", None, 400,
+                       "bad_request")
 
 
 class TimedProtocol(H11Protocol):
@@ -46,6 +55,17 @@ class TimedProtocol(H11Protocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is no HTTP, unless the answer is already on its way, and closes."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(NO_HTTP.body).encode()
+            headers = [("content-type", "application/json"), ("content-length", str(len(body))),
+                       ("connection", "close")]
+            for event in (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=body),
+                          h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _close_without_head(self) -> None:
         self._head_timer = None
@@ -78,14 +98,21 @@ class HttpServer:
 
     def __init__(self, app: ASGIApp, service: Service, limits: Limits, drain: float,
                  say: Callable[[str], None] = lambda text: None):
-        self.service, self.drain, self.say = service, drain, say
+        self.app, self.service, self.limits, self.drain, self.say = app, service, limits, drain, say
+        # uvicorn warns whoever serves of requests that are none, or ask for web sockets; and has a traceback for each
+        # that it ends with the server. `Guard` keeps the errors that matter
         self.server = _Server(uvicorn.Config(
-            app, http=TimedProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
-            server_header=False, proxy_headers=False, limit_concurrency=limits.connections, backlog=BACKLOG,
+            self._counted, interface="asgi3", http=TimedProtocol, ws="none", lifespan="off", log_config=None,
+            log_level="critical", access_log=False, server_header=False, proxy_headers=False, backlog=BACKLOG,
             timeout_keep_alive=KEPT_SECONDS, h11_max_incomplete_event_size=HEAD_BYTES,
-            timeout_graceful_shutdown=5))
+            timeout_graceful_shutdown=LEFT_SECONDS))
         self._asked = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, told of a request that comes over one connection too many: it refuses and logs it."""
+        scope.setdefault("state", {})[CROWDED] = len(self.server.server_state.connections) > self.limits.connections
+        await self.app(scope, receive, send)
 
     def run(self, listening: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
         """Serves on a socket; returns when all has ended.
@@ -113,13 +140,21 @@ class HttpServer:
 
     async def _drained(self) -> None:
         """Waits until the end was asked for and running answers have come to theirs, or their time is over."""
-        loop = asyncio.get_running_loop()
         while not self._asked.is_set():
             await asyncio.sleep(0.05)
-        until = loop.time() + self.drain
+        if not await self._idle_within(self.drain):
+            self.say(f"Not all was answered within {self.drain:g} s; the rest is refused.")
+            self.service.scheduler.give_up()
+            await self._idle_within(LEFT_SECONDS)
+        await asyncio.sleep(0.1)        # what is done is on its way to the clients
+
+    async def _idle_within(self, seconds: float) -> bool:
+        """Waits until nothing is going on; whether it was so within this time."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
         while not self.service.scheduler.is_idle and loop.time() < until:
             await asyncio.sleep(0.05)
-        await asyncio.sleep(0.1)        # what is done is on its way to the clients
+        return self.service.scheduler.is_idle
 
     def end(self) -> None:
         """Takes no more requests, lets those that run come to their end; for any thread. Asked again: ends at once."""

@@ -10,10 +10,9 @@ import numpy as np
 from PIL import Image
 
 from mindformers_ixc.errors import ImageError, VideoError
-from mindformers_ixc.generation.requests import error_sentence
 from mindformers_ixc.processing.image import IMAGE_MEAN, IMAGE_STD
 from mindformers_ixc.processing.processor import Processor
-from mindformers_ixc.sections import check_keys, is_whole
+from mindformers_ixc.sections import is_whole
 from mindformers_ixc.serving.messages import Given, check_pictures, read_source
 from mindformers_ixc.serving.settings import ServerSettings
 from mindformers_ixc.serving.wire import RequestError
@@ -41,7 +40,9 @@ def read_tiles(body: Mapping[str, Any], processor: Processor, settings: ServerSe
     Raises:
         RequestError: naming the field.
     """
-    check_keys(body, TILE_FIELDS, "", RequestError, "", "field")
+    for name in body:
+        if name not in TILE_FIELDS:
+            raise RequestError(f"There is no field {name[:60]}; the choices are {', '.join(TILE_FIELDS)}.", name[:60])
     image, hd_num, pictures = body.get("image"), body.get("hd_num"), body.get("pictures")
     if not isinstance(image, str):
         raise RequestError("image must be a text: a data URL, or an address as in image_url.url.", "image")
@@ -55,7 +56,7 @@ def read_tiles(body: Mapping[str, Any], processor: Processor, settings: ServerSe
     try:
         tiles, (grid,) = images.cut([given[0].source], limit)
     except (ImageError, VideoError) as error:
-        raise RequestError(f"image: {error_sentence(error)}", "image") from error
+        raise given[0].refusal(error) from error
     local = [_address(np.moveaxis(tiles.local[place], 0, -1)) for place in range(1, len(tiles))]
     return {"object": "ixc.tiles", "grid": {"rows": grid.rows, "columns": grid.columns},
             "positions": processor.image_processor.token_count(grid), "tile_size": tiles.side,

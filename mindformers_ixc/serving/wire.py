@@ -33,9 +33,10 @@ class RequestError(Exception):
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None,
                  retry_after: int | None = None):
-        super().__init__(message)
-        self.message, self.param, self.status, self.code = message, param, status, code
-        self.retry_after = retry_after
+        # what a request has for a name may be half of a surrogate pair, which no response can be written with
+        self.message, self.param = _writable(message), None if param is None else _writable(param)
+        super().__init__(self.message)
+        self.status, self.code, self.retry_after = status, code, retry_after
 
     @property
     def body(self) -> dict:
@@ -44,6 +45,10 @@ class RequestError(Exception):
                  429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,8 @@ FIELDS: dict[str, FieldRule] = {
     "logprobs": _meaning(_truth(), "log-probabilities of the answer's tokens"),
     "top_logprobs": _meaning(_whole(0, MOST_LIKELY), "so many likeliest tokens with each; needs logprobs"),
     "user": _meaning(_text(512), "not looked at"),
+    "safety_identifier": _meaning(_text(512), "not looked at"),
+    "prompt_cache_key": _meaning(_text(512), "not looked at; what prompts share is found by itself"),
     "top_k": _meaning(_whole(0), "only the k likeliest tokens are sampled; 0: no limit"),
     "num_beams": _meaning(_whole(1, 64), "beam search; not with stream, n or logprobs"),
     "repetition_penalty": _meaning(FieldRule(RULES["repetition_penalty"], {"type": "number"}, ""),

@@ -231,6 +231,19 @@ def test_marks_of_turns_need_a_server_that_takes_them(server, tmp_path, name):
             run(*words)
 
 
+@pytest.mark.parametrize(("limit", "most", "option"), [("max_beams", 2, "num_beams"), ("max_new_tokens", 4,
+                                                                                       "max_new_tokens")])
+def test_a_server_that_would_refuse_every_question_is_not_asked(server, tmp_path, limit, most, option):
+    write_table(tmp_path, "MMStar")
+    words = server.asks("MMStar")
+    server.models[0][limit] = most
+    with pytest.raises(ConfigError, match=rf"asked with --{option} \d, .* at most; start the server with --{limit}"):
+        run(*words)
+    assert not server.asked
+    run(*words, f"--{option}", str(most))
+    assert len(server.asked) == 4
+
+
 def test_another_mode_is_another_model_of_the_server_or_a_field(server, tmp_path):
     write_table(tmp_path, "MMStar")
     run(*server.asks("MMStar"), "--mode", "write")

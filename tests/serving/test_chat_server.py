@@ -19,6 +19,7 @@ from mindformers_ixc.errors import ConfigError, GenerationError
 from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.serving import client
 from mindformers_ixc.serving.client import Client, data_url, decoding_fields, messages_of
+from mindformers_ixc.serving.limits import Limits
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,16 @@ class TestOneQuestion:
         assert chat(asked) == 0
         assert asked.answers.getvalue() == expected(processor, query="<ImageHere>What is shown?", hd_num=2,
                                                     images=[str(IMAGES / "cat.jpg")]) + "\n"
+
+    def test_an_answer_is_as_long_as_the_server_takes_unless_a_length_is_asked_for(self, processor):
+        with served(limits=Limits(running=4, positions=1024, new_tokens=5), processor=processor) as short:
+            usual, longer = (mindformers_ixc_cli.parse(["chat", "--server", short.url, *words, "Go"])
+                             for words in ((), ("--max_new_tokens", "6")))
+            usual.answers = longer.answers = io.StringIO()
+            chat(usual)
+            assert short.chats(1)[0]["completion_tokens"] == 5
+            with pytest.raises(GenerationError, match="this server takes 5 at most"):
+                chat(longer)
 
     def test_options_arrive(self, server):
         before = len(server.chats(0))

@@ -373,3 +373,6 @@ class TestBeside:
                 assert ("A secret?" in line) is contents and data_url()[60:90] not in line
                 assert (server.lines[0].get("answers") == [text]) is contents
                 assert server.lines[0]["image_tokens"] > 0 and server.lines[0]["status"] == 200
+                bare = question("A secret?")
+                bare["messages"][0]["content"].append({"type": "image_url", "image_url": data_url()})
+                assert server.ask(**bare).is_success and data_url()[60:90] not in json.dumps(server.chats(2)[1])

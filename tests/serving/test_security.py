@@ -19,9 +19,11 @@ from served import IMAGES, STARTER, data_url, question, served
 from standin_decoder import StandInDecoder
 
 from mindformers_ixc.processing.processor import Processor
-from mindformers_ixc.serving import fetching
+from mindformers_ixc.serving import fetching, messages
 from mindformers_ixc.serving import server as servers
+from mindformers_ixc.serving.guard import Guard
 from mindformers_ixc.serving.limits import Limits
+from mindformers_ixc.serving.settings import ServerSettings
 
 KEY = "a-key-of-some-length"
 
@@ -45,6 +47,7 @@ def folder(tmp_path_factory):
     (root / "out.png").symlink_to(top / "secret.png")
     (root / "etc").symlink_to("/etc")
     (root / "text.jpg").write_text("no picture")
+    (root / "text.mp4").write_text("no video")
     os.mkfifo(root / "pipe.png")
     return root
 
@@ -138,6 +141,19 @@ def test_no_path_leaves_the_folder(server, path):
     assert "secret" not in answer.json()["error"]["message"] and "passwd" not in answer.json()["error"]["message"]
 
 
+def test_no_message_has_a_path_of_the_server(server, folder):
+    for url in ("text.mp4", "data:video/mp4;base64," + base64.b64encode(bytes(1000)).decode()):
+        message = send(server, picture(url)).json()["error"]["message"]
+        assert "cannot be decoded" in message and "/tmp" not in message and str(folder) not in message
+
+
+def test_a_file_that_cannot_be_read_is_as_if_it_were_not_there(server, monkeypatch):
+    def opened(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(messages, "open", opened, raising=False)
+    check(send(server, picture("cat.jpg")), 400, ".url")
+
+
 def test_what_is_in_the_folder_is_read(server, folder):
     assert send(server, picture("cat.jpg")).status_code == 200
     assert send(server, picture(f"file://{folder}/cat.jpg")).status_code == 200
@@ -186,6 +202,14 @@ BODIES = {
             {"type": "image_url", "image_url": {"url": "cat.jpg"}}]}, {"role": "user", "content": "y"}]}).encode(),
     "many messages": json.dumps({"messages": [{"role": "user", "content": "x"}] * 10_000}).encode(),
     "a long text": json.dumps({"messages": [{"role": "user", "content": "word " * 100_000}]}).encode(),
+    "a field that is no text": b'{"\\ud800": 1, "messages": [{"role": "user", "content": "x"}]}',
+    "a key that is no text": b'{"messages": [{"role": "user", "content": "x", "\\udfff": 1}]}',
+    "a part without a type": b'{"messages": [{"role": "user", "content": [{"text": "x"}]}]}',
+    "a type that is none": b'{"messages": [{"role": "user", "content": [{"type": ["text"], "text": "x"}]}]}',
+    "a text with a picture": json.dumps({"messages": [{"role": "user", "content": [
+        {"type": "text", "text": "x", "image_url": {"url": "cat.jpg"}}]}]}).encode(),
+    "a picture with more": json.dumps({"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "cat.jpg", "hd_num": 4}}]}]}).encode(),
     "a key of its own": b'{"messages": [{"role": "user", "content": "x", "__class__": "y"}]}',
 }
 
@@ -215,6 +239,15 @@ def test_bad_pictures(server, name):
     start = time.monotonic()
     check(send(server, picture(PICTURES[name])), 400)
     assert time.monotonic() - start < IN_TIME
+
+
+def test_a_damaged_picture_is_named_among_others(server):
+    cut = data_url()[:len(data_url()) // 2 // 4 * 4 + 23 % 4]
+    check(send(server, question("?", "cat.jpg", cut)), 400, "content[1].image_url.url")
+
+
+def test_the_scheme_of_a_data_url_is_of_any_case(server):
+    assert send(server, picture(data_url().replace("data:image/jpeg;base64", "DATA:Image/JPEG;Base64"))).is_success
 
 
 class TestSizes:
@@ -297,6 +330,10 @@ class TestHeaders:
     def test_other_names_of_this_machine(self, server, host):
         check(send(server, question(), Host=host), 403)
 
+    @pytest.mark.parametrize(("address", "own"), [("127.0.0.2", True), ("::1", True), ("0.0.0.0", False)])
+    def test_names_are_looked_at_wherever_this_machine_alone_is_listened_to(self, address, own):
+        assert (Guard(None, ServerSettings("starter"), address).names is not None) is own
+
     @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1", "file://"])
     def test_pages_of_other_sites(self, server, origin):
         answer = send(server, question(), Origin=origin)
@@ -307,8 +344,11 @@ class TestHeaders:
     def test_an_origin_and_a_name_that_were_allowed(self, processor):
         origin = "https://ok.example"
         with served(processor=processor, origins=(origin,), names=("Proxy.example",)) as other:
-            asked = send(other, b"", method="OPTIONS", Origin=origin)
+            asked = send(other, b"", method="OPTIONS", Origin=origin,
+                         Access_Control_Request_Headers="Authorization, x-stainless-os, x_y, a: b")
             assert asked.status_code == 204 and "POST" in asked.headers["access-control-allow-methods"]
+            # OpenAI's client of a browser has headers of its own
+            assert asked.headers["access-control-allow-headers"] == "authorization, content-type, x-stainless-os"
             answer = send(other, question(), Origin=origin, Host="proxy.example:8443")
             assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
             check(send(other, question(), Origin="https://ok.example.evil"), 403)
@@ -330,6 +370,7 @@ class TestHeaders:
 
     def test_methods_and_paths_that_there_are_not(self, server):
         check(send(server, b"", method="GET"), 405)
+        assert send(server, b"", method="OPTIONS").headers["allow"] == "POST"
         check(send(server, b"", method="DELETE", path="/v1/models"), 405)
         for path in ("/v1", "/../../etc/passwd", "/static/..%2f..%2fetc/passwd", "/v1/models/none"):
             check(send(server, b"", path, "GET"), 404)

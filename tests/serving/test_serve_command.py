@@ -36,6 +36,8 @@ class TestRefusals:
         (["--model", "starter", "--fetch_images", "http://a/b"], "--fetch_images http://a/b is no host"),
         (["--model", "starter", "--port", "99999"], "--port is 99999; ports are numbered 0 to 65535"),
         (["--model", "starter", "--host", "203.0.113.1"], "--host 203.0.113.1 --port 8000 cannot be listened on"),
+        (["--model", "starter", "--log", "/nowhere/requests.log"], "--log /nowhere/requests.log cannot be written"),
+        (["--model", "starter", "--allow_host", "a.example:80"], "--allow_host a.example:80 is no name of a host"),
         (["--model", "/nowhere"], "/nowhere"),
     ], ids=str)
     def test_what_cannot_be_is_said_before_anything_is_loaded(self, words, sentence):

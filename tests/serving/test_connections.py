@@ -1,0 +1,121 @@
+"""What is below a request: bytes that are none, connections that are too many, and the end of the server."""
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+from served import STARTER, question, served
+from standin_decoder import StandInDecoder
+
+from mindformers_ixc.processing.processor import Processor
+from mindformers_ixc.serving import app as routes
+from mindformers_ixc.serving import server as servers
+from mindformers_ixc.serving.limits import Limits
+
+SHUT_DOWN = "The server has shut down before this answer was there; ask another one, or later."
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor.from_directory(STARTER)
+
+
+@pytest.fixture(autouse=True)
+def silence(caplog):
+    """Whatever comes in, nobody's terminal gets a traceback or a warning for it."""
+    yield
+    assert [one.getMessage() for one in caplog.records if one.name.startswith(("asyncio", "uvicorn"))
+            and one.levelno > logging.INFO] == []
+
+
+def sent(server, *parts: bytes) -> bytes:
+    """What comes back for bytes that are sent one part after the other, until the server closes."""
+    with socket.create_connection(("127.0.0.1", server.port)) as wire:
+        wire.settimeout(5)
+        found = b""
+        for number, part in enumerate(parts):
+            wire.sendall(part)
+            if number < len(parts) - 1:
+                found += wire.recv(65536)
+        while piece := wire.recv(65536):
+            found += piece
+        return found
+
+
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def test_what_is_no_request_is_refused_in_the_form_of_all_refusals_and_once(processor):
+    with served(processor=processor) as server:
+        for content in (b"hello\r\n\r\n", b"GET /health HTTP/1.1\r\n\r\n", b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n"):
+            head, _, body = sent(server, content).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 400 ") and b"connection: close" in head.lower()
+            assert json.loads(body)["error"]["code"] == "bad_request"
+        # the answer has gone before what followed turned out to be wrong: there is no second one
+        found = sent(server, GET + b"Transfer-Encoding: chunked\r\n\r\n", b"zz\r\n\r\n")
+        assert found.startswith(b"HTTP/1.1 200 ") and found.endswith(b'{"status":"ok"}')
+        found = sent(server, GET + b"Connection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n")
+        assert found.startswith(b"HTTP/1.1 200 ")
+        assert server.ask(**question()).status_code == 200
+
+
+def test_a_connection_too_many_is_refused_with_a_sentence_and_logged(processor):
+    with served(limits=Limits(running=4, positions=1024, connections=2), processor=processor) as server:
+        idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
+        time.sleep(0.1)         # for the server to take them
+        answer = server.ask(**question())
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        assert answer.json()["error"]["code"] == "too_many_connections" == server.chats(1)[0]["error"]
+        for one in idle:
+            one.close()
+        time.sleep(0.1)
+        assert server.ask(**question()).status_code == 200
+
+
+def test_what_nobody_foresaw_is_told_in_the_form_of_all_refusals_and_kept(processor, monkeypatch):
+    monkeypatch.setattr(routes, "read_chat", lambda *_: 1 // 0)
+    with served(processor=processor) as server:
+        answer = server.ask(**question())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "failed")
+        assert answer.json()["error"]["message"] == "The server failed; its log has more."
+        assert [type(one) for one in server.faults] == [ZeroDivisionError]
+
+
+def answers_while_it_ends(server, *requests: dict) -> list[httpx.Response]:
+    """What several requests get while the server is told to end."""
+    found: dict[int, httpx.Response] = {}
+    threads = [threading.Thread(target=lambda place=place, more=more: found.update(
+        {place: server.ask(**question(max_tokens=900, **more))})) for place, more in enumerate(requests)]
+    for thread in threads:
+        thread.start()
+    while len(server.service.scheduler.writing) + server.service.scheduler.queued < len(requests):
+        time.sleep(0.01)
+    server.server.end()
+    for thread in threads:
+        thread.join(20)
+    return [found[place] for place in range(len(requests))]
+
+
+def test_what_has_not_ended_in_time_is_told_so(processor):
+    with served(StandInDecoder(most=2, step_seconds=0.02), processor=processor, drain=0.2) as server:
+        streamed, whole, waiting = answers_while_it_ends(server, {"stream": True}, {}, {"n": 2})
+    for answer in (whole, waiting):
+        assert (answer.status_code, answer.json()["error"]["message"]) == (503, SHUT_DOWN)
+    *_, last = [line for line in streamed.text.splitlines() if line]
+    assert streamed.status_code == 200 and json.loads(last[6:])["error"]["message"] == SHUT_DOWN
+    assert not server.decoder.rows and not server.faults
+
+
+def test_a_step_without_end_does_not_keep_the_server_or_its_clients(processor, monkeypatch):
+    monkeypatch.setattr(servers, "LEFT_SECONDS", 0.2)
+    decoder = StandInDecoder(most=2, step_seconds=0.02)
+    with served(decoder, processor=processor, drain=0.1) as server:
+        step = decoder.step
+        monkeypatch.setattr(decoder, "step", lambda *rows: (time.sleep(3), step(*rows))[1])
+        answer, = answers_while_it_ends(server, {})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, SHUT_DOWN)
