@@ -14,7 +14,7 @@ from mindformers_ixc.doctor.findings import NOTE, OK, PROBLEM, Finding
 from mindformers_ixc.doctor.libraries import libraries_finding
 from mindformers_ixc.errors import BuildError
 from mindformers_ixc.native import SWITCH
-from mindformers_ixc.native.building import build, compilers, place
+from mindformers_ixc.native.building import build, compilers, is_whole, place
 
 GIB = 2 ** 30
 
@@ -130,11 +130,11 @@ def _kernels(environment: Mapping[str, str], build_now: bool) -> Finding:
     topic, slower = "CPU kernels", "answers on the CPU are the same without them, and slower"
     if environment.get(SWITCH) == "0":
         return Finding(topic, NOTE, f"switched off ({SWITCH}=0)", f"unset {SWITCH}")
-    found = compilers(environment)
     try:
+        found = compilers(environment)
         if found and build_now:
             build()
-        if place(environment).exists():
+        if is_whole(place(environment)):
             return Finding(topic, OK, f"built, {place(environment)}")
     except BuildError as error:
         return Finding(topic, NOTE, f"{error} Till then {slower}", "then python -m mindformers_ixc.native builds them")

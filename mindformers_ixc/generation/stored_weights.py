@@ -13,6 +13,7 @@ from mindformers_ixc.checkpoint.dtypes import count_not_finite, format_of, item_
 from mindformers_ixc.checkpoint.model_directory import numpy_type, read_as
 from mindformers_ixc.checkpoint.quantised import (
     AWQ,
+    EMBEDDING,
     Quantization,
     check_scales,
     own_parts,
@@ -102,6 +103,9 @@ def _whole_numbers(source: OpenedCheckpoint, quantization: Quantization, able: s
         if name not in able:
             raise CheckpointError(f"{source.path} holds {name} as whole numbers; only linears and the embedding are "
                                   "computed with like that.")
+        if name == EMBEDDING and weight.kind != "int8":
+            raise CheckpointError(f"{source.path} holds {name} with 4 bits, and rows of an embedding are looked up of "
+                                  f"8 bits or more; `mindformers quantize {source.path} TARGET` makes them 8.")
         kinds[name] = "int4" if weight.kind == AWQ else weight.kind
         tensors.update({f"{name}.{part}": tensor for part, tensor in own_parts(weight).items()})
     return kinds
