@@ -13,7 +13,7 @@ import psutil
 from mindformers_ixc.doctor.findings import NOTE, OK, PROBLEM, Finding
 from mindformers_ixc.doctor.libraries import libraries_finding
 from mindformers_ixc.errors import BuildError
-from mindformers_ixc.native import SWITCH
+from mindformers_ixc.native import SWITCH, lacking_instructions
 from mindformers_ixc.native.building import build, compilers, is_whole, place
 
 GIB = 2 ** 30
@@ -135,7 +135,9 @@ def _kernels(environment: Mapping[str, str], build_now: bool) -> Finding:
         if found and build_now:
             build()
         if is_whole(place(environment)):
-            return Finding(topic, OK, f"built, {place(environment)}")
+            lacking = lacking_instructions()
+            plain = f"; this processor lacks {', '.join(lacking)}, so quantised weights take longer" if lacking else ""
+            return Finding(topic, OK, f"built, {place(environment)}{plain}")
     except BuildError as error:
         return Finding(topic, NOTE, f"{error} Till then {slower}", "then python -m mindformers_ixc.native builds them")
     if not found:

@@ -116,6 +116,9 @@ def _say(source: OpenedCheckpoint, quantization: Quantization | None) -> None:
     if not native.is_switched_on():
         logger.warning(f"{source.path}: without the kernels for the CPU every weight is widened anew whenever it is "
                        "used, which is slow; `mindformers doctor` says what they need.")
+    elif lacking := native.lacking_instructions():
+        logger.warning(f"{source.path}: this processor lacks {', '.join(lacking)}, so the plain form of the kernels "
+                       "computes with its weights: the same answers, more slowly.")
     if quantization is not None and quantization.method == AWQ:
         logger.warning(f"{source.path} is packed as AWQ, which is packed anew in memory whenever it is loaded; "
                        f"`mindformers quantize {source.path} TARGET` does that once, and TARGET is there at once.")

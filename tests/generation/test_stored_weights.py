@@ -70,6 +70,17 @@ def test_without_a_compiler(folders, monkeypatch, caplog, name):
 
 
 @needs_compiler
+def test_a_processor_without_the_instructions_is_named(folders, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(native, "PROCESSOR", tmp_path / "cpuinfo")
+    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
+    words = "this processor lacks AVX2, F16C, so the plain form"
+    for flags, said in (("fpu sse2 avx2 fma f16c", False), ("fpu avx fma", True)):
+        native.PROCESSOR.write_text(f"model name\t: some\nflags\t\t: {flags}\nbugs\t\t: avx2\n")
+        load_model(folders["4"])
+        assert (words in caplog.text) is said
+
+
+@needs_compiler
 def test_weights_of_16_bits_stay_where_an_assistant_answers(monkeypatch):
     assistant = Assistant.from_directory("starter")
     found = {parameter.name: parameter for parameter in assistant.model.get_parameters()}
