@@ -3,7 +3,7 @@
     python benchmarks/grpo.py [--out FOLDER] [--half FOLDER] [OVERRIDES ...]
 
 Makes the half-trained model first: the starter learns from captions of charts (ixc25_pretrain_tiny.yaml, half of its
-epochs), then from a few questions (ixc25_charts_tiny.yaml, stopped after 60 samples). Then runs ixc25_grpo_tiny.yaml,
+epochs), then from a few questions (ixc25_charts_tiny.yaml, on 45 samples). Then runs ixc25_grpo_tiny.yaml,
 whose prompts are the questions about the training charts, and asks both models 96 questions about charts that neither
 has seen. Prints a table and returns 1 if exact match is below 80 % afterwards or GRPO takes over ten minutes.
 """
@@ -50,7 +50,7 @@ def main() -> int:
         if arguments.half is None:
             spent = run("ixc25_pretrain_tiny", "starter", out / "captions", "--epochs", "25", "--evaluation.every", "0")
             spent += run("ixc25_charts_tiny", out / "captions" / "model", half, "--epochs", "1",
-                         "--train_dataset.data_loader.mixture.samples_per_epoch", "60")
+                         "--train_dataset.data_loader.mixture.samples_per_epoch", "45")
             print(f"half-trained model           {spent:.0f} s", flush=True)
         seconds = run("ixc25_grpo_tiny", half / "model", out / "grpo", *words)
         rows, asked = rows_of(out / "grpo", "metrics.jsonl"), questions("vqa_held_out")

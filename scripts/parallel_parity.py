@@ -140,9 +140,9 @@ def write_sources(folder: Path) -> dict:
     return {"train_dataset.data_loader.dataset_dir": f"[{files[0]}, {files[1]}]"}
 
 
-def rows_of(out: Path) -> list[dict]:
-    """What a run has written so far of its steps."""
-    path = out / "metrics.jsonl"
+def rows_of(out: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """What a run has written so far of its steps, or of its evaluations."""
+    path = out / name
     lines = path.read_text().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
@@ -255,10 +255,10 @@ def check_preferences(out: Path, names: tuple[str, ...] = ("tp2", "dp2", "tp2acc
 
 
 def check_rewards(out: Path, names: tuple[str, ...] = ("tp2", "dp2", "tp2accumulated", "pp2")) -> int:
-    """A reward model in some layouts; returns how many miss the bar."""
+    """A reward model in some layouts, with held-out pairs; returns how many miss the bar."""
     return _check_pairs(out, "reward", REWARDS, names, {
         "train_parts": "[language, partial_lora, reward_head]", "model.model_config.adapter_mode": "base",
-        "model.model_config.reward.loss": "focal", "evaluation": "null"},
+        "model.model_config.reward.loss": "focal", "evaluation.max_samples": 6, "evaluation.batch_size": 4},
         REWARD_NORMS)
 
 
@@ -273,8 +273,11 @@ def _check_pairs(out: Path, kind: str, recipe: Path, names: tuple[str, ...], cha
         run(layout, out / f"{kind}_{name}", options, recipe)
         if name == "single":
             continue
-        ours = rows_of(out / f"{kind}_{name}")
-        worst = worst_difference(ours, rows_of(out / f"{kind}_single"), norms)
+        own, single = out / f"{kind}_{name}", out / f"{kind}_single"
+        ours = rows_of(own)
+        held_out = [rows_of(folder, "evaluations.jsonl") for folder in (own, single)]
+        assert len(held_out[0]) == len(held_out[1])
+        worst = max(worst_difference(ours, rows_of(single), norms), worst_difference(*held_out))
         failed += not worst <= BAR
         print(f"{f'{kind} {name}':14} {len(ours):5} {worst:15.1e} {'':>18} {time.perf_counter() - began:8.0f} "
               f"{'ok' if worst <= BAR else 'MISSED'}", flush=True)
