@@ -49,7 +49,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Path:
     key = hashlib.sha256(repr((_COMPILE, _LINK, platform.machine(), platform.libc_ver())).encode())
     for source in (*_SOURCES, *_HEADERS, "building.py", "check.py"):
         key.update((_HERE / source).read_bytes())
-    home = environment.get("HOME") or os.path.expanduser("~")
+    home = environment["HOME"] if "HOME" in environment else os.path.expanduser("~")      # empty: there is none
     if not environment.get("XDG_CACHE_HOME") and not os.path.isabs(home):
         raise BuildError("The kernels for the CPU are kept in the user's cache, and there is no home folder; set HOME "
                          "or XDG_CACHE_HOME.")

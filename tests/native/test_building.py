@@ -97,6 +97,8 @@ def test_without_a_compiler_or_a_folder_there_are_none_and_that_is_no_error(cach
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     with pytest.raises(BuildError, match=r"cannot be kept in /proc/nowhere.*set XDG_CACHE_HOME"):
         build()
+    with pytest.raises(BuildError, match="no home folder"):
+        place({"HOME": ""})
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.raises(BuildError, match="no home folder"):
         place({})
