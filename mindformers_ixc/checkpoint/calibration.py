@@ -19,7 +19,7 @@ from mindformers_ixc.checkpoint.quantised import ComputedTensor
 from mindformers_ixc.checkpoint.scaling import FOLDS, NORMS, divided_norm, fitted
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.data.conversations import load_conversations
-from mindformers_ixc.errors import DataError
+from mindformers_ixc.errors import CheckpointError, DataError
 from mindformers_ixc.files import write_whole
 from mindformers_ixc.parameters import layer_of
 from mindformers_ixc.processing.processor import EncodedSample, Processor
@@ -134,6 +134,7 @@ class Calibrator:
 
         for x, image in zip(self._states, self._images):
             layer(x, image, look)
+        self._check(seen)
         dtypes = {norm: self._norm_dtype(f"model.layers.{self._next}.{norm}.weight") for norm in NORMS}
         rounding = LayerRounding(layer, self.ways, dtypes, self._noted())
         for fold in FOLDS:
@@ -143,6 +144,14 @@ class Calibrator:
         self._note()
         self._states = [layer(x, image) for x, image in zip(self._states, self._images)]
         self._next += 1
+
+    def _check(self, seen: dict[str, np.ndarray]) -> None:
+        """Refuses moments that nothing can be chosen by."""
+        odd = next((path for path, moments in seen.items() if not np.isfinite(moments).all()), None)
+        if odd is not None:
+            raise CheckpointError(f"What the samples bring to model.layers.{self._next}.{odd} holds NaN, infinities or "
+                                  "numbers whose squares are beyond float32, so nothing can be chosen by it; take a "
+                                  "checkpoint that answers, or leave --calibrate out.")
 
     def _noted(self) -> Decisions | None:
         """What an interrupted run decided for the layer, so that what it has written and what is missing agree."""
@@ -171,6 +180,7 @@ class Calibrator:
         before, after = (float(np.mean([getattr(one, name) for one in self.choices])) for name in ("nearest", "chosen"))
         counts = Counter(one.way for one in self.choices)
         taken = ", ".join(f"{counts[way]} {'rounded to the ' * (way == WAYS[0])}{way}" for way in WAYS if counts[way])
-        return (f"Calibrated with {len(self.samples)} samples: the linears' outputs differ by "
+        samples = "1 sample" if len(self.samples) == 1 else f"{len(self.samples)} samples"
+        return (f"Calibrated with {samples}: the linears' outputs differ by "
                 f"{100 * after ** 0.5:.2f} % (root of the mean square), and by {100 * before ** 0.5:.2f} % with every "
                 f"weight rounded to the nearest. Of {len(self.choices)} linears: {taken}.")

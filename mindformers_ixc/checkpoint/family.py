@@ -55,21 +55,23 @@ def describe_member(source: OpenedCheckpoint) -> str | None:
     if SCORE_HEAD in names and WRITING_HEAD in names:
         return (f"It has two heads, {SCORE_HEAD} of a reward model and {WRITING_HEAD} of a model that writes, so it is "
                 "neither: take out the one that does not belong to it.")
+    trains = not any(name.endswith(".qweight") for name in names)       # nothing trains on whole numbers
     if SCORE_HEAD in names:
-        return ("It is a reward model (IXC-2.5-Reward): `mindformers score` and `--best_of N --reward` ask it, "
-                "arch.type IXC25ForReward trains it.")
+        return ("It is a reward model (IXC-2.5-Reward): `mindformers score` and `--best_of N --reward` ask it"
+                f"{', arch.type IXC25ForReward trains it' if trains else ''}.")
     if names_reward(fields):
         return f"Its config.json says that it is a reward model, but it has no {SCORE_HEAD}."
     if WRITING_HEAD not in names and f"{WRITING_HEAD.rpartition('.')[0]}.qweight" not in names:
         return None
     if any(name in UNUSED for name in names):
-        return ("It is OmniLive's base: it answers and trains as InternLM-XComposer-2.5 without task LoRAs; its "
-                "video_mem_proj is for another model and not used.")
+        return (f"It is OmniLive's base: it answers {'and trains ' if trains else ''}as InternLM-XComposer-2.5 without "
+                "task LoRAs; its video_mem_proj is for another model and not used.")
     if not any(name.startswith("vit.") for name in names):
         return "It is a language model without a vision tower, which `mindformers assemble` joins with one."
     tasks = [task for task in TASK_LORAS if any(f".lora_{task}_A." in name for name in names)]
     pairs = f"with the task LoRAs {', '.join(tasks)}" if tasks else "without task LoRAs"
-    return f"It is InternLM-XComposer-2.5 {pairs}: `mindformers chat`, `eval` and `run` take it."
+    doors = "`mindformers chat`, `eval` and `run`" if trains else "`mindformers chat` and `eval`"
+    return f"It is InternLM-XComposer-2.5 {pairs}: {doors} take it."
 
 
 def say_unused(source: OpenedCheckpoint) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mindformers_ixc.checkpoint.digests import check_files, differences, group_by_digests
+from mindformers_ixc.checkpoint.dtypes import FLOATING
 from mindformers_ixc.checkpoint.family import describe_member, is_of_family, know_member, unused_missing
 from mindformers_ixc.checkpoint.quantised import (
     AWQ,
@@ -61,6 +62,7 @@ class Report:
         missing: parameters of the configuration that are not there; `None` without a configuration.
         surplus: tensors that the configuration does not have.
         wrong_shapes: name, shape found and shape asked for.
+        wrong_formats: name and format of weights that are no numbers of floating point.
         tensors: name, format and shape of each, if asked for.
         has_digests: whether all files have digests, `digests.json` or checksums in an index.
         verified: how many digests were compared; `None` if not asked for.
@@ -80,6 +82,7 @@ class Report:
     missing: list[str] | None = None
     surplus: list[str] = field(default_factory=list)
     wrong_shapes: list[tuple] = field(default_factory=list)
+    wrong_formats: list[tuple] = field(default_factory=list)
     tensors: list[tuple] | None = None
     has_digests: bool = False
     verified: int | None = None
@@ -114,7 +117,7 @@ class Report:
         lines = [sentence for sentence in (self.member, self.quantization) if sentence]
         if self.missing is None and self.of_family:
             lines.append("No config.json was found, so what is missing cannot be said; name one with --config.")
-        elif self.of_family and not (self.missing or self.surplus or self.wrong_shapes):
+        elif self.of_family and not (self.missing or self.surplus or self.wrong_shapes or self.wrong_formats):
             lines.append("It holds exactly what its configuration asks for.")
         if self.missing:
             lines.append(f"{len(self.missing)} parameters are missing: {_some(self.missing)}")
@@ -122,6 +125,9 @@ class Report:
             lines.append(f"{len(self.surplus)} tensors are surplus: {_some(self.surplus)}")
         lines += [f"{name} has shape {tuple(found)}, the configuration asks for {tuple(asked)}."
                   for name, found, asked in self.wrong_shapes]
+        if self.wrong_formats:
+            lines.append(f"{len(self.wrong_formats)} weights are in a format that is not read: "
+                         + _some([f"{name} ({dtype})" for name, dtype in self.wrong_formats]))
         if self.verified:
             lines.append(f"{self.verified} checksums compared, {len(self.damaged)} differ"
                          + (f": {_some(self.damaged)}" if self.damaged else "."))
@@ -227,6 +233,8 @@ def _compare(report: Report, source: OpenedCheckpoint, config: Path) -> None:
             report.surplus.append(name)
         elif tensor.shape != table[name].shape:
             report.wrong_shapes.append((name, tensor.shape, table[name].shape))
+        elif tensor.dtype not in FLOATING:
+            report.wrong_formats.append((name, tensor.dtype))
 
 
 def _verify(report: Report, source: OpenedCheckpoint) -> None:

@@ -19,7 +19,7 @@ from mindspore.common import np_dtype
 
 from mindformers_ixc.checkpoint.digests import write_digests
 from mindformers_ixc.checkpoint.dtypes import STORAGE, convert_dtype, count_not_finite, format_of
-from mindformers_ixc.checkpoint.quantised import refuse_quantised
+from mindformers_ixc.checkpoint.quantised import NUMBERS, refuse_quantised
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.checkpoint.start import Recipe, match_tensors
 from mindformers_ixc.checkpoint.streaming import say_not_finite
@@ -138,7 +138,14 @@ def write_model_directory(model: nn.Cell, tensors: dict[str, LazyTensor], target
         model: gives the configuration.
         tensors: the weights, by public name.
         target, tokenizer_file, hd_num, image_options: as in `save_model_directory`.
+
+    Raises:
+        CheckpointError: for a model with quantised weights.
     """
+    if any(name.endswith(f".{NUMBERS}") for name in tensors):
+        raise CheckpointError(f"The model computes with quantised weights, which are not written to {target}: copy the "
+                              "directory that it was loaded from, or make full weights of it: mindformers convert "
+                              "DIRECTORY TARGET --to hf.")
     with whole_folder(target) as folder:
         config = model.config.to_public_dict()
         config["torch_dtype"] = str(next(iter(model.get_parameters())).dtype).lower()

@@ -29,7 +29,8 @@ def round_8(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     highest = np.abs(weight).max(-1) if weight.shape[-1] else np.zeros(weight.shape[:-1], np.float32)
     scales = (highest / np.float32(MOST_8)).astype(np.float32)
     safe = np.where(scales > 0, scales, np.float32(1))
-    return np.rint(weight / safe[..., None]).astype(np.int8), scales
+    # the scale of the smallest numbers of all is rounded itself
+    return np.clip(np.rint(weight / safe[..., None]), -MOST_8, MOST_8).astype(np.int8), scales
 
 
 def round_4(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

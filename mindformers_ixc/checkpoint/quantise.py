@@ -22,6 +22,7 @@ from mindformers_ixc.checkpoint.model_config import config_of
 from mindformers_ixc.checkpoint.packing import GROUP, pack_4, pack_awq, round_4, round_8
 from mindformers_ixc.checkpoint.quantised import (
     AWQ,
+    EMBEDDING,
     FORMATS,
     NUMBERS,
     OWN,
@@ -130,7 +131,7 @@ class _RoundedPart(LazyTensor):
     """An array of a `RoundedWeight`."""
 
     def __init__(self, weight: RoundedWeight, part: str, dtype: str, shape: tuple[int, ...]):
-        self.weight, self.part, self.dtype, self.shape = weight, part, dtype, shape
+        self.weight, self.part, self.dtype, self.shape, self.group = weight, part, dtype, shape, weight.name
 
     def pieces(self, limit: int = 0) -> Iterator[tuple[int, np.ndarray]]:
         """See `LazyTensor`; pieces are as large as can be rounded at once."""
@@ -155,7 +156,7 @@ class _RoundedPart(LazyTensor):
 
 
 def quantize(source: str | Path, target: str | Path, bits: int = 4, *, layout: str = OWN,
-             calibrate: str | Path | None = None, samples: int = SAMPLES, ways: Sequence[str] = WAYS,
+             calibrate: str | Path | None = None, samples: int | None = None, ways: Sequence[str] = WAYS,
              config: str | Path | None = None, shard_bytes: int = SHARD_BYTES, overwrite: bool = False) -> Path:
     """Quantises a checkpoint. An interrupted run goes on where it stopped.
 
@@ -168,7 +169,7 @@ def quantize(source: str | Path, target: str | Path, bits: int = 4, *, layout: s
         layout: this package's, or `awq`, which other tools read.
         calibrate: conversations with pictures, by which four-bit weights are chosen; by default they are rounded to the
             nearest.
-        samples: of them, at most.
+        samples: of them, at most; 16 by default.
         ways: of rounding that calibration tries for each linear, of `layer_rounding.WAYS`.
         config: `config.json` or its directory, if the source has none beside it.
         shard_bytes: size of a file at most, in bytes.
@@ -181,6 +182,10 @@ def quantize(source: str | Path, target: str | Path, bits: int = 4, *, layout: s
         CheckpointError: for what is wrong with source or target, or for sizes that do not fit the layout.
         DataError: for calibration samples that are none.
     """
+    if samples is not None and calibrate is None:
+        raise CheckpointError(f"samples is {samples} without a file to calibrate with; name it (--calibrate FILE), or "
+                              "leave samples out.")
+    samples = SAMPLES if samples is None else samples
     _check_wishes(Path(target), bits, layout, calibrate is not None, samples, ways)
     opened = open_source(source)
     before = quantization_of(opened)
@@ -193,9 +198,9 @@ def quantize(source: str | Path, target: str | Path, bits: int = 4, *, layout: s
     stored = stored_weights(opened, before) if before is not None else {}
     calibrator = None
     if calibrate is not None:
-        calibrator = Calibrator(HostModel(chosen, model), calibration_samples(
-            calibrate, Processor.from_directory(opened.side_folder), samples), ways, _other_dtype(layout),
-            WorkFolder(Path(target), {}).path)
+        found = calibration_samples(calibrate, Processor.from_directory(_processor_folder(opened, config)), samples)
+        calibrator = Calibrator(HostModel(chosen, model), found, ways, _other_dtype(layout),
+                                WorkFolder(Path(target), {}).path)
     quantization = Quantization(layout, bits, _dtype_of(chosen))
     section = quantization.to_section()
     tensors = dict(_tensors(chosen, stored, model, quantization, calibrator))
@@ -204,6 +209,13 @@ def quantize(source: str | Path, target: str | Path, bits: int = 4, *, layout: s
     if calibrator is not None and calibrator.choices:
         terminal.current.say(calibrator.sentence())
     return Path(target)
+
+
+def _processor_folder(opened: OpenedCheckpoint, config: str | Path | None) -> Path:
+    """Where tokenizer and picture options are: with the configuration."""
+    if config is None or opened.config_file is not None:
+        return opened.side_folder
+    return Path(config) if Path(config).is_dir() else Path(config).parent
 
 
 def _check_wishes(target: Path, bits: int, layout: str, calibrated: bool, samples: int, ways: Sequence[str]) -> None:
@@ -274,8 +286,8 @@ def _tensors(chosen: dict[str, LazyTensor], stored: dict[str, StoredWeight], mod
         if calibrator is not None:
             tensor = calibrator.fitted(name, tensor)
         if kind is None:
-            yield name, _InFormat(tensor, _other_dtype(quantization.method) or tensor.stored_dtype)
-        elif stem in stored:
+            yield name, _InFormat(name, tensor, _other_dtype(quantization.method) or tensor.stored_dtype)
+        elif stem in stored and (stem != EMBEDDING or stored[stem].kind == "int8"):
             yield from _packed(stored[stem], own)
         elif calibrator is not None and kind in ("int4", AWQ):
             yield from _named(stem, CalibratedWeight(name, tensor, kind, calibrator).parts())
@@ -316,8 +328,8 @@ def _packed(weight: StoredWeight, own: bool) -> Iterator[tuple[str, LazyTensor]]
 class _InFormat(LazyTensor):
     """A tensor that is written in another format than it is read in."""
 
-    def __init__(self, tensor: LazyTensor, stored: str):
-        self.tensor, self.dtype, self.shape, self._stored = tensor, tensor.dtype, tensor.shape, stored
+    def __init__(self, name: str, tensor: LazyTensor, stored: str):
+        self.name, self.tensor, self.dtype, self.shape, self._stored = name, tensor, tensor.dtype, tensor.shape, stored
 
     @property
     def stored_dtype(self) -> str:
@@ -326,4 +338,11 @@ class _InFormat(LazyTensor):
 
     def rows(self, begin: int, end: int) -> np.ndarray:
         """Rows `begin` to `end`; see `LazyTensor`."""
-        return self.tensor.rows(begin, end)
+        found = self.tensor.rows(begin, end)
+        if self._stored == "F16" and self.dtype != "F16":
+            values = to_float32(found, self.dtype)
+            highest = float(np.abs(values[np.isfinite(values)]).max(initial=0))
+            if highest > np.finfo(np.float16).max:
+                raise CheckpointError(f"{self.name} holds values up to {highest:.3g}, beyond float16, which AWQ's "
+                                      f"layout keeps it in; take the layout {OWN}.")
+        return found

@@ -35,6 +35,9 @@ AWQ_FIELDS: dict[str, Any] = {"bits": 4, "group_size": GROUP, "version": "gemm",
 # The linears of a decoder layer, which have the bits that the section says; the pairs beside them have 8.
 _LINEAR = re.compile(r"model\.layers\.\d+\.\w+\.\w+$")
 
+# Its rows are looked up, of 8 bits and of 16; of four none are.
+EMBEDDING = "model.tok_embeddings"
+
 # Formats of the arrays of a weight, by kind, in the order in which they are written.
 FORMATS = {"int4": {NUMBERS: "U8", SCALES: "F16", ZEROS: "U8"}, "int8": {NUMBERS: "I8", SCALES: "F32"},
            AWQ: {NUMBERS: "I32", SCALES: "F16", ZEROS: "I32"}}
@@ -226,6 +229,9 @@ def stored_weights(source: OpenedCheckpoint, quantization: Quantization) -> dict
             raise CheckpointError(f"{source.path} holds {name} with {kind[3:]} bits, and its config.json says that the "
                                   f"decoder's linears have {quantization.bits}; copy the config.json that belongs to "
                                   "it.")
+        if f"{stem}.weight" in source.tensors:
+            raise CheckpointError(f"{source.path} holds both {name} and {stem}.weight, and nothing says which of them "
+                                  "counts; take the one out that does not belong there.")
         parts = {}
         for part, dtype in FORMATS[kind].items():
             array = source.tensors.get(f"{stem}.{part}")

@@ -34,8 +34,8 @@ STARTER_LINE = ("The run starts from the starter, the small trained model that s
                 "demo pictures and colours, and learns the rest from the data of the run.")
 
 # How decoders of the Llama family name what InternLM2 names otherwise.
-OTHER_NAMES = re.compile(r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|(input|post_attention)_layernorm)\."
-                         r"|(.*\.)?(embed_tokens|lm_head)\.")
+OTHER_NAMES = re.compile(r"(?!.*vision_model\.).*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|"
+                         r"(input|post_attention)_layernorm)\.|(.*\.)?(embed_tokens|lm_head)\.")
 
 
 @dataclass

@@ -66,6 +66,8 @@ class Item:
         tensor: where it comes from.
         dtype: format it is written in.
         outputs: where it goes.
+
+    What has the same `tensor.group` is computed together, and written by one run.
     """
 
     name: str
@@ -221,13 +223,18 @@ def _check_room(work: WorkFolder, files: Iterable[TensorFile]) -> None:
     present = sum(file.path.stat().st_blocks * 512 for file in files if file.path.exists())
     free = shutil.disk_usage(work.path).free
     if needed - present > free:
-        raise CheckpointError(f"{work.target} needs {(needed - present) / 1e9:.1f} GB, the disk of "
-                              f"{work.target.parent} has {free / 1e9:.1f} GB free; make room or choose another target.")
+        raise CheckpointError(f"{work.target} needs {_amount(needed - present)}, the disk of {work.target.parent} has "
+                              f"{_amount(free)} free; make room or choose another target.")
+
+
+def _amount(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
 def _stream(work: WorkFolder, items: list[Item], files: dict[str, TensorFile], title: str) -> None:
     total = sum(item.nbytes for item in items)
-    left = [item for item in items if item.name not in work.done]
+    groups = {item.tensor.group for item in items if item.name not in work.done} - {""}
+    left = [item for item in items if item.name not in work.done or item.tensor.group in groups]
     done = total - sum(item.nbytes for item in left)
     with terminal.current.counting(total, title, "B", initial=done, unit_scale=True, mininterval=0.5,
                                    disable=False) as bar, Lanes(work, files) as lanes:

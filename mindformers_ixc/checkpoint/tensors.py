@@ -39,10 +39,12 @@ class LazyTensor:
     Attributes:
         dtype: format, a key of `dtypes.STORAGE`.
         shape: of the tensor.
+        group: name of the tensors that are computed together with it; empty where there are none.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    group: str = ""
 
     @property
     def stored_dtype(self) -> str:

@@ -13,7 +13,7 @@ _DECIDED = {"metrics": ["exact_match"], "ignore_case": False, "worst": 3, "shuff
             "ignore_keys": [], "control_tokens": False}
 
 # Options that say how a model in this process computes.
-_LOCAL = {"prompt_lookup": 0, "reuse_bytes": None, "device_target": "CPU", "no_verify": False}
+LOCAL = {"prompt_lookup": 0, "reuse_bytes": None, "cache_dtype": None, "device_target": "CPU", "no_verify": False}
 
 # Options that only a benchmark has.
 _OWN = {"server": None, "api_key": None, "model_name": None, "output_dir": None, "max_samples": None}
@@ -58,7 +58,7 @@ def check_options(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--{name} does not go with --benchmark, which asks and scores as published.")
     if (arguments.model is None) == (arguments.server is None):
         raise ConfigError("--benchmark needs --model DIR or --server URL, one of the two.")
-    if arguments.server is not None and (name := given(_LOCAL)):
+    if arguments.server is not None and (name := given(LOCAL)):
         raise ConfigError(f"--{name} is given with --server, which decides that itself.")
     if arguments.server is None and arguments.api_key is not None:
         raise ConfigError("--api_key is given without --server.")

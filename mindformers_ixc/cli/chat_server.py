@@ -8,6 +8,7 @@ from typing import Any
 
 from mindformers_ixc import terminal
 from mindformers_ixc.cli.arguments import Usual
+from mindformers_ixc.cli.benchmark_options import LOCAL
 from mindformers_ixc.cli.chat import read_lines
 from mindformers_ixc.cli.chat_input import Interrupts, line_history
 from mindformers_ixc.cli.chat_session import Measured, Reply, Session
@@ -32,8 +33,8 @@ def chat(arguments: argparse.Namespace) -> int:
         ConfigError: when there is no server, or options contradict one another.
         GenerationError: with the server's sentence, when it refuses.
     """
-    for name, given in (("--control_tokens", arguments.control_tokens), ("--reuse_bytes", arguments.reuse_bytes),
-                        ("--best_of", arguments.best_of),
+    for name, given in (("--control_tokens", arguments.control_tokens), ("--best_of", arguments.best_of),
+                        *((f"--{name}", getattr(arguments, name) != usual) for name, usual in LOCAL.items()),
                         *((f"--{name}", True) for name in image_options(arguments))):
         if given:
             raise ConfigError(f"{name} is given with --server; it is for the server to say, leave it out here.")

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from mindformers_ixc import terminal
-from mindformers_ixc.checkpoint.family import check_kind, know_member, refuse_other
+from mindformers_ixc.checkpoint.family import check_kind, refuse_other
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
 from mindformers_ixc.checkpoint.start import OVERRIDE, begin
 from mindformers_ixc.cli.early_device import check_device
@@ -141,28 +141,6 @@ def _check_start(fields: dict, start: str | None) -> None:
         raise ConfigError(f"model.model_config: {error}") from error
     if (fields.get("train_dataset_task") or {}).get("type") in OWN_TASKS:
         check_shapes(section, fields["train_dataset"])
-
-
-def checkpoint_of(model: str, scores: bool) -> OpenedCheckpoint | None:
-    """The checkpoint of a model directory, which must be of the kind that is asked.
-
-    Args:
-        model: the directory, as it was given.
-        scores: whether it is asked for scores.
-
-    Returns:
-        The checkpoint; `None` for one whose reading takes PyTorch, whose import takes seconds.
-    """
-    folder = resolve_model(model)
-    config = read_config(folder)
-    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        if config.reward_pooling is not None:
-            refuse_other(True, model, scores)
-        return None
-    with terminal.to_be_said_later():
-        source = open_source(folder, verify=False)
-    refuse_other(know_member(config, source).reward_pooling is not None, model, scores)
-    return source
 
 
 def _in_use(folder: Path) -> bool:

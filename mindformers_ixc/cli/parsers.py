@@ -239,7 +239,8 @@ def _add_quantize(commands: Commands) -> None:
     quantize.add_argument("--calibrate", metavar="FILE", help="conversations with pictures, in any form that training "
                           "reads: 4-bit weights are chosen by what their outputs lose on them, layer by layer, "
                           "of AWQ, GPTQ and both (default: every weight is rounded to the nearest)")
-    quantize.add_argument("--samples", type=int, default=16, metavar="N", help="of the calibration, spread over FILE")
+    quantize.add_argument("--samples", type=int, metavar="N", help="of the calibration at most, spread over FILE "
+                          "(default: 16)")
     add_writing(quantize, dtype=False)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mindformers_ixc.data.forms import MEDIA_KEYS, read_form
+from mindformers_ixc.data.paths import missing_file
 from mindformers_ixc.data.records import open_records
 from mindformers_ixc.data.records.published import Published
 from mindformers_ixc.data.shared_talks import share_gpt
@@ -211,7 +212,7 @@ def _check_target(target: Path, files: list[str | os.PathLike]) -> None:
 
 def _read(file: Path, listed: bool) -> Any:
     if not file.is_file():
-        raise FileNotFoundError(f"The data file {file} does not exist.")
+        raise missing_file(f"The data file {file}", file)
     if not listed:
         with contextlib.suppress(TypeError):          # it is a list
             published = Published(file)

@@ -118,6 +118,8 @@ def missing_file(what: str, path: Path) -> Exception:
         what: it is, with its name.
         path: of it.
     """
+    if path.is_dir():
+        return DataError(f"{what} is a folder; name a file with samples in it.")
     kind = _odd_kind(path)
     return DataError(f"{what} is {kind} and {_NOT_REGULAR}.") if kind else FileNotFoundError(f"{what} does not exist.")
 

@@ -13,8 +13,8 @@ import psutil
 from mindformers_ixc.doctor.findings import NOTE, OK, PROBLEM, Finding
 from mindformers_ixc.doctor.libraries import libraries_finding
 from mindformers_ixc.errors import BuildError
-from mindformers_ixc.native import SWITCH
-from mindformers_ixc.native.building import build, compilers, place
+from mindformers_ixc.native import SWITCH, lacking_instructions
+from mindformers_ixc.native.building import build, compilers, is_whole, place
 
 GIB = 2 ** 30
 
@@ -130,12 +130,14 @@ def _kernels(environment: Mapping[str, str], build_now: bool) -> Finding:
     topic, slower = "CPU kernels", "answers on the CPU are the same without them, and slower"
     if environment.get(SWITCH) == "0":
         return Finding(topic, NOTE, f"switched off ({SWITCH}=0)", f"unset {SWITCH}")
-    found = compilers(environment)
     try:
+        found = compilers(environment)
         if found and build_now:
             build()
-        if place(environment).exists():
-            return Finding(topic, OK, f"built, {place(environment)}")
+        if is_whole(place(environment)):
+            lacking = lacking_instructions()
+            plain = f"; this processor lacks {', '.join(lacking)}, so quantised weights take longer" if lacking else ""
+            return Finding(topic, OK, f"built, {place(environment)}{plain}")
     except BuildError as error:
         return Finding(topic, NOTE, f"{error} Till then {slower}", "then python -m mindformers_ixc.native builds them")
     if not found:

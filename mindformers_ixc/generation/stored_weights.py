@@ -13,6 +13,7 @@ from mindformers_ixc.checkpoint.dtypes import count_not_finite, format_of, item_
 from mindformers_ixc.checkpoint.model_directory import numpy_type, read_as
 from mindformers_ixc.checkpoint.quantised import (
     AWQ,
+    EMBEDDING,
     Quantization,
     check_scales,
     own_parts,
@@ -102,6 +103,9 @@ def _whole_numbers(source: OpenedCheckpoint, quantization: Quantization, able: s
         if name not in able:
             raise CheckpointError(f"{source.path} holds {name} as whole numbers; only linears and the embedding are "
                                   "computed with like that.")
+        if name == EMBEDDING and weight.kind != "int8":
+            raise CheckpointError(f"{source.path} holds {name} with 4 bits, and rows of an embedding are looked up of "
+                                  f"8 bits or more; `mindformers quantize {source.path} TARGET` makes them 8.")
         kinds[name] = "int4" if weight.kind == AWQ else weight.kind
         tensors.update({f"{name}.{part}": tensor for part, tensor in own_parts(weight).items()})
     return kinds
@@ -112,6 +116,9 @@ def _say(source: OpenedCheckpoint, quantization: Quantization | None) -> None:
     if not native.is_switched_on():
         logger.warning(f"{source.path}: without the kernels for the CPU every weight is widened anew whenever it is "
                        "used, which is slow; `mindformers doctor` says what they need.")
+    elif lacking := native.lacking_instructions():
+        logger.warning(f"{source.path}: this processor lacks {', '.join(lacking)}, so the plain form of the kernels "
+                       "computes with its weights: the same answers, more slowly.")
     if quantization is not None and quantization.method == AWQ:
         logger.warning(f"{source.path} is packed as AWQ, which is packed anew in memory whenever it is loaded; "
                        f"`mindformers quantize {source.path} TARGET` does that once, and TARGET is there at once.")

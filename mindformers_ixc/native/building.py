@@ -49,7 +49,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Path:
     key = hashlib.sha256(repr((_COMPILE, _LINK, platform.machine(), platform.libc_ver())).encode())
     for source in (*_SOURCES, *_HEADERS, "building.py", "check.py"):
         key.update((_HERE / source).read_bytes())
-    home = environment.get("HOME") or os.path.expanduser("~")
+    home = environment["HOME"] if "HOME" in environment else os.path.expanduser("~")      # empty: there is none
     if not environment.get("XDG_CACHE_HOME") and not os.path.isabs(home):
         raise BuildError("The kernels for the CPU are kept in the user's cache, and there is no home folder; set HOME "
                          "or XDG_CACHE_HOME.")
@@ -58,8 +58,16 @@ def place(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def compilers(environment: Mapping[str, str] = os.environ) -> list[list[str]]:
-    """Commands of the C compilers that are here, the preferred one first; CC, where it is set, is the only one."""
-    wanted = [shlex.split(environment["CC"])] if environment.get("CC") else [["cc"], ["gcc"], ["clang"]]
+    """Commands of the C compilers that are here, the preferred one first; CC, where it is set, is the only one.
+
+    Raises:
+        BuildError: when CC is no command.
+    """
+    try:
+        wanted = [shlex.split(environment["CC"])] if environment.get("CC") else [["cc"], ["gcc"], ["clang"]]
+    except ValueError as error:
+        raise BuildError(f"CC is {environment['CC']!r}, which is no command ({error}); unset it, or name a C "
+                         "compiler.") from error
     found = ((shutil.which(name, path=environment.get("PATH", os.defpath)), options)
              for name, *options in filter(None, wanted))
     return [[path, *options] for path, options in found if path]
@@ -75,7 +83,7 @@ def build(again: bool = False) -> Path:
         BuildError: when there is no C compiler, none makes a library that works, or the cache cannot be written.
     """
     library = place()
-    if library.exists() and not again:
+    if not again and is_whole(library):
         return library
     commands = compilers()
     if not commands:
@@ -84,7 +92,7 @@ def build(again: bool = False) -> Path:
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with _alone(library), terminal.current.doing("Building the kernels for the CPU, once"):
-            if again or not library.exists():          # another process may have built it meanwhile
+            if again or not is_whole(library):         # another process may have built it meanwhile
                 _build_by_any(commands, library)
     except BuildError:
         raise
@@ -92,6 +100,20 @@ def build(again: bool = False) -> Path:
         raise BuildError(f"The kernels for the CPU cannot be kept in {library.parent} ({error.strerror or error}); set "
                          "XDG_CACHE_HOME to a folder that can be written.") from error
     return library
+
+
+def is_whole(library: Path) -> bool:
+    """Whether a library is there with all that its header promises; a disk that was full or lost power leaves less."""
+    try:
+        with open(library, "rb") as file:
+            header = file.read(64)
+            size = file.seek(0, os.SEEK_END)
+    except OSError:
+        return False
+    # ELF of 64 bits: the table of sections is the last thing in the file; its place, entries' bytes and their number
+    end = int.from_bytes(header[40:48], "little")
+    end += int.from_bytes(header[58:60], "little") * int.from_bytes(header[60:62], "little")
+    return header[:4] == b"\x7fELF" and size >= end
 
 
 @contextlib.contextmanager
@@ -107,7 +129,7 @@ def _build_by_any(commands: list[list[str]], library: Path) -> None:
     first: BuildError | None = None
     for command in commands:
         try:
-            with whole_file(library) as partial:
+            with whole_file(library, sync=True) as partial:
                 _compile(command, partial)
             return
         except BuildError as error:

@@ -58,8 +58,9 @@ from mindformers_ixc.training.step import GROUPS, StepPlan, plan_step
 logger = logging.getLogger(__name__)
 
 # Fields of the YAML's model section that run_mode predict takes; everything else comes from the model directory.
-INFERENCE_FIELDS = ("use_past", "block_size", "num_blocks", "reuse_bytes", "compute_dtype", "param_init_type",
-                    "layernorm_compute_type", "softmax_compute_type", "vision_parallel", "offset", "dynamic_ntk")
+INFERENCE_FIELDS = ("use_past", "block_size", "num_blocks", "reuse_bytes", "cache_dtype", "compute_dtype",
+                    "param_init_type", "layernorm_compute_type", "softmax_compute_type", "vision_parallel", "offset",
+                    "dynamic_ntk", "fused_norm")
 
 
 def check_sections_agree(config: MindFormerConfig) -> None:

@@ -94,7 +94,7 @@ def test_config_with_fewer_layers(model, tmp_path):
 def test_full_disk_is_seen_first(model, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(streaming.shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
-    refuse(model, tmp_path, r"needs 0\.\d GB, the disk of .* has 0\.0 GB free")
+    refuse(model, tmp_path, r"needs \d+\.\d\d MB, the disk of .* has \d\.\d\d MB free")
 
 
 def test_disk_that_fills_up_on_the_way(model, tmp_path, monkeypatch):

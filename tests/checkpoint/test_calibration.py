@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from random_model import save
 from reference import GOLDENS, ReferenceModel
 
 from mindformers_ixc.checkpoint import layer_rounding, streaming
@@ -166,6 +167,27 @@ def test_what_calibration_refuses(tmp_path):
     assert {entry.name for entry in tmp_path.iterdir()} == {"text.json", "small"}
 
 
+def test_a_file_of_weights_is_calibrated_with_the_tokenizer_of_its_configuration(tmp_path):
+    source = save(tmp_path / "alone.safetensors", arrays_of(STARTER))
+    quantize(source, tmp_path / "target", calibrate=demo_path("train.json"), samples=1, config=STARTER / "config.json")
+    assert (tmp_path / "target" / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e18])
+def test_samples_that_the_model_makes_no_numbers_of(tmp_path, value):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.model"):
+        (folder / name).write_bytes((STARTER / name).read_bytes())
+    arrays = arrays_of(STARTER)
+    arrays["model.layers.1.attention_norm.weight"][...] = value
+    save(folder / "model.safetensors", arrays)
+    words = "bring to model.layers.1.attention.wqkv holds NaN"
+    with np.errstate(all="ignore"), pytest.raises(CheckpointError, match=words):
+        quantize(folder, tmp_path / "target", calibrate=demo_path("train.json"), samples=1)
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"broken", ".target.partial"}
+
+
 def arrays_of(folder) -> dict[str, np.ndarray]:
     return {name: to_float32(tensor.whole(), tensor.dtype)
             for name, tensor in widened(open_source(folder)).tensors.items()}
@@ -213,6 +235,8 @@ def test_a_run_that_goes_on_decides_as_before(tmp_path, monkeypatch, capsys):
 
     def stop(lanes, item):
         if item.name == "model.layers.2.feed_forward.w1.qzeros":
+            for one in lanes.settled:          # all before it is on the disk
+                one.result()
             raise KeyboardInterrupt
         send(lanes, item)
 
@@ -220,10 +244,14 @@ def test_a_run_that_goes_on_decides_as_before(tmp_path, monkeypatch, capsys):
         patch.setattr(streaming.Lanes, "send", stop)
         with pytest.raises(KeyboardInterrupt):
             run("target")
-    searched = []
+    searched, sent = [], []
+    monkeypatch.setattr(streaming.Lanes, "send", lambda lanes, item: sent.append(item.name) or send(lanes, item))
     monkeypatch.setattr(layer_rounding, "search", lambda *given: searched.append(given) or search(*given))
     run("target")
     assert len(searched) == len(FOLDS)            # of the last layer alone
+    # numbers, scales and zeros are of one run: what was written without its zeros is written again, and nothing else
+    assert sent[:4] == [f"model.layers.2.feed_forward.{name}" for name in
+                        ("w1.qweight", "w1.scales", "w1.qzeros", "w1.Plora_A.qweight")]
     assert content(tmp_path / "target") == content(tmp_path / "whole")
     assert capsys.readouterr().err.splitlines()[-1] == said
     assert {entry.name for entry in tmp_path.iterdir()} == {"whole", "target"}

@@ -5,12 +5,15 @@ import argparse
 import io
 import json
 
+import numpy as np
 import pytest
 from random_model import make
 
 import mindformers_ixc_cli
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.checkpoint.inspection import inspect
+from mindformers_ixc.checkpoint.sources import open_source
+from mindformers_ixc.checkpoint.tensor_file import TensorFile
 from mindformers_ixc.cli import checkpoints
 from mindformers_ixc.errors import CheckpointError
 
@@ -45,6 +48,20 @@ def test_missing_surplus_and_shapes_for_a_configuration(model, tmp_path):
     text = report.to_text()
     assert "output.weight has shape (64, 32), the configuration asks for (65, 32)." in text
     assert "37 parameters are missing: model.layers.4.attention.wqkv.weight" in text
+
+
+def test_a_format_that_is_not_read_is_named(tmp_path):
+    odd = make(tmp_path / "odd")
+    tensors = {name: (tensor.dtype, tensor.whole()) for name, tensor in open_source(odd).tensors.items()}
+    tensors["output.weight"] = "I8", tensors["output.weight"][1].astype(np.int8)
+    shapes = [(name, dtype, value.shape) for name, (dtype, value) in tensors.items()]
+    file = TensorFile(odd / "model.safetensors", shapes)
+    file.open()
+    for name, (_, value) in tensors.items():
+        file.write(name, 0, value)
+    file.close()
+    text = inspect(odd).to_text()
+    assert "1 weights are in a format that is not read: output.weight (I8)" in text and "exactly" not in text
 
 
 def test_json_says_the_same(model):

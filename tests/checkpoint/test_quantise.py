@@ -83,6 +83,7 @@ def test_rounding_is_within_half_a_step(spread):
     assert np.abs(widen_4(numbers, scales, zeros)[0, :128]).max() == 0
     numbers, scales = round_8(weight)
     assert (np.abs(widen_8(numbers, scales) - weight) <= scales[:, None] * 0.501).all()
+    assert round_8(np.array([[2.6e-43, -2.6e-43]], np.float32))[0].tolist() == [[127, -127]]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -110,6 +111,7 @@ def test_own_layout(model, tmp_path, bits):
     report = inspect(tmp_path / "small", verify=True)
     text = report.to_text()
     assert f"the decoder's linears have {bits} bits" in text and "exactly what its configuration asks for" in text
+    assert "`mindformers chat` and `eval` take it." in text and "`run` take" in inspect(model).to_text()
     assert not report.damaged and report.verified
     assert report.parts["partial_lora"].formats == {"I8": 2 * 5 * 2, "F32": 2 * 5 * 2}
     assert sum(part.parameters for part in report.parts.values()) == sum(value.size for value in before.values())
@@ -181,6 +183,7 @@ def test_sizes_that_do_not_fit(tmp_path):
     refuse("AWQ's layout has 4 bits", quantize, odd, tmp_path / "other", 8, layout="awq")
     refuse("bits is 3", quantize, odd, tmp_path / "other", 3)
     refuse("looks like a file", quantize, odd, tmp_path / "other.safetensors")
+    refuse("samples is 3 without a file", quantize, odd, tmp_path / "other", 8, samples=3)
 
 
 def test_weights_that_whole_numbers_cannot_say(model, tmp_path):
@@ -193,6 +196,12 @@ def test_weights_that_whole_numbers_cannot_say(model, tmp_path):
     arrays["model.layers.1.attention.wo.weight"][3, 5] = 3e6
     save(broken / "model.safetensors", arrays)
     refuse("holds weights up to 3e\\+06, whose scale is beyond float16", quantize, broken, tmp_path / "target")
+    arrays["model.layers.1.attention.wo.weight"][3, 5] = 3
+    arrays["model.norm.weight"][7] = -7e4
+    save(broken / "model.safetensors", arrays)
+    refuse("model.norm.weight holds values up to 7e\\+04, beyond float16, which AWQ's layout", quantize, broken,
+           tmp_path / "target", layout="awq")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"broken"}
 
 
 def test_what_needs_full_weights_says_how_to_make_them(model, tmp_path):
@@ -262,6 +271,8 @@ def test_arrays_that_are_missing_or_of_another_kind(model, tmp_path):
     write({key: value for key, value in arrays.items() if key != f"{name}.qweight"})
     refuse(f"1 parameters are missing .*{name}.weight.* 2 are surplus .*{name}.scales", convert, other,
            tmp_path / "full")
+    write({**arrays, f"{name}.weight": ("F32", np.zeros((128, 128), np.float32))})
+    refuse(f"holds both {name}.qweight and {name}.weight", convert, other, tmp_path / "full")
     odd = arrays[f"{name}.scales"][1].copy()
     odd[3] = np.nan
     write({**arrays, f"{name}.scales": ("F16", odd)})

@@ -276,6 +276,8 @@ def test_sources_and_targets_that_cannot_be_used(tmp_path):
     source = tmp_path / "in.json"
     with pytest.raises(FileNotFoundError, match=r"The data file .*in\.json does not exist"):
         convert_dataset("llava", [source], tmp_path / "out.json")
+    with pytest.raises(DataError, match=r"The data file .* is a folder; name a file"):
+        convert_dataset("llava", [tmp_path], tmp_path / "out.json")
     source.write_bytes(json.dumps(LLAVA).encode("utf-16"))
     with pytest.raises(DataError, match=r"in\.json is UTF-16 text"):
         convert_dataset("llava", [source], tmp_path / "out.json")

@@ -79,7 +79,7 @@ def test_compilers_and_kernels(tmp_path, monkeypatch):
     assert nowhere.state == second.state == NOTE and "gcc" in nowhere.advice and "g++" in second.advice
     library = place(paths)
     library.parent.mkdir(parents=True)
-    library.touch()
+    library.write_bytes(b"\x7fELF" + bytes(60))
     assert str(library) in compiler_findings({**paths, "PATH": ""})[0].text
 
     def fails():

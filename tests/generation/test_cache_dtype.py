@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.slots import cache_bytes
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.resources import STARTER
+from mindformers_ixc.training import trainer
 
 # without a compiler there are no kernels, as docs/install.md says
 needs_kernels = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
@@ -96,3 +98,15 @@ def test_without_kernels_it_is_refused_before_weights_are_read(monkeypatch):
 def test_another_dtype_is_refused():
     with pytest.raises(ConfigError, match="cache_dtype is 'int8'"):
         IXC25Config(cache_dtype="int8")
+
+
+def test_a_yaml_of_predict_says_it_too(monkeypatch):
+    given = {}
+    monkeypatch.setattr(trainer.Assistant, "from_directory", lambda directory, **fields: given.update(fields) or [])
+    monkeypatch.setattr(trainer, "read_requests", lambda _: [])
+    monkeypatch.setattr(trainer, "predict", lambda load, *_: load())
+    section = {"cache_dtype": "bfloat16", "fused_norm": False, "hidden_size": 7}
+    config = SimpleNamespace(get=lambda _: None, predict_batch_size=1, load_checkpoint="starter",
+                             model=SimpleNamespace(model_config=section))
+    assert trainer.IXC25Trainer.predict(SimpleNamespace(), config) == []
+    assert given == {"cache_dtype": "bfloat16", "fused_norm": False}

@@ -6,10 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
+from random_model import save
 
 from mindformers_ixc import native
 from mindformers_ixc.checkpoint.convert import convert
+from mindformers_ixc.checkpoint.model_directory import save_model_directory
+from mindformers_ixc.checkpoint.packing import pack_awq, round_4
 from mindformers_ixc.checkpoint.quantise import quantize
+from mindformers_ixc.checkpoint.quantised import EMBEDDING, widened
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.generation import stored_weights
@@ -66,6 +70,17 @@ def test_without_a_compiler(folders, monkeypatch, caplog, name):
 
 
 @needs_compiler
+def test_a_processor_without_the_instructions_is_named(folders, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(native, "PROCESSOR", tmp_path / "cpuinfo")
+    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
+    words = "this processor lacks AVX2, F16C, so the plain form"
+    for flags, said in (("fpu sse2 avx2 fma f16c", False), ("fpu avx fma", True)):
+        native.PROCESSOR.write_text(f"model name\t: some\nflags\t\t: {flags}\nbugs\t\t: avx2\n")
+        load_model(folders["4"])
+        assert (words in caplog.text) is said
+
+
+@needs_compiler
 def test_weights_of_16_bits_stay_where_an_assistant_answers(monkeypatch):
     assistant = Assistant.from_directory("starter")
     found = {parameter.name: parameter for parameter in assistant.model.get_parameters()}
@@ -78,7 +93,7 @@ def test_weights_of_16_bits_stay_where_an_assistant_answers(monkeypatch):
     np.testing.assert_allclose(stored, scores("starter"), atol=1e-3 * stored.std())     # sums in other orders
 
 
-def test_parameters_are_the_files(folders):
+def test_parameters_are_the_files(folders, tmp_path):
     model = load_model(folders["4"])
     tensors = open_source(folders["4"]).tensors
     found = {parameter.name: parameter for parameter in model.get_parameters()}
@@ -93,6 +108,29 @@ def test_parameters_are_the_files(folders):
     assert type(model.model.tok_embeddings) is StoredEmbedding
     assert type(layer.attention.wqkv.Plora_A) is StoredLinear
     assert not hasattr(layer.attention.wqkv, "weight")
+    with pytest.raises(CheckpointError, match="quantised weights, which are not written"):
+        save_model_directory(model, tmp_path / "written")
+    assert not (tmp_path / "written").exists()
+
+
+def test_an_embedding_of_four_bits_is_made_one_of_eight(folders, tmp_path):
+    odd = tmp_path / "odd"
+    shutil.copytree(folders["awq"], odd)
+    (odd / "digests.json").unlink()
+    arrays = {name: (tensor.dtype, tensor.whole()) for name, tensor in open_source(odd).tensors.items()}
+    table = arrays.pop(f"{EMBEDDING}.weight")[1].astype(np.float32)
+    numbers, scales, zeros = (np.ascontiguousarray(part.T) for part in round_4(table))
+    arrays |= {f"{EMBEDDING}.qweight": ("I32", pack_awq(numbers)), f"{EMBEDDING}.scales": ("F16", scales),
+               f"{EMBEDDING}.qzeros": ("I32", pack_awq(zeros))}
+    for file in [*odd.glob("*.safetensors"), *odd.glob("*.index.json")]:
+        file.unlink()
+    for dtype in ("I32", "F16"):
+        save(odd / f"{dtype}.safetensors", {name: value for name, (of, value) in arrays.items() if of == dtype}, dtype)
+    with pytest.raises(CheckpointError, match=f"holds {EMBEDDING} with 4 bits.*mindformers quantize .*odd TARGET"):
+        load_model(odd)
+    weights = widened(open_source(quantize(odd, tmp_path / "made"))).tensors
+    assert np.abs(weights[f"{EMBEDDING}.weight"].whole() - table).max() < 0.1 * np.abs(table).max()
+    load_model(tmp_path / "made")
 
 
 def test_only_aligned_arrays_of_the_same_format_are_mapped(folders, tmp_path):

@@ -50,6 +50,13 @@ def test_threads_that_want_it_at_once_build_it_once(cache, tmp_path, monkeypatch
     assert build() == place()                                    # no compiler is needed any more
     program = subprocess.run([sys.executable, "-m", "mindformers_ixc.native"], capture_output=True, text=True)
     assert program.returncode == 1 and "needs a C compiler" in program.stderr
+    whole = place().read_bytes()
+    for content in (b"", whole[:5000], whole[:-1], bytes(len(whole))):         # as after a loss of power
+        place().write_bytes(content)
+        with pytest.raises(BuildError, match="needs a C compiler"):            # to build it anew
+            build()
+    place().write_bytes(whole)
+    assert build() == place()
 
 
 @needs_compiler
@@ -83,9 +90,15 @@ def test_without_a_compiler_or_a_folder_there_are_none_and_that_is_no_error(cach
     monkeypatch.setenv("CC", compiler(tmp_path, "echo a warning >&2; echo fatal error: disk full >&2; exit 3"))
     with pytest.raises(BuildError, match=r"compile the kernels for the CPU \(exit code 3\): fatal error: disk full"):
         build()
+    monkeypatch.setenv("CC", '"gcc')
+    with pytest.raises(BuildError, match=r"CC is '\"gcc', which is no command \(No closing quotation\); unset it"):
+        build()
+    monkeypatch.setenv("CC", compiler(tmp_path, "exit 0"))
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     with pytest.raises(BuildError, match=r"cannot be kept in /proc/nowhere.*set XDG_CACHE_HOME"):
         build()
+    with pytest.raises(BuildError, match="no home folder"):
+        place({"HOME": ""})
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.raises(BuildError, match="no home folder"):
         place({})

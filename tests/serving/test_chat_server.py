@@ -79,7 +79,9 @@ class TestOneQuestion:
         usual = GenerationOptions(**generation_options(asked))
         assert {name: sent[name] for name in SAMPLING} == {name: getattr(usual, name) for name in SAMPLING}
 
-    @pytest.mark.parametrize("words", [["--reuse_bytes", "5"], ["--control_tokens"], ["--exif", "apply"]], ids=str)
+    @pytest.mark.parametrize("words", [
+        ["--reuse_bytes", "5"], ["--control_tokens"], ["--exif", "apply"], ["--cache_dtype", "bfloat16"],
+        ["--prompt_lookup", "4"], ["--device_target", "Ascend"], ["--no_verify"]], ids=str)
     def test_what_is_for_the_server_to_say_is_refused_by_name(self, server, words):
         with pytest.raises(ConfigError, match=f"{words[0]} is given with --server"):
             chat(arguments(server, *words, "Go"))
