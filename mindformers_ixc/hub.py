@@ -70,7 +70,8 @@ def relative_of(fields: Mapping[str, Any], own: str) -> str | None:
                  None)
     if known is not None or kind == own or (kind is None and not classes):
         return known
-    return f"another model ({[*classes, kind][0]:.80}), which does nothing here"
+    return f"another model ({[*classes, kind][0]!s:.80}), which does nothing here"
+
 
 _URL = re.compile(r"(?:hf|modelscope):/+|(?:https?:/+)?(?:www\.)?"
                   r"(?:huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.(?:cn|com))/(?:models/)?", re.IGNORECASE)

@@ -89,10 +89,11 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
         self.micro_batches, self.labels_column = micro_batches, labels_column
         self.map = C.HyperMap()
         self.has_report = report_shape is not None
+        # in data parallel mode gradients are means over the devices, and so is what is said of the loss
+        self.sum_replicas = P.AllReduce() if self.reducer_flag else None
         if report_shape is not None:
             self.train_report = Parameter(Tensor(np.zeros(report_shape, np.float32)), name=REPORT_NAME,
                                           requires_grad=False)
-            self.sum_replicas = P.AllReduce() if self.reducer_flag else None      # data parallel mode
         self.skips_spikes = skips_spikes
         if skips_spikes:
             limits, was_spike = np.full(2, np.inf, np.float32), np.zeros(1, np.float32)
@@ -111,6 +112,8 @@ class IXC25TrainOneStepCell(FiniteGradientCheck, MFTrainOneStepCell):
     def construct(self, *inputs):
         """One step; the outputs are those of `MFTrainOneStepCell`."""
         loss, report, grads = self.accumulate(inputs)
+        if self.sum_replicas is not None:
+            loss = F.reshape(self.sum_replicas(F.reshape(loss, (1,))), loss.shape) / self.degree
         scale, norm, factor = self.scale_sense, None, None
         if self.is_native:
             grads, norm, factor, cond = self.clipped(F.depend(grads, loss), scale)

@@ -82,7 +82,7 @@ def test_every_picture_of_a_pair_has_the_limit_of_tiles_as_where_it_is_scored(so
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"conversations_b": talk("What else?", "a dog")}, "differs from conversations_a before the last answer"),
-    ({"conversations_b": talk("What is shown?", "a red square")}, "chosen equals rejected"),
+    ({"conversations_b": talk("What is shown?", "a red square")}, "conversations_a equals conversations_b"),
     ({"conversations_b": None}, "field conversations_b: must be a list of turns"),
     ({"conversations_a": talk("What is shown?")}, "field conversations_a: ends without an answer"),
     ({"conversations_a": talk("What is shown?", " ")}, "the answer is empty"),
