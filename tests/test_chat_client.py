@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from standin_server import serving
@@ -55,7 +56,7 @@ def test_a_picture_is_a_data_address():
 
 def test_a_busy_server_is_asked_again(server, monkeypatch):
     slept = []
-    monkeypatch.setattr(chat_client.time, "sleep", slept.append)
+    monkeypatch.setattr(chat_client, "time", SimpleNamespace(sleep=slept.append))     # other threads sleep too
     busy = json.dumps({"error": {"message": "The queue is full."}}).encode()
     server.refusals = [(429, busy, {"Retry-After": "2"}), (503, busy, {})]
     assert ChatClient(server.url).complete(HELLO, "m").text == "Hello!"
@@ -67,7 +68,7 @@ def test_a_busy_server_is_asked_again(server, monkeypatch):
 
 
 def test_what_was_not_there_in_time_is_not_asked_again(server, monkeypatch):
-    monkeypatch.setattr(chat_client.time, "sleep", None)
+    monkeypatch.setattr(chat_client, "time", None)
     late = json.dumps({"error": {"message": "The answer was not there within 600 s."}}).encode()
     server.refusals = [(504, late, {"Retry-After": "1"})]
     with pytest.raises(ServerError, match=r"^The answer was not there within 600 s\.$") as caught:

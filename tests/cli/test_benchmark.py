@@ -160,7 +160,7 @@ def test_a_question_that_is_refused_counts_as_wrong_and_a_server_that_is_gone_en
 
 def test_a_server_that_stays_busy_ends_the_run_and_no_question_counts_as_wrong(server, tmp_path, monkeypatch):
     write_table(tmp_path, "MMStar")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("mindformers_ixc.chat_client.time", SimpleNamespace(sleep=lambda seconds: None))
     words = server.asks("MMStar")
     server.refusals = [(429, b'{"error": {"message": "Too many of yours wait."}}', {})] * 4
     with pytest.raises(ServerError, match="Too many of yours wait"):
