@@ -113,6 +113,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         command.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest, arguments.words = rest, words
     if arguments.command == "launch":
+        if rest and rest[0] in COMMANDS and rest[0] != "run":
+            command.error(f"{rest[0]} is no command of several devices; `mindformers launch` starts run, which is "
+                          f"meant without the word, and serve. Leave `launch` out: mindformers {rest[0]} ...")
         arguments.run_words = rest[1:] if rest[:1] == ["run"] else rest
         arguments.run, arguments.run.rest = parser.parse_known_args(["run", *arguments.run_words])
         command = parser.of("run")

@@ -16,9 +16,20 @@ PACKAGE_SCHEME = "pkg:"
 STARTER, STARTER_PLACE = "starter", "pkg:mindformers_ixc/starter"
 
 
+def home_folder() -> Path:
+    """The user's home directory.
+
+    Raises:
+        RuntimeError: there is none; an empty HOME is none, which Python would take for the root of all files.
+    """
+    if os.environ.get("HOME") == "":
+        raise RuntimeError("HOME is empty")
+    return Path.home()
+
+
 def user_cache_folder(*parts: str) -> Path:
-    """This package's folder in the user's cache, or a place inside it."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """This package's folder in the user's cache, or a place inside it; errors as of `home_folder`."""
+    cache = os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache"
     return Path(cache, "mindformers_ixc", *parts)
 
 
@@ -48,8 +59,10 @@ def usable_log_folder(folder: Path | None = None) -> tuple[Path, Exception | Non
 
 def usable_cache_folder(*parts: str) -> Path:
     """A place in the user's cache that can be written to, else in the temporary folder that all runs share."""
-    for folder in (user_cache_folder(*parts), Path(tempfile.gettempdir(), f"mindformers_ixc_{os.getuid()}", *parts)):
+    shared = Path(tempfile.gettempdir(), f"mindformers_ixc_{os.getuid()}")
+    for place in (user_cache_folder, shared.joinpath):
         try:
+            folder = place(*parts)
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 return folder

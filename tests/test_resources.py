@@ -1,6 +1,7 @@
 """Names of files and models: paths, `pkg:`, and the shipped model."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,17 @@ from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.processing.processor import Processor
-from mindformers_ixc.resources import STARTER, STARTER_PLACE, is_starter, model_name, resolve_model, resolve_path, shown
+from mindformers_ixc.resources import (
+    STARTER,
+    STARTER_PLACE,
+    is_starter,
+    model_name,
+    resolve_model,
+    resolve_path,
+    shown,
+    usable_cache_folder,
+    usable_log_folder,
+)
 
 PLACE = Path(mindformers_ixc.__file__).parent / "starter"
 
@@ -44,6 +55,20 @@ def test_a_model_is_called_by_its_folder_or_by_its_run(tmp_path, monkeypatch):
     assert model_name("model") == tmp_path.name
     monkeypatch.chdir("model")
     assert model_name(".") == tmp_path.name
+
+
+@pytest.mark.parametrize("home", ["", None])
+def test_without_a_home_directory_a_temporary_folder_has_to_do(tmp_path, monkeypatch, home):
+    monkeypatch.setenv("HOME", home or "")
+    if home is None:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)        # of a container's user who is in no list
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    place = tmp_path / f"mindformers_ixc_{os.getuid()}"
+    assert usable_cache_folder("index") == place / "index"
+    folder, why = usable_log_folder()
+    assert folder.parent == tmp_path and isinstance(why, RuntimeError)
 
 
 def test_a_package_that_is_not_there_is_named():

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mindformers_ixc.resources import home_folder
+
 # Questions kept for later sessions.
 HISTORY_LINES = 1000
 
@@ -93,9 +95,10 @@ def line_history(commands: list[str]) -> Iterator[None]:
         return
     import readline  # noqa: PLC0415 - importing it gives input() its editing
 
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    path = Path(state) / "mindformers_ixc" / "chat_history"
-    with contextlib.suppress(OSError):                   # no earlier session
+    path = None
+    with contextlib.suppress(OSError, RuntimeError):     # no earlier session, or no home directory
+        state = os.environ.get("XDG_STATE_HOME") or home_folder() / ".local" / "state"
+        path = Path(state) / "mindformers_ixc" / "chat_history"
         readline.read_history_file(path)
     readline.set_history_length(HISTORY_LINES)
     readline.set_completer_delims(" \t\n")
@@ -106,8 +109,9 @@ def line_history(commands: list[str]) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):               # a read-only home is no reason to fail at the end
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(path)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                readline.write_history_file(path)
 
 
 def completions(before: str, text: str, commands: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.parallel.checks import check_possible
 from mindformers_ixc.parallel.degrees import Degrees, inference_layout
-from mindformers_ixc.resources import user_log_folder
+from mindformers_ixc.resources import usable_log_folder
 from mindformers_ixc.serving.ranks import MEETING, READY, SOCKET
 
 # The pipe to which rank 0 writes its log of requests.
@@ -50,7 +50,7 @@ def launch_serve(arguments: argparse.Namespace) -> int:
     """
     ranks, served = local_ranks(arguments), arguments.run
     check_devices(arguments, ranks)
-    logs = Path(arguments.log_dir or user_log_folder() / f"serve_{served.port or os.getpid()}").resolve()
+    logs = Path(arguments.log_dir or usable_log_folder()[0] / f"serve_{served.port or os.getpid()}").resolve()
     jobs: list[Job] = []
     with tempfile.TemporaryDirectory(dir=_short_folder()) as scratch:
         meeting, words = Path(scratch), list(arguments.run_words)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mindformers_ixc.errors import BuildError
 from mindformers_ixc.files import whole_file
+from mindformers_ixc.resources import usable_cache_folder
 
 _HERE = Path(__file__).resolve().parent
 
@@ -27,8 +28,7 @@ def _cache_folder(root: Path) -> Path:
     version = root / "version.py"
     for source in [version, Path(__file__), *sorted(_HERE.rglob("*.cc")), *sorted(_HERE.rglob("*.h"))]:
         key.update(source.read_bytes() if source.exists() else b"")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "mindformers_ixc" / "cpu_parallel" / key.hexdigest()[:16]
+    return usable_cache_folder("cpu_parallel") / key.hexdigest()[:16]
 
 
 def _options(root: Path) -> dict[str, list[str]]:

@@ -47,6 +47,7 @@ def test_unknown_arguments_are_refused():
     (("plann",), "'plann' is none of the choices; did you mean plan?"),
     (("chat", "--modl", "x"), "unrecognized arguments: --modl; --modl is no option, did you mean --model?"),
     (("inspect", "x", "--verfy"), "unrecognized arguments: --verfy; --verfy is no option, did you mean --verify?"),
+    (("launch", "-n", "2", "sample", "--model", "starter"), "sample is no command of several devices; `mind"),
     (("chat", "--model", "x", "--mode", "writ", "q"), "'writ' is none of the choices; did you mean write?"),
 ])
 def test_what_can_be_meant_is_said(words, message):
