@@ -64,16 +64,24 @@ def test_what_is_no_request_is_refused_in_the_form_of_all_refusals_and_once(proc
         assert server.ask(**question()).status_code == 200
 
 
+def wait_for_connections(server, count: int) -> None:
+    """Returns when the server has so many."""
+    until = time.monotonic() + 10
+    while len(server.server.server.server_state.connections) != count:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_a_connection_too_many_is_refused_with_a_sentence_and_logged(processor):
     with served(limits=Limits(running=4, positions=1024, connections=2), processor=processor) as server:
         idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2)]
-        time.sleep(0.1)         # for the server to take them
+        wait_for_connections(server, 2)
         answer = server.ask(**question())
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
         assert answer.json()["error"]["code"] == "too_many_connections" == server.chats(1)[0]["error"]
         for one in idle:
             one.close()
-        time.sleep(0.1)
+        wait_for_connections(server, 0)
         assert server.ask(**question()).status_code == 200
 
 
