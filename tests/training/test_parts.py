@@ -1,6 +1,7 @@
 """What trains and at which rate: from part names, against closed formulae and MindFormers' own optimizer."""
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from mindformers.tools.register import MindFormerConfig
 from mindspore import Tensor
 
-from mindformers_ixc import ConfigError, IXC25Config, IXC25ForCausalLM, IXC25Trainer
+from mindformers_ixc import ConfigError, IXC25Config, IXC25ForCausalLM, IXC25Trainer, terminal
 from mindformers_ixc.cli.run_config import check_fields
 from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.parameters import part_of
@@ -91,7 +92,9 @@ def optimizer_of(model, **schedule):
     return trainer.create_optimizer_scheduler(model, set())
 
 
-def test_mindformers_optimizer_has_the_rate_and_the_decay_of_every_group(capsys):
+def test_mindformers_optimizer_has_the_rate_and_the_decay_of_every_group(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(terminal, "current", terminal.Terminal(log=log))
     model = small()
     optimizer = optimizer_of(model)
     factors = {name: factor for factor, names in rate_factors(model, RATES).items() for name in names}
@@ -107,7 +110,7 @@ def test_mindformers_optimizer_has_the_rate_and_the_decay_of_every_group(capsys)
         assert float(np.asarray(decay)) == pytest.approx(0.0 if plain else 0.1)
         seen += 1
     assert seen == len(model.trainable_params())
-    assert "0.0002" in capsys.readouterr().err      # the LLM's rate is told
+    assert "0.0002" in log.getvalue()       # the LLM's rate is told
 
 
 def test_the_table_of_rates():
