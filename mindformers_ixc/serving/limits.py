@@ -1,6 +1,7 @@
 """What requests may take; read for the command line, so nothing heavy is imported."""
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, fields
 
 from mindformers_ixc.errors import ConfigError
@@ -15,8 +16,13 @@ PIECES = (64, 128, 256)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address: the network 127.0.0.0/8 is its own."""
-    return host in LOOPBACK or host.startswith("127.")
+    """Whether only this machine can reach an address: the network 127.0.0.0/8 is its own, the name 127.org is not."""
+    if host in LOOPBACK:
+        return True
+    try:
+        return socket.inet_aton(host)[0] == 127
+    except (OSError, UnicodeError):
+        return False
 
 
 # Limits in words, for the help: `--max_NAME`.

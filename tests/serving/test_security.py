@@ -330,7 +330,8 @@ class TestHeaders:
     def test_other_names_of_this_machine(self, server, host):
         check(send(server, question(), Host=host), 403)
 
-    @pytest.mark.parametrize(("address", "own"), [("127.0.0.2", True), ("::1", True), ("0.0.0.0", False)])
+    @pytest.mark.parametrize(("address", "own"), [("127.0.0.2", True), ("::1", True), ("0.0.0.0", False),
+                                                   ("127.example.org", False), ("127.0.0.1.example.org", False)])
     def test_names_are_looked_at_wherever_this_machine_alone_is_listened_to(self, address, own):
         assert (Guard(None, ServerSettings("starter"), address).names is not None) is own
 
