@@ -8,6 +8,12 @@ from pathlib import Path
 from playwright.sync_api import expect
 from served import IMAGES
 
+# clip.webm is a second of red and blue as a browser's MediaRecorder writes it, which says no length. It is stored:
+# one recorded by a test has as few frames as a busy machine comes to.
+DATA = Path(__file__).parents[1] / "data"
+
+TYPES = {".jpg": "image/jpeg", ".png": "image/png", ".mp4": "video/mp4", ".webm": "video/webm"}
+
 # Where pictures of the page are kept, if anywhere.
 SHOTS = os.environ.get("MINDFORMERS_IXC_SCREENSHOTS")
 
@@ -89,29 +95,6 @@ def answer(mode: str, asked: str) -> str:
         return f"Questions so far: {asked.count('user')}."
     return RICH if "two" in last else "A cat."
 
-# Films half a second of two colours.
-FILM = """() => new Promise((done) => {
-  const board = Object.assign(document.createElement("canvas"), { width: 320, height: 240 }), parts = [];
-  const brush = board.getContext("2d"), film = new MediaRecorder(board.captureStream(25), { mimeType: "video/webm" });
-  let count = 0;
-  const timer = setInterval(() => {
-    brush.fillStyle = count++ < 6 ? "red" : "blue";
-    brush.fillRect(0, 0, 320, 240);
-  }, 40);
-  film.ondataavailable = (event) => parts.push(event.data);
-  film.onstop = () => {
-    clearInterval(timer);
-    const held = new DataTransfer();
-    held.items.add(new File(parts, "clip.webm", { type: "video/webm" }));
-    const field = document.getElementById("choose");
-    field.files = held.files;
-    field.dispatchEvent(new Event("change"));
-    done();
-  };
-  film.start();
-  setTimeout(() => film.stop(), 500);
-})"""
-
 
 class Visitor:
     """Somebody in front of the page.
@@ -126,7 +109,7 @@ class Visitor:
         options = {"locale": "en-GB", "viewport": {"width": width, "height": height}, **options}
         self.context = browser.new_context(**options)
         self.page, self.url = self.context.new_page(), url
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(60_000)
         self.asked, self.elsewhere, self.errors = [], [], []
         self.page.on("request", self._noted)
         self.page.on("requestfailed", self._failed)
@@ -149,10 +132,10 @@ class Visitor:
         expect(self.page.locator("#modes label")).to_have_count(3)
 
     def bring(self, kind: str, *names: str):
-        """Drops or pastes files."""
-        files = [[name, base64.b64encode((IMAGES / name).read_bytes() if (IMAGES / name).exists() else b"x").decode(),
-                  {"jpg": "image/jpeg", "png": "image/png", "mp4": "video/mp4"}.get(name[-3:], "text/plain")]
-                 for name in names]
+        """Drops or pastes files of the demo or of tests/data; one of another name holds nothing of use."""
+        paths = [next((folder / name for folder in (IMAGES, DATA) if (folder / name).exists()), None) for name in names]
+        files = [[name, base64.b64encode(path.read_bytes() if path else b"x").decode(),
+                  TYPES.get(Path(name).suffix, "text/plain")] for name, path in zip(names, paths, strict=True)]
         self.page.evaluate("""([kind, files]) => {
           const held = new DataTransfer();
           for (const [name, text, type] of files)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from needed import chromium
-from page_visitor import FILM, RICH, WEB, WRITTEN, Visitor, answer
+from page_visitor import RICH, WEB, WRITTEN, Visitor, answer
 from playwright import sync_api as playwright
 from scripted_decoder import ScriptedDecoder
 from served import IMAGES, ROOT, STARTER, served
@@ -331,7 +331,7 @@ def test_tiles_are_shown_as_the_model_sees_them(visit):
 def test_a_video_is_shown_and_sent(visit):
     visitor = visit()
     page = visitor.page
-    page.evaluate(FILM)
+    visitor.bring("drop", "clip.webm")
     page.get_by_role("button", name="clip.webm: show as the model sees it").click()
     page.wait_for_selector(".grid img")
     assert re.search(r"\d × \d tiles of 112 × 112 pixels", page.locator("dialog").inner_text())
