@@ -73,8 +73,8 @@ def prompt(config):
     """512 positions: text, a 2 x 2 picture, text."""
     import numpy as np
 
+    from mindformers_ixc.processing.encoded import EncodedSample
     from mindformers_ixc.processing.image import Grid, image_token_count
-    from mindformers_ixc.processing.processor import EncodedSample
 
     rng = np.random.default_rng(1)
     grid, vision = Grid(2, 2), config.vision_config

@@ -32,7 +32,8 @@ from mindformers_ixc.config import read_config
 from mindformers_ixc.data.conversations import load_conversations
 from mindformers_ixc.data.questions import Question, questions_of
 from mindformers_ixc.demo import demo_path
-from mindformers_ixc.processing.processor import EncodedSample, Processor
+from mindformers_ixc.processing.encoded import EncodedSample
+from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX
 from mindformers_ixc.resources import resolve_model
 

@@ -21,8 +21,8 @@ from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions
 from mindformers_ixc.models.rotary import rotary_tables
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.image import Grid, Tiles, bicubic_resize, image_to_tiles, image_token_rows, normalise
-from mindformers_ixc.processing.processor import EncodedSample
 from mindformers_ixc.processing.prompt import shift_labels
 
 MODES = tuple(MODE_ADAPTERS)

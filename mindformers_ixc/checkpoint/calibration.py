@@ -22,7 +22,8 @@ from mindformers_ixc.data.conversations import load_conversations
 from mindformers_ixc.errors import CheckpointError, DataError
 from mindformers_ixc.files import write_whole
 from mindformers_ixc.parameters import layer_of
-from mindformers_ixc.processing.processor import EncodedSample, Processor
+from mindformers_ixc.processing.encoded import EncodedSample
+from mindformers_ixc.processing.processor import Processor
 
 # Samples that are taken where nobody says how many, positions of each and tiles of a picture at most: the tower takes a
 # teraflop a tile of 560 pixels.

@@ -14,7 +14,7 @@ from mindformers_ixc.checkpoint.dtypes import to_float32
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.parameters import VISION, linear_shapes
-from mindformers_ixc.processing.processor import EncodedSample
+from mindformers_ixc.processing.encoded import EncodedSample
 
 # Called with the path of a linear below its layer and the inputs `(N, F)` it gets.
 Look = Callable[[str, np.ndarray], None]

@@ -26,7 +26,7 @@ from mindformers_ixc.sections import is_whole
 
 if TYPE_CHECKING:
     from mindformers_ixc.generation.assistant import Assistant
-    from mindformers_ixc.processing.processor import EncodedSample
+    from mindformers_ixc.processing.encoded import EncodedSample
 
 # Side of a tile of the public model in pixels, for a server that does not say its own.
 TILE = 560

@@ -16,7 +16,8 @@ from mindformers_ixc.cli.chat_session import Measured, Reply, Session
 from mindformers_ixc.cli.hints import empty_hint, picture_hint
 from mindformers_ixc.cli.loading import Idle, Loading
 from mindformers_ixc.cli.settings import generation_options, image_options
-from mindformers_ixc.processing.processor import EncodedSample, ImageProcessor
+from mindformers_ixc.processing.encoded import EncodedSample
+from mindformers_ixc.processing.processor import ImageProcessor
 from mindformers_ixc.tables import PAINT
 
 if TYPE_CHECKING:

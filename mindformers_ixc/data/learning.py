@@ -8,7 +8,7 @@ import numpy as np
 
 from mindformers_ixc.data.forms import WEIGHT_KEY
 from mindformers_ixc.errors import DataError
-from mindformers_ixc.processing.processor import EncodedSample
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.prompt import IGNORE_INDEX
 
 # The YAML's `loss_on`.

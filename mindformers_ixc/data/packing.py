@@ -11,8 +11,8 @@ import numpy as np
 
 from mindformers_ixc.config import default_max_images
 from mindformers_ixc.errors import PromptError
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.image import Tiles
-from mindformers_ixc.processing.processor import EncodedSample
 
 
 def join_samples(samples: Sequence[EncodedSample], seq_length: int, max_tiles: int, pad_token_id: int,

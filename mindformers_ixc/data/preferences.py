@@ -22,8 +22,9 @@ from mindformers_ixc.data.paths import shown
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.errors import DataError, ImageError
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.judged import with_reward_token
-from mindformers_ixc.processing.processor import EncodedSample, Processor
+from mindformers_ixc.processing.processor import Processor
 
 
 @dataclass

@@ -12,8 +12,9 @@ from mindformers_ixc.data.fitting import first_pairs
 from mindformers_ixc.data.learning import ALL, with_loss_on
 from mindformers_ixc.data.preview_data import Entry, Reader
 from mindformers_ixc.errors import DataError, ImageError, VideoError
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.image import Grid, plan_partition
-from mindformers_ixc.processing.processor import EncodedSample, Processor
+from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX, shift_labels
 from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.processing.video import BoardSize

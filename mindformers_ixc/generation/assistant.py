@@ -34,7 +34,8 @@ from mindformers_ixc.generation.text import Streamer, TextStream
 from mindformers_ixc.generation.turns import TURNS
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.reward import WRITES_NONE
-from mindformers_ixc.processing.processor import EncodedSample, Processor
+from mindformers_ixc.processing.encoded import EncodedSample
+from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.prompt import END_OF_TURN
 
 

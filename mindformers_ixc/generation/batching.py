@@ -34,7 +34,7 @@ from mindformers_ixc.models.internlm2 import DecoderLayer
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.rotary import rotary_base, rotary_rows
 from mindformers_ixc.native import kernels
-from mindformers_ixc.processing.processor import EncodedSample
+from mindformers_ixc.processing.encoded import EncodedSample
 
 # A piece is computed some layers at a time, so that others wait for a part of it only: in two parts, and in more where
 # each has so many layers (a graph of fewer is not worth its compiling).

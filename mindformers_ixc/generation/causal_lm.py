@@ -46,10 +46,11 @@ from mindformers_ixc.generation.webpage import (
 )
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.image import Tiles
 from mindformers_ixc.processing.messages import History, read_history
 from mindformers_ixc.processing.pictures import ImageSource
-from mindformers_ixc.processing.processor import EncodedSample, ImageProcessor, Processor
+from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX
 from mindformers_ixc.processing.tokenizer import SentencePieceText
 

@@ -22,7 +22,7 @@ from mindformers_ixc.generation.extending import (
 from mindformers_ixc.generation.reuse import BLOCK, Prompt
 from mindformers_ixc.generation.slots import ContiguousSlot, Slot
 from mindformers_ixc.models.rotary import rotary_rows
-from mindformers_ixc.processing.processor import EncodedSample
+from mindformers_ixc.processing.encoded import EncodedSample
 
 if TYPE_CHECKING:
     from mindformers_ixc.generation.engine import InferenceEngine

@@ -43,7 +43,7 @@ from mindformers_ixc.generation.turns import TURNS
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.rotary import rotary_rows, rotary_tables
-from mindformers_ixc.processing.processor import EncodedSample
+from mindformers_ixc.processing.encoded import EncodedSample
 
 # The shortest bucket, in positions; a shorter one would save little and be compiled as slowly.
 SHORTEST_BUCKET = 128

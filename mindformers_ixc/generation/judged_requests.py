@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from mindformers_ixc.errors import PromptError
 from mindformers_ixc.generation.requests import Request, error_sentence, read_request
 from mindformers_ixc.generation.scoring import Scorer
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.judged import turns_of
 from mindformers_ixc.processing.messages import read_answer
-from mindformers_ixc.processing.processor import EncodedSample
 from mindformers_ixc.processing.prompt import check_text
 
 # What a line may hold beside its question and answers: what predict and this command write.

@@ -28,7 +28,7 @@ from mindformers_ixc.generation.shares import (
     share_files,
     write_run,
 )
-from mindformers_ixc.processing.processor import EncodedSample
+from mindformers_ixc.processing.encoded import EncodedSample
 
 if TYPE_CHECKING:
     from mindformers_ixc.generation.assistant import Assistant

@@ -21,8 +21,8 @@ import numpy as np
 from mindformers_ixc.generation.store import Store
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.rotary import rotary_base
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.image import Tiles, image_token_count
-from mindformers_ixc.processing.processor import EncodedSample
 
 # Positions of a block. What is taken over ends with a whole one, so at most 15 positions too many are computed anew.
 BLOCK = 16

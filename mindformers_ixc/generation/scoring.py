@@ -20,9 +20,10 @@ from mindformers_ixc.generation.slots import Slot
 from mindformers_ixc.generation.store import Store
 from mindformers_ixc.generation.turns import TURNS
 from mindformers_ixc.models.reward import IXC25RewardModel
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.judged import Turns, encode_judged, judged_turns
 from mindformers_ixc.processing.pictures import ImageSource
-from mindformers_ixc.processing.processor import EncodedSample, Processor
+from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.sections import check_value, whole
 
 # Conversations that are scored at once, unless somebody says otherwise.

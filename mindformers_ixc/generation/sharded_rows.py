@@ -20,8 +20,8 @@ from mindformers_ixc.generation.engine import InferenceEngine, bucket
 from mindformers_ixc.generation.reuse import Prompt
 from mindformers_ixc.generation.slots import ShardedSlot, cache_bytes
 from mindformers_ixc.generation.turns import TURNS
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.image import Tiles
-from mindformers_ixc.processing.processor import EncodedSample
 from mindformers_ixc.processing.prompt import IGNORE_INDEX
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from mindformers_ixc.errors import ConfigError, PromptError
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.image import HD_NUM_REWARD, Tiles
 from mindformers_ixc.processing.messages import read_answer, read_history, read_messages
 from mindformers_ixc.processing.pictures import ImageSource
-from mindformers_ixc.processing.processor import EncodedSample, Processor
+from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX, REWARD_TOKEN, chat_turns, check_text
 
 # Role and text, the form of `Processor.encode_conversation`.

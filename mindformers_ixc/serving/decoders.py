@@ -15,7 +15,7 @@ from mindformers_ixc.generation.paged_batching import PagedBatchDecoder
 from mindformers_ixc.generation.reuse import Prompt
 from mindformers_ixc.generation.sharded_rows import ShardedRows
 from mindformers_ixc.generation.slots import is_paged
-from mindformers_ixc.processing.processor import EncodedSample
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.serving.scheduling import Job, Refused, RowDecoder
 
 

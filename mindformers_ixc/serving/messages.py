@@ -13,10 +13,11 @@ from urllib.parse import unquote_to_bytes
 from mindformers_ixc.data.paths import find_file
 from mindformers_ixc.errors import ImageError, PromptError, VideoError
 from mindformers_ixc.generation.requests import error_sentence
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.image import plan_partition
 from mindformers_ixc.processing.messages import read_messages
 from mindformers_ixc.processing.pictures import image_size
-from mindformers_ixc.processing.processor import EncodedSample, Processor
+from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
 from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.processing.video import board_grid, board_size, is_video

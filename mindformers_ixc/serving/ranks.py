@@ -25,7 +25,7 @@ import numpy as np
 from mindformers_ixc import terminal
 from mindformers_ixc.decoding_options import GenerationOptions
 from mindformers_ixc.errors import RanksError
-from mindformers_ixc.processing.processor import EncodedSample
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.serving.scheduling import Ended, Job, Refused, RowDecoder
 
 # Variable by which `mindformers launch` tells the ranks of a server the folder in which they meet.

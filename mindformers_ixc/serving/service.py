@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mindformers_ixc import errors
-from mindformers_ixc.processing.processor import EncodedSample, Processor
+from mindformers_ixc.processing.encoded import EncodedSample
+from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.prompt import END_OF_TURN
 from mindformers_ixc.serving.answering import AnswerWriter, Piece
 from mindformers_ixc.serving.messages import encode

@@ -26,8 +26,8 @@ from mindformers_ixc.generation.store import Store
 from mindformers_ixc.grpo_options import REWARD_MODEL, RULES, rollout_options
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.loss import IGNORE_INDEX
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.image import Tiles
-from mindformers_ixc.processing.processor import EncodedSample
 from mindformers_ixc.scores import exact_match
 from mindformers_ixc.training.log import TrainingLog
 

@@ -21,7 +21,7 @@ from mindformers_ixc.generation import slots
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.models.configuration import IXC25Config
-from mindformers_ixc.processing.processor import EncodedSample
+from mindformers_ixc.processing.encoded import EncodedSample
 
 # Of the model in goldens_more/t1, trained on 64 positions.
 PROMPTS, NEW = (50, 62), 20

@@ -21,7 +21,7 @@ from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.engine import bucket
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions
-from mindformers_ixc.processing.processor import EncodedSample
+from mindformers_ixc.processing.encoded import EncodedSample
 
 NEW = 6
 

@@ -24,8 +24,8 @@ from mindformers_ixc.generation.reuse import BLOCK, Prompt, Reuse, pictures_of, 
 from mindformers_ixc.generation.search import decode_steps
 from mindformers_ixc.generation.store import Store
 from mindformers_ixc.models.configuration import IXC25Config
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.image import Grid, Tiles, cut_image, image_token_count
-from mindformers_ixc.processing.processor import EncodedSample
 
 SIDE = 56       # of a tile of the reference model, which has 2 x 2 tokens
 

@@ -11,9 +11,9 @@ from reference import GOLDENS, ReferenceModel
 from safetensors.numpy import load_file
 
 from mindformers_ixc.demo import demo_path
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.image import normalise, partition_pixels
 from mindformers_ixc.processing.pictures import load_image
-from mindformers_ixc.processing.processor import EncodedSample
 
 PIECES = 1024                  # of the demo's tokenizer; the reference model has embeddings for half of them
 

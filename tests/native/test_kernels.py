@@ -14,7 +14,7 @@ from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.options import GenerationOptions
 from mindformers_ixc.models.rotary import rotary_tables
 from mindformers_ixc.native import kernels
-from mindformers_ixc.processing.processor import EncodedSample
+from mindformers_ixc.processing.encoded import EncodedSample
 
 # without a compiler there are no kernels, as docs/install.md says
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")

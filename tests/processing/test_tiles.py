@@ -10,6 +10,7 @@ from PIL import Image
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import PromptError
 from mindformers_ixc.native import SWITCH
+from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.image import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -20,7 +21,7 @@ from mindformers_ixc.processing.image import (
     partition_pixels,
     pixel_scale,
 )
-from mindformers_ixc.processing.processor import EncodedSample, ImageProcessor, Processor
+from mindformers_ixc.processing.processor import ImageProcessor, Processor
 from mindformers_ixc.processing.tokenizer import Tokenizer
 
 SIDE = 28
