@@ -107,7 +107,7 @@ class HttpServer:
             self._counted, interface="asgi3", http=TimedProtocol, ws="none", lifespan="off", log_config=None,
             log_level="critical", access_log=False, server_header=False, proxy_headers=False, backlog=BACKLOG,
             timeout_keep_alive=KEPT_SECONDS, h11_max_incomplete_event_size=HEAD_BYTES,
-            timeout_graceful_shutdown=left))
+            timeout_graceful_shutdown=left))      # type: ignore[arg-type]  # asyncio takes parts of a second too
         self._asked = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
