@@ -4,6 +4,7 @@ from __future__ import annotations
 import itertools
 import json
 import socket
+import threading
 
 import pytest
 from mindspore import nn
@@ -103,11 +104,11 @@ def test_rows_are_free_again(assistant, decoder):
 
 
 def test_a_client_whose_connection_breaks_frees_its_row(assistant, decoder, monkeypatch):
-    step, steps = decoder.step, itertools.count()
+    step, steps, over = decoder.step, itertools.count(), threading.Event()
 
     def held(rows, tokens):
         """After a few tokens the answer waits until nobody wants it any more."""
-        if next(steps) == 8:
+        if next(steps) >= 8 and not over.is_set():
             server.until(lambda: all(job.is_cancelled for job, _ in server.service.scheduler.writing))
         return step(rows, tokens)
 
@@ -128,6 +129,7 @@ def test_a_client_whose_connection_breaks_frees_its_row(assistant, decoder, monk
         wire.close()
         server.until(lambda: "mindformers_ixc_running 0" in client.get("/metrics").text)
         server.until(lambda: server.service.scheduler.is_idle)
+        over.set()
         assert server.service.scheduler.open_rows == 0
         assert server.service.scheduler.counts.requests == {
             "done": 0, "cancelled": 1, "failed": 0, "late": 0, "refused": 0}
