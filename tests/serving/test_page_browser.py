@@ -59,7 +59,7 @@ def visit(browser, server):
 
     yield come
     for one in visitors:
-        one.until(lambda: not one.elsewhere)        # noqa: B023
+        one.until(lambda: not one.elsewhere)        # noqa: B023 - it is called at once
         one.context.close()
         assert (one.unexpected, one.elsewhere) == ([], [])
 
