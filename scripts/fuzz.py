@@ -271,7 +271,7 @@ def fuzz(name: str, seconds: int, seed: int, folder: Path) -> None:
     if target.template is not None:
         (seeds / "template").write_bytes(json.dumps(target.template).encode())
         (seeds / "structured").write_bytes(bytes([STRUCTURED, 1, 0, 3]))
-    options = [f"-max_total_time={seconds}", f"-seed={seed}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=65536",
+    options = [f"-max_total_time={seconds}", f"-seed={seed}", "-timeout=120", "-rss_limit_mb=4096", "-max_len=65536",
                f"-artifact_prefix={Path.cwd()}/fuzz-{name}-", "-verbosity=0", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], *options, str(seeds), *([str(CORPUS / name)] if (CORPUS / name).is_dir() else [])],
                   functools.partial(run_input, target))

@@ -41,7 +41,7 @@ def run_ranks(count: int, folder: Path, script: Path, *arguments) -> None:
                            CPU_PARALLEL_MAILBOX=str(folder / "mailbox"))
         command = [str(Path(sys.executable).with_name("msrun")), "--worker_num", str(count), "--local_worker_num",
                    str(count), "--master_port", str(port), "--log_dir", str(folder / "log"), "--join", "True", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1800)
     if done.returncode:
         logs = [log.read_text(errors="replace")[-2000:] for log in sorted((folder / "log").glob("worker_*.log"))]
         raise RuntimeError("\n".join(logs or [done.stderr[-3000:]]))

@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 # Of a cell; the longest one trains.
-TIMEOUT_S = 600
+TIMEOUT_S = 1800
 
 # What a terminal is told and a page has no use for: colours, and that the rest of a line is to be taken away.
 _CONTROL = re.compile(r"\x1b\[[\d;]*[A-Za-z]")

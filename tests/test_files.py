@@ -27,7 +27,8 @@ from mindformers_ixc.files import (
     write_whole,
 )
 
-IN_ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+IN_ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+                         max_examples=30, deadline=None)
 
 
 def mode(path) -> int:

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "parity.py"
 
 
 def run(*words):
-    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, text=True, timeout=1800)
     return done.returncode, done.stdout.strip().splitlines()
 
 

@@ -134,21 +134,24 @@ def test_a_forked_process_begins_anew():
 # A worker waits for a file, and the process that forked it for the worker.
 WAITING = """
 import ctypes, os, time
-from mindformers_ixc.reading import reading, watch_reads
+from mindformers_ixc import reading
+from mindformers_ixc.reading import watch_reads
+reading.GRACE = {grace}
 watch_reads(0.4)
 if not os.fork():
-    with reading("dead.png"):
-        time.sleep(100)
-{}
+    with reading.reading("dead.png"):
+        time.sleep(600)
+{waiting}
 """
 
 
-@pytest.mark.parametrize(("waiting", "code"), [
-    ("time.sleep(100)", 1), ("ctypes.PyDLL(None).sleep(100)", -signal.SIGKILL)], ids=["without the lock", "with it"])
-def test_with_a_worker_ends_who_waits_for_it(waiting, code):
+@pytest.mark.parametrize(("waiting", "grace", "code"), [
+    ("time.sleep(600)", 60, 1), ("ctypes.PyDLL(None).sleep(600)", 1, -signal.SIGKILL)],
+    ids=["without the lock", "with it"])
+def test_with_a_worker_ends_who_waits_for_it(waiting, grace, code):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ended = subprocess.run([sys.executable, "-c", WAITING.format(waiting)], env=environment, text=True,
-                           stderr=subprocess.PIPE, timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", WAITING.format(waiting=waiting, grace=grace)], env=environment,
+                           text=True, stderr=subprocess.PIPE, timeout=120, check=False)
     assert ended.returncode == code
     assert ended.stderr.count("error: dead.png has not been read within 0.4 s") == 1
 
@@ -199,7 +202,7 @@ def test_the_command_ends_with_the_sentence(dead, kind):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(dead / "site"), *filter(None, sys.path)])}
     ended = subprocess.run([sys.executable, "-m", "mindformers_ixc", "data", kind, "data.json",
                             "--train_dataset.data_loader.read_timeout", "1"], cwd=dead, env=environment, text=True,
-                           capture_output=True, timeout=120)
+                           capture_output=True, timeout=300)
     lines = ended.stderr.strip().splitlines()
     assert ended.returncode == 1
     assert lines[-1].startswith("error: dead.png has not been read within 1 s")

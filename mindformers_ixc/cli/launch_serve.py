@@ -31,6 +31,9 @@ from mindformers_ixc.serving.ranks import MEETING, READY, SOCKET
 # The pipe to which rank 0 writes its log of requests.
 REQUESTS = "requests"
 
+# Seconds that the last lines of the log have to come out when all ranks have ended: nobody may read them any more.
+LAST_LINES = 15
+
 # Characters of a socket's path at most, of unix(7).
 LONGEST_PATH = 107
 
@@ -131,4 +134,4 @@ def _passed_on(pipe: Path, stream: TextIO) -> Iterator[str]:
             yield str(pipe)
         finally:
             ended.set()
-            thread.join(2)
+            thread.join(LAST_LINES)

@@ -33,8 +33,8 @@ MEMORY = 1024
 SECONDS, SECONDS_PER_MIB = 15, 1
 CLOCK_FACTOR = 20
 
-# Seconds between two looks at what the process does.
-TICK = 0.25
+# Seconds between two looks at what the process does, and that it has to end when it has closed its output.
+TICK, ENDING = 0.25, 60
 
 # Environment variables that replace MEMORY, and the seconds whatever the file's size.
 MEMORY_VARIABLE, SECONDS_VARIABLE = "MINDFORMERS_IXC_VIDEO_MEMORY", "MINDFORMERS_IXC_VIDEO_SECONDS"
@@ -63,12 +63,12 @@ def _setting(variable: str, default: float) -> float:
 
 
 def _sleeps(process: int) -> bool:
-    """Whether all threads of a process wait for something else than a processor or a disk."""
+    """Whether all threads of a process wait for something else than a processor, a disk or whoever stopped them."""
     try:
         stats = [file.read_text() for file in Path(f"/proc/{process}/task").glob("*/stat")]
     except OSError:
         return True      # it ends just now
-    return all(stat.rpartition(")")[2].split()[0] not in ("R", "D") for stat in stats)
+    return all(stat.rpartition(")")[2].split()[0] not in ("R", "D", "T") for stat in stats)
 
 
 class VideoProcess:
@@ -194,7 +194,7 @@ class VideoProcess:
     def _ended(self) -> VideoError:
         """Why the process ended without an answer."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
+            self._process.wait(ENDING)
         code = self._process.poll()
         if code == -signal.SIGXCPU:
             return self._too_slow()

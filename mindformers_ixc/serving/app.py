@@ -31,6 +31,9 @@ URL_KEYS = ("url", "image_url", "video_url")
 # Seconds that a client may take to read a piece of a stream.
 PATIENCE = 60.0
 
+# Seconds after which an answer that nobody waits for is told again to end.
+AGAIN = 0.1
+
 
 def make_app(service: Service) -> Starlette:
     """The application, without the guard in front of it."""
@@ -136,9 +139,12 @@ class Chat(Response):
             await asyncio.wait((gone, work), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 line["finish"] = "client gone"
-                work.cancel()
+                # before Python 3.12 `asyncio.wait_for` loses a cancellation that comes together with what it waits for
+                while not work.done():
+                    work.cancel()
+                    await asyncio.wait((work,), timeout=AGAIN)
                 with contextlib.suppress(asyncio.CancelledError):
-                    await work
+                    work.result()
             else:
                 work.result()
         finally:

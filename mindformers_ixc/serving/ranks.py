@@ -291,9 +291,12 @@ def accept(folder: Path, count: int) -> Callable[[], list[Connection]]:
 
 def connect(folder: Path, rank: int) -> Connection:
     """The connection of a rank to rank 0, which may have to begin yet."""
-    while not (folder / SOCKET).exists():
-        time.sleep(LOOK)
-    leader = Client(str(folder / SOCKET), "AF_UNIX")
+    while True:
+        try:
+            leader = Client(str(folder / SOCKET), "AF_UNIX")
+            break
+        except (FileNotFoundError, ConnectionRefusedError):     # the socket has its name before it is listened to
+            time.sleep(LOOK)
     leader.send(rank)
     return leader
 

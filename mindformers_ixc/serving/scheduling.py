@@ -177,6 +177,7 @@ class Scheduler(Generic[Row]):
         self.reading: list[Job] = []                # whose prompts are being computed
         self.writing: list[tuple[Job, int]] = []    # answers in the making: job, number of the answer
         self.whole: Job | None = None
+        self._unended = 0                           # requests, wherever they are just now
         self._next: dict[tuple[int, int], int] = {}
 
     @property
@@ -193,7 +194,7 @@ class Scheduler(Generic[Row]):
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.waiting or self.reading or self.writing or self.whole)
+        return not self._unended
 
     def submit(self, job: Job) -> None:
         """Takes a request.
@@ -214,6 +215,7 @@ class Scheduler(Generic[Row]):
                              503, 2)
             job.submitted = self.clock()
             self.waiting.setdefault(job.client, deque()).append(job)
+            self._unended += 1
 
     def _refuse(self, sentence: str, status: int, retry_after: int) -> None:
         self.counts.requests["refused"] += 1
@@ -446,3 +448,5 @@ class Scheduler(Generic[Row]):
         job.rows, job.prompt = [], None
         self.counts.requests[how] += 1
         job.on_end(error)
+        with self._lock:
+            self._unended -= 1

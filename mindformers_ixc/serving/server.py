@@ -94,18 +94,20 @@ class HttpServer:
         limits: of connections.
         drain: seconds that running answers have to end.
         say: shows a sentence.
+        left: seconds that the step in progress has then.
     """
 
     def __init__(self, app: ASGIApp, service: Service, limits: Limits, drain: float,
-                 say: Callable[[str], None] = lambda text: None):
+                 say: Callable[[str], None] = lambda text: None, left: float = LEFT_SECONDS):
         self.app, self.service, self.limits, self.drain, self.say = app, service, limits, drain, say
+        self.left = left
         # uvicorn warns whoever serves of requests that are none, or ask for web sockets; and has a traceback for each
         # that it ends with the server. `Guard` keeps the errors that matter
         self.server = _Server(uvicorn.Config(
             self._counted, interface="asgi3", http=TimedProtocol, ws="none", lifespan="off", log_config=None,
             log_level="critical", access_log=False, server_header=False, proxy_headers=False, backlog=BACKLOG,
             timeout_keep_alive=KEPT_SECONDS, h11_max_incomplete_event_size=HEAD_BYTES,
-            timeout_graceful_shutdown=LEFT_SECONDS))
+            timeout_graceful_shutdown=left))      # type: ignore[arg-type]  # asyncio takes parts of a second too
         self._asked = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -145,7 +147,7 @@ class HttpServer:
         if not await self._idle_within(self.drain):
             self.say(f"Not all was answered within {self.drain:g} s; the rest is refused.")
             self.service.scheduler.give_up()
-            await self._idle_within(LEFT_SECONDS)
+            await self._idle_within(self.left)
         await asyncio.sleep(0.1)        # what is done is on its way to the clients
 
     async def _idle_within(self, seconds: float) -> bool:

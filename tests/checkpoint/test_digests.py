@@ -134,6 +134,7 @@ def test_an_older_index_is_read(tmp_path):
 
 def test_what_was_compared_is_remembered(folder, cache, monkeypatch):
     path = weights(folder)
+    monkeypatch.setattr(digests, "SETTLED_S", 3600)
     verify_folder(folder)
     assert not [entry for entry in cache.iterdir() if entry.suffix != ".lock"]       # changed a moment ago
     monkeypatch.setattr(digests, "SETTLED_S", -1)

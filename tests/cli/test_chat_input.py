@@ -73,14 +73,14 @@ def test_what_the_loading_thread_writes_waits_for_its_result():
         if sys.stderr.isatty():
             print("a bar", file=sys.stderr)
         written.set()
-        go.wait(30)
+        go.wait(60)
         return 7
 
     with streams() as (out, err):
         err.isatty = lambda: True
         loading = Loading(load)
         loading.start()
-        assert written.wait(30)
+        assert written.wait(60)
         print("> ", file=sys.stderr)
         assert (out.getvalue(), err.getvalue()) == ("", "> \n")
         assert sys.stderr.isatty()
@@ -101,7 +101,7 @@ def test_what_loading_raises_is_raised_by_its_result_and_reported_at_once():
     with streams() as (_, err):
         loading = Loading(load, failed.set)
         loading.start()
-        assert failed.wait(30)
+        assert failed.wait(60)
         for _ in range(2):
             with pytest.raises(ValueError, match="damaged"):
                 loading.result()
@@ -113,20 +113,20 @@ def test_idle_work_is_done_one_at_a_time_and_keeps_its_faults():
 
     def work() -> None:
         begun.set()
-        go_on.wait(10)
+        go_on.wait(60)
         done.append(1)
         raise ValueError("nobody asked")
 
     assert not idle.busy
     idle.start(work)
-    assert begun.wait(10)
+    assert begun.wait(60)
     assert idle.busy
     idle.start(lambda: done.append(2))          # left out
     go_on.set()
-    idle._thread.join(10)
+    idle._thread.join(60)
     assert (idle.busy, done) == (False, [1])
     idle.start(lambda: done.append(3))
-    idle._thread.join(10)
+    idle._thread.join(60)
     assert done == [1, 3]
 
 

@@ -36,7 +36,7 @@ class Terminal:
     def write(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
 
-    def read(self, until: str, least: int = 0, seconds: float = 90) -> str:
+    def read(self, until: str, least: int = 0, seconds: float = 300) -> str:
         """What comes up to a text (after `least` characters); what came behind it in one go is for the next read."""
         seen, end = self.unread, time.monotonic() + seconds
         while until not in seen[least:]:
@@ -46,6 +46,24 @@ class Terminal:
         stop = seen.index(until, least) + len(until)
         self.unread = seen[stop:]
         return seen[:stop]
+
+    def leave_line(self) -> None:
+        """Ctrl-C at the prompt, up to the next prompt.
+
+        A signal that comes after Python has looked for one and before readline waits for a key is noticed with the next
+        signal.
+        """
+        self.write("\x03")
+        seen, silent = self.unread, 0
+        while "> " not in seen:
+            if select.select([self.descriptor], [], [], 1)[0]:
+                seen += os.read(self.descriptor, 4096).decode(errors="replace")
+                continue
+            silent += 1
+            assert silent < 100, f"no prompt in {seen!r}"
+            if silent % 30 == 0:
+                self.write("\x03")
+        self.unread = seen.partition("> ")[2]
 
     def status(self) -> int:
         """Exit code; what was not read before is in `unread` afterwards."""
@@ -85,9 +103,7 @@ def test_a_session_on_a_terminal(babbling_model, tmp_path):
     terminal.read("> ")
     terminal.write("half a li")
     terminal.read("half a li")
-    time.sleep(0.5)                                 # a signal between prompt and select() waits for the next key
-    terminal.write("\x03")                          # at the prompt it leaves the line
-    terminal.read("> ")
+    terminal.leave_line()
     terminal.write("\x1b[A")                        # the question before comes back
     terminal.read("Tell me")
     terminal.write("\x15/quit\n")
@@ -137,8 +153,7 @@ def test_ctrl_c_works_while_the_model_loads(standin, tmp_path):
     terminal.read("> ")
     terminal.write("half a li")
     terminal.read("half a li")
-    terminal.write("\x03")
-    terminal.read("> ", least=1)
+    terminal.leave_line()
     terminal.write("Too early\n")
     terminal.read("The model is loading")
     terminal.write("\x03")

@@ -15,7 +15,7 @@ COMMAND = str(Path(sys.executable).parent / "mindformers")
 
 
 def run(*words, cwd=None):
-    return subprocess.run([COMMAND, *words], capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run([COMMAND, *words], capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 def test_version():
@@ -80,7 +80,7 @@ def test_a_shell_can_ask_how_words_go_on(tmp_path, line, expected):
     pytest.importorskip("argcomplete")
     variables = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line)),
                  "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words")}
-    subprocess.run([COMMAND], env={**os.environ, **variables}, check=True, timeout=60)
+    subprocess.run([COMMAND], env={**os.environ, **variables}, check=True, timeout=300)
     assert [word.strip() for word in (tmp_path / "words").read_text().split("\n")] == expected
 
 
@@ -118,7 +118,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        done = subprocess.run([COMMAND, "recipes"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run([COMMAND, "recipes"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")

@@ -268,7 +268,7 @@ def test_a_browser_says_what_is_under_the_pointer(tmp_path):
     path.write_text(page.replace("</body>", ACTIONS), encoding="utf-8")
     result = subprocess.run([chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
                              f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()], capture_output=True, text=True,
-                            check=False, timeout=120)
+                            check=False, timeout=300)
     found, = re.findall(r'<pre id="result">(.*?)</pre>', result.stdout, re.DOTALL)
     second, last, given, tile, picture, bar = json.loads(html.unescape(found))
     assert re.fullmatch(r"position 110: token \d+, .*\nwith loss", second)

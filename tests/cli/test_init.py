@@ -213,6 +213,6 @@ def test_mindspore_is_not_imported(folder):
     code = ("import sys, mindformers_ixc_cli as command; code = command.main(['init', '--data', 'my pictures']); "
             "sys.exit(code or 'mindspore' in sys.modules or 'mindformers' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                          timeout=60)
+                          timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("Reading my pictures/questions.csv")

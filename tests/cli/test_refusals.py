@@ -248,7 +248,7 @@ def test_a_command_whose_output_nobody_reads_ends_quietly(words):
     reading, writing = os.pipe()
     os.close(reading)
     command = subprocess.run([sys.executable, "-m", "mindformers_ixc", *words], stdout=writing,
-                             stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+                             stderr=subprocess.PIPE, text=True, timeout=300, check=False)
     os.close(writing)
     if words in (("recipes",), ("inspect", "starter")):         # of help argparse itself passes over it
         assert command.returncode == ending.NOBODY_READS == 141
@@ -259,7 +259,7 @@ def test_a_command_whose_output_nobody_reads_ends_quietly(words):
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_command_without_streams_does_what_it_does_with_them(words, closed):
     done = subprocess.run(["bash", "-c", f"{sys.executable} -m mindformers_ixc {words} {closed}"], capture_output=True,
-                          text=True, timeout=60, check=False)
+                          text=True, timeout=300, check=False)
     assert done.returncode == (1 if "gone" in words else 0)
     assert "Traceback" not in done.stderr
 
@@ -267,7 +267,7 @@ def test_a_command_without_streams_does_what_it_does_with_them(words, closed):
 def test_a_full_disk_behind_standard_output_is_a_sentence():
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "mindformers_ixc", "recipes"], stdout=full, text=True,
-                              stderr=subprocess.PIPE, timeout=60, check=False)
+                              stderr=subprocess.PIPE, timeout=300, check=False)
     assert done.returncode == 1
     assert done.stderr == "error: Something cannot be read or written: No space left on device.\n"
 
@@ -311,7 +311,7 @@ sys.meta_path.insert(0, Finder())
 from mindformers_ixc_cli import main
 sys.exit(main())
 """)
-    done = subprocess.run([sys.executable, program, "inspect", "starter"], capture_output=True, text=True, timeout=60,
+    done = subprocess.run([sys.executable, program, "inspect", "starter"], capture_output=True, text=True, timeout=300,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, check=False)
     assert done.returncode in (130, -signal.SIGINT)
     assert done.stdout == "" and done.stderr in ("", "SIGINT ended this command.\n")

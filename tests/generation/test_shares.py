@@ -62,7 +62,7 @@ def ranks(replica):
         barrier, count = threading.Barrier(len(answering)).wait, len(answering)
         with ThreadPoolExecutor(count) as pool:
             waiting = [pool.submit(replica, number, one, barrier, count) for number, one in enumerate(answering)]
-            return [one.result(20) for one in waiting]
+            return [one.result(120) for one in waiting]
 
     return run
 

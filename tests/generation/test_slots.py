@@ -96,7 +96,7 @@ def test_sharded_places():
      "3 AllReduce, 1 AllGather, 1 Receive")], ids=["alone", "tp2", "second stage of two, tp2"])
 def test_ascends_graphs_compile_with_its_fused_cells(layout, prefill, decode):
     done = subprocess.run([sys.executable, ROOT / "scripts" / "compile_ascend.py", *layout], capture_output=True,
-                          text=True, timeout=300)
+                          text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "caches: PagedSlot" in done.stdout
     messages = dict(re.findall(r"(prefill|decode): .*; messages: (.*)", done.stdout))
@@ -117,7 +117,7 @@ def test_ascends_graphs_compile_with_its_fused_cells(layout, prefill, decode):
 def test_the_graphs_of_a_server_compile_with_ascends_fused_cells(words, blocks, largest, rows, reaches, pictures,
                                                                  text):
     done = subprocess.run([sys.executable, ROOT / "scripts" / "compile_ascend.py", "--serving", *words],
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"caches: {blocks} blocks of 128 positions" in done.stdout
     assert "all fused operations are there and keep the rules" in done.stdout

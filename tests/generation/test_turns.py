@@ -31,7 +31,7 @@ def test_threads_get_their_turns_one_at_a_time_in_order():
                 time.sleep(0.001)
         assert order == []
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert order == list(range(8))
     with turns:
         assert turns._depth == 1
@@ -43,7 +43,7 @@ def test_an_error_in_a_turn_ends_it():
         raise KeyError
     other = threading.Thread(target=lambda: turns.__enter__())
     other.start()
-    other.join(10)
+    other.join(60)
     assert not other.is_alive()
 
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import base64
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from playwright.sync_api import expect
@@ -13,6 +15,10 @@ from served import IMAGES
 DATA = Path(__file__).parents[1] / "data"
 
 TYPES = {".jpg": "image/jpeg", ".png": "image/png", ".mp4": "video/mp4", ".webm": "video/webm"}
+
+# Milliseconds until something of the page must be there that comes at once unless the machine is busy.
+WAIT_MS = 120_000
+expect.set_options(timeout=WAIT_MS)
 
 # Where pictures of the page are kept, if anywhere.
 SHOTS = os.environ.get("MINDFORMERS_IXC_SCREENSHOTS")
@@ -103,14 +109,15 @@ class Visitor:
         asked: bodies of the requests for answers.
         elsewhere: addresses of other servers that were asked for.
         errors: of the page's program and its policy.
+        expected: pattern of those that a test provokes, however late they are told; "" for none.
     """
 
     def __init__(self, browser, url: str, width: int = 1280, height: int = 800, **options):
         options = {"locale": "en-GB", "viewport": {"width": width, "height": height}, **options}
         self.context = browser.new_context(**options)
+        self.context.set_default_timeout(WAIT_MS)
         self.page, self.url = self.context.new_page(), url
-        self.page.set_default_timeout(60_000)
-        self.asked, self.elsewhere, self.errors = [], [], []
+        self.asked, self.elsewhere, self.errors, self.expected = [], [], [], ""
         self.page.on("request", self._noted)
         self.page.on("requestfailed", self._failed)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -151,6 +158,19 @@ class Visitor:
         self.page.keyboard.press("Enter")
         if wait:
             self.page.wait_for_selector(".answer:last-child:not(.running)")
+
+    @property
+    def unexpected(self) -> list[str]:
+        """Errors that no test has provoked."""
+        return [text for text in self.errors if not (self.expected and re.search(self.expected, text))]
+
+    def until(self, happened: Callable[[], object]):
+        """Waits for what the browser tells, or the server does, a little later."""
+        for _ in range(WAIT_MS // 50):
+            if happened():
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"It has not happened. The page's errors: {self.errors}")
 
     def answers(self) -> list[str]:
         return self.page.locator(".answer .text").all_inner_texts()

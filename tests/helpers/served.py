@@ -5,7 +5,7 @@ import base64
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,9 @@ from mindformers_ixc.serving.settings import ServerSettings
 ROOT = Path(__file__).parents[2]
 STARTER = ROOT / "mindformers_ixc" / "starter"
 IMAGES = ROOT / "mindformers_ixc" / "demo" / "images"
+
+# Seconds that something may take which comes at once unless the machine is busy: only what hangs takes longer.
+WAIT = 60
 
 
 def data_url(name: str = "cat.jpg") -> str:
@@ -64,16 +67,29 @@ class Served:
 
     def chats(self, count: int) -> list[dict]:
         """Lines of the log about chats, once there are so many: a line comes when its response has gone."""
-        until = time.monotonic() + 5
+        until = time.monotonic() + WAIT
         while True:
             found = [line for line in self.lines if line["path"].endswith("completions")]
             if len(found) >= count or time.monotonic() > until:
                 return found
             time.sleep(0.005)
 
+    def line(self, number: str) -> dict:
+        """The line of the log about the request with this id: it comes when the response has gone."""
+        self.until(lambda: any(line["id"] == number for line in self.lines))
+        return next(line for line in self.lines if line["id"] == number)
+
+    @staticmethod
+    def until(happened: Callable[[], object]) -> None:
+        """Waits for something that happens as soon as other threads come to it."""
+        end = time.monotonic() + WAIT
+        while not happened():
+            assert time.monotonic() < end, "it has not happened"
+            time.sleep(0.005)
+
     def client(self, **options) -> httpx.Client:
         """A client of HTTP."""
-        return httpx.Client(base_url=self.url, timeout=20, trust_env=False, **options)
+        return httpx.Client(base_url=self.url, timeout=2 * WAIT, trust_env=False, **options)
 
     def ask(self, **request) -> httpx.Response:
         """One request."""
@@ -83,7 +99,7 @@ class Served:
 
 @contextlib.contextmanager
 def served(decoder=None, limits: Limits | None = None, names: tuple[str, ...] = (), processor: Processor | None = None,
-           drain: float = 5.0, **settings) -> Iterator[Served]:
+           drain: float = WAIT, left: float = WAIT, **settings) -> Iterator[Served]:
     """Serves while the block runs."""
     decoder = StandInDecoder() if decoder is None else decoder
     settings = {"name": "starter", "modes": ("base", "write", "web"),
@@ -93,17 +109,17 @@ def served(decoder=None, limits: Limits | None = None, names: tuple[str, ...] = 
     service = Service(processor or Processor.from_directory(STARTER),
                       Scheduler(decoder, told.limits.queue, told.limits.queue_each), told, faults.append)
     app = Guard(make_app(service), told, "127.0.0.1", names, lines.append, service.metrics.responded, faults.append)
-    server = HttpServer(app, service, told.limits, drain)
+    server = HttpServer(app, service, told.limits, drain, left=left)
     listening = listen("127.0.0.1", 0)
     port, is_ready = listening.getsockname()[1], threading.Event()
     thread = threading.Thread(target=server.run, args=(listening, is_ready.set), daemon=True)
     thread.start()
-    assert is_ready.wait(20)
+    assert is_ready.wait(WAIT)
     try:
         yield Served(f"http://127.0.0.1:{port}", service, decoder, server, lines, faults)
     finally:
         if not service.scheduler.is_draining:        # asked twice, a server ends its process
             server.end()
-        thread.join(20)
+        thread.join(2 * WAIT)
         listening.close()
         assert not thread.is_alive()

@@ -1,8 +1,11 @@
 """A stand-in for a model behind a server: its next token depends on all tokens of its row, and on nothing else."""
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -38,6 +41,26 @@ class StandInDecoder:
         self.rows: list[StandInRow] = []
         self.steps: list[int] = []
         self.fails: Exception | None = None
+        self._held_after: int | None = None
+        self._go = threading.Event()
+
+    @contextlib.contextmanager
+    def held(self, after: int = 3) -> Iterator[None]:
+        """In the block answers come to so many new tokens after the first, and no further however long it takes.
+
+        All of them but the last are sent.
+        """
+        self._held_after = after
+        self._go.clear()
+        try:
+            yield
+        finally:
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Ends the hold."""
+        self._held_after = None
+        self._go.set()
 
     def prepare(self, sample):
         return sample
@@ -81,6 +104,8 @@ class StandInDecoder:
         assert len({row.mode for row in rows}) == 1
         if self.fails is not None:
             raise self.fails
+        if self._held_after is not None and any(len(row.ids) - row.prompt >= self._held_after for row in rows):
+            self._go.wait(600)
         time.sleep(self.step_seconds)
         self.steps.append(len(rows))
         for row, token in zip(rows, tokens):

@@ -237,7 +237,7 @@ def bash(text: str) -> subprocess.CompletedProcess:
     It is a session of its own, so that no signal to the group that the tests run in ends one of its commands.
     """
     places = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    return subprocess.run(["bash", "-euo", "pipefail", "-c", text], capture_output=True, text=True, timeout=900,
+    return subprocess.run(["bash", "-euo", "pipefail", "-c", text], capture_output=True, text=True, timeout=1800,
                           stdin=subprocess.DEVNULL, start_new_session=True,
                           env={**os.environ, "PATH": os.pathsep.join(places)})
 

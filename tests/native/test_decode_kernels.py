@@ -166,8 +166,8 @@ def test_a_forked_process_has_threads_of_its_own():
         queue = context.Queue()
         process = context.Process(target=_in_a_fork, args=(layer, expected, queue))
         process.start()
-        assert queue.get(timeout=60)
-        process.join(timeout=60)
+        assert queue.get(timeout=300)
+        process.join(timeout=300)
         assert process.exitcode == 0
     finally:
         use_threads(1)

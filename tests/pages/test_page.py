@@ -85,7 +85,7 @@ def test_a_browser_draws_the_curves_and_follows_the_pointer(tmp_path):
     target.write_text(made.replace("</body>", ACTIONS), encoding="utf-8")
     shown = subprocess.run([chromium(), "--headless", "--no-sandbox", "--disable-gpu",
                             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,700", "--dump-dom",
-                            target.as_uri()], check=True, capture_output=True, text=True, timeout=60).stdout
+                            target.as_uri()], check=True, capture_output=True, text=True, timeout=300).stdout
     result, = re.findall(r'<pre id="result">(.*?)</pre>', shown)
     found = json.loads(result.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert (found["curves"], found["raw"], found["marks"]) == (2, 1, 2)

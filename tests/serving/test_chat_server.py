@@ -62,11 +62,11 @@ class TestOneQuestion:
             with pytest.raises(GenerationError, match="this server takes 5 at most"):
                 chat(longer)
 
-    def test_options_arrive(self, server):
-        before = len(server.chats(0))
-        chat(arguments(server, "--do_sample", "--temperature", "0.9", "--seed", "3", "--mode", "web", "Go"))
-        chat(arguments(server, "--num_beams", "2", "--meta_instruction", "Short.", "Go"))
-        sampled, beams = server.chats(before + 2)[before:]
+    def test_options_arrive(self, processor):
+        with served(processor=processor) as server:
+            chat(arguments(server, "--do_sample", "--temperature", "0.9", "--seed", "3", "--mode", "web", "Go"))
+            chat(arguments(server, "--num_beams", "2", "--meta_instruction", "Short.", "Go"))
+            sampled, beams = server.chats(2)
         assert (sampled["mode"], sampled["stream"]) == ("web", True) and beams["stream"] is False
 
     def test_what_is_sampled_from_is_what_chat_and_a_session_sample_from(self):

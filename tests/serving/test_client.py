@@ -5,7 +5,7 @@ import asyncio
 import base64
 import json
 import random
-import time
+import socket
 
 import httpx
 import pytest
@@ -189,9 +189,9 @@ def test_models_are_the_modes(client, server):
     assert [model.id for model in client.models.list()] == ["starter", "starter:write", "starter:web"]
     assert client.models.retrieve("starter:web").mode == "web"
     for name, more in (("starter:web", {}), ("starter", {"extra_body": {"mode": "web"}})):
-        before = len(server.chats(0))
-        client.chat.completions.create(model=name, messages=[{"role": "user", "content": "Go"}], max_tokens=2, **more)
-        assert server.chats(before + 1)[-1]["mode"] == "web"
+        client.chat.completions.create(model=name, messages=[{"role": "user", "content": "Go"}], max_tokens=2, **more,
+                                       extra_headers={"X-Request-Id": f"web-{len(more)}"})
+        assert server.line(f"web-{len(more)}")["mode"] == "web"
 
 
 NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0.0, "tools": [], "tool_choice": "none", "logit_bias": {},
@@ -258,29 +258,29 @@ class TestManyAtOnce:
         assert 1 < max(server.decoder.steps) <= 8
 
     def test_a_client_that_goes_away_frees_its_row(self, processor):
-        with served(StandInDecoder(most=1, step_seconds=0.01), processor=processor) as server:
-            for stream in (True, False):
-                with server.client() as client, pytest.raises(httpx.ReadTimeout):
-                    request = question(max_tokens=500, stream=stream)
+        # an answer takes minutes: none ends before its client has gone
+        with served(StandInDecoder(most=1, piece=512, step_seconds=0.2), processor=processor) as server:
+            cancelled = server.service.scheduler.counts.requests
+            for number, stream in enumerate((True, False), 1):
+                body = json.dumps(question(max_tokens=900, stream=stream)).encode()
+                with socket.create_connection(("127.0.0.1", server.port)) as wire:
+                    wire.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n"
+                                 b"Content-Type: application/json\r\n\r\n%b" % (len(body), body))
                     if stream:
-                        with client.stream("POST", "/v1/chat/completions", json=request, timeout=0.3) as answer:
-                            for number, _ in enumerate(answer.iter_lines()):
-                                if number > 3:
-                                    raise httpx.ReadTimeout("enough")
-                    else:
-                        client.post("/v1/chat/completions", json=request, timeout=0.3)
-                end = time.monotonic() + 1
-                while server.decoder.rows and time.monotonic() < end:
-                    time.sleep(0.01)
+                        assert wire.recv(4096).startswith(b"HTTP/1.1 200 ")
+                    server.until(lambda: server.decoder.rows)
+                server.until(lambda: cancelled["cancelled"] == number)      # noqa: B023 - it is called at once
                 assert not server.decoder.rows
-            assert server.service.scheduler.counts.requests["cancelled"] == 2
+            server.decoder.step_seconds = 0.0
             assert server.ask(**question()).status_code == 200
+            assert cancelled == {"done": 1, "cancelled": 2, "failed": 0, "late": 0, "refused": 0}
 
 
 class TestTheEnd:
     def test_running_answers_end_and_new_ones_are_refused(self, processor):
-        with served(StandInDecoder(step_seconds=0.02), processor=processor) as server:
-            with server.client() as client, client.stream(
+        decoder = StandInDecoder()
+        with served(decoder, processor=processor) as server, server.client() as client:
+            with decoder.held(), client.stream(
                     "POST", "/v1/chat/completions", json=question(max_tokens=40, stream=True)) as answer:
                 lines = answer.iter_lines()
                 next(lines)
@@ -288,17 +288,23 @@ class TestTheEnd:
                 assert server.ask(**question()).status_code == 503
                 with server.client() as other:
                     assert other.get("/health").json() == {"status": "draining"}
+                decoder.go_on()
                 rest = [line for line in lines if line]
             assert rest[-1] == "data: [DONE]"
             assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
 
     def test_full_queues_say_when_to_come_again(self, processor):
         limits = Limits(running=1, queue=1, positions=1024)
-        with served(StandInDecoder(most=1, step_seconds=0.02), limits, processor=processor) as server:
+        decoder = StandInDecoder(most=1)
+        with served(decoder, limits, processor=processor) as server, decoder.held():
             async def ask():
-                async with httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=20) as client:
-                    return await asyncio.gather(*(client.post("/v1/chat/completions", json=question(max_tokens=20))
-                                                  for _ in range(6)))
+                async with httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=120) as client:
+                    asked = [asyncio.ensure_future(client.post("/v1/chat/completions", json=question(max_tokens=20)))
+                             for _ in range(6)]
+                    while sum(one.done() for one in asked) < 4:         # one is answered and one waits
+                        await asyncio.wait([one for one in asked if not one.done()], return_when="FIRST_COMPLETED")
+                    decoder.go_on()
+                    return await asyncio.gather(*asked)
 
             answers = asyncio.run(ask())
             refused = [answer for answer in answers if answer.status_code != 200]
@@ -311,7 +317,8 @@ class TestBeside:
         requests = []
         read = app.read_chat
         monkeypatch.setattr(app, "read_chat", lambda *given: requests.append(read(*given)) or requests[-1])
-        with served(StandInDecoder(step_seconds=0.02), processor=processor) as server, server.client() as client, \
+        decoder = StandInDecoder()
+        with served(decoder, processor=processor) as server, decoder.held(), server.client() as client, \
                 client.stream("POST", "/v1/chat/completions",
                               json=question("What?", data_url(), max_tokens=40, stream=True)) as answer:
             next(answer.iter_lines())

@@ -9,12 +9,11 @@ import time
 
 import httpx
 import pytest
-from served import STARTER, question, served
+from served import STARTER, WAIT, question, served
 from standin_decoder import StandInDecoder
 
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.serving import app as routes
-from mindformers_ixc.serving import server as servers
 from mindformers_ixc.serving.limits import Limits
 
 SHUT_DOWN = "The server has shut down before this answer was there; ask another one, or later."
@@ -36,7 +35,7 @@ def silence(caplog):
 def sent(server, *parts: bytes) -> bytes:
     """What comes back for bytes that are sent one part after the other, until the server closes."""
     with socket.create_connection(("127.0.0.1", server.port)) as wire:
-        wire.settimeout(5)
+        wire.settimeout(WAIT)
         found = b""
         for number, part in enumerate(parts):
             wire.sendall(part)
@@ -66,10 +65,7 @@ def test_what_is_no_request_is_refused_in_the_form_of_all_refusals_and_once(proc
 
 def wait_for_connections(server, count: int) -> None:
     """Returns when the server has so many."""
-    until = time.monotonic() + 10
-    while len(server.server.server.server_state.connections) != count:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    server.until(lambda: len(server.server.server.server_state.connections) == count)
 
 
 def test_a_connection_too_many_is_refused_with_a_sentence_and_logged(processor):
@@ -101,16 +97,16 @@ def answers_while_it_ends(server, *requests: dict) -> list[httpx.Response]:
         {place: server.ask(**question(max_tokens=900, **more))})) for place, more in enumerate(requests)]
     for thread in threads:
         thread.start()
-    while len(server.service.scheduler.writing) + server.service.scheduler.queued < len(requests):
-        time.sleep(0.01)
+    server.until(lambda: len(server.service.scheduler.writing) + server.service.scheduler.queued >= len(requests))
     server.server.end()
     for thread in threads:
-        thread.join(20)
+        thread.join(2 * WAIT)
     return [found[place] for place in range(len(requests))]
 
 
 def test_what_has_not_ended_in_time_is_told_so(processor):
-    with served(StandInDecoder(most=2, step_seconds=0.02), processor=processor, drain=0.2) as server:
+    # an answer takes minutes: none ends by itself
+    with served(StandInDecoder(most=2, piece=512, step_seconds=0.1), processor=processor, drain=0.2) as server:
         streamed, whole, waiting = answers_while_it_ends(server, {"stream": True}, {}, {"n": 2})
     for answer in (whole, waiting):
         assert (answer.status_code, answer.json()["error"]["message"]) == (503, SHUT_DOWN)
@@ -120,9 +116,8 @@ def test_what_has_not_ended_in_time_is_told_so(processor):
 
 
 def test_a_step_without_end_does_not_keep_the_server_or_its_clients(processor, monkeypatch):
-    monkeypatch.setattr(servers, "LEFT_SECONDS", 0.2)
     decoder = StandInDecoder(most=2, step_seconds=0.02)
-    with served(decoder, processor=processor, drain=0.1) as server:
+    with served(decoder, processor=processor, drain=0.1, left=0.2) as server:
         step = decoder.step
         monkeypatch.setattr(decoder, "step", lambda *rows: (time.sleep(3), step(*rows))[1])
         answer, = answers_while_it_ends(server, {})

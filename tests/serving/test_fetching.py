@@ -42,6 +42,8 @@ def host(monkeypatch):
     def found(name, number, *rest, **more):
         return real("127.0.0.1" if name.endswith(".example") else name, number, *rest, **more)
 
+    for name in ("SILENCE", "WHOLE"):
+        monkeypatch.setattr(fetching, name, 120.0)
     monkeypatch.setattr(fetching.socket, "getaddrinfo", found)
     monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
     server.address = f"http://pictures.example:{port}"

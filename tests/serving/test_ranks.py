@@ -106,7 +106,7 @@ class Ranks:
 
     def end(self):
         self.leading.end()
-        self.thread.join(5)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
 
@@ -172,7 +172,7 @@ def test_what_fails_on_one_rank_ends_the_server(ranks, rank):
 def test_a_rank_that_is_gone_ends_the_server(ranks):
     row = ranks.leading.open([1, 2], "base", 3)
     ranks.leading.end()
-    ranks.thread.join(5)
+    ranks.thread.join(60)
     ranks.theirs.close()
     with pytest.raises(Lost, match=r"Rank 1 has ended, so the server cannot go on"):
         ranks.leading.advance(row)
@@ -182,7 +182,7 @@ def test_without_rank_0_the_others_end():
     ranks = Ranks()
     ranks.leading.open([1, 2], "base", 3)
     ranks.ours.close()
-    ranks.thread.join(5)
+    ranks.thread.join(60)
     assert "Rank 0 has ended" in str(ranks.error)
 
 
@@ -194,7 +194,7 @@ def test_ranks_meet_in_a_folder_in_their_order(tmp_path):
         thread.start()
     others = connections()
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
     for rank, other in enumerate(others, 1):
         other.send(END)
         assert dict(found)[rank].recv() == END

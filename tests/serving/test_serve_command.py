@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import httpx
 import pytest
@@ -20,7 +19,7 @@ COMMAND = [sys.executable, "-c", "import sys; sys.argv[0] = 'mindformers'; impor
 
 
 def refused(*words: str, **environment: str) -> str:
-    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False,
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
                           env={**os.environ, **environment})
     assert done.returncode == 1 and done.stdout == ""
     return done.stderr
@@ -41,7 +40,8 @@ class TestRefusals:
         (["--model", "/nowhere"], "/nowhere"),
     ], ids=str)
     def test_what_cannot_be_is_said_before_anything_is_loaded(self, words, sentence):
-        found = refused(*words)
+        # a server that another test starts may have the usual port just now
+        found = refused(*words, *([] if {"--host", "--port"} & {*words} else ["--port", "0"]))
         assert sentence in found and found.startswith("error: ")
 
     def test_a_taken_port_says_which_is_free(self):
@@ -67,7 +67,7 @@ def test_the_command_serves_and_ends(tmp_path):
                     address = line.split(" answers at ")[1].split("/v1")[0]
                     break
             assert address, "it was not ready"
-            with httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
+            with httpx.Client(base_url=address, timeout=120, trust_env=False) as client:
                 asked = question("What is shown in the picture?", data_url("cat.jpg"), max_tokens=20)
                 answer = client.post("/v1/chat/completions", json=asked).json()["choices"][0]
                 assert "cat" in answer["message"]["content"].lower() and answer["finish_reason"] == "stop"
@@ -79,8 +79,7 @@ def test_the_command_serves_and_ends(tmp_path):
                 assert model["id"] == "starter" and model["control_tokens"] is False
                 assert model["weights"] == weights_mark("starter")
             server.send_signal(signal.SIGTERM)
-            start = time.monotonic()
-            assert server.wait(20) == 0 and time.monotonic() - start < 20
+            assert server.wait(120) == 0
             assert "The server has ended." in server.stderr.read()
         finally:
             server.kill()

@@ -29,7 +29,7 @@ def arrays_of(folder: Path) -> dict[str, np.ndarray]:
 
 def run(folder, *words: object) -> None:
     done = subprocess.run([str(Path(sys.executable).parent / "mindformers"), *map(str, words)], cwd=folder,
-                          capture_output=True, text=True, timeout=600)
+                          capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

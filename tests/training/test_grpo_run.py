@@ -24,7 +24,7 @@ def run(folder: Path, *words: str) -> tuple[list[dict], dict[str, np.ndarray]]:
     """Rows of a run's log, and what trained."""
     done = subprocess.run([str(Path(sys.executable).parent / "mindformers"), "run", "--config", str(RECIPE),
                            "--load_checkpoint", "starter", "--output_dir", str(folder), *DATA, *words],
-                          cwd=folder.parent, capture_output=True, text=True, timeout=900)
+                          cwd=folder.parent, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     return read_metrics(folder / "metrics.jsonl"), load_file(next((folder / "trained_parts").glob("*.safetensors")))
 

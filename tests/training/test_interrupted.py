@@ -16,15 +16,21 @@ from safetensors.numpy import load_file
 from mindformers_ixc.files import read_metrics
 from mindformers_ixc.training.resume import last_checkpoint
 
+COMMAND = str(Path(sys.executable).parent / "mindformers")
+HELD = Path(__file__).parents[1] / "helpers" / "held_run.py"
 YAMLS = Path(__file__).parents[2] / "yaml_configs"
 CALLBACKS = ("[{type: MFLossMonitor}, {type: CheckpointMonitor, prefix: t, save_checkpoint_steps: %d, "
              "keep_checkpoint_max: 2, integrated_save: True, async_save: False, checkpoint_format: safetensors}]")
 COMPARED = ("step", "epoch", "samples", "loss", "learning_rate", "grad_norm")
 
 
-def start(name: str, out: Path, *words, save_steps: int = 1) -> subprocess.Popen:
-    """Starts a run; those of one test keep their compiled step, which is the same but for a learning rate."""
-    command = [str(Path(sys.executable).parent / "mindformers"), "run", "--config", str(YAMLS / f"ixc25_{name}.yaml"),
+def start(name: str, out: Path, *words, save_steps: int = 1, hold: int = 0) -> subprocess.Popen:
+    """Starts a run, which waits after the step `hold` if that is given.
+
+    Runs of one test keep their compiled step, which is the same but for a learning rate.
+    """
+    program = [sys.executable, str(HELD), str(hold), str(out)] if hold else [COMMAND]
+    command = [*program, "run", "--config", str(YAMLS / f"ixc25_{name}.yaml"),
                "--callbacks", CALLBACKS % save_steps, "--output_dir", str(out),
                "--context.enable_compile_cache", "True", "--context.compile_cache_path", str(out.parent / "graphs"),
                *map(str, words)]
@@ -33,7 +39,7 @@ def start(name: str, out: Path, *words, save_steps: int = 1) -> subprocess.Popen
 
 def run(name: str, out: Path, *words, save_steps: int = 1) -> tuple[int, str]:
     process = start(name, out, *words, save_steps=save_steps)
-    errors = process.communicate(timeout=600)[1]
+    errors = process.communicate(timeout=1800)[1]
     return process.returncode, errors
 
 
@@ -51,7 +57,7 @@ def stop_after(process: subprocess.Popen, out: Path, step: int) -> tuple[int, st
     while process.poll() is None and len(read_metrics(out / "metrics.jsonl")) < step:
         time.sleep(0.01)
     process.terminate()
-    reader.join(timeout=600)
+    reader.join(timeout=1800)
     return process.returncode, errors[0]
 
 
@@ -61,12 +67,12 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_weights(tmp_path):
     epochs = ("--epochs", 1)
     code, errors = run("sft_tiny", whole, *epochs)
     assert code == 0, errors[-3000:]
-    kill_after(start("sft_tiny", broken, *epochs), broken, 5)
+    kill_after(start("sft_tiny", broken, *epochs, hold=5), broken, 5)
     code, errors = run("sft_tiny", broken, *epochs, "--lr_schedule.learning_rate", 0.5, "--resume_training", True)
     assert code == 1
     assert "lr_schedule.learning_rate was " in errors.splitlines()[-1]
     assert "is 0.5" in errors.splitlines()[-1]
-    code, errors = stop_after(start("sft_tiny", broken, *epochs, "--resume_training", True), broken, 8)
+    code, errors = stop_after(start("sft_tiny", broken, *epochs, "--resume_training", True, hold=8), broken, 8)
     assert code == 143
     assert re.match(r"SIGTERM stopped the run after step \d+; its checkpoint is ", errors.splitlines()[-1])
     code, errors = run("sft_tiny", broken, *epochs)
@@ -119,8 +125,8 @@ def test_preferences_train_their_pair_alone_and_are_put_on_the_base_again(tmp_pa
     assert all("lora_dpo" in name for name in changed)
     part = load_file(out / "trained_parts" / "model.safetensors")
     assert changed <= set(part)
-    command = [str(Path(sys.executable).parent / "mindformers"), "merge", str(base / "model"), str(tmp_path / "merged"),
-               "--attach", str(out / "trained_parts"), "--to", "hf"]
+    command = [COMMAND, "merge", str(base / "model"), str(tmp_path / "merged"), "--attach", str(out / "trained_parts"),
+               "--to", "hf"]
     subprocess.run(command, check=True, capture_output=True)
     merged = load_file(next((tmp_path / "merged").glob("*.safetensors")))
     assert all(merged[name].tobytes() == after[name].tobytes() for name in after)

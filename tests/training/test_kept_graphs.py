@@ -36,7 +36,7 @@ def begin(folder, *words) -> subprocess.Popen:
 
 def end(process: subprocess.Popen, expected: list[float]) -> str:
     """What a process says beside the line, which must be right both times."""
-    text, errors = process.communicate(timeout=120)
+    text, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     lines = text.splitlines()
     assert [line for line in lines if line.startswith("[")] == [str(list(map(float, expected)))] * 2

@@ -102,7 +102,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 100.0
-        monkeypatch.setattr(log_module.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(log_module, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
 
 @pytest.fixture

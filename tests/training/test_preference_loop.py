@@ -50,7 +50,7 @@ def test_pairs_of_its_own_answers_train_the_model(tmp_path, monkeypatch):
     command = [str(Path(sys.executable).parent / "mindformers"), "run", "--config", str(RECIPE), "--load_checkpoint",
                STARTER, "--output_dir", "out", "--train_dataset.data_loader.dataset_dir", "pairs.json", "--epochs", "6",
                *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     margins = [row["reward_margin"] for row in read_metrics(Path("out/metrics.jsonl"))]
     assert margins[0] == 0 and margins[-1] > 0.02
