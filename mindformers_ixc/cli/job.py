@@ -30,8 +30,8 @@ STUCK_S = 30
 LINGER_S = 60
 # Seconds within which a scheduler's error is still that of the ranks: it runs the same command.
 SCHEDULER_LATE_S = 2
-# Seconds that killed processes get to be gone.
-KILL_S = 10
+# Seconds that killed processes get to be gone: at once, unless the machine is so busy that they cannot even end.
+KILL_S = 60
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

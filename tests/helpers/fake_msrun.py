@@ -4,7 +4,9 @@
 
 PLAN is JSON: for every rank (by its number), for `scheduler` and for `msrun` a list of steps:
 ["log", text], ["show", text] (to the launcher's terminal), ["sleep", seconds], ["kill", signal], ["exit", code],
-["empty", file to make], ["await", file that is to get content]. Needs nothing but the standard library.
+["empty", file to make], ["await", file that is to get content], ["noticed", "1 failed"] or the like, which waits until
+the launcher has noticed that rank 1 has failed, or that it is there ("1 known"): the test has it write so into LOG_DIR.
+Needs nothing but the standard library.
 """
 from __future__ import annotations
 
@@ -15,8 +17,20 @@ import sys
 import time
 from pathlib import Path
 
+# Seconds that a process waits for a file: it comes at once unless the machine is busy.
+WAIT = 120
 
-def follow(steps: list) -> None:
+
+def wait_for(file: Path) -> None:
+    """Waits until a file has content."""
+    end = time.monotonic() + WAIT
+    while not (file.exists() and file.read_text(encoding="utf-8")):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{file} has not come within {WAIT} s.")
+        time.sleep(0.05)
+
+
+def follow(steps: list, logs: Path) -> None:
     """Does the steps of one process."""
     for name, value in steps:
         if name == "log":
@@ -33,8 +47,9 @@ def follow(steps: list) -> None:
         elif name == "empty":
             Path(value).write_text("", encoding="utf-8")
         elif name == "await":
-            while not Path(value).read_text(encoding="utf-8"):
-                time.sleep(0.05)
+            wait_for(Path(value))
+        elif name == "noticed":
+            wait_for(logs / value)
         elif name == "exit":
             sys.exit(value)
 
@@ -51,13 +66,13 @@ def main() -> None:
     """Starts the ranks and waits for them, in their order and once in a while."""
     logs, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
     if "follow" in plan:
-        follow(plan["follow"])
+        follow(plan["follow"], logs)
         return
     scheduler = start(logs, plan.pop("scheduler", []), "scheduler.log", MS_ROLE="MS_SCHED", RANK_ID="0")
     own = plan.pop("msrun", [])
     workers = [start(logs, steps, f"worker_{number}.log", MS_ROLE="MS_WORKER", RANK_ID=number)
                for number, steps in sorted(plan.items())]
-    follow(own)
+    follow(own, logs)
     while any(worker.poll() is None for worker in workers):
         time.sleep(0.5)
         failed = next((worker for worker in workers if worker.poll()), None)
