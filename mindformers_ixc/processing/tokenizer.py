@@ -44,6 +44,7 @@ class SentencePieceText:
     Attributes:
         vocab_file: path of the SentencePiece model.
         sp_model: the model.
+        longest_piece: characters of its longest piece; a text has no fewer tokens than its length over this.
         add_bos_token: whether `<s>` is put in front when special tokens are asked for.
         add_eos_token: whether `</s>` is put at the end then.
     """
@@ -100,7 +101,9 @@ class SentencePieceText:
         except (RuntimeError, OSError) as error:
             raise ConfigError(f"{path} is no SentencePiece model, or it is damaged.") from error
         self._control: tuple[tuple[str, ...], re.Pattern, frozenset[int]] | None = None
-        self._unused = tuple(filter(_UNUSED.fullmatch, self.sp_model.IdToPiece(list(range(self.vocab_size)))))
+        pieces = self.sp_model.IdToPiece(list(range(self.vocab_size)))
+        self._unused = tuple(filter(_UNUSED.fullmatch, pieces))
+        self.longest_piece: int = max(map(len, pieces))
 
     @property
     def vocab_size(self) -> int:
