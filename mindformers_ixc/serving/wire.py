@@ -21,6 +21,9 @@ DEEPEST = 12
 # text that fits into a prompt has far fewer.
 MOST_MARKS = 1 << 19
 
+# Digits of a whole number: the time that Python takes for one grows with their square.
+MOST_DIGITS = 64
+
 # Most stop texts of a request and characters of each, likely tokens that `top_logprobs` shows: as OpenAI.
 MOST_STOPS, LONGEST_STOP, MOST_LIKELY = 4, 256, 20
 
@@ -211,7 +214,8 @@ def read_json_object(content: bytes) -> dict:
         raise RequestError(f"The body has {marks} brackets, braces and commas, more than any request needs "
                            f"({MOST_MARKS}); send less in one request.", None, 413, "too_large")
     try:
-        value = json.loads(content.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique)
+        value = json.loads(content.decode("utf-8"), parse_constant=_no_constant, parse_int=_whole_number,
+                           object_pairs_hook=_unique)
     except RecursionError as error:
         raise RequestError(f"The body is nested more than {DEEPEST} deep.") from error
     except ValueError as error:
@@ -236,6 +240,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                                "one out.", name[:60])
         found[name] = value
     return found
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def _no_constant(name: str) -> float:
