@@ -99,6 +99,10 @@ class SentencePieceText:
         try:
             self.sp_model.Load(self.vocab_file)
         except (RuntimeError, OSError) as error:
+            if "null character" in str(error):      # 0.2.2 refuses the public model, others read it
+                raise ConfigError(f"sentencepiece {sentencepiece.__version__} does not read {path}, which has a piece "
+                                  "with a null character as the public model's; install another release by pip "
+                                  "install \"sentencepiece!=0.2.2\".") from error
             raise ConfigError(f"{path} is no SentencePiece model, or it is damaged.") from error
         self._control: tuple[tuple[str, ...], re.Pattern, frozenset[int]] | None = None
         pieces = self.sp_model.IdToPiece(list(range(self.vocab_size)))
