@@ -32,6 +32,10 @@ READING = ("Regular Text Recognition", "Irregular Text Recognition", "Artistic T
 FORMULAE = "Handwritten Mathematical Expression Recognition"
 OTHERS = ("Scene Text-centric VQA", "Doc-oriented VQA", "Key Information Extraction", FORMULAE)
 
+# Metrics for which the cell `answer` may hold a list, and the texts of one that VQA's accuracy needs for a whole point:
+# three people who agree beside the one that is left out.
+LISTED, VOTES = ("anls", "vqa", "relaxed", "exact", "ocrbench"), 4
+
 # Below this similarity an answer is wrong rather than misread.
 MISREAD = 0.5
 
@@ -78,6 +82,11 @@ def check_rows(benchmark: Benchmark, rows: Sequence[Row], path: object) -> None:
         return
     if benchmark.metric == "anls":
         _levenshtein()
+    if benchmark.metric in LISTED:
+        for row in rows:
+            if not listed(row.cells.get("answer")):
+                raise DataError(f"{path}, row {row.index}: 'answer' is an empty list; it holds the texts that are "
+                                "expected.")
     if benchmark.metric == "hallusion":
         for row in rows:
             if len(row.index.split("_")) < 6:
@@ -93,6 +102,24 @@ def check_rows(benchmark: Benchmark, rows: Sequence[Row], path: object) -> None:
             for name in ("category", "image_path"):
                 if row.cells[name] is None:
                     raise DataError(f"{path}, row {row.index}: '{name}' is empty; {benchmark.name} is scored by it.")
+
+
+def never_right(benchmark: Benchmark, rows: Sequence[Row]) -> list[str]:
+    """What keeps rows from ever being counted as right, as VLMEvalKit counts: a sentence each, without its period."""
+    found = []
+    for row in rows if can_score(benchmark, rows) else ():
+        answer = row.cells.get("answer")
+        if answer is None:
+            found.append(f"row {row.index}: 'answer' is empty")
+        elif benchmark.metric in ("choice", "circular") and str(answer) not in choices_of(row.cells):
+            found.append(f"row {row.index}: 'answer' is {str(answer)[:20]!r}, none of the letters of its options "
+                         f"({', '.join(choices_of(row.cells)) or 'it has none'})")
+        elif benchmark.metric in ("mme", "hallusion", "pope") and answer not in ("Yes", "No"):
+            found.append(f"row {row.index}: 'answer' is {str(answer)[:20]!r}, and only Yes and No are counted")
+        elif benchmark.metric == "vqa" and len(listed(answer)) < VOTES:
+            found.append(f"row {row.index}: 'answer' has {len(listed(answer))} texts, and {VOTES} that agree are a "
+                         "whole point")
+    return found
 
 
 def score(benchmark: Benchmark, rows: Sequence[Row], answers: Sequence[str]) -> Scores:

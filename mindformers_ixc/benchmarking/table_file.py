@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+import hashlib
 import io
 import os
 import re
@@ -33,6 +34,9 @@ Cell = Union[str, int, float, bool, None]
 # Letters of a cell of `image` up to which it names another row instead of holding a picture.
 LONGEST_REFERENCE = 64
 
+# Hexadecimal digits by which the pictures of a row are told from others in its place.
+MARK = 12
+
 # Columns that are read again when they are needed, and not kept.
 HEAVY = ("image",)
 
@@ -56,11 +60,13 @@ class Row:
         cells: by column, without `HEAVY`.
         place: first byte of the line with this row's pictures, and how many it has.
         count: pictures.
+        mark: the beginning of the SHA-256 of the cell with its pictures; empty where they are files.
     """
 
     cells: dict[str, Cell]
     place: tuple[int, int]
     count: int
+    mark: str = ""
 
     @property
     def index(self) -> str:
@@ -133,7 +139,7 @@ class BenchmarkTable:
                 faults[number] = fault
             images.append(image[:LONGEST_REFERENCE + 1] if several else "")
             rows.append(Row({name: cell for name, cell in zip(self.columns, cells) if name not in HEAVY}, place,
-                            len(several)))
+                            len(several), hashlib.sha256(image.encode()).hexdigest()[:MARK] if several else ""))
         return rows, images, faults
 
     def _type_columns(self, rows: Sequence[Row]) -> None:
@@ -157,7 +163,8 @@ class BenchmarkTable:
                 faults[number] = (f"'image' is {cut(image)!r}, which is neither a picture in base64 nor the index of a "
                                   "row with one")
                 continue
-            rows[number].place, rows[number].count = rows[other].place, rows[other].count
+            of = rows[other]
+            rows[number].place, rows[number].count, rows[number].mark = of.place, of.count, of.mark
         if faults:
             named = "; ".join(f"row {rows[number].index}: {fault}" for number, fault in
                               sorted(faults.items())[:_NAMED])
@@ -189,7 +196,8 @@ class BenchmarkTable:
         if self._image is None:
             return list(self._paths(row))
         name = f"{self.path.name}, row {row.index}: picture"
-        return [StoredFile(f"{name} {number + 1}", partial(self._bytes, row, number)) for number in range(row.count)]
+        return [StoredFile(f"{name} {number + 1}", partial(self._bytes, row, number), row.mark)
+                for number in range(row.count)]
 
     def _bytes(self, row: Row, number: int) -> bytes:
         return decoded(listed(self._cell(row))[number])

@@ -15,6 +15,7 @@ from mindformers_ixc.checkpoint.weights_mark import weights_mark
 from mindformers_ixc.data.questions import Question
 from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import decode_text, parse_json
+from mindformers_ixc.processing.stored import StoredFile
 from mindformers_ixc.resources import model_name
 
 # Settings that an answer depends on, beside the weights. How many are answered at once is none of them.
@@ -170,8 +171,13 @@ def _lock(file: IO[bytes], path: str) -> None:
 
 
 def _row(question: Question) -> dict:
-    return {"id": question.sample, "question": question.query, "images": [str(image) for image in question.images],
+    return {"id": question.sample, "question": question.query, "images": [_named(image) for image in question.images],
             "expected": question.expected}
+
+
+def _named(image: object) -> str:
+    """What a picture is called; one within another file is told from a later one in its place by its bytes."""
+    return f"{image} {image.mark}" if isinstance(image, StoredFile) and image.mark else str(image)
 
 
 def _identity(row: dict) -> tuple:

@@ -10,7 +10,7 @@ from mindformers_ixc import terminal
 from mindformers_ixc.benchmarking.catalogue import BENCHMARKS, NUM_BEAMS, TILES, Benchmark
 from mindformers_ixc.benchmarking.matching import FAILED
 from mindformers_ixc.benchmarking.prompts import make_prompt
-from mindformers_ixc.benchmarking.scoring import Scores, can_score, check_rows, score
+from mindformers_ixc.benchmarking.scoring import Scores, can_score, check_rows, never_right, score
 from mindformers_ixc.benchmarking.table_file import BenchmarkTable, Row
 from mindformers_ixc.benchmarking.workbook import check_library, write_results
 from mindformers_ixc.checkpoint.weights_mark import weights_mark
@@ -22,6 +22,9 @@ from mindformers_ixc.errors import DataError
 from mindformers_ixc.files import check_target, read_json, write_whole
 from mindformers_ixc.resources import model_name
 from mindformers_ixc.tables import Column, table
+
+# Rows that one sentence names.
+NAMED = 3
 
 # The folder of a run of VLMEvalKit's in which it looks for result files; it tells runs by names of this form.
 RUN_FOLDER = "T00000000-000000"
@@ -76,7 +79,7 @@ def run_benchmark(arguments: argparse.Namespace) -> int:
     path = folder / f"{benchmark.name}.answers.jsonl"
     for target in (path, folder / RUN_FOLDER / "x"):
         check_target(target, "--output_dir", make_folder=True)
-    _say_what(source, rows)
+    _say_what(source, rows, benchmark)
     run = _run_of(arguments, protocol, model, served)
     with AnswerFile(str(path), _Questions(source, rows), run) as file:
         if file.done:
@@ -121,13 +124,18 @@ def _file_name(name: str) -> str:
     return name if is_name(name) else "model"
 
 
-def _say_what(source: BenchmarkTable, rows: Sequence[Row]) -> None:
-    """Says what of the table is not asked about."""
+def _say_what(source: BenchmarkTable, rows: Sequence[Row], benchmark: Benchmark) -> None:
+    """Says what of the table is not asked about, and what can only count as wrong."""
     if source.left_out:
         terminal.current.say(f"Rows without a picture are left out, as VLMEvalKit does: {source.left_out}.")
     if len(rows) < len(source.rows):
         terminal.current.say(f"The first {len(rows)} of {len(source.rows)} questions are asked; the scores are of "
                              "those.")
+    lost = never_right(benchmark, rows)
+    if lost:
+        more = f"; and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
+        terminal.current.say(f"WARNING: whatever is answered, VLMEvalKit does not count these as right: "
+                             f"{'; '.join(lost[:NAMED])}{more}.")
 
 
 def _answer_rest(file: AnswerFile, arguments: argparse.Namespace, protocol: Protocol, served: Served | None) -> None:

@@ -10,10 +10,11 @@ class StoredFile:
     Args:
         name: what messages call it; its ending says what it is, where that matters.
         read: gives its bytes.
+        mark: that changes with its bytes; empty where nobody knows one.
     """
 
-    def __init__(self, name: str, read: Callable[[], bytes]):
-        self.name, self.read = name, read
+    def __init__(self, name: str, read: Callable[[], bytes], mark: str = ""):
+        self.name, self.read, self.mark = name, read, mark
 
     def __str__(self) -> str:
         return self.name

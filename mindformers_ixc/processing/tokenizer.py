@@ -44,6 +44,7 @@ class SentencePieceText:
     Attributes:
         vocab_file: path of the SentencePiece model.
         sp_model: the model.
+        longest_piece: characters of its longest piece; a text has no fewer tokens than its length over this.
         add_bos_token: whether `<s>` is put in front when special tokens are asked for.
         add_eos_token: whether `</s>` is put at the end then.
     """
@@ -98,9 +99,15 @@ class SentencePieceText:
         try:
             self.sp_model.Load(self.vocab_file)
         except (RuntimeError, OSError) as error:
+            if "null character" in str(error):      # 0.2.2 refuses the public model, others read it
+                raise ConfigError(f"sentencepiece {sentencepiece.__version__} does not read {path}, which has a piece "
+                                  "with a null character as the public model's; install another release by pip "
+                                  "install \"sentencepiece!=0.2.2\".") from error
             raise ConfigError(f"{path} is no SentencePiece model, or it is damaged.") from error
         self._control: tuple[tuple[str, ...], re.Pattern, frozenset[int]] | None = None
-        self._unused = tuple(filter(_UNUSED.fullmatch, self.sp_model.IdToPiece(list(range(self.vocab_size)))))
+        pieces = self.sp_model.IdToPiece(list(range(self.vocab_size)))
+        self._unused = tuple(filter(_UNUSED.fullmatch, pieces))
+        self.longest_piece: int = max(map(len, pieces))
 
     @property
     def vocab_size(self) -> int:

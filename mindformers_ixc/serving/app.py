@@ -28,9 +28,6 @@ HEARTBEAT = 10.0
 # Where addresses of pictures stand in a message.
 URL_KEYS = ("url", "image_url", "video_url")
 
-# Seconds that a client may take to read a piece of a stream.
-PATIENCE = 60.0
-
 # Seconds after which an answer that nobody waits for is told again to end.
 AGAIN = 0.1
 
@@ -203,7 +200,7 @@ async def _stream(service: Service, exchange: Exchange, form: responses.Form, se
     first = await pieces.__anext__()
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store"),
                (b"x-accel-buffering", b"no")]
-    await _send(send, {"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
     try:
         for number in range(request.n):
             await _say(send, responses.event(form.begin(number, request.include_usage)))
@@ -232,12 +229,7 @@ async def _from(first: Any, pieces: AsyncIterator[Any]) -> AsyncIterator[Any]:
 
 
 async def _say(send: Send, content: bytes, more: bool = True) -> None:
-    await _send(send, {"type": "http.response.body", "body": content, "more_body": more})
-
-
-async def _send(send: Send, message: Any) -> None:
-    """Sends; a client that does not read is left after a while."""
-    await asyncio.wait_for(send(message), PATIENCE)
+    await send({"type": "http.response.body", "body": content, "more_body": more})
 
 
 def without_pictures(message: Any) -> Any:

@@ -31,7 +31,10 @@ def is_public(address: str) -> bool:
     mapped = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None)
     if found in _NAT64:
         mapped = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-    return found.is_global and not found.is_multicast and (mapped is None or is_public(str(mapped)))
+    if mapped is not None:
+        return is_public(str(mapped))
+    # ::/8 has IPv4's addresses in an old form, fec0::/10 networks of one place; both count as global
+    return found.is_global and not (found.is_multicast or found.is_reserved or getattr(found, "is_site_local", False))
 
 
 def fetch(url: str, hosts: Sequence[str], largest: int, param: str) -> bytes:

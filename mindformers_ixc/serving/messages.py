@@ -38,6 +38,10 @@ _EMPTY = ("refusal", "tool_calls", "function_call", "audio", "annotations", "rea
 _DATA = re.compile(r"data:(?P<kind>image|video)/(?P<type>[\w.+-]{1,60})(?:;[\w=.+-]{1,60})*?(?P<base64>;base64)?,",
                    re.ASCII | re.IGNORECASE)
 
+# Characters that a data URL may have in percent form: each byte is a Python object of its own until they are joined,
+# and nobody but authors of drawings writes one so.
+LONGEST_PERCENT = 1 << 20
+
 # What decoders of videos go by, from the type in a data URL.
 _SUFFIXES = {"quicktime": ".mov", "x-msvideo": ".avi", "x-matroska": ".mkv", "webm": ".webm", "ogg": ".ogv",
              "mpeg": ".mpg", "3gpp": ".3gp", "x-flv": ".flv", "x-ms-wmv": ".wmv", "mp2t": ".ts"}
@@ -185,10 +189,14 @@ def _from_data_url(url: str, param: str, settings: ServerSettings, video: bool) 
         raise RequestError(f"{param} must begin like data:image/png;base64, or data:video/mp4;base64, and go on with "
                            "the file.", param)
     text = url[match.end():]
+    if not match["base64"] and len(text) > LONGEST_PERCENT:
+        raise RequestError(f"{param} has {len(text)} characters in percent form, of which {LONGEST_PERCENT} are taken; "
+                           "send the file in base64, as data:image/png;base64,...", param, 413)
     try:
         content = base64.b64decode(text, validate=True) if match["base64"] else unquote_to_bytes(text)
     except (binascii.Error, ValueError) as error:
-        raise RequestError(f"{param}: what follows the comma is no base64.", param) from error
+        raise RequestError(f"{param}: what follows the comma is no base64: letters, digits, + and /, = at the end, no "
+                           "spaces or new lines.", param) from error
     if not content:
         raise RequestError(f"{param} has no content behind the comma.", param)
     if video or match["kind"] == "video":
@@ -257,6 +265,7 @@ def encode(request: ChatRequest, processor: Processor, settings: ServerSettings)
     Raises:
         RequestError: naming the field.
     """
+    _check_length(request, processor, settings)
     question, pictures = read_question(request, settings)
     check_pictures(pictures, request.hd_num, processor, settings)
     try:
@@ -267,7 +276,28 @@ def encode(request: ChatRequest, processor: Processor, settings: ServerSettings)
         raise _first_bad(pictures, processor).refusal(error) from error
     positions = len(sample.input_ids)
     if positions >= settings.limits.positions:
-        raise RequestError(f"The messages take {positions} positions; prompt and answer may have "
-                           f"{settings.limits.positions} here. Shorten them, lower hd_num or send fewer pictures.",
-                           "messages", 400, "context_length_exceeded")
+        raise _too_long(str(positions), settings)
     return sample
+
+
+def _check_length(request: ChatRequest, processor: Processor, settings: ServerSettings) -> None:
+    """Refuses texts that cannot fit, before they are made tokens: of a body's size that takes minutes and gigabytes.
+
+    Raises:
+        RequestError: naming the messages.
+    """
+    letters = len(request.meta_instruction or "")
+    for message in request.messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else [{"text": content}]:
+            text = part.get("text") if isinstance(part, dict) else None
+            letters += len(text) if isinstance(text, str) else 0
+    least = letters // processor.tokenizer.longest_piece
+    if least >= settings.limits.positions:
+        raise _too_long(f"{least} or more", settings)
+
+
+def _too_long(positions: str, settings: ServerSettings) -> RequestError:
+    return RequestError(f"The messages take {positions} positions; prompt and answer may have "
+                        f"{settings.limits.positions} here. Shorten them, lower hd_num or send fewer pictures.",
+                        "messages", 400, "context_length_exceeded")

@@ -23,6 +23,10 @@ from mindformers_ixc.serving.wire import RequestError
 # Seconds in which the head of a request must have come, and that an idle connection is kept.
 HEAD_SECONDS, KEPT_SECONDS = 10.0, 15
 
+# Seconds in which a client must have read so many bytes of what waits for it: less than a byte a millisecond is nobody
+# who reads, but somebody who holds the connection and its answer.
+READ_SECONDS, LEAST_READ = 30.0, 16 << 10
+
 # Seconds that the step which is being computed has to end when the time to drain is over, and requests to be told so.
 LEFT_SECONDS = 5
 
@@ -31,14 +35,17 @@ NO_HTTP = RequestError("What came is no request of HTTP/1.1 that can be read; th
 
 
 class TimedProtocol(H11Protocol):
-    """Closes connections whose request does not come: uvicorn waits for the first bytes of one for ever."""
+    """Closes connections whose request does not come, or whose answer is not read: uvicorn waits for both for ever."""
 
     _head_timer: asyncio.TimerHandle | None = None
+    _read_timer: asyncio.TimerHandle | None = None
+    _unread = 0         # bytes that waited for the client when it was looked last; 0 also when it has read since
 
     def connection_made(self, transport: asyncio.Transport) -> None:     # type: ignore[override]
         """As asyncio has it."""
         super().connection_made(transport)
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close_without_head)
+        self._read_timer = self.loop.call_later(READ_SECONDS, self._break_unread)
 
     def data_received(self, data: bytes) -> None:
         """As asyncio has it."""
@@ -52,9 +59,15 @@ class TimedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """As asyncio has it."""
-        if self._head_timer is not None:
-            self._head_timer.cancel()
+        for timer in (self._head_timer, self._read_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def resume_writing(self) -> None:
+        """As asyncio has it."""
+        self._unread = 0
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is no HTTP, unless the answer is already on its way, and closes."""
@@ -66,6 +79,16 @@ class TimedProtocol(H11Protocol):
                           h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+    def _break_unread(self) -> None:
+        """Breaks the connection to a client that does not read; looks again later otherwise."""
+        left = self.transport.get_write_buffer_size()
+        nothing_comes = self.flow.write_paused or (self.cycle is not None and self.cycle.response_complete)
+        if left and nothing_comes and 0 < self._unread < left + LEAST_READ:
+            self.transport.abort()
+            return
+        self._unread = left if nothing_comes else 0
+        self._read_timer = self.loop.call_later(READ_SECONDS, self._break_unread)
 
     def _close_without_head(self) -> None:
         self._head_timer = None

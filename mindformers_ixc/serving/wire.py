@@ -16,6 +16,14 @@ from mindformers_ixc.serving.settings import ServerSettings
 # Lists and objects in one another that a request may have; messages with pictures need six.
 DEEPEST = 12
 
+# Brackets, braces and commas that a body may have, those in its texts included: of each Python makes a value of up to
+# 64 bytes (an object of up to 232), so a body of the size that pictures need could fill the memory many times over. A
+# text that fits into a prompt has far fewer.
+MOST_MARKS = 1 << 19
+
+# Digits of a whole number: the time that Python takes for one grows with their square.
+MOST_DIGITS = 64
+
 # Most stop texts of a request and characters of each, likely tokens that `top_logprobs` shows: as OpenAI.
 MOST_STOPS, LONGEST_STOP, MOST_LIKELY = 4, 256, 20
 
@@ -198,10 +206,16 @@ def read_json_object(content: bytes) -> dict:
     """The object in a request's body.
 
     Raises:
-        RequestError: when it is none, or nested deeper than any request is.
+        RequestError: when it is none, has the same key twice in one object, more values than any request, or is nested
+            deeper than any request is.
     """
+    marks = sum(map(content.count, (b"[", b"{", b",")))
+    if marks > MOST_MARKS:
+        raise RequestError(f"The body has {marks} brackets, braces and commas, more than any request needs "
+                           f"({MOST_MARKS}); send less in one request.", None, 413, "too_large")
     try:
-        value = json.loads(content.decode("utf-8"), parse_constant=_no_constant)
+        value = json.loads(content.decode("utf-8"), parse_constant=_no_constant, parse_int=_whole_number,
+                           object_pairs_hook=_unique)
     except RecursionError as error:
         raise RequestError(f"The body is nested more than {DEEPEST} deep.") from error
     except ValueError as error:
@@ -215,6 +229,23 @@ def read_json_object(content: bytes) -> dict:
     if inner:
         raise RequestError(f"The body is nested more than {DEEPEST} deep.")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that is there twice, one value would be lost."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise RequestError(f"{name[:60]} is given twice in the same object, and one of them would be lost; leave "
+                               "one out.", name[:60])
+        found[name] = value
+    return found
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def _no_constant(name: str) -> float:

@@ -9,7 +9,7 @@ from benchmark_tables import SAID, write_table
 from mindformers_ixc.benchmarking.catalogue import BENCHMARKS
 from mindformers_ixc.benchmarking.matching import FAILED
 from mindformers_ixc.benchmarking.prompts import final_answer
-from mindformers_ixc.benchmarking.scoring import anls, can_score, check_rows, read_back, score
+from mindformers_ixc.benchmarking.scoring import anls, can_score, check_rows, never_right, read_back, score
 from mindformers_ixc.benchmarking.table_file import BenchmarkTable, Row
 from mindformers_ixc.errors import ConfigError, DataError
 
@@ -97,3 +97,22 @@ def test_columns_as_they_come_back_from_a_workbook(column, texts):
 def test_rows_that_could_not_be_scored_are_refused_before_they_are_asked(name, cells, words):
     with pytest.raises(DataError, match=words):
         check_rows(BENCHMARKS[name], [Row({"answer": "A", **cells}, (0, 0), 1)], "t.tsv")
+
+
+@pytest.mark.parametrize("name", ["DocVQA_VAL", "TextVQA_VAL", "ChartQA_TEST", "GQA_TestDev_Balanced", "OCRBench"])
+def test_an_empty_list_of_answers_is_refused_before_anything_is_asked(name):
+    with pytest.raises(DataError, match="row 7: 'answer' is an empty list"):
+        check_rows(BENCHMARKS[name], [Row({"index": 7, "answer": "[ ]"}, (0, 0), 1)], "t.tsv")
+
+
+@pytest.mark.parametrize(("name", "cells", "words"), [
+    ("MMStar", {"answer": "a", "A": "red", "B": "blue"}, "none of the letters of its options (A, B)"),
+    ("MMStar", {"answer": "D", "A": "red", "B": "blue", "D": None}, "none of the letters of its options (A, B)"),
+    ("MMBench_DEV_EN", {"answer": "B "}, "none of the letters of its options (it has none)"),
+    ("POPE", {"answer": "yes"}, "only Yes and No are counted"), ("MME", {"answer": 1}, "only Yes and No are counted"),
+    ("TextVQA_VAL", {"answer": "red"}, "has 1 texts, and 4 that agree"), ("OCRBench", {"answer": None}, "is empty")])
+def test_rows_that_no_answer_is_right_for_are_named(name, cells, words):
+    good = {"choice": "A", "circular": "A", "vqa": str(["a"] * 4)}.get(BENCHMARKS[name].metric, "Yes")
+    rows = [Row({"index": 1, "A": "a", "answer": good}, (0, 0), 1), Row({"index": 2, **cells}, (0, 0), 1)]
+    said, = never_right(BENCHMARKS[name], rows)
+    assert said.startswith("row 2: 'answer' ") and words in said

@@ -329,3 +329,27 @@ def test_the_starter_answers_a_benchmark(tmp_path):
     code, lines = run(*words)
     assert code == 0 and lines[0].split() == ["POPE", "this", "run", "paper"]
     assert all(one["answer"] and one["run"]["hd_num"] == 4 for one in answers_of("POPE", "starter"))
+
+
+def test_answers_about_other_pictures_are_not_gone_on_from(server, tmp_path):
+    write_table(tmp_path, "MMStar")
+    run(*server.asks("MMStar"))
+    path = tmp_path / "MMStar.tsv"
+    lines = path.read_text().split("\n")
+    cells, place = lines[1].split("\t"), lines[0].split("\t").index("image")
+    assert len(cells[place]) > 64       # a picture, no reference
+    cells[place] = picture("receipt.png")
+    path.write_text("\n".join([lines[0], "\t".join(cells), *lines[2:]]))
+    with pytest.raises(DataError, match="an answer to another question than number 1"):
+        run("--server", server.url, "--data", "MMStar.tsv", "--benchmark", "MMStar")
+
+
+def test_what_can_only_count_as_wrong_is_said(server, tmp_path, capsys):
+    write_table(tmp_path, "MMStar")
+    path = tmp_path / "MMStar.tsv"
+    lines = [line.split("\t") for line in path.read_text().split("\n")]
+    lines[1][lines[0].index("answer")] = "e"
+    path.write_text("\n".join(map("\t".join, lines)))
+    run(*server.asks("MMStar"))
+    said = capsys.readouterr().err
+    assert "WARNING: whatever is answered, VLMEvalKit does not count these as right: row " in said and "'e'" in said

@@ -159,3 +159,12 @@ def test_a_folder_with_tokenizer_json_only_says_what_is_missing(tmp_path):
             read(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"give the path of a tokenizer\.model"):
         InternLM2Tokenizer(None)
+
+
+def test_a_release_of_sentencepiece_that_refuses_the_public_model_is_named(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("INTERNAL: piece must not include null character.")
+
+    monkeypatch.setattr("sentencepiece.SentencePieceProcessor.Load", refuse)
+    with pytest.raises(ConfigError, match=r"^sentencepiece \S+ does not read .*install another release"):
+        Tokenizer(str(demo_path("tokenizer.model")))

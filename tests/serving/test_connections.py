@@ -122,3 +122,20 @@ def test_a_step_without_end_does_not_keep_the_server_or_its_clients(processor, m
         monkeypatch.setattr(decoder, "step", lambda *rows: (time.sleep(3), step(*rows))[1])
         answer, = answers_while_it_ends(server, {})
     assert (answer.status_code, answer.json()["error"]["message"]) == (503, SHUT_DOWN)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_does_not_read_is_left(processor, monkeypatch, stream):
+    monkeypatch.setattr(servers, "READ_SECONDS", 0.2)
+    with served(processor=processor) as server, socket.socket() as wire:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wire.connect(("127.0.0.1", server.port))
+        body = json.dumps(question(max_tokens=900, n=4, logprobs=True, top_logprobs=20, stream=stream)).encode()
+        wire.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        until = time.monotonic() + 60
+        while not server.chats(1) or server.server.server.server_state.connections:
+            assert time.monotonic() < until, "it is kept"
+            time.sleep(0.01)
+        assert not server.faults and not server.decoder.rows
+        assert server.ask(**question()).status_code == 200

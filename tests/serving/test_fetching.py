@@ -93,6 +93,8 @@ def test_one_that_takes_too_long(host, monkeypatch):
     ("172.16.5.4", False), ("192.168.1.1", False), ("169.254.169.254", False), ("100.64.0.1", False),
     ("0.0.0.0", False), ("224.0.0.1", False), ("255.255.255.255", False), ("::1", False), ("::", False),
     ("fe80::1%eth0", False), ("fc00::1", False), ("::ffff:127.0.0.1", False), ("::ffff:93.184.216.34", True),
-    ("2002:7f00:1::", False), ("64:ff9b::7f00:1", False)])
+    ("2002:7f00:1::", False), ("64:ff9b::7f00:1", False),
+    ("64:ff9b::5db8:d822", True), ("::127.0.0.1", False), ("::93.184.216.34", False), ("fec0::1", False),
+    ("4000::1", False)])
 def test_public_addresses(address, wanted):
     assert is_public(address) is wanted

@@ -19,7 +19,7 @@ from served import IMAGES, STARTER, data_url, question, served
 from standin_decoder import StandInDecoder
 
 from mindformers_ixc.processing.processor import Processor
-from mindformers_ixc.serving import fetching, messages
+from mindformers_ixc.serving import fetching, messages, wire
 from mindformers_ixc.serving import server as servers
 from mindformers_ixc.serving.guard import Guard
 from mindformers_ixc.serving.limits import Limits
@@ -454,6 +454,58 @@ def test_memory_and_handles_stay_as_they_are(server):
         all_of_them()
     assert process.memory_info().rss - before < 32 << 20
     server.until(lambda: process.num_fds() - handles < 10)          # connections are closed a little later
+
+
+def test_a_body_of_many_values_is_refused_before_they_are_made(monkeypatch):
+    with pytest.raises(wire.RequestError, match="a number of 4000 digits"):
+        wire.read_json_object(b'{"seed": [' + b"1" * 4000 + b"]}")
+    monkeypatch.setattr(wire.json, "loads", lambda *_, **__: pytest.fail("it was parsed"))
+    for content in (b"[]," * (1 << 18), b'{"a":1},' * (1 << 18), b"1," * (1 << 20)):
+        with pytest.raises(wire.RequestError, match="brackets, braces and commas") as refused:
+            wire.read_json_object(b'{"messages": [' + content + b"0]}")
+        assert refused.value.status == 413
+
+
+def test_commas_of_a_text_that_fits_are_few_enough():
+    text = "a, [b], {c}, " * 16384
+    assert wire.read_json_object(json.dumps({"messages": text}).encode())["messages"] == text
+
+
+@pytest.mark.parametrize("content", [
+    b'{"max_tokens": 3, "max_tokens": 500, "messages": []}',
+    b'{"messages": [{"role": "user", "content": "x", "content": "y"}]}',
+    b'{"stream_options": {"a": 1, "\\u0061": null}}'])
+def test_a_key_that_is_there_twice_is_refused_by_name(server, content):
+    answer = send(server, content)
+    check(answer, 400)
+    assert answer.json()["error"]["param"] in ("max_tokens", "content", "a")
+
+
+@pytest.mark.parametrize("where", ["user", "assistant", "system", "meta_instruction", "a part"])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_made_tokens(server, processor, monkeypatch, where):
+    most = 1024 * processor.tokenizer.longest_piece
+    long, request = "x" * most, {"messages": [{"role": "user", "content": "x"}]}
+    if where == "meta_instruction":         # has a limit of its own
+        long, request["meta_instruction"] = "x" * 65_000, "x" * 65_000
+    elif where == "a part":
+        half = {"type": "text", "text": long[:most // 2]}
+        request["messages"][0]["content"] = [half, half]
+    elif where == "system":
+        request["messages"].insert(0, {"role": "system", "content": long})
+    else:
+        request["messages"] = [{"role": role, "content": long if role == where else "x"}
+                               for role in ("user", "assistant", "user")]
+    monkeypatch.setattr(type(processor), "encode_chat", lambda *_, **__: pytest.fail("it was made tokens"))
+    answer = send(server, request)
+    check(answer, 400, "messages")
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_long_file_in_percent_form_is_refused(server, monkeypatch):
+    monkeypatch.setattr(messages, "LONGEST_PERCENT", 9)
+    check(send(server, picture("data:image/png,%41%41%41%41")), 413, ".url")
+    monkeypatch.setattr(messages, "LONGEST_PERCENT", 12)
+    check(send(server, picture("data:image/png,%41%41%41%41")), 400, ".url")        # no picture
 
 
 def test_there_are_enough_of_them(request):
