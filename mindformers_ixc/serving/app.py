@@ -25,8 +25,9 @@ from mindformers_ixc.serving.wire import RequestError, read_chat, read_json_obje
 # Seconds of silence after which a stream says that it is still there, so that nothing between closes it.
 HEARTBEAT = 10.0
 
-# Where addresses of pictures stand in a message.
-URL_KEYS = ("url", "image_url", "video_url")
+# Where words stand in a message. What stands elsewhere may be a picture, also in a form that is refused, and is cut to
+# so many characters in the log.
+WORDS, LOGGED = ("text", "content"), 40
 
 # Seconds that a client may take to read a piece of a stream.
 PATIENCE = 60.0
@@ -234,9 +235,12 @@ async def _send(send: Send, message: Any) -> None:
     await asyncio.wait_for(send(message), PATIENCE)
 
 
-def without_pictures(message: Any) -> Any:
-    """A message for the log: addresses of pictures are cut."""
+def without_pictures(message: Any, key: str = "") -> Any:
+    """A message for the log: of texts that are no words, addresses of pictures for one, the beginnings."""
     if isinstance(message, dict):
-        return {key: f"{value[:40]}..." if key in URL_KEYS and isinstance(value, str) and len(value) > 40 else
-                without_pictures(value) for key, value in message.items()}
-    return [without_pictures(one) for one in message] if isinstance(message, list) else message
+        return {name[:LOGGED]: without_pictures(value, name) for name, value in message.items()}
+    if isinstance(message, list):
+        return [without_pictures(one) for one in message]
+    if isinstance(message, str) and key not in WORDS and len(message) > LOGGED:
+        return f"{message[:LOGGED]}..."
+    return message
