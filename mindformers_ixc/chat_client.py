@@ -19,6 +19,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from mindformers_ixc.errors import ServerError
+from mindformers_ixc.sections import is_whole
 
 # The variable that OpenAI's own client takes its key from.
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -132,7 +133,7 @@ class ChatClient:
 
     def ask(self, request: Mapping[str, Any]) -> dict:
         """What the server answers to a request with all of its fields; errors as of `complete`."""
-        return self._json("/v1/chat/completions", dict(request))
+        return self._of_form(self._json("/v1/chat/completions", dict(request)))
 
     def stream(self, messages: Sequence[Mapping[str, Any]], model: str, **fields: Any) -> Iterator[str]:
         """The answer as it comes, piece by piece; arguments and errors as of `complete`.
@@ -167,7 +168,7 @@ class ChatClient:
                 event = self._parse(content)
                 if "error" in event:
                     raise ServerError(_sentence(event) or f"{self.root} has ended the stream with an error.")
-                yield event
+                yield self._of_form(event)
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, ServerError):
                 raise
@@ -185,6 +186,13 @@ class ChatClient:
                     raise
                 time.sleep(min(error.retry_after or wait, LONGEST_WAIT))
         raise AssertionError("the last try returns or raises")
+
+    def _of_form(self, found: dict) -> dict:
+        """An answer or an event, whose texts and counts are what callers take them for; what is not said may lack."""
+        choices, usage = found.get("choices"), found.get("usage")
+        if (choices is None or (isinstance(choices, list) and all(map(_is_choice, choices)))) and _is_usage(usage):
+            return found
+        raise ServerError(f"{self.root} has answered in another form than OpenAI's: {_cut(json.dumps(found))}")
 
     def _open(self, path: str, body: dict | None = None) -> http.client.HTTPResponse:
         headers = {"Accept": "application/json, text/event-stream"}
@@ -284,6 +292,19 @@ def _root(server: str) -> str:
     if not is_one:
         raise ServerError(f"{server!r} is no address of a server; give one as http://127.0.0.1:8000.")
     return server.strip().rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _is_choice(choice: object) -> bool:
+    if not isinstance(choice, dict):
+        return False
+    said = [choice.get(name) for name in ("delta", "message")]
+    return all(one is None or (isinstance(one, dict) and isinstance(one.get("content"), (str, type(None))))
+               for one in said)
+
+
+def _is_usage(usage: object) -> bool:
+    return usage is None or (isinstance(usage, dict) and all(
+        usage.get(name) is None or is_whole(usage[name], 0) for name in ("prompt_tokens", "completion_tokens")))
 
 
 def _sentence(body: Any) -> str:

@@ -17,10 +17,9 @@ from mindformers_ixc.cli.loading import Loading
 from mindformers_ixc.cli.settings import generation_options, image_options
 from mindformers_ixc.decoding_options import GenerationOptions
 from mindformers_ixc.errors import ConfigError
-from mindformers_ixc.processing.processor import ImageProcessor
 from mindformers_ixc.processing.video import is_video
 from mindformers_ixc.sections import is_whole
-from mindformers_ixc.serving.client import Client, decoding_fields, messages_of
+from mindformers_ixc.serving.client import Client, decoding_fields, images_of, messages_of
 
 
 def chat(arguments: argparse.Namespace) -> int:
@@ -65,7 +64,7 @@ def _source(path: str) -> bytes | str:
 
 def _talk(arguments: argparse.Namespace, answers: ServerAnswers) -> int:
     """An interactive session."""
-    session = Session(arguments, answers.answer, ImageProcessor(**answers.models[0]["images"]),
+    session = Session(arguments, answers.answer, images_of(answers.models[0]),
                       modes=[model["mode"] for model in answers.models])
     answers.interrupts.start()
     loading: Loading[None] = Loading(lambda: None)
@@ -101,8 +100,9 @@ class ServerAnswers:
         if streams:
             request["stream_options"] = {"include_usage": True}
         for event in self.client.chat(request):
-            self.usage = event.get("usage") or self.usage
-            for choice in event["choices"]:
+            usage = event.get("usage") or self.usage
+            self.usage = {name: count for name, count in usage.items() if count is not None}
+            for choice in event.get("choices") or ():
                 text = (choice.get("delta") or choice.get("message") or {}).get("content") or ""
                 if text:
                     yield text, time.monotonic()
@@ -121,6 +121,10 @@ class ServerAnswers:
                         print(text, end="", file=self.out, flush=True)
             except KeyboardInterrupt:
                 stopped = True
+            except BaseException:
+                if texts:       # what says why stands on a line of its own
+                    print(file=self.out, flush=True)
+                raise
             finally:
                 source.close()
         if texts or not stopped:

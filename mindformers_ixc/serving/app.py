@@ -25,8 +25,9 @@ from mindformers_ixc.serving.wire import RequestError, read_chat, read_json_obje
 # Seconds of silence after which a stream says that it is still there, so that nothing between closes it.
 HEARTBEAT = 10.0
 
-# Where addresses of pictures stand in a message.
-URL_KEYS = ("url", "image_url", "video_url")
+# Where words stand in a message. What stands elsewhere may be a picture, also in a form that is refused, and is cut to
+# so many characters in the log.
+WORDS, LOGGED = ("text", "content"), 40
 
 # Seconds after which an answer that nobody waits for is told again to end.
 AGAIN = 0.1
@@ -232,9 +233,12 @@ async def _say(send: Send, content: bytes, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": content, "more_body": more})
 
 
-def without_pictures(message: Any) -> Any:
-    """A message for the log: addresses of pictures are cut."""
+def without_pictures(message: Any, key: str = "") -> Any:
+    """A message for the log: of texts that are no words, addresses of pictures for one, the beginnings."""
     if isinstance(message, dict):
-        return {key: f"{value[:40]}..." if key in URL_KEYS and isinstance(value, str) and len(value) > 40 else
-                without_pictures(value) for key, value in message.items()}
-    return [without_pictures(one) for one in message] if isinstance(message, list) else message
+        return {name[:LOGGED]: without_pictures(value, name) for name, value in message.items()}
+    if isinstance(message, list):
+        return [without_pictures(one) for one in message]
+    if isinstance(message, str) and key not in WORDS and len(message) > LOGGED:
+        return f"{message[:LOGGED]}..."
+    return message

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mindformers_ixc.chat_client import OWN_KEY_VARIABLE, ChatClient, file_url, text_part
-from mindformers_ixc.errors import ConfigError, GenerationError, ServerError
+from mindformers_ixc.errors import ConfigError, GenerationError, PromptError, ServerError
+from mindformers_ixc.processing.processor import ImageProcessor
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER
+from mindformers_ixc.sections import is_whole
+from mindformers_ixc.serving.responses import IMAGE_KEYS
 
 # Seconds that a server may be silent; between the pieces of an answer it says that it is still there. One that comes
 # whole, as with beams, has the time of `ChatClient`.
@@ -19,6 +22,9 @@ SILENCE = 120.0
 # Types of data URLs by endings of videos' names, where they are not `video/ENDING`.
 _VIDEO_TYPES = {"mov": "quicktime", "avi": "x-msvideo", "mkv": "x-matroska", "mpg": "mpeg", "ogv": "ogg",
                 "flv": "x-flv", "wmv": "x-ms-wmv", "ts": "mp2t", "3gp": "3gpp"}
+
+# What is to be done where a server says other things of its models than this release knows.
+_OTHER_RELEASE = "it is of another release of this package perhaps; use the same one here."
 
 
 class Client:
@@ -52,6 +58,8 @@ class Client:
         if not models or "images" not in models[0]:
             raise ConfigError(f"{self._client.root} answers, but is no server of this package; start one by "
                               "`mindformers serve`.")
+        if not all(isinstance(one.get("mode"), str) for one in models):
+            raise ConfigError(f"{self._client.root} does not say the mode of each of its models; {_OTHER_RELEASE}")
         return models
 
     def chat(self, request: Mapping[str, Any]) -> Generator[dict, None, None]:
@@ -66,6 +74,23 @@ class Client:
                 yield from self._client.events(request)
             else:
                 yield self._patient.ask(request)
+
+
+def images_of(model: Mapping[str, Any]) -> ImageProcessor:
+    """How a server cuts pictures, by what it says of a model; what a newer one says beside that is left out.
+
+    Raises:
+        ConfigError: when it cannot be understood.
+    """
+    said = model["images"]
+    try:
+        given = {name: said[name] for name in IMAGE_KEYS if name in said}
+        if not all(isinstance(value, str) or is_whole(value, 1) for value in given.values()):
+            raise TypeError(f"images is {said}")
+        return ImageProcessor(**given)
+    except (PromptError, TypeError) as error:
+        raise ConfigError(f"The server does not say how it cuts pictures in a form that is known here; "
+                          f"{_OTHER_RELEASE}") from error
 
 
 @contextlib.contextmanager
