@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -99,14 +100,13 @@ def _row(reader: PairReader, index: int, place: Place, moved: bool) -> dict:
     row = reader.record(index, place).row
     pair = reader.read(index, place) if moved else None
     if pair and pair.images and all(isinstance(image, Path) for image in pair.images):
+        asked: dict[str, Any] = {"prompt": pair.turns[-2][1]}
         conversations = FORMS["conversations_a"][0]
         if any(holds(row.get(key)) for key in conversations):
             asked = {key: [{"from": role, "value": text} for role, text in side.turns]
                      for key, side in zip(conversations, pair.sides)}
-        else:
-            asked = {"prompt": pair.turns[-2][1]}
-            if pair.turns[0][0] == "system":
-                asked["system"] = pair.turns[0][1]
+        elif pair.turns[0][0] == "system":
+            asked["system"] = pair.turns[0][1]
         row = {key: value for key, value in row.items() if key not in (*MEDIA_KEYS, *LISTS, "system")}
         row.update(asked, image=[os.path.realpath(str(image)) for image in pair.images])
     return row
