@@ -10,6 +10,7 @@ from mindformers.tools.register import MindFormerConfig
 from PIL import Image
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.conversations import load_conversations
 from mindformers_ixc.data.preferences import REFERENCE_COLUMN, PreferenceTable, load_preferences
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import DataError
@@ -233,3 +234,10 @@ def test_of_two_conversations_the_last_answers_alone_are_compared(tmp_path):
         assert TOKENIZER.decode(labels[labels != -100].tolist()).startswith(f" {text}{END_OF_TURN}")
         if not side:       # as of a pair without a round before it
             assert labels[labels != -100].tolist() == single[0][single[0] != -100].tolist()
+
+
+@pytest.mark.parametrize(("row", "key"), [
+    (PAIR, "chosen"), ({"conversations_a": [{"from": "user", "value": "?"}]}, "conversations_a")])
+def test_a_pair_among_conversations_is_called_one(tmp_path, row, key):
+    with pytest.raises(DataError, match=f"field {key}: is that of a preference pair, and conversations are read here"):
+        load_conversations(write(tmp_path, [row]))
