@@ -121,7 +121,8 @@ class Terminal:
         """Shows lines that stay; they are in the log too, or what is `logged` in their place."""
         with self._lock:
             self._erase()
-            over = "\r\033[K" if self._counting and self.interactive else ""      # the bar comes again below
+            # the bar comes again below; in a file, where only those of checkpoints are shown, its line stays
+            over = "" if not self._counting else "\r\033[K" if self.interactive else "\n"
             self._write(self.stream, over + self._fitted(text) + "\n")
             self.log(text if logged is None else logged)
 

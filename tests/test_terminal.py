@@ -109,6 +109,14 @@ def test_a_count_takes_the_place_of_the_spinner(waiting):
     assert list(shown.counted("ab", 2, "measuring", "sample")) == ["a", "b"]      # as a StringIO is no terminal for it
 
 
+def test_in_a_file_a_sentence_does_not_stand_behind_the_bar():
+    stream = io.StringIO()
+    shown = Terminal(stream, interactive=False)
+    with shown.counting(3, "SRC -> DST", "B", disable=False):
+        shown.say("There is a NaN.")
+    assert "There is a NaN." in stream.getvalue().split("\n")
+
+
 def test_what_does_not_last_is_not_said_unless_it_is_known_to_last(monkeypatch):
     monkeypatch.setattr(terminal, "PATIENCE_S", 600.0)
     stream = io.StringIO()

@@ -44,7 +44,7 @@ from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
 from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.errors import CheckpointError
-from mindformers_ixc.parameters import VISION, layer_of, linear_shapes, parameter_table, part_of
+from mindformers_ixc.parameters import UNUSED, VISION, layer_of, linear_shapes, parameter_table, part_of
 from mindformers_ixc.processing.processor import Processor
 
 BITS = (4, 8)
@@ -281,7 +281,7 @@ def _tensors(chosen: dict[str, LazyTensor], stored: dict[str, StoredWeight], mod
              quantization: Quantization, calibrator: Calibrator | None) -> Iterator[tuple[str, LazyTensor]]:
     """The arrays of the target by name, in the order in which they are written."""
     own = quantization.method == OWN
-    for name in parameter_table(model):
+    for name in (*parameter_table(model), *(name for name in UNUSED if name in chosen)):
         tensor, stem, kind = chosen[name], name[:-len(".weight")], kind_of(name, model, quantization)
         if calibrator is not None:
             tensor = calibrator.fitted(name, tensor)

@@ -95,8 +95,10 @@ def _check_output_dir(folder: str, data: str, name: str) -> None:
 
 def _no_file(path: str) -> str:
     """The sentence for a path that is no file; of a folder with one table or conversation file, that one is named."""
-    if not resolve_path(path).is_dir():
+    if not resolve_path(path).exists():
         return f"{path} does not exist; give the path of a file."
+    if not resolve_path(path).is_dir():        # a pipe of the shell's <(...), for one
+        return str(importlib.import_module("mindformers_ixc.data.paths").missing_file(path, resolve_path(path)))
     try:
         meant = importlib.import_module("mindformers_ixc.data.folders").find_data(path)
     except (DataError, OSError):

@@ -222,6 +222,12 @@ def _check_keys(row: Mapping, known: Iterable[str], where: str, choices: Iterabl
 
 def _form_of(row: Mapping, where: str) -> str:
     found = [name for name in SAMPLE_FORMS if any(holds(row.get(key)) for key in FORMS[name][0])]
+    of_a_pair = next((key for name in ("prompt", "conversations_a") for key in FORMS[name][0][-2:]
+                      if holds(row.get(key))), None)
+    if not found and of_a_pair:
+        raise DataError(f"{where}, field {of_a_pair}: is that of a preference pair, and conversations are read here; "
+                        "pairs are read where train_dataset_task.type is IXC25PreferenceDataset, as in the recipes "
+                        "ixc25_dpo_tiny and ixc25_reward_tiny.")
     if not found:
         raise DataError(f"{where}, field conversations: must be a list of turns, found "
                         f"{shown(row.get('conversations'))}; a sample has one of {', '.join(SAMPLE_FORMS)}.")

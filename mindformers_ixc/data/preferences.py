@@ -18,11 +18,13 @@ import numpy as np
 from mindformers_ixc.data.batch import ANSWER_COLUMNS, PIXEL_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
 from mindformers_ixc.data.conversations import Conversation, ConversationReader, ReadingOptions, make_conversation
 from mindformers_ixc.data.forms import FORMS, holds, open_sample, read_pair
+from mindformers_ixc.data.learning import LAST, with_loss_on
 from mindformers_ixc.data.paths import shown
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.data.rows import ConversationTable
 from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.processing.encoded import EncodedSample
+from mindformers_ixc.processing.image import Grid, Tiles
 from mindformers_ixc.processing.judged import with_reward_token
 from mindformers_ixc.processing.processor import Processor
 
@@ -105,9 +107,26 @@ def encode_pair(pair: Pair, processor: Processor, hd_num: int, scored: bool) -> 
         ImageError: for a damaged picture; VideoError for a video.
     """
     cut = processor.image_processor.cut(list(pair.images), hd_num, training=True, where=pair.where)
-    encoded = [processor.encode_conversation(side.turns, side.images, side.where, hd_num, cut) for side in pair.sides]
+    encoded = [encode_side(side, processor, hd_num, cut) for side in pair.sides]
     # the answers are compared, not what ends every conversation alike
     return [with_reward_token(one, processor) for one in encoded] if scored else encoded
+
+
+def encode_side(side: Conversation, processor: Processor, hd_num: int | None,
+                cut: tuple[Tiles, list[Grid]] | None = None) -> EncodedSample:
+    """A conversation of a pair, of which the last answer alone is learnt: those before it are the same on both sides.
+
+    They would cancel out of a difference of log-probabilities, and not out of what is counted a token.
+
+    Args:
+        side: of `Pair.sides`.
+        processor: of the model.
+        hd_num: tiles of an image at most.
+        cut: what `ImageProcessor.cut` gave for its pictures, if that was asked before.
+    """
+    encoded = processor.encode_conversation(side.turns, side.images, side.where, hd_num, cut)
+    answers = sum(role == "assistant" for role, _ in side.turns)
+    return with_loss_on(encoded, LAST) if answers > 1 else encoded
 
 
 def pair_columns(encoded: list[EncodedSample], seq_length: int, max_tiles: int, max_images: int,

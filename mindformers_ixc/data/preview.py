@@ -10,6 +10,7 @@ import numpy as np
 from mindformers_ixc.data.conversations import Conversation
 from mindformers_ixc.data.fitting import first_pairs
 from mindformers_ixc.data.learning import ALL, with_loss_on
+from mindformers_ixc.data.preferences import encode_side
 from mindformers_ixc.data.preview_data import Entry, Reader
 from mindformers_ixc.errors import DataError, ImageError, VideoError
 from mindformers_ixc.processing.encoded import EncodedSample
@@ -118,7 +119,8 @@ def look(reader: Reader, entry: Entry) -> Look:
         return Look(entry, problem=f"Its {views} pictures have {entry.tiles} tiles, too many to be shown.")
     try:
         cut = images.cut(list(sides[0].images), reader.hd_num, training=True, where=entry.where)
-        encoded = [with_loss_on(reader.processor.encode_conversation(side.turns, side.images, side.where, reader.hd_num,
+        encoded = [encode_side(side, reader.processor, reader.hd_num, cut) if len(sides) > 1 else
+                   with_loss_on(reader.processor.encode_conversation(side.turns, side.images, side.where, reader.hd_num,
                                                                      cut),
                                 reader.loader.get("loss_on") or ALL, side.weights, side.where) for side in sides]
     except (DataError, ImageError, VideoError) as error:

@@ -22,6 +22,9 @@ from mindformers_ixc.generation.requests import Request, result_or_error
 from mindformers_ixc.generation.scoring import Scorer
 from mindformers_ixc.processing.judged import turns_of
 
+# Answers whose merit the line on the terminal has.
+SHOWN = 8
+
 
 @dataclass
 class Candidate:
@@ -167,10 +170,12 @@ def load_scorer(reward: str | os.PathLike | None, fields: Mapping[str, Any]) -> 
 
 
 def best_line(candidates: Sequence[Candidate]) -> str:
-    """What is said of samples: by what the best was chosen, and how far the others are."""
+    """What is said of samples, the best first: by what it was chosen, and how far the others are."""
     name = "mean log-probability" if candidates[0].score is None else "score"
-    others = ", ".join(f"{one.merit:.3f}" for one in candidates[1:])
-    return f"The best of {len(candidates)}: {name} {candidates[0].merit:.3f}; the others {others}."
+    shown, rest = candidates[1:SHOWN], candidates[SHOWN:]
+    others = ", ".join(f"{one.merit:.3f}" for one in shown)
+    more = f" and {len(rest)} more, down to {rest[-1].merit:.3f}" if rest else ""
+    return f"The best of {len(candidates)}: {name} {candidates[0].merit:.3f}; the others {others}{more}."
 
 
 def _images(question: Mapping[str, Any]) -> list:

@@ -8,7 +8,7 @@ from mindformers_ixc.generation.requests import Request, error_sentence, read_re
 from mindformers_ixc.generation.scoring import Scorer
 from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.judged import turns_of
-from mindformers_ixc.processing.messages import read_answer
+from mindformers_ixc.processing.messages import before_answer, read_answer
 from mindformers_ixc.processing.prompt import check_text
 
 # What a line may hold beside its question and answers: what predict and this command write.
@@ -41,9 +41,10 @@ def read_judged(value: object) -> dict:
         raise PromptError("a line has 'answer' or 'answers', found both.")
     answers = given.pop("answers", None) if several else [given.pop("answer")] if "answer" in given else None
     if answers is None and isinstance(given.get("messages"), Sequence) and given["messages"]:
-        *messages, last = given["messages"]
+        *_, last = given["messages"]
         if isinstance(last, Mapping) and last.get("role") == "assistant":
-            given["messages"], answers = messages, [read_answer(last, f"messages[{len(messages)}]")]
+            where = f"messages[{len(given['messages']) - 1}]"
+            given["messages"], answers = before_answer(given["messages"], where), [read_answer(last, where)]
     if several and not (isinstance(answers, (list, tuple)) and answers):
         raise PromptError(f"answers must be a list of at least one text, found {answers!r:.40}.")
     if answers is None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,7 +84,7 @@ def label(prompts: Iterable[SampledPrompt], verdicts: Mapping[str, Verdict], tar
         options: which pairs are kept.
 
     Raises:
-        DataError: for a picture that is not there, or a margin where a verdict has none.
+        DataError: for a picture that is not there, a margin where a verdict has none, or one that no number holds.
     """
     found = Labelled()
     asked: set[str] = set()
@@ -130,6 +131,9 @@ def _choose(prompt: SampledPrompt, verdict: Verdict | None,
         return ALIKE
     best, worst = (pick(usable_numbers, key=verdict.merits.__getitem__) for pick in (max, min))
     margin = verdict.merits[best] - verdict.merits[worst]
+    if not math.isfinite(margin):
+        raise DataError(f"The verdict on the prompt {prompt.id!r:.60} has {verdict.merits[best]:g} and "
+                        f"{verdict.merits[worst]:g}, whose difference is beyond a float's range; give smaller numbers.")
     return (best, worst, margin) if margin > 0 and margin >= options.min_margin else CLOSE
 
 

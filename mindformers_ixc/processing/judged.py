@@ -10,7 +10,7 @@ import numpy as np
 from mindformers_ixc.errors import ConfigError, PromptError
 from mindformers_ixc.processing.encoded import EncodedSample
 from mindformers_ixc.processing.image import HD_NUM_REWARD, Tiles
-from mindformers_ixc.processing.messages import read_answer, read_history, read_messages
+from mindformers_ixc.processing.messages import before_answer, read_answer, read_history, read_messages
 from mindformers_ixc.processing.pictures import ImageSource
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX, REWARD_TOKEN, chat_turns, check_text
@@ -36,8 +36,9 @@ def judged_turns(chat: Any) -> tuple[Turns, list]:
         role = last.get("role") if isinstance(last, Mapping) else None
         raise PromptError(f"The last message of a chat must be the assistant's, whose answer is judged; found role "
                           f"{role!r:.40}.")
-    question = read_messages(chat[:-1])
-    return turns_of(question, read_answer(last, f"message {len(chat) - 1}")), question["images"]
+    where = f"message {len(chat) - 1}"
+    question = read_messages(before_answer(chat, where))
+    return turns_of(question, read_answer(last, where)), question["images"]
 
 
 def turns_of(question: Mapping[str, Any], answer: str) -> Turns:

@@ -137,6 +137,25 @@ def read_answer(message: Mapping[str, Any], where: str) -> str:
     return _read_content(message["content"], where, pictures=False)[0]
 
 
+def before_answer(messages: Sequence[Any], where: str) -> list:
+    """The messages before the last one, which is the assistant's and is to be judged.
+
+    Args:
+        messages: at least one.
+        where: what the last one is called.
+
+    Raises:
+        PromptError: when no question comes right before it.
+    """
+    *before, _ = messages
+    previous = before[-1] if before else None
+    if not before or (isinstance(previous, Mapping) and previous.get("role") in ("assistant", "system")):
+        found = f"a message of the {previous['role']}" if previous else "nothing"
+        raise PromptError(f"{where}: an answer that is judged follows a question of the user's, found {found} before "
+                          "it.")
+    return before
+
+
 def _read_content(content: object, where: str, pictures: bool) -> tuple[str, list]:
     if not isinstance(content, (list, tuple)):
         if not isinstance(content, str):

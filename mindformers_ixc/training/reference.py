@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -19,10 +20,10 @@ from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.config import default_max_images, read_fields
 from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN, full_batches
 from mindformers_ixc.data.conversations import Conversation, ReadingOptions, raise_errors
-from mindformers_ixc.data.forms import LISTS, MEDIA_KEYS
+from mindformers_ixc.data.forms import FORMS, LISTS, MEDIA_KEYS, holds
 from mindformers_ixc.data.index.building import PART
 from mindformers_ixc.data.index.measuring import Measurer
-from mindformers_ixc.data.preferences import PairReader
+from mindformers_ixc.data.preferences import PairReader, encode_side
 from mindformers_ixc.data.records.base import Place
 from mindformers_ixc.errors import DataError, ImageError
 from mindformers_ixc.files import whole_file
@@ -99,10 +100,15 @@ def _row(reader: PairReader, index: int, place: Place, moved: bool) -> dict:
     row = reader.record(index, place).row
     pair = reader.read(index, place) if moved else None
     if pair and pair.images and all(isinstance(image, Path) for image in pair.images):
-        for key in (*MEDIA_KEYS, *LISTS):
-            row.pop(key, None)
-        row["prompt"] = pair.turns[-2][1]
-        row["image"] = [os.path.realpath(str(image)) for image in pair.images]
+        asked: dict[str, Any] = {"prompt": pair.turns[-2][1]}
+        conversations = FORMS["conversations_a"][0]
+        if any(holds(row.get(key)) for key in conversations):
+            asked = {key: [{"from": role, "value": text} for role, text in side.turns]
+                     for key, side in zip(conversations, pair.sides)}
+        elif pair.turns[0][0] == "system":
+            asked["system"] = pair.turns[0][1]
+        row = {key: value for key, value in row.items() if key not in (*MEDIA_KEYS, *LISTS, "system")}
+        row.update(asked, image=[os.path.realpath(str(image)) for image in pair.images])
     return row
 
 
@@ -148,8 +154,8 @@ def _answer_logps(directory: str, mode: str, processor: Processor, answers: Iter
     length, tiles = shape
     model = AnswerLogps(load_model(directory, adapter_mode=mode, seq_length=length, max_tiles=max(1, tiles)))
     found, done = np.zeros(2 * pairs, np.float32), 0
-    rows = (processor.encode_conversation(sample.turns, sample.images, sample.where, hd_num)
-            .pad(length, max(1, tiles), default_max_images(tiles), processor.pad_token_id) for sample in answers)
+    rows = (encode_side(sample, processor, hd_num).pad(length, max(1, tiles), default_max_images(tiles),
+                                                       processor.pad_token_id) for sample in answers)
     for batch, real in terminal.current.counted(full_batches(rows, batch_size), -(-len(found) // batch_size),
                                                 "reference", "batch"):
         columns = [Tensor(np.stack([row[name] for row in batch])) for name in BATCH_COLUMNS]

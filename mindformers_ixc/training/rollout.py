@@ -203,7 +203,7 @@ class Rollout:
             expected: of each prompt.
 
         Raises:
-            TrainingError: for a number that is not finite.
+            TrainingError: for a number that is not finite, or another number of them than of answers.
         """
         samples = self.sampler.batch(step)[self.sampler.rank * len(answers):]
         flat = [answer for group in answers for answer in group]
@@ -211,6 +211,9 @@ class Rollout:
         total = np.zeros(len(flat))
         for name, weight in self.options["rewards"].items():
             found = self._judged(samples, answers) if name == REWARD_MODEL else RULES[name](flat, wanted)
+            if len(found) != len(flat):      # one number would be taken for every answer's
+                raise TrainingError(f"Step {step + 1}: the reward {name} gave {len(found)} numbers for {len(flat)} "
+                                    "answers; it must give one for each. The step was not taken.")
             odd = next((number for number, value in enumerate(found) if not math.isfinite(value)), None)
             if odd is not None:
                 where = self.table.describe(samples[odd // len(answers[0])])
@@ -218,6 +221,10 @@ class Rollout:
                                     f"{found[odd]}, which is no finite number. Mend the rule, or leave it out of "
                                     "rollout.rewards; the step was not taken.")
             total += weight * np.asarray(found, np.float64)
+        if np.abs(total).max(initial=0.0) > np.finfo(np.float32).max:
+            raise TrainingError(f"Step {step + 1}: the rewards by the weights of rollout.rewards are up to "
+                                f"{np.abs(total).max():.3g}, beyond float32; give smaller weights. The step was not "
+                                "taken.")
         return total.reshape(len(answers), -1).astype(np.float32)
 
     def _judged(self, samples: Sequence[int], answers: Sequence[Sequence[str]]) -> list[float]:

@@ -11,11 +11,12 @@ from random_model import SIZES, make, random_arrays, save
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.checkpoint.inspection import inspect
 from mindformers_ixc.checkpoint.merge import merge
+from mindformers_ixc.checkpoint.quantise import quantize
 from mindformers_ixc.checkpoint.sources import open_source
 from mindformers_ixc.checkpoint.start import begin, describe_start, match_tensors
 from mindformers_ixc.config import ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError, ConfigError
-from mindformers_ixc.parameters import SCORE_HEAD, parameter_table
+from mindformers_ixc.parameters import SCORE_HEAD, UNUSED, parameter_table
 
 REWARD = {**SIZES, "task_lora_ranks": {}, "reward_pooling": "mean"}
 
@@ -154,6 +155,18 @@ def test_omnilives_base_comes_through_and_nothing_uses_its_memory(tmp_path, capl
     report = inspect(source)
     assert not report.surplus and report.parts["not used here"].tensors == 4
     assert "OmniLive's base: it answers and trains" in report.to_text()
+
+
+def test_omnilives_base_stays_one_when_it_is_quantised_and_widened(tmp_path):
+    source = add_memory(make(tmp_path / "base", task_lora_ranks={}))
+    quantize(source, tmp_path / "q8", bits=8)
+    convert(tmp_path / "q8", tmp_path / "full", to="hf")
+    wanted = open_source(source).tensors
+    for folder in ("q8", "full"):
+        found = open_source(tmp_path / folder).tensors
+        for name in UNUSED:
+            np.testing.assert_array_equal(found[name].whole(), wanted[name].whole())
+    assert "OmniLive's base: it answers as" in inspect(tmp_path / "q8").to_text()
 
 
 @pytest.mark.parametrize(("build", "words"), [

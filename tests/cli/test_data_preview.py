@@ -1,6 +1,7 @@
 """What `mindformers data preview` writes, prints and refuses."""
 from __future__ import annotations
 
+import argparse
 import base64
 import html
 import io
@@ -17,6 +18,7 @@ from PIL import Image
 from mindformers_ixc import terminal
 from mindformers_ixc.cli import preview_page
 from mindformers_ixc.cli.data import data as data_command
+from mindformers_ixc.cli.data_section import read_section
 from mindformers_ixc.cli.inputs import check_inputs
 from mindformers_ixc.cli.preview_text import clipped, token_texts, visible
 from mindformers_ixc.data.preview import GIVEN, LEARNT, PICTURE, Stretch
@@ -276,3 +278,9 @@ def test_a_browser_says_what_is_under_the_pointer(tmp_path):
     assert given == "position 93: token 1, <s>\nwithout loss"
     assert tile == "tile 4: row 2 of 2, column 2 of 2, 112 x 112 pixels"
     assert picture.startswith("picture 1: positions 0 to 92") and bar == "75 to 76 positions: 3 samples"
+
+
+def test_a_key_that_no_yaml_has_is_refused():
+    arguments = argparse.Namespace(config=None, rest=["--image_foldr", "x"])
+    with pytest.raises(ConfigError, match=r"ixc25_own_tiny: unknown key image_foldr \(value 'x'\)"):
+        read_section(arguments)

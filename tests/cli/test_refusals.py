@@ -87,6 +87,7 @@ def test_chat(words, said, monkeypatch):
 
 @pytest.mark.parametrize(("words", "said"), [
     (("--data", "folder"), "folder is a folder; give the path of a file."),
+    (("--data", "/dev/null"), "/dev/null is a device and no regular file; write what it holds to one, and name that."),
     (("--data", "cards"), "cards is a folder; give the path of a file: is cards/questions.csv meant?"),
     (("--data", "none.json", "--batch_size", "0"), "--batch_size is 0"),
     (("--data", "none.json", "--max_new_tokens", "-1"), "--max_new_tokens is -1"),

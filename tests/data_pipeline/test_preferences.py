@@ -10,6 +10,7 @@ from mindformers.tools.register import MindFormerConfig
 from PIL import Image
 
 from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.data.conversations import load_conversations
 from mindformers_ixc.data.preferences import REFERENCE_COLUMN, PreferenceTable, load_preferences
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import DataError
@@ -218,3 +219,25 @@ def test_log_probabilities_are_needed_of_every_pair_when_they_are_a_column(tmp_p
         dataset(path)
     found = batches(dataset(path, input_columns=list(BATCH_COLUMNS)))
     assert [len(batch) for batch in found] == [len(BATCH_COLUMNS)] * 2
+
+
+def test_of_two_conversations_the_last_answers_alone_are_compared(tmp_path):
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    before = [{"from": "user", "value": "what?"}, {"from": "assistant", "value": "a dog in a house"},
+              {"from": "user", "value": "and?"}]
+    row = {key: [*before, {"from": "assistant", "value": text}]
+           for key, text in (("conversations_a", "a red square"), ("conversations_b", "no"))}
+    table = PreferenceTable(PROCESSOR, load_preferences(write(tmp_path, [{**row, "image": "a.png"}])), 96, 3, hd_num=2)
+    short = PreferenceTable(PROCESSOR, load_preferences(write(tmp_path, [PAIR])), 96, 3, hd_num=2)
+    for side, text in enumerate(("a red square", "no")):
+        labels, single = table._encode(0)["labels"][side], short._encode(0)["labels"]
+        assert TOKENIZER.decode(labels[labels != -100].tolist()).startswith(f" {text}{END_OF_TURN}")
+        if not side:       # as of a pair without a round before it
+            assert labels[labels != -100].tolist() == single[0][single[0] != -100].tolist()
+
+
+@pytest.mark.parametrize(("row", "key"), [
+    (PAIR, "chosen"), ({"conversations_a": [{"from": "user", "value": "?"}]}, "conversations_a")])
+def test_a_pair_among_conversations_is_called_one(tmp_path, row, key):
+    with pytest.raises(DataError, match=f"field {key}: is that of a preference pair, and conversations are read here"):
+        load_conversations(write(tmp_path, [row]))

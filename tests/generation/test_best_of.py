@@ -128,4 +128,7 @@ def test_more_samples_than_the_machine_can_hold_are_refused_at_once(assistant):
 def test_the_line_says_what_decided():
     found = [Candidate("a", -0.5, 2.0), Candidate("b", -0.25, 1.0)]
     assert best_line(found) == "The best of 2: score 2.000; the others 1.000."
+    many = [Candidate("a", -number / 4) for number in range(1000)]
+    assert best_line(many) == ("The best of 1000: mean log-probability 0.000; the others -0.250, -0.500, -0.750, "
+                               "-1.000, -1.250, -1.500, -1.750 and 992 more, down to -249.750.")
     assert best_line([Candidate("b", -0.25)] * 2) == "The best of 2: mean log-probability -0.250; the others -0.250."

@@ -36,6 +36,11 @@ def test_a_judges_pair_is_taken_as_it_is():
         made([prompt(7, ["so", "good"])], {"7": Verdict(pair=(0, 1))}, min_margin=0.5)
 
 
+def test_a_margin_that_no_number_holds_is_refused():
+    with pytest.raises(DataError, match=r"The verdict on the prompt 7 has 1e\+308 and -1e\+308, whose difference is"):
+        made([prompt(7, ["so", "good"])], {"7": Verdict((1e308, -1e308))})
+
+
 @pytest.mark.parametrize(("one", "verdict", "options", "reason"), [
     (SampledPrompt(1, "x"), None, {}, preference_pairs.FAILED),
     (prompt(1, ["a", "b"]), None, {}, preference_pairs.UNJUDGED),

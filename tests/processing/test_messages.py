@@ -4,6 +4,8 @@ from __future__ import annotations
 import pytest
 
 from mindformers_ixc.errors import PromptError
+from mindformers_ixc.generation.judged_requests import read_judged
+from mindformers_ixc.processing.judged import judged_turns
 from mindformers_ixc.processing.messages import read_history, read_messages
 
 
@@ -83,3 +85,18 @@ ASK, TELL = {"role": "user", "content": "q"}, {"role": "assistant", "content": "
 def test_what_is_no_history_is_named(history, words):
     with pytest.raises(PromptError, match=words):
         read_history(history)
+
+
+@pytest.mark.parametrize(("before", "found"), [
+    ([], "nothing"), ([("system", "s")], "a message of the system"),
+    ([("user", "a"), ("assistant", "b")], "a message of the assistant")])
+def test_an_answer_that_is_judged_follows_a_question(before, found):
+    chat = [{"role": role, "content": text} for role, text in (*before, ("assistant", "c"))]
+    words = f"an answer that is judged follows a question of the user's, found {found} before it"
+    with pytest.raises(PromptError, match=f"^message {len(before)}: {words}"):
+        judged_turns(chat)
+    with pytest.raises(PromptError, match=rf"^messages\[{len(before)}\]: {words}"):
+        read_judged({"messages": chat})
+    asked = [*chat[:-1], {"role": "user", "content": "q"}, chat[-1]]
+    if found != "nothing":
+        assert judged_turns(asked)[0][-2:] == [("user", "q"), ("assistant", "c")]

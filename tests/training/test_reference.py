@@ -85,11 +85,18 @@ def test_in_another_folder_the_pictures_are_still_found(reference, pairs, tmp_pa
     rows = json.loads(pairs.read_text())
     rows.append({"chosen": "a", "rejected": "b", "messages": [{"role": "user", "content": [
         {"type": "text", "text": "what?"}, {"type": "image", "image": "a.png"}]}]})
+    asked = [{"from": "user", "value": "<image>what?"}]
+    rows.append({"chosen": "a", "rejected": "b", "image": "a.png", "conversations": [
+        {"from": "system", "value": "be short"}, *asked]})
+    rows.append({"image": "a.png", "system": "be long", **{
+        key: [*asked, {"from": "gpt", "value": "a"}, {"from": "human", "value": "and?"}, {"from": "gpt", "value": last}]
+        for key, last in (("conversations_a", "b"), ("conversations_b", "c"))}})
     pairs.write_text("\n".join(map(json.dumps, rows)))
     add_reference_logps(str(pairs), str(target), str(reference))
     written = load_preferences(target)
-    assert [pair.images for pair in written] == [[tmp_path / "a.png"], [], [tmp_path / "a.png"]]
-    assert [pair.turns for pair in written] == [pair.turns for pair in load_preferences(pairs)]
+    assert [pair.images for pair in written] == [[tmp_path / "a.png"], [], *[[tmp_path / "a.png"]] * 3]
+    assert [(pair.turns, pair.rejected) for pair in written] == [(pair.turns, pair.rejected)
+                                                                 for pair in load_preferences(pairs)]
 
 
 def test_bad_pairs_leave_no_file(reference, pairs, tmp_path):

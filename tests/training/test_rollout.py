@@ -121,6 +121,16 @@ def test_a_reward_that_is_not_finite_is_named(table, monkeypatch):
         rollout_of(table, rewards={"odd": 1.0}).rewards(4, [["a", "b"], ["c", "z"]], ["a", "b"])
 
 
+@pytest.mark.parametrize(("found", "weight", "words"), [
+    ([1.0], 1.0, "Step 5: the reward odd gave 1 numbers for 4 answers; it must give one for each"),
+    ([1.0, 0.0, 0.0, -2.0], 2e38, r"the rewards by the weights of rollout\.rewards are up to 4e\+38, beyond float32")])
+def test_rewards_that_no_step_can_take_are_named(table, monkeypatch, found, weight, words):
+    monkeypatch.setitem(RULES, "odd", lambda answers, wanted: found)
+    rollout = rollout_of(table, rewards={"odd": weight})
+    with pytest.raises(TrainingError, match=words):
+        rollout.rewards(4, [["a", "b"], ["c", "z"]], ["a", "b"])
+
+
 def test_a_reward_model_scores_the_conversation_with_the_answer(table):
     asked = []
 
