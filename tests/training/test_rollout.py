@@ -121,6 +121,17 @@ def test_a_reward_that_is_not_finite_is_named(table, monkeypatch):
         rollout_of(table, rewards={"odd": 1.0}).rewards(4, [["a", "b"], ["c", "z"]], ["a", "b"])
 
 
+@pytest.mark.parametrize(("rule", "words"), [
+    (lambda answers, wanted: [1.0], r"gives an array of the shape \(1,\) for 4 answers"),
+    (lambda answers, wanted: 1.0, r"gives an array of the shape \(\) for 4 answers"),
+    (lambda answers, wanted: {}[answers[0]], "failed with KeyError: 'a'. Mend the rule"),
+    (lambda answers, wanted: [[1.0], "x", 2, 3], "failed with ValueError")])
+def test_a_rule_that_fails_or_has_not_a_number_for_each_is_named(table, monkeypatch, rule, words):
+    monkeypatch.setitem(RULES, "odd", rule)
+    with pytest.raises(TrainingError, match=f"Step 5: the rule odd of rollout.rewards {words}"):
+        rollout_of(table, rewards={"odd": 1.0}).rewards(4, [["a", "b"], ["c", "z"]], ["a", "b"])
+
+
 def test_a_reward_model_scores_the_conversation_with_the_answer(table):
     asked = []
 
