@@ -112,8 +112,8 @@ class Evaluation(Callback):
         # the first measurement is the best so far; the last one ends a run that is over anyway
         if section is not None and (soonest := (section["patience"] + 1) * every) >= self.steps:
             logger.warning(f"evaluation.early_stopping ends a run after step {soonest} at the soonest (patience "
-                           f"{section['patience']}, every {every}), and this one has {self.steps} steps: it never acts. "
-                           "Lower one of them.")
+                           f"{section['patience']}, every {every}), and this one has {self.steps} steps: it never "
+                           "acts. Lower one of them.")
 
     def _is_due(self, step: int) -> bool:
         return step == self.steps or (bool(self.options["every"]) and step % self.options["every"] == 0)
