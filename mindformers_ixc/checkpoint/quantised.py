@@ -174,6 +174,16 @@ class StoredWeight:
         check_zeros(f"{self.name}.{ZEROS}", found)
         return found
 
+    def check(self) -> None:
+        """Looks at what stands beside the numbers, where it is copied unread.
+
+        Raises:
+            CheckpointError: for scales that are no numbers, and zeros that four bits do not hold.
+        """
+        self.scales(0, self.shape[0])
+        if self.kind == "int4":
+            self.zeros(0, self.shape[0])
+
     def widened(self, begin: int, end: int) -> np.ndarray:
         """Rows of the weight, in float32."""
         if self.kind == "int8":

@@ -233,8 +233,23 @@ def test_zeros_that_four_bits_do_not_hold(model, tmp_path):
         file.write(bytes([200, 16]))
     words = f"{name} holds 2 numbers above 15, which no zero of four bits is; the file is damaged"
     refuse(words, convert, small, tmp_path / "full")
-    refuse(words, quantize, small, tmp_path / "awq", layout="awq")
-    assert not (tmp_path / "full").exists() and not (tmp_path / "awq").exists()
+    for layout in ("awq", "mindformers_ixc"):
+        refuse(words, quantize, small, tmp_path / "again", layout=layout)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"small"}
+
+
+@pytest.mark.parametrize("layout", ["awq", "mindformers_ixc"])
+def test_scales_that_are_no_numbers_are_not_packed_anew(model, tmp_path, layout):
+    small = quantize(model, tmp_path / "small", layout=layout)
+    (small / "digests.json").unlink()
+    name = "model.layers.0.attention.wo.scales"
+    place = open_source(small).tensors[name].stretches[0]
+    with open(place.path, "r+b") as file:
+        file.seek(place.offset)
+        file.write(np.array([np.nan], "<f2").tobytes())
+    for target in ("awq", "mindformers_ixc"):
+        refuse(f"{name} holds 1 NaN or infinities", quantize, small, tmp_path / "again", layout=target)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"small"}
 
 
 @pytest.mark.parametrize(("change", "words"), [
