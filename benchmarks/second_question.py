@@ -81,7 +81,7 @@ def main() -> None:
     import mindspore as ms
 
     import mindformers_ixc  # noqa: F401 - registers the model
-    from mindformers_ixc.config import REUSE_BYTES
+    from mindformers_ixc.fields import REUSE_BYTES
     from mindformers_ixc.generation.engine import InferenceEngine
     from mindformers_ixc.generation.preparing import prepare
     from mindformers_ixc.generation.store import Store

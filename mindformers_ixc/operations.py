@@ -11,7 +11,8 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from mindformers_ixc.config import MODE_ADAPTERS, ModelConfig
+from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.parameters import linear_shapes
 
 # A part that trains is computed forward and twice as much backward (gradients of its input and of its weights); a

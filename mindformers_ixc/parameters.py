@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mindformers_ixc.config import TASK_LORAS, ModelConfig
+from mindformers_ixc.config import ModelConfig
+from mindformers_ixc.fields import TASK_LORAS
 
 VISION = "vit.vision_tower.vision_model"
 # What a reward model has in place of `output.weight`.

@@ -4,8 +4,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mindformers_ixc.config import MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.fields import MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.scores import SCORES
 from mindformers_ixc.sections import (

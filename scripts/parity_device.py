@@ -13,8 +13,9 @@ from mindspore import Tensor, nn
 from mindspore.ops import functional as F
 from parity_rows import Row, output, row
 
-from mindformers_ixc.config import MODE_ADAPTERS, read_config
+from mindformers_ixc.config import read_config
 from mindformers_ixc.data.batch import BATCH_COLUMNS
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.causal_lm import IXC25ForCausalLM
 from mindformers_ixc.generation.loading import load_model

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from mindformers_ixc.cli.yaml_file import read_yaml
-from mindformers_ixc.config import FIELDS
 from mindformers_ixc.data import converters
 from mindformers_ixc.data.conversations import load_conversations
+from mindformers_ixc.fields import FIELDS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")

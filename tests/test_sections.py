@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindformers_ixc.config import FIELDS, VISION_FIELDS
 from mindformers_ixc.errors import ConfigError, DataError
+from mindformers_ixc.fields import FIELDS, VISION_FIELDS
 from mindformers_ixc.sections import (
     FEW,
     Rule,

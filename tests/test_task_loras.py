@@ -1,4 +1,4 @@
-"""A further task LoRA is one line, of `config.TASK_LORAS`: everything else is derived from that table."""
+"""A further task LoRA is one line, of `fields.TASK_LORAS`: everything else is derived from that table."""
 from __future__ import annotations
 
 import argparse
@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 import mindformers_ixc_cli
-from mindformers_ixc import config
+from mindformers_ixc import fields
 from mindformers_ixc.checkpoint.merge import check_merge_names
+from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.errors import CheckpointError
 from mindformers_ixc.parameters import PARTS, part_of
 
-PACKAGE = Path(config.__file__).parent
-TASKS = tuple(config.TASK_LORAS)
+PACKAGE = Path(fields.__file__).parent
+TASKS = tuple(fields.TASK_LORAS)
 
 
 def literals(path: Path):
@@ -31,7 +32,7 @@ def literals(path: Path):
 
 def test_no_other_module_lists_the_tasks():
     found = [f"{path}:{line}" for path in (*PACKAGE.rglob("*.py"), Path(mindformers_ixc_cli.__file__))
-             if path != PACKAGE / "config.py" for line, text in literals(path)
+             if path != PACKAGE / "fields.py" for line, text in literals(path)
              if all(re.search(rf"(?<![A-Za-z0-9]){task}(?![A-Za-z0-9])", text) for task in TASKS)]
     assert found == []
 
@@ -40,11 +41,11 @@ def test_parts_and_modes_are_those_of_the_table():
     assert [part for part in PARTS if part.startswith("task_lora.")] == [f"task_lora.{task}" for task in TASKS]
     assert all(part_of(f"model.layers.0.attention.wo.lora_{task}_{side}.weight") == f"task_lora.{task}"
                for task in TASKS for side in "AB")
-    assert config.ALL_MODES["all"] == TASKS and config.ALL_MODES["base"] == ()
-    for task, pair in config.TASK_LORAS.items():
-        assert task in config.MODE_ADAPTERS[pair.mode]
-    assert sum(map(len, config.MODE_ADAPTERS.values())) == len(TASKS)
-    assert config.ModelConfig().task_lora_ranks == {task: pair.rank for task, pair in config.TASK_LORAS.items()}
+    assert fields.ALL_MODES["all"] == TASKS and fields.ALL_MODES["base"] == ()
+    for task, pair in fields.TASK_LORAS.items():
+        assert task in fields.MODE_ADAPTERS[pair.mode]
+    assert sum(map(len, fields.MODE_ADAPTERS.values())) == len(TASKS)
+    assert ModelConfig().task_lora_ranks == {task: pair.rank for task, pair in fields.TASK_LORAS.items()}
 
 
 def test_the_command_offers_the_modes_of_the_table():
@@ -52,8 +53,8 @@ def test_the_command_offers_the_modes_of_the_table():
                     if isinstance(action, argparse._SubParsersAction)).choices
     modes = {name: action.choices for name, command in commands.items() for action in command._actions
              if "--mode" in action.option_strings}
-    assert modes.pop("convert") == list(config.ALL_MODES)
-    assert modes and all(choices == list(config.MODE_ADAPTERS) for choices in modes.values())
+    assert modes.pop("convert") == list(fields.ALL_MODES)
+    assert modes and all(choices == list(fields.MODE_ADAPTERS) for choices in modes.values())
 
 
 def test_merge_folds_the_tasks_of_the_table():

@@ -25,8 +25,9 @@ from mindformers_ixc.checkpoint.start import check_tensor, mismatch
 from mindformers_ixc.checkpoint.streaming import is_file_target
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, check_target, write_checkpoint
-from mindformers_ixc.config import CONFIG_FILE, FIELDS, ModelConfig, read_config
+from mindformers_ixc.config import CONFIG_FILE, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError, ConfigError
+from mindformers_ixc.fields import FIELDS
 from mindformers_ixc.hub import relative_of
 from mindformers_ixc.parameters import BUFFERS, SCORE_HEAD, UNUSED, VISION, Entry, parameter_table, part_of
 from mindformers_ixc.processing.image import bicubic_resize

@@ -41,8 +41,8 @@ def convert(source: str | Path, target: str | Path, *, to: str | None = None, fo
         tensor_parallel: devices of a pipeline stage.
         pipeline_stages: pipeline stages.
         dtype: `float32`, `bfloat16` or `float16`; by default each tensor keeps its own.
-        mode: task LoRAs in the graph the layout is for, a key of `config.ALL_MODES`.
-        drop: task LoRAs to leave out (`config.TASK_LORAS`).
+        mode: task LoRAs in the graph the layout is for, a key of `fields.ALL_MODES`.
+        drop: task LoRAs to leave out (`fields.TASK_LORAS`).
         config: `config.json` or its directory, if the source has none beside it.
         strategy: strategy file or folder of the source's ranks, if it is not in the usual place.
         shard_bytes: size of a file at most, in bytes.

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mindformers_ixc.config import POOLINGS, TASK_LORAS, ModelConfig, names_reward
+from mindformers_ixc.config import ModelConfig, names_reward
 from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.fields import POOLINGS, TASK_LORAS
 from mindformers_ixc.files import read_json
 from mindformers_ixc.hub import relative_of
 from mindformers_ixc.parameters import SCORE_HEAD, UNUSED

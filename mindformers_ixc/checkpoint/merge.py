@@ -20,8 +20,9 @@ from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state, open_
 from mindformers_ixc.checkpoint.start import check_tensor
 from mindformers_ixc.checkpoint.tensors import PIECE, LazyTensor
 from mindformers_ixc.checkpoint.writing import SHARD_BYTES, Options, write_checkpoint
-from mindformers_ixc.config import POOLINGS, TASK_LORAS, ModelConfig, read_config
+from mindformers_ixc.config import ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.fields import POOLINGS, TASK_LORAS
 from mindformers_ixc.parameters import LEAST_NORM, PARTS, SCORE_HEAD, UNUSED, parameter_table, part_of
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def merge(source: str | Path, target: str | Path, *, attach: str | Path | None =
         lora: directory or file of a trained LoRA (PEFT or MindFormers) to fold in.
         alpha: its alpha, if there is no `adapter_config.json`.
         adapter: which adapter, if the LoRA's file holds several.
-        fold: task LoRAs (`config.TASK_LORAS`) to fold in; they are gone afterwards.
+        fold: task LoRAs (`fields.TASK_LORAS`) to fold in; they are gone afterwards.
         extract: parts (`parameters.PARTS`) to keep, leaving out everything else.
         to: `ms` or `hf`; by default what the source is.
         dtype: format of the weights; by default each keeps its own.

@@ -9,8 +9,9 @@ from typing import Any
 from mindformers_ixc.checkpoint.dtypes import LABELS, WEIGHTS
 from mindformers_ixc.checkpoint.family import know_member
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, open_source
-from mindformers_ixc.config import ALIASES, CONFIG_FILE, FIELDS, Field, ModelConfig, read_config
+from mindformers_ixc.config import CONFIG_FILE, ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.fields import ALIASES, FIELDS, Field
 from mindformers_ixc.files import RUN_RECORD, read_json
 from mindformers_ixc.resources import resolve_path
 

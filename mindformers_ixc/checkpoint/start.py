@@ -17,8 +17,9 @@ from mindformers_ixc.checkpoint.family import WRITING_HEAD, know_member, refuse_
 from mindformers_ixc.checkpoint.quantised import refuse_quantised
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state
 from mindformers_ixc.checkpoint.tensors import LazyTensor
-from mindformers_ixc.config import ALIASES, FIELDS, MODE_ADAPTERS, VISION_FIELDS, ModelConfig, read_config
+from mindformers_ixc.config import ModelConfig, read_config
 from mindformers_ixc.errors import CheckpointError, ConfigError
+from mindformers_ixc.fields import ALIASES, FIELDS, MODE_ADAPTERS, VISION_FIELDS
 from mindformers_ixc.parameters import BUFFERS, UNUSED, part_of
 from mindformers_ixc.resources import is_starter
 from mindformers_ixc.rope import ROPE_FIELDS, Rope, read_rope

@@ -14,8 +14,9 @@ from mindformers_ixc.checkpoint.sources import INDEX_FILES, SUFFIXES, OpenedChec
 from mindformers_ixc.checkpoint.strategy_file import write_strategies
 from mindformers_ixc.checkpoint.streaming import Item, Output, WorkFolder, is_file_target, write_items
 from mindformers_ixc.checkpoint.tensors import LazyTensor
-from mindformers_ixc.config import ALL_MODES, CONFIG_FILE, ModelConfig
+from mindformers_ixc.config import CONFIG_FILE, ModelConfig
 from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.fields import ALL_MODES
 from mindformers_ixc.files import RUN_RECORD, read_json
 from mindformers_ixc.parallel.slices import placement
 from mindformers_ixc.parallel.stages import layer_stages
@@ -43,7 +44,7 @@ class Options:
         tensor_parallel: devices of a stage; with more than one in all, rank folders are written.
         pipeline_stages: stages.
         dtype: format of the weights, `None` keeps each tensor's.
-        mode: task LoRAs in the graph the layout is compiled for, see `config.ALL_MODES`.
+        mode: task LoRAs in the graph the layout is compiled for, see `fields.ALL_MODES`.
         drop: task LoRAs to leave out.
         shard_bytes: size of a file at most.
     """
@@ -201,7 +202,7 @@ def expected_layouts(config: ModelConfig, tensor_parallel: int, pipeline_stages:
         config: sizes of the model.
         tensor_parallel: devices of a stage.
         pipeline_stages: stages.
-        mode: task LoRAs in the graph, a key of `config.ALL_MODES`.
+        mode: task LoRAs in the graph, a key of `fields.ALL_MODES`.
     """
     stages, layouts = layer_stages(config.num_hidden_layers, pipeline_stages), {}
     for name, entry in parameter_table(config).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 
 from mindformers_ixc.cli.arguments import Usual, add_no_verify
-from mindformers_ixc.config import CACHE_DTYPES, MODE_ADAPTERS
+from mindformers_ixc.fields import CACHE_DTYPES, MODE_ADAPTERS
 
 
 def add_generation(parser: argparse.ArgumentParser, or_server: bool = False, samples: bool = False) -> None:

@@ -13,8 +13,9 @@ from mindformers_ixc import terminal
 from mindformers_ixc.cli.chat_pictures import Picture, describe, read_paths, read_picture
 from mindformers_ixc.cli.hints import picture_hint
 from mindformers_ixc.cli.settings import Settings
-from mindformers_ixc.config import MODE_ADAPTERS, read_config
+from mindformers_ixc.config import read_config
 from mindformers_ixc.errors import ConfigError, PromptError
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.files import check_target, write_whole
 from mindformers_ixc.processing.processor import ImageProcessor
 from mindformers_ixc.processing.prompt import IMAGE_PLACEHOLDER

@@ -6,10 +6,11 @@ import os
 
 from mindformers_ixc.checkpoint.quantised import quantization_of, refuse_quantised, stored_weights
 from mindformers_ixc.cli.early import SMALL, checkpoint_of
-from mindformers_ixc.config import FIELDS, field_rule, read_fields
+from mindformers_ixc.config import read_fields
 from mindformers_ixc.data.preferences import load_preferences
 from mindformers_ixc.decoding_options import LEAST_TEMPERATURE, RULES, check_reward
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.fields import FIELDS, field_rule
 from mindformers_ixc.generation.preference_pairs import ENDINGS
 from mindformers_ixc.generation.sampled_answers import LEAST_SAMPLES
 from mindformers_ixc.processing.pictures import image_size

@@ -1,9 +1,9 @@
 """Checks what a run's YAML says of GRPO: network, data set, rollout and what trains belong together."""
 from __future__ import annotations
 
-from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.data.batch import BATCH_COLUMNS, GROUP_COLUMNS
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.grpo_options import grpo_options, rollout_options
 from mindformers_ixc.parallel.checks import DEFAULTS, GRAPH_MODES
 from mindformers_ixc.training_options import GROUP_NETWORK

@@ -10,7 +10,7 @@ from mindformers_ixc.cli.benchmark_options import add_benchmark
 from mindformers_ixc.cli.family_parsers import add_assemble, add_best_of, add_score
 from mindformers_ixc.cli.preference_parsers import add_label, add_sample
 from mindformers_ixc.cli.serve_options import add_serve_options
-from mindformers_ixc.config import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
+from mindformers_ixc.fields import ALL_MODES, MODE_ADAPTERS, TASK_LORAS
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.scores import SCORES
 from mindformers_ixc.version import __version__

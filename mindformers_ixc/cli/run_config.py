@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from mindformers_ixc.checkpoint.start import OVERRIDE
 from mindformers_ixc.cli.group_config import DATASET, check_groups, check_task
 from mindformers_ixc.cli.templates import Template, section_templates
-from mindformers_ixc.config import ALIASES, FIELDS, FRAMEWORK_FIELDS, POOLINGS, VISION_FIELDS, Field
 from mindformers_ixc.data.batch import BATCH_COLUMNS, NOISE_COLUMNS, REFERENCE_COLUMN, SCORE_COLUMN
 from mindformers_ixc.data.sections import check_dataset_section
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.fields import ALIASES, FIELDS, FRAMEWORK_FIELDS, POOLINGS, VISION_FIELDS, Field
 from mindformers_ixc.preference_options import needs_reference, preference_options
 from mindformers_ixc.reward_options import reward_options
 from mindformers_ixc.sections import (

@@ -12,10 +12,10 @@ from mindformers_ixc.checkpoint.weights_mark import weights_mark
 from mindformers_ixc.cli.early_serve import api_key, limits_of
 from mindformers_ixc.cli.inference import load_assistant
 from mindformers_ixc.cli.serve_rank import ServingRank
-from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.data.paths import check_root
 from mindformers_ixc.device import is_parallel, on_ascend
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.generation.assistant import Assistant
 from mindformers_ixc.generation.batching import BatchDecoder
 from mindformers_ixc.generation.extending import unavailable

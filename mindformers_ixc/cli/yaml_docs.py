@@ -1,4 +1,4 @@
-"""The tables of docs/yaml.md; as a program, those of `config.FIELDS` and `config.VISION_FIELDS` written into it.
+"""The tables of docs/yaml.md; as a program, those of `fields.FIELDS` and `fields.VISION_FIELDS` written into it.
 
     python -m mindformers_ixc.cli.yaml_docs docs/yaml.md
 
@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mindformers_ixc.cli.yaml_keys import SECTIONS, Row, rows_of, shown_value
-from mindformers_ixc.config import (
+from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.fields import (
     ALIASES,
     DTYPE_FIELDS,
     DTYPES,
@@ -26,7 +27,6 @@ from mindformers_ixc.config import (
     Field,
     field_rule,
 )
-from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import write_whole
 from mindformers_ixc.sections import ANYTHING, one_of
 

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 from mindformers_ixc.checkpoint.start import OVERRIDE
 from mindformers_ixc.cli.run_config import NUMBERS, OWN_RULES, RUN_MODES, TENSORBOARD_RULES
 from mindformers_ixc.cli.templates import section_templates
-from mindformers_ixc.config import FIELDS, MODE_ADAPTERS, RecomputeOptions
+from mindformers_ixc.config import RecomputeOptions
 from mindformers_ixc.data.conversations import CAPTION_PROMPTS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.data.rows import MAX_BAD_SHARE
 from mindformers_ixc.data.sections import DATASET_RULES, LOADER_RULES
 from mindformers_ixc.decoding_options import BEST_RULES, PREDICT_BATCH_SIZE, GenerationOptions
 from mindformers_ixc.decoding_options import RULES as DECODING_RULES
+from mindformers_ixc.fields import FIELDS, MODE_ADAPTERS
 from mindformers_ixc.grpo_options import GRPO, GRPO_RULES, REWARD_MODEL, ROLLOUT, ROLLOUT_RULES, RULES
 from mindformers_ixc.parameters import PARTS
 from mindformers_ixc.planning.workload import SHARD_THRESHOLD_KIB
@@ -455,7 +456,7 @@ _TRACKER = Section({
                    "none"),
 }, TRACKER_RULES, asdict(TrackerOptions("")))
 
-# By the section's dotted name; "" is the top level. Those of model_config and vision_config are `config.FIELDS`.
+# By the section's dotted name; "" is the top level. Those of model_config and vision_config are `fields.FIELDS`.
 SECTIONS: dict[str, Section] = {
     "": _TOP, "trainer": _TRAINER, "runner_config": _RUNNER, "optimizer": _OPTIMIZER, "lr_schedule": _SCHEDULE,
     "part_learning_rates": _PART_RATES, "runner_wrapper": _WRAPPER, "skip_spikes": _SPIKES, "train_dataset": _DATASET,

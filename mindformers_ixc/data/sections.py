@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mindformers_ixc.config import FIELDS, default_max_images
+from mindformers_ixc.config import default_max_images
 from mindformers_ixc.data.batch import (
     BATCH_COLUMNS,
     EXTRA_COLUMNS,
@@ -17,6 +17,7 @@ from mindformers_ixc.data.learning import ALL, LOSS_ON, WEIGHTS
 from mindformers_ixc.data.mixture import MIXTURE_RULES
 from mindformers_ixc.data.packer import Budget
 from mindformers_ixc.errors import ConfigError, DataError
+from mindformers_ixc.fields import FIELDS
 from mindformers_ixc.processing.pictures import EXIF, TRANSPARENCY
 from mindformers_ixc.processing.processor import TRANSFORMS
 from mindformers_ixc.sections import Rule, above_0, check_section, of_type, one_of, share, whole

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.errors import ConfigError, GenerationError
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.generation.engine import CachedDecoder, InferenceEngine
 from mindformers_ixc.generation.extending import FEW_POSITIONS, unavailable
@@ -100,7 +100,7 @@ class Assistant:
         Args:
             samples: encoded prompts, answered as one batch.
             options: decoding options, stop ids included.
-            mode: task LoRAs in use, a key of `config.MODE_ADAPTERS`.
+            mode: task LoRAs in use, a key of `fields.MODE_ADAPTERS`.
             streamer: gets a single prompt's new ids as they come, without the stop id: MindFormers' streamer interface,
                 `put(ids)` (the first time an empty prompt) and `end()`.
 

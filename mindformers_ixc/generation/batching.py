@@ -22,7 +22,7 @@ from mindspore import Tensor, nn
 from mindspore.ops import operations as P
 
 from mindformers_ixc.checkpoint.model_directory import numpy_type
-from mindformers_ixc.config import MODE_ADAPTERS
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, decode_tables
 from mindformers_ixc.generation.cells import Embedding, Head, StageCell, stage_of
 from mindformers_ixc.generation.engine import InferenceEngine

@@ -20,8 +20,9 @@ from mindformers_ixc.checkpoint.family import check_kind
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
 from mindformers_ixc.checkpoint.quantised import quantization_of
 from mindformers_ixc.checkpoint.sources import open_source
-from mindformers_ixc.config import FIELDS, ModelConfig, read_config
+from mindformers_ixc.config import ModelConfig, read_config
 from mindformers_ixc.errors import GenerationError, PromptError
+from mindformers_ixc.fields import FIELDS
 from mindformers_ixc.files import write_whole
 from mindformers_ixc.generation.ascend import prepare_inference
 from mindformers_ixc.generation.assistant import Assistant
@@ -168,7 +169,7 @@ class IXC25ForCausalLM(IXC25Model):
             temperature: of sampling.
             top_p: of sampling.
             repetition_penalty: 1 is none.
-            infer_mode: task LoRAs in use, a key of `config.MODE_ADAPTERS`.
+            infer_mode: task LoRAs in use, a key of `fields.MODE_ADAPTERS`.
             use_meta: begin with the system turn `meta_instruction`.
             meta_instruction: text of the system turn.
             **kwargs: further fields of `GenerationOptions` (`top_k`, `seed`, `length_penalty`, ...), and

@@ -12,8 +12,8 @@ from mindspore import nn
 from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
 from mindspore.ops import operations as P
 
-from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.device import is_parallel
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, PagedCache
 from mindformers_ixc.generation.sharded_cache import ShardedCache
 from mindformers_ixc.models.configuration import IXC25Config

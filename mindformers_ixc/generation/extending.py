@@ -18,8 +18,8 @@ from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
 from mindformers_ixc.checkpoint.model_directory import numpy_type
-from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.device import is_parallel, on_ascend
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.generation.caches import ContiguousCache, NativeCache, PagedCache, decode_tables
 from mindformers_ixc.generation.cells import Embedding, Head, StageCell, WholeLayer, is_one_kernel, stage_of
 from mindformers_ixc.generation.slots import InferenceGraph

@@ -31,7 +31,7 @@ def load_model(directory: str | os.PathLike, model_class: type[IXC25Model] = IXC
         stored: leave weights of 16 bits as they are stored, too, where that is no slower. Such a model answers, and
             has no gradients.
         config: configuration to use instead of the directory's.
-        **overrides: fields of a run of `config.FIELDS`.
+        **overrides: fields of a run of `fields.FIELDS`.
 
     Returns:
         The model in evaluation mode.

@@ -4,9 +4,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from mindformers_ixc.config import MODE_ADAPTERS, ModelConfig
+from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.decoding_options import RULES, GenerationOptions
 from mindformers_ixc.errors import GenerationError
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.sections import check_keys, check_value, one_of
 
 __all__ = ["GenerationOptions", "NamedOptions", "check_mode", "hugging_face_options", "known_options"]

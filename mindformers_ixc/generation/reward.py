@@ -12,8 +12,8 @@ import numpy as np
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
 from mindformers_ixc.checkpoint.model_directory import save_model_directory
-from mindformers_ixc.config import FIELDS
 from mindformers_ixc.errors import GenerationError, PromptError
+from mindformers_ixc.fields import FIELDS
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.generation.scoring import SCORED_AT_ONCE, Scorer
 from mindformers_ixc.generation.turns import TURNS

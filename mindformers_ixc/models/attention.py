@@ -21,9 +21,10 @@ from mindspore.ops import operations as P
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 from mindspore.ops.primitive import constexpr
 
-from mindformers_ixc.config import COMPRESSED_MASK, MOST_SEGMENTS, VisionConfig
+from mindformers_ixc.config import VisionConfig
 from mindformers_ixc.device import on_ascend
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.fields import COMPRESSED_MASK, MOST_SEGMENTS
 from mindformers_ixc.models.configuration import IXC25Config, IXC25VisionConfig
 from mindformers_ixc.native import training
 

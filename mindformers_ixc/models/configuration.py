@@ -9,7 +9,8 @@ from mindformers.models.utils import convert_mstype
 from mindformers.modules.transformer import TransformerOpParallelConfig
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 
-from mindformers_ixc.config import ALIASES, DTYPE_FIELDS, FRAMEWORK_FIELDS, ModelConfig, VisionConfig
+from mindformers_ixc.config import ModelConfig, VisionConfig
+from mindformers_ixc.fields import ALIASES, DTYPE_FIELDS, FRAMEWORK_FIELDS
 
 
 def _split(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -34,7 +35,7 @@ class IXC25VisionConfig(_Unkept, VisionConfig, PretrainedConfig):
     """`VisionConfig` as one of MindFormers' configurations.
 
     Args:
-        **given: fields of `config.VISION_FIELDS` and MindFormers' own.
+        **given: fields of `fields.VISION_FIELDS` and MindFormers' own.
     """
 
     def __init__(self, /, **given: Any):
@@ -48,7 +49,7 @@ class IXC25Config(_Unkept, ModelConfig, PretrainedConfig):
     """`ModelConfig` for MindFormers: dtypes are MindSpore's, `parallel_config` is MindFormers'.
 
     Args:
-        **given: fields of `config.FIELDS` and MindFormers' own.
+        **given: fields of `fields.FIELDS` and MindFormers' own.
     """
 
     attribute_map = ALIASES

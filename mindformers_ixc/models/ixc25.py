@@ -17,8 +17,8 @@ from mindspore.common.initializer import Normal, initializer
 from mindspore.ops import functional as F
 from mindspore.ops import operations as P
 
-from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.device import is_parallel, on_ascend
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.dropout import PositionNoise
 from mindformers_ixc.models.embedding_noise import EmbeddingNoise

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mindformers_ixc.config import MODE_ADAPTERS, ModelConfig
+from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.parameters import layer_of, linear_shapes
 
 

@@ -25,7 +25,7 @@ def check_layout(config: ModelConfig, tensor_parallel: int, pipeline_stages: int
         config: sizes of the model.
         tensor_parallel: devices of a stage.
         pipeline_stages: stages.
-        mode: task LoRAs in the graph, a key of `config.ALL_MODES`.
+        mode: task LoRAs in the graph, a key of `fields.ALL_MODES`.
         folder: for what the compiler writes.
 
     Returns:
@@ -50,7 +50,7 @@ def compile_layouts(config: ModelConfig, tensor_parallel: int, pipeline_stages: 
         config: sizes of the model.
         tensor_parallel: devices of a stage.
         pipeline_stages: stages.
-        mode: task LoRAs in the graph, a key of `config.ALL_MODES`.
+        mode: task LoRAs in the graph, a key of `fields.ALL_MODES`.
         folder: where the files go (`stage_rank_N.ckpt`); existing ones are kept.
 
     Raises:

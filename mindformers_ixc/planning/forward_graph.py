@@ -12,8 +12,8 @@ import numpy as np
 from mindspore import Tensor, nn
 from mindspore.common.api import _cell_graph_executor
 
-from mindformers_ixc.config import ALL_MODES
 from mindformers_ixc.cpu_cluster.groups import simulate
+from mindformers_ixc.fields import ALL_MODES
 from mindformers_ixc.models.configuration import IXC25Config
 from mindformers_ixc.models.ixc25 import IXC25Model, LogitsGraph
 
@@ -23,7 +23,7 @@ POSITIONS, TILES = 32, 2
 
 def compile_forward(job: dict) -> None:
     """Compiles the graph of a job: `config` (public fields), `tensor_parallel`, `pipeline_stages`, `stage`, `mode` (a
-    key of `config.ALL_MODES`) and `target`."""
+    key of `fields.ALL_MODES`) and `target`."""
     stages, tensor_parallel = job["pipeline_stages"], job["tensor_parallel"]
     ranks, rank = stages * tensor_parallel, job["stage"] * tensor_parallel
     ms.set_context(mode=ms.GRAPH_MODE, max_call_depth=100000)

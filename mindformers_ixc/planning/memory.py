@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mindformers_ixc.checkpoint.dtypes import dtype_bytes
-from mindformers_ixc.config import COMPRESSED_MASK
 from mindformers_ixc.data.batch import column_shapes
+from mindformers_ixc.fields import COMPRESSED_MASK
 from mindformers_ixc.planning.workload import LocalParameter, Workload
 
 # MindFormers' AdamW keeps two moments, and gradients after unscaling, in float32.

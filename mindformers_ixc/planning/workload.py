@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mindformers_ixc.checkpoint.dtypes import dtype_bytes
-from mindformers_ixc.config import MODE_ADAPTERS, ModelConfig, ParallelOptions, recomputed_layers
+from mindformers_ixc.config import ModelConfig, ParallelOptions, recomputed_layers
 from mindformers_ixc.data.batch import BATCH_COLUMNS, REFERENCE_COLUMN
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.parallel.checks import ABSENT_DEGREES, check_global_batch, check_possible
 from mindformers_ixc.parallel.degrees import DEGREES, Degrees, degrees_of
 from mindformers_ixc.parallel.slices import placement

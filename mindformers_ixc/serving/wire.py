@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mindformers_ixc.config import MODE_ADAPTERS
 from mindformers_ixc.decoding_options import RULES, GenerationOptions
 from mindformers_ixc.errors import GenerationError
+from mindformers_ixc.fields import MODE_ADAPTERS
 from mindformers_ixc.sections import Rule, hint, is_number, is_whole
 from mindformers_ixc.serving.settings import ServerSettings
 

@@ -17,9 +17,9 @@ from mindformers.pet.models.lora import LoraModel
 from mindformers.pet.pet_config import PetConfig
 from mindspore import nn
 
-from mindformers_ixc.config import MODE_ADAPTERS, TASK_LORA_RANKS
 from mindformers_ixc.device import is_parallel
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.fields import MODE_ADAPTERS, TASK_LORA_RANKS
 from mindformers_ixc.files import write_whole
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.models.layers import PartialLoRALinear
@@ -62,7 +62,7 @@ class TaskLoRAPetConfig(PartialLoRAPetConfig):
     """YAML `pet_config` of type `task_lora`: `task` names the pair, the other fields are those of `partial_lora`.
 
     Args:
-        task: a key of `config.TASK_LORAS`.
+        task: a key of `fields.TASK_LORAS`.
         **kwargs: see `PartialLoRAPetConfig`.
     """
 

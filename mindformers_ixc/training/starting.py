@@ -17,8 +17,9 @@ from mindformers_ixc.checkpoint.start import (
     match_tensors,
     said_rotary,
 )
-from mindformers_ixc.config import ALIASES, FIELDS, VISION_FIELDS, ModelConfig
+from mindformers_ixc.config import ModelConfig
 from mindformers_ixc.errors import CheckpointError, ConfigError
+from mindformers_ixc.fields import ALIASES, FIELDS, VISION_FIELDS
 from mindformers_ixc.hub import not_a_folder
 from mindformers_ixc.models.ixc25 import IXC25Model
 from mindformers_ixc.parameters import parameter_table

@@ -25,6 +25,7 @@ from mindformers_ixc.cli import launch as launching
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import ConfigError
 from mindformers_ixc.files import read_metrics
+from mindformers_ixc.resources import resolve_model
 from mindformers_ixc.training.resume import mark_finished
 from mindformers_ixc.training.run_folder import LOCK_FILE
 
@@ -454,25 +455,11 @@ def test_a_rank_killed_in_the_middle_of_training_ends_the_run(tmp_path):
     assert not mailbox.exists()
 
 
-@pytest.mark.slow
-def test_a_launch_that_goes_well(tmp_path):
-    out = tmp_path / "out"
-    launcher = start(out, epochs=1)
-    shown = launcher.communicate(timeout=600)[0]
-    assert launcher.returncode == 0, shown[-3000:]
-    assert shown.splitlines()[-1].startswith(f"    mindformers chat --model {out}/model --image ")
-    rows = read_metrics(out / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) > 5
-    logs = {log.name: log.read_text(errors="replace") for log in (out / "rank_logs").iterdir()}
-    assert {"worker_0.log", "worker_1.log", "scheduler.log", "msrun.log", "shown.txt"} == set(logs)
-    assert all("Training Over" in logs[f"worker_{rank}.log"] for rank in (0, 1))
-    assert "Training Over" not in shown and "2 x CPU: dp 1 x tp 2 x pp 1" in shown and len(shown.splitlines()) < 60
-    assert not processes_of(out)
-
-
 COMMAND = str(Path(sys.executable).with_name("mindformers"))
-# The rate is low, for Adam makes whole steps of a gradient's last digits where gradients are small.
-SHORT = {"run_mode": "finetune", "auto_trans_ckpt": True, "runner_config.epochs": 1, "lr_schedule.learning_rate": 1e-5,
+SHOWN = {"tp2": "dp 1 x tp 2 x pp 1", "dp2_sharded": "dp 2 x tp 1 x pp 1", "pp2": "dp 1 x tp 1 x pp 2"}
+# eps is far above the last digits of the starter's small gradients, of which Adam would make whole steps.
+SHORT = {"run_mode": "finetune", "load_checkpoint": resolve_model("starter"), "auto_trans_ckpt": True,
+         "runner_config.epochs": 1, "lr_schedule.learning_rate": 1e-5, "optimizer.eps": 1e-5,
          "model.model_config.plora_dropout": 0.0, "train_dataset.input_columns": TENSOR_PARALLEL[
              "train_dataset.input_columns"],
          "evaluation.dataset_dir": "pkg:mindformers_ixc/demo/train.json", "evaluation.every": 7,
@@ -504,22 +491,32 @@ def answer_of(model: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> tuple[Path, Path, list[str], bytes]:
-    """A model that answers a little, a short run of one process from there, what that one said, and its answer."""
-    folder = tmp_path_factory.mktemp("alone")
-    finished(["run"], folder / "first", {"run_mode": "train", "runner_config.epochs": 15})
-    start = folder / "first" / "model"
-    lines = finished(["run"], folder / "out", {**SHORT, "load_checkpoint": start})
-    return start, folder / "out", lines, answer_of(folder / "out" / "model")
+def alone(tmp_path_factory) -> tuple[Path, list[str], bytes]:
+    """A short run of one process from the starter, what it said, and its model's answer."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    lines = finished(["run"], out, SHORT)
+    return out, lines, answer_of(out / "model")
+
+
+def went_well(out: Path, lines: list[str], layout: str) -> None:
+    """Checks what a launch has shown, its logs, its steps, and that nothing is left running."""
+    logs = {log.name: log.read_text(errors="replace") for log in (out / "rank_logs").iterdir()}
+    assert {"worker_0.log", "worker_1.log", "scheduler.log", "msrun.log", "shown.txt"} == set(logs)
+    assert all("Training Over" in logs[f"worker_{rank}.log"] for rank in (0, 1))
+    shown = "\n".join(lines)
+    assert "Training Over" not in shown and f"2 x CPU: {layout}" in shown and len(lines) < 60
+    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == list(range(1, 15))
+    assert not processes_of(out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_parallel_run_evaluates_and_ends_as_a_single_one(alone, tmp_path, layout):
-    start, single, said, answer = alone
+    single, said, answer = alone
     out = tmp_path / "out"
-    lines = finished(["launch", "-n", 2], out, {**SHORT, **LAYOUTS[layout], "load_checkpoint": start})
+    lines = finished(["launch", "-n", 2], out, {**SHORT, **LAYOUTS[layout]})
     assert lines[-2:] == [line.replace(str(single), str(out)) for line in said[-2:]]
+    went_well(out, lines, SHOWN[layout])
     expected, rows = read_metrics(single / "evaluations.jsonl"), read_metrics(out / "evaluations.jsonl")
     assert [row["step"] for row in rows] == [7, 14]
     for row, other in zip(rows, expected, strict=True):

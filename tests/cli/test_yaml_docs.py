@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mindformers_ixc.cli.yaml_docs import BEGIN, END, fields_text, main, with_fields
-from mindformers_ixc.config import FIELDS, VISION_FIELDS
 from mindformers_ixc.errors import ConfigError
+from mindformers_ixc.fields import FIELDS, VISION_FIELDS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "yaml.md"
 

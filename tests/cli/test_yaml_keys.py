@@ -14,7 +14,7 @@ from mindformers_ixc.cli.templates import section_templates
 from mindformers_ixc.cli.yaml_docs import section_text
 from mindformers_ixc.cli.yaml_file import read_yaml
 from mindformers_ixc.cli.yaml_keys import SECTIONS, rows_of, shown_value
-from mindformers_ixc.config import FIELDS, TASK_LORAS, VISION_FIELDS
+from mindformers_ixc.fields import FIELDS, TASK_LORAS, VISION_FIELDS
 from mindformers_ixc.parallel.checks import ABSENT_DEGREES
 from mindformers_ixc.parameters import PARTS
 

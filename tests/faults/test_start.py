@@ -26,10 +26,11 @@ from mindformers_ixc.checkpoint.digests import write_digests
 from mindformers_ixc.checkpoint.model_directory import load_weights, save_model_directory
 from mindformers_ixc.checkpoint.start import Recipe
 from mindformers_ixc.cli.yaml_file import load_yaml, parse_overrides, read_yaml
-from mindformers_ixc.config import FIELDS, VISION_FIELDS, ModelConfig, read_config
+from mindformers_ixc.config import ModelConfig, read_config
 from mindformers_ixc.data.batch import BATCH_COLUMNS
 from mindformers_ixc.demo import demo_path
 from mindformers_ixc.errors import CheckpointError, ConfigError
+from mindformers_ixc.fields import FIELDS, VISION_FIELDS
 from mindformers_ixc.files import read_metrics
 from mindformers_ixc.generation.loading import load_model
 from mindformers_ixc.training import datasets
