@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import logging
 import os
 import sys
 import tempfile
@@ -91,14 +92,23 @@ def same_weights():
     ms.set_seed(20240703)
 
 
+def _package_loggers() -> dict[logging.Logger, tuple[int, list]]:
+    """Levels and handlers of this package's loggers."""
+    return {logger: (logger.level, list(logger.handlers)) for name, logger in logging.root.manager.loggerDict.items()
+            if isinstance(logger, logging.Logger) and name.partition(".")[0] == "mindformers_ixc"}
+
+
 @contextlib.contextmanager
 def _process_as_it_was():
     """Gives back what commands set for the whole process they are called in."""
     from mindformers_ixc import terminal
 
-    environment, screen = dict(os.environ), terminal.current
+    environment, screen, loggers = dict(os.environ), terminal.current, _package_loggers()
     yield
     terminal.current = screen
+    for logger, (level, handlers) in {**dict.fromkeys(_package_loggers(), (logging.NOTSET, [])), **loggers}.items():
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)

@@ -19,7 +19,7 @@ import numpy as np
 
 from mindformers_ixc.checkpoint.dtypes import to_float32
 from mindformers_ixc.checkpoint.family import WRITING_HEAD, fields_of
-from mindformers_ixc.checkpoint.quantised import widened
+from mindformers_ixc.checkpoint.quantised import refuse_quantised
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint, is_state, open_source
 from mindformers_ixc.checkpoint.start import check_tensor, mismatch
 from mindformers_ixc.checkpoint.streaming import is_file_target
@@ -152,8 +152,8 @@ def assemble(language: str | Path, tower: str | Path, target: str | Path, *, con
         The target.
 
     Raises:
-        CheckpointError: for a source that lacks parameters or has others, sizes that do not go together, and what
-            `convert` refuses of a target.
+        CheckpointError: for a source that lacks parameters or has others, or has whole numbers in place of those that
+            are taken; for sizes that do not go together, and what `convert` refuses of a target.
         ConfigError: for sizes that no model of this kind can have.
     """
     options = Options("hf", dtype=dtype, shard_bytes=shard_bytes)
@@ -162,7 +162,9 @@ def assemble(language: str | Path, tower: str | Path, target: str | Path, *, con
     if is_file_target(Path(target)):
         raise CheckpointError(f"{target} is the name of one file; a model to start from is a directory with its "
                               "configuration and tokenizer.")
-    words, sight = widened(open_source(language)), widened(open_source(tower))
+    words, sight = open_source(language), open_source(tower)
+    for one, part in ((words, "language"), (sight, "vision")):
+        refuse_quantised(one, "a model that training begins with", part)
     given = _fields_of(words, LANGUAGE_TYPES, "a language model"), _fields_of(sight, TOWER_TYPES, "a CLIP tower")
     model = _new_config(words, sight, *given) if config is None else read_config(config)
     model.task_lora_ranks = {}

@@ -18,7 +18,7 @@ from mindformers_ixc.checkpoint.layer_rounding import WAYS, Choice, Decisions, L
 from mindformers_ixc.checkpoint.quantised import ComputedTensor
 from mindformers_ixc.checkpoint.scaling import FOLDS, NORMS, divided_norm, fitted
 from mindformers_ixc.checkpoint.tensors import LazyTensor
-from mindformers_ixc.data.conversations import load_conversations
+from mindformers_ixc.data.conversations import load_conversations, named_sources
 from mindformers_ixc.errors import CheckpointError, DataError
 from mindformers_ixc.files import write_whole
 from mindformers_ixc.parameters import layer_of
@@ -34,14 +34,16 @@ def calibration_samples(path: str | Path, processor: Processor, count: int = SAM
     """Some conversations of a file, spread over those with pictures.
 
     Args:
-        path: conversations, in any form that training reads.
+        path: conversations, in any form that training reads: a file, a list file (of whose sources all samples count
+            alike), or a folder with a table.
         processor: of the model.
         count: samples at most.
 
     Raises:
         DataError: for a file without pictures.
     """
-    found = [conversation for conversation in load_conversations(path) if conversation.images]
+    found = [conversation for source, _ in named_sources(path) for conversation in load_conversations(source)
+             if conversation.images]
     if not found:
         raise DataError(f"{path} has no sample with a picture; calibration needs what the model will see, pictures and "
                         "text.")

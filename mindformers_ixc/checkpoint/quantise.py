@@ -196,6 +196,8 @@ def quantize(source: str | Path, target: str | Path, bits: int = 4, *, layout: s
     if before is not None:
         _check_source(opened, before, bits, calibrate is not None)
     stored = stored_weights(opened, before) if before is not None else {}
+    for weight in stored.values():
+        weight.check()
     calibrator = None
     if calibrate is not None:
         found = calibration_samples(calibrate, Processor.from_directory(_processor_folder(opened, config)), samples)

@@ -16,10 +16,11 @@ import numpy as np
 
 from mindformers_ixc.checkpoint.dtypes import WEIGHTS
 from mindformers_ixc.checkpoint.family import fields_of
-from mindformers_ixc.checkpoint.packing import GROUP, pack_4, unpack_4, unpack_awq, widen_4, widen_8
+from mindformers_ixc.checkpoint.packing import GROUP, MOST_4, pack_4, unpack_4, unpack_awq, widen_4, widen_8
 from mindformers_ixc.checkpoint.sources import OpenedCheckpoint
 from mindformers_ixc.checkpoint.tensors import LazyTensor
 from mindformers_ixc.errors import CheckpointError
+from mindformers_ixc.parameters import part_of
 
 # The section of config.json, and the methods it may name.
 SECTION = "quantization_config"
@@ -110,17 +111,18 @@ def quantization_of(source: OpenedCheckpoint) -> Quantization | None:
                           "config.json says how they are packed; copy the config.json that belongs to it.")
 
 
-def refuse_quantised(source: OpenedCheckpoint, what: str) -> None:
+def refuse_quantised(source: OpenedCheckpoint, what: str, part: str | None = None) -> None:
     """Refuses a quantised checkpoint where full weights are needed.
 
     Args:
         source: the checkpoint.
         what: needs them, for the message.
+        part: of the model, whose weights are needed alone; by default all of them.
 
     Raises:
         CheckpointError: with the command that makes full weights of it.
     """
-    if any(name.endswith(f".{NUMBERS}") for name in source.tensors):
+    if any(name.endswith(f".{NUMBERS}") and part in (None, part_of(name)) for name in source.tensors):
         raise CheckpointError(f"{source.path} is quantised, and {what} needs full weights: take those it was made "
                               f"from, or widen it: mindformers convert {source.path} TARGET --to hf.")
 
@@ -161,8 +163,26 @@ class StoredWeight:
         return found
 
     def zeros(self, begin: int, end: int) -> np.ndarray:
-        """The zeros of rows of four-bit weights, uint8 `(n, G)`."""
-        return self._columns(ZEROS, begin, end) if self.kind == AWQ else self.parts[ZEROS].rows(begin, end)
+        """The zeros of rows of four-bit weights, uint8 `(n, G)`.
+
+        Raises:
+            CheckpointError: for zeros that four bits do not hold.
+        """
+        if self.kind == AWQ:
+            return self._columns(ZEROS, begin, end)
+        found = self.parts[ZEROS].rows(begin, end)
+        check_zeros(f"{self.name}.{ZEROS}", found)
+        return found
+
+    def check(self) -> None:
+        """Looks at what stands beside the numbers, where it is copied unread.
+
+        Raises:
+            CheckpointError: for scales that are no numbers, and zeros that four bits do not hold.
+        """
+        self.scales(0, self.shape[0])
+        if self.kind == "int4":
+            self.zeros(0, self.shape[0])
 
     def widened(self, begin: int, end: int) -> np.ndarray:
         """Rows of the weight, in float32."""
@@ -187,6 +207,20 @@ def check_scales(name: str, scales: np.ndarray) -> None:
     if odd:
         raise CheckpointError(f"{name} holds {odd} NaN or infinities, which no scale is; the file is damaged, fetch or "
                               "make it anew.")
+
+
+def check_zeros(name: str, zeros: np.ndarray) -> None:
+    """Refuses zeros of the own layout, a byte each, that are none of the numbers 0 to 15 of the weights.
+
+    Packed as AWQ they would spill over into their neighbours' four bits.
+
+    Raises:
+        CheckpointError: naming the array.
+    """
+    odd = int(np.count_nonzero(zeros > MOST_4))
+    if odd:
+        raise CheckpointError(f"{name} holds {odd} numbers above {MOST_4}, which no zero of four bits is; the file is "
+                              "damaged, fetch or make it anew.")
 
 
 class ComputedTensor(LazyTensor):

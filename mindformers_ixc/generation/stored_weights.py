@@ -16,6 +16,7 @@ from mindformers_ixc.checkpoint.quantised import (
     EMBEDDING,
     Quantization,
     check_scales,
+    check_zeros,
     own_parts,
     quantization_of,
     stored_weights,
@@ -134,9 +135,11 @@ def _fill(model: nn.Cell, tensors: dict[str, LazyTensor], where: str) -> None:
         array = mapped(tensor, wanted, windows)
         if array is None:
             array = read_as(tensor, wanted)
-        # scales and what is small; nobody waits for a look at every number of a mapped file
+        # scales, zeros and what is small; nobody waits for a look at every number of a mapped file
         if parameter.name.endswith(".scales"):
             check_scales(parameter.name, array)
+        elif parameter.name.endswith(".qzeros"):
+            check_zeros(parameter.name, array)
         elif parameter.name.endswith(".bias") or wanted == "F32":
             odd[parameter.name] = count_not_finite(array, wanted)
         parameter.set_data(Tensor.from_numpy(array))

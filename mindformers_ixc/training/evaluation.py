@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,8 @@ from mindformers_ixc.training.held_out import HeldOut, HeldOutPairs, MeanLoss, P
 from mindformers_ixc.training.log import steps_of
 from mindformers_ixc.training.progress import measured
 from mindformers_ixc.training_options import evaluation_options
+
+logger = logging.getLogger(__name__)
 
 
 class Training(Protocol):
@@ -85,6 +88,8 @@ class Evaluation(Callback):
         runner = self.trainer.config.runner_config
         start = runner.initial_step or 0
         self.steps = steps_of(runner, self.trainer.train_dataset)
+        if reports_loss():
+            self._say_if_never_over()
         self.rows, self.answers = ([row for row in self._read(path) if row["step"] <= start] if start else []
                                    for path in (self.path, self.answers_path))
         has_best = (self.path.parent / "best").is_dir()
@@ -100,6 +105,15 @@ class Evaluation(Callback):
             if start < self.steps and self._is_over():
                 run_context.original_args().run_failed = True      # there is no step of which to save anything
                 raise AlreadyOver
+
+    def _say_if_never_over(self) -> None:
+        """Says of early stopping that the run has too few measurements for it to act."""
+        section, every = self.options["early_stopping"], self.options["every"]
+        # the first measurement is the best so far; the last one ends a run that is over anyway
+        if section is not None and (soonest := (section["patience"] + 1) * every) >= self.steps:
+            logger.warning(f"evaluation.early_stopping ends a run after step {soonest} at the soonest (patience "
+                           f"{section['patience']}, every {every}), and this one has {self.steps} steps: it never "
+                           "acts. Lower one of them.")
 
     def _is_due(self, step: int) -> bool:
         return step == self.steps or (bool(self.options["every"]) and step % self.options["every"] == 0)

@@ -203,31 +203,29 @@ class Rollout:
             expected: of each prompt.
 
         Raises:
-            TrainingError: for a number that is not finite, or another number of them than of answers.
+            TrainingError: for a number that is not finite in float32, and for a rule that fails or has
+                not a number for each.
         """
         samples = self.sampler.batch(step)[self.sampler.rank * len(answers):]
         flat = [answer for group in answers for answer in group]
         wanted = [one for one, group in zip(expected, answers) for _ in group]
         total = np.zeros(len(flat))
         for name, weight in self.options["rewards"].items():
-            found = self._judged(samples, answers) if name == REWARD_MODEL else RULES[name](flat, wanted)
-            if len(found) != len(flat):      # one number would be taken for every answer's
-                raise TrainingError(f"Step {step + 1}: the reward {name} gave {len(found)} numbers for {len(flat)} "
-                                    "answers; it must give one for each. The step was not taken.")
+            found = self._judged(samples, answers) if name == REWARD_MODEL else of_rule(name, flat, wanted, step)
             odd = next((number for number, value in enumerate(found) if not math.isfinite(value)), None)
             if odd is not None:
                 where = self.table.describe(samples[odd // len(answers[0])])
                 raise TrainingError(f"Step {step + 1}: the reward {name} of the answer {flat[odd]!r:.80} to {where} is "
                                     f"{found[odd]}, which is no finite number. Mend the rule, or leave it out of "
                                     "rollout.rewards; the step was not taken.")
-            total += weight * np.asarray(found, np.float64)
+            total += weight * found
         if np.abs(total).max(initial=0.0) > np.finfo(np.float32).max:
             raise TrainingError(f"Step {step + 1}: the rewards by the weights of rollout.rewards are up to "
                                 f"{np.abs(total).max():.3g}, beyond float32; give smaller weights. The step was not "
                                 "taken.")
         return total.reshape(len(answers), -1).astype(np.float32)
 
-    def _judged(self, samples: Sequence[int], answers: Sequence[Sequence[str]]) -> list[float]:
+    def _judged(self, samples: Sequence[int], answers: Sequence[Sequence[str]]) -> np.ndarray:
         """What the reward model gives."""
         if self.scorer is None:
             with terminal.current.doing("Loading the reward model"):
@@ -237,7 +235,31 @@ class Rollout:
             shown = self.table.shown(index)
             encoded += [self.scorer.encode([*shown.turns[:-1], ("assistant", answer)], shown.images, where=shown.where)
                         for answer in group]
-        return self.scorer.score_samples(encoded)
+        return np.array(self.scorer.score_samples(encoded), np.float64)
+
+
+def of_rule(name: str, answers: Sequence[str], expected: Sequence[str], step: int) -> np.ndarray:
+    """What a rule gives answers, float64 `(n,)`; it may be one that somebody has added.
+
+    Args:
+        name: of the rule.
+        answers: of all prompts.
+        expected: of each of these answers.
+        step: counted from 0 over the whole run.
+
+    Raises:
+        TrainingError: when it fails, or gives anything but a number for each.
+    """
+    where = f"Step {step + 1}: the rule {name} of rollout.rewards"
+    try:
+        found = np.asarray(RULES[name](answers, expected), np.float64)
+    except Exception as error:
+        raise TrainingError(f"{where} failed with {type(error).__name__}: {error}. Mend the rule, or leave it out; the "
+                            "step was not taken.") from error
+    if found.shape != (len(answers),):
+        raise TrainingError(f"{where} gives an array of the shape {found.shape} for {len(answers)} answers; a rule "
+                            "returns a list with a number for each, in their order.")
+    return found
 
 
 def stretch_schedule(config: MindFormerConfig, rounds: int) -> None:

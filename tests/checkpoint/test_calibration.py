@@ -255,3 +255,16 @@ def test_a_run_that_goes_on_decides_as_before(tmp_path, monkeypatch, capsys):
     assert content(tmp_path / "target") == content(tmp_path / "whole")
     assert capsys.readouterr().err.splitlines()[-1] == said
     assert {entry.name for entry in tmp_path.iterdir()} == {"whole", "target"}
+
+
+def test_samples_come_from_whatever_training_reads(tmp_path):
+    processor = Processor.from_directory(STARTER)
+    (tmp_path / "data.txt").write_text(f"{demo_path('train.json')} 0.001  # thousands\n", encoding="utf-8")
+    expected, listed = (calibration_samples(path, processor, 3) for path in (demo_path("train.json"),
+                                                                             tmp_path / "data.txt"))
+    assert [one.input_ids.tolist() for one in listed] == [one.input_ids.tolist() for one in expected]
+    folder = tmp_path / "own"
+    folder.mkdir()
+    picture = demo_path("images/cat.jpg")
+    (folder / "questions.csv").write_text(f"image,question,answer\n{picture},What?,A cat\n", encoding="utf-8")
+    assert len(calibration_samples(folder, processor, 3)) == 1

@@ -9,6 +9,7 @@ import pytest
 from random_model import make, random_arrays, save
 
 from mindformers_ixc.checkpoint import quantise, streaming
+from mindformers_ixc.checkpoint.assemble import assemble
 from mindformers_ixc.checkpoint.convert import convert
 from mindformers_ixc.checkpoint.dtypes import to_float32
 from mindformers_ixc.checkpoint.inspection import inspect
@@ -213,6 +214,42 @@ def test_what_needs_full_weights_says_how_to_make_them(model, tmp_path):
     refuse(f"merging needs full weights.*{made}", merge, model, tmp_path / "merged", average=[small])
     refuse(f"merging needs full weights.*{made}", merge, small, tmp_path / "merged", extract=["partial_lora"])
     refuse(f"quantised already, with 8 bits.*{made}", quantize, small, tmp_path / "again")
+    for sources in ((small, model), (model, small)):
+        refuse(f"training begins with needs full weights.*{made}", assemble, *sources, tmp_path / "start")
+    # as AWQ lays a model out its tower has full weights
+    awq = quantize(model, tmp_path / "awq", layout="awq")
+    refuse("awq is quantised, and a model that training begins with", assemble, awq, model, tmp_path / "start")
+    assert inspect(assemble(model, awq, tmp_path / "start"))
+
+
+def test_zeros_that_four_bits_do_not_hold(model, tmp_path):
+    small = quantize(model, tmp_path / "small")
+    (small / "digests.json").unlink()
+    source = open_source(small)
+    name = "model.layers.0.attention.wo.qzeros"
+    place = source.tensors[name].stretches[0]
+    with open(place.path, "r+b") as file:
+        file.seek(place.offset)
+        file.write(bytes([200, 16]))
+    words = f"{name} holds 2 numbers above 15, which no zero of four bits is; the file is damaged"
+    refuse(words, convert, small, tmp_path / "full")
+    for layout in ("awq", "mindformers_ixc"):
+        refuse(words, quantize, small, tmp_path / "again", layout=layout)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"small"}
+
+
+@pytest.mark.parametrize("layout", ["awq", "mindformers_ixc"])
+def test_scales_that_are_no_numbers_are_not_packed_anew(model, tmp_path, layout):
+    small = quantize(model, tmp_path / "small", layout=layout)
+    (small / "digests.json").unlink()
+    name = "model.layers.0.attention.wo.scales"
+    place = open_source(small).tensors[name].stretches[0]
+    with open(place.path, "r+b") as file:
+        file.seek(place.offset)
+        file.write(np.array([np.nan], "<f2").tobytes())
+    for target in ("awq", "mindformers_ixc"):
+        refuse(f"{name} holds 1 NaN or infinities", quantize, small, tmp_path / "again", layout=target)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"small"}
 
 
 @pytest.mark.parametrize(("change", "words"), [

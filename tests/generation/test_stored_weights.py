@@ -133,6 +133,19 @@ def test_an_embedding_of_four_bits_is_made_one_of_eight(folders, tmp_path):
     load_model(tmp_path / "made")
 
 
+def test_zeros_that_four_bits_do_not_hold(folders, tmp_path):
+    odd = tmp_path / "odd"
+    shutil.copytree(folders["4"], odd)
+    (odd / "digests.json").unlink()
+    name = "model.layers.0.attention.wo.qzeros"
+    place = open_source(odd).tensors[name].stretches[0]
+    with open(place.path, "r+b") as file:
+        file.seek(place.offset)
+        file.write(bytes([16]))
+    with pytest.raises(CheckpointError, match=f"{name} holds 1 numbers above 15.*the file is damaged"):
+        load_model(odd)
+
+
 def test_only_aligned_arrays_of_the_same_format_are_mapped(folders, tmp_path):
     tensors = open_source(folders["4"]).tensors
     numbers = tensors["model.layers.0.attention.wo.qweight"]

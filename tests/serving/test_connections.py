@@ -14,6 +14,7 @@ from standin_decoder import StandInDecoder
 
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.serving import app as routes
+from mindformers_ixc.serving import server as servers
 from mindformers_ixc.serving.limits import Limits
 
 SHUT_DOWN = "The server has shut down before this answer was there; ask another one, or later."

@@ -69,6 +69,7 @@ def full_disk(monkeypatch):
             raise switch["error"]
 
     monkeypatch.setattr(CheckpointMonitor, "remove_redundancy", half)
+    monkeypatch.setattr(SafeCheckpointMonitor, "on_error", "stop")
     return switch
 
 

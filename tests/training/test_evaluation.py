@@ -333,6 +333,14 @@ def test_a_run_ends_when_its_measurements_get_no_better(tmp_path, monkeypatch):
                                      "measurements in a row (evaluation.early_stopping: patience 2, min_delta 0.25).")
 
 
+@pytest.mark.parametrize(("patience", "said"), [(4, False), (5, True)])
+def test_early_stopping_that_never_acts_is_said(tmp_path, monkeypatch, caplog, patience, said):
+    run = Stopping(tmp_path, monkeypatch)
+    run.callback.options["early_stopping"]["patience"] = patience
+    run.callback.on_train_begin(run)
+    assert ("after step 12 at the soonest (patience 5, every 2), and this one has 12 steps" in caplog.text) is said
+
+
 @pytest.mark.parametrize("start", [3, 4, 5, 6, 7])
 def test_a_resumed_run_ends_where_the_other_would_have(tmp_path, monkeypatch, start):
     expected = Stopping(tmp_path, monkeypatch).run().results()

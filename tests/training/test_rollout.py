@@ -121,13 +121,21 @@ def test_a_reward_that_is_not_finite_is_named(table, monkeypatch):
         rollout_of(table, rewards={"odd": 1.0}).rewards(4, [["a", "b"], ["c", "z"]], ["a", "b"])
 
 
-@pytest.mark.parametrize(("found", "weight", "words"), [
-    ([1.0], 1.0, "Step 5: the reward odd gave 1 numbers for 4 answers; it must give one for each"),
-    ([1.0, 0.0, 0.0, -2.0], 2e38, r"the rewards by the weights of rollout\.rewards are up to 4e\+38, beyond float32")])
-def test_rewards_that_no_step_can_take_are_named(table, monkeypatch, found, weight, words):
-    monkeypatch.setitem(RULES, "odd", lambda answers, wanted: found)
-    rollout = rollout_of(table, rewards={"odd": weight})
-    with pytest.raises(TrainingError, match=words):
+@pytest.mark.parametrize(("rule", "words"), [
+    (lambda answers, wanted: [1.0], r"gives an array of the shape \(1,\) for 4 answers"),
+    (lambda answers, wanted: 1.0, r"gives an array of the shape \(\) for 4 answers"),
+    (lambda answers, wanted: {}[answers[0]], "failed with KeyError: 'a'. Mend the rule"),
+    (lambda answers, wanted: [[1.0], "x", 2, 3], "failed with ValueError")])
+def test_a_rule_that_fails_or_has_not_a_number_for_each_is_named(table, monkeypatch, rule, words):
+    monkeypatch.setitem(RULES, "odd", rule)
+    with pytest.raises(TrainingError, match=f"Step 5: the rule odd of rollout.rewards {words}"):
+        rollout_of(table, rewards={"odd": 1.0}).rewards(4, [["a", "b"], ["c", "z"]], ["a", "b"])
+
+
+def test_rewards_beyond_float32_are_named(table, monkeypatch):
+    monkeypatch.setitem(RULES, "odd", lambda answers, wanted: [1.0, 0.0, 0.0, -2.0])
+    rollout = rollout_of(table, rewards={"odd": 2e38})
+    with pytest.raises(TrainingError, match=r"by the weights of rollout\.rewards are up to 4e\+38, beyond float32"):
         rollout.rewards(4, [["a", "b"], ["c", "z"]], ["a", "b"])
 
 
