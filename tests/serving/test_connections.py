@@ -92,13 +92,23 @@ def test_what_nobody_foresaw_is_told_in_the_form_of_all_refusals_and_kept(proces
 
 
 def answers_while_it_ends(server, *requests: dict) -> list[httpx.Response]:
-    """What several requests get while the server is told to end."""
+    """What several requests, one begun after the other, get while the server is told to end."""
     found: dict[int, httpx.Response] = {}
-    threads = [threading.Thread(target=lambda place=place, more=more: found.update(
-        {place: server.ask(**question(max_tokens=900, **more))})) for place, more in enumerate(requests)]
-    for thread in threads:
-        thread.start()
-    server.until(lambda: len(server.service.scheduler.writing) + server.service.scheduler.queued >= len(requests))
+    begun = threading.Event()
+
+    def ask(place: int, request: dict) -> None:
+        with server.client() as client, client.stream("POST", "/v1/chat/completions", json=request) as answer:
+            begun.set()
+            answer.read()
+            found[place] = answer
+
+    threads = []
+    for place, more in enumerate(requests):
+        threads.append(threading.Thread(target=ask, args=(place, question(max_tokens=900, **more))))
+        threads[-1].start()
+        server.until(lambda place=place: len(server.service.scheduler.writing) + server.service.scheduler.queued > place)
+        if more.get("stream"):
+            assert begun.wait(WAIT)
     server.server.end()
     for thread in threads:
         thread.join(2 * WAIT)
