@@ -88,13 +88,14 @@ def test_what_nobody_foresaw_is_told_in_the_form_of_all_refusals_and_kept(proces
         answer = server.ask(**question())
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "failed")
         assert answer.json()["error"]["message"] == "The server failed; its log has more."
+        server.until(lambda: server.faults)         # it is kept when the answer has gone
         assert [type(one) for one in server.faults] == [ZeroDivisionError]
 
 
 def answers_while_it_ends(server, *requests: dict) -> list[httpx.Response]:
     """What several requests, one begun after the other, get while the server is told to end."""
     found: dict[int, httpx.Response] = {}
-    begun = threading.Event()
+    begun, scheduler = threading.Event(), server.service.scheduler
 
     def ask(place: int, request: dict) -> None:
         with server.client() as client, client.stream("POST", "/v1/chat/completions", json=request) as answer:
@@ -106,7 +107,7 @@ def answers_while_it_ends(server, *requests: dict) -> list[httpx.Response]:
     for place, more in enumerate(requests):
         threads.append(threading.Thread(target=ask, args=(place, question(max_tokens=900, **more))))
         threads[-1].start()
-        server.until(lambda place=place: len(server.service.scheduler.writing) + server.service.scheduler.queued > place)
+        server.until(lambda place=place: len(scheduler.writing) + scheduler.queued > place)
         if more.get("stream"):
             assert begun.wait(WAIT)
     server.server.end()
