@@ -165,8 +165,9 @@ def plan_partition(width: int, height: int, hd_num: int, tile_size: int = 560, t
     new_width = scale * tile_size
     new_height = int(new_width / ratio)
     if new_height < 1:
-        raise ImageError(f"A picture of {width} x {height} pixels is too elongated: resized to a width of {new_width} "
-                         "its height would be 0. Crop it or raise hd_num.")
+        size = f"{height} x {width}" if transposed else f"{width} x {height}"
+        raise ImageError(f"A picture of {size} pixels is too elongated: resized to a long side of {new_width} its "
+                         "short one would be 0. Crop it or raise hd_num.")
     rows = math.ceil(new_height / tile_size)
     missing = rows * tile_size - new_height
     top = int(missing / 2) if training else 0

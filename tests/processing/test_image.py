@@ -144,7 +144,8 @@ def test_bicubic_keeps_a_constant_and_the_identity():
 
 
 @pytest.mark.parametrize(("size", "hd_num", "word"), [((30000, 20), 0, "hd_num"), ((0, 5), 4, "no area"),
-                                                      ((30000, 20), 1, "too elongated")])
+                                                      ((30000, 20), 1, "30000 x 20 pixels is too elongated"),
+                                                      ((20, 30000), 1, "20 x 30000 pixels is too elongated")])
 def test_impossible_partitions(size, hd_num, word):
     with pytest.raises(ImageError, match=word):
         plan_partition(*size, hd_num, 560)
