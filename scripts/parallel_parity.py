@@ -214,6 +214,13 @@ def compare(expected: Path, out: Path) -> tuple[int, float, float]:
     return len(ours), worst, max(differences)
 
 
+def told(name: str, steps: int, worst: float, other: str, began: float, good: bool) -> int:
+    """Prints a row of the table; returns 1 if its bar is missed."""
+    print(f"{name:14} {steps:5} {worst:15.1e} {other:>18} {time.perf_counter() - began:8.0f} "
+          f"{'ok' if good else 'MISSED'}", flush=True)
+    return int(not good)
+
+
 def check_layouts(out: Path, names: list[str], epochs: int) -> int:
     """Runs and compares layouts; returns how many miss the bar."""
     failed = 0
@@ -224,11 +231,8 @@ def check_layouts(out: Path, names: list[str], epochs: int) -> int:
                                         **({"lr_schedule.total_steps": epochs * STEPS_AN_EPOCH} if few else {}),
                                         **write_sources(out), "load_checkpoint": out / "start"})
         steps, loss, weight = compare(out / "single", out / name)
-        good = loss <= BAR and not weight > BAR
-        failed += not good
         shown = "" if np.isnan(weight) else f"{weight:.1e}"
-        print(f"{name:14} {steps:5} {loss:15.1e} {shown:>18} {time.perf_counter() - began:8.0f} "
-              f"{'ok' if good else 'MISSED'}", flush=True)
+        failed += told(name, steps, loss, shown, began, loss <= BAR and not weight > BAR)
     return failed
 
 
@@ -257,9 +261,7 @@ def check_resume(out: Path, epochs: int) -> int:
     expected = rows_of(out / "single")
     loss = max(abs(rows[row["step"]]["loss"] - row["loss"]) / row["loss"] for row in expected)
     good = loss <= BAR and all(rows[row["step"]]["samples"] == row["samples"] for row in expected)
-    print(f"{'resume':14} {len(rows):5} {loss:15.1e} {'':>18} {time.perf_counter() - began:8.0f} "
-          f"{'ok' if good else 'MISSED'}", flush=True)
-    return int(not good)
+    return told("resume", len(rows), loss, "", began, good)
 
 
 def check_preferences(out: Path, names: tuple[str, ...] = PAIR_LAYOUTS, samples: int = SAMPLES) -> int:
@@ -300,10 +302,7 @@ def _check(out: Path, kind: str, recipe: Path, names: tuple[str, ...], changes: 
         held_out = [rows_of(folder, "evaluations.jsonl") for folder in (own, single)]
         assert len(held_out[0]) == len(held_out[1])
         worst = max(worst, worst_difference(*held_out))
-        good = max(worst, weight) <= BAR
-        failed += not good
-        print(f"{f'{kind} {name}':14} {steps:5} {worst:15.1e} {weight:18.1e} {time.perf_counter() - began:8.0f} "
-              f"{'ok' if good else 'MISSED'}", flush=True)
+        failed += told(f"{kind} {name}", steps, worst, f"{weight:.1e}", began, max(worst, weight) <= BAR)
     return failed
 
 
@@ -336,9 +335,8 @@ def check_inference(out: Path) -> int:
         ours, alone = found[name], found["single"]
         worst = np.abs(ours["logits"] - alone["logits"]).max() / np.abs(alone["logits"]).max()
         same = all(np.array_equal(ours[key], alone[key]) for key in ("greedy", "beams", "file"))
-        failed += not (worst <= BAR and same)
-        print(f"{'answers ' + name:14} {ANSWER_STEPS:5} {worst:15.1e} {'ids equal' if same else 'IDS DIFFER':>18} "
-              f"{time.perf_counter() - began:8.0f} {'ok' if worst <= BAR and same else 'MISSED'}", flush=True)
+        failed += told(f"answers {name}", ANSWER_STEPS, worst, "ids equal" if same else "IDS DIFFER", began,
+                       worst <= BAR and same)
     return failed
 
 

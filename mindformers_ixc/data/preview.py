@@ -14,7 +14,7 @@ from mindformers_ixc.data.preferences import encode_side
 from mindformers_ixc.data.preview_data import Entry, Reader
 from mindformers_ixc.errors import DataError, ImageError, VideoError
 from mindformers_ixc.processing.encoded import EncodedSample
-from mindformers_ixc.processing.image import Grid, plan_partition
+from mindformers_ixc.processing.image import Grid, Tiles, plan_partition
 from mindformers_ixc.processing.processor import Processor
 from mindformers_ixc.processing.prompt import IGNORE_INDEX, shift_labels
 from mindformers_ixc.processing.stored import StoredFile
@@ -119,14 +119,20 @@ def look(reader: Reader, entry: Entry) -> Look:
         return Look(entry, problem=f"Its {views} pictures have {entry.tiles} tiles, too many to be shown.")
     try:
         cut = images.cut(list(sides[0].images), reader.hd_num, training=True, where=entry.where)
-        encoded = [encode_side(side, reader.processor, reader.hd_num, cut) if len(sides) > 1 else
-                   with_loss_on(reader.processor.encode_conversation(side.turns, side.images, side.where, reader.hd_num,
-                                                                     cut),
-                                reader.loader.get("loss_on") or ALL, side.weights, side.where) for side in sides]
+        if len(sides) > 1:
+            encoded = [encode_side(side, reader.processor, reader.hd_num, cut) for side in sides]
+        else:
+            encoded = [_encode_alone(sides[0], reader, cut)]
     except (DataError, ImageError, VideoError) as error:
         return Look(entry, problem=str(error))
     return Look(entry, [Seen(one, list(_stretches(one, reader.processor))) for one in encoded],
                 list(_boards(reader, sides[0], encoded[0])))
+
+
+def _encode_alone(side: Conversation, reader: Reader, cut: tuple[Tiles, list[Grid]]) -> EncodedSample:
+    """A conversation that is no side of a pair."""
+    encoded = reader.processor.encode_conversation(side.turns, side.images, side.where, reader.hd_num, cut)
+    return with_loss_on(encoded, reader.loader.get("loss_on") or ALL, side.weights, side.where)
 
 
 def _stretches(encoded: EncodedSample, processor: Processor) -> Iterator[Stretch]:

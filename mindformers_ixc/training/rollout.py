@@ -203,8 +203,7 @@ class Rollout:
             expected: of each prompt.
 
         Raises:
-            TrainingError: for a number that is not finite in float32, and for a rule that fails or has
-                not a number for each.
+            TrainingError: for a number that is not finite, for sums beyond float32, and as `of_rule`.
         """
         samples = self.sampler.batch(step)[self.sampler.rank * len(answers):]
         flat = [answer for group in answers for answer in group]
